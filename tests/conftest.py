@@ -1,0 +1,92 @@
+"""What the tests share: a private runtime directory, checkpoints that carry a mark, and processes that are reaped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+TESTS = Path(__file__).parent
+DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
+
+Spawn = Callable[..., "subprocess.Popen[str]"]
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A private runtime directory in real shared memory, gone after the test."""
+    path = Path(tempfile.mkdtemp(prefix="wsync-test-", dir="/dev/shm"))
+    for name in [name for name in os.environ if name.startswith("WSYNC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WSYNC_RUNTIME_DIR", str(path))
+    monkeypatch.setenv("WSYNC_STATE_DIR", str(path / "state"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def spawn(runtime: Path) -> Iterator[Spawn]:
+    """Starts a process with piped text streams; all are killed and reaped after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: str, **options: Any) -> subprocess.Popen[str]:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        process: subprocess.Popen[str] = subprocess.Popen([sys.executable, *command], **options)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+    for process in started:
+        process.communicate()
+
+
+@pytest.fixture
+def cli(runtime: Path) -> Cli:
+    """Runs the command line to its end."""
+
+    def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "wsync", *arguments], capture_output=True, text=True, timeout=DEADLINE, **options
+        )
+
+    return run
+
+
+def write(path: Path, policy: torch.nn.Module, mark: float | None = None, step: int | None = None) -> Path:
+    """Writes a policy's checkpoint as a careful trainer does (whole, then renamed), every weight set to ``mark``."""
+    state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
+    if mark is not None:
+        state = {name: torch.full_like(tensor, mark) for name, tensor in state.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(state, temporary, metadata=None if step is None else {"step": str(step)})
+    temporary.rename(path)
+    return path
+
+
+def raw(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
+    """Writes a safetensors file as given, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def marks(policy: torch.nn.Module) -> set[float]:
+    """The distinct values among a policy's weights: exactly one where a version is whole."""
+    return {float(value) for tensor in policy.state_dict().values() for value in tensor.flatten().unique()}

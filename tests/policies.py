@@ -1,0 +1,45 @@
+"""Policies that the tests build, push and attach; importable by the wsync processes that the tests start."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def mlp(hidden: int = 8) -> nn.Module:
+    """Four tensors, no buffers, ready for swap."""
+    return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2)).eval()
+
+
+class Tied(nn.Module):
+    """A tied pair, a buffer that persists and one that does not, and more than one dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight  # the tie
+        self.norm = nn.BatchNorm1d(3)
+        self.low = nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+class Counting(nn.Module):
+    """Writes a buffer of its own in place, in eval mode too."""
+
+    calls: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(1))
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        out: torch.Tensor = self.linear(x)
+        return out
+
+
+instance = mlp()
+not_a_policy = 42

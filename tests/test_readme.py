@@ -1,0 +1,123 @@
+"""The README stays true: every command and snippet in it is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE, TESTS, Cli, Spawn, write
+
+from wsync.spec import load_spec
+
+ROOT = TESTS.parent
+README = (ROOT / "README.md").read_text()
+
+PRELUDE = """
+import sys
+import torch
+from policy import make_policy
+
+policy = make_policy(hidden=64)
+observations = [torch.zeros(4)] * 3
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def setup_lines() -> list[str]:
+    return [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Path:
+    """A folder as the README's reader has it: the spec, its policy, and two checkpoints."""
+    shutil.copytree(ROOT / "examples" / "cartpole", tmp_path, dirs_exist_ok=True)
+    policy = load_spec(str(tmp_path / "cartpole.toml")).build()
+    write(tmp_path / "best.safetensors", policy, 1.0, 1)
+    write(tmp_path / "checkpoints" / "step_2.safetensors", policy, 2.0, 2)
+    sys.modules.pop("policy", None)
+    sys.path.remove(str(tmp_path))
+    return tmp_path
+
+
+def test_two_setup_lines_name_what_is_there() -> None:
+    """The set-up lines use extras and files that exist, and ask for one torch by name."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = setup_lines()
+    assert len(lines) == 2
+    for line, last in zip(lines, ("examples/quickstart.py", "pytest"), strict=True):
+        steps = [shlex.split(step) for step in line.split("&&")]
+        assert steps[0] == ["python3", "-m", "venv", ".venv"]
+        assert steps[1] == [".venv/bin/pip", "install", "torch==2.13.0"]
+        extra = re.fullmatch(r"\.\[(\w+)\]", steps[2][-1])
+        assert extra and extra[1] in extras
+        assert steps[3][-1] == last
+    assert (ROOT / "examples" / "quickstart.py").exists()
+
+
+def test_six_lines_attach_a_policy(box: Path, cli: Cli) -> None:
+    """The snippet runs as it stands in a policy process."""
+    assert cli("push", "cartpole.toml", cwd=box).returncode == 0
+    (snippet,) = blocks("python")
+    assert len(snippet.strip().splitlines()) <= 7
+    check = "\nassert (reader.version, reader.step) == (1, 2), reader\nassert float(policy[0].weight[0, 0]) == 2\n"
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + snippet + check], cwd=box, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_shown_spec_is_the_example(box: Path) -> None:
+    """The TOML in the README is that of the example, word for word in its settings."""
+    (shown,) = blocks("toml")
+    assert tomllib.loads(shown) == tomllib.loads((box / "cartpole.toml").read_text())
+
+
+def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
+    """Each command of the README does what its comment says, in the order in which it stands there."""
+    (console,) = blocks("console")
+    commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in console.splitlines()]
+    assert len(commands) == 6
+    for program, *arguments in commands:
+        assert program == "wsync"
+        if arguments[0] != "watch":
+            done = cli(*arguments, cwd=box)
+            assert done.returncode == 0, (arguments, done.stderr)
+            continue
+        watch = spawn("-m", "wsync", *arguments, cwd=box)
+        assert watch.stdout is not None
+        assert "watching" in watch.stdout.readline()
+        watch.send_signal(signal.SIGTERM)
+        assert watch.wait(DEADLINE) == 0
+
+
+def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Path) -> None:
+    """cron's command publishes, is silent about a missing checkpoint, and fails where a person must look."""
+    (line,) = blocks("crontab")
+    command = line.split(maxsplit=5)[5].replace("/opt/policy/.venv/bin/wsync", f"{sys.executable} -m wsync")
+    command = command.replace("/opt/policy", str(box))
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(box),
+        "WSYNC_RUNTIME_DIR": str(runtime),
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def run() -> int:
+        return subprocess.run(["/bin/sh", "-c", command], env=environment, cwd="/", timeout=DEADLINE).returncode
+
+    assert run() == 0
+    assert (runtime / "cartpole" / "control").exists()
+    (box / "checkpoints").rename(box / "elsewhere")
+    assert run() == 0
+    (box / "cartpole.toml").write_text("nonsense")
+    assert run() != 0

@@ -1,0 +1,66 @@
+"""wsync keeps the weights of a running policy in step with the newest checkpoint on disk.
+
+Importing this package imports neither torch nor tensordict; each name below is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        AttachTimeout,
+        CheckpointError,
+        CheckpointRejected,
+        LayoutDiffers,
+        SegmentError,
+        SpecError,
+        SwapRefused,
+        UsageError,
+        WsyncError,
+    )
+    from .reader import Reader, attach
+    from .updaters import CheckpointWeightGetter
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttachTimeout": "errors",
+    "CheckpointError": "errors",
+    "CheckpointRejected": "errors",
+    "CheckpointWeightGetter": "updaters",
+    "LayoutDiffers": "errors",
+    "Reader": "reader",
+    "SegmentError": "errors",
+    "SpecError": "errors",
+    "SwapRefused": "errors",
+    "UsageError": "errors",
+    "WsyncError": "errors",
+    "attach": "reader",
+}
+
+__all__ = [
+    "AttachTimeout",
+    "CheckpointError",
+    "CheckpointRejected",
+    "CheckpointWeightGetter",
+    "LayoutDiffers",
+    "Reader",
+    "SegmentError",
+    "SpecError",
+    "SwapRefused",
+    "UsageError",
+    "WsyncError",
+    "attach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,254 @@
+"""The command line: parse, one library call, show, exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import UsageError, WsyncError
+
+app = typer.Typer(
+    name="wsync",
+    help="Keeps the weights of a running policy in step with the newest checkpoint on disk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="package.module:attr of the policy, or a TOML file.",
+        show_default=False,
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        envvar="WSYNC_NAME",
+        help="The segment's name.  [default: from the spec]",
+        show_default=False,
+    ),
+]
+RuntimeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-dir",
+        envvar="WSYNC_RUNTIME_DIR",
+        help="Where segments live.  [default: /dev/shm/wsync-<uid>]",
+        show_default=False,
+    ),
+]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--slots",
+        envvar="WSYNC_SLOTS",
+        help="Buffers of a segment that is made.  [default: 3]",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", envvar="WSYNC_JSON", help="Print one JSON object.")]
+
+
+@app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
+def push(
+    spec: SpecArgument,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]",
+            help="A file, or a directory: its newest one.  [default: from the spec]",
+            show_default=False,
+        ),
+    ] = None,
+    name: NameOption = None,
+    force: Annotated[bool, typer.Option("--force", envvar="WSYNC_FORCE", help="Publish again what is live.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", envvar="WSYNC_DRY_RUN", help="Check everything, publish nothing."),
+    ] = False,
+    slots: SlotsOption = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+) -> None:
+    """One pass: put the newest complete checkpoint, or the one named, into shared memory.
+
+    Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
+    complete checkpoint yet; 75 try later.
+    """
+    from .console import complain, differences_text, outcome_json, outcome_line
+    from .syncer import Syncer
+
+    try:
+        with Syncer(_spec(spec, name, slots), checkpoint, runtime=runtime_dir) as syncer:
+            outcome = syncer.once(force=force, dry_run=dry_run)
+    except WsyncError as exc:
+        if as_json and not isinstance(exc, UsageError):
+            _print_json({"status": "failed", "name": name or spec, "reason": str(exc)})
+        complain(exc)
+        raise typer.Exit(exc.exit_code) from exc
+    if as_json:
+        _print_json(outcome_json(outcome))
+    else:
+        print(outcome_line(outcome), file=sys.stderr if outcome.exit_code else sys.stdout)
+        if outcome.differences:
+            print(differences_text(outcome.differences), file=sys.stderr)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
+def watch(
+    spec: SpecArgument,
+    checkpoints: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CHECKPOINTS]",
+            help="Where checkpoints appear; may not be there yet.  [default: from the spec]",
+            show_default=False,
+        ),
+    ] = None,
+    name: NameOption = None,
+    poll: Annotated[
+        float | None,
+        typer.Option(
+            "--poll",
+            envvar="WSYNC_POLL",
+            help="Seconds between looks that nothing asked for.  [default: 1]",
+            show_default=False,
+        ),
+    ] = None,
+    slots: SlotsOption = None,
+    log_format: Annotated[
+        str | None,
+        typer.Option(
+            "--log-format",
+            envvar="WSYNC_LOG_FORMAT",
+            metavar="rich|plain|json",
+            help="[default: rich on a terminal, plain elsewhere]",
+            show_default=False,
+        ),
+    ] = None,
+    runtime_dir: RuntimeOption = None,
+) -> None:
+    """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version."""
+    from .console import WatchLog, default_format
+    from .syncer import Syncer
+
+    if log_format not in (None, "rich", "plain", "json"):
+        raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
+    if poll is not None and not 0 < poll < 86_400:
+        raise UsageError(f"--poll {poll} is no time. Give seconds above 0.")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    loaded = _spec(spec, name, slots, poll)
+    with Syncer(loaded, checkpoints, runtime=runtime_dir) as syncer:
+        form: Any = log_format or default_format()
+        with WatchLog(loaded.name, syncer.getter.checkpoints, form, lambda: syncer.segment) as log:
+            syncer.progress = log.progress
+            syncer.run(stop, log.tell)
+
+
+@app.command(epilog="Example: wsync status cartpole --json")
+def status(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A segment.  [default: all]", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+) -> None:
+    """What is live where, how old it is, and which version each reader is on."""
+    from .console import print_status, segment_json
+    from .errors import SegmentMissing
+    from .segment import Segment, segments
+
+    opened = []
+    for each in [name] if name else segments(runtime_dir):
+        try:
+            opened.append(Segment.open(each, runtime_dir))
+        except SegmentMissing:
+            if name:
+                raise
+    if not as_json:
+        print_status(opened)
+    elif name:
+        _print_json(segment_json(opened[0]))
+    else:
+        _print_json({"segments": [segment_json(segment) for segment in opened]})
+
+
+@app.command(epilog="Example: wsync rm cartpole")
+def rm(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A segment.", show_default=False)],
+    runtime_dir: RuntimeOption = None,
+) -> None:
+    """Remove a segment; policies that are attached keep the weights they have."""
+    from .segment import Segment
+
+    segment = Segment.open(name, runtime_dir, write=True)
+    segment.remove()
+    print(f"{name}: removed")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"wsync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _spec(text: str, name: str | None, slots: int | None, poll: float | None = None) -> Any:
+    from dataclasses import replace
+
+    from .spec import load_spec
+
+    spec = load_spec(text, name=name)
+    given = {key: value for key, value in (("slots", slots), ("poll", poll)) if value is not None}
+    return replace(spec, **given)  # type: ignore[arg-type]
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data))
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is one message and an exit code, never a traceback.
+
+    Ends without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do; all
+    that we hold is closed by then, or ours only through the kernel.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
+    code: object = 0
+    try:
+        app()
+    except WsyncError as exc:
+        print(f"wsync: {exc}", file=sys.stderr)
+        code = exc.exit_code
+    except SystemExit as exc:
+        code = exc.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = code or 1
+    os._exit(code if isinstance(code, int) else int(code is not None))

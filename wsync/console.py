@@ -1,0 +1,320 @@
+"""What a person sees: one line for a push, tables for status, a panel or log lines for a watch.
+
+rich is loaded only to draw a table or the panel; a line costs nothing. Where nobody watches (no terminal) there are
+plain lines without colour, or JSON lines, one an event.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from .errors import SHOWN, Difference, WithDifferences, WsyncError
+from .registry import ReaderRecord
+from .segment import Segment
+from .segment_files import Publication
+from .syncer import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+LogFormat = Literal["rich", "plain", "json"]
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in the units of 1,000 that disks are sold by."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.3g} ms" if seconds < 0.1 else f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def when(moment: float) -> str:
+    """A time of the wall clock as JSON carries it: ISO 8601, UTC."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def outcome_json(outcome: Outcome) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "status": outcome.status,
+        "name": outcome.name,
+        "version": outcome.version,
+        "step": outcome.step,
+        "checkpoint": outcome.checkpoint,
+        "bytes": outcome.bytes,
+        "seconds": outcome.seconds,
+        "readers": outcome.readers,
+        "reason": outcome.reason,
+    }
+    if outcome.differences:
+        data["differences"] = [asdict(d) for d in outcome.differences]
+    return data
+
+
+def outcome_line(outcome: Outcome) -> str:
+    """One line that says what a pass did."""
+    file = Path(outcome.checkpoint).name if outcome.checkpoint else "weights from memory"
+    step = "" if outcome.step is None else f", step {outcome.step}"
+    match outcome.status:
+        case "published":
+            back = ", step went back" if outcome.backwards else ""
+            return (
+                f"{outcome.name}: version {outcome.version}{step}{back}, {file}, {size(outcome.bytes)} in "
+                f"{duration(outcome.seconds)}, {count(outcome.readers, 'reader')}"
+            )
+        case "checked":
+            live = f"version {outcome.version} stays live" if outcome.version else "nothing is live"
+            return f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}; {live}"
+        case "current":
+            return f"{outcome.name}: version {outcome.version}{step} is current, {file}"
+    live = f"; version {outcome.version} stays live" if outcome.version else ""
+    return f"{outcome.name}: {outcome.status}: {outcome.reason}{live}"
+
+
+def differences_text(differences: Iterable[Difference]) -> str:
+    """The table of differences, without the message above it."""
+    text = str(WithDifferences("", tuple(differences)))
+    return text.removeprefix("\n")
+
+
+def complain(exc: WsyncError) -> None:
+    print(f"wsync: {exc}", file=sys.stderr)
+
+
+def segment_json(segment: Segment) -> dict[str, Any]:
+    live, readers = segment.live(), segment.readers()
+    version = live.version if live else 0
+    return {
+        "name": segment.name,
+        "version": version,
+        "step": live.step if live else None,
+        "checkpoint": (live.source or None) if live else None,
+        "published_at": when(live.published_at) if live else None,
+        "pin": None,
+        "last_failure": None,
+        "bytes": segment.layout.nbytes,
+        "tensors": len(segment.layout.tensors),
+        "slots": segment.slots,
+        "readers": [
+            {
+                "pid": r.pid,
+                "process": r.process,
+                "mode": r.mode,
+                "version": r.version,
+                "lag": version - r.version,
+                "since": when(r.since),
+            }
+            for r in readers
+        ],
+    }
+
+
+def stdout_console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def print_status(segments: list[Segment]) -> None:
+    """The tables of ``wsync status``."""
+    console = stdout_console()
+    if not segments:
+        console.print("no segments")
+        return
+    for segment in segments:
+        live, readers = segment.live(), segment.readers()
+        console.print(_headline(segment, live), soft_wrap=True)
+        if readers:
+            console.print(_reader_table(live, readers))
+
+
+def _headline(segment: Segment, live: Publication | None) -> RenderableType:
+    from rich.text import Text
+
+    text = Text(segment.name, style="bold")
+    if live is None:
+        return text.append("  no version yet", style="not bold yellow")
+    text.append(f"  version {live.version}", style="not bold green")
+    step = "" if live.step is None else f"  step {live.step}"
+    age = duration(max(0.0, time.time() - live.published_at))
+    file = live.source or "weights from memory"
+    text.append(f"{step}  {size(segment.layout.nbytes)}  {age} ago\n  {file}", style="not bold")
+    if not segment.readers():
+        text.append("\n  no readers", style="dim not bold")
+    return text
+
+
+def _reader_table(live: Publication | None, readers: list[ReaderRecord]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("  reader", overflow="ellipsis", no_wrap=True)
+    for column in ("pid", "version", "lag", "since"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("mode", no_wrap=True)
+    for r in readers:
+        lag = (live.version if live else 0) - r.version
+        since = duration(max(0.0, time.time() - r.since))
+        table.add_row(
+            f"  {r.process}",
+            str(r.pid),
+            str(r.version),
+            f"[yellow]{lag}[/]" if lag else "0",
+            since,
+            r.mode,
+        )
+    return table
+
+
+class WatchLog:
+    """Tells of a watch's passes: each event once, not each pass.
+
+    Args:
+        name: of the segment.
+        form: ``rich`` is a panel on a terminal, ``plain`` a line an event, ``json`` an object a line.
+        segment: gives the standing segment, for the readers in the panel.
+    """
+
+    def __init__(self, name: str, checkpoints: Path, form: LogFormat, segment: Callable[[], Segment | None]) -> None:
+        self._name, self._checkpoints, self._form, self._segment = name, checkpoints, form, segment
+        self._last: tuple[str, str] = ("", "")
+        self._shown: Outcome | None = None
+        self._done = (0, 0)
+        self._stage_began = 0.0
+        self._live: Live | None = None
+        self._out: TextIO = sys.stdout
+
+    def __enter__(self) -> WatchLog:
+        if self._form == "rich":
+            from rich.live import Live
+
+            console = stdout_console()
+            self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
+            self._live.start()
+        self._line("info", "watch", f"{self._name}: watching {self._checkpoints}")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+        version = self._shown.version if self._shown else 0
+        self._line("info", "stop", f"{self._name}: stopped; version {version} stays live")
+
+    def tell(self, event: Outcome | WsyncError) -> None:
+        """An outcome of a pass, or why it failed; what was said last is not said again."""
+        if isinstance(event, WsyncError):
+            key = ("failed", str(event))
+        else:
+            key = (event.status, event.identity or event.reason or "")
+        if not isinstance(event, WsyncError):
+            if event.status in ("published", "current") and event.version:
+                self._shown = event
+            if event.status == "current" and self._last[0] in ("", "current", "published"):
+                if self._last[0] == "":
+                    self._outcome("info", event)
+                self._last = key
+                return
+        if key == self._last:
+            return
+        self._last = key
+        if isinstance(event, WsyncError):
+            self._line("error", "failure", f"{self._name}: {event}")
+        else:
+            levels = {"published": "info", "current": "info", "empty": "info", "busy": "warning"}
+            self._outcome(levels.get(event.status, "error"), event)
+
+    def progress(self, done: int, total: int) -> None:
+        if done < self._done[0] or not self._done[1]:
+            self._stage_began = time.monotonic()
+        self._done = (done, total) if done < total else (0, 0)
+        if self._live and time.monotonic() - self._stage_began > 1:
+            self._live.refresh()
+
+    def _outcome(self, level: str, outcome: Outcome) -> None:
+        text = outcome_line(outcome)
+        if outcome.differences:
+            text += "\n" + differences_text(outcome.differences)
+        self._line(level, outcome.status, text, outcome_json(outcome))
+
+    def _line(self, level: str, event: str, text: str, data: dict[str, Any] | None = None) -> None:
+        now = time.time()
+        if self._form == "json":
+            record = {"time": when(now), "level": level, "event": event, "name": self._name}
+            record |= data if data else {"message": text}
+            print(json.dumps(record), file=self._out, flush=True)
+        elif self._live:
+            self._live.console.print(self._styled(now, level, text), soft_wrap=True)
+        else:
+            print(f"{when(now)} {level:<7} {text}", file=self._out, flush=True)
+
+    @staticmethod
+    def _styled(now: float, level: str, text: str) -> RenderableType:
+        from rich.text import Text
+
+        clock = datetime.fromtimestamp(now).strftime("%H:%M:%S")
+        style = {"info": "", "warning": "yellow", "error": "red"}[level]
+        return Text.assemble((f"{clock} ", "dim"), (text, style))
+
+    def _panel(self) -> RenderableType:
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        parts: list[RenderableType] = []
+        segment = self._segment()
+        live = segment.live() if segment else None
+        if segment and live:
+            file = Path(live.source).name if live.source else "weights from memory"
+            step = "" if live.step is None else f"  step {live.step}"
+            took = f"  in {duration(self._shown.seconds)}" if self._shown and self._shown.bytes else ""
+            age = duration(max(0.0, time.time() - live.published_at))
+            parts.append(
+                Text.assemble(
+                    (f"version {live.version}", "bold green"),
+                    f"{step}  {size(segment.layout.nbytes)}{took}  {age} ago",
+                )
+            )
+            parts.append(Text(file, overflow="ellipsis", no_wrap=True))
+        else:
+            parts.append(Text("no version yet", style="yellow"))
+        done, total = self._done
+        if total and time.monotonic() - self._stage_began > 1:
+            parts.append(Text(f"staging {size(done)} of {size(total)}"))
+            parts.append(ProgressBar(total=total, completed=done, width=40))
+        readers = segment.readers() if segment else []
+        parts.append(_reader_table(live, readers[:SHOWN]) if readers else Text("no readers", style="dim"))
+        if len(readers) > SHOWN:
+            parts.append(Text(f"… and {count(len(readers) - SHOWN, 'more reader')}"))
+        return Panel(Group(*parts), title=f"wsync {self._name}", title_align="left")
+
+
+def default_format() -> LogFormat:
+    """rich on a terminal, plain lines elsewhere."""
+    return "rich" if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else "plain"

@@ -1,0 +1,155 @@
+"""Everything that wsync can refuse, as one tree.
+
+Each message has three parts: what happened, to what, and what to do next. The command line prints the message
+and exits with the class's ``exit_code``; a library user catches the class.
+
+    WsyncError                      1   the root
+    ├── UsageError                  2   an option, a name or a setting is wrong
+    │   ├── SpecError               2   the policy spec cannot be used
+    │   └── SwapRefused             2   ``mode="swap"`` is not safe for this policy
+    ├── CheckpointError             1   something about one checkpoint
+    │   ├── CheckpointRejected      65  it can never be published as it is
+    │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
+    │   │   ├── CheckpointMismatch  65  it does not fit the policy
+    │   │   └── NonFiniteWeights    65  it holds NaN or infinity
+    │   ├── IncompleteCheckpoint    66  it ends before its header says
+    │   ├── NoCheckpoint            66  there is none yet
+    │   └── CheckpointChanged       75  it changed while it was read
+    └── SegmentError                1   something about one segment
+        ├── SegmentMissing          1   no such segment
+        ├── SegmentUnsafe           1   it is not ours, or not a segment
+        ├── LayoutDiffers           1   it holds another architecture
+        ├── OutOfSharedMemory       1   there is no room for it
+        ├── SegmentBusy             75  another publisher holds it, or every spare slot is leased
+        └── AttachTimeout           1   it did not get its first version in time (also a TimeoutError)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHOWN = 20
+"""Rows of a table of differences that a message shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One line of a table of differences: a tensor, what the policy expects, what was found."""
+
+    name: str
+    expected: str
+    found: str
+
+
+class WsyncError(Exception):
+    """The root of every error that wsync raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(WsyncError):
+    """An option, a name or a setting is wrong."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """The policy spec cannot be used: not found, its own import failed, not a policy."""
+
+
+class SwapRefused(UsageError):
+    """``mode="swap"`` would let a write hit a slot, which is mapped read-only."""
+
+
+class WithDifferences(WsyncError):
+    """An error about tensors, which its text shows as a table.
+
+    Attributes:
+        message: the text without the table.
+        differences: one entry for each tensor that does not fit; empty where the reason is another.
+    """
+
+    def __init__(self, message: str, differences: tuple[Difference, ...] = ()) -> None:
+        super().__init__(message)
+        self.message, self.differences = message, differences
+
+    def __str__(self) -> str:
+        rows = [("tensor", "expected", "found")]
+        rows += [(d.name, d.expected, d.found) for d in self.differences[:SHOWN]]
+        if len(rows) == 1:
+            return self.message
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        if len(self.differences) > SHOWN:
+            lines.append(f"  … and {len(self.differences) - SHOWN} more")
+        return "\n".join([self.message, *lines])
+
+
+class CheckpointError(WsyncError):
+    """Something about one checkpoint."""
+
+
+class CheckpointRejected(WithDifferences, CheckpointError):
+    """This checkpoint can never be published as it is."""
+
+    exit_code = 65
+
+
+class MalformedCheckpoint(CheckpointRejected):
+    """The file breaks the safetensors format."""
+
+
+class CheckpointMismatch(CheckpointRejected):
+    """The tensors of the checkpoint are not those of the policy."""
+
+
+class NonFiniteWeights(CheckpointRejected):
+    """The checkpoint holds NaN or infinity."""
+
+
+class IncompleteCheckpoint(CheckpointError):
+    """The file ends before its header says it does; a writer may still be at work."""
+
+    exit_code = 66
+
+
+class NoCheckpoint(CheckpointError):
+    """There is no complete checkpoint yet."""
+
+    exit_code = 66
+
+
+class CheckpointChanged(CheckpointError):
+    """The file changed while it was read; what was read of it is thrown away."""
+
+    exit_code = 75
+
+
+class SegmentError(WsyncError):
+    """Something about one segment."""
+
+
+class SegmentMissing(SegmentError):
+    """There is no segment of this name."""
+
+
+class SegmentUnsafe(SegmentError):
+    """What lies at the segment's path is not a segment of this user."""
+
+
+class LayoutDiffers(WithDifferences, SegmentError):
+    """The segment holds another architecture."""
+
+
+class OutOfSharedMemory(SegmentError):
+    """The shared memory has no room for the segment."""
+
+
+class SegmentBusy(SegmentError):
+    """Try later: another publisher holds the segment, or readers lease every spare slot."""
+
+    exit_code = 75
+
+
+class AttachTimeout(SegmentError, TimeoutError):
+    """The segment, or its first version, did not come in time."""

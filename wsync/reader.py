@@ -1,0 +1,380 @@
+"""A policy process's side: attach, refresh between steps, close.
+
+Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
+the time is that of setting one pointer a tensor. ``copy`` copies into the policy's own tensors, whose addresses stay.
+
+What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
+thread is inside the policy: it is between steps that a version changes.
+
+A lease lives as long as any tensor points into its slot. The memory that torch wraps for a slot owns the lease, so that
+the last tensor to go, the policy's or a forgotten alias of it, lets go of the slot. Views of a slot are kept for its
+next version where, after the swap away from it, nobody but ourselves holds its storage: then the lease is released by
+hand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .errors import (
+    AttachTimeout,
+    LayoutDiffers,
+    SegmentError,
+    SegmentMissing,
+    SwapRefused,
+    UsageError,
+    WsyncError,
+)
+from .layout import TORCH_DTYPES, Layout, layout_of, named_tensors
+from .memory import sleep_on
+from .registry import Registration
+from .segment import Lease, Segment
+from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
+
+Mode = Literal["auto", "swap", "copy"]
+
+_log = logging.getLogger("wsync")
+_LOOK = 0.1  # seconds between two looks for a removed segment to come back
+_WORD = WORD_OFFSET // 8
+
+
+@dataclass(slots=True)
+class _View:
+    """The tensors of one slot, as views of its memory.
+
+    Attributes:
+        memory: what the storage is made of: torch keeps it for as long as a tensor points into it, and it keeps the
+            mapping (``keep``) and owns the lease (``lease``).
+        storage: the one storage of all views.
+        tensors: one a tensor of the layout, in its order.
+        uses: of the storage by these views alone.
+    """
+
+    memory: Any
+    storage: torch.UntypedStorage
+    tensors: list[torch.Tensor]
+    uses: int = field(default=0)
+
+
+class Reader:
+    """Keeps a policy in step with a segment; made by ``attach``.
+
+    Attributes:
+        name: of the segment.
+        mode: ``"swap"`` or ``"copy"``.
+        version: of the weights in the policy; 0 before the first.
+        step: the producer's number for them, None where it gave none.
+    """
+
+    def __init__(self, policy: torch.nn.Module, segment: Segment, mode: Literal["swap", "copy"]) -> None:
+        self.name, self.mode = segment.name, mode
+        self.version = 0
+        self.step: int | None = None
+        self._seen, self._taken = -1, 0
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._closed = False
+        self._next_look = 0.0
+        self._views: dict[int, _View] = {}
+        self._held: _View | None = None  # the view that the policy's tensors point into
+        self._targets = _targets(policy, segment.layout)
+        self._registration = self._take(segment)
+        _readers.add(self)
+
+    def refresh(self) -> bool:
+        """Takes the newest version if there is a newer one; call it between steps.
+
+        Returns:
+            True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
+            logged once, and the reader attaches again when it comes back with the same layout.
+        """
+        if self._words[_WORD] == self._seen:
+            return False
+        return self._refresh()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps until there is a version that ``refresh`` would take; True if there is one, False when time is up.
+
+        Args:
+            timeout: seconds; None waits for ever.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                self._check_open()
+                self._notice_removal()
+                if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
+                    return True
+                word, address = self._words[_WORD], self._address
+            left = 3600.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            sleep_on(address, word, left)
+
+    def close(self) -> None:
+        """Gives the policy tensors of its own with the weights that it has, and lets go of the segment."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._held:
+                with torch.no_grad():
+                    for tensor, _ in self._targets:
+                        tensor.data = tensor.data.clone()
+                self._let_go()
+            self._registration.close()
+            self._views.clear()
+            self._words = _CLOSED
+            self._segment.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"version {self.version}, step {self.step}"
+        return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
+
+    def _refresh(self) -> bool:
+        with self._lock:
+            self._check_open()
+            if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
+                return False
+            lease = self._segment.lease()
+            if lease is None:
+                return False
+            if lease.version == self._taken:
+                self._seen = lease.word
+                lease.release()
+                return False
+            publication = self._publication(lease)
+            if self.mode == "swap":
+                self._swap(lease)
+            else:
+                self._copy(lease)
+            self.version = self._taken = lease.version
+            self.step, self._seen = publication.step, lease.word
+            self._registration.update(self.version, (lease.slot,) if self.mode == "swap" else ())
+            return True
+
+    def _swap(self, lease: Lease) -> None:
+        view = self._view(lease)
+        view.memory.lease = lease
+        for tensor, index in self._targets:
+            tensor.data = view.tensors[index]
+        self._let_go()
+        self._held = view
+
+    def _copy(self, lease: Lease) -> None:
+        view = self._view(lease)
+        with torch.no_grad():
+            torch._foreach_copy_([t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets])
+        lease.release()
+
+    def _let_go(self) -> None:
+        """Releases the lease of the version before, or leaves it to the tensors that still point into its slot."""
+        view, self._held = self._held, None
+        if view is None:
+            return
+        if torch._C._storage_Use_Count(view.storage._cdata) == view.uses:
+            view.memory.lease.release()
+            view.memory.lease = None
+        else:
+            self._views = {slot: v for slot, v in self._views.items() if v is not view}
+
+    def _view(self, lease: Lease) -> _View:
+        if lease.slot not in self._views:
+            self._views[lease.slot] = _view_slot(self._segment, lease)
+        return self._views[lease.slot]
+
+    def _publication(self, lease: Lease) -> Publication:
+        return Publication.from_header(os.pread(lease.fileno(), METADATA_END, 0))
+
+    def _take(self, segment: Segment) -> Registration:
+        """Makes a segment this reader's, and lists it there."""
+        self._segment = segment
+        self._words = segment.words
+        self._address = segment.word_address
+        self._seen, self._taken = -1, 0  # the WORD, and the version, of this very segment
+        return Registration(segment.path, self.mode)
+
+    def _notice_removal(self) -> None:
+        """A segment that was deleted by hand left no word of it: a sleeper looks at the directory itself."""
+        if not self._segment.is_current():
+            self._find_again()
+
+    def _find_again(self) -> bool:
+        """Attaches to a segment of the same name and layout that stands where ours was removed."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        if not self._next_look:
+            _log.warning("segment %r was removed; the policy keeps version %d", self.name, self.version)
+        self._next_look = now + _LOOK
+        try:
+            segment = Segment.open(self.name, self._segment.path.parent)
+        except SegmentError:
+            return False
+        if segment.layout.digest != self._segment.layout.digest:
+            segment.close()
+            return False
+        self._registration.close()
+        self._views.clear()
+        self._segment.close()
+        self._registration = self._take(segment)
+        self._next_look = 0.0
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"this reader of {self.name!r} is closed. Attach again for new versions.")
+
+    def _after_fork(self) -> None:
+        """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
+        self._lock = threading.Lock()
+        if not self._closed:
+            try:
+                self._registration.close(unlink=False)
+                self._registration = Registration(self._segment.path, self.mode)
+                slots = tuple(s for s, v in self._views.items() if v is self._held)
+                self._registration.update(self.version, slots)
+            except (OSError, WsyncError) as exc:
+                _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
+
+
+_CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reader in list(_readers):
+        reader._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def attach(
+    policy: torch.nn.Module,
+    name: str,
+    *,
+    timeout: float | None = None,
+    mode: Mode = "auto",
+    runtime_dir: str | os.PathLike[str] | None = None,
+) -> Reader:
+    """Attaches a policy to a segment; returns when its first version is in.
+
+    Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
+
+    Args:
+        policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
+        name: of the segment.
+        timeout: seconds to wait for the first version; None waits for ever.
+        mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
+            policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
+            safe and copies elsewhere.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Raises:
+        LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
+        SwapRefused: ``mode="swap"`` where a write would hit the slot, which is mapped read-only.
+        AttachTimeout: no version came in time.
+        SegmentError: the segment can be neither opened nor made.
+        UsageError: the mode or the name is none.
+    """
+    if not isinstance(policy, torch.nn.Module):
+        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
+    if mode not in ("auto", "swap", "copy"):
+        raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
+    hindrance = None if mode == "copy" else _hindrance(policy)
+    if mode == "swap" and hindrance:
+        raise SwapRefused(
+            f"{hindrance}, and swap maps the shared memory read-only: a write would end the process. Use "
+            'mode="copy", or mode="auto", which takes swap where it is safe.'
+        )
+    layout = layout_of(policy)
+    reader = Reader(policy, _open(name, layout, runtime_dir), "copy" if mode == "copy" or hindrance else "swap")
+    try:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not reader.refresh():
+            if not reader.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                raise AttachTimeout(
+                    f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
+                    "or wait longer with timeout=."
+                )
+    except BaseException:
+        reader.close()
+        raise
+    return reader
+
+
+def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
+    try:
+        segment = Segment.open(name, runtime_dir)
+    except SegmentMissing:
+        Segment.create(name, layout, runtime_dir).close()
+        segment = Segment.open(name, runtime_dir)
+    if segment.layout.digest != layout.digest:
+        differences = layout.differences(segment.layout)
+        segment.close()
+        raise LayoutDiffers(
+            f"the policy does not fit segment {name!r}: {len(differences)} tensors differ. Build the policy as the "
+            f"segment's publisher does, attach to another name, or `wsync rm {name}` if it is stale.",
+            differences,
+        )
+    return segment
+
+
+def _targets(policy: torch.nn.Module, layout: Layout) -> list[tuple[torch.Tensor, int]]:
+    """Every tensor object of the policy once, with the place of its weights in the layout."""
+    index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
+    seen: dict[int, tuple[torch.Tensor, int]] = {}
+    for name, tensor in named_tensors(policy):
+        seen.setdefault(id(tensor), (tensor, index[name]))
+    return list(seen.values())
+
+
+def _hindrance(policy: torch.nn.Module) -> str | None:
+    """Why the policy's tensors must not point at read-only memory, or None."""
+    for name, module in policy.named_modules():
+        where = f"{name or 'the policy'} ({type(module).__name__})"
+        if module.training:
+            return f"{where} is in training mode (policy.eval() leaves it)"
+        own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
+        if own and not type(module).__module__.startswith("torch.nn."):
+            return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
+    for name, tensor in named_tensors(policy):
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}"
+        if not tensor.is_contiguous():
+            return f"{name} is not contiguous in memory"
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
+    return None
+
+
+def _view_slot(segment: Segment, lease: Lease) -> _View:
+    """Tensors over a slot's read-only memory; torch is not told that it is, and copies nothing."""
+    mapped, address = segment.map_slot(lease.slot)
+    kind: Any = type("_LeasedSlot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
+    memory = kind.from_address(address)
+    memory.keep, memory.lease = mapped, None
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    tensors = []
+    for entry in segment.layout.tensors:
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        first = (segment.data_offset + entry.offset) // dtype.itemsize
+        strides = torch.empty(entry.shape, device="meta").stride()
+        tensors.append(torch.empty(0, dtype=dtype).set_(storage, first, entry.shape, strides))
+    return _View(memory, storage, tensors, torch._C._storage_Use_Count(storage._cdata))

@@ -1,0 +1,299 @@
+"""Which policy, and its settings: an import string ``package.module:attr``, or a TOML file that holds one.
+
+This is the only place that runs a user's code, and it does so only when the layout is really needed: reading the
+settings imports nothing. What the user's code prints goes to stderr, because stdout carries our own output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import SpecError
+from .layout import Layout, layout_of
+from .segment import check_name
+
+if TYPE_CHECKING:
+    import torch
+
+POLL = 1.0
+SLOTS = 3
+
+_KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] = {
+    "policy": str,
+    "policy_kwargs": dict,
+    "name": str,
+    "checkpoints": str,
+    "slots": int,
+    "watch": {"poll": (int, float)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A policy and its settings.
+
+    Attributes:
+        policy: ``package.module:attr``, the attr a callable or class that gives an ``nn.Module``, or a module instance.
+        name: of the segment; default the TOML's own name, or ``package.module.attr``.
+        directory: what is importable beside the installed packages: the TOML's directory, or the current one.
+        policy_kwargs: what the callable is called with.
+        checkpoints: where checkpoints appear, absolute; None where the spec names none.
+        poll: seconds between two looks that no notification asked for.
+        slots: buffers of a segment that is made.
+    """
+
+    policy: str
+    name: str
+    directory: Path
+    policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    checkpoints: Path | None = None
+    poll: float = POLL
+    slots: int = SLOTS
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether the layout of a standing segment was read from this very policy.
+
+        Covers the import string, its arguments, and the state of the module's own file where it is found beside
+        the spec; the modules that it imports are beyond it.
+        """
+        import hashlib
+
+        file = self.directory.joinpath(*self.policy.partition(":")[0].split(".")).with_suffix(".py")
+        try:
+            info = file.stat()
+            state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
+        except OSError:
+            state = None
+        text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def layout(self) -> Layout:
+        """The policy's layout, read in a process of its own.
+
+        So a watch stays small (torch takes 200 MiB), sees the code as it is now and not as it was when it started, and
+        outlives whatever that code does.
+
+        Raises:
+            SpecError: the policy cannot be imported or built, or is none.
+        """
+        import pickle
+        import subprocess
+
+        child = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from wsync.spec import _tell; _tell()"],
+            input=pickle.dumps(self),
+            stdout=subprocess.PIPE,
+            check=False,
+        )
+        try:
+            answer = json.loads(child.stdout)
+        except ValueError:
+            raise SpecError(
+                f"the process that read the layout of {self.policy} ended with status {child.returncode} and no "
+                "answer. Import the policy in a Python of your own to see why."
+            ) from None
+        if "error" in answer:
+            raise SpecError(answer["error"])
+        return Layout.from_json(answer)
+
+    def read_layout(self) -> Layout:
+        """The policy's layout, read in this process.
+
+        The module is built on the meta device where it allows that, which costs no memory.
+
+        Raises:
+            SpecError: the policy cannot be imported or built, or is none.
+        """
+        import torch
+
+        with self._user_code():
+            target = self._import()  # not under the meta device: what a module makes at import stays real
+            try:
+                with torch.device("meta"):
+                    return layout_of(self._make(target))
+            except SpecError:
+                return layout_of(self._make(target))
+
+    def build(self) -> torch.nn.Module:
+        """The policy itself.
+
+        Raises:
+            SpecError: it cannot be imported or built, or is no ``nn.Module``.
+        """
+        with self._user_code():
+            return self._make(self._import())
+
+    def _make(self, target: Any) -> torch.nn.Module:
+        import torch
+
+        if isinstance(target, torch.nn.Module):
+            if self.policy_kwargs:
+                raise SpecError(
+                    f"{self.policy} is a module already, so policy_kwargs would do nothing. Name its class or a "
+                    "function that makes it, or remove [policy_kwargs]."
+                )
+            return target
+        if not callable(target):
+            raise SpecError(
+                f"{self.policy} is a {type(target).__name__}, not a policy. Name an nn.Module, its class, or a "
+                "function that returns one."
+            )
+        try:
+            policy = target(**self.policy_kwargs)
+        except (Exception, SystemExit) as exc:
+            raise SpecError(
+                f"{self.policy} failed when it was called with {dict(self.policy_kwargs)}: {_origin(exc)}. Mend "
+                "it, or its [policy_kwargs]."
+            ) from exc
+        if not isinstance(policy, torch.nn.Module):
+            raise SpecError(
+                f"{self.policy} returned a {type(policy).__name__}, not an nn.Module. Return the policy itself."
+            )
+        return policy
+
+    def _import(self) -> Any:
+        module_name, _, attributes = self.policy.partition(":")
+        try:
+            target: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as exc:
+            if exc.name and (module_name == exc.name or module_name.startswith(f"{exc.name}.")):
+                raise SpecError(
+                    f"there is no module {module_name!r} (no {exc.name!r}) in {self.directory} or among the "
+                    "installed packages. Check the spelling, or run wsync from the directory that holds it."
+                ) from None
+            raise SpecError(
+                f"module {module_name!r} is there, but its own import failed: {_origin(exc)}. Install what it needs."
+            ) from exc
+        except (Exception, SystemExit) as exc:
+            raise SpecError(
+                f"module {module_name!r} is there, but its own import failed: {_origin(exc)}. Mend it first."
+            ) from exc
+        for attribute in attributes.split("."):
+            try:
+                target = getattr(target, attribute)
+            except AttributeError:
+                near = difflib.get_close_matches(attribute, dir(target), 1)
+                raise SpecError(
+                    f"module {module_name!r} has no attribute {attributes!r}. "
+                    + (f"Did you mean {near[0]!r}?" if near else "Check the spelling after the colon.")
+                ) from None
+        return target
+
+    @contextlib.contextmanager
+    def _user_code(self) -> Iterator[None]:
+        directory = str(self.directory)
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+
+def load_spec(text: str, *, name: str | None = None) -> Spec:
+    """Reads a spec: a path of a TOML file, or ``package.module:attr``.
+
+    Args:
+        name: overrides the segment's name.
+
+    Raises:
+        SpecError: neither; or the TOML is broken, has an unknown key, or a value of a wrong kind.
+    """
+    if text.endswith(".toml") or os.path.isfile(text):
+        spec = _load_toml(Path(text).absolute(), name)
+    else:
+        spec = Spec(_check_import_string(text), name or text.replace(":", "."), Path.cwd())
+    check_name(spec.name)
+    return spec
+
+
+def _load_toml(path: Path, name: str | None) -> Spec:
+    import tomllib
+
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise SpecError(f"{path} cannot be read ({exc.strerror}). Name a TOML file, or package.module:attr.") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SpecError(f"{path} is not TOML: {exc}. Mend it there.") from exc
+    _check_keys(data, _KEYS, path, "")
+    if "policy" not in data:
+        raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
+    watch = data.get("watch", {})
+    checkpoints = data.get("checkpoints")
+    if not watch.get("poll", POLL) > 0:
+        raise SpecError(f"{path}: watch.poll = {watch['poll']} is no time. Give seconds above 0.")
+    return Spec(
+        policy=_check_import_string(data["policy"]),
+        name=name or data.get("name") or path.stem,
+        directory=path.parent,
+        policy_kwargs=data.get("policy_kwargs", {}),
+        checkpoints=path.parent / checkpoints if checkpoints else None,
+        poll=float(watch.get("poll", POLL)),
+        slots=data.get("slots", SLOTS),
+    )
+
+
+def _tell() -> None:
+    """The child of ``Spec.layout``: a pickled spec on stdin, its layout or why there is none on stdout."""
+    import pickle
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which waits for this short process
+    spec: Spec = pickle.load(sys.stdin.buffer)
+    out = os.dup(1)
+    os.dup2(2, 1)  # what the user's code prints goes to stderr, whichever way it prints
+    try:
+        answer = spec.read_layout().to_json()
+    except SpecError as exc:
+        answer = {"error": str(exc)}
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+def _check_import_string(text: str) -> str:
+    module, colon, attributes = text.partition(":")
+    parts = [*module.split("."), *attributes.split(".")]
+    if not colon or not all(part.isidentifier() for part in parts):
+        raise SpecError(
+            f"{text!r} names no policy. Write package.module:attr (for example train.nets:make_policy), or the path "
+            "of a TOML file that is there."
+        )
+    return text
+
+
+def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, prefix: str) -> None:
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            raise SpecError(
+                f"{path}: unknown key {prefix + key!r}. "
+                + (f"Did you mean {prefix + near[0]!r}?" if near else f"Known are {', '.join(known)}.")
+            )
+        kind = known[key]
+        if isinstance(kind, dict):
+            if not isinstance(value, dict):
+                raise SpecError(f"{path}: {key} is a table. Write [{key}] with its settings below.")
+            _check_keys(value, kind, path, f"{prefix}{key}.")
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise SpecError(f"{path}: {prefix}{key} = {value!r} is a {type(value).__name__}. Give a {wanted}.")
+
+
+def _origin(exc: BaseException) -> str:
+    """The error and the user's line that it came from."""
+    import traceback
+
+    frames = traceback.extract_tb(exc.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<frozen") and f.filename != __file__]
+    last = next((f for f in reversed(own) if f"{os.sep}importlib{os.sep}" not in f.filename), None)
+    where = f" ({last.filename}:{last.lineno})" if last else ""
+    return f"{type(exc).__name__}: {exc}{where}"

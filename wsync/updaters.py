@@ -1,0 +1,104 @@
+"""The weight getter: the one thing that turns "this directory" into "the newest weights".
+
+Called, it gives a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and of ours does. For publishing
+it hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, NoCheckpoint
+from .layout import TORCH_DTYPES
+from .source import Candidate, scan, select
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+
+class CheckpointWeightGetter:
+    """Reads the newest complete checkpoint of a directory, or one named file.
+
+    Args:
+        checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file.
+        only_new: a call gives None where the newest checkpoint is the one that the last call gave.
+
+    Example:
+        >>> getter = CheckpointWeightGetter("runs/cartpole")
+        >>> weights = getter()  # a TensorDict nested as TensorDict.from_module nests it, on the CPU
+    """
+
+    def __init__(self, checkpoints: str | os.PathLike[str], *, only_new: bool = False) -> None:
+        self.checkpoints = Path(checkpoints).absolute()
+        self.only_new = only_new
+        self._last: str | None = None
+
+    def __call__(self) -> TensorDict | None:
+        """The newest weights: names nested at their dots, the file's shapes and dtypes, on the CPU, a copy of our own.
+
+        Raises:
+            NoCheckpoint: there is no complete checkpoint yet.
+            CheckpointRejected: the newest one is broken, or holds NaN or infinity.
+            CheckpointError: it cannot be read, or changed while it was read.
+        """
+        failure: CheckpointError = self.nothing()
+        for candidate in self.candidates():
+            try:
+                with self.open(candidate) as checkpoint:
+                    if self.only_new and checkpoint.identity == self._last:
+                        return None
+                    weights = _to_tensordict(checkpoint)
+                    self._last = checkpoint.identity
+                    return weights
+            except CheckpointError as exc:
+                if exc.exit_code != NoCheckpoint.exit_code:
+                    raise
+                failure = exc  # incomplete, or gone: the next newest may be whole
+        raise failure
+
+    def candidates(self, live: Candidate | None = None) -> list[Candidate]:
+        """What is newer than what is live, newest first; a file that was named itself is new whatever its age.
+
+        Raises:
+            NoCheckpoint: the place is not there.
+            CheckpointError: the place cannot be listed.
+        """
+        found = scan(self.checkpoints)
+        if live and [c.path for c in found] == [self.checkpoints]:
+            return [c for c in found if c.identity != live.identity]
+        return select(found, live)
+
+    def open(self, candidate: Candidate) -> Checkpoint:
+        """The opened checkpoint, for publishing without torch; the caller closes it."""
+        return Checkpoint(candidate.path)
+
+    def nothing(self) -> NoCheckpoint:
+        return NoCheckpoint(
+            f"there is no complete checkpoint in {self.checkpoints} yet. It is looked at again at the next pass."
+        )
+
+
+def _to_tensordict(checkpoint: Checkpoint) -> TensorDict:
+    import torch
+    from tensordict import TensorDict
+
+    layout = checkpoint.layout
+    memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    checkpoint.read_into(memoryview(memory.numpy().data), checkpoint.plan(layout))
+    nested: dict[str, Any] = {}
+    for entry in layout.tensors:
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.path}: {entry.name} has dtype {entry.dtype}, which torch has no tensors of. Convert it."
+            )
+        *parents, last = entry.name.split(".")
+        table = nested
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        part = memory[entry.offset : entry.offset + entry.nbytes]
+        table[last] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+    return TensorDict(nested)
