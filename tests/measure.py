@@ -5,6 +5,7 @@ Times jitter, so nothing here is asserted; quote the ratios. Takes about two min
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import statistics
@@ -78,13 +79,13 @@ def processes(folder: Path) -> None:
 def in_process(folder: Path) -> None:
     """Staging beside a memory copy; refresh beside load_state_dict."""
     import numpy as np
-    import policy as policies  # type: ignore[import-not-found]
 
     import wsync
     from wsync.checkpoint import Checkpoint
     from wsync.publisher import publish
     from wsync.segment import Segment
 
+    policies = importlib.import_module("policy")
     segment = Segment.open("large", write=True)
     copied, source = np.zeros(segment.layout.nbytes, np.uint8), np.ones(segment.layout.nbytes, np.uint8)
     with Checkpoint(folder / "large" / "step_1.safetensors") as checkpoint:
@@ -117,10 +118,9 @@ def in_process(folder: Path) -> None:
 
 def latency(folder: Path) -> None:
     """From os.replace until refresh() is True, under a watch; then what the watch costs when idle."""
-    import policy as policies
-
     import wsync
 
+    policies = importlib.import_module("policy")
     command = [sys.executable, "-m", "wsync", "watch", str(folder / "small.toml"), "--log-format", "json"]
     save(folder / "small" / "step_0.safetensors", 1 << 20)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as watch:

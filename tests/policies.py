@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def mlp(hidden: int = 8) -> nn.Module:
+def mlp(hidden: int = 8) -> nn.Sequential:
     """Four tensors, no buffers, ready for swap."""
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2)).eval()
 

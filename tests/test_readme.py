@@ -67,11 +67,25 @@ def test_two_setup_lines_name_what_is_there() -> None:
 def test_six_lines_attach_a_policy(box: Path, cli: Cli) -> None:
     """The snippet runs as it stands in a policy process."""
     assert cli("push", "cartpole.toml", cwd=box).returncode == 0
-    (snippet,) = blocks("python")
+    snippet = blocks("python")[0]
     assert len(snippet.strip().splitlines()) <= 7
     check = "\nassert (reader.version, reader.step) == (1, 2), reader\nassert float(policy[0].weight[0, 0]) == 2\n"
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + snippet + check], cwd=box, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_updaters_snippet_publishes_and_follows(box: Path, runtime: Path) -> None:
+    """A training script's lines run as they stand: a version without a file, and a policy that follows a directory."""
+    snippet = blocks("python")[1]
+    before = PRELUDE + "other_policy = make_policy(hidden=64)\n"
+    check = (
+        "\nassert (updater.published.version, updater.published.step) == (1, 500)\n"
+        "assert other_policy[0].weight[0, 0].item() == 2\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", before + snippet + check], cwd=box, capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CheckpointError,
         CheckpointRejected,
         LayoutDiffers,
+        NoCheckpoint,
         SegmentError,
         SpecError,
         SwapRefused,
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         WsyncError,
     )
     from .reader import Reader, attach
-    from .updaters import CheckpointWeightGetter
+    from .segment_updater import SharedMemoryWeightUpdater
+    from .updaters import VanillaWeightUpdater, WeightUpdaterBase
+    from .weight_getter import CheckpointWeightGetter
 
 __version__ = "0.1.0"
 
@@ -29,13 +32,17 @@ _HOMES = {
     "AttachTimeout": "errors",
     "CheckpointError": "errors",
     "CheckpointRejected": "errors",
-    "CheckpointWeightGetter": "updaters",
+    "CheckpointWeightGetter": "weight_getter",
     "LayoutDiffers": "errors",
+    "NoCheckpoint": "errors",
     "Reader": "reader",
     "SegmentError": "errors",
+    "SharedMemoryWeightUpdater": "segment_updater",
     "SpecError": "errors",
     "SwapRefused": "errors",
     "UsageError": "errors",
+    "VanillaWeightUpdater": "updaters",
+    "WeightUpdaterBase": "updaters",
     "WsyncError": "errors",
     "attach": "reader",
 }
@@ -46,11 +53,15 @@ __all__ = [
     "CheckpointRejected",
     "CheckpointWeightGetter",
     "LayoutDiffers",
+    "NoCheckpoint",
     "Reader",
     "SegmentError",
+    "SharedMemoryWeightUpdater",
     "SpecError",
     "SwapRefused",
     "UsageError",
+    "VanillaWeightUpdater",
+    "WeightUpdaterBase",
     "WsyncError",
     "attach",
 ]

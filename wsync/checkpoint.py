@@ -28,7 +28,7 @@ from .errors import (
     NoCheckpoint,
     NonFiniteWeights,
 )
-from .finite import all_finite, float_regions
+from .finite import all_finite, float_regions, not_finite
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry, describe
 
@@ -240,11 +240,7 @@ class Checkpoint:
                 )
 
     def _non_finite(self, weights: memoryview, layout: Layout) -> NonFiniteWeights:
-        rows = []
-        for entry in layout.tensors:
-            region = ((entry.offset, entry.offset + entry.nbytes, entry.dtype),)
-            if not all_finite(weights, region, ((entry.offset, entry.nbytes),)):
-                rows.append(Difference(entry.name, "finite", "NaN or infinity"))
+        rows = [Difference(name, "finite", "NaN or infinity") for name in not_finite(weights, layout)]
         return NonFiniteWeights(
             f"{self.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
             "trainer, which has probably diverged.",

@@ -90,14 +90,17 @@ def push(
     from .console import complain, differences_text, outcome_json, outcome_line
     from .syncer import Syncer
 
+    loaded = _spec(spec, name, slots)
     try:
-        with Syncer(_spec(spec, name, slots), checkpoint, runtime=runtime_dir) as syncer:
+        with Syncer(loaded, checkpoint, runtime=runtime_dir) as syncer:
             outcome = syncer.once(force=force, dry_run=dry_run)
     except WsyncError as exc:
         if as_json and not isinstance(exc, UsageError):
-            _print_json({"status": "failed", "name": name or spec, "reason": str(exc)})
+            _print_json({"status": "failed", "name": loaded.name, "reason": str(exc)})
         complain(exc)
         raise typer.Exit(exc.exit_code) from exc
+    for refused in outcome.passed_over:
+        print(outcome_line(refused), differences_text(refused.differences), sep="\n", file=sys.stderr)
     if as_json:
         _print_json(outcome_json(outcome))
     else:
@@ -147,8 +150,6 @@ def watch(
 
     if log_format not in (None, "rich", "plain", "json"):
         raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
-    if poll is not None and not 0 < poll < 86_400:
-        raise UsageError(f"--poll {poll} is no time. Give seconds above 0.")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -170,23 +171,26 @@ def status(
     runtime_dir: RuntimeOption = None,
 ) -> None:
     """What is live where, how old it is, and which version each reader is on."""
-    from .console import print_status, segment_json
-    from .errors import SegmentMissing
+    from .console import complain, print_status, segment_json
+    from .errors import SegmentError
     from .segment import Segment, segments
 
-    opened = []
+    opened, broken = [], 0
     for each in [name] if name else segments(runtime_dir):
         try:
             opened.append(Segment.open(each, runtime_dir))
-        except SegmentMissing:
+        except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
             if name:
                 raise
+            complain(exc)
+            broken = exc.exit_code
     if not as_json:
         print_status(opened)
     elif name:
         _print_json(segment_json(opened[0]))
     else:
         _print_json({"segments": [segment_json(segment) for segment in opened]})
+    raise typer.Exit(broken)
 
 
 @app.command(epilog="Example: wsync rm cartpole")
@@ -195,10 +199,9 @@ def rm(
     runtime_dir: RuntimeOption = None,
 ) -> None:
     """Remove a segment; policies that are attached keep the weights they have."""
-    from .segment import Segment
+    from .segment import remove
 
-    segment = Segment.open(name, runtime_dir, write=True)
-    segment.remove()
+    remove(name, runtime_dir)
     print(f"{name}: removed")
 
 

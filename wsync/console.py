@@ -203,6 +203,7 @@ class WatchLog:
     def __init__(self, name: str, checkpoints: Path, form: LogFormat, segment: Callable[[], Segment | None]) -> None:
         self._name, self._checkpoints, self._form, self._segment = name, checkpoints, form, segment
         self._last: tuple[str, str] = ("", "")
+        self._refused: set[str] = set()
         self._shown: Outcome | None = None
         self._done = (0, 0)
         self._stage_began = 0.0
@@ -227,27 +228,30 @@ class WatchLog:
         self._line("info", "stop", f"{self._name}: stopped; version {version} stays live")
 
     def tell(self, event: Outcome | WsyncError) -> None:
-        """An outcome of a pass, or why it failed; what was said last is not said again."""
+        """An outcome of a pass, or why it failed; but for a publish, what was said last is not said again."""
         if isinstance(event, WsyncError):
             key = ("failed", str(event))
+            if key != self._last:
+                self._line("error", "failure", f"{self._name}: {event}")
         else:
+            for refused in event.passed_over:
+                self._refusal(refused)
             key = (event.status, event.identity or event.reason or "")
-        if not isinstance(event, WsyncError):
-            if event.status in ("published", "current") and event.version:
+            if event.version and event.status in ("published", "current"):
                 self._shown = event
-            if event.status == "current" and self._last[0] in ("", "current", "published"):
-                if self._last[0] == "":
-                    self._outcome("info", event)
-                self._last = key
-                return
-        if key == self._last:
-            return
+            known = key == self._last or (event.status == "current" and self._last[0] in ("current", "published"))
+            if event.status == "rejected":
+                self._refusal(event)
+            elif event.status == "published" or not known:
+                levels = {"published": "info", "current": "info", "empty": "info", "busy": "warning"}
+                self._outcome(levels.get(event.status, "error"), event)
         self._last = key
-        if isinstance(event, WsyncError):
-            self._line("error", "failure", f"{self._name}: {event}")
-        else:
-            levels = {"published": "info", "current": "info", "empty": "info", "busy": "warning"}
-            self._outcome(levels.get(event.status, "error"), event)
+
+    def _refusal(self, refused: Outcome) -> None:
+        """A refused checkpoint is told of once, as long as it does not change."""
+        if refused.identity not in self._refused:
+            self._refused.add(refused.identity)
+            self._outcome("error", refused)
 
     def progress(self, done: int, total: int) -> None:
         if done < self._done[0] or not self._done[1]:

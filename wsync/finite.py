@@ -66,3 +66,11 @@ def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[
             if int(bits.max()) >= sign | limit or int(bits.view(f"i{width}").max()) >= limit:
                 return False
     return True
+
+
+def not_finite(weights: memoryview, layout: Layout) -> list[str]:
+    """The names of the tensors that hold NaN or infinity, tensor by tensor only where some do."""
+    if all_finite(weights, float_regions(layout), ((0, layout.nbytes),)):
+        return []
+    regions = float_regions(layout)
+    return [entry.name for entry in layout.tensors if not all_finite(weights, regions, ((entry.offset, entry.nbytes),))]

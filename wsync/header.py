@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,13 @@ def read_header(fd: int, size: int, path: Path) -> tuple[dict[str, StoredTensor]
     if len(text) < length:
         raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
+        header = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
     except (ValueError, RecursionError) as exc:
         raise malformed(path, f"its header is not JSON ({exc})") from exc
     if not isinstance(header, dict):
         raise malformed(path, "its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise malformed(path, "its __metadata__ is not a table of strings")
     tensors = sorted(
@@ -84,14 +84,24 @@ def _incomplete(path: Path, size: int, says: str) -> IncompleteCheckpoint:
 
 
 def malformed(path: Path, reason: str) -> MalformedCheckpoint:
+    if len(reason) > 300:  # of a hostile header's own words no more than a line
+        reason = f"{reason[:200]} … {reason[-90:]}"
     return MalformedCheckpoint(f"{path} is not a safetensors file: {reason}. Write it again.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
+    for key in table:
+        key.encode()  # half a surrogate is no text
     if len(table) != len(pairs):
         raise ValueError("a key is there twice")
     return table
+
+
+def _integer(digits: str) -> int:
+    if digits == "-0":
+        raise ValueError("minus zero is no size")
+    return int(digits)
 
 
 def _refuse(constant: str) -> None:
@@ -107,10 +117,20 @@ def _stored(name: str, info: object, path: Path) -> StoredTensor:
         raise malformed(path, f"{name!r} has the unknown dtype {dtype!r}"[:200])
     if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise malformed(path, f"{name!r} has an impossible shape or byte range")
-    bits = prod(shape) * DTYPE_BITS[dtype]
+    bits = DTYPE_BITS[dtype] * _product(shape)
     if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise malformed(path, f"{name!r}: {describe(dtype, shape)} does not take the bytes that it is given")
     return StoredTensor(name, dtype, tuple(shape), offsets[0], offsets[1] - offsets[0])
+
+
+def _product(shape: list[int]) -> int:
+    """The elements of a shape; beyond 64 bits as soon as any partial product is, as the official reader has it."""
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 1 << 64:
+            break
+    return elements
 
 
 def _sizes(value: object) -> bool:

@@ -202,11 +202,20 @@ def layout_of(module: torch.nn.Module) -> Layout:
     Works on the meta device, too: no byte of a weight is read.
 
     Raises:
-        SpecError: a tensor has no shape yet (a lazy module), or a dtype that safetensors cannot hold.
+        SpecError: there are none; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold.
+    """
+    return layout_of_tensors(named_tensors(module))
+
+
+def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
+    """The layout of named tensors; those that are one storage, offset, shape and stride are tied.
+
+    Raises:
+        SpecError: as ``layout_of``.
     """
     groups: dict[object, list[str]] = {}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, tensor in named_tensors(module):
+    for name, tensor in tensors:
         try:
             shape, storage = tuple(tensor.shape), tensor.untyped_storage()._cdata
         except (RuntimeError, ValueError, NotImplementedError) as exc:
@@ -222,9 +231,22 @@ def layout_of(module: torch.nn.Module) -> Layout:
         groups.setdefault(where if tensor.numel() else name, []).append(name)
     if not shapes:
         raise SpecError("the policy has neither parameters nor persistent buffers: there is nothing to keep in step.")
-    tensors, ties = {}, {}
+    firsts, ties = {}, {}
     for names in groups.values():
         first, *others = sorted(set(names))
-        tensors[first] = shapes[first]
+        firsts[first] = shapes[first]
         ties.update(dict.fromkeys(others, first))
-    return Layout.build(tensors, ties)
+    return Layout.build(firsts, ties)
+
+
+def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[torch.Tensor]:
+    """The tensors of a layout whose first byte is at ``start`` of a storage, in the layout's order."""
+    import torch
+
+    tensors = []
+    for entry in layout.tensors:
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        strides = torch.empty(entry.shape, device="meta").stride()
+        first = (start + entry.offset) // dtype.itemsize
+        tensors.append(torch.empty(0, dtype=dtype).set_(storage, first, entry.shape, strides))
+    return tensors

@@ -49,11 +49,15 @@ def open_private_dir(path: Path, *, create: bool = False) -> int:
         SegmentUnsafe: a symbolic link, another user's, writable by others, or no directory.
     """
     if create:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=0o700)
         except FileExistsError:
             pass
+        except OSError as exc:
+            raise SegmentUnsafe(
+                f"{path} cannot be made ({exc.strerror}). Name another place with --runtime-dir."
+            ) from exc
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -76,7 +80,14 @@ def open_private_dir(path: Path, *, create: bool = False) -> int:
 
 def open_file(name: str, flags: int, dir_fd: int, mode: int = 0o600) -> int:
     """Opens a regular file of a private directory, never through a link."""
-    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
+    try:
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+        raise SegmentUnsafe(
+            f"{name} in a segment is not a regular file ({exc.strerror}). Remove the segment with wsync rm."
+        ) from exc
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
         os.close(fd)
@@ -86,22 +97,27 @@ def open_file(name: str, flags: int, dir_fd: int, mode: int = 0o600) -> int:
     return fd
 
 
-def reserve(fd: int, size: int, wanted: int, where: Path) -> None:
+def reserve(fd: int, size: int, *, wanted: int, free: int, where: Path) -> None:
     """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out.
 
     Raises:
-        OutOfSharedMemory: they are not; ``wanted`` bytes are named as what the whole segment takes.
+        OutOfSharedMemory: they are not; the message tells the bytes ``wanted`` in all, and those ``free`` before.
     """
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
             raise
-        raise out_of_memory(wanted, where) from exc
+        raise out_of_memory(wanted, free, where) from exc
 
 
-def out_of_memory(wanted: int, where: Path) -> OutOfSharedMemory:
-    free = os.statvfs(where).f_bavail * os.statvfs(where).f_frsize
+def free_bytes(where: Path) -> int:
+    """Bytes that a file system still has for this user."""
+    info = os.statvfs(where)
+    return info.f_bavail * info.f_frsize
+
+
+def out_of_memory(wanted: int, free: int, where: Path) -> OutOfSharedMemory:
     return OutOfSharedMemory(
         f"{where} has no room: the segment takes {wanted:,} bytes, {free:,} are free. Make it larger (docker run "
         "--shm-size, or a memory-backed emptyDir with a sizeLimit), use fewer --slots, or name another place with "

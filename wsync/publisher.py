@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
-from .layout import Layout
+from .finite import not_finite
+from .layout import Layout, views
 from .segment import Segment
 from .segment_files import Publication
+
+if TYPE_CHECKING:
+    import torch
 
 
 def publish(
     segment: Segment,
     checkpoint: Checkpoint,
     *,
+    finite: bool = True,
     spec: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Publication:
     """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
 
     Args:
+        finite: refuse NaN and infinity.
         spec: fingerprint of the policy spec, recorded with the version.
         progress: called with the number of bytes of each read.
 
@@ -37,7 +44,7 @@ def publish(
     plan = checkpoint.plan(segment.layout)
     with segment.spare_slot() as slot:
         with slot.weights as weights:
-            checkpoint.read_into(weights, plan, progress=progress)  # P4 stage, P5 verify
+            checkpoint.read_into(weights, plan, finite=finite, progress=progress)  # P4 stage, P5 verify
         publication = Publication(
             version=segment.version + 1,
             step=checkpoint.step,
@@ -45,6 +52,64 @@ def publish(
             identity=checkpoint.identity,
             published_at=time.time(),
             spec=spec,
+        )
+        slot.describe(publication)
+    segment.store(publication.version, slot.number)
+    return publication
+
+
+def publish_tensors(
+    segment: Segment,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    finite: bool = True,
+    step: int | None = None,
+    spec: str = "",
+) -> Publication:
+    """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
+
+    Args:
+        tensors: by dotted name, on any device; another float dtype is cast to the segment's.
+        strict: every tensor must come; else what does not come keeps its live values.
+        finite: refuse NaN and infinity, also those that a cast made.
+        step: recorded with the version.
+        spec: fingerprint of the policy spec, recorded with the version.
+
+    Raises:
+        KeyError: a name is unknown, or missing.
+        ValueError: a shape is another, or a value is not finite.
+        TypeError: the segment's dtype cannot hold a tensor's values.
+        SegmentBusy: every spare slot is leased.
+    """
+    import torch
+
+    from .weights import check, copy
+
+    layout = segment.layout
+    sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
+    missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
+    kept = None if strict else segment.live_weights()
+    if missing and kept is None:
+        why = (
+            "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
+        )
+        raise KeyError(f"{len(missing)} tensors did not come: {', '.join(missing[:5])}. {why}.")
+    with segment.spare_slot() as slot:
+        staged = views(layout, torch.frombuffer(slot.memory, dtype=torch.uint8).untyped_storage(), slot.data_offset)
+        targets = {
+            tuple(name.split(".")): tensor
+            for entry, tensor in zip(layout.tensors, staged, strict=True)
+            for name in entry.names
+        }
+        check(targets, sources)
+        if missing and kept is not None:
+            slot.weights[:] = kept
+        copy(targets, sources)
+        if finite and (wrong := not_finite(slot.weights, layout)):
+            raise ValueError(f"{wrong[0]!r} holds NaN or infinity. Nothing was published.")
+        publication = Publication(
+            version=segment.version + 1, step=step, source="", identity="", published_at=time.time(), spec=spec
         )
         slot.describe(publication)
     segment.store(publication.version, slot.number)

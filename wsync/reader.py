@@ -34,7 +34,7 @@ from .errors import (
     UsageError,
     WsyncError,
 )
-from .layout import TORCH_DTYPES, Layout, layout_of, named_tensors
+from .layout import Layout, layout_of, named_tensors, views
 from .memory import sleep_on
 from .registry import Registration
 from .segment import Lease, Segment
@@ -43,7 +43,7 @@ from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
 Mode = Literal["auto", "swap", "copy"]
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.1  # seconds between two looks for a removed segment to come back
+_LOOK = 0.1  # seconds between two looks where no word will change
 _WORD = WORD_OFFSET // 8
 
 
@@ -86,6 +86,7 @@ class Reader:
         self._next_look = 0.0
         self._views: dict[int, _View] = {}
         self._held: _View | None = None  # the view that the policy's tensors point into
+        self._kept: list[tuple[int, weakref.ref[Any]]] = []  # slots that outlive the policy's own use of them
         self._targets = _targets(policy, segment.layout)
         self._registration = self._take(segment)
         _readers.add(self)
@@ -127,9 +128,12 @@ class Reader:
                 return
             self._closed = True
             if self._held:
-                with torch.no_grad():
-                    for tensor, _ in self._targets:
-                        tensor.data = tensor.data.clone()
+                own: dict[int, torch.Tensor] = {}
+                with torch.inference_mode(False):
+                    for tensor, index in self._targets:
+                        if index not in own:  # tied tensors stay tied
+                            own[index] = tensor.detach().clone()
+                        tensor.data = own[index]
                 self._let_go()
             self._registration.close()
             self._views.clear()
@@ -165,20 +169,21 @@ class Reader:
                 self._copy(lease)
             self.version = self._taken = lease.version
             self.step, self._seen = publication.step, lease.word
-            self._registration.update(self.version, (lease.slot,) if self.mode == "swap" else ())
+            self._registration.update(self.version, self._leased_slots())
             return True
 
     def _swap(self, lease: Lease) -> None:
         view = self._view(lease)
         view.memory.lease = lease
-        for tensor, index in self._targets:
-            tensor.data = view.tensors[index]
+        with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
+            for tensor, index in self._targets:
+                tensor.data = view.tensors[index]
         self._let_go()
         self._held = view
 
     def _copy(self, lease: Lease) -> None:
         view = self._view(lease)
-        with torch.no_grad():
+        with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
             torch._foreach_copy_([t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets])
         lease.release()
 
@@ -191,11 +196,19 @@ class Reader:
             view.memory.lease.release()
             view.memory.lease = None
         else:
+            self._kept.append((view.memory.lease.slot, weakref.ref(view.memory)))
             self._views = {slot: v for slot, v in self._views.items() if v is not view}
+
+    def _leased_slots(self) -> tuple[int, ...]:
+        """The slot that the policy points into, and those that only a kept tensor still does."""
+        self._kept = [(slot, memory) for slot, memory in self._kept if memory() is not None]
+        held = [self._held.memory.lease.slot] if self._held else []
+        return (*held, *(slot for slot, _ in self._kept))
 
     def _view(self, lease: Lease) -> _View:
         if lease.slot not in self._views:
-            self._views[lease.slot] = _view_slot(self._segment, lease)
+            with torch.inference_mode(False):
+                self._views[lease.slot] = _view_slot(self._segment, lease)
         return self._views[lease.slot]
 
     def _publication(self, lease: Lease) -> Publication:
@@ -247,8 +260,7 @@ class Reader:
             try:
                 self._registration.close(unlink=False)
                 self._registration = Registration(self._segment.path, self.mode)
-                slots = tuple(s for s, v in self._views.items() if v is self._held)
-                self._registration.update(self.version, slots)
+                self._registration.update(self.version, self._leased_slots())
             except (OSError, WsyncError) as exc:
                 _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
 
@@ -308,11 +320,15 @@ def attach(
     try:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not reader.refresh():
-            if not reader.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            left = None if deadline is None else deadline - time.monotonic()
+            if not reader.wait(left) or (left is not None and left <= 0):
                 raise AttachTimeout(
                     f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
                     "or wait longer with timeout=."
                 )
+            if reader.refresh():
+                break
+            time.sleep(_LOOK)  # there is a version, and its slot is locked by somebody who does not follow the protocol
     except BaseException:
         reader.close()
         raise
@@ -357,6 +373,8 @@ def _hindrance(policy: torch.nn.Module) -> str | None:
     for name, tensor in named_tensors(policy):
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}"
+        if tensor.is_inference():
+            return f"{name} was made in inference mode"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous in memory"
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -371,10 +389,5 @@ def _view_slot(segment: Segment, lease: Lease) -> _View:
     memory = kind.from_address(address)
     memory.keep, memory.lease = mapped, None
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    tensors = []
-    for entry in segment.layout.tensors:
-        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        first = (segment.data_offset + entry.offset) // dtype.itemsize
-        strides = torch.empty(entry.shape, device="meta").stride()
-        tensors.append(torch.empty(0, dtype=dtype).set_(storage, first, entry.shape, strides))
+    tensors = views(segment.layout, storage, segment.data_offset)
     return _View(memory, storage, tensors, torch._C._storage_Use_Count(storage._cdata))

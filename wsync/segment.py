@@ -64,6 +64,7 @@ from .segment_files import (
     REMOVED,
     WORD_OFFSET,
     Publication,
+    discard,
     make,
     metadata_block,
     slot_name,
@@ -103,15 +104,17 @@ class Segment:
             self._control = self._map("control", write)
             with open(self._open("layout.json", os.O_RDONLY), "rb") as file:
                 self.about: dict[str, Any] = json.load(file)
-        except (OSError, ValueError, KeyError) as exc:
+            self.slots = int(self.about["slots"])
+            self.data_offset = int(self.about["data_offset"])
+            self.spec = str(self.about["spec"])
+        except (OSError, ValueError, KeyError, TypeError) as exc:
             os.close(self._dir)
             raise SegmentUnsafe(
-                f"{path} is not a segment that this wsync can read ({exc}). Remove it with `wsync rm {name}`."
+                f"{path} is not a segment that this wsync can read ({type(exc).__name__}: {exc}). Remove it with "
+                f"`wsync rm {name}`."
             ) from exc
-        self.slots = int(self.about["slots"])
-        self.data_offset = int(self.about["data_offset"])
-        self.spec = str(self.about.get("spec") or "")
         self._layout: Layout | None = None
+        self._publishing = False
         self._words = memoryview(self._control).cast("Q")
         self._slot_maps: dict[int, mmap.mmap] = {}
 
@@ -173,14 +176,10 @@ class Segment:
         Raises:
             SegmentBusy: a publisher holds it.
         """
-        import shutil
-
         with self.publishing():
             self._words[WORD_OFFSET // 8] = self.word | REMOVED
             self.wake()
-            doomed = self.path.with_name(f".removed-{self.name}-{os.getpid()}")
-            os.rename(self.path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(self.path)
 
     def close(self) -> None:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
@@ -263,7 +262,13 @@ class Segment:
         Raises:
             SegmentBusy: another one is; the message names it.
         """
-        fd = self._open("publisher.lock", os.O_RDWR)
+        if self._publishing:  # by this very object: a block within a block
+            yield
+            return
+        try:
+            fd = self._open("publisher.lock", os.O_RDWR)
+        except FileNotFoundError:
+            raise self._removed() from None
         try:
             if not try_lock(fd):  # P1 lock
                 holder = os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n ")
@@ -271,11 +276,20 @@ class Segment:
                     f"another publisher ({holder or 'unknown'}) is at work on segment {self.name!r}. "
                     "Try again later, or stop the other one."
                 )
+            if not self.is_current():
+                raise self._removed()
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()}".encode(), 0)
+            self._publishing = True
             yield
         finally:
+            self._publishing = False
             os.close(fd)
+
+    def _removed(self) -> SegmentBusy:
+        return SegmentBusy(
+            f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
+        )
 
     @contextmanager
     def spare_slot(self) -> Iterator[SpareSlot]:
@@ -321,6 +335,11 @@ class Segment:
         """A leased slot as memory, its pages mapped at once, and the address, good while the mmap is referred to."""
         mapped = self._slot_map(slot)
         return mapped, _address(mapped)
+
+    def live_weights(self) -> memoryview | None:
+        """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
+        slot = self.word & 0xFF
+        return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
 
     def unmap(self) -> None:
         """Lets the slots' mappings go; the next access maps them anew."""
@@ -390,6 +409,25 @@ class SpareSlot:
     def describe(self, publication: Publication) -> None:
         """Writes what the slot holds into its header."""
         os.pwrite(self.fd, metadata_block(publication.to_metadata()), 8)
+
+
+def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
+    """Removes a segment, also one that is broken.
+
+    Raises:
+        SegmentMissing: there is none of this name.
+        SegmentBusy: a publisher holds it.
+        SegmentUnsafe: it is another user's, or no directory.
+    """
+    try:
+        segment = Segment.open(name, runtime, write=True)
+    except SegmentUnsafe:
+        path = runtime_dir(runtime) / check_name(name)
+        os.close(open_private_dir(path))
+        discard(path)
+        return
+    segment.remove()
+    segment.close()
 
 
 def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:

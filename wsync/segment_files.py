@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .layout import Layout
-from .memory import PAGE, open_file, open_private_dir, reserve, try_lock
+from .memory import PAGE, free_bytes, open_file, open_private_dir, reserve, try_lock
 
 FORMAT = 1
 MAGIC = b"WSYNC\0\0" + bytes([FORMAT])
@@ -106,13 +106,14 @@ def make(path: Path, layout: Layout, slots: int, spec: str) -> None:
     files = [("control", _control_page(), PAGE), ("layout.json", json.dumps(about).encode(), 0)]
     files += [(slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)]
     wanted = sum(max(size, len(content)) for _, content, size in files)
+    free = free_bytes(path.parent)
     temporary, directory, lock = _claim(path.parent)
     try:
         os.mkdir("readers", 0o700, dir_fd=directory)
         for name, content, size in files:
             fd = open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
             try:
-                reserve(fd, max(size, len(content)), wanted, path.parent)
+                reserve(fd, max(size, len(content)), wanted=wanted, free=free, where=path.parent)
                 os.pwrite(fd, content, 0)
             finally:
                 os.close(fd)
@@ -124,6 +125,15 @@ def make(path: Path, layout: Layout, slots: int, spec: str) -> None:
     finally:
         os.close(lock)
         os.close(directory)
+
+
+def discard(path: Path) -> None:
+    """Removes a segment's directory: first its name, then what is in it, so that nobody opens half of it."""
+    import shutil
+
+    doomed = path.with_name(f".removed-{path.name}-{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(base: Path) -> None:

@@ -11,13 +11,16 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .checkpoint import identity
 from .errors import CheckpointError, NoCheckpoint
+
+if TYPE_CHECKING:
+    from watchfiles._rust_notify import RustNotify
 
 SUFFIX = ".safetensors"
 _TEMPORARY = re.compile(r"^\.|^~|~$|[.\-_](tmp|temp|part|partial|incomplete)\b", re.IGNORECASE)
@@ -96,6 +99,8 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None) -> li
         if live and candidate.identity == live.identity:
             break
         if live and candidate.path.parent == live.path.parent and candidate.place < live.place:
+            if candidate.path == live.path:  # replaced by an older file, which is new all the same
+                chosen.append(candidate)
             break
         chosen.append(candidate)
     return chosen
@@ -105,61 +110,57 @@ class Changes:
     """Waits until something may have changed in a directory: by notification, and by the clock.
 
     Notifications come from watchfiles; they miss remote file systems and directories that are not there yet, for which
-    the clock is. A directory that is not there is awaited in its parent.
+    the clock is. A directory that is not there is awaited in its parent. Watching begins when the object is made, so
+    that nothing that happens before the first wait is missed.
     """
 
     def __init__(self, place: Path, poll: float, stop: threading.Event) -> None:
         self._place, self._poll, self._stop = place, poll, stop
-        self._events: Generator[set[Any], None, None] | None = None
+        self._notify: RustNotify | None = None
         self._watched: tuple[int, int] | None = None
+        self._current()
 
     def wait(self) -> bool:
         """Waits for a change, at most ``poll`` seconds; True where a notification came."""
         deadline = time.monotonic() + self._poll
-        while not self._stop.is_set() and time.monotonic() < deadline:
+        while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            fresh, notify = self._current()
+            if fresh:
+                return True  # what happened before this watch began was told to nobody
             try:
-                changes = next(self._current(), None)
-            except (
-                OSError,
-                RuntimeError,
-            ):  # nothing to watch, or the notifier gave up: the clock remains
+                changes = notify.watch(0, _STEP, max(1, int(left * 1000)), self._stop) if notify else None
+            except RuntimeError:  # the notifier gave up; the clock remains
                 changes = None
             if changes is None:
                 self.close()
-                self._stop.wait(deadline - time.monotonic())
-            elif any(self._concerns(path) for _, path in changes):
+                self._stop.wait(left)
+            elif isinstance(changes, set) and any(self._concerns(path) for _, path in changes):
                 return True
         return False
 
     def close(self) -> None:
-        if self._events is not None:
-            self._events.close()
-        self._events = self._watched = None
+        if self._notify is not None:
+            self._notify.close()
+        self._notify = self._watched = None
 
     def _concerns(self, path: str) -> bool:
         return path.endswith(SUFFIX) or os.path.basename(path) == self._place.name
 
-    def _current(self) -> Generator[set[Any], None, None]:
-        """The notifications of the directory that is there now; one that was replaced is a new one."""
-        directory = self._place if self._place.is_dir() else self._place.parent
-        info = directory.stat()
-        if self._events is None or self._watched != (info.st_dev, info.st_ino):
-            from watchfiles import watch
+    def _current(self) -> tuple[bool, RustNotify | None]:
+        """Whether watching began just now, and the watcher of the directory that is there; a replaced one is new."""
+        from watchfiles._rust_notify import RustNotify  # documented for direct use; all else there needs asyncio
 
+        directory = self._place if self._place.is_dir() else self._place.parent
+        try:
+            info = directory.stat()
+            if self._watched == (info.st_dev, info.st_ino):
+                return False, self._notify
             self.close()
+            self._notify = RustNotify([str(directory)], False, False, 0, False, True)
             self._watched = (info.st_dev, info.st_ino)
-            self._events = watch(
-                directory,
-                watch_filter=None,
-                debounce=0,
-                step=_STEP,
-                rust_timeout=max(1, int(self._poll * 1000)),
-                yield_on_timeout=True,
-                stop_event=self._stop,
-                recursive=False,
-                ignore_permission_denied=True,
-            )
-        return self._events
+        except OSError:  # there is nothing to watch, or no watch is left to be had
+            self.close()
+        return self._notify is not None, self._notify
 
 
 def _candidate(path: Path, info: os.stat_result) -> Candidate:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 POLL = 1.0
+MAX_POLL = 86_400.0
+MAX_SLOTS = 64
 SLOTS = 3
 
 _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] = {
@@ -59,6 +61,13 @@ class Spec:
     poll: float = POLL
     slots: int = SLOTS
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not 2 <= self.slots <= MAX_SLOTS:
+            raise SpecError(f"slots = {self.slots}: a segment has 2 to {MAX_SLOTS} slots. Two work, three are better.")
+        if not 0 < self.poll <= MAX_POLL:
+            raise SpecError(f"watch.poll = {self.poll} is no time (--poll). Give seconds above 0, a day at most.")
+
     @property
     def fingerprint(self) -> str:
         """Tells whether the layout of a standing segment was read from this very policy.
@@ -68,7 +77,8 @@ class Spec:
         """
         import hashlib
 
-        file = self.directory.joinpath(*self.policy.partition(":")[0].split(".")).with_suffix(".py")
+        place = self.directory.joinpath(*self.policy.partition(":")[0].split("."))
+        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         try:
             info = file.stat()
             state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
@@ -181,7 +191,11 @@ class Spec:
         for attribute in attributes.split("."):
             try:
                 target = getattr(target, attribute)
-            except AttributeError:
+            except (Exception, SystemExit) as exc:
+                if not isinstance(exc, AttributeError):
+                    raise SpecError(
+                        f"{self.policy} is there, but looking it up failed: {_origin(exc)}. Mend it first."
+                    ) from exc
                 near = difflib.get_close_matches(attribute, dir(target), 1)
                 raise SpecError(
                     f"module {module_name!r} has no attribute {attributes!r}. "
@@ -211,7 +225,6 @@ def load_spec(text: str, *, name: str | None = None) -> Spec:
         spec = _load_toml(Path(text).absolute(), name)
     else:
         spec = Spec(_check_import_string(text), name or text.replace(":", "."), Path.cwd())
-    check_name(spec.name)
     return spec
 
 
@@ -229,8 +242,6 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
     watch = data.get("watch", {})
     checkpoints = data.get("checkpoints")
-    if not watch.get("poll", POLL) > 0:
-        raise SpecError(f"{path}: watch.poll = {watch['poll']} is no time. Give seconds above 0.")
     return Spec(
         policy=_check_import_string(data["policy"]),
         name=name or data.get("name") or path.stem,

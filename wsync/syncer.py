@@ -11,8 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from .checkpoint import Checkpoint, step_of
 from .errors import (
@@ -25,18 +24,18 @@ from .errors import (
     LayoutDiffers,
     NoCheckpoint,
     SegmentBusy,
-    SegmentMissing,
     UsageError,
     WithDifferences,
     WsyncError,
 )
 from .layout import Layout
-from .publisher import publish, rehearse
+from .publisher import rehearse
 from .segment import Segment
 from .segment_files import Publication
+from .segment_updater import SharedMemoryWeightUpdater
 from .source import Candidate, Changes
 from .spec import Spec
-from .updaters import CheckpointWeightGetter
+from .weight_getter import CheckpointWeightGetter, place_of
 
 EXIT_CODES = {
     "published": 0,
@@ -66,6 +65,7 @@ class Outcome:
         differences: what does not fit.
         backwards: the step is lower than that of the version before.
         identity: of the checkpoint's file.
+        passed_over: newer candidates that were refused on the way to this one.
     """
 
     status: str
@@ -80,6 +80,7 @@ class Outcome:
     differences: tuple[Difference, ...] = ()
     backwards: bool = False
     identity: str = ""
+    passed_over: tuple[Outcome, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -113,9 +114,15 @@ class Syncer:
                 f"{spec.policy}: no checkpoints are named. Give a directory or a file after the spec, or set "
                 "`checkpoints` in the TOML."
             )
-        self.spec, self.runtime, self.progress = spec, runtime, progress
+        self.spec, self.progress = spec, progress
         self.getter = CheckpointWeightGetter(place)
-        self._segment: Segment | None = None
+        self.updater = SharedMemoryWeightUpdater(
+            spec.name, weight_getter=self.getter, layout=spec.layout, slots=spec.slots, runtime_dir=runtime
+        )
+        self.updater.register_post_hook(self._note)
+        self._before: Publication | None = None
+        self._started = 0.0
+        self._published: Outcome | None = None
         self._refused: dict[str, str] = {}
 
     def __enter__(self) -> Syncer:
@@ -125,26 +132,17 @@ class Syncer:
         self.close()
 
     def close(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment:
-            segment.close()
-
-    def rest(self) -> None:
-        """Gives the slots' mappings back until the next publish."""
-        if self._segment:
-            self._segment.unmap()
+        self.updater.close()
 
     @property
     def segment(self) -> Segment | None:
-        """The standing segment, opened anew where it was removed and recreated."""
-        if self._segment and not self._segment.is_current():
-            self.close()
-        if self._segment is None:
-            try:
-                self._segment = Segment.open(self.spec.name, self.runtime, write=True)
-            except SegmentMissing:
-                return None
-        return self._segment
+        """The standing segment; None where there is none."""
+        return self.updater.segment
+
+    def rest(self) -> None:
+        """Gives the slots' mappings back until the next publish."""
+        if segment := self.segment:
+            segment.unmap()
 
     def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
@@ -162,7 +160,8 @@ class Syncer:
         try:
             todo, refusal = self._todo(live, force, started)
             if todo and not dry_run:
-                segment = segment or self._create()
+                self.updater.spec = self.spec.fingerprint
+                segment = self.updater.make_segment()
                 with segment.publishing():
                     live = segment.live()  # another publisher may have been faster
                     todo, refusal = self._todo(live, force, started)
@@ -204,7 +203,7 @@ class Syncer:
 
     def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
         """What to try; and, where the newest was refused as it is, that refusal once more."""
-        newer = self.getter.candidates(None if force else _place(live))
+        newer = self.getter.candidates(None if force else place_of(live))
         if force:
             return newer, None
         todo = [candidate for candidate in newer if candidate.identity not in self._refused]
@@ -229,11 +228,11 @@ class Syncer:
         started: float,
     ) -> Outcome:
         """Goes down the list until one can be taken; tells of the newest if none can."""
-        first: Outcome | None = None
+        refusals: list[Outcome] = []
         for candidate in todo:
             try:
                 with self.getter.open(candidate) as checkpoint:
-                    return take(checkpoint)
+                    return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
             except CheckpointError as exc:
@@ -241,43 +240,49 @@ class Syncer:
                     self._refused[candidate.identity] = exc.message
                 named = candidate.path == self.getter.checkpoints
                 status = _status(exc, named)
-                first = first or self._outcome(
-                    status,
-                    live,
-                    started,
-                    step=step_of(candidate.path.name, {}),
-                    checkpoint=str(candidate.path),
-                    reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
-                    differences=exc.differences if isinstance(exc, WithDifferences) else (),
-                    identity=candidate.identity,
+                refusals.append(
+                    self._outcome(
+                        status,
+                        live,
+                        started,
+                        step=step_of(candidate.path.name, {}),
+                        checkpoint=str(candidate.path),
+                        reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
+                        differences=exc.differences if isinstance(exc, WithDifferences) else (),
+                        identity=candidate.identity,
+                    )
                 )
-        if first is None:
+        if not refusals:
             raise self.getter.nothing()
-        return first
+        return refusals[0]
 
     def _publish(self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float) -> Outcome:
         if self.spec.fingerprint not in (segment.spec, live.spec if live else ""):
             self._check_layout(segment)
+        self.updater.progress = self._counter(segment.layout.nbytes)
+        self._before, self._started = live, started
         try:
-            publication = publish(
-                segment,
-                checkpoint,
-                spec=self.spec.fingerprint,
-                progress=self._counter(segment.layout.nbytes),
-            )
+            self.updater.push_weights(checkpoint)
         except CheckpointMismatch:
             self._check_layout(segment)
             raise
-        before = live.step if live else None
-        return self._outcome(
+        assert self._published is not None
+        return self._published
+
+    def _note(self) -> None:
+        """The post hook: what was published, in words."""
+        publication, segment, before = self.updater.published, self.updater.segment, self._before
+        assert publication is not None and segment is not None
+        step, last = publication.step, before.step if before else None
+        self._published = self._outcome(
             "published",
             publication,
-            started,
+            self._started,
             step=publication.step,
             checkpoint=publication.source,
             bytes=segment.layout.nbytes,
             readers=len(segment.readers()),
-            backwards=before is not None and publication.step is not None and publication.step < before,
+            backwards=step is not None and last is not None and step < last,
             identity=publication.identity,
         )
 
@@ -301,16 +306,6 @@ class Syncer:
             bytes=layout.nbytes,
             identity=checkpoint.identity,
         )
-
-    def _create(self) -> Segment:
-        self._segment = Segment.create(
-            self.spec.name,
-            self.spec.layout(),
-            self.runtime,
-            slots=self.spec.slots,
-            spec=self.spec.fingerprint,
-        )
-        return self._segment
 
     def _check_layout(self, segment: Segment, layout: Layout | None = None) -> None:
         """Tells a policy that changed since its segment was made.
@@ -357,10 +352,3 @@ def _status(exc: CheckpointError, named: bool) -> str:
     if isinstance(exc, IncompleteCheckpoint):
         return "empty"
     return "busy" if isinstance(exc, CheckpointChanged) else "failed"
-
-
-def _place(live: Publication | None) -> Candidate | None:
-    """Where the live version came from, as a candidate to compare with."""
-    if live is None or not live.source:
-        return None
-    return Candidate(Path(live.source), live.identity, int(live.identity.rpartition("-")[2] or 0))

@@ -1,0 +1,350 @@
+"""The command line as a shell or cron meets it: exit codes, JSON, messages, and what a run costs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+from conftest import Cli, write
+from policies import mlp
+from safetensors.torch import load_file
+from torch import nn
+
+import wsync
+from wsync.layout import layout_of
+from wsync.segment import Segment
+from wsync.spec import load_spec
+from wsync.syncer import Syncer
+
+SPEC, NAME = "policies:mlp", "policies.mlp"
+PUSH_KEYS = {"status", "name", "version", "step", "checkpoint", "bytes", "seconds", "reason"}
+
+
+@pytest.fixture
+def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory of checkpoints, relative to the current directory of all commands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    return Path("runs")
+
+
+@pytest.fixture
+def live(runs: Path) -> Iterator[Segment]:
+    """A segment whose version 1 is ``runs/step_10.safetensors``, weights of mark 1, as a push leaves it."""
+    write(runs / "step_10.safetensors", mlp(), 1.0)
+    spec = load_spec(SPEC)
+    Segment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()  # here, since torch is here already
+    with Syncer(spec, runs) as syncer:
+        assert syncer.once().status == "published"
+    segment = Segment.open(NAME, write=True)
+    yield segment
+    segment.close()
+
+
+def report(result: CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on stdout."""
+    assert result.stdout.count("\n") == 1, result.stdout + result.stderr
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def mark_of(segment: Segment) -> set[float]:
+    slot = segment.word & 0xFF
+    return {float(x) for t in load_file(segment.path / f"slot-{slot}.safetensors").values() for x in t.flatten()}
+
+
+def test_first_push_makes_the_segment(cli: Cli, runs: Path) -> None:
+    """The newest of a directory is published into a segment that the push itself makes: 0, with every key."""
+    write(runs / "step_9.safetensors", mlp(), 9.0)
+    newest = write(runs / "step_10.safetensors", mlp(), 10.0)
+    result = cli("push", SPEC, "runs", "--json")
+    data = report(result)
+    assert result.returncode == 0 and data.keys() >= PUSH_KEYS
+    assert (data["status"], data["name"], data["version"], data["step"]) == ("published", NAME, 1, 10)
+    assert (data["checkpoint"], data["bytes"], data["reason"]) == (
+        str(newest.absolute()),
+        layout_of(mlp()).nbytes,
+        None,
+    )
+    assert data["seconds"] > 0
+    assert mark_of(Segment.open(NAME)) == {10.0}
+
+
+def test_push_again_is_current(cli: Cli, live: Segment) -> None:
+    """Nothing new is 0 and publishes nothing, by line and by JSON."""
+    data, line = report(cli("push", SPEC, "runs", "--json")), cli("push", SPEC, "runs")
+    assert data.keys() >= PUSH_KEYS
+    assert (data["status"], data["version"], data["step"]) == ("current", 1, 10)
+    assert (line.returncode, line.stderr) == (0, "")
+    assert "version 1" in line.stdout and "current" in line.stdout
+    assert live.version == 1
+
+
+def test_push_of_the_next_one(cli: Cli, live: Segment, runs: Path) -> None:
+    """A newer checkpoint is the next version; the line says version, step and file."""
+    write(runs / "step_11.safetensors", mlp(), 2.0)
+    result = cli("push", SPEC, "runs")
+    assert result.returncode == 0
+    assert all(word in result.stdout for word in (NAME, "version 2", "step 11", "step_11.safetensors"))
+    assert (live.version, mark_of(live)) == (2, {2.0})
+
+
+@pytest.mark.parametrize("place", ["runs", "nowhere", "nowhere/step_1.safetensors"])
+def test_nothing_there_is_empty(cli: Cli, runs: Path, place: str) -> None:
+    """No complete checkpoint yet is 66 and makes no segment."""
+    result = cli("push", SPEC, place, "--json")
+    assert result.returncode == 66
+    assert report(result).items() >= {"status": "empty", "version": 0, "step": None}.items()
+    assert place in report(result)["reason"]
+    assert Path(os.environ["WSYNC_RUNTIME_DIR"], NAME).exists() is False
+
+
+def test_only_a_half_written_one_is_empty(cli: Cli, runs: Path) -> None:
+    """In a directory, what is incomplete may become whole: 66, not a rejection."""
+    path = write(runs / "step_1.safetensors", mlp(), 1.0)
+    path.write_bytes(path.read_bytes()[:-4])
+    result = cli("push", SPEC, "runs", "--json")
+    assert (result.returncode, report(result)["status"]) == (66, "empty")
+
+
+def test_half_written_newest_gives_the_one_before(cli: Cli, live: Segment, runs: Path) -> None:
+    """The newest that is complete goes live while a newer one is still being written."""
+    write(runs / "step_11.safetensors", mlp(), 2.0)
+    (runs / "step_12.safetensors").write_bytes((runs / "step_11.safetensors").read_bytes()[:100])
+    result = cli("push", SPEC, "runs", "--json")
+    assert (result.returncode, report(result)["step"], mark_of(live)) == (0, 11, {2.0})
+
+
+def test_other_publisher_is_busy(cli: Cli, live: Segment, runs: Path) -> None:
+    """A segment that another publisher holds is 75, and the reason names it."""
+    write(runs / "step_11.safetensors", mlp(), 2.0)
+    with live.publishing():
+        result = cli("push", SPEC, "runs", "--json")
+    assert (result.returncode, report(result)["status"], report(result)["version"]) == (75, "busy", 1)
+    assert f"pid {os.getpid()}" in report(result)["reason"]
+
+
+def test_leased_spare_slots_are_busy(cli: Cli, live: Segment, runs: Path) -> None:
+    """Where readers lease every spare slot a push is 75 and names them; what is live stays."""
+    readers = []
+    for step in (11, 12):
+        readers.append(wsync.attach(mlp(), NAME, mode="swap"))
+        write(runs / f"step_{step}.safetensors", mlp(), float(step))
+        assert Syncer(load_spec(SPEC), runs).once().status == "published"
+    write(runs / "step_13.safetensors", mlp(), 13.0)
+    result = cli("push", SPEC, "runs")
+    assert result.returncode == 75 and result.stdout == ""
+    assert f"pid {os.getpid()}" in result.stderr and "--slots" in result.stderr
+    assert mark_of(live) == {12.0}
+    for reader in readers:
+        reader.close()
+    assert cli("push", SPEC, "runs").returncode == 0
+
+
+def test_failure_is_one(cli: Cli, live: Segment) -> None:
+    """A segment that cannot be used is 1, a JSON object says why, and nothing is a traceback."""
+    (live.path / "control").write_bytes(b"")
+    result = cli("push", SPEC, "runs", "--json")
+    assert result.returncode == 1 and report(result)["status"] == "failed"
+    assert "wsync rm" in report(result)["reason"] and "Traceback" not in result.stderr
+
+
+def test_failure_names_the_segment(cli: Cli, live: Segment) -> None:
+    """The object of a failed push carries the same name as that of any other."""
+    (live.path / "control").write_bytes(b"")
+    assert report(cli("push", SPEC, "runs", "--json"))["name"] == NAME
+
+
+def test_named_older_file_is_published(cli: Cli, live: Segment, runs: Path) -> None:
+    """A file that is named is what the operator wants, whatever its age; the directory then has nothing newer."""
+    old = write(runs / "step_3.safetensors", mlp(), 3.0)
+    os.utime(old, ns=(0, 0))
+    assert report(cli("push", SPEC, "runs", "--json"))["status"] == "current"
+    result = cli("push", SPEC, str(old), "--json")
+    data = report(result)
+    assert (result.returncode, data["status"], data["version"], data["step"]) == (0, "published", 2, 3)
+    assert mark_of(live) == {3.0}
+    assert report(cli("push", SPEC, str(old), "--json"))["status"] == "current"
+
+
+def test_force_publishes_again(cli: Cli, live: Segment) -> None:
+    """What is live already gets a new version only by --force, or by its variable."""
+    assert report(cli("push", SPEC, "runs", "--force", "--json"))["version"] == 2
+    environment = {**os.environ, "WSYNC_FORCE": "1"}
+    assert report(cli("push", SPEC, "runs", "--json", env=environment))["version"] == 3
+    assert (live.version, mark_of(live)) == (3, {1.0})
+
+
+def test_dry_run_makes_nothing(cli: Cli, runs: Path, runtime: Path) -> None:
+    """A rehearsal without a segment checks the checkpoint and leaves shared memory as it was."""
+    write(runs / "step_10.safetensors", mlp(), 1.0)
+    result = cli("push", SPEC, "runs", "--dry-run")
+    assert result.returncode == 0 and "would be published" in result.stdout
+    assert list(runtime.iterdir()) == []
+
+
+def test_dry_run_publishes_nothing(cli: Cli, live: Segment, runs: Path) -> None:
+    """A rehearsal beside a live version says what would come, refuses what would be refused, and changes neither."""
+    write(runs / "step_11.safetensors", mlp(), 2.0)
+    before = [(live.path / f"slot-{slot}.safetensors").read_bytes() for slot in range(3)]
+    data = report(cli("push", SPEC, "runs", "--json", env={**os.environ, "WSYNC_DRY_RUN": "1"}))
+    assert (data["status"], data["version"], data["step"]) == ("checked", 1, 11)
+    write(runs / "step_12.safetensors", mlp(), float("inf"))
+    result = cli("push", SPEC, "runs/step_12.safetensors", "--dry-run", "--json")
+    assert (result.returncode, report(result)["status"]) == (65, "rejected")
+    assert [(live.path / f"slot-{slot}.safetensors").read_bytes() for slot in range(3)] == before
+
+
+def imported(stderr: str) -> set[str]:
+    """The modules that a process and its children imported, told by the interpreter."""
+    found = {line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")}
+    assert "json" in found
+    return found
+
+
+def test_nothing_to_do_imports_little(cli: Cli, live: Segment) -> None:
+    """A cron job that finds nothing new imports no torch, and not what only staging or drawing takes."""
+    result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert "current" in result.stdout
+    heavy = {"torch", "tensordict", "numpy", "watchfiles", "rich.console", "safetensors", "policies"}
+    assert not imported(result.stderr) & heavy
+
+
+def test_publishing_imports_no_torch(cli: Cli, live: Segment, runs: Path) -> None:
+    """A new checkpoint goes into a standing segment without torch and without the user's code."""
+    write(runs / "step_11.safetensors", mlp(), 2.0)
+    result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert "version 2" in result.stdout
+    assert not imported(result.stderr) & {
+        "torch",
+        "tensordict",
+        "watchfiles",
+        "rich.console",
+        "safetensors",
+        "policies",
+    }
+
+
+@pytest.mark.parametrize("noticed", ["by its file", "by the checkpoint"])
+def test_changed_policy_is_told_from_a_wrong_checkpoint(cli: Cli, runs: Path, noticed: str) -> None:
+    """When the policy's code changed since its segment was made, the segment is named as stale, not the checkpoint."""
+    Path("net.py").write_text("from torch import nn\nmake = lambda: nn.Linear(6, 2)\n")
+    spec = "of another net.py" if noticed == "by its file" else load_spec("net:make").fingerprint
+    segment = Segment.create("net.make", layout_of(nn.Linear(4, 2)), spec=spec)
+    write(runs / "step_11.safetensors", nn.Linear(6, 2), 1.0)
+    result = cli("push", "net:make", "runs/step_11.safetensors")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "wsync rm net.make" in result.stderr
+    assert "F32 [2, 6]" in result.stderr and "F32 [2, 4]" in result.stderr
+    assert segment.version == 0
+
+
+def test_status_without_segments(cli: Cli, runs: Path, runtime: Path) -> None:
+    """Nothing at all is no error: an empty list."""
+    result = cli("status")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "no segments\n", "")
+    assert report(cli("status", "--json", "--runtime-dir", str(runtime / "nowhere"))) == {"segments": []}
+
+
+def test_status_shows_readers_and_their_lag(cli: Cli, live: Segment, runs: Path) -> None:
+    """Each reader is there with its pid, its version and how many versions it lags."""
+    with wsync.attach(mlp(), NAME, mode="swap"), wsync.attach(mlp(), NAME, mode="copy") as fresh:
+        for step in (11, 12):
+            write(runs / f"step_{step}.safetensors", mlp(), float(step))
+            Syncer(load_spec(SPEC), runs).once()
+        fresh.refresh()
+        data, text = report(cli("status", NAME, "--json")), cli("status", NAME).stdout
+        everything = report(cli("status", env={**os.environ, "WSYNC_JSON": "1"}))
+    assert data.keys() >= {"name", "version", "step", "checkpoint", "published_at", "pin", "last_failure", "readers"}
+    assert (data["name"], data["version"], data["step"]) == (NAME, 3, 12)
+    assert data["checkpoint"].endswith("runs/step_12.safetensors")
+    readers = {r["mode"]: r for r in data["readers"]}
+    assert all(r.keys() >= {"pid", "version", "lag", "since"} and r["pid"] == os.getpid() for r in data["readers"])
+    assert {mode: (r["version"], r["lag"]) for mode, r in readers.items()} == {"swap": (1, 2), "copy": (3, 0)}
+    assert [segment["name"] for segment in everything["segments"]] == [NAME]
+    assert all(word in text for word in (NAME, "version 3", "step 12", "step_12.safetensors", "lag", "swap", "copy"))
+    rows = [line.split() for line in text.splitlines() if str(os.getpid()) in line.split()]
+    assert sorted(row[row.index(str(os.getpid())) + 1 :][:2] for row in rows) == [["1", "2"], ["3", "0"]]
+
+
+def test_status_before_the_first_version(cli: Cli, runs: Path) -> None:
+    """A segment that a policy made and nobody published into is shown as that."""
+    Segment.create("nets", layout_of(mlp()))
+    data = report(cli("status", "nets", "--json"))
+    assert (data["version"], data["step"], data["checkpoint"], data["readers"]) == (0, None, None, [])
+    assert "no version yet" in cli("status").stdout
+
+
+def test_rm_removes(cli: Cli, live: Segment, runtime: Path) -> None:
+    """rm removes the segment, says so, and a policy that is attached keeps its weights."""
+    with wsync.attach(mlp(), NAME, mode="copy") as reader:
+        result = cli("rm", NAME)
+        assert (result.returncode, result.stderr) == (0, "") and NAME in result.stdout
+        assert list(runtime.iterdir()) == []
+        assert reader.refresh() is False and reader.version == 1
+    result = cli("rm", NAME)
+    assert result.returncode == 1 and NAME in result.stderr
+
+
+def test_rm_removes_what_is_broken(cli: Cli, live: Segment, runtime: Path) -> None:
+    """The way out that the message names, rm, works for a segment that cannot be read."""
+    (live.path / "layout.json").unlink()
+    assert "wsync rm" in cli("push", SPEC, "runs").stderr
+    assert cli("rm", NAME).returncode == 0
+    assert list(runtime.iterdir()) == []
+
+
+def test_status_shows_the_others_beside_a_broken_one(cli: Cli, live: Segment) -> None:
+    """A segment that cannot be read is named, and the others are still shown."""
+    (Segment.create("broken", layout_of(mlp())).path / "layout.json").unlink()
+    result = cli("status")
+    assert NAME in result.stdout and "version 1" in result.stdout
+    assert "broken" in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_variables_stand_for_options(cli: Cli, runs: Path, runtime: Path) -> None:
+    """Name, slots, JSON and the runtime directory come from WSYNC_ variables where no option says otherwise."""
+    write(runs / "step_10.safetensors", mlp(), 1.0)
+    place = runtime / "other"
+    variables = {"NAME": "actor", "SLOTS": "4", "JSON": "1", "RUNTIME_DIR": str(place)}
+    environment = {**os.environ, **{f"WSYNC_{key}": value for key, value in variables.items()}}
+    assert report(cli("push", SPEC, "runs", env=environment))["name"] == "actor"
+    assert (Segment.open("actor", place).slots, Segment.open("actor", place).version) == (4, 1)
+    assert report(cli("push", SPEC, "elsewhere", "--name", "critic", env=environment))["name"] == "critic"
+
+
+def test_version_and_module(cli: Cli, runs: Path) -> None:
+    """`python -m wsync --version` answers in one line, without torch."""
+    result = cli("--version", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    assert (result.returncode, result.stdout) == (0, f"wsync {wsync.__version__}\n")
+    assert not imported(result.stderr) & {"torch", "numpy", "rich.console"}
+
+
+@pytest.mark.parametrize("command", ["push", "watch", "status", "rm"])
+def test_help_of_each_command(cli: Cli, runs: Path, command: str) -> None:
+    """Each command explains itself with an example."""
+    result = cli(command, "--help", env={**os.environ, "TERM": "dumb"})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"wsync {command}" in result.stdout and "--runtime-dir" in result.stdout
+
+
+def test_help_lists_the_commands(cli: Cli, runs: Path) -> None:
+    """The bare help names every command."""
+    result = cli("-h")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("push", "watch", "status", "rm"))
+
+
+def test_toml_spec(cli: Cli, runs: Path) -> None:
+    """A TOML file gives policy, arguments, name and checkpoints, relative to itself; its own name is the default."""
+    Path("sub").mkdir()
+    Path("sub/actor.toml").write_text('policy = "policies:mlp"\ncheckpoints = "../runs"\n[policy_kwargs]\nhidden = 3\n')
+    write(runs / "step_10.safetensors", mlp(hidden=3), 1.0)
+    data = report(cli("push", "sub/actor.toml", "--json"))
+    assert (data["status"], data["name"]) == ("published", "actor")
+    assert Segment.open("actor").layout == layout_of(mlp(hidden=3))

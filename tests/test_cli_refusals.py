@@ -1,0 +1,212 @@
+"""What the command line refuses: checkpoints that must not go live, and input that makes no sense."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli, raw, write
+from policies import mlp
+from safetensors.torch import save_file
+from test_cli import NAME, SPEC, live, mark_of, report, runs
+from torch import nn
+
+from wsync.segment import Segment
+
+__all__ = ["live", "runs"]  # fixtures
+
+
+def state(mark: float = 2.0) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(tensor, mark) for name, tensor in mlp().state_dict().items()}
+
+
+def saved(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """A checkpoint of the policy but for one change."""
+
+    def write_changed(path: Path) -> None:
+        tensors = state()
+        change(tensors)
+        save_file(tensors, path)
+
+    return write_changed
+
+
+def cut(path: Path) -> None:
+    save_file(state(), path)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overlong(path: Path) -> None:
+    save_file(state(), path)
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+MISFITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], list[str]]] = {
+    "missing": (lambda t: t.pop("2.bias"), ["2.bias", "F32", "[2]", "absent"]),
+    "unknown": (lambda t: t.update(extra=torch.ones(3)), ["extra", "absent", "F32", "[3]"]),
+    "shape": (lambda t: t.update({"0.bias": torch.ones(9)}), ["0.bias", "F32", "[8]", "F32", "[9]"]),
+    "dtype": (lambda t: t.update({"0.bias": torch.ones(8).half()}), ["0.bias", "F32", "[8]", "F16", "[8]"]),
+}
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "NaN": (saved(lambda t: t["0.weight"][3, 2].fill_(float("nan"))), "0.weight"),
+    "infinity": (saved(lambda t: t["2.bias"][0].fill_(float("-inf"))), "2.bias"),
+    "truncated": (cut, "incomplete"),
+    "empty": (lambda path: path.touch(), "incomplete"),
+    "too long": (overlong, "more than"),
+    "garbage": (lambda path: path.write_bytes(b"\x10\0\0\0\0\0\0\0" + os.urandom(500)), "not a safetensors file"),
+    "pickle": (lambda path: torch.save(state(), path), "safetensors"),
+    "header bomb": (lambda path: raw(path, b"{}", length=1 << 62), "bound"),
+    "deep header": (lambda path: raw(path, b"[" * 200_000), "not a safetensors file"),
+    "huge tensor": (
+        lambda path: raw(path, {"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}}),
+        "safetensors",
+    ),
+    "fifo": (os.mkfifo, "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_misfit_is_rejected_with_a_table(cli: Cli, live: Segment, kind: str) -> None:
+    """A checkpoint of other tensors is 65, every difference is a row of a table, and what is live stays live."""
+    change, row = MISFITS[kind]
+    saved(change)(Path("runs/step_11.safetensors"))
+    result = cli("push", SPEC, "runs")
+    assert result.returncode == 65 and result.stdout == "" and "Traceback" not in result.stderr
+    rows = [line.split() for line in result.stderr.splitlines()]
+    assert ["tensor", "expected", "found"] in rows and row in rows, result.stderr
+    assert "step_11.safetensors" in result.stderr and "version 1 stays live" in result.stderr
+    assert (live.version, mark_of(live)) == (1, {1.0})
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_checkpoint_is_refused(cli: Cli, live: Segment, kind: str) -> None:
+    """What is no whole, finite checkpoint is refused with its reason, and what is live stays live."""
+    make, reason = BROKEN[kind]
+    make(Path("runs/step_11.safetensors"))
+    result = cli("push", SPEC, "runs/step_11.safetensors", "--json")
+    data = report(result)
+    assert (result.returncode, data["status"], data["version"]) == (65, "rejected", 1)
+    assert reason in data["reason"] + json.dumps(data.get("differences")) and "Traceback" not in result.stderr
+    assert (live.version, mark_of(live)) == (1, {1.0})
+
+
+def test_rejection_in_json_carries_the_rows(cli: Cli, live: Segment) -> None:
+    """A program gets the table as data: one object for each tensor that differs."""
+    write(Path("runs/step_11.safetensors"), mlp(hidden=16), 2.0)
+    data = report(cli("push", SPEC, "runs", "--json"))
+    assert data["status"] == "rejected" and {d["name"] for d in data["differences"]} == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+    }
+    assert all(d.keys() == {"name", "expected", "found"} for d in data["differences"])
+
+
+def test_good_one_behind_a_bad_one_is_published(cli: Cli, live: Segment, runs: Path) -> None:
+    """A rejected newest does not hold back a good one that is newer than what is live."""
+    write(runs / "step_11.safetensors", mlp(), 11.0)
+    write(runs / "step_12.safetensors", mlp(), float("nan"))
+    data = report(cli("push", SPEC, "runs", "--json"))
+    assert (data["status"], data["step"], mark_of(live)) == ("published", 11, {11.0})
+
+
+def test_rejected_first_push_publishes_nothing(cli: Cli, runs: Path) -> None:
+    """A bad first checkpoint leaves a segment without a version, which no policy takes for weights."""
+    write(runs / "step_1.safetensors", mlp(), float("nan"))
+    result = cli("push", SPEC, "runs", "--json")
+    assert (result.returncode, report(result)["version"]) == (65, 0)
+    assert Segment.open(NAME).live() is None
+
+
+USAGE = {
+    "no command": "",
+    "unknown command": "pull policies:mlp",
+    "unknown option": "push policies:mlp runs --fast",
+    "no spec": "push",
+    "no spec to watch": "watch",
+    "spec without a colon": "push policies runs",
+    "spec that is a path": "push ./policies.py:mlp runs",
+    "no such module": "push no_such_module:make runs",
+    "no policy": "push policies:not_a_policy runs",
+    "no such TOML": "push missing.toml runs",
+    "broken TOML": "push broken.toml runs",
+    "unknown key": "push unknown.toml runs",
+    "wrong kind": "push kind.toml runs",
+    "no checkpoints": "push policies:mlp",
+    "one slot": "push policies:mlp runs --slots 1",
+    "slots in words": "push policies:mlp runs --slots three",
+    "name with a slash": "push policies:mlp runs --name ../x",
+    "empty name": "push policies:mlp runs --name=.",
+    "status of a path": "status ../x",
+    "rm of nothing": "rm",
+    "rm of a path": "rm a/b",
+    "log format": "watch policies:mlp runs --log-format xml",
+    "poll of nothing": "watch policies:mlp runs --poll 0",
+    "poll that is not a number": "watch policies:mlp runs --poll nan",
+}
+
+
+@pytest.mark.parametrize("kind", USAGE)
+def test_wrong_input_is_two(cli: Cli, runs: Path, runtime: Path, kind: str) -> None:
+    """Input that makes no sense is 2 with a message for people: no traceback, nothing on stdout, nothing made."""
+    Path("broken.toml").write_text("policy = \n")
+    Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
+    Path("kind.toml").write_text('policy = "policies:mlp"\nslots = "three"\n')
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    result = cli(*USAGE[kind].split())
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    if kind == "no command":
+        assert "Usage" in result.stdout + result.stderr
+    else:
+        assert result.stderr and result.stdout == ""
+    assert list(runtime.iterdir()) == []
+
+
+def test_messages_suggest_what_was_meant(cli: Cli, runs: Path) -> None:
+    """A near miss is answered with the word that was probably meant."""
+    Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
+    assert "policy_kwargs" in cli("push", "unknown.toml", "runs").stderr
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert "'mlp'" in cli("push", "policies:mpl", "runs").stderr
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "file",
+        "link",
+        "/proc/wsync-test",
+    ],
+)
+def test_impossible_runtime_directory_is_no_traceback(cli: Cli, runs: Path, place: str) -> None:
+    """Where no segment can be made the message says so: 1 for what lies there, and what to do."""
+    Path("file").touch()
+    Path("link").symlink_to("runs")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    result = cli("push", SPEC, "runs", "--runtime-dir", place)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "--runtime-dir" in result.stderr
+
+
+def test_users_own_error_is_told_with_its_line(cli: Cli, runs: Path) -> None:
+    """When the policy's own code fails, its error and line are shown, without our stack."""
+    Path("own.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(1, 2) + no_such_name\n")
+    write(runs / "step_1.safetensors", nn.Linear(1, 2), 1.0)
+    result = cli("push", "own:make", "runs")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "NameError" in result.stderr and "own.py:4" in result.stderr
+
+
+def test_what_the_users_code_prints_is_not_our_output(cli: Cli, runs: Path) -> None:
+    """stdout carries one JSON object, whatever the policy's module prints."""
+    Path("chatty.py").write_text(
+        "from torch import nn\nprint('hello')\n\ndef make():\n    print('x')\n    return nn.Linear(1, 2)\n"
+    )
+    write(runs / "step_1.safetensors", nn.Linear(1, 2), 1.0)
+    assert report(cli("push", "chatty:make", "runs", "--json"))["status"] == "published"

@@ -1,0 +1,415 @@
+"""A policy process's side, in one process: attach, refresh, wait, and the two ways to take a version."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEADLINE, Spawn, marks, write
+from policies import Counting, Tied, mlp
+from safetensors.torch import save_file
+from torch import nn
+
+import wsync
+from wsync import memory
+from wsync import reader as reading
+from wsync.checkpoint import Checkpoint
+from wsync.errors import AttachTimeout, LayoutDiffers, SwapRefused, UsageError
+from wsync.layout import layout_of
+from wsync.publisher import publish
+from wsync.segment import Lease, Segment
+
+
+class Trainer:
+    """Publishes marked checkpoints of one policy, each with its mark as the step."""
+
+    def __init__(self, make: Callable[[], nn.Module], directory: Path, name: str = "nets") -> None:
+        self.segment = Segment.create(name, layout_of(make()))
+        self._make, self._path = make, directory / f"{name}.safetensors"
+
+    def push(self, mark: int) -> int:
+        policy = self._make()
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.contiguous()  # as the official writer wants it
+        path = write(self._path, policy, float(mark), mark)
+        with self.segment.publishing(), Checkpoint(path) as checkpoint:
+            return publish(self.segment, checkpoint).version
+
+
+@pytest.fixture
+def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+    """A segment for ``mlp`` with nothing in it yet."""
+    return Trainer(mlp, tmp_path)
+
+
+def noncontiguous() -> nn.Module:
+    """A parameter that lies transposed in memory."""
+    policy = nn.Linear(3, 5).eval()
+    policy.weight = nn.Parameter(torch.zeros(3, 5).t())
+    return policy
+
+
+def slot_ranges(segment: Segment) -> list[range]:
+    """The addresses at which this process maps slots of a segment."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if f"{segment.path}/slot-" in line:
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            found.append(range(begin, end))
+    return found
+
+
+def addresses(policy: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in policy.state_dict().values()]
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_refresh_takes_each_version_whole(trainer: Trainer, mode: reading.Mode) -> None:
+    """After attach and after each refresh the policy has exactly one version's weights, and the reader says which."""
+    trainer.push(10)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        assert (reader.name, reader.mode, reader.version, reader.step) == ("nets", mode, 1, 10)
+        assert marks(policy) == {10.0}
+        assert reader.refresh() is False
+        for version, mark in enumerate((20, 7, 30, 40, 50), start=2):
+            trainer.push(mark)
+            assert marks(policy) != {float(mark)}
+            assert reader.refresh() is True
+            assert (reader.version, reader.step, marks(policy)) == (version, mark, {float(mark)})
+            assert reader.refresh() is False
+        assert policy(torch.ones(4)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (mlp, "swap"),
+        (mlp, "copy"),
+        (lambda: Tied().eval(), "swap"),
+        (lambda: Tied().eval(), "copy"),
+        (noncontiguous, "copy"),
+    ],
+)
+def test_every_weight_gets_its_own_bytes(
+    runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: reading.Mode
+) -> None:
+    """Random weights of several dtypes arrive each in its own tensor, as the trainer had them."""
+    torch.manual_seed(3)
+    trained, policy = make(), make()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    segment = Segment.create("nets", layout_of(policy))
+    state = {k: v.contiguous() for k, v in trained.state_dict().items() if k != "head.weight"}
+    save_file(state, tmp_path / "weights.safetensors")
+    with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
+        publish(segment, checkpoint)
+    with wsync.attach(policy, "nets", mode=mode):
+        for name, tensor in trained.state_dict().items():
+            assert torch.equal(policy.state_dict()[name], tensor), name
+    assert all(torch.equal(policy.state_dict()[name], tensor) for name, tensor in trained.state_dict().items())
+
+
+def test_several_versions_behind_takes_the_newest(trainer: Trainer) -> None:
+    """A reader that was busy for long goes to the newest at once."""
+    trainer.push(1)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        for mark in (2, 3, 4, 5, 6):
+            trainer.push(mark)
+        assert reader.refresh() and (reader.version, marks(policy)) == (6, {6.0})
+        assert not reader.refresh()
+
+
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        (mlp, "swap"),
+        (lambda: mlp().train(), "copy"),
+        (lambda: Tied().eval(), "swap"),
+        (Tied, "copy"),
+        (Counting, "copy"),
+        (noncontiguous, "copy"),
+    ],
+    ids=["eval", "training", "tied eval", "tied training", "writes its buffer", "transposed"],
+)
+def test_auto_takes_swap_only_where_it_is_safe(
+    runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: str
+) -> None:
+    """Left alone, a policy that may write its own tensors is copied into; running it never hits read-only memory."""
+    trainer = Trainer(make, tmp_path)
+    trainer.push(1)
+    policy = make()
+    with wsync.attach(policy, "nets") as reader:
+        assert reader.mode == mode
+        trainer.push(2)
+        assert reader.refresh() and marks(policy) == {2.0}
+        if isinstance(policy, Counting):
+            policy(torch.ones(4))
+            assert float(policy.calls) == 3.0
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: mlp().train(), "training mode"),
+        (Counting, "'calls'"),
+        (noncontiguous, "weight is not contiguous"),
+        (lambda: mlp().to("meta"), "meta"),
+    ],
+    ids=["training", "writes its buffer", "transposed", "another device"],
+)
+def test_unsafe_swap_is_refused(runtime: Path, make: Callable[[], nn.Module], reason: str) -> None:
+    """Asked for where a write would end the process, swap is refused with the reason before anything is made."""
+    with pytest.raises(SwapRefused, match=reason) as caught:
+        wsync.attach(make(), "nets", mode="swap", timeout=0)
+    assert 'mode="copy"' in str(caught.value)
+    assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_tied_weights_stay_tied(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+    """Both names of a tied pair move together and are one storage, during and after."""
+    trainer = Trainer(Tied, tmp_path)
+    trainer.push(1)
+    policy = Tied().eval()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        for mark in (2, 3):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            assert policy.head.weight is policy.embedding.weight
+    assert policy.head.weight.data_ptr() == policy.embedding.weight.data_ptr()
+    assert float(policy.get_buffer("scratch").sum()) == 0  # what is not persistent is not ours
+
+
+class TwoNames(nn.Module):
+    """Two parameter objects over one storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(3))
+        self.second = nn.Parameter(self.first.data)
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_shared_storage_of_two_parameters_stays_shared(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+    """Also two parameters that only share their storage share it after close: a later write reaches both."""
+    trainer = Trainer(TwoNames, tmp_path)
+    trainer.push(1)
+    policy = TwoNames().eval()
+    with wsync.attach(policy, "nets", mode=mode):
+        assert policy.first.data_ptr() == policy.second.data_ptr()
+    assert policy.first.data_ptr() == policy.second.data_ptr()
+
+
+def test_swap_moves_no_bytes(trainer: Trainer) -> None:
+    """Swapped tensors lie in the mapping of a slot, at another place after each version."""
+    trainer.push(1)
+    policy, seen = mlp(), set()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        parameters = list(policy.parameters())
+        for mark in (2, 3):
+            trainer.push(mark)
+            reader.refresh()
+            mapped = slot_ranges(trainer.segment)
+            assert all(any(address in part for part in mapped) for address in addresses(policy))
+            seen.add(addresses(policy)[0])
+        assert len(seen) == 2
+        assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
+
+
+def test_copy_keeps_addresses(trainer: Trainer) -> None:
+    """Copied weights arrive at the addresses that the policy had before it was attached."""
+    policy = mlp().train()
+    before = addresses(policy)
+    trainer.push(1)
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+        assert reader.refresh() and addresses(policy) == before
+    assert addresses(policy) == before and marks(policy) == {2.0}
+
+
+def test_swap_leases_one_slot_and_copy_none(trainer: Trainer) -> None:
+    """At rest a swapping reader holds back its one slot, and a copying one nothing."""
+    trainer.push(1)
+    swapped, copied = wsync.attach(mlp(), "nets", mode="swap"), wsync.attach(mlp(), "nets", mode="copy")
+    for mark in range(2, 6):
+        trainer.push(mark)
+        swapped.refresh()
+        copied.refresh()
+        slots = {r.mode: r.slots for r in trainer.segment.readers()}
+        assert slots == {"swap": (trainer.segment.word & 0xFF,), "copy": ()}
+    swapped.close()
+    copied.close()
+
+
+def test_idle_refresh_is_one_load(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nothing new a refresh looks at the WORD once and touches neither lock nor file."""
+    trainer.push(1)
+    with wsync.attach(mlp(), "nets") as reader:
+        word = reader._words[reading._WORD]
+        loads: list[int] = []
+
+        class Words:
+            def __getitem__(self, index: int) -> int:
+                loads.append(index)
+                return word
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "_words", Words())
+            patch.setattr(Segment, "lease", lambda _: pytest.fail("a lease for nothing"))
+            assert [reader.refresh() for _ in range(5)] == [False] * 5
+        assert loads == [reading._WORD] * 5
+
+
+def test_another_architecture_is_refused_with_a_table(trainer: Trainer) -> None:
+    """A policy that does not fit is told which tensors differ, and stays as it was."""
+    trainer.push(1)
+    policy = mlp(hidden=16)
+    before = addresses(policy)
+    with pytest.raises(LayoutDiffers) as caught:
+        wsync.attach(policy, "nets")
+    rows = [line.split() for line in str(caught.value).splitlines()]
+    assert ["tensor", "expected", "found"] in rows
+    assert ["0.bias", "F32", "[16]", "F32", "[8]"] in rows
+    assert addresses(policy) == before and trainer.segment.readers() == []
+
+
+def test_timeout_is_its_own_error(trainer: Trainer) -> None:
+    """No version in time is a TimeoutError that says what to start, and leaves no reader behind."""
+    for timeout in (0, 0.02):
+        with pytest.raises(AttachTimeout, match="wsync watch") as caught:
+            wsync.attach(mlp(), "nets", timeout=timeout)
+        assert isinstance(caught.value, TimeoutError)
+    assert trainer.segment.readers() == []
+
+
+@pytest.mark.parametrize("argument", ["mode", "policy", "name"])
+def test_wrong_arguments_are_usage_errors(runtime: Path, argument: str) -> None:
+    """What cannot be right is said at once, before a segment is made for it."""
+    arguments = {"policy": mlp(), "name": "nets", "mode": "auto"} | {argument: "../x"}
+    with pytest.raises(UsageError):
+        wsync.attach(**arguments)  # type: ignore[arg-type]
+    assert list(runtime.iterdir()) == []
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set when a reader goes to sleep; its naps are long, so that only a wake-up ends them in time."""
+    event = threading.Event()
+
+    def sleep_on(address: int, expected: int, seconds: float) -> None:
+        event.set()
+        memory.sleep_on(address, expected, seconds)
+
+    monkeypatch.setattr(reading, "sleep_on", sleep_on)
+    monkeypatch.setattr(memory, "_NAP", DEADLINE)
+    yield event
+    event.set()
+
+
+def test_attach_makes_the_segment_and_waits(runtime: Path, tmp_path: Path, asleep: threading.Event) -> None:
+    """A policy that comes first makes the segment, sleeps, and starts with the first version."""
+
+    def publisher() -> None:
+        asleep.wait(DEADLINE)
+        Trainer(mlp, tmp_path).push(5)
+
+    thread = threading.Thread(target=publisher)
+    thread.start()
+    policy = mlp()
+    with wsync.attach(policy, "nets", timeout=2 * DEADLINE) as reader:
+        assert (reader.version, reader.step, marks(policy)) == (1, 5, {5.0})
+    thread.join()
+
+
+def test_wait_is_woken_by_a_publish_of_another_thread(trainer: Trainer, asleep: threading.Event) -> None:
+    """A sleeper is woken by the publish itself, long before it would look on its own; refresh then takes it."""
+    trainer.push(1)
+    with wsync.attach(mlp(), "nets") as reader:
+        thread = threading.Thread(target=lambda: asleep.wait(DEADLINE) and trainer.push(2))
+        started = time.monotonic()
+        thread.start()
+        assert reader.wait(2 * DEADLINE) is True
+        thread.join()
+        assert time.monotonic() - started < DEADLINE / 2
+        assert reader.version == 1 and reader.wait(0) is True
+        assert reader.refresh() and reader.version == 2
+
+
+def test_wait_is_woken_by_a_publish_of_another_process(
+    trainer: Trainer, asleep: threading.Event, spawn: Spawn, tmp_path: Path
+) -> None:
+    """The wake-up crosses processes."""
+    trainer.push(1)
+    script = (
+        "import sys\n"
+        "from wsync.checkpoint import Checkpoint\n"
+        "from wsync.publisher import publish\n"
+        "from wsync.segment import Segment\n"
+        "segment = Segment.open('nets', write=True)\n"
+        "sys.stdin.readline()\n"
+        "with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint: publish(segment, checkpoint)\n"
+    )
+    publisher = spawn("-c", script, str(write(tmp_path / "next.safetensors", mlp(), 2.0, 2)), stdin=-1)
+    stdin = publisher.stdin
+    assert stdin
+
+    def go() -> None:
+        asleep.wait(DEADLINE)
+        stdin.write("go\n")
+        stdin.flush()
+
+    with wsync.attach(mlp(), "nets") as reader:
+        thread = threading.Thread(target=go)
+        thread.start()
+        assert reader.wait(2 * DEADLINE) is True
+        assert reader.refresh() and reader.step == 2
+        thread.join()
+
+
+def test_wait_ends_at_its_timeout(trainer: Trainer) -> None:
+    """Nothing new is False, and after the time that was asked for."""
+    trainer.push(1)
+    with wsync.attach(mlp(), "nets") as reader:
+        started = time.monotonic()
+        assert reader.wait(0.03) is False
+        assert time.monotonic() - started >= 0.03
+        assert reader.wait(0) is False
+
+
+def test_lease_that_fails_leaves_the_policy(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no lease is to be had a refresh is False and the weights stay; the next one tries again."""
+    trainer.push(1)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Segment, "lease", lambda _: None)
+            assert reader.refresh() is False and marks(policy) == {1.0}
+        assert reader.refresh() is True and marks(policy) == {2.0}
+
+
+def test_leases_are_released(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all leases that a reader took, none is held but that of the version it is on."""
+    taken: list[Lease] = []
+    lease = Segment.lease
+
+    def counted(segment: Segment) -> Lease | None:
+        got = lease(segment)
+        taken.extend([got] if got else [])
+        return got
+
+    monkeypatch.setattr(Segment, "lease", counted)
+    trainer.push(1)
+    with wsync.attach(mlp(), "nets", mode="swap") as reader:
+        for mark in range(2, 12):
+            trainer.push(mark)
+            assert reader.refresh()
+            assert [one.version for one in taken if one.fileno() >= 0] == [mark]
+    assert [one.version for one in taken if one.fileno() >= 0] == []

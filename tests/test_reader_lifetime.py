@@ -1,0 +1,308 @@
+"""The end of things on a policy process's side: close, kept aliases, a removed segment, a fork, inference mode."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEADLINE, Spawn, marks
+from policies import mlp
+from test_reader import Trainer, addresses, slot_ranges
+from torch import nn
+
+import wsync
+from wsync import memory
+from wsync import reader as reading
+from wsync.errors import AttachTimeout, SwapRefused, UsageError
+from wsync.layout import layout_of
+from wsync.segment import Segment
+
+
+@pytest.fixture
+def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+    """A segment for ``mlp`` whose version 1 has the mark 1."""
+    trainer = Trainer(mlp, tmp_path)
+    trainer.push(1)
+    return trainer
+
+
+def leased(segment: Segment) -> list[int]:
+    """The slots that a publisher could not have."""
+    found = []
+    for slot in range(segment.slots):
+        fd = os.open(segment.path / f"slot-{slot}.safetensors", os.O_RDWR | os.O_CLOEXEC)
+        if not memory.try_lock(fd):
+            found.append(slot)
+        os.close(fd)
+    return found
+
+
+def test_close_gives_own_memory(trainer: Trainer) -> None:
+    """After close the policy has the same values in memory of its own, and no lease or mapping is left."""
+    policy = mlp()
+    reader = wsync.attach(policy, "nets", mode="swap")
+    parameters = list(policy.parameters())
+    assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+    trainer.segment.unmap()
+    reader.close()
+    assert leased(trainer.segment) == [] and slot_ranges(trainer.segment) == []
+    assert trainer.segment.readers() == []
+    for mark in range(2, 8):
+        trainer.push(mark)
+    assert marks(policy) == {1.0}
+    assert all(a is b and a.is_leaf for a, b in zip(parameters, policy.parameters(), strict=True))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1)
+    assert marks(policy) == {2.0}
+
+
+def test_closed_reader_refuses(trainer: Trainer) -> None:
+    """After close, also by the context manager, refresh and wait say so; closing again does nothing."""
+    with wsync.attach(mlp(), "nets") as reader:
+        assert "version 1" in repr(reader)
+    reader.close()
+    assert "closed" in repr(reader)
+    with pytest.raises(UsageError, match="closed"):
+        reader.refresh()
+    with pytest.raises(UsageError, match="closed"):
+        reader.wait(0)
+
+
+def test_error_in_the_block_closes(trainer: Trainer) -> None:
+    """The context manager closes when the policy's own code fails."""
+    with pytest.raises(ZeroDivisionError), wsync.attach(mlp(), "nets", mode="swap"):
+        raise ZeroDivisionError
+    assert leased(trainer.segment) == [] and trainer.segment.readers() == []
+
+
+def test_policy_is_attached_again(trainer: Trainer) -> None:
+    """A policy that was closed can be attached anew, in the other mode too."""
+    policy = mlp()
+    for mark, mode in ((2, "swap"), (3, "copy"), (4, "swap")):
+        trainer.push(mark)
+        with wsync.attach(policy, "nets", mode=mode) as reader:  # type: ignore[arg-type]
+            assert (reader.mode, marks(policy)) == (mode, {float(mark)})
+
+
+ALIASES: dict[str, Callable[[nn.Module], Any]] = {
+    "detach": lambda policy: policy.get_parameter("0.weight").detach(),
+    "data": lambda policy: policy.get_parameter("0.weight").data,
+    "state_dict": lambda policy: policy.state_dict()["0.weight"],
+    "numpy": lambda policy: policy.get_parameter("0.weight").detach().numpy(),
+    "slice": lambda policy: policy.get_parameter("0.weight").detach()[2:, 1],
+    "storage": lambda policy: torch.empty(0).set_(policy.get_parameter("0.weight").untyped_storage(), 2048, (8,), (1,)),
+}
+
+
+@pytest.mark.parametrize("kind", ALIASES)
+def test_kept_alias_keeps_its_bytes(trainer: Trainer, kind: str) -> None:
+    """A tensor that the user kept of one version keeps its bytes and its slot, and lets go when it is dropped."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        alias = ALIASES[kind](policy)
+        kept = trainer.segment.word & 0xFF
+        before = alias.copy() if kind == "numpy" else alias.clone()
+        for mark in range(2, 12):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+        assert (alias == before).all()
+        assert leased(trainer.segment) == sorted({kept, trainer.segment.word & 0xFF})
+        del alias
+        assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+        for mark in range(12, 18):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+
+
+def test_alias_outlives_close_and_removal(trainer: Trainer) -> None:
+    """A kept tensor is good after the reader is closed and the segment is gone."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap"):
+        alias = policy.get_parameter("0.weight").detach()
+    assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+    for mark in range(2, 6):
+        trainer.push(mark)
+    trainer.segment.remove()
+    assert (alias == 1.0).all() and addresses(policy)[0] != alias.data_ptr()
+
+
+def test_removed_segment_leaves_the_weights(trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A removal is said once, the policy keeps acting, and a segment that comes back is taken up from its version 1."""
+    trainer.push(2)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader, caplog.at_level(logging.WARNING, "wsync"):
+        trainer.segment.remove()
+        assert [reader.refresh() for _ in range(5)] == [False] * 5
+        assert reader.wait(0.25) is False  # longer than the time between two looks
+        assert reader.refresh() is False
+        assert (reader.version, marks(policy)) == (2, {2.0})
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "'nets'" in caplog.text and "2" in caplog.text
+        again = Trainer(mlp, tmp_path)
+        again.push(9)
+        assert reader.wait(DEADLINE) is True
+        assert reader.refresh() is True
+        assert (reader.version, reader.step, marks(policy)) == (1, 9, {9.0})
+        assert [r.pid for r in again.segment.readers()] == [os.getpid()]
+        again.push(10)
+        assert reader.refresh() is True and marks(policy) == {10.0}
+    assert leased(again.segment) == [] and again.segment.readers() == []
+
+
+def test_same_version_of_a_new_segment_is_new(trainer: Trainer, tmp_path: Path) -> None:
+    """Version 1 of a segment that was made anew is not taken for version 1 of the old one."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        trainer.segment.remove()
+        Trainer(mlp, tmp_path).push(7)
+        assert reader.wait(DEADLINE) and reader.refresh()
+        assert (reader.version, reader.step, marks(policy)) == (1, 7, {7.0})
+
+
+def test_removal_by_hand_is_noticed_by_a_waiting_reader(trainer: Trainer, tmp_path: Path) -> None:
+    """A directory that was deleted without the WORD's farewell is noticed while waiting."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        trainer.segment.path.rename(trainer.segment.path.with_name("elsewhere"))
+        Trainer(mlp, tmp_path).push(8)
+        assert reader.wait(DEADLINE) and reader.refresh() and marks(policy) == {8.0}
+
+
+def test_new_segment_of_another_layout_is_left_alone(trainer: Trainer, tmp_path: Path) -> None:
+    """A segment that comes back with another architecture is not read; the policy keeps what it has."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.segment.remove()
+        other = Trainer(lambda: mlp(hidden=16), tmp_path)
+        other.push(2)
+        assert reader.wait(0.15) is False
+        assert reader.refresh() is False and marks(policy) == {1.0}
+        assert other.segment.readers() == []
+
+
+def test_fork_shares_the_lease(trainer: Trainer, spawn: Spawn) -> None:
+    """A forked child is listed on its own, and neither its close nor its exit frees what the parent still uses."""
+    script = (
+        "import os, sys, wsync\n"
+        "from conftest import marks\n"
+        "from policies import mlp\n"
+        "from test_reader_lifetime import leased\n"
+        "from wsync.segment import Segment\n"
+        "policy = mlp()\n"
+        "reader = wsync.attach(policy, 'nets', mode='swap')\n"
+        "segment = Segment.open('nets')\n"
+        "for ending in ('close', 'exit'):\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        assert {r.pid for r in segment.readers()} == {os.getpid(), os.getppid()}\n"
+        "        assert marks(policy) == {1.0} and reader.refresh() is False\n"
+        "        if ending == 'close': reader.close()\n"
+        "        os._exit(7)\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+        "    assert [r.pid for r in segment.readers()] == [os.getpid()]\n"
+        "    assert leased(segment) == [segment.word & 0xFF], leased(segment)\n"
+        "reader.close()\n"
+        "assert leased(segment) == []\n"
+        "print('done')\n"
+    )
+    out, err = spawn("-c", script).communicate(timeout=DEADLINE)
+    assert out == "done\n", err
+
+
+@pytest.mark.parametrize("mode", ["auto", "copy"])
+def test_inference_mode_throughout(trainer: Trainer, mode: reading.Mode) -> None:
+    """A policy that was built, attached and refreshed in inference mode is kept in step."""
+    with torch.inference_mode():
+        policy = mlp()
+        with wsync.attach(policy, "nets", mode=mode) as reader:
+            trainer.push(2)
+            assert reader.refresh() and marks(policy) == {2.0}
+            assert policy(torch.ones(4)).is_inference()
+        assert marks(policy) == {2.0}
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_refresh_in_inference_mode_keeps_parameters_trainable(trainer: Trainer, mode: reading.Mode) -> None:
+    """A step that refreshes in inference mode leaves parameters that autograd still takes outside of it."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        with torch.inference_mode():
+            for mark in range(2, 5):
+                trainer.push(mark)
+                assert reader.refresh()
+        policy(torch.ones(4)).sum().backward()
+        assert all(parameter.grad is not None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("mode", ["auto", "copy"])
+def test_policy_built_in_inference_mode_is_refreshed_outside(trainer: Trainer, mode: reading.Mode) -> None:
+    """Where the weights were made in inference mode, a refresh need not be."""
+    with torch.inference_mode():
+        policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        trainer.push(2)
+        assert reader.refresh() and marks(policy) == {2.0}
+
+
+def test_swap_of_inference_tensors_is_refused(trainer: Trainer) -> None:
+    """Tensors made in inference mode cannot be pointed elsewhere without losing what they are."""
+    with torch.inference_mode():
+        policy = mlp()
+    with pytest.raises(SwapRefused, match="inference mode"):
+        wsync.attach(policy, "nets", mode="swap")
+
+
+def test_gradients_and_grad_flags_stay(trainer: Trainer) -> None:
+    """A swap changes values, not which parameters want gradients nor what an optimizer holds of them."""
+    policy = mlp()
+    frozen = policy.get_parameter("0.weight").requires_grad_(False)
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        reader.refresh()
+        assert policy.get_parameter("0.weight") is frozen
+        assert [p.requires_grad for p in policy.parameters()] == [False, True, True, True]
+    assert layout_of(policy).digest == trainer.segment.layout.digest
+
+
+def test_two_readers_of_one_process(trainer: Trainer) -> None:
+    """Readers of one process lease on their own: one that lags keeps its version whole, and both are listed."""
+    first, second = mlp(), mlp()
+    with wsync.attach(first, "nets", mode="swap") as a, wsync.attach(second, "nets", mode="swap") as b:
+        for mark in range(2, 8):
+            trainer.push(mark)
+            assert a.refresh() and marks(first) == {float(mark)}
+        assert marks(second) == {1.0}
+        assert sorted(r.version for r in trainer.segment.readers()) == [1, 7]
+        assert b.refresh() and marks(second) == {7.0}
+    assert leased(trainer.segment) == []
+
+
+def test_a_slot_that_a_stranger_locks_does_not_hold_an_attach_beyond_its_timeout(trainer: Trainer) -> None:
+    """A live slot that cannot be leased ends in the timeout, not in a loop without end."""
+    with open(trainer.segment.path / "slot-0.safetensors", "rb") as stranger:
+        fcntl.flock(stranger, fcntl.LOCK_EX)
+        with pytest.raises(AttachTimeout):
+            wsync.attach(mlp(), "nets", timeout=0.2)
+
+
+def test_a_kept_alias_is_named_with_its_reader(trainer: Trainer) -> None:
+    """Who holds a slot only through a tensor that outlived its version is listed with that slot."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        kept = policy.get_parameter("0.weight").detach()
+        trainer.push(2)
+        assert reader.refresh()
+        (record,) = trainer.segment.readers()
+        assert len(record.slots) == 2
+        del kept
+        trainer.push(3)
+        assert reader.refresh()
+        (record,) = trainer.segment.readers()
+        assert len(record.slots) == 1

@@ -1,0 +1,157 @@
+"""The weight updater whose one worker is a segment; ``wsync push`` and ``wsync watch`` publish through it.
+
+Torch is imported only where tensors are pushed: a checkpoint goes from its file into the slot without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .errors import SegmentMissing
+from .layout import Layout, layout_of, layout_of_tensors, named_tensors
+from .publisher import publish, publish_tensors
+from .segment import Segment
+from .segment_files import Publication
+from .updaters import WeightUpdaterBase
+from .weight_getter import CheckpointWeightGetter, place_of
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SharedMemoryWeightUpdater(WeightUpdaterBase):
+    """Publishes weights into a segment, which is its one worker: every attached policy on the box follows.
+
+    ``push_weights()`` with a ``CheckpointWeightGetter`` reads the newest checkpoint straight into shared memory;
+    ``push_weights(policy)`` publishes a trainer's weights from memory, with no file at all. The post hooks run only
+    when a version was published.
+
+    Args:
+        name: of the segment.
+        weight_getter: gives the weights of a push without any; None from it publishes nothing.
+        policy: makes the segment's layout, with its tied weights, where there is no segment yet; else weights that are
+            given make it as they come.
+        layout: the same for those who know the layout without the policy.
+        slots: buffers of a segment that is made.
+        strict: every tensor must come; else what does not come keeps its live values.
+        finite: refuse NaN and infinity.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Attributes:
+        step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
+        spec: fingerprint of the policy spec that versions are recorded with.
+        progress: called with the number of bytes of each read of a checkpoint.
+        published: the last version that this updater published; None before.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weight_getter: Callable[[], Any] | None = None,
+        policy: torch.nn.Module | None = None,
+        layout: Callable[[], Layout] | None = None,
+        slots: int = 3,
+        strict: bool = True,
+        finite: bool = True,
+        runtime_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        WeightUpdaterBase.__init__(self)
+        self.name, self.weight_getter = name, weight_getter
+        self.strict, self.finite, self.slots, self.runtime_dir = strict, finite, slots, runtime_dir
+        self.step: int | None = None
+        self.spec = ""
+        self.progress: Callable[[int], None] | None = None
+        self.published: Publication | None = None
+        self._layout = layout if policy is None else lambda: layout_of(policy)
+        self._segment: Segment | None = None
+        self._news = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
+
+    @property
+    def segment(self) -> Segment | None:
+        """The standing segment, opened anew where it was removed and made again; None where there is none."""
+        if self._segment and not self._segment.is_current():
+            self.close()
+        if self._segment is None:
+            try:
+                self._segment = Segment.open(self.name, self.runtime_dir, write=True)
+            except SegmentMissing:
+                return None
+        return self._segment
+
+    def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> Segment:
+        """The standing segment, or one that is made from the layout that this updater knows.
+
+        Args:
+            otherwise: gives a layout where the updater knows none.
+
+        Raises:
+            SegmentMissing: it is not there, and nothing says what its layout is.
+            OutOfSharedMemory: there is no room for it.
+        """
+        standing = self.segment
+        if standing is None:
+            layout = self._layout or otherwise
+            if layout is None:
+                raise SegmentMissing(
+                    f"there is no segment {self.name!r}, and nothing says what its layout is. Give the updater "
+                    "policy=, or attach a policy first."
+                )
+            self._segment = standing = Segment.create(
+                self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec
+            )
+        return standing
+
+    def close(self) -> None:
+        """Lets go of the segment, which stays; the next push opens it again."""
+        segment, self._segment = self._segment, None
+        if segment:
+            segment.close()
+
+    def _get_server_weights(self) -> Any:
+        maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights
+        if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # who maps gets tensors to map
+            return None if self.weight_getter is None else self.weight_getter()
+        live = self.segment.live() if self.segment else None
+        return self.weight_getter.open_newest(place_of(live))
+
+    def _maybe_map_weights(self, server_weights: Any) -> Any:
+        """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
+        torch = sys.modules.get("torch")
+        if torch and isinstance(server_weights, torch.nn.Module):
+            return dict(named_tensors(server_weights))
+        return WeightUpdaterBase._maybe_map_weights(self, server_weights)
+
+    def _sync_weights_with_worker(self, *, worker_id: int | torch.device | None = None, server_weights: Any) -> None:
+        if server_weights is None:
+            return
+        if isinstance(server_weights, Checkpoint):
+            segment = self.make_segment()
+            with segment.publishing():
+                publication = publish(
+                    segment, server_weights, finite=self.finite, spec=self.spec, progress=self.progress
+                )
+        else:
+            from .weights import dotted, flatten
+
+            tensors = {dotted(path): tensor for path, tensor in flatten(server_weights).items()}
+            if not tensors:
+                return
+            segment = self.make_segment(lambda: layout_of_tensors(tensors.items()))
+            with segment.publishing():
+                publication = publish_tensors(
+                    segment, tensors, strict=self.strict, finite=self.finite, step=self.step, spec=self.spec
+                )
+        self.published, self._news = publication, True
+
+    def _call_post_hooks(self) -> None:
+        news, self._news = self._news, False
+        if news:
+            WeightUpdaterBase._call_post_hooks(self)

@@ -1,0 +1,138 @@
+"""The weight getter: the one thing that turns "this directory" into "the newest weights".
+
+Called, it gives a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and of ours does. For publishing
+it hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
+from .layout import TORCH_DTYPES
+from .segment_files import Publication
+from .source import Candidate, scan, select
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+
+class CheckpointWeightGetter:
+    """Reads the newest complete checkpoint of a directory, or one named file.
+
+    Args:
+        checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file.
+        only_new: a call gives None where the newest checkpoint is the one that the last call gave.
+
+    Attributes:
+        path: of the checkpoint that a call gave last; None before.
+        step: its producer's number, None where it has none.
+
+    Example:
+        >>> getter = CheckpointWeightGetter("runs/cartpole")
+        >>> weights = getter()  # a TensorDict nested as TensorDict.from_module nests it, on the CPU
+    """
+
+    def __init__(self, checkpoints: str | os.PathLike[str], *, only_new: bool = False) -> None:
+        self.checkpoints = Path(checkpoints).absolute()
+        self.only_new = only_new
+        self.path: Path | None = None
+        self.step: int | None = None
+        self._last: str | None = None
+
+    def __call__(self) -> TensorDict | None:
+        """The newest weights: names nested at their dots, the file's shapes and dtypes, on the CPU, a copy of our own.
+
+        Raises:
+            NoCheckpoint: there is no complete checkpoint yet.
+            CheckpointRejected: the newest one is broken, or holds NaN or infinity.
+            CheckpointError: it cannot be read, or changed while it was read.
+        """
+        checkpoint = self.open_newest()
+        if checkpoint is None:
+            raise self.nothing()
+        with checkpoint:
+            if self.only_new and checkpoint.identity == self._last:
+                return None
+            weights = _to_tensordict(checkpoint)
+            self._last, self.path, self.step = checkpoint.identity, checkpoint.path, checkpoint.step
+            return weights
+
+    def open_newest(self, live: Candidate | None = None) -> Checkpoint | None:
+        """The newest complete checkpoint, opened for publishing; None where none is newer than what is live.
+
+        Raises:
+            NoCheckpoint: nothing is live, and there is no complete checkpoint.
+            IncompleteCheckpoint: nothing is live, and no candidate is complete.
+            CheckpointError: it cannot be read, or is no safetensors file.
+        """
+        failure: CheckpointError = self.nothing()
+        for candidate in self.candidates(live):
+            try:
+                return self.open(candidate)
+            except (NoCheckpoint, IncompleteCheckpoint) as exc:
+                failure = exc  # still being written, or gone: the next newest may be whole
+        if live is None:
+            raise failure
+        return None
+
+    def candidates(self, live: Candidate | None = None) -> list[Candidate]:
+        """What is newer than what is live, newest first; a file that was named itself is new whatever its age.
+
+        Raises:
+            NoCheckpoint: the place is not there.
+            CheckpointError: the place cannot be listed.
+        """
+        found = scan(self.checkpoints)
+        if live and [c.path for c in found] == [self.checkpoints]:
+            return [c for c in found if c.identity != live.identity]
+        return select(found, live)
+
+    def open(self, candidate: Candidate) -> Checkpoint:
+        """The opened checkpoint, for publishing without torch; the caller closes it."""
+        return Checkpoint(candidate.path)
+
+    def nothing(self) -> NoCheckpoint:
+        return NoCheckpoint(
+            f"there is no complete checkpoint in {self.checkpoints} yet. It is looked at again at the next pass."
+        )
+
+
+def place_of(live: Publication | None) -> Candidate | None:
+    """Where the live version came from, as a candidate to compare with; None where it came from memory."""
+    if live is None or not live.source:
+        return None
+    return Candidate(Path(live.source), live.identity, int(live.identity.rpartition("-")[2]))
+
+
+def _to_tensordict(checkpoint: Checkpoint) -> TensorDict:
+    import torch
+    from tensordict import TensorDict
+
+    layout = checkpoint.layout
+    memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    checkpoint.read_into(memoryview(memory.numpy().data), checkpoint.plan(layout))
+    nested: dict[str, Any] = {}
+    for entry in layout.tensors:
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"{checkpoint.path}: {entry.name} has dtype {entry.dtype}, which torch has no tensors of. Convert it."
+            )
+        *parents, last = entry.name.split(".")
+        table = nested
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                break
+        if not isinstance(table, dict) or isinstance(table.get(last), dict):
+            raise CheckpointError(
+                f"{checkpoint.path}: {entry.name} and another tensor's name cannot both stand in one TensorDict: one "
+                "is the other's parent. Rename one where the checkpoint is written."
+            )
+        part = memory[entry.offset : entry.offset + entry.nbytes]
+        table[last] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+    return TensorDict(nested)

@@ -1,0 +1,144 @@
+"""Weights as callers bring them: a module, a TensorDict, a dict; nested, with tuple keys, or with dotted names.
+
+All become one thing, a table from path (a tuple of names) to tensor, and are checked as a whole against the tensors
+that they are meant for before a byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+Path = tuple[str, ...]
+Weights = torch.nn.Module | TensorDictBase | Mapping[Any, Any]
+
+TAKEN = "an nn.Module, a TensorDict, a dict of tensors (nested, or with dotted names), or None"
+
+
+def extract(weights: object) -> TensorDictBase | Mapping[Any, Any]:
+    """A module's parameters and all its buffers as a TensorDict; a TensorDict or dict as it is.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(weights, TensorDictBase | Mapping):
+        return weights
+    if isinstance(weights, torch.nn.Module):
+        table: TensorDictBase = TensorDict.from_module(weights)
+        return table
+    raise TypeError(f"weights are {TAKEN}; a TensorDict is what torchrl uses. Got a {type(weights).__name__}.")
+
+
+def flatten(weights: object) -> dict[Path, torch.Tensor]:
+    """Every tensor by its path; names are split at their dots.
+
+    Raises:
+        TypeError: a key is no name, or a value is no tensor.
+        ValueError: one path is there twice.
+    """
+    table: dict[Path, torch.Tensor] = {}
+    for path, tensor in _leaves(extract(weights), ()):
+        if path in table:
+            raise ValueError(f"{dotted(path)!r} is given twice, under two spellings. Give each tensor once.")
+        table[path] = tensor
+    return table
+
+
+def dotted(path: Iterable[str]) -> str:
+    return ".".join(path)
+
+
+def check(
+    targets: Mapping[Path, torch.Tensor],
+    sources: Mapping[Path, torch.Tensor],
+    *,
+    strict: bool = False,
+    finite: bool = False,
+) -> None:
+    """Whether every source fits its target.
+
+    Args:
+        strict: every target must have a source.
+        finite: no source may hold NaN or infinity.
+
+    Raises:
+        KeyError: a name is unknown, or missing under ``strict``.
+        ValueError: another shape; not finite; two different sources for tied targets.
+        TypeError: a dtype whose values the target's cannot hold, such as a float for an int.
+    """
+    for path, source in sources.items():
+        target = targets.get(path)
+        if target is None:
+            raise KeyError(f"{dotted(path)!r} is unknown: the policy has no such tensor. Known are {_some(targets)}.")
+        if source.shape != target.shape:
+            raise ValueError(
+                f"{dotted(path)!r} has shape {list(source.shape)}, the policy's has {list(target.shape)}. Nothing was "
+                "written."
+            )
+        if source.dtype != target.dtype and not torch.can_cast(source.dtype, target.dtype):
+            raise TypeError(
+                f"{dotted(path)!r} is {source.dtype}, the policy's is {target.dtype}, which cannot hold its values. "
+                "Nothing was written."
+            )
+        if finite and not bool(torch.isfinite(source.detach()).all()):
+            raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
+    missing = targets.keys() - sources.keys()
+    if strict and missing:
+        raise KeyError(f"{len(missing)} tensors did not come: {_some(missing)}. Give all of them, or set strict=False.")
+    _check_ties(targets, sources)
+
+
+def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> None:
+    """Copies checked sources into their targets, whose addresses stay.
+
+    A source that lies in the memory of any target is copied aside first: its bytes may be overwritten on the way.
+    """
+    memory = {t.untyped_storage()._cdata for t in targets.values()}
+    pairs = []
+    for path, source in sources.items():
+        target = targets[path]
+        if source is target:
+            continue
+        if source.untyped_storage()._cdata in memory:
+            source = source.detach().clone()
+        pairs.append((target, source))
+    if pairs:
+        with torch.no_grad():
+            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _leaves(weights: object, prefix: Path) -> Iterator[tuple[Path, torch.Tensor]]:
+    if isinstance(weights, torch.Tensor):
+        yield prefix, weights
+    elif isinstance(weights, TensorDictBase | Mapping):
+        for key, value in weights.items():
+            yield from _leaves(value, prefix + _names(key))
+    else:
+        raise TypeError(f"{dotted(prefix)!r} is a {type(weights).__name__}, not a tensor. Weights are {TAKEN}.")
+
+
+def _names(key: object) -> Path:
+    if isinstance(key, str):
+        return tuple(key.split("."))
+    if isinstance(key, tuple) and key and all(isinstance(part, str) for part in key):
+        return tuple(name for part in key for name in part.split("."))
+    raise TypeError(f"{key!r} cannot name a tensor. Use a string or a tuple of strings; weights are {TAKEN}.")
+
+
+def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> None:
+    first: dict[int, Path] = {}
+    for path in sources:
+        other = first.setdefault(id(targets[path]), path)
+        if other != path and not torch.equal(sources[path], sources[other]):
+            raise ValueError(
+                f"{dotted(other)!r} and {dotted(path)!r} are one tensor in the policy and two different ones in what "
+                "was given. Nothing was written."
+            )
+
+
+def _some(paths: Iterable[Path]) -> str:
+    names = sorted(dotted(path) for path in paths)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
