@@ -1,0 +1,156 @@
+"""Publishing through the updater API: from a trainer's memory, and from checkpoints, into a segment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEADLINE, marks, write
+from policies import Tied, mlp
+
+import wsync
+from wsync import CheckpointWeightGetter, SharedMemoryWeightUpdater
+from wsync.errors import NoCheckpoint, NonFiniteWeights, SegmentMissing
+from wsync.segment import Segment
+
+
+def filled(mark: float, policy: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
+    return {name: torch.full_like(t, mark) for name, t in (policy or mlp()).state_dict().items()}
+
+
+def test_a_trainers_weights_reach_a_policy_with_no_file(runtime: Path) -> None:
+    """push_weights(policy) makes the segment, publishes from memory with the step set, and the policy follows."""
+    trained, running = mlp(), mlp()
+    updater = SharedMemoryWeightUpdater("box", policy=trained)
+    updater.step = 7
+    updater.push_weights(trained)
+    with wsync.attach(running, "box", timeout=DEADLINE) as reader:
+        assert (reader.version, reader.step) == (1, 7)
+        assert torch.equal(running.get_parameter("0.weight"), trained.get_parameter("0.weight"))
+        updater.push_weights(filled(2.0))
+        assert reader.refresh() and marks(running) == {2.0}
+
+
+def test_tied_policies_and_buffers_are_published_whole(runtime: Path) -> None:
+    """A module gives its parameters and the buffers that persist, ties once; scratch buffers stay at home."""
+    trained, running = Tied().eval(), Tied().eval()
+    trained.load_state_dict(filled(3.0, trained))
+    SharedMemoryWeightUpdater("tied", policy=trained).push_weights(trained)
+    with wsync.attach(running, "tied", timeout=DEADLINE):
+        assert marks(running) == {3.0} and running.head.weight is running.embedding.weight
+
+
+def test_hooks_run_only_when_a_version_was_published(runtime: Path, tmp_path: Path) -> None:
+    """Nothing new, an empty dict, no worker and a refusal run none."""
+    policy, ran = mlp(), []
+    getter = CheckpointWeightGetter(tmp_path)
+    updater = SharedMemoryWeightUpdater("hooks", policy=policy, weight_getter=getter)
+    updater.register_post_hook(lambda: ran.append(updater.published and updater.published.version))
+    with pytest.raises(NoCheckpoint):
+        updater.push_weights()
+    write(tmp_path / "step_1.safetensors", policy, 1.0, 1)
+    updater.push_weights()
+    updater.push_weights()
+    updater.push_weights({})
+    updater.push_weights(worker_ids=[])
+    write(tmp_path / "step_2.safetensors", policy, float("nan"), 2)
+    with pytest.raises(NonFiniteWeights):
+        updater.push_weights()
+    assert ran == [1]
+    write(tmp_path / "step_3.safetensors", policy, 3.0, 3)
+    updater.push_weights()
+    assert ran == [1, 2] and updater.published and updater.published.step == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "word"),
+    [
+        ({"2.bias": torch.ones(2)}, KeyError, "0.bias"),
+        ({**filled(1.0), "more": torch.ones(1)}, KeyError, "more"),
+        ({**filled(1.0), "2.bias": torch.ones(1)}, ValueError, "2.bias"),
+        ({**filled(1.0), "2.bias": torch.ones(2, dtype=torch.complex64)}, TypeError, "2.bias"),
+        ({**filled(1.0), "2.bias": torch.tensor([1.0, float("inf")])}, ValueError, "2.bias"),
+        ({**filled(1.0), "2.bias": torch.tensor([1.0, 1e300], dtype=torch.float64)}, ValueError, "2.bias"),
+        ("weights", TypeError, "TensorDict"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_what_was_live_stays(
+    given: Any, error: type[Exception], word: str, runtime: Path
+) -> None:
+    """Strict and finite by default; an infinity that the cast to the slot's dtype makes counts as one."""
+    updater = SharedMemoryWeightUpdater("strict", policy=mlp())
+    updater.push_weights(filled(1.0))
+    with pytest.raises(error, match=word):
+        updater.push_weights(given)
+    assert updater.segment is not None and updater.segment.version == 1
+    running = mlp()
+    with wsync.attach(running, "strict", timeout=DEADLINE):
+        assert marks(running) == {1.0}
+
+
+def test_a_partial_update_keeps_the_live_values(runtime: Path) -> None:
+    """Without strict, what does not come is what is live, also when the spare slot held an older version."""
+    updater = SharedMemoryWeightUpdater("part", policy=mlp(), strict=False)
+    with pytest.raises(KeyError, match="live"):
+        updater.push_weights({"2.bias": torch.ones(2)})
+    for mark in (1.0, 2.0, 3.0, 4.0):
+        updater.push_weights(filled(mark))
+    updater.push_weights({"2.bias": torch.full((2,), 9.0)})
+    running = mlp()
+    with wsync.attach(running, "part", timeout=DEADLINE):
+        assert marks(running) == {4.0, 9.0} and running.get_parameter("2.bias").tolist() == [9.0, 9.0]
+
+
+def test_a_subclass_that_maps_gets_tensors_to_map(runtime: Path, tmp_path: Path) -> None:
+    """The overridable step works on checkpoints too, at the price of torch."""
+
+    class Doubling(SharedMemoryWeightUpdater):
+        def _maybe_map_weights(self, server_weights: Any) -> Any:
+            return server_weights.apply(lambda tensor: tensor * 2)
+
+    write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
+    Doubling("map", policy=mlp(), weight_getter=CheckpointWeightGetter(tmp_path)).push_weights()
+    running = mlp()
+    with wsync.attach(running, "map", timeout=DEADLINE):
+        assert marks(running) == {2.0}
+
+
+def test_a_segment_needs_somebody_who_knows_its_layout(runtime: Path, tmp_path: Path) -> None:
+    """A checkpoint alone does not say what is tied; weights from memory do, and so does an attached policy."""
+    write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
+    updater = SharedMemoryWeightUpdater("who", weight_getter=CheckpointWeightGetter(tmp_path))
+    with pytest.raises(SegmentMissing, match="policy="):
+        updater.push_weights()
+    Segment.create("who", wsync.SharedMemoryWeightUpdater("other", policy=mlp()).make_segment().layout).close()
+    updater.push_weights()
+    assert updater.published and updater.published.version == 1
+
+
+def test_a_removed_segment_is_made_again(runtime: Path) -> None:
+    """A trainer that pushes on after `wsync rm` publishes into a new segment."""
+    updater = SharedMemoryWeightUpdater("again", policy=mlp())
+    updater.push_weights(filled(1.0))
+    Segment.open("again", write=True).remove()
+    updater.push_weights(filled(2.0))
+    assert Segment.open("again").version == 1
+
+
+def test_a_checkpoint_goes_into_the_slot_without_torch(runtime: Path, tmp_path: Path) -> None:
+    """The updater with a CheckpointWeightGetter imports neither torch nor tensordict, as the command line needs it."""
+    write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
+    SharedMemoryWeightUpdater("light", policy=mlp()).make_segment()
+    script = (
+        "import sys, wsync\n"
+        "updater = wsync.SharedMemoryWeightUpdater('light', weight_getter=wsync.CheckpointWeightGetter(sys.argv[1]))\n"
+        "updater.push_weights()\n"
+        "assert updater.published.version == 1\n"
+        "assert not {'torch', 'tensordict'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
