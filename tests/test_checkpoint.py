@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
 from wsync import checkpoint as module
-from wsync.checkpoint import Checkpoint, identity, step_of
+from wsync import fitting
+from wsync.checkpoint import Checkpoint, step_of
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -32,6 +33,7 @@ from wsync.errors import (
     NonFiniteWeights,
 )
 from wsync.layout import TORCH_DTYPES, Layout, layout_of
+from wsync.parts import SINGLE, identity
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
 Progress = Callable[[int], None]
@@ -105,6 +107,7 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
 ) -> None:
     """Guards the split at chunks and the scatter into a layout whose order is not the file's, aligned or not."""
     monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(fitting, "CHUNK", chunk)
     sizes = {"BOOL": 3, "F32": 17, "I64": 5, "BF16": 9, "U8": 13, "F64": 4, "F16": 1, "F8_E4M3": 7, "C64": 3, "I16": 0}
     header, data = {}, b""
     for dtype, count in sizes.items():  # no order that any writer has: floats begin at odd bytes
@@ -124,6 +127,7 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
 def test_reads_keep_elements_whole(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that no read ends inside an element, which the finite check would then see by halves."""
     monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(fitting, "CHUNK", chunk)
     header = {"a": row("U8", [3], 0, 3), "b": row("F64", [9], 3, 75), "c": row("U8", [1], 75, 76)}
     path = raw(tmp_path / "a.safetensors", {**header, "d": row("F64", [2], 76, 92)}, bytes(92))
     with Checkpoint(path) as checkpoint:
@@ -199,8 +203,8 @@ def test_a_closed_checkpoint_holds_no_descriptor(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with Checkpoint(good) as checkpoint:
         checkpoint.close()
-    for refused in (bad, tmp_path):
-        with pytest.raises(MalformedCheckpoint):
+    for refused, error in ((bad, MalformedCheckpoint), (tmp_path, NoCheckpoint)):
+        with pytest.raises(error):
             Checkpoint(refused)
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -256,6 +260,7 @@ def test_a_file_of_save_model_fits(tmp_path: Path) -> None:
 def test_two_copies_that_differ_are_refused(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that a tie is never broken silently: one differing byte, in any chunk, names the alias."""
     monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(fitting, "CHUNK", 16)
     state = {name: t.clone() for name, t in policies.Tied().state_dict().items()}
     state["head.weight"].view(-1)[at] += 1
     save_file(state, tmp_path / "a.safetensors")
@@ -338,6 +343,7 @@ def test_nan_and_infinity_are_refused_wherever_they_are(
 ) -> None:
     """Guards each non-finite pattern of each dtype: first, last, in the middle, on both sides of a chunk's border."""
     monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(fitting, "CHUNK", 32)
     count = 96 // WIDTH[dtype] + 1
     border = 32 // WIDTH[dtype]
     for at in {0, count // 2, border - 1, border, 2 * border - 1, count - 1}:
@@ -446,6 +452,7 @@ def test_a_file_that_changes_while_it_is_read(
 ) -> None:
     """Guards that what was written into while it was open is thrown away (75), whatever the moment."""
     monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(fitting, "CHUNK", 64)
     path = write(tmp_path / "a.safetensors", policies.mlp(), 1.0)
     reads: list[int] = []
     with Checkpoint(path) as checkpoint:
@@ -569,6 +576,7 @@ HEADERS: dict[str, tuple[str | bytes, int]] = {
     "metadata of null": (f'{{"__metadata__":{{"step":null}},"a":{entry()}}}', 8),
     "metadata of text": (f'{{"__metadata__":"step","a":{entry()}}}', 8),
     "metadata twice": (f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{entry()}}}', 8),
+    "an unknown field": (one(more=',"more":1'), 8),
     "a field twice": (one(more=',"dtype":"F32"'), 8),
     "a field missing": ('{"a":{"dtype":"F32","shape":[2]}}', 8),
     "a tensor of null": ('{"a":null}', 0),
@@ -616,7 +624,6 @@ LAX = {
 STRICT = {
     "a tensor twice": (f'{{"a":{entry()},"a":{entry()}}}', 8),
     "a key of the metadata twice": (f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{entry()}}}', 8),
-    "an unknown field": (one(more=',"more":1'), 8),
     "a tensor as a list": ('{"a":["F32",[2],[0,8]]}', 8),
     "a dtype as a table": (one(dtype='{"F32":null}'), 8),
     "an empty dimension of 2**63": (one(shape=f"[{2**63},0]", offsets="[0,0]"), 0),
@@ -714,8 +721,12 @@ def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
         path.mkdir()
     else:
         path.symlink_to({"device": "/dev/null", "zero": "/dev/zero"}.get(kind, str(tmp_path)))
-    with pytest.raises(MalformedCheckpoint, match="regular file"):
-        Checkpoint(path)
+    if "directory" in kind:
+        with pytest.raises(NoCheckpoint, match=SINGLE):
+            Checkpoint(path)
+    else:
+        with pytest.raises(MalformedCheckpoint, match="regular file"):
+            Checkpoint(path)
 
 
 def test_what_is_not_there_is_no_checkpoint_yet(tmp_path: Path) -> None:

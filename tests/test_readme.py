@@ -92,15 +92,26 @@ def test_the_updaters_snippet_publishes_and_follows(box: Path, runtime: Path) ->
 
 def test_the_shown_spec_is_the_example(box: Path) -> None:
     """The TOML in the README is that of the example, word for word in its settings."""
-    (shown,) = blocks("toml")
+    shown = blocks("toml")[0]
     assert tomllib.loads(shown) == tomllib.loads((box / "cartpole.toml").read_text())
+
+
+def test_the_shown_settings_are_settings(box: Path, cli: Cli) -> None:
+    """Each setting of the README is one, with a value that is taken, and the checkpoints go live with all of them."""
+    (box / "all.toml").write_text(blocks("toml")[1])
+    spec = load_spec(str(box / "all.toml"))
+    assert spec.weights.name("actor.net.3.bias") == "3.bias" and spec.weights.name("actor.critic.bias") is None
+    assert cli("push", "all.toml", cwd=box).returncode == 66
+    (box / "checkpoints" / "step_2.STABLE").touch()
+    assert cli("push", "all.toml", cwd=box).returncode == 65
+    assert cli("push", "all.toml", "--prefix", "", cwd=box).returncode == 0
 
 
 def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
     """Each command of the README does what its comment says, in the order in which it stands there."""
     (console,) = blocks("console")
     commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in console.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for program, *arguments in commands:
         assert program == "wsync"
         if arguments[0] != "watch":

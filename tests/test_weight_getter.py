@@ -204,10 +204,12 @@ def test_odd_names_are_kept(names: tuple[str, ...], tmp_path: Path) -> None:
     assert leaves(CheckpointWeightGetter(tmp_path)()).keys() == set(names)
 
 
+@pytest.mark.parametrize("parent", [torch.float64, torch.int8])
 @pytest.mark.parametrize("names", [("a", "a.b"), ("a.b", "a.b.c.d")])
-def test_names_that_cannot_be_nested_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_names_that_cannot_be_nested_are_refused(names: tuple[str, ...], parent: torch.dtype, tmp_path: Path) -> None:
     """Guards that "a" beside "a.b" is an error of the checkpoint, never one of tensors."""
-    save_file(odd_names(*names), tmp_path / "a.safetensors")
+    state = {**odd_names(*names), names[0]: torch.ones(1, dtype=parent)}  # wider comes first in the file
+    save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError):
         CheckpointWeightGetter(tmp_path)()
 

@@ -16,89 +16,92 @@ import os
 import pwd
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from .adapter import Delta, add, deltas, read_config
+from .casting import convert
 from .errors import (
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
     Difference,
+    IncompleteCheckpoint,
     NoCheckpoint,
     NonFiniteWeights,
 )
 from .finite import all_finite, float_regions, not_finite
+from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
-from .layout import Layout, TensorEntry, describe
+from .layout import Layout, TensorEntry
+from .memory import being_written
+from .parts import ADAPTER, identity, identity_of, parts_of
 
-CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
-_MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One system call: ``nbytes`` from ``start`` of the file into slices ``(offset, nbytes)`` of the weights."""
-
-    start: int
-    nbytes: int
-    slices: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a checkpoint's bytes reach a layout.
-
-    Attributes:
-        reads: the reads, in the file's order.
-        twins: further copies of a tied tensor, which must equal the one that is read.
-    """
-
-    layout: Layout
-    reads: tuple[Read, ...]
-    twins: tuple[tuple[StoredTensor, TensorEntry], ...]
-
-
-def identity(info: os.stat_result) -> str:
-    """Tells one state of a file from every other: device, inode, size in bytes, modification time in ns."""
-    return f"{info.st_dev}-{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
 
 
 class Checkpoint:
-    """An open checkpoint, its header validated.
+    """An open checkpoint, its headers validated; however many files it has, callers see one table of tensors.
 
     Attributes:
-        path: where it was found, absolute.
-        identity: of the file as it was opened.
-        tensors: what it holds, by name, in the order of the file.
-        metadata: the header's ``__metadata__``.
+        path: the file or directory where it was found, absolute.
+        identity: of its files as they were opened.
+        tensors: what it holds, by name, in the order of the files.
+        metadata: the headers' ``__metadata__``.
         step: the producer's number: metadata ``step``, else the last integer of the name, else None.
+        size: bytes of its files.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
 
+        Args:
+            settle: seconds that it must have stood still where nothing else tells that its writer is done; waited for
+                here.
+
         Raises:
-            NoCheckpoint: there is no such file.
-            IncompleteCheckpoint: it is shorter than its header says, or still empty.
+            NoCheckpoint: there is none at this path.
+            IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or another write's.
             MalformedCheckpoint: it breaks the format.
             CheckpointError: it cannot be read.
         """
         self.path = Path(path).absolute()
-        self._fd = _open(self.path)
+        self._fds: list[int] = []
+        self._base: Checkpoint | None = None  # of an adapter that is merged
+        self._base_plan: Plan | None = None
+        self._deltas: list[Delta] = []
         try:
-            self._let_tick_pass()
-            info = os.fstat(self._fd)
-            self.identity, self.size = identity(info), info.st_size
-            self.tensors, self.metadata = read_header(self._fd, info.st_size, self.path)
+            self.parts = parts_of(self.path)
+            for file in self.parts.files:
+                self._fds.append(_open(file))
+            self._let_settle(settle)
+            self._infos = [os.fstat(fd) for fd in self._fds]
+            index = [self.parts.index.stat()] if self.parts.index else []
+            self.identity = identity_of([*index, *self._infos])
+            self.size = sum(info.st_size for info in self._infos)
+            self.tensors: dict[str, StoredTensor] = {}
+            self.metadata: dict[str, str] = {}
+            for number, file in enumerate(self.parts.files):
+                self._read_header(number, file)
         except OSError as exc:
-            os.close(self._fd)
+            self.close()
             raise _unreadable(self.path, exc) from exc
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
         self.step = step_of(self.path.name, self.metadata)
+
+    def _read_header(self, number: int, file: Path) -> None:
+        tensors, metadata = read_header(self._fds[number], self._infos[number].st_size, file)
+        self.metadata |= metadata
+        if self.parts.names and tensors.keys() != self.parts.names[number]:
+            odd = sorted(tensors.keys() ^ self.parts.names[number])
+            raise IncompleteCheckpoint(
+                f"{file} does not hold the tensors that the index gives it: {odd[0]:.200} is in one of them alone. "
+                "Wait for its writer to finish, or write it again."
+            )
+        self.tensors |= {name: replace(tensor, file=number) for name, tensor in tensors.items()}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -107,48 +110,45 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        while self._fds:
+            os.close(self._fds.pop())
+        if self._base:
+            self._base.close()
 
     @property
     def layout(self) -> Layout:
         """The checkpoint's own tensors as a layout."""
         return Layout.build({t.name: (t.dtype, t.shape) for t in self.tensors.values()}, {})
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, layout: Layout, settings: Fit = Fit()) -> Plan:  # noqa: B008  (frozen)
         """Fits the checkpoint to a layout.
 
         Raises:
-            CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed.
+            CheckpointMismatch: tensors do not fit; all of them are listed.
         """
-        wanted = {name: entry for entry in layout.tensors for name in entry.names}
-        rows = [
-            Difference(name, "absent", describe(t.dtype, t.shape))
-            for name, t in self.tensors.items()
-            if name not in wanted
-        ]
-        chosen: list[tuple[StoredTensor, TensorEntry]] = []
-        twins: list[tuple[StoredTensor, TensorEntry]] = []
-        for entry in layout.tensors:
-            stored = [self.tensors[name] for name in entry.names if name in self.tensors]
-            rows += [
-                Difference(t.name, entry.describe(), describe(t.dtype, t.shape))
-                for t in stored
-                if (t.dtype, t.shape) != (entry.dtype, entry.shape)
-            ]
-            if stored:
-                chosen.append((stored[0], entry))
-                twins += [(t, entry) for t in stored[1:]]
-            else:
-                rows.append(Difference(entry.name, entry.describe(), "absent"))
-        if rows:
-            raise CheckpointMismatch(
-                f"{self.path} does not fit the policy: {len(rows)} of its tensors differ. It stays refused until it "
-                "changes; write checkpoints of this policy's own state_dict, or name the spec that fits.",
-                tuple(sorted(rows, key=lambda row: row.name)),
-            )
-        return Plan(layout, _reads(chosen), tuple(twins))
+        try:
+            return fit(self.tensors, layout, settings, self.path)
+        except CheckpointMismatch as exc:
+            if self.parts.files[0].name != ADAPTER:
+                raise
+            if not settings.base:
+                raise CheckpointMismatch(
+                    f"{self.path} is an adapter, and the policy has no adapters. Name the weights that it is merged "
+                    'into: base = "…" in [weights].',
+                    exc.differences,
+                ) from None
+        return self._merged(layout, settings)
+
+    def _merged(self, layout: Layout, settings: Fit) -> Plan:
+        """An adapter's plan: the base, then what the adapter replaces; what it adds is kept beside the plan."""
+        if self._base is None:
+            try:
+                self._base = Checkpoint(settings.base)
+            except NoCheckpoint as exc:
+                raise CheckpointError(f"the base of the adapter {self.path} is missing: {exc}") from exc
+        self._base_plan = self._base.plan(layout, settings)
+        self._deltas, replaced = deltas(self.tensors, read_config(self.path), layout, settings, self.path)
+        return Plan(layout, reads_of(replaced), kept=self._base_plan.kept)
 
     def read_into(
         self,
@@ -174,11 +174,23 @@ class Checkpoint:
         regions = float_regions(plan.layout) if finite else ()
         clean = True
         try:
+            if self._base and self._base_plan:
+                self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
             for read in plan.reads:
                 self._read(weights, read)
                 clean = clean and all_finite(weights, regions, read.slices)
                 if progress:
                     progress(read.nbytes)
+            for tensor, entry in plan.casts:
+                for at, piece in self._pieces(tensor, entry):
+                    weights[at : at + len(piece)] = piece
+                clean = clean and all_finite(weights, regions, ((entry.offset, entry.nbytes),))
+                if progress:
+                    progress(entry.nbytes)
+            for delta in self._deltas:
+                add(weights, delta, self._whole(delta.a), self._whole(delta.b))
+            if self._base:
+                clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
             for twin, entry in plan.twins:
                 self._compare(weights, twin, entry)
             self.check_unchanged()
@@ -193,8 +205,15 @@ class Checkpoint:
         Raises:
             CheckpointChanged: it is not.
         """
-        if identity(os.fstat(self._fd)) != self.identity:
-            raise self._changed()
+        for number, fd in enumerate(self._fds):
+            if identity(os.fstat(fd)) != identity(self._infos[number]):
+                raise self._changed()
+        if len(self._fds) > 1:  # shards that are replaced one after another are each whole, and together none
+            parts = parts_of(self.path)
+            if parts != self.parts or any(
+                not os.path.samestat(file.stat(), info) for file, info in zip(parts.files, self._infos, strict=True)
+            ):
+                raise self._changed()
 
     def _changed(self) -> CheckpointChanged:
         return CheckpointChanged(
@@ -202,21 +221,32 @@ class Checkpoint:
             "at the next pass. Writers do best to write another name and rename it into place."
         )
 
-    def _let_tick_pass(self) -> None:
-        """Waits until a further write would show in the file's modification time.
+    def _let_settle(self, settle: float) -> None:
+        """Waits until a further write would show in a file's modification time, or its writer is likely done.
 
         A file system's clock may stand still for some milliseconds: of a write in the same tick as the last one before
-        the file was opened, nothing would be seen.
+        the file was opened, nothing would be seen. Several files are written one after another, and not every system
+        tells whether a file is still open for writing: there the checkpoint must have stood still for ``settle``.
+
+        Raises:
+            IncompleteCheckpoint: a file is still open for writing.
         """
-        age = time.time() - os.fstat(self._fd).st_mtime
-        if 0 <= age < _TICK:
-            time.sleep(_TICK - age)
+        writing = [being_written(fd) for fd in self._fds]
+        if True in writing:
+            raise IncompleteCheckpoint(
+                f"{self.parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
+                "writers do best to write another name and rename it into place."
+            )
+        wanted = _TICK if len(writing) == 1 and None not in writing else max(settle, _TICK)
+        age = time.time() - max(os.fstat(fd).st_mtime for fd in self._fds)
+        if 0 <= age < wanted:
+            time.sleep(wanted - age)
 
     def _read(self, weights: memoryview, read: Read) -> None:
         buffers = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
         start, missing = read.start, read.nbytes
         while missing:
-            got = os.preadv(self._fd, buffers, start)
+            got = os.preadv(self._fds[read.file], buffers, start)
             if not got:
                 raise self._changed()
             start, missing = start + got, missing - got
@@ -226,13 +256,29 @@ class Checkpoint:
                 else:
                     buffers[0], got = buffers[0][got:], 0
 
-    def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
-        for at in range(0, twin.nbytes, CHUNK):
-            size = min(CHUNK, twin.nbytes - at)
-            piece = os.pread(self._fd, size, twin.start + at)
+    def _whole(self, tensor: StoredTensor) -> memoryview:
+        data = os.pread(self._fds[tensor.file], tensor.nbytes, tensor.start)
+        if len(data) != tensor.nbytes:
+            raise self._changed()
+        return memoryview(data)
+
+    def _pieces(self, tensor: StoredTensor, entry: TensorEntry) -> Iterator[tuple[int, memoryview]]:
+        """A tensor's bytes in the entry's dtype, piece by piece, each with its offset into the weights."""
+        offset = entry.offset
+        for at in range(0, tensor.nbytes, CHUNK):
+            size = min(CHUNK, tensor.nbytes - at)
+            piece = memoryview(os.pread(self._fds[tensor.file], size, tensor.start + at))
             if len(piece) != size:
                 raise self._changed()
-            if piece != weights[entry.offset + at : entry.offset + at + size]:
+            if tensor.dtype != entry.dtype:
+                piece = convert(piece, tensor.dtype, entry.dtype)
+            yield offset, piece
+            offset += len(piece)
+
+    def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
+        for at, piece in self._pieces(twin, entry):
+            if piece != weights[at : at + len(piece)]:
+                self.check_unchanged()
                 raise CheckpointMismatch(
                     f"{self.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
                     "in the file. Write the checkpoint from a model whose weights are tied.",
@@ -290,33 +336,3 @@ def _unreadable(path: Path, exc: OSError) -> CheckpointError:
             f"{os.geteuid()} ({reason}). Let the trainer make it readable, or run wsync as its owner."
         )
     return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
-
-
-def _reads(chosen: Iterable[tuple[StoredTensor, TensorEntry]]) -> tuple[Read, ...]:
-    """Reads of at most ``CHUNK`` bytes that follow the file, each filling as many tensors as lie in it in a row."""
-    reads: list[Read] = []
-    slices: list[tuple[int, int]] = []
-    start = end = 0
-
-    def flush() -> None:
-        if slices:
-            reads.append(Read(start, end - start, tuple(slices)))
-            slices.clear()
-
-    for stored, entry in sorted(chosen, key=lambda pair: pair[0].start):
-        at = 0
-        while at < stored.nbytes:
-            here = stored.start + at
-            room = CHUNK - (end - start) & ~7  # so that no element is split
-            if here != end or not room or len(slices) >= _MAX_BUFFERS:
-                flush()
-                start = end = here
-                room = CHUNK
-            size = min(stored.nbytes - at, room)
-            if slices and sum(slices[-1]) == entry.offset + at:
-                slices[-1] = (slices[-1][0], slices[-1][1] + size)
-            else:
-                slices.append((entry.offset + at, size))
-            end, at = here + size, at + size
-    flush()
-    return tuple(reads)

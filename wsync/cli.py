@@ -8,12 +8,16 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
 from .errors import UsageError, WsyncError
+from .options import with_settings
+
+if TYPE_CHECKING:
+    from .spec import Spec
 
 app = typer.Typer(
     name="wsync",
@@ -36,7 +40,7 @@ NameOption = Annotated[
     typer.Option(
         "--name",
         envvar="WSYNC_NAME",
-        help="The segment's name.  [default: from the spec]",
+        help="The segment's name. (default: from the spec)",
         show_default=False,
     ),
 ]
@@ -45,7 +49,7 @@ RuntimeOption = Annotated[
     typer.Option(
         "--runtime-dir",
         envvar="WSYNC_RUNTIME_DIR",
-        help="Where segments live.  [default: /dev/shm/wsync-<uid>]",
+        help="Where segments live. (default: /dev/shm/wsync-<uid>)",
         show_default=False,
     ),
 ]
@@ -54,7 +58,7 @@ SlotsOption = Annotated[
     typer.Option(
         "--slots",
         envvar="WSYNC_SLOTS",
-        help="Buffers of a segment that is made.  [default: 3]",
+        help="Buffers of a segment that is made. (default: 3)",
         show_default=False,
     ),
 ]
@@ -62,13 +66,15 @@ JsonOption = Annotated[bool, typer.Option("--json", envvar="WSYNC_JSON", help="P
 
 
 @app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
+@with_settings
 def push(
+    *,
     spec: SpecArgument,
     checkpoint: Annotated[
         Path | None,
         typer.Argument(
             metavar="[CHECKPOINT]",
-            help="A file, or a directory: its newest one.  [default: from the spec]",
+            help="A file, or a directory: its newest one. (default: from the spec)",
             show_default=False,
         ),
     ] = None,
@@ -81,6 +87,7 @@ def push(
     slots: SlotsOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
+    settings: dict[str, dict[str, Any]],
 ) -> None:
     """One pass: put the newest complete checkpoint, or the one named, into shared memory.
 
@@ -90,7 +97,7 @@ def push(
     from .console import complain, differences_text, outcome_json, outcome_line
     from .syncer import Syncer
 
-    loaded = _spec(spec, name, slots)
+    loaded = _spec(spec, name, settings, slots=slots)
     try:
         with Syncer(loaded, checkpoint, runtime=runtime_dir) as syncer:
             outcome = syncer.once(force=force, dry_run=dry_run)
@@ -111,13 +118,15 @@ def push(
 
 
 @app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
+@with_settings
 def watch(
+    *,
     spec: SpecArgument,
     checkpoints: Annotated[
         Path | None,
         typer.Argument(
             metavar="[CHECKPOINTS]",
-            help="Where checkpoints appear; may not be there yet.  [default: from the spec]",
+            help="Where checkpoints appear; may not be there yet. (default: from the spec)",
             show_default=False,
         ),
     ] = None,
@@ -127,7 +136,7 @@ def watch(
         typer.Option(
             "--poll",
             envvar="WSYNC_POLL",
-            help="Seconds between looks that nothing asked for.  [default: 1]",
+            help="Seconds between looks that nothing asked for. (default: 1)",
             show_default=False,
         ),
     ] = None,
@@ -138,11 +147,12 @@ def watch(
             "--log-format",
             envvar="WSYNC_LOG_FORMAT",
             metavar="rich|plain|json",
-            help="[default: rich on a terminal, plain elsewhere]",
+            help="(default: rich on a terminal, plain elsewhere)",
             show_default=False,
         ),
     ] = None,
     runtime_dir: RuntimeOption = None,
+    settings: dict[str, dict[str, Any]],
 ) -> None:
     """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version."""
     from .console import WatchLog, default_format
@@ -153,7 +163,7 @@ def watch(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    loaded = _spec(spec, name, slots, poll)
+    loaded = _spec(spec, name, settings, slots=slots, poll=poll)
     with Syncer(loaded, checkpoints, runtime=runtime_dir) as syncer:
         form: Any = log_format or default_format()
         with WatchLog(loaded.name, syncer.getter.checkpoints, form, lambda: syncer.segment) as log:
@@ -165,15 +175,16 @@ def watch(
 def status(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A segment.  [default: all]", show_default=False),
+        typer.Argument(metavar="[NAME]", help="A segment. (default: all)", show_default=False),
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
 ) -> None:
     """What is live where, how old it is, and which version each reader is on."""
-    from .console import complain, print_status, segment_json
+    from .console import complain, segment_json
     from .errors import SegmentError
     from .segment import Segment, segments
+    from .tables import print_status
 
     opened, broken = [], 0
     for each in [name] if name else segments(runtime_dir):
@@ -191,6 +202,34 @@ def status(
     else:
         _print_json({"segments": [segment_json(segment) for segment in opened]})
     raise typer.Exit(broken)
+
+
+@app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them.", show_default=False)
+    ],
+    spec: Annotated[
+        str | None,
+        typer.Option("--spec", envvar="WSYNC_SPEC", help="Tell whether it fits this policy.", show_default=False),
+    ] = None,
+    scan: Annotated[
+        bool, typer.Option("--scan", envvar="WSYNC_SCAN", help="Read all: tell what is not finite.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is in a checkpoint, whether it is complete and fits; or what a directory holds to choose from."""
+    from .inspect import inspect as look
+    from .spec import load_spec
+    from .tables import print_inspection
+
+    looked = look(path.absolute(), spec=load_spec(spec) if spec else None, scan_values=scan)
+    if as_json:
+        _print_json(looked)
+    else:
+        print_inspection(looked)
+    bad = looked.get("complete") is False or looked.get("fits") is False
+    raise typer.Exit(65 if bad else 0)
 
 
 @app.command(epilog="Example: wsync rm cartpole")
@@ -220,14 +259,15 @@ def _main(
     pass
 
 
-def _spec(text: str, name: str | None, slots: int | None, poll: float | None = None) -> Any:
+def _spec(text: str, name: str | None, settings: dict[str, dict[str, Any]], **given: object) -> Spec:
+    """The spec with what the options say instead."""
     from dataclasses import replace
 
     from .spec import load_spec
 
     spec = load_spec(text, name=name)
-    given = {key: value for key, value in (("slots", slots), ("poll", poll)) if value is not None}
-    return replace(spec, **given)  # type: ignore[arg-type]
+    tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
+    return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _print_json(data: dict[str, Any]) -> None:

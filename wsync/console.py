@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from .errors import SHOWN, Difference, WithDifferences, WsyncError
-from .registry import ReaderRecord
 from .segment import Segment
-from .segment_files import Publication
 from .syncer import Outcome
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.live import Live
 
 LogFormat = Literal["rich", "plain", "json"]
@@ -134,63 +132,6 @@ def segment_json(segment: Segment) -> dict[str, Any]:
     }
 
 
-def stdout_console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, soft_wrap=False)
-
-
-def print_status(segments: list[Segment]) -> None:
-    """The tables of ``wsync status``."""
-    console = stdout_console()
-    if not segments:
-        console.print("no segments")
-        return
-    for segment in segments:
-        live, readers = segment.live(), segment.readers()
-        console.print(_headline(segment, live), soft_wrap=True)
-        if readers:
-            console.print(_reader_table(live, readers))
-
-
-def _headline(segment: Segment, live: Publication | None) -> RenderableType:
-    from rich.text import Text
-
-    text = Text(segment.name, style="bold")
-    if live is None:
-        return text.append("  no version yet", style="not bold yellow")
-    text.append(f"  version {live.version}", style="not bold green")
-    step = "" if live.step is None else f"  step {live.step}"
-    age = duration(max(0.0, time.time() - live.published_at))
-    file = live.source or "weights from memory"
-    text.append(f"{step}  {size(segment.layout.nbytes)}  {age} ago\n  {file}", style="not bold")
-    if not segment.readers():
-        text.append("\n  no readers", style="dim not bold")
-    return text
-
-
-def _reader_table(live: Publication | None, readers: list[ReaderRecord]) -> RenderableType:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("  reader", overflow="ellipsis", no_wrap=True)
-    for column in ("pid", "version", "lag", "since"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("mode", no_wrap=True)
-    for r in readers:
-        lag = (live.version if live else 0) - r.version
-        since = duration(max(0.0, time.time() - r.since))
-        table.add_row(
-            f"  {r.process}",
-            str(r.pid),
-            str(r.version),
-            f"[yellow]{lag}[/]" if lag else "0",
-            since,
-            r.mode,
-        )
-    return table
-
-
 class WatchLog:
     """Tells of a watch's passes: each event once, not each pass.
 
@@ -213,6 +154,8 @@ class WatchLog:
     def __enter__(self) -> WatchLog:
         if self._form == "rich":
             from rich.live import Live
+
+            from .tables import stdout_console
 
             console = stdout_console()
             self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
@@ -291,6 +234,8 @@ class WatchLog:
         from rich.progress_bar import ProgressBar
         from rich.text import Text
 
+        from .tables import reader_table
+
         parts: list[RenderableType] = []
         segment = self._segment()
         live = segment.live() if segment else None
@@ -313,7 +258,7 @@ class WatchLog:
             parts.append(Text(f"staging {size(done)} of {size(total)}"))
             parts.append(ProgressBar(total=total, completed=done, width=40))
         readers = segment.readers() if segment else []
-        parts.append(_reader_table(live, readers[:SHOWN]) if readers else Text("no readers", style="dim"))
+        parts.append(reader_table(live, readers[:SHOWN]) if readers else Text("no readers", style="dim"))
         if len(readers) > SHOWN:
             parts.append(Text(f"… and {count(len(readers) - SHOWN, 'more reader')}"))
         return Panel(Group(*parts), title=f"wsync {self._name}", title_align="left")

@@ -20,13 +20,14 @@ MAX_HEADER = 100_000_000  # bytes; the official reader's bound
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies in its file: ``start`` counts bytes from the beginning of the file."""
+    """Where one tensor lies: ``start`` counts bytes from the beginning of the checkpoint's file of that number."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    file: int = 0
 
 
 def read_header(fd: int, size: int, path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -110,7 +111,7 @@ def _refuse(constant: str) -> None:
 
 def _stored(name: str, info: object, path: Path) -> StoredTensor:
     """One entry of a header, its byte range still relative to the data."""
-    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(info, dict) or not info.keys() >= {"dtype", "shape", "data_offsets"}:
         raise malformed(path, f"the entry of {name!r} does not have dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import platform
+import signal
 import stat
 import struct
 import sys
@@ -23,6 +24,7 @@ PAGE = 4096
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
 _NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
 
 
@@ -132,6 +134,23 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def being_written(fd: int) -> bool | None:
+    """Whether some process has this file open for writing; None where the system does not tell.
+
+    Asks for a read lease (fcntl(2), F_SETLEASE), which is only given on a file that nobody writes, and only to the
+    file's owner or root. A writer that opens it in that moment waits until the lease is given back, in the next line.
+    """
+    try:
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)  # what a broken lease sends, ignored by default; SIGIO would end us
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def wake(address: int) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
 from .finite import not_finite
+from .fitting import Fit, Plan
 from .layout import Layout, views
 from .segment import Segment
 from .segment_files import Publication
@@ -25,14 +27,14 @@ def publish(
     segment: Segment,
     checkpoint: Checkpoint,
     *,
-    finite: bool = True,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
     spec: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> Publication:
     """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
 
     Args:
-        finite: refuse NaN and infinity.
+        fit: which tensors are taken, and how they fit.
         spec: fingerprint of the policy spec, recorded with the version.
         progress: called with the number of bytes of each read.
 
@@ -41,10 +43,15 @@ def publish(
         CheckpointChanged: it changed while it was read.
         SegmentBusy: every spare slot is leased.
     """
-    plan = checkpoint.plan(segment.layout)
+    plan = _plan(segment, checkpoint, fit)
     with segment.spare_slot() as slot:
         with slot.weights as weights:
-            checkpoint.read_into(weights, plan, finite=finite, progress=progress)  # P4 stage, P5 verify
+            live = segment.live_weights() if plan.kept else None
+            if live is not None:
+                for entry in plan.kept:
+                    part = slice(entry.offset, entry.offset + entry.nbytes)
+                    weights[part] = live[part]
+            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 stage, P5 verify
         publication = Publication(
             version=segment.version + 1,
             step=checkpoint.step,
@@ -116,13 +123,29 @@ def publish_tensors(
     return publication
 
 
-def rehearse(layout: Layout, checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> None:
+def _plan(segment: Segment | None, checkpoint: Checkpoint, settings: Fit, layout: Layout | None = None) -> Plan:
+    """The plan; a part alone needs live values beside which it can go."""
+    if segment is None or not segment.version:
+        settings = replace(settings, partial=False)
+    layout = layout or (segment.layout if segment else None)
+    assert layout is not None
+    return checkpoint.plan(layout, settings)
+
+
+def rehearse(
+    layout: Layout,
+    checkpoint: Checkpoint,
+    segment: Segment | None = None,
+    *,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Everything that ``publish`` checks, in memory of this process that is given back.
 
     Raises:
         CheckpointRejected: it does not fit, or is not finite.
         CheckpointChanged: it changed while it was read.
     """
-    plan = checkpoint.plan(layout)
+    plan = _plan(segment, checkpoint, fit, layout)
     with mmap.mmap(-1, max(layout.nbytes, 1)) as memory, memoryview(memory) as weights:
-        checkpoint.read_into(weights, plan, progress=progress)
+        checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)

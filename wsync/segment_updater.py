@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint
 from .errors import SegmentMissing
+from .fitting import Fit
 from .layout import Layout, layout_of, layout_of_tensors, named_tensors
 from .publisher import publish, publish_tensors
 from .segment import Segment
@@ -135,9 +137,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         if isinstance(server_weights, Checkpoint):
             segment = self.make_segment()
             with segment.publishing():
-                publication = publish(
-                    segment, server_weights, finite=self.finite, spec=self.spec, progress=self.progress
-                )
+                publication = publish(segment, server_weights, fit=self._fit(), spec=self.spec, progress=self.progress)
         else:
             from .weights import dotted, flatten
 
@@ -150,6 +150,11 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     segment, tensors, strict=self.strict, finite=self.finite, step=self.step, spec=self.spec
                 )
         self.published, self._news = publication, True
+
+    def _fit(self) -> Fit:
+        """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""
+        fit = self.weight_getter.fit if isinstance(self.weight_getter, CheckpointWeightGetter) else Fit()
+        return replace(fit, strict=fit.strict and self.strict, finite=fit.finite and self.finite)
 
     def _call_post_hooks(self) -> None:
         news, self._news = self._news, False

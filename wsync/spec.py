@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import SpecError
+from .fitting import Fit
 from .layout import Layout, layout_of
 from .segment import check_name
+from .source import Select
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,17 @@ _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] =
     "checkpoints": str,
     "slots": int,
     "watch": {"poll": (int, float)},
+    "select": {"pattern": str, "order": str, "marker": str, "settle": (int, float)},
+    "weights": {
+        "prefix": str,
+        "rename": dict,
+        "include": list,
+        "exclude": list,
+        "cast": bool,
+        "strict": bool,
+        "finite": bool,
+        "base": str,
+    },
 }
 
 
@@ -51,6 +64,8 @@ class Spec:
         checkpoints: where checkpoints appear, absolute; None where the spec names none.
         poll: seconds between two looks that no notification asked for.
         slots: buffers of a segment that is made.
+        select: which entries are checkpoints, and which is newest.
+        weights: which tensors of a checkpoint are taken, and how they fit.
     """
 
     policy: str
@@ -60,6 +75,8 @@ class Spec:
     checkpoints: Path | None = None
     poll: float = POLL
     slots: int = SLOTS
+    select: Select = field(default_factory=Select)
+    weights: Fit = field(default_factory=Fit)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -242,6 +259,9 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
     watch = data.get("watch", {})
     checkpoints = data.get("checkpoints")
+    weights: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.get("weights", {}).items()}
+    if weights.get("base"):
+        weights["base"] = str(path.parent / weights["base"])
     return Spec(
         policy=_check_import_string(data["policy"]),
         name=name or data.get("name") or path.stem,
@@ -250,6 +270,8 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         checkpoints=path.parent / checkpoints if checkpoints else None,
         poll=float(watch.get("poll", POLL)),
         slots=data.get("slots", SLOTS),
+        select=Select(**data.get("select", {})),
+        weights=Fit(**weights),
     )
 
 
@@ -294,9 +316,13 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
             if not isinstance(value, dict):
                 raise SpecError(f"{path}: {key} is a table. Write [{key}] with its settings below.")
             _check_keys(value, kind, path, f"{prefix}{key}.")
-        elif not isinstance(value, kind) or isinstance(value, bool):
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise SpecError(f"{path}: {prefix}{key} = {value!r} is a {type(value).__name__}. Give a {wanted}.")
+        elif isinstance(value, list | dict) and prefix == "weights.":
+            odd = [v for v in (value.values() if isinstance(value, dict) else value) if not isinstance(v, str)]
+            if odd:
+                raise SpecError(f"{path}: {prefix}{key} holds {odd[0]!r}. Give strings.")
 
 
 def _origin(exc: BaseException) -> str:

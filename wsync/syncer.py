@@ -115,7 +115,7 @@ class Syncer:
                 "`checkpoints` in the TOML."
             )
         self.spec, self.progress = spec, progress
-        self.getter = CheckpointWeightGetter(place)
+        self.getter = CheckpointWeightGetter(place, select=spec.select, fit=spec.weights)
         self.updater = SharedMemoryWeightUpdater(
             spec.name, weight_getter=self.getter, layout=spec.layout, slots=spec.slots, runtime_dir=runtime
         )
@@ -185,7 +185,7 @@ class Syncer:
         Args:
             tell: called with the outcome of each pass; with an error where the pass failed.
         """
-        changes = Changes(self.getter.checkpoints, self.spec.poll, stop)
+        changes = Changes(self.getter.checkpoints, self.spec.poll, stop, self.spec.select.marker)
         try:
             while not stop.is_set():
                 try:
@@ -296,7 +296,7 @@ class Syncer:
         layout = self.spec.layout()
         if segment:
             self._check_layout(segment, layout)
-        rehearse(layout, checkpoint, self._counter(layout.nbytes))
+        rehearse(layout, checkpoint, segment, fit=self.spec.weights, progress=self._counter(layout.nbytes))
         return self._outcome(
             "checked",
             live,

@@ -8,14 +8,16 @@ imported.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, step_of
 from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
-from .layout import TORCH_DTYPES
+from .fitting import Fit
+from .layout import TORCH_DTYPES, Layout
 from .segment_files import Publication
-from .source import Candidate, scan, select
+from .source import Candidate, Select, scan, select
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -27,6 +29,8 @@ class CheckpointWeightGetter:
     Args:
         checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file.
         only_new: a call gives None where the newest checkpoint is the one that the last call gave.
+        select: which entries are checkpoints, and which is newest.
+        fit: which tensors are taken, and under which names.
 
     Attributes:
         path: of the checkpoint that a call gave last; None before.
@@ -37,9 +41,17 @@ class CheckpointWeightGetter:
         >>> weights = getter()  # a TensorDict nested as TensorDict.from_module nests it, on the CPU
     """
 
-    def __init__(self, checkpoints: str | os.PathLike[str], *, only_new: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoints: str | os.PathLike[str],
+        *,
+        only_new: bool = False,
+        select: Select = Select(),  # noqa: B008  (frozen)
+        fit: Fit = Fit(),  # noqa: B008
+    ) -> None:
         self.checkpoints = Path(checkpoints).absolute()
-        self.only_new = only_new
+        self.only_new, self.select, self.fit = only_new, select, fit
+        self._steps: dict[str, int | None] = {}
         self.path: Path | None = None
         self.step: int | None = None
         self._last: str | None = None
@@ -58,7 +70,7 @@ class CheckpointWeightGetter:
         with checkpoint:
             if self.only_new and checkpoint.identity == self._last:
                 return None
-            weights = _to_tensordict(checkpoint)
+            weights = _to_tensordict(checkpoint, self.fit)
             self._last, self.path, self.step = checkpoint.identity, checkpoint.path, checkpoint.step
             return weights
 
@@ -87,14 +99,26 @@ class CheckpointWeightGetter:
             NoCheckpoint: the place is not there.
             CheckpointError: the place cannot be listed.
         """
-        found = scan(self.checkpoints)
-        if live and [c.path for c in found] == [self.checkpoints]:
-            return [c for c in found if c.identity != live.identity]
-        return select(found, live)
+        found = scan(self.checkpoints, self.select)
+        if self.select.order == "step":
+            found = [candidate._replace(step=self._step(candidate)) for candidate in found]
+        if [c.path for c in found] == [self.checkpoints]:
+            return [c for c in found if live is None or c.identity != live.identity]
+        return select(found, live, self.select.order)
+
+    def _step(self, candidate: Candidate) -> int | None:
+        """A candidate's step; its header is opened once for each state of its file."""
+        if candidate.identity not in self._steps:
+            try:
+                with self.open(candidate) as checkpoint:
+                    self._steps[candidate.identity] = checkpoint.step
+            except CheckpointError:  # told when it is tried; until then its name says what it is
+                return step_of(candidate.path.name, {})
+        return self._steps[candidate.identity]
 
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
-        return Checkpoint(candidate.path)
+        return Checkpoint(candidate.path, settle=self.select.settle)
 
     def nothing(self) -> NoCheckpoint:
         return NoCheckpoint(
@@ -106,16 +130,18 @@ def place_of(live: Publication | None) -> Candidate | None:
     """Where the live version came from, as a candidate to compare with; None where it came from memory."""
     if live is None or not live.source:
         return None
-    return Candidate(Path(live.source), live.identity, int(live.identity.rpartition("-")[2]))
+    return Candidate(live.source, live.identity, int(live.identity.rpartition("-")[2]), live.step)
 
 
-def _to_tensordict(checkpoint: Checkpoint) -> TensorDict:
+def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     import torch
     from tensordict import TensorDict
 
-    layout = checkpoint.layout
+    named = ((settings.name(stored), tensor) for stored, tensor in checkpoint.tensors.items())
+    layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
     memory = torch.empty(layout.nbytes, dtype=torch.uint8)
-    checkpoint.read_into(memoryview(memory.numpy().data), checkpoint.plan(layout))
+    plan = checkpoint.plan(layout, replace(settings, strict=False))
+    checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
     nested: dict[str, Any] = {}
     for entry in layout.tensors:
         if entry.dtype not in TORCH_DTYPES:

@@ -1,0 +1,255 @@
+"""How a checkpoint's tensors fit a policy's layout: which are taken, under which names, in which dtypes.
+
+The result is a plan: which bytes of which file go where. What does not fit is told as a whole, tensor by tensor; and
+where one setting would make it fit, the message says which.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .errors import CheckpointMismatch, Difference, UsageError
+from .header import StoredTensor
+from .layout import Layout, TensorEntry, describe
+
+CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
+_MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+_WRAPPERS = ("module.", "_orig_mod.", "actor.", "policy.", "model.", "actor_network.", "base_model.model.")
+_FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is taken of a checkpoint, and how: the settings of ``[weights]``.
+
+    Attributes:
+        prefix: only tensors whose names begin so are taken, without it.
+        rename: old name to new, after the prefix is gone: exact, or a regular expression where the old one is written
+            between slashes; its groups are ``\\1`` … in the new one.
+        include: only names that match one of these globs are taken; empty takes all.
+        exclude: names that match one of these globs are not.
+        cast: floats of another float dtype are converted to the policy's.
+        strict: every tensor of the policy must come, and no other; else what does not come keeps its live values, and
+            what the policy does not know is passed over.
+        finite: NaN and infinity are refused.
+        base: checkpoint that a PEFT adapter is merged into, where the policy has the base's names, not the adapter's.
+    """
+
+    prefix: str = ""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    cast: bool = False
+    strict: bool = True
+    finite: bool = True
+    base: str = ""
+    partial: bool = True  # whether there are live values to keep; known to the publisher alone
+
+    def __post_init__(self) -> None:
+        for old in self.rename:
+            try:
+                self._expression(old)
+            except re.error as exc:
+                raise UsageError(f"weights.rename: {old!r} is no regular expression ({exc}). Mend it.") from exc
+
+    def name(self, stored: str) -> str | None:
+        """What a checkpoint's tensor is called in the policy; None where it is not taken."""
+        if not stored.startswith(self.prefix):
+            return None
+        name = stored[len(self.prefix) :]
+        for old, new in self._renames:
+            name = (new if name == old else name) if isinstance(old, str) else old.sub(new, name)
+        if self.include and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
+            return None
+        return None if any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude) else name
+
+    @property
+    def selects(self) -> bool:
+        """Whether tensors beside the policy's are expected in the file, and passed over by the other settings."""
+        return bool(self.prefix or self.include or self.exclude)
+
+    @cached_property
+    def _renames(self) -> list[tuple[str | re.Pattern[str], str]]:
+        return [(self._expression(old) or old, new) for old, new in self.rename.items()]
+
+    @staticmethod
+    def _expression(old: str) -> re.Pattern[str] | None:
+        return re.compile(old[1:-1]) if len(old) > 2 and old[0] == old[-1] == "/" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One system call: ``nbytes`` from ``start`` of a file into slices ``(offset, nbytes)`` of the weights."""
+
+    file: int
+    start: int
+    nbytes: int
+    slices: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a checkpoint's bytes reach a layout.
+
+    Attributes:
+        reads: the reads, in the order of the files.
+        casts: tensors that are converted on the way.
+        twins: further copies of a tied tensor, which must equal the one that is read.
+        kept: tensors that do not come and keep their live values.
+    """
+
+    layout: Layout
+    reads: tuple[Read, ...] = ()
+    casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
+    twins: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
+    kept: tuple[TensorEntry, ...] = ()
+
+
+def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path: Path) -> Plan:
+    """Plans how a checkpoint's tensors reach a layout.
+
+    Args:
+        path: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
+            setting that would make them fit where there is one.
+    """
+    taken, rows = _names(tensors, settings)
+    wanted = {name: entry for entry in layout.tensors for name in entry.names}
+    if settings.strict:
+        rows += [Difference(t.name, "absent", _say(t)) for name, t in taken.items() if name not in wanted]
+    chosen: list[tuple[StoredTensor, TensorEntry]] = []
+    casts: list[tuple[StoredTensor, TensorEntry]] = []
+    twins: list[tuple[StoredTensor, TensorEntry]] = []
+    kept: list[TensorEntry] = []
+    for entry in layout.tensors:
+        stored = [taken[name] for name in entry.names if name in taken]
+        for tensor in stored:
+            castable = settings.cast and {tensor.dtype, entry.dtype} <= _FLOATS
+            if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
+                rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
+        if stored:
+            (chosen if stored[0].dtype == entry.dtype else casts).append((stored[0], entry))
+            twins += [(t, entry) for t in stored[1:]]
+        elif settings.strict or not settings.partial:
+            rows.append(Difference(entry.name, entry.describe(), "absent"))
+        else:
+            kept.append(entry)
+    if not rows and len(kept) == len(layout.tensors):
+        rows = [Difference(entry.name, entry.describe(), "absent") for entry in kept]
+    if rows:
+        advice = _advice(tensors, layout, settings)
+        raise CheckpointMismatch(
+            f"{path} does not fit the policy: {len(rows)} of its tensors differ. {advice}",
+            tuple(sorted(rows, key=lambda row: row.name)),
+        )
+    return Plan(layout, reads_of(chosen), tuple(casts), tuple(twins), tuple(kept))
+
+
+def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str, StoredTensor], list[Difference]]:
+    """The tensors that are taken by their names in the policy; and those that two names lead to."""
+    taken: dict[str, StoredTensor] = {}
+    rows = []
+    for stored, tensor in tensors.items():
+        name = settings.name(stored)
+        if name is None:
+            continue
+        if name in taken:
+            rows.append(Difference(stored, "one tensor", f"{taken[name].name} is {name}, too"))
+        taken[name] = tensor
+    return taken, rows
+
+
+def _advice(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> str:
+    """The setting that would make all fit, or what else to do."""
+    for change, words in _changes(tensors, layout, settings):
+        missing, unknown, castable = _count(tensors, layout, change)
+        if missing:
+            continue
+        if unknown and change.strict and not change.selects:
+            continue
+        many = f"All {len(layout.tensors)} tensors of the policy fit"
+        if castable and not change.cast:
+            words = [*words, "cast = true"]
+        return f"{many} with the {'setting' if len(words) == 1 else 'settings'} {' and '.join(words)} in [weights]."
+    return (
+        "It stays refused until it changes: write checkpoints of this policy's own state_dict, or name the spec that "
+        "fits."
+    )
+
+
+def _changes(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Iterable[tuple[Fit, list[str]]]:
+    """Settings to try, the smallest change first."""
+    from dataclasses import replace
+
+    yield settings, []
+    prefixes = {
+        name[: -len(entry.name)] for entry in layout.tensors[:1] for name in tensors if name.endswith(entry.name)
+    }
+    for prefix in sorted({*prefixes, *_WRAPPERS} - {settings.prefix, ""}, key=lambda p: (len(p), p)):
+        yield replace(settings, prefix=prefix), [f'prefix = "{prefix}"']
+    wrappers = [prefix for prefix in _WRAPPERS if all(entry.name.startswith(prefix) for entry in layout.tensors)]
+    for prefix in wrappers:  # the policy is the wrapped one
+        yield replace(settings, rename={**settings.rename, "/^/": prefix}), [f'rename = {{ "/^/" = "{prefix}" }}']
+    known = {name for entry in layout.tensors for name in entry.names}
+    others = sorted({name.split(".")[0] for name in tensors} - {name.split(".")[0] for name in known})
+    if others:
+        globs = tuple(f"{other}.*" if any(n.startswith(f"{other}.") for n in tensors) else other for other in others)
+        shown = ", ".join(f'"{glob}"' for glob in globs[:8])
+        yield replace(settings, exclude=(*settings.exclude, *globs)), [f"exclude = [{shown}]"]
+
+
+def _count(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> tuple[int, int, int]:
+    """Under these settings: tensors of the policy that do not come or do not fit, unknown ones, ones to cast."""
+    taken, twice = _names(tensors, settings)
+    missing, castable = len(twice), 0
+    for entry in layout.tensors:
+        stored = [taken[name] for name in entry.names if name in taken]
+        fits = [
+            t
+            for t in stored
+            if t.shape == entry.shape and (t.dtype == entry.dtype or {t.dtype, entry.dtype} <= _FLOATS)
+        ]
+        missing += not stored or len(fits) < len(stored)
+        castable += any(t.dtype != entry.dtype for t in fits)
+    known = {name for entry in layout.tensors for name in entry.names}
+    return missing, len(taken.keys() - known), castable
+
+
+def _say(tensor: StoredTensor) -> str:
+    return describe(tensor.dtype, tensor.shape)
+
+
+def reads_of(chosen: Iterable[tuple[StoredTensor, TensorEntry]]) -> tuple[Read, ...]:
+    """Reads of at most ``CHUNK`` bytes that follow the files, each filling as many tensors as lie in it in a row."""
+    reads: list[Read] = []
+    slices: list[tuple[int, int]] = []
+    file = start = end = 0
+
+    def flush() -> None:
+        if slices:
+            reads.append(Read(file, start, end - start, tuple(slices)))
+            slices.clear()
+
+    for stored, entry in sorted(chosen, key=lambda pair: (pair[0].file, pair[0].start)):
+        at = 0
+        while at < stored.nbytes:
+            here = stored.start + at
+            room = CHUNK - (end - start) & ~7  # so that no element is split
+            if (stored.file, here) != (file, end) or not room or len(slices) >= _MAX_BUFFERS:
+                flush()
+                file, start, end, room = stored.file, here, here, CHUNK
+            size = min(stored.nbytes - at, room)
+            if slices and sum(slices[-1]) == entry.offset + at:
+                slices[-1] = (slices[-1][0], slices[-1][1] + size)
+            else:
+                slices.append((entry.offset + at, size))
+            end, at = here + size, at + size
+    flush()
+    return tuple(reads)

@@ -1,0 +1,117 @@
+"""The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
+
+A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
+``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors``. What else lies
+there, stale shards of an older write included, is none of the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+MAX_INDEX = 100_000_000  # bytes, as for a header
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a checkpoint consists of.
+
+    Attributes:
+        path: the file or directory that is the checkpoint.
+        files: the safetensors files to read.
+        index: its index file, where it is sharded.
+        names: the tensors that the index gives to each of ``files``; empty where there is no index.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    index: Path | None = None
+    names: tuple[frozenset[str], ...] = ()
+
+
+def identity(info: os.stat_result) -> str:
+    """Tells one state of a file from every other: device, inode, size in bytes, modification time in ns."""
+    return f"{info.st_dev}-{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
+
+
+def identity_of(infos: Iterable[os.stat_result]) -> str:
+    """The same for the files of a checkpoint together; ends, too, with the newest modification time."""
+    listed = list(infos)
+    if len(listed) == 1:
+        return identity(listed[0])
+    mixed = zlib.crc32("/".join(map(identity, listed)).encode())
+    return f"{len(listed)}-{mixed}-{sum(i.st_size for i in listed)}-{max(i.st_mtime_ns for i in listed)}"
+
+
+def parts_of(path: Path) -> Parts:
+    """The parts of the checkpoint at a path; of a directory only its index is read.
+
+    Raises:
+        NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
+        IncompleteCheckpoint: a shard is not there yet.
+        MalformedCheckpoint: the index is none, or names files elsewhere.
+        OSError: the system refuses a look.
+    """
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return Parts(path, (path,))
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
+    for name in (SINGLE, INDEX, ADAPTER):
+        if (path / name).exists():
+            return _sharded(path) if name == INDEX else Parts(path, (path / name,))
+    raise NoCheckpoint(
+        f"{path} holds no checkpoint: neither {SINGLE}, nor {INDEX}, nor {ADAPTER}. Wait for its writer, or name "
+        "another."
+    )
+
+
+def _sharded(path: Path) -> Parts:
+    index = path / INDEX
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in _weight_map(index).items():
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard:
+            raise MalformedCheckpoint(
+                f"{index} puts a tensor into {shard!r:.100}, which is no file beside it. Write it again."
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    for number, shard in enumerate(sorted(shards), 1):
+        if not (path / shard).exists():
+            raise IncompleteCheckpoint(
+                f"{path} is incomplete: shard {number} of {len(shards)}, {shard:.100}, is not there. Wait for its "
+                "writer to finish, or write it again."
+            )
+    ordered = sorted(shards)
+    names = tuple(frozenset(shards[shard]) for shard in ordered)
+    return Parts(path, tuple(path / shard for shard in ordered), index, names)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        size = index.stat().st_size
+        if size > MAX_INDEX or not index.is_file():
+            raise ValueError(f"{size:,} bytes")
+        table = json.loads(index.read_bytes())["weight_map"]
+        if not isinstance(table, dict) or not table:
+            raise ValueError("no weight_map")
+        return table
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        if index.stat().st_size == 0 or isinstance(exc, json.JSONDecodeError):
+            raise IncompleteCheckpoint(
+                f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
+            ) from exc
+        raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
