@@ -55,6 +55,7 @@ def main() -> None:
             )
         processes(folder)
         in_process(folder)
+        updaters()
         latency(folder)
     finally:
         shutil.rmtree(folder)
@@ -114,6 +115,32 @@ def in_process(folder: Path) -> None:
             say(f"refresh(), new version, {TENSORS} tensors, {mode}", statistics.median(news), "load_state_dict", load)
         print(f"refresh(), nothing new: {idle * 1e9:.0f} ns")
     segment.close()
+
+
+def updaters() -> None:
+    """A push into a policy of 200 tensors in this process, beside torchrl's own class."""
+    try:
+        from torchrl.collectors.weight_update import VanillaWeightUpdater as Theirs
+    except ImportError:
+        print("VanillaWeightUpdater: torchrl is not installed, so there is nothing beside it")
+        return
+    import torch
+    from tensordict import TensorDict
+
+    import wsync
+
+    def policy() -> torch.nn.Module:
+        layers = [torch.nn.Linear(64, 64) for _ in range(TENSORS // 2)]
+        return torch.nn.Sequential(*layers).requires_grad_(False)  # theirs cannot push into trainable parameters
+
+    weights = TensorDict.from_module(policy())
+    ours, theirs = wsync.VanillaWeightUpdater.from_policy(policy()), Theirs.from_policy(policy())
+    say(
+        f"VanillaWeightUpdater.push_weights, {TENSORS} tensors",
+        median(lambda: ours.push_weights(weights), 100),
+        "torchrl's",
+        median(lambda: theirs.push_weights(weights), 100),
+    )
 
 
 def latency(folder: Path) -> None:

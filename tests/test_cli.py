@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
-from conftest import Cli, write
+from conftest import DEADLINE, Cli, write
 from policies import mlp
 from safetensors.torch import load_file
 from torch import nn
@@ -348,3 +350,12 @@ def test_toml_spec(cli: Cli, runs: Path) -> None:
     data = report(cli("push", "sub/actor.toml", "--json"))
     assert (data["status"], data["name"]) == ("published", "actor")
     assert Segment.open("actor").layout == layout_of(mlp(hidden=3))
+
+
+def test_another_system_is_told_in_words() -> None:
+    """Where there is no flock, futex or tmpfs, one line says so, before anything that is missing there is imported."""
+    code = "import sys; sys.platform = 'darwin'; from wsync.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
+    assert (
+        done.returncode == 2 and "Linux" in done.stderr and "darwin" in done.stderr and "Traceback" not in done.stderr
+    )

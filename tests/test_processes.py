@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -415,3 +416,24 @@ def test_a_refusal_behind_an_older_good_one_is_said_once_with_its_table(
         log.tell(syncer.once())
     out = capsys.readouterr().out
     assert out.count("rejected") == 1 and out.count("version 1") >= 1 and "expected" in out
+
+
+def test_a_long_stage_shows_a_bar(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where staging takes over a second the panel says how far it is, on a line of its own."""
+    from rich.console import Console
+
+    clock = [100.0]
+    monkeypatch.setattr("wsync.console.time.monotonic", lambda: clock[0])
+    log = WatchLog(NAME, runs, "rich", lambda: None)
+    console = Console(width=60, file=io.StringIO(), color_system=None)
+    log.progress(1_000_000, 4_000_000)
+    with console.capture() as capture:
+        console.print(log._panel())
+    assert "staging" not in capture.get()
+    clock[0] += 1.5
+    log.progress(2_000_000, 4_000_000)
+    with console.capture() as capture:
+        console.print(log._panel())
+    lines = [line.strip("│ ") for line in capture.get().splitlines()]
+    assert "staging 2 MB of 4 MB" in lines and "no readers" in lines
+    assert any("━" in line and "╭" not in line for line in lines)

@@ -26,6 +26,8 @@ def convert(data: memoryview, source: str, target: str) -> memoryview:
         else:
             values = np.frombuffer(data, _NUMPY[source])
         if target != "BF16":
+            if (source, target) == ("F64", "F16"):
+                values = values.astype("f4")  # by the same way as torch, which rounds twice
             return memoryview(values.astype(_NUMPY[target]).view("u1").data)
         single = values.astype("f4")
         bits = single.view("u4")

@@ -36,8 +36,9 @@ from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written
-from .parts import ADAPTER, identity, identity_of, parts_of
+from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of
 
+_LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
 
 
@@ -90,7 +91,8 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-        self.step = step_of(self.path.name, self.metadata)
+        own = self.path.parent.name if self.path.name in (SINGLE, ADAPTER) else self.path.name
+        self.step = step_of(own, self.metadata)
 
     def _read_header(self, number: int, file: Path) -> None:
         tensors, metadata = read_header(self._fds[number], self._infos[number].st_size, file)
@@ -237,10 +239,26 @@ class Checkpoint:
                 f"{self.parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
                 "writers do best to write another name and rename it into place."
             )
-        wanted = _TICK if len(writing) == 1 and None not in writing else max(settle, _TICK)
-        age = time.time() - max(os.fstat(fd).st_mtime for fd in self._fds)
-        if 0 <= age < wanted:
-            time.sleep(wanted - age)
+        told = len(writing) == 1 and None not in writing
+        wanted = _TICK if told else max(settle, _TICK)
+        for _ in range(3):
+            infos = [os.fstat(fd) for fd in self._fds]
+            # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
+            # more than a second says nothing.
+            now = time.time()
+            times = [t for info in infos for t in ((info.st_mtime,) if told else (info.st_mtime, info.st_ctime))]
+            left = wanted - (now - max((t for t in times if t <= now + 1), default=0.0))
+            if left <= 0:
+                return
+            if left > _LONGEST_WAIT:
+                break
+            time.sleep(left)
+            if [identity(os.fstat(fd)) for fd in self._fds] == list(map(identity, infos)):
+                return
+        raise IncompleteCheckpoint(
+            f"{self.path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again "
+            "at the next pass."
+        )
 
     def _read(self, weights: memoryview, read: Read) -> None:
         buffers = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]

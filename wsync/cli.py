@@ -280,6 +280,13 @@ def main() -> None:
     Ends without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do; all
     that we hold is closed by then, or ours only through the kernel.
     """
+    if sys.platform != "linux":
+        print(
+            f"wsync: this is {sys.platform}, and wsync needs Linux (flock, futex, tmpfs). Run it on the Linux box that "
+            "runs the policy.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
     code: object = 0
     try:

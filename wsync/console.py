@@ -180,7 +180,7 @@ class WatchLog:
             for refused in event.passed_over:
                 self._refusal(refused)
             key = (event.status, event.identity or event.reason or "")
-            if event.version and event.status in ("published", "current"):
+            if event.status == "published" or (event.status == "current" and not self._shown):
                 self._shown = event
             known = key == self._last or (event.status == "current" and self._last[0] in ("current", "published"))
             if event.status == "rejected":
@@ -232,6 +232,7 @@ class WatchLog:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
+        from rich.table import Table
         from rich.text import Text
 
         from .tables import reader_table
@@ -256,7 +257,9 @@ class WatchLog:
         done, total = self._done
         if total and time.monotonic() - self._stage_began > 1:
             parts.append(Text(f"staging {size(done)} of {size(total)}"))
-            parts.append(ProgressBar(total=total, completed=done, width=40))
+            bar = Table.grid()
+            bar.add_row(ProgressBar(total=total, completed=done, width=40))
+            parts.append(bar)
         readers = segment.readers() if segment else []
         parts.append(reader_table(live, readers[:SHOWN]) if readers else Text("no readers", style="dim"))
         if len(readers) > SHOWN:

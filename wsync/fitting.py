@@ -51,11 +51,15 @@ class Fit:
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
 
     def __post_init__(self) -> None:
-        for old in self.rename:
+        for old, new in self.rename.items():
             try:
-                self._expression(old)
-            except re.error as exc:
-                raise UsageError(f"weights.rename: {old!r} is no regular expression ({exc}). Mend it.") from exc
+                expression = self._expression(old)
+                if expression:
+                    expression.sub(new, "")  # also tells a group that is not there
+            except (re.error, IndexError) as exc:
+                raise UsageError(
+                    f"weights.rename: {old!r} to {new!r} is no regular expression ({exc}). Mend it."
+                ) from exc
 
     def name(self, stored: str) -> str | None:
         """What a checkpoint's tensor is called in the policy; None where it is not taken."""
@@ -67,11 +71,6 @@ class Fit:
         if self.include and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
             return None
         return None if any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude) else name
-
-    @property
-    def selects(self) -> bool:
-        """Whether tensors beside the policy's are expected in the file, and passed over by the other settings."""
-        return bool(self.prefix or self.include or self.exclude)
 
     @cached_property
     def _renames(self) -> list[tuple[str | re.Pattern[str], str]]:
@@ -170,14 +169,14 @@ def _advice(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) 
     """The setting that would make all fit, or what else to do."""
     for change, words in _changes(tensors, layout, settings):
         missing, unknown, castable = _count(tensors, layout, change)
-        if missing:
+        if missing or (unknown and change.strict):
             continue
-        if unknown and change.strict and not change.selects:
-            continue
-        many = f"All {len(layout.tensors)} tensors of the policy fit"
         if castable and not change.cast:
             words = [*words, "cast = true"]
-        return f"{many} with the {'setting' if len(words) == 1 else 'settings'} {' and '.join(words)} in [weights]."
+        if words:
+            noun = "setting" if len(words) == 1 else "settings"
+            many = f"All {len(layout.tensors)} tensors of the policy fit"
+            return f"{many} with the {noun} {' and '.join(words)} in [weights]."
     return (
         "It stays refused until it changes: write checkpoints of this policy's own state_dict, or name the spec that "
         "fits."
@@ -189,20 +188,30 @@ def _changes(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit)
     from dataclasses import replace
 
     yield settings, []
-    prefixes = {
-        name[: -len(entry.name)] for entry in layout.tensors[:1] for name in tensors if name.endswith(entry.name)
-    }
+    first = layout.tensors[0].name
+    prefixes = {name[: -len(first)] for name in tensors if name.endswith(first)}
     for prefix in sorted({*prefixes, *_WRAPPERS} - {settings.prefix, ""}, key=lambda p: (len(p), p)):
-        yield replace(settings, prefix=prefix), [f'prefix = "{prefix}"']
-    wrappers = [prefix for prefix in _WRAPPERS if all(entry.name.startswith(prefix) for entry in layout.tensors)]
-    for prefix in wrappers:  # the policy is the wrapped one
-        yield replace(settings, rename={**settings.rename, "/^/": prefix}), [f'rename = {{ "/^/" = "{prefix}" }}']
-    known = {name for entry in layout.tensors for name in entry.names}
-    others = sorted({name.split(".")[0] for name in tensors} - {name.split(".")[0] for name in known})
-    if others:
-        globs = tuple(f"{other}.*" if any(n.startswith(f"{other}.") for n in tensors) else other for other in others)
-        shown = ", ".join(f'"{glob}"' for glob in globs[:8])
-        yield replace(settings, exclude=(*settings.exclude, *globs)), [f"exclude = [{shown}]"]
+        yield replace(settings, prefix=prefix), [f"prefix = {_toml(prefix)}"]
+    for prefix in _WRAPPERS:  # the policy is the wrapped one
+        if all(entry.name.startswith(prefix) for entry in layout.tensors):
+            rename = {**settings.rename, "/^/": prefix}
+            pairs = ", ".join(f"{_toml(old)} = {_toml(new)}" for old, new in rename.items())
+            yield replace(settings, rename=rename), [f"rename = {{ {pairs} }}"]
+    known = {name.split(".")[0] for entry in layout.tensors for name in entry.names}
+    heads = {name.partition(".")[0]: "." in name for name in tensors}
+    globs = (
+        *settings.exclude,
+        *sorted(f"{head}.*" if deep else head for head, deep in heads.items() if head not in known),
+    )
+    if len(settings.exclude) < len(globs) <= 32:  # more is no advice
+        yield replace(settings, exclude=globs), [f"exclude = [{', '.join(map(_toml, globs))}]"]
+
+
+def _toml(text: str) -> str:
+    """A string as TOML writes it; JSON's way is one of TOML's."""
+    import json
+
+    return json.dumps(text)
 
 
 def _count(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> tuple[int, int, int]:

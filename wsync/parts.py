@@ -82,9 +82,9 @@ def _sharded(path: Path) -> Parts:
     index = path / INDEX
     shards: dict[str, set[str]] = {}
     for tensor, shard in _weight_map(index).items():
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard:
+        if not _is_file_name(shard):
             raise MalformedCheckpoint(
-                f"{index} puts a tensor into {shard!r:.100}, which is no file beside it. Write it again."
+                f"{index} puts a tensor into {shard!a:.100}, which is no file beside it. Write it again."
             )
         shards.setdefault(shard, set()).add(tensor)
     for number, shard in enumerate(sorted(shards), 1):
@@ -96,6 +96,13 @@ def _sharded(path: Path) -> Parts:
     ordered = sorted(shards)
     names = tuple(frozenset(shards[shard]) for shard in ordered)
     return Parts(path, tuple(path / shard for shard in ordered), index, names)
+
+
+def _is_file_name(shard: object) -> bool:
+    """Whether an index names a file beside it, and nothing elsewhere."""
+    if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or not shard.isprintable():
+        return False
+    return len(shard.encode()) <= 255
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def _weight_map(index: Path) -> dict[str, Any]:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        if index.stat().st_size == 0 or isinstance(exc, json.JSONDecodeError):
+        if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
             raise IncompleteCheckpoint(
                 f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
             ) from exc

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .errors import CheckpointError, NoCheckpoint, UsageError
-from .parts import INDEX, SINGLE, identity, identity_of, parts_of
+from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of
 
 if TYPE_CHECKING:
     from watchfiles._rust_notify import RustNotify
@@ -115,7 +115,7 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
 
     Raises:
         NoCheckpoint: there is no such place yet.
-        CheckpointError: it cannot be listed.
+        CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
     """
     try:
         info = place.stat()
@@ -128,12 +128,23 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
     except OSError as exc:
         raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
     names = {entry.name for entry in listed}
-    sharded = INDEX in names and SINGLE not in names
-    found = [_directory(place.absolute())] if sharded else []
+    found: list[Candidate] = []
+    trouble: CheckpointError | None = None
+    own: set[str] = set()  # files of the checkpoint that the place is itself
+    if names & {SINGLE, INDEX, ADAPTER}:
+        own = {SINGLE, ADAPTER}
+        try:
+            own |= {file.name for file in parts_of(place.absolute()).files}
+            if not settings.marker or settings.marker in names:
+                found.append(_directory(place.absolute()))
+        except CheckpointError as exc:
+            trouble = exc
+        except OSError as exc:
+            trouble = CheckpointError(f"{place} cannot be read ({exc.strerror}). It is tried again at the next pass.")
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     for entry in listed:
         name = entry.name
-        if _TEMPORARY.search(name) or (matches and not matches(name)) or (sharded and _SHARD.search(name)):
+        if name in own or _TEMPORARY.search(name) or _SHARD.search(name) or (matches and not matches(name)):
             continue
         try:
             if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
@@ -141,9 +152,11 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
                     found.append(Candidate(entry.path, info, info.st_mtime_ns))
             elif entry.is_dir() and (not settings.marker or os.path.exists(os.path.join(entry.path, settings.marker))):
                 found.append(_directory(Path(entry.path)))
-        except OSError:
-            continue  # a trainer's retention was faster, or a link leads nowhere or in a circle
-    return [candidate for candidate in found if candidate is not None]
+        except (OSError, CheckpointError):
+            continue  # retention was faster, a link leads nowhere, a directory holds no checkpoint, or half of one
+    if trouble and not found:
+        raise trouble
+    return found
 
 
 def select(candidates: Iterable[Candidate], live: Candidate | None = None, order: str = "mtime") -> list[Candidate]:
@@ -158,7 +171,8 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     found = list(candidates)
     if live is not None:
         same = [c for c in found if c.mtime_ns == live.mtime_ns and c.identity == live.identity]
-        beside = bool(found) and os.path.dirname(found[0].location) == os.path.dirname(live.location)
+        where_live = os.path.dirname(live.location)
+        beside = any(os.path.dirname(c.location) == where_live for c in found)
         bound = same[0] if same else live if beside else None
         if bound is not None:
             where = str(live.location)
@@ -170,13 +184,10 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     return sorted(found, key=lambda c: c.place(order), reverse=True)
 
 
-def _directory(path: Path) -> Candidate | None:
-    """A directory as a candidate; None where it holds no checkpoint, or not all of one yet."""
-    try:
-        parts = parts_of(path)
-        infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
-    except CheckpointError:
-        return None
+def _directory(path: Path) -> Candidate:
+    """A directory as a candidate."""
+    parts = parts_of(path)
+    infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
     return Candidate(str(path), identity_of(infos), max(info.st_mtime_ns for info in infos))
 
 

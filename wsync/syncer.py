@@ -176,6 +176,8 @@ class Syncer:
             return self._outcome("current", live, started, step=live.step, checkpoint=live.source or None)
         except NoCheckpoint as exc:
             return self._outcome("empty", live, started, reason=str(exc))
+        except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
+            return self._outcome(_status(exc, False), live, started, reason=str(exc))
         except SegmentBusy as exc:
             return self._outcome("busy", live, started, reason=str(exc))
 
