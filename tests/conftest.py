@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import pytest
@@ -19,8 +23,49 @@ from safetensors.torch import save_file
 TESTS = Path(__file__).parent
 DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which ignores it, hands that on
+
 Spawn = Callable[..., "subprocess.Popen[str]"]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Lines:
+    """What a process says, line by line, each awaited with a deadline."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.seen: list[str] = []
+        self._queue: Queue[str] = Queue()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self._queue.put(line.rstrip("\n"))
+
+    def next(self) -> str:
+        try:
+            line = self._queue.get(timeout=DEADLINE)
+        except Empty:
+            pytest.fail("nothing more was said after\n" + "\n".join(self.seen))
+        self.seen.append(line)
+        return line
+
+    def until(self, *words: str) -> str:
+        """The next line that has all these words."""
+        line = self.next()
+        while not all(word in line for word in words):
+            line = self.next()
+        return line
+
+    def rest(self) -> list[str]:
+        """What is left to read, once the process has ended."""
+        self.process.wait(DEADLINE)
+        self._thread.join(DEADLINE)
+        left = list(self._queue.queue)
+        self.seen += left
+        return left
 
 
 @pytest.fixture
@@ -30,12 +75,14 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in [name for name in os.environ if name.startswith("WSYNC_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WSYNC_RUNTIME_DIR", str(path))
-    monkeypatch.setenv("WSYNC_STATE_DIR", str(path / "state"))
+    state = path.with_name(f"{path.name}-state")
+    monkeypatch.setenv("WSYNC_STATE_DIR", str(state))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     monkeypatch.setenv("COLUMNS", "100")
     yield path
     shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 @pytest.fixture
@@ -66,6 +113,33 @@ def cli(runtime: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Iterator[Callable[[str], int]]:
+    """Makes a named pipe and opens its reading end, so that writers may come and go and none of them waits."""
+    opened: list[int] = []
+
+    def make(name: str) -> int:
+        os.mkfifo(tmp_path / name)
+        opened.append(os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK))
+        return opened[-1]
+
+    yield make
+    for fd in opened:
+        os.close(fd)
+
+
+def heard(fd: int) -> bytes:
+    """The next word of those who hold a pipe's other end; empty when the last of them is gone."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while poll.poll(DEADLINE * 1000):
+        try:
+            return os.read(fd, 1000)
+        except BlockingIOError:  # one was gone, and another one came
+            pass
+    pytest.fail("nothing was heard, and somebody still holds the pipe")
 
 
 def write(path: Path, policy: torch.nn.Module, mark: float | None = None, step: int | None = None) -> Path:

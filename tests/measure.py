@@ -43,7 +43,7 @@ for name, tensor in weights.items():
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="wsync-measure-"))
     runtime = Path(tempfile.mkdtemp(prefix="wsync-measure-", dir="/dev/shm"))
-    os.environ |= {"WSYNC_RUNTIME_DIR": str(runtime), "PYTHONPATH": str(folder)}
+    os.environ |= {"WSYNC_RUNTIME_DIR": str(runtime), "WSYNC_STATE_DIR": f"{runtime}/state", "PYTHONPATH": str(folder)}
     sys.path.insert(0, str(folder))
     try:
         (folder / "policy.py").write_text(POLICY)

@@ -11,6 +11,11 @@ def mlp(hidden: int = 8) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, hidden), nn.Tanh(), nn.Linear(hidden, 2)).eval()
 
 
+def normed() -> nn.Sequential:
+    """With buffers that training mode writes to, floats all of them."""
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=True)).eval()
+
+
 class Tied(nn.Module):
     """A tied pair, a buffer that persists and one that does not, and more than one dtype."""
 

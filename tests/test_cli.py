@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
 from conftest import DEADLINE, Cli, write
 from policies import mlp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wsync
+from wsync.fitting import Fit
 from wsync.layout import layout_of
 from wsync.segment import Segment
 from wsync.spec import load_spec
@@ -359,3 +362,19 @@ def test_another_system_is_told_in_words() -> None:
     assert (
         done.returncode == 2 and "Linux" in done.stderr and "darwin" in done.stderr and "Traceback" not in done.stderr
     )
+
+
+def test_each_cast_is_told_once(cli: Cli, runtime: Path, tmp_path: Path) -> None:
+    """Guards against floats that change their precision in silence, and against a line at every version."""
+    half = {name: tensor.to(torch.float16) for name, tensor in mlp().state_dict().items()}
+    save_file(half, tmp_path / "half.safetensors")
+    done = cli("push", "policies:mlp", str(tmp_path / "half.safetensors"), "--cast", "--name", "nets")
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" F32: ")[0] for line in done.stderr.splitlines()] == [
+        "nets: 4 tensors are cast from F16 to"
+    ]
+    with Syncer(replace(load_spec("policies:mlp", name="nets"), weights=Fit(cast=True)), tmp_path) as syncer:
+        first = syncer.once(force=True)
+        second = syncer.once(force=True)
+    assert first.status == second.status == "published"
+    assert len(first.casts) == 1 and second.casts == ()

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEADLINE, TESTS, Cli, Spawn
+import torch
+from conftest import DEADLINE, TESTS, Cli, Spawn, write
+from torch import nn
 
 EXAMPLES = TESTS.parent / "examples"
 
@@ -19,13 +21,14 @@ EXAMPLES = TESTS.parent / "examples"
 def test_quickstart_shows_the_return_climb_without_a_restart() -> None:
     """The first command of the README: a real trainer, watch and policy; versions arrive and the policy gets better."""
     pytest.importorskip("gymnasium")
+    before = set(Path("/dev/shm").glob("wsync-quickstart-*"))
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "quickstart.py")], capture_output=True, text=True, timeout=4 * DEADLINE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ versions, .* ms from file to policy", done.stdout)
     assert "\x1b" not in done.stdout
-    assert not list(Path("/dev/shm").glob("wsync-quickstart-*"))
+    assert set(Path("/dev/shm").glob("wsync-quickstart-*")) <= before
 
 
 def test_the_cartpole_files_work_when_copied(tmp_path: Path, cli: Cli, spawn: Spawn) -> None:
@@ -57,3 +60,27 @@ def test_the_policy_process_ends_cleanly_on_a_signal(tmp_path: Path, cli: Cli, s
     player.send_signal(signal.SIGTERM)
     assert player.wait(DEADLINE) == 0
     assert json.loads(cli("status", "cartpole", "--json", cwd=box).stdout)["readers"] == []
+
+
+def test_the_gate_lets_only_a_good_policy_live(tmp_path: Path, cli: Cli) -> None:
+    """Weights that do not balance the pole are rejected with their return; those that do are published."""
+    pytest.importorskip("gymnasium")
+    box = tmp_path / "box"
+    shutil.copytree(EXAMPLES / "cartpole", box)
+    policy = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+    write(box / "checkpoints" / "step_1.safetensors", policy, 0.0, 1)
+    poor = cli("push", "gated.toml", "--json", cwd=box)
+    told = json.loads(poor.stdout)
+    assert (poor.returncode, told["status"], told["version"]) == (65, "rejected", 0)
+    assert re.search(r"mean return \d+ of 5 episodes, and 100 is enough .*gate\.py", told["reason"])
+    with torch.no_grad():
+        for tensor in policy.parameters():
+            tensor.zero_()
+        first, second, last = (layer for layer in policy if isinstance(layer, nn.Linear))
+        first.weight[0] = torch.tensor([0.0, 0.0, 10.0, 10.0])  # the way that the pole falls
+        second.weight[0, 0] = 10.0
+        last.weight[:, 0] = torch.tensor([-10.0, 10.0])  # push that way
+    write(box / "checkpoints" / "step_2.safetensors", policy, None, 2)
+    good = cli("push", "gated.toml", "--json", cwd=box)
+    told = json.loads(good.stdout)
+    assert (good.returncode, told["status"], told["step"]) == (0, "published", 2), good.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEADLINE, Spawn, marks
-from policies import mlp
+from policies import mlp, normed
 from test_reader import Trainer, addresses, slot_ranges
 from torch import nn
 
@@ -306,3 +308,74 @@ def test_a_kept_alias_is_named_with_its_reader(trainer: Trainer) -> None:
         assert reader.refresh()
         (record,) = trainer.segment.readers()
         assert len(record.slots) == 1
+
+
+def test_a_policy_that_writes_in_place_harms_nobody(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against SIGSEGV, against another reader seeing the write, and against a trace of it in a later version."""
+    policy, other = mlp(), mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader, wsync.attach(other, "nets", mode="swap") as beside:
+        assert reader.mode == beside.mode == "swap"
+        for mark in range(2, 9):  # each slot several times
+            with torch.no_grad():
+                next(policy.parameters()).fill_(-1)
+                list(policy.parameters())[-1].data.numpy()[0] = float("nan")
+            assert marks(other) == {float(mark - 1)}
+            trainer.push(mark)
+            assert reader.refresh() and beside.refresh()
+            assert marks(policy) == marks(other) == {float(mark)}
+    assert [r.levelname for r in caplog.records if "in place" in r.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("without", ["scan", "both"])
+def test_own_pages_are_found_on_older_systems(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, without: str) -> None:
+    """Guards against a trace of a write where the kernel has no PAGEMAP_SCAN, or hides the page tables."""
+    real = os.open
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(25, "refused")
+
+    def open_but_pagemap(path: Any, *arguments: Any, **options: Any) -> int:
+        return refuse() if path == "/proc/self/pagemap" else real(path, *arguments, **options)
+
+    monkeypatch.setattr(memory, "_PAGEMAP_SCAN", 0)
+    if without == "both":
+        monkeypatch.setattr(os, "open", open_but_pagemap)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 9):
+            with torch.no_grad():
+                next(policy.parameters()).fill_(-1)
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+
+
+def test_training_mode_after_attach_does_not_end_the_process(runtime: Path, tmp_path: Path) -> None:
+    """Guards against a batch norm, put into training mode after a swap, writing to memory that it must not."""
+    trainer = Trainer(normed, tmp_path)
+    trainer.push(1)
+    policy = normed()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        policy.train()
+        policy(torch.randn(5, 4))
+        policy.eval()
+        for mark in range(2, 8):
+            trainer.push(mark)
+            assert reader.refresh()
+            assert marks(policy) == {float(mark)}
+
+
+def test_refresh_notices_a_segment_that_was_deleted_by_hand(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a reader that plays on for ever with memory that no publisher writes any more."""
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        shutil.rmtree(trainer.segment.path)
+        deadline = time.monotonic() + DEADLINE
+        while not caplog.records and time.monotonic() < deadline:
+            assert not reader.refresh()
+        assert [r.levelname for r in caplog.records] == ["WARNING"] and marks(policy) == {1.0}
+        trainer.segment.close()
+        trainer.segment = Segment.create("nets", layout_of(mlp()))
+        trainer.push(5)
+        while not reader.refresh() and time.monotonic() < deadline:
+            pass
+        assert marks(policy) == {5.0}

@@ -107,11 +107,32 @@ def test_the_shown_settings_are_settings(box: Path, cli: Cli) -> None:
     assert cli("push", "all.toml", "--prefix", "", cwd=box).returncode == 0
 
 
+def test_the_shown_gate_and_hooks_run(box: Path, cli: Cli) -> None:
+    """The settings of gate and hooks are settings: the gate refuses what does not balance, the command runs."""
+    pytest.importorskip("gymnasium")
+    (shown,) = (block for block in blocks("toml") if "[hooks]" in block)
+    (box / "gated.toml").write_text(shown)
+    refused = cli("push", "gated.toml", cwd=box)
+    assert refused.returncode == 65 and "mean return" in refused.stderr
+    assert cli("push", "gated.toml", "--gate", "", "--webhook", "", cwd=box).returncode == 0
+    assert (box / "published.log").read_text() == "gated is at version 1\n"
+
+
+def test_the_shown_figures_are_kept(box: Path, cli: Cli) -> None:
+    """The table metrics of the README is one, and a push keeps the file that it names, beside the TOML."""
+    pytest.importorskip("prometheus_client")
+    with (box / "cartpole.toml").open("a") as spec:
+        spec.write(next(block for block in blocks("toml") if "[metrics]" in block))
+    assert load_spec(str(box / "cartpole.toml")).metrics.port == 9464
+    assert cli("push", str(box / "cartpole.toml"), cwd="/").returncode == 0
+    assert 'wsync_version{name="cartpole"} 1.0' in (box / "wsync.prom").read_text()
+
+
 def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
     """Each command of the README does what its comment says, in the order in which it stands there."""
     (console,) = blocks("console")
     commands = [shlex.split(line.removeprefix("$ "), comments=True) for line in console.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 11
     for program, *arguments in commands:
         assert program == "wsync"
         if arguments[0] != "watch":
@@ -132,6 +153,7 @@ def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Pat
     command = command.replace("/opt/policy", str(box))
     environment = {
         "PATH": "/usr/bin:/bin",
+        "WSYNC_STATE_DIR": str(runtime / "state"),  # else the box's own
         "HOME": str(box),
         "WSYNC_RUNTIME_DIR": str(runtime),
         "PYTHONPATH": str(ROOT),

@@ -350,3 +350,16 @@ def test_segments_are_listed_by_name(segment: Segment, runtime: Path) -> None:
     (runtime / ".new-abc").mkdir()
     (runtime / "state").mkdir()
     assert segments() == ["Actor", "nets"]
+
+
+def test_busy_pass_keeps_no_descriptor(segment: Segment, push: Push) -> None:
+    """A watch that finds every spare slot leased, pass after pass, does not run out of descriptors."""
+    leases = []
+    for mark in (1.0, 2.0, 3.0):
+        push(mark)
+        leases.append(segment.lease())
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        with pytest.raises(SegmentBusy):
+            push(4.0)
+    assert os.listdir("/proc/self/fd") == before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +156,34 @@ def test_a_checkpoint_goes_into_the_slot_without_torch(runtime: Path, tmp_path: 
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_readers_learn_at_once_that_a_deleted_segment_is_made_anew(runtime: Path) -> None:
+    """Guards against a reader of a segment that was deleted by hand staying behind when its publisher comes again."""
+    policy = mlp()
+    with contextlib.closing(wsync.SharedMemoryWeightUpdater("nets", policy=mlp())) as updater:
+        updater.push_weights(mlp())
+        with wsync.attach(policy, "nets") as reader:
+            shutil.rmtree(runtime / "nets")
+            trained = mlp()
+            updater.push_weights(trained)
+            assert reader.refresh()
+            assert torch.equal(next(policy.parameters()), next(trained.parameters()))
+
+
+def test_a_push_that_failed_half_way_leaves_no_hook_for_the_next(runtime: Path) -> None:
+    """Guards against hooks that tell of a version that the push before published, and this one did not."""
+
+    class Failing(wsync.SharedMemoryWeightUpdater):
+        def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
+            if worker_id == 1:
+                raise RuntimeError("the second worker")
+            super()._sync_weights_with_worker(worker_id=worker_id, server_weights=server_weights)
+
+    told: list[int] = []
+    with contextlib.closing(Failing("nets", policy=mlp())) as updater:
+        updater.register_post_hook(lambda: told.append(1))
+        with pytest.raises(RuntimeError, match="the second worker"):
+            updater.push_weights(mlp(), worker_ids=[0, 1])
+        updater.push_weights()
+        assert told == []

@@ -15,6 +15,7 @@ from conftest import DEADLINE
 from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.parts import identity
 from wsync.source import Candidate, Changes, natural, scan, select
+from wsync.weight_getter import CheckpointWeightGetter
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
 
@@ -352,3 +353,43 @@ def test_stop_ends_the_wait(place: str, waiter: Start, tmp_path: Path) -> None:
     thread.join(DEADLINE / 6)
     assert not thread.is_alive()
     assert not thread.told.is_set()
+
+
+def test_a_time_ahead_of_the_clock_hides_nothing_that_comes_after(tmp_path: Path) -> None:
+    """Guards against a file whose modification time was set an hour ahead keeping all later ones from going live."""
+    first = tmp_path / "a.safetensors"
+    first.write_bytes(b"1")
+    os.utime(first, (time.time() + 3600,) * 2)
+    live = scan(tmp_path)[0]
+    second = tmp_path / "b.safetensors"
+    second.write_bytes(b"2")
+    assert [c.path.name for c in select(scan(tmp_path), live)] == ["b.safetensors"]
+    after = next(c for c in scan(tmp_path) if c.path == second)
+    assert select(scan(tmp_path), after) == []  # and the one from ahead does not come back
+
+
+def test_a_clock_that_is_set_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the files of before a jump of the clock passing for newer than those of after it."""
+    for name, age in (("old", 7200), ("live", 0), ("other", 1)):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(name.encode())
+        os.utime(path, (time.time() - age,) * 2)
+    getter = CheckpointWeightGetter(tmp_path)
+    live = next(c for c in scan(tmp_path) if c.path.stem == "live")
+    assert getter.candidates(live) == []
+    real, back = time.time, 3600.0
+    monkeypatch.setattr(time, "time", lambda: real() - back)
+    assert getter.candidates(live) == []  # nothing came since
+    fresh = tmp_path / "fresh.safetensors"
+    fresh.write_bytes(b"fresh")
+    os.utime(fresh, (time.time(),) * 2)
+    assert [c.path.stem for c in getter.candidates(live)] == ["fresh"]
+    now_live = next(c for c in scan(tmp_path) if c.path == fresh)
+    assert getter.candidates(now_live) == []  # those of before the jump are not newer than it, either
+
+
+@pytest.mark.parametrize("name", ["Tmp_5.safetensors", "x.TEMP", ".a.safetensors", "a-00001-of-00002.safetensors"])
+def test_the_quick_look_at_names_misses_no_temporary(tmp_path: Path, name: str) -> None:
+    """Guards against the shortcut past the expressions letting one of them through."""
+    (tmp_path / name).write_bytes(b"x")
+    assert scan(tmp_path) == []

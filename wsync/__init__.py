@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .access import Access
     from .errors import (
         AttachTimeout,
         CheckpointError,
         CheckpointRejected,
         LayoutDiffers,
         NoCheckpoint,
+        RetryLater,
         SegmentError,
         SpecError,
         SwapRefused,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Access": "access",
     "AttachTimeout": "errors",
     "CheckpointError": "errors",
     "CheckpointRejected": "errors",
@@ -36,6 +39,7 @@ _HOMES = {
     "LayoutDiffers": "errors",
     "NoCheckpoint": "errors",
     "Reader": "reader",
+    "RetryLater": "errors",
     "SegmentError": "errors",
     "SharedMemoryWeightUpdater": "segment_updater",
     "SpecError": "errors",
@@ -48,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Access",
     "AttachTimeout",
     "CheckpointError",
     "CheckpointRejected",
@@ -55,6 +60,7 @@ __all__ = [
     "LayoutDiffers",
     "NoCheckpoint",
     "Reader",
+    "RetryLater",
     "SegmentError",
     "SharedMemoryWeightUpdater",
     "SpecError",

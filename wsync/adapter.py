@@ -88,6 +88,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises:
         MalformedCheckpoint: it is missing, no JSON, or of a kind of adapter that is not merged here.
+        OSError: the system could not read it.
     """
     file = directory / CONFIG
     try:
@@ -99,7 +100,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         alpha = config.get("lora_alpha")
         if config.get("peft_type") != "LORA" or config.get("use_dora") or not isinstance(alpha, int | float):
             raise ValueError("no plain LoRA")
-    except (OSError, ValueError, RecursionError) as exc:
+    except (FileNotFoundError, ValueError, RecursionError) as exc:
         raise MalformedCheckpoint(
             f"{file} does not describe an adapter that wsync can merge ({exc!s:.100}). Merge it where it was trained, "
             "and write the merged weights."

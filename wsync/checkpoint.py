@@ -35,7 +35,7 @@ from .finite import all_finite, float_regions, not_finite
 from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
-from .memory import being_written
+from .memory import being_written, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of
 
 _LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
@@ -52,6 +52,7 @@ class Checkpoint:
         metadata: the headers' ``__metadata__``.
         step: the producer's number: metadata ``step``, else the last integer of the name, else None.
         size: bytes of its files.
+        casts: the tensors that the last plan converts, each with what it becomes.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
@@ -72,6 +73,7 @@ class Checkpoint:
         self._base: Checkpoint | None = None  # of an adapter that is merged
         self._base_plan: Plan | None = None
         self._deltas: list[Delta] = []
+        self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
             for file in self.parts.files:
@@ -113,7 +115,7 @@ class Checkpoint:
 
     def close(self) -> None:
         while self._fds:
-            os.close(self._fds.pop())
+            shut(self._fds.pop())
         if self._base:
             self._base.close()
 
@@ -129,7 +131,9 @@ class Checkpoint:
             CheckpointMismatch: tensors do not fit; all of them are listed.
         """
         try:
-            return fit(self.tensors, layout, settings, self.path)
+            plan = fit(self.tensors, layout, settings, self.path)
+            self.casts = plan.casts
+            return plan
         except CheckpointMismatch as exc:
             if self.parts.files[0].name != ADAPTER:
                 raise
@@ -149,7 +153,11 @@ class Checkpoint:
             except NoCheckpoint as exc:
                 raise CheckpointError(f"the base of the adapter {self.path} is missing: {exc}") from exc
         self._base_plan = self._base.plan(layout, settings)
-        self._deltas, replaced = deltas(self.tensors, read_config(self.path), layout, settings, self.path)
+        try:
+            config = read_config(self.path)
+        except OSError as exc:
+            raise _unreadable(self.path, exc) from exc
+        self._deltas, replaced = deltas(self.tensors, config, layout, settings, self.path)
         return Plan(layout, reads_of(replaced), kept=self._base_plan.kept)
 
     def read_into(
@@ -179,7 +187,7 @@ class Checkpoint:
             if self._base and self._base_plan:
                 self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
             for read in plan.reads:
-                self._read(weights, read)
+                self._read(weights, read)  # P4 stage
                 clean = clean and all_finite(weights, regions, read.slices)
                 if progress:
                     progress(read.nbytes)
@@ -195,11 +203,15 @@ class Checkpoint:
                 clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
             for twin, entry in plan.twins:
                 self._compare(weights, twin, entry)
-            self.check_unchanged()
+            self.check_unchanged()  # P5 verify
         except OSError as exc:
             raise _unreadable(self.path, exc) from exc
         if not clean:
             raise self._non_finite(weights, plan.layout)
+
+    def is_copy_of(self, path: str, identity: str, step: int | None) -> None:
+        """Goes by the name of what it is a copy of, where it is recorded."""
+        self.path, self.identity, self.step = Path(path), identity, step
 
     def check_unchanged(self) -> None:
         """Whether the open file is still the one whose header was read.
@@ -275,7 +287,7 @@ class Checkpoint:
                     buffers[0], got = buffers[0][got:], 0
 
     def _whole(self, tensor: StoredTensor) -> memoryview:
-        data = os.pread(self._fds[tensor.file], tensor.nbytes, tensor.start)
+        data = read_at(self._fds[tensor.file], tensor.nbytes, tensor.start)
         if len(data) != tensor.nbytes:
             raise self._changed()
         return memoryview(data)
@@ -285,7 +297,7 @@ class Checkpoint:
         offset = entry.offset
         for at in range(0, tensor.nbytes, CHUNK):
             size = min(CHUNK, tensor.nbytes - at)
-            piece = memoryview(os.pread(self._fds[tensor.file], size, tensor.start + at))
+            piece = memoryview(read_at(self._fds[tensor.file], size, tensor.start + at))
             if len(piece) != size:
                 raise self._changed()
             if tensor.dtype != entry.dtype:
@@ -330,9 +342,12 @@ def _open(path: Path) -> int:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:
         raise _unreadable(path, exc) from exc
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise malformed(path, "it is not a regular file")
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise malformed(path, "it is not a regular file")
+    except BaseException:
+        shut(fd)
+        raise
     return fd
 
 

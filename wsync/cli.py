@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
+from .cli_history import check_variables, history
 from .errors import UsageError, WsyncError
-from .options import with_settings
+from .options import VARIABLES, JsonOption, RuntimeOption, StateOption, with_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .monitor import Monitor
     from .spec import Spec
 
 app = typer.Typer(
@@ -44,12 +48,12 @@ NameOption = Annotated[
         show_default=False,
     ),
 ]
-RuntimeOption = Annotated[
-    Path | None,
+KeepOption = Annotated[
+    int | None,
     typer.Option(
-        "--runtime-dir",
-        envvar="WSYNC_RUNTIME_DIR",
-        help="Where segments live. (default: /dev/shm/wsync-<uid>)",
+        "--keep",
+        envvar="WSYNC_KEEP",
+        help="Published versions of which a copy is kept for a rollback. (default: 0)",
         show_default=False,
     ),
 ]
@@ -62,7 +66,6 @@ SlotsOption = Annotated[
         show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", envvar="WSYNC_JSON", help="Print one JSON object.")]
 
 
 @app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
@@ -82,36 +85,54 @@ def push(
     force: Annotated[bool, typer.Option("--force", envvar="WSYNC_FORCE", help="Publish again what is live.")] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", envvar="WSYNC_DRY_RUN", help="Check everything, publish nothing."),
+        typer.Option("--dry-run", envvar="WSYNC_DRY_RUN", help="Check everything but the gate, publish nothing."),
+    ] = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", envvar="WSYNC_RETRY", help="Try again what was rejected before.")
     ] = False,
     slots: SlotsOption = None,
+    keep: KeepOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """One pass: put the newest complete checkpoint, or the one named, into shared memory.
 
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
-    complete checkpoint yet; 75 try later.
+    complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
     """
-    from .console import complain, differences_text, outcome_json, outcome_line
+    from .console import complain, differences_text, outcome_json, outcome_line, warn_of_hook
+    from .state import State
     from .syncer import Syncer
 
-    loaded = _spec(spec, name, settings, slots=slots)
+    loaded = _spec(spec, name, settings, slots=slots, keep=keep)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a gate or hook ends with us
+    monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
     try:
-        with Syncer(loaded, checkpoint, runtime=runtime_dir) as syncer:
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
+            syncer.report, syncer.record.complain = warn_of_hook, complain
+            if retry:
+                syncer.record.forget()
             outcome = syncer.once(force=force, dry_run=dry_run)
     except WsyncError as exc:
+        if monitor:
+            monitor.tell(exc)
         if as_json and not isinstance(exc, UsageError):
             _print_json({"status": "failed", "name": loaded.name, "reason": str(exc)})
         complain(exc)
         raise typer.Exit(exc.exit_code) from exc
+    if monitor:
+        monitor.tell(outcome)
     for refused in outcome.passed_over:
         print(outcome_line(refused), differences_text(refused.differences), sep="\n", file=sys.stderr)
     if as_json:
         _print_json(outcome_json(outcome))
     else:
-        print(outcome_line(outcome), file=sys.stderr if outcome.exit_code else sys.stdout)
+        for cast in outcome.casts:
+            print(f"{outcome.name}: {cast}", file=sys.stderr)
+        if not outcome.known or sys.stderr.isatty():  # a run before told of it: cron mails what is printed
+            print(outcome_line(outcome), file=sys.stderr if outcome.exit_code else sys.stdout)
         if outcome.differences:
             print(differences_text(outcome.differences), file=sys.stderr)
     raise typer.Exit(outcome.exit_code)
@@ -140,7 +161,17 @@ def watch(
             show_default=False,
         ),
     ] = None,
+    max_failures: Annotated[
+        int | None,
+        typer.Option(
+            "--max-failures",
+            envvar="WSYNC_MAX_FAILURES",
+            help="Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
+            show_default=False,
+        ),
+    ] = None,
     slots: SlotsOption = None,
+    keep: KeepOption = None,
     log_format: Annotated[
         str | None,
         typer.Option(
@@ -152,23 +183,38 @@ def watch(
         ),
     ] = None,
     runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
 ) -> None:
-    """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version."""
+    """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version.
+
+    Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-failures; 2 usage.
+
+    SIGHUP reads the TOML again. Under systemd, use Type=notify: ready is the first version.
+    """
     from .console import WatchLog, default_format
-    from .syncer import Syncer
+    from .service import Service
 
     if log_format not in (None, "rich", "plain", "json"):
         raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    loaded = _spec(spec, name, settings, slots=slots, poll=poll)
-    with Syncer(loaded, checkpoints, runtime=runtime_dir) as syncer:
-        form: Any = log_format or default_format()
-        with WatchLog(loaded.name, syncer.getter.checkpoints, form, lambda: syncer.segment) as log:
-            syncer.progress = log.progress
-            syncer.run(stop, log.tell)
+    toml = spec if os.path.isfile(spec) else None
+    given = {"slots": slots, "keep": keep, "poll": poll, "max_failures": max_failures}
+    service = Service(lambda: _spec(spec, name, settings, **given), toml, checkpoints, runtime_dir, state_dir)
+    loaded, place = service.spec, service.syncer.getter.checkpoints
+    form: Any = log_format or default_format()
+    log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
+    monitor = None
+    if loaded.metrics.file or loaded.metrics.port is not None:
+        monitor = _monitor(loaded, runtime_dir, lambda exc: log.note("error", "metrics", str(exc)), serve=True)
+    with log:
+        if monitor and monitor.endpoint:
+            log.note("info", "metrics", f"figures on {monitor.endpoint.url}, health on /healthz")
+        try:
+            stopped = service.run(log, monitor)
+        finally:
+            if monitor:
+                monitor.close()
+    raise typer.Exit(0 if stopped else 1)
 
 
 @app.command(epilog="Example: wsync status cartpole --json")
@@ -177,31 +223,35 @@ def status(
         str | None,
         typer.Argument(metavar="[NAME]", help="A segment. (default: all)", show_default=False),
     ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", envvar="WSYNC_WATCH", help="Refresh in place until stopped.")
+    ] = False,
+    max_staleness: Annotated[
+        float | None,
+        typer.Option(
+            "--max-staleness",
+            envvar="WSYNC_MAX_STALENESS",
+            help="Exit with 1 where a live version is older, in seconds, or there is none.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
 ) -> None:
-    """What is live where, how old it is, and which version each reader is on."""
-    from .console import complain, segment_json
-    from .errors import SegmentError
-    from .segment import Segment, segments
-    from .tables import print_status
+    """What is live where, how old it is, what is pinned, and which version each reader is on.
 
-    opened, broken = [], 0
-    for each in [name] if name else segments(runtime_dir):
-        try:
-            opened.append(Segment.open(each, runtime_dir))
-        except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
-            if name:
-                raise
-            complain(exc)
-            broken = exc.exit_code
-    if not as_json:
-        print_status(opened)
-    elif name:
-        _print_json(segment_json(opened[0]))
-    else:
-        _print_json({"segments": [segment_json(segment) for segment in opened]})
-    raise typer.Exit(broken)
+    Exit codes: 0; 1 a segment is unusable, or older than --max-staleness.
+    """
+    from .status import Status
+
+    looking = Status(name, runtime_dir, state_dir, max_staleness)
+    if watch:
+        if as_json:
+            raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
+        looking.follow()
+        return
+    raise typer.Exit(looking.show(as_json=as_json))
 
 
 @app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
@@ -244,6 +294,9 @@ def rm(
     print(f"{name}: removed")
 
 
+app.add_typer(history)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"wsync {__version__}")
@@ -270,6 +323,13 @@ def _spec(text: str, name: str | None, settings: dict[str, dict[str, Any]], **gi
     return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
+def _monitor(spec: Spec, runtime: Path | None, complain: Callable[[WsyncError], None], *, serve: bool) -> Monitor:
+    """The figures that the spec asks for."""
+    from .monitor import Monitor
+
+    return Monitor(spec.name, spec.metrics, runtime, complain, serve=serve)
+
+
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data))
 
@@ -288,12 +348,21 @@ def main() -> None:
         )
         sys.exit(2)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
     code: object = 0
     try:
+        check_variables(VARIABLES)
         app()
     except WsyncError as exc:
         print(f"wsync: {exc}", file=sys.stderr)
         code = exc.exit_code
+    except OSError as exc:
+        print(f"wsync: the system refused a step: {exc}. Look at what it names, then run it again.", file=sys.stderr)
+        code = 1
+    except MemoryError:
+        print("wsync: this process has no memory left. Raise its limit (`ulimit -v`), and try again.", file=sys.stderr)
+        code = 1
     except SystemExit as exc:
         code = exc.code
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -17,14 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from .errors import SHOWN, Difference, WithDifferences, WsyncError
+from .outcome import Outcome
 from .segment import Segment
-from .syncer import Outcome
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+    from .state import Event
+
+_REMEMBERED = 1024  # refused checkpoints that a log does not tell of again
+
 LogFormat = Literal["rich", "plain", "json"]
+LOGGED = 5
+"""Differences that stand in a log line."""
 
 
 def size(nbytes: float) -> str:
@@ -69,6 +76,10 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
         "readers": outcome.readers,
         "reason": outcome.reason,
     }
+    if outcome.pin is not None:
+        data["pin"] = outcome.pin
+    if outcome.casts:
+        data["casts"] = list(outcome.casts)
     if outcome.differences:
         data["differences"] = [asdict(d) for d in outcome.differences]
     return data
@@ -87,11 +98,13 @@ def outcome_line(outcome: Outcome) -> str:
             )
         case "checked":
             live = f"version {outcome.version} stays live" if outcome.version else "nothing is live"
-            return f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}; {live}"
+            left_out = f"; {outcome.reason}" if outcome.reason else ""
+            return f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}{left_out}; {live}"
         case "current":
             return f"{outcome.name}: version {outcome.version}{step} is current, {file}"
     live = f"; version {outcome.version} stays live" if outcome.version else ""
-    return f"{outcome.name}: {outcome.status}: {outcome.reason}{live}"
+    again = "; `wsync push --retry` tries it again" if outcome.known else ""
+    return f"{outcome.name}: {outcome.status}: {outcome.reason}{live}{again}"
 
 
 def differences_text(differences: Iterable[Difference]) -> str:
@@ -100,11 +113,33 @@ def differences_text(differences: Iterable[Difference]) -> str:
     return text.removeprefix("\n")
 
 
+def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
+    """A text of several lines as one, of printable characters alone: what a log keeps as one event.
+
+    Differences follow the text, the first ``LOGGED`` of them.
+    """
+    rows = [f"{d.name}: expected {d.expected}, found {d.found}" for d in differences]
+    more = [f"{len(rows) - LOGGED} more"] if len(rows) > LOGGED else []
+    lines = [line.strip() for line in [*text.splitlines(), *rows[:LOGGED], *more]]
+    return printable("; ".join(filter(None, lines)).replace(".; ", ". "))
+
+
+def printable(text: str) -> str:
+    """With what a terminal would obey, or an encoding refuse, written as escapes; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def complain(exc: WsyncError) -> None:
     print(f"wsync: {exc}", file=sys.stderr)
 
 
-def segment_json(segment: Segment) -> dict[str, Any]:
+def warn_of_hook(kind: str, ok: bool, message: str) -> None:
+    """What a push says of a hook that failed: the weights are live all the same."""
+    if not ok:
+        print(f"wsync: warning: {message}", file=sys.stderr)
+
+
+def segment_json(segment: Segment, pin: str | None = None, failure: Event | None = None) -> dict[str, Any]:
     live, readers = segment.live(), segment.readers()
     version = live.version if live else 0
     return {
@@ -113,8 +148,8 @@ def segment_json(segment: Segment) -> dict[str, Any]:
         "step": live.step if live else None,
         "checkpoint": (live.source or None) if live else None,
         "published_at": when(live.published_at) if live else None,
-        "pin": None,
-        "last_failure": None,
+        "pin": pin,
+        "last_failure": {"at": when(failure.at), "reason": failure.reason} if failure else None,
         "bytes": segment.layout.nbytes,
         "tensors": len(segment.layout.tensors),
         "slots": segment.slots,
@@ -126,6 +161,8 @@ def segment_json(segment: Segment) -> dict[str, Any]:
                 "version": r.version,
                 "lag": version - r.version,
                 "since": when(r.since),
+                "lease_since": when(r.oldest) if r.oldest else None,
+                "holds": segment.held_back(r),
             }
             for r in readers
         ],
@@ -139,12 +176,23 @@ class WatchLog:
         name: of the segment.
         form: ``rich`` is a panel on a terminal, ``plain`` a line an event, ``json`` an object a line.
         segment: gives the standing segment, for the readers in the panel.
+        status: called with each event in one line.
     """
 
-    def __init__(self, name: str, checkpoints: Path, form: LogFormat, segment: Callable[[], Segment | None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        checkpoints: Path,
+        form: LogFormat,
+        segment: Callable[[], Segment | None],
+        status: Callable[[str], None] | None = None,
+    ) -> None:
         self._name, self._checkpoints, self._form, self._segment = name, checkpoints, form, segment
+        self._status = status
         self._last: tuple[str, str] = ("", "")
-        self._refused: set[str] = set()
+        self._refused: dict[str, None] = {}  # in the order in which they were told of last
+        self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
+        self._writing = threading.Lock()  # hooks report from threads of their own
         self._shown: Outcome | None = None
         self._done = (0, 0)
         self._stage_began = 0.0
@@ -175,7 +223,9 @@ class WatchLog:
         if isinstance(event, WsyncError):
             key = ("failed", str(event))
             if key != self._last:
-                self._line("error", "failure", f"{self._name}: {event}")
+                rows = event.differences if isinstance(event, WithDifferences) else ()
+                text = event.message if isinstance(event, WithDifferences) else str(event)
+                self._line("error", "failure", f"{self._name}: {text}", differences=rows)
         else:
             for refused in event.passed_over:
                 self._refusal(refused)
@@ -186,15 +236,28 @@ class WatchLog:
             if event.status == "rejected":
                 self._refusal(event)
             elif event.status == "published" or not known:
-                levels = {"published": "info", "current": "info", "empty": "info", "busy": "warning"}
+                levels = {"published": "info", "current": "info", "pinned": "info", "empty": "info", "busy": "warning"}
                 self._outcome(levels.get(event.status, "error"), event)
+            if self._form != "json":  # there they are in the event
+                for cast in event.casts:
+                    self._line("info", "cast", f"{self._name}: {cast}")
         self._last = key
+
+    def hook(self, kind: str, ok: bool, message: str) -> None:
+        """A failure of a hook is told once, as long as it stays the same; so is that it works again."""
+        known = self._failing.pop(kind, None)
+        if not ok:
+            self._failing[kind] = message
+        if (known is not None) if ok else known != message:
+            self._line("info" if ok else "warning", "hook", f"{self._name}: {message}")
 
     def _refusal(self, refused: Outcome) -> None:
         """A refused checkpoint is told of once, as long as it does not change."""
         if refused.identity not in self._refused:
-            self._refused.add(refused.identity)
             self._outcome("error", refused)
+        self._refused[refused.identity] = self._refused.pop(refused.identity, None)
+        while len(self._refused) > _REMEMBERED:
+            del self._refused[next(iter(self._refused))]
 
     def progress(self, done: int, total: int) -> None:
         if done < self._done[0] or not self._done[1]:
@@ -204,21 +267,34 @@ class WatchLog:
             self._live.refresh()
 
     def _outcome(self, level: str, outcome: Outcome) -> None:
-        text = outcome_line(outcome)
-        if outcome.differences:
-            text += "\n" + differences_text(outcome.differences)
-        self._line(level, outcome.status, text, outcome_json(outcome))
+        self._line(level, outcome.status, outcome_line(outcome), outcome_json(outcome), outcome.differences)
 
-    def _line(self, level: str, event: str, text: str, data: dict[str, Any] | None = None) -> None:
+    def note(self, level: str, event: str, text: str) -> None:
+        """What is no outcome of a pass."""
+        self._line(level, event, f"{self._name}: {text}")
+
+    def _line(
+        self,
+        level: str,
+        event: str,
+        text: str,
+        data: dict[str, Any] | None = None,
+        differences: tuple[Difference, ...] = (),
+    ) -> None:
         now = time.time()
-        if self._form == "json":
-            record = {"time": when(now), "level": level, "event": event, "name": self._name}
-            record |= data if data else {"message": text}
-            print(json.dumps(record), file=self._out, flush=True)
-        elif self._live:
-            self._live.console.print(self._styled(now, level, text), soft_wrap=True)
-        else:
-            print(f"{when(now)} {level:<7} {text}", file=self._out, flush=True)
+        line = one_line(text, differences)
+        if self._status:
+            self._status(line)
+        table = f"\n{differences_text(differences)}" if differences else ""
+        with self._writing:
+            if self._form == "json":
+                record = {"time": when(now), "level": level, "event": event, "name": self._name}
+                record |= data if data else {"message": text + table}
+                print(json.dumps(record), file=self._out, flush=True)
+            elif self._live:
+                self._live.console.print(self._styled(now, level, printable(text + table)), soft_wrap=True)
+            else:
+                print(f"{when(now)} {level:<7} {line}", file=self._out, flush=True)
 
     @staticmethod
     def _styled(now: float, level: str, text: str) -> RenderableType:
@@ -239,7 +315,10 @@ class WatchLog:
 
         parts: list[RenderableType] = []
         segment = self._segment()
-        live = segment.live() if segment else None
+        try:
+            live, readers = (segment.live(), segment.readers()) if segment else (None, [])
+        except (OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass tells
+            live, readers = None, []
         if segment and live:
             file = Path(live.source).name if live.source else "weights from memory"
             step = "" if live.step is None else f"  step {live.step}"
@@ -260,8 +339,9 @@ class WatchLog:
             bar = Table.grid()
             bar.add_row(ProgressBar(total=total, completed=done, width=40))
             parts.append(bar)
-        readers = segment.readers() if segment else []
-        parts.append(reader_table(live, readers[:SHOWN]) if readers else Text("no readers", style="dim"))
+        parts.append(
+            reader_table(live, readers[:SHOWN], segment) if segment and readers else Text("no readers", style="dim")
+        )
         if len(readers) > SHOWN:
             parts.append(Text(f"… and {count(len(readers) - SHOWN, 'more reader')}"))
         return Panel(Group(*parts), title=f"wsync {self._name}", title_align="left")

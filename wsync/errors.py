@@ -11,10 +11,13 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   ├── CheckpointRejected      65  it can never be published as it is
     │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
     │   │   ├── CheckpointMismatch  65  it does not fit the policy
-    │   │   └── NonFiniteWeights    65  it holds NaN or infinity
+    │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
+    │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says
     │   ├── NoCheckpoint            66  there is none yet
     │   └── CheckpointChanged       75  it changed while it was read
+    ├── StateError                  1   the history or the pin cannot be read or written
+    ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
     └── SegmentError                1   something about one segment
         ├── SegmentMissing          1   no such segment
         ├── SegmentUnsafe           1   it is not ours, or not a segment
@@ -26,6 +29,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 SHOWN = 20
@@ -42,9 +46,15 @@ class Difference:
 
 
 class WsyncError(Exception):
-    """The root of every error that wsync raises on purpose."""
+    """The root of every error that wsync raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+        kind: the class in one word, for figures; a subclass without a word of its own has its parent's.
+    """
 
     exit_code = 1
+    kind = "failed"
 
 
 class UsageError(WsyncError):
@@ -58,7 +68,7 @@ class SpecError(UsageError):
 
 
 class SwapRefused(UsageError):
-    """``mode="swap"`` would let a write hit a slot, which is mapped read-only."""
+    """``mode="swap"`` is not for a policy that writes to its own weights."""
 
 
 class WithDifferences(WsyncError):
@@ -93,24 +103,38 @@ class CheckpointRejected(WithDifferences, CheckpointError):
     """This checkpoint can never be published as it is."""
 
     exit_code = 65
+    kind = "rejected"
 
 
 class MalformedCheckpoint(CheckpointRejected):
     """The file breaks the safetensors format."""
 
+    kind = "malformed"
+
 
 class CheckpointMismatch(CheckpointRejected):
     """The tensors of the checkpoint are not those of the policy."""
 
+    kind = "mismatch"
+
 
 class NonFiniteWeights(CheckpointRejected):
     """The checkpoint holds NaN or infinity."""
+
+    kind = "non_finite"
+
+
+class GateRejected(CheckpointRejected):
+    """The user's gate looked at the staged weights and does not want them live."""
+
+    kind = "gate"
 
 
 class IncompleteCheckpoint(CheckpointError):
     """The file ends before its header says it does; a writer may still be at work."""
 
     exit_code = 66
+    kind = "incomplete"
 
 
 class NoCheckpoint(CheckpointError):
@@ -125,8 +149,28 @@ class CheckpointChanged(CheckpointError):
     exit_code = 75
 
 
+class StateError(WsyncError):
+    """The history, or the pin, cannot be read or written."""
+
+
+class RetryLater(WsyncError):
+    """A gate cannot tell yet: the same checkpoint is tried again at the next pass. A user's gate function raises it."""
+
+    exit_code = 75
+
+
 class SegmentError(WsyncError):
     """Something about one segment."""
+
+
+def refused(exc: OSError, place: os.PathLike[str]) -> SegmentError:
+    """What the system refused of a segment, or of the directory around it, as an error of ours that names it."""
+    what = f" ({exc.filename})" if exc.filename else ""
+    reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    return SegmentError(
+        f"the system refused a step at {os.fspath(place)}: {reason}{what}. Look at that directory, its mount "
+        "and the limits of this process; nothing is lost, and the next pass tries again."
+    )
 
 
 class SegmentMissing(SegmentError):

@@ -1,7 +1,6 @@
-"""The system calls under a segment: private directories, reserved files, locks, and sleeping on a word of memory.
+"""The system calls under a segment: reserved and mapped files, locks, and sleeping on a word of memory.
 
-Everything is opened relative to a directory's descriptor and never through a symbolic link, so that nothing
-prepared at our paths can lead elsewhere. Locks are ``flock`` on a descriptor of their own: they end with the process,
+Locks are ``flock`` on a descriptor of their own: they end with the process,
 whatever ends it, and work across pid namespaces.
 """
 
@@ -9,22 +8,27 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import platform
 import signal
-import stat
 import struct
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutOfSharedMemory, SegmentUnsafe, UsageError
+from .errors import OutOfSharedMemory, UsageError
 
 PAGE = 4096
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
+_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h
+_PAGEMAP_SCAN = 0xC0606610  # linux/fs.h, as the next three
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
 
 
@@ -39,78 +43,83 @@ def runtime_dir(path: str | os.PathLike[str] | None = None) -> Path:
             f"wsync needs Linux on a little-endian machine (flock, futex, tmpfs); this is {sys.platform}, "
             f"{sys.byteorder}-endian. Run it on the Linux box that runs the policy."
         )
-    chosen = path or os.environ.get("WSYNC_RUNTIME_DIR") or f"/dev/shm/wsync-{os.getuid()}"
+    chosen = os.fspath(path or os.environ.get("WSYNC_RUNTIME_DIR") or default_runtime_dir())
+    if "\0" in chosen:
+        raise UsageError(f"{chosen!r} is no path. Name a directory with --runtime-dir.")
     return Path(chosen).absolute()
 
 
-def open_private_dir(path: Path, *, create: bool = False) -> int:
-    """Opens a directory that only its owner, who is this user, can change.
+def default_runtime_dir() -> Path:
+    return Path(f"/dev/shm/wsync-{os.getuid()}")
 
-    Raises:
-        FileNotFoundError: there is none, and ``create`` is False.
-        SegmentUnsafe: a symbolic link, another user's, writable by others, or no directory.
-    """
-    if create:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700)
-        except FileExistsError:
-            pass
-        except OSError as exc:
-            raise SegmentUnsafe(
-                f"{path} cannot be made ({exc.strerror}). Name another place with --runtime-dir."
-            ) from exc
+
+def reserve(fd: int, size: int) -> None:
+    """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out."""
+    os.posix_fallocate(fd, 0, size)
+
+
+def shut(fd: int) -> None:
+    """Closes a descriptor, which is gone also where close(2) fails; nothing of ours was still to be written by it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+        os.close(fd)
+    except OSError:
+        pass
+
+
+@contextmanager
+def kept(fd: int) -> Iterator[None]:
+    """Closes a descriptor where the block fails."""
+    try:
+        yield
+    except BaseException:
+        shut(fd)
         raise
-    except OSError as exc:
-        raise SegmentUnsafe(
-            f"{path} is not a directory of its own ({os.strerror(exc.errno or 0)}). "
-            "Remove what lies there, or name another with --runtime-dir."
-        ) from exc
-    info = os.fstat(fd)
-    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o022:
-        os.close(fd)
-        raise SegmentUnsafe(
-            f"{path} belongs to uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):04o}; wsync needs a "
-            f"directory of uid {os.geteuid()} that nobody else may write. Remove it, or name another with "
-            "--runtime-dir."
-        )
-    return fd
 
 
-def open_file(name: str, flags: int, dir_fd: int, mode: int = 0o600) -> int:
-    """Opens a regular file of a private directory, never through a link."""
-    try:
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
-    except OSError as exc:
-        if exc.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise
-        raise SegmentUnsafe(
-            f"{name} in a segment is not a regular file ({exc.strerror}). Remove the segment with wsync rm."
-        ) from exc
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-        os.close(fd)
-        raise SegmentUnsafe(
-            f"{name} in a segment is not a regular file of uid {os.geteuid()}. Remove the segment with wsync rm."
-        )
-    return fd
+def read_at(fd: int, nbytes: int, offset: int) -> bytes:
+    """So many bytes of a file, fewer only where it ends; a single read may give less (of 2 GiB and more it does)."""
+    data = os.pread(fd, nbytes, offset)
+    if len(data) == nbytes or not data:
+        return data
+    pieces = [data]
+    while (missing := nbytes - sum(map(len, pieces))) and (data := os.pread(fd, missing, offset + nbytes - missing)):
+        pieces.append(data)
+    return b"".join(pieces)
 
 
-def reserve(fd: int, size: int, *, wanted: int, free: int, where: Path) -> None:
-    """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out.
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """All of these bytes into a file."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def map_file(fd: int, size: int, *, write: bool, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
+    """Maps the first ``size`` bytes of a file, which the caller knows to be there.
 
     Raises:
-        OutOfSharedMemory: they are not; the message tells the bytes ``wanted`` in all, and those ``free`` before.
+        OutOfSharedMemory: this process may not have so much.
     """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
     try:
-        os.posix_fallocate(fd, 0, size)
+        return mmap.mmap(fd, size, flags=flags, prot=protection)
     except OSError as exc:
-        if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise out_of_memory(wanted, free, where) from exc
+        raise no_memory(size, exc, fd) from exc
+
+
+def no_memory(wanted: int, exc: OSError, fd: int) -> Exception:
+    """The error of a mapping that failed; what has another reason is given back as it is."""
+    if exc.errno != errno.ENOMEM:
+        return exc
+    try:
+        what = f" of {os.readlink(f'/proc/self/fd/{fd}')}" if fd >= 0 else ""
+    except OSError:
+        what = ""
+    return OutOfSharedMemory(
+        f"this process cannot map {wanted:,} bytes{what}: its own memory is limited. Raise the limit (`ulimit -v`; "
+        "LimitAS= of its systemd unit)."
+    )
 
 
 def free_bytes(where: Path) -> int:
@@ -119,7 +128,28 @@ def free_bytes(where: Path) -> int:
     return info.f_bavail * info.f_frsize
 
 
-def out_of_memory(wanted: int, free: int, where: Path) -> OutOfSharedMemory:
+def no_room(exc: OSError, where: Path, wanted: int = PAGE, free: int | None = None) -> OutOfSharedMemory | None:
+    """The error of a file that could not be made for want of room; None where ``exc`` has another reason.
+
+    Args:
+        wanted: bytes in all.
+        free: bytes before the first was taken; default those that are left now.
+    """
+    if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+        return None
+    where = next(path for path in (where, *where.parents) if path.exists())
+    info = os.statvfs(where)
+    if info.f_files and not info.f_favail:
+        return OutOfSharedMemory(
+            f"{where} has no room for one more file: all of its {info.f_files:,} inodes are taken (`df -i`). Remove "
+            "what is not needed there, mount it with more (nr_inodes=), or name another place with --runtime-dir."
+        )
+    free = info.f_bavail * info.f_frsize if free is None else free
+    if exc.errno == errno.EFBIG:
+        return OutOfSharedMemory(
+            f"{where} has no room for this process: the segment takes {wanted:,} bytes, {free:,} are free, but no file "
+            "of this process may be so large. Raise the limit (`ulimit -f`; LimitFSIZE= of its systemd unit)."
+        )
     return OutOfSharedMemory(
         f"{where} has no room: the segment takes {wanted:,} bytes, {free:,} are free. Make it larger (docker run "
         "--shm-size, or a memory-backed emptyDir with a sizeLimit), use fewer --slots, or name another place with "
@@ -151,6 +181,66 @@ def being_written(fd: int) -> bool | None:
         return None
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
+
+
+def populate(mapped: mmap.mmap) -> None:
+    """Maps the pages of a private mapping for reading, so that the first use of each costs no fault."""
+    try:
+        mapped.madvise(_MADV_POPULATE_READ)
+    except OSError:
+        pass  # before Linux 5.14
+
+
+def renew(mapped: mmap.mmap, address: int) -> bool:
+    """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
+
+    Looks at the page tables (ioctl_pagemap_scan(2); before Linux 6.7 /proc/self/pagemap), which takes a hundredth of
+    the time of reading the memory; where neither can be read, it takes the mapping for written.
+    """
+    written = _has_own_pages(address, len(mapped))
+    if written is False:
+        return False
+    mapped.madvise(mmap.MADV_DONTNEED)
+    populate(mapped)
+    return bool(written)
+
+
+def _has_own_pages(address: int, size: int) -> bool | None:
+    """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
+    import ctypes
+
+    end = address + -(-size // PAGE) * PAGE
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        region = (ctypes.c_uint64 * 3)()
+        where = ctypes.addressof(region)
+        masks = (_PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_PRESENT)
+        query = bytearray(struct.pack("@12Q", 96, 0, address, end, 0, where, 1, 1, *masks))
+        try:
+            return int(fcntl.ioctl(fd, _PAGEMAP_SCAN, query)) > 0
+        except OSError:
+            table = memoryview(os.pread(fd, (end - address) // PAGE * 8, address // PAGE * 8)).cast("Q")
+            return any(entry >> 62 and not entry >> 61 & 1 for entry in table)  # 63 present, 62 swapped, 61 file's
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def address_of(mapped: mmap.mmap) -> int:
+    """Where a mapping lies, read-only ones included, for which ctypes alone has no answer."""
+    import ctypes
+
+    view = ctypes.py_object(mapped)
+    buffer = (ctypes.c_ssize_t * 11)()  # a Py_buffer: its first field is the address
+    ctypes.pythonapi.PyObject_GetBuffer(view, ctypes.byref(buffer), 0)
+    try:
+        return int(buffer[0])
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
 def wake(address: int) -> None:

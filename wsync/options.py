@@ -1,4 +1,4 @@
-"""The settings of ``[select]`` and ``[weights]`` as options of the command line, under the same names.
+"""The settings of ``[select]``, ``[weights]``, ``[hooks]``, ``[metrics]`` and of access as options.
 
 They are declared once, in the dataclasses that hold them; a command that takes them names one parameter, ``settings``,
 which comes as a table of those that were given.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .errors import UsageError
+from .hooks import VARIABLES as OWN_VARIABLES
 
 _HELP: dict[str, tuple[str, Any, str]] = {
+    "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
+    "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
     "order": ("select", str, "Which is newest: mtime, step or name. (default: mtime)"),
     "marker": ("select", str, "A file that the trainer leaves last; without it a checkpoint is none."),
@@ -28,27 +32,79 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "strict": ("weights", bool, "Every tensor must come, and no other. (default: strict)"),
     "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),
     "finite": ("weights", bool, "Refuse NaN and infinity. (default: finite)"),
+    "gate": ("hooks", str, "package.module:function, or a shell command, that must accept staged weights."),
+    "gate_timeout": ("hooks", float, "Seconds it may take; longer rejects. (default: 60)"),
+    "exec": ("hooks", str, "Shell command after a publish."),
+    "exec_timeout": ("hooks", float, "Seconds it may take. (default: 30)"),
+    "exec_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
+    "webhook": ("hooks", str, "http or https URL that is told of a publish."),
+    "webhook_method": ("hooks", str, "Of the request. (default: POST)"),
+    "webhook_timeout": ("hooks", float, "Seconds that it may take. (default: 1)"),
+    "webhook_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
+    "webhook_success_status": ("hooks", int, "Answer that is a success; 0 takes any. (default: 200)"),
+    "metrics_port": ("metrics", int, "Serve /metrics and /healthz; 0 takes any free port. (default: neither)"),
+    "metrics_address": ("metrics", str, "Where that port listens. (default: 127.0.0.1)"),
+    "metrics_file": ("metrics", str, "A .prom file for the node exporter; its counters go on."),
+    "max_staleness": (
+        "metrics",
+        float,
+        "Seconds after which /healthz is 503, counted from the last look that found the newest checkpoint live, or "
+        "made it so; a trainer that is done makes nothing stale. (default: never)",
+    ),
 }
+_ONLY_WATCH = {"metrics_port", "metrics_address", "max_staleness"}
 
 _PANELS = {
+    "access": "Who else may read the segment",
     "select": "Which checkpoint (the TOML's table select)",
     "weights": "Which tensors (the TOML's table weights)",
+    "hooks": "Before and after a publish (the TOML's table hooks)",
+    "metrics": "Figures for monitoring (the TOML's table metrics)",
 }
+
+
+_OTHERS = """
+NAME RUNTIME_DIR STATE_DIR SLOTS KEEP JSON FORCE DRY_RUN RETRY POLL MAX_FAILURES LOG_FORMAT SPEC SCAN NUMBER SINCE
+FOLLOW PLOT TO WATCH MAX_STALENESS
+"""
+VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
+"""Every variable that a command reads, and those that wsync sets itself."""
+
+RuntimeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-dir",
+        envvar="WSYNC_RUNTIME_DIR",
+        help="Where segments live. (default: /dev/shm/wsync-<uid>)",
+        show_default=False,
+    ),
+]
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir",
+        envvar="WSYNC_STATE_DIR",
+        help="Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", envvar="WSYNC_JSON", help="Print one JSON object.")]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command, which has a parameter ``settings``, an option for each of them."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for name, p in signature.parameters.items() if name != "settings"]
-    options = [_parameter(name, *about) for name, about in _HELP.items()]
+    taken = {n: about for n, about in _HELP.items() if command.__name__ == "watch" or n not in _ONLY_WATCH}
+    options = [_parameter(name, *about) for name, about in taken.items()]
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        settings: dict[str, dict[str, Any]] = {"select": {}, "weights": {}}
-        for name, (table, _, _) in _HELP.items():
+        settings: dict[str, dict[str, Any]] = {table: {} for table in _PANELS}
+        for name, (table, _, _) in taken.items():
             value = given.pop(name)
             if value not in (None, []):
-                settings[table][name] = _value(name, value)
+                settings[table][name.removeprefix(f"{table}_")] = _value(name, value)
         command(**given, settings=settings)
 
     wrapped.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
@@ -57,7 +113,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter:
-    flag = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    words = name.replace("_", "-")
+    flag = f"--{words}/--no-{words}" if kind is bool else f"--{words}"
     option = typer.Option(
         flag, envvar=f"WSYNC_{name.upper()}", help=text, show_default=False, rich_help_panel=_PANELS[table]
     )

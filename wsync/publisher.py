@@ -6,21 +6,45 @@ wrong before the WORD is stored leaves the live version as it was.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
 from .finite import not_finite
 from .fitting import Fit, Plan
 from .layout import Layout, views
+from .memory import map_file
 from .segment import Segment
-from .segment_files import Publication
+from .segment_files import Publication, SpareSlot, slot_name
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Weights that are staged and verified, and not live: what a gate is asked about.
+
+    Attributes:
+        path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
+        name: of the segment.
+        version: that they get if they go live.
+        step: the producer's number, where it gave one.
+        checkpoint: path of their checkpoint; empty for weights from memory.
+    """
+
+    path: Path
+    name: str
+    version: int
+    step: int | None
+    checkpoint: str
+
+
+Gate = Callable[[Staged], None]
+"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or what else its caller is to get."""
 
 
 def publish(
@@ -30,6 +54,8 @@ def publish(
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     spec: str = "",
     progress: Callable[[int], None] | None = None,
+    gate: Gate | None = None,
+    last_version: int = 0,
 ) -> Publication:
     """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
 
@@ -37,10 +63,13 @@ def publish(
         fit: which tensors are taken, and how they fit.
         spec: fingerprint of the policy spec, recorded with the version.
         progress: called with the number of bytes of each read.
+        gate: looks at the staged weights last of all; what it raises is raised, and nothing is published.
+        last_version: the highest that was ever published under this name, for a segment that was made anew.
 
     Raises:
-        CheckpointRejected: it does not fit, or is not finite.
+        CheckpointRejected: it does not fit, is not finite, or the gate does not want it.
         CheckpointChanged: it changed while it was read.
+        RetryLater: the gate cannot tell yet.
         SegmentBusy: every spare slot is leased.
     """
     plan = _plan(segment, checkpoint, fit)
@@ -51,16 +80,16 @@ def publish(
                 for entry in plan.kept:
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
-            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 stage, P5 verify
+            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
         publication = Publication(
-            version=segment.version + 1,
+            version=max(segment.version, last_version) + 1,
             step=checkpoint.step,
             source=str(checkpoint.path),
             identity=checkpoint.identity,
             published_at=time.time(),
             spec=spec,
         )
-        slot.describe(publication)
+        publication = _describe(segment, slot, publication, gate)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -73,6 +102,7 @@ def publish_tensors(
     finite: bool = True,
     step: int | None = None,
     spec: str = "",
+    gate: Gate | None = None,
 ) -> Publication:
     """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
 
@@ -82,6 +112,7 @@ def publish_tensors(
         finite: refuse NaN and infinity, also those that a cast made.
         step: recorded with the version.
         spec: fingerprint of the policy spec, recorded with the version.
+        gate: as for ``publish``.
 
     Raises:
         KeyError: a name is unknown, or missing.
@@ -112,14 +143,36 @@ def publish_tensors(
         check(targets, sources)
         if missing and kept is not None:
             slot.weights[:] = kept
-        copy(targets, sources)
-        if finite and (wrong := not_finite(slot.weights, layout)):
+        copy(targets, sources)  # P4 stage
+        if finite and (wrong := not_finite(slot.weights, layout)):  # P5 verify
             raise ValueError(f"{wrong[0]!r} holds NaN or infinity. Nothing was published.")
         publication = Publication(
             version=segment.version + 1, step=step, source="", identity="", published_at=time.time(), spec=spec
         )
-        slot.describe(publication)
+        publication = _describe(segment, slot, publication, gate)
     segment.store(publication.version, slot.number)
+    return publication
+
+
+def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
+    """Writes the slot's header, then lets the gate look at the whole file: nothing points to it yet.
+
+    What is published is told with the time after the gate, which may take its own.
+    """
+    slot.describe(publication)
+    if gate is None:
+        return publication
+    gate(
+        Staged(
+            path=segment.path / slot_name(slot.number),
+            name=segment.name,
+            version=publication.version,
+            step=publication.step,
+            checkpoint=publication.source,
+        )
+    )
+    publication = replace(publication, published_at=time.time())
+    slot.describe(publication)
     return publication
 
 
@@ -147,5 +200,7 @@ def rehearse(
         CheckpointChanged: it changed while it was read.
     """
     plan = _plan(segment, checkpoint, fit, layout)
-    with mmap.mmap(-1, max(layout.nbytes, 1)) as memory, memoryview(memory) as weights:
-        checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)
+    memory = map_file(
+        -1, max(layout.nbytes, 1), write=True
+    )  # given back with the last view of it, which an error may hold
+    checkpoint.read_into(memoryview(memory), plan, finite=fit.finite, progress=progress)

@@ -6,6 +6,10 @@ the time is that of setting one pointer a tensor. ``copy`` copies into the polic
 What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
 thread is inside the policy: it is between steps that a version changes.
 
+A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
+cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
+version, of which a warning tells once.
+
 A lease lives as long as any tensor points into its slot. The memory that torch wraps for a slot owns the lease, so that
 the last tensor to go, the policy's or a forgotten alias of it, lets go of the slot. Views of a slot are kept for its
 next version where, after the swap away from it, nobody but ourselves holds its storage: then the lease is released by
@@ -35,7 +39,7 @@ from .errors import (
     WsyncError,
 )
 from .layout import Layout, layout_of, named_tensors, views
-from .memory import sleep_on
+from .memory import read_at, sleep_on
 from .registry import Registration
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
@@ -44,6 +48,7 @@ Mode = Literal["auto", "swap", "copy"]
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
+_SELDOM, _SELDOM_SECONDS = 63, 1.0  # calls, and seconds, between two looks at the segment's directory
 _WORD = WORD_OFFSET // 8
 
 
@@ -80,13 +85,15 @@ class Reader:
         self.version = 0
         self.step: int | None = None
         self._seen, self._taken = -1, 0
-        self._policy = policy
         self._lock = threading.Lock()
         self._closed = False
+        self._calls, self._looked = 0, 0.0
         self._next_look = 0.0
+        self._told_of_writing = False
         self._views: dict[int, _View] = {}
         self._held: _View | None = None  # the view that the policy's tensors point into
-        self._kept: list[tuple[int, weakref.ref[Any]]] = []  # slots that outlive the policy's own use of them
+        self._since = 0.0  # when the policy's version was taken
+        self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
         self._targets = _targets(policy, segment.layout)
         self._registration = self._take(segment)
         _readers.add(self)
@@ -99,7 +106,8 @@ class Reader:
             logged once, and the reader attaches again when it comes back with the same layout.
         """
         if self._words[_WORD] == self._seen:
-            return False
+            self._calls += 1
+            return not self._calls & _SELDOM and self._look_around()
         return self._refresh()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -169,22 +177,43 @@ class Reader:
                 self._copy(lease)
             self.version = self._taken = lease.version
             self.step, self._seen = publication.step, lease.word
-            self._registration.update(self.version, self._leased_slots())
+            self._since = time.time()
+            self._registration.update(self.version, *self._leases())
             return True
 
+    def _look_around(self) -> bool:
+        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
+        now = time.monotonic()
+        if now - self._looked < _SELDOM_SECONDS:
+            return False
+        self._looked = now
+        if self._closed or not self._is_gone():
+            return False
+        with self._lock:
+            found = self._find_again()
+        return found and self._refresh()
+
     def _swap(self, lease: Lease) -> None:
+        if self._segment.renew(lease.slot) and not self._told_of_writing:
+            self._told_of_writing = True
+            _log.warning(
+                "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with "
+                'the next version. Attach with mode="copy" to keep its tensors its own.',
+                self.name,
+            )
         view = self._view(lease)
         view.memory.lease = lease
         with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
             for tensor, index in self._targets:
-                tensor.data = view.tensors[index]
+                tensor.data = view.tensors[index]  # R4 use
         self._let_go()
         self._held = view
 
     def _copy(self, lease: Lease) -> None:
         view = self._view(lease)
         with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
-            torch._foreach_copy_([t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets])
+            mine, new = [t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets]
+            torch._foreach_copy_(mine, new)  # R4 use
         lease.release()
 
     def _let_go(self) -> None:
@@ -196,14 +225,15 @@ class Reader:
             view.memory.lease.release()
             view.memory.lease = None
         else:
-            self._kept.append((view.memory.lease.slot, weakref.ref(view.memory)))
+            self._kept.append((view.memory.lease.slot, weakref.ref(view.memory), self._since))
             self._views = {slot: v for slot, v in self._views.items() if v is not view}
 
-    def _leased_slots(self) -> tuple[int, ...]:
-        """The slot that the policy points into, and those that only a kept tensor still does."""
-        self._kept = [(slot, memory) for slot, memory in self._kept if memory() is not None]
-        held = [self._held.memory.lease.slot] if self._held else []
-        return (*held, *(slot for slot, _ in self._kept))
+    def _leases(self) -> tuple[tuple[int, ...], float]:
+        """The slot that the policy points into and those that only a kept tensor still does; since when the oldest."""
+        self._kept = [kept for kept in self._kept if kept[1]() is not None]
+        held = [(self._held.memory.lease.slot, self._since)] if self._held else []
+        leases = [*held, *((slot, since) for slot, _, since in self._kept)]
+        return tuple(slot for slot, _ in leases), min((since for _, since in leases), default=0.0)
 
     def _view(self, lease: Lease) -> _View:
         if lease.slot not in self._views:
@@ -212,7 +242,7 @@ class Reader:
         return self._views[lease.slot]
 
     def _publication(self, lease: Lease) -> Publication:
-        return Publication.from_header(os.pread(lease.fileno(), METADATA_END, 0))
+        return self._segment.publication_of(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
 
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
@@ -224,8 +254,14 @@ class Reader:
 
     def _notice_removal(self) -> None:
         """A segment that was deleted by hand left no word of it: a sleeper looks at the directory itself."""
-        if not self._segment.is_current():
+        if self._is_gone():
             self._find_again()
+
+    def _is_gone(self) -> bool:
+        try:
+            return not self._segment.is_current()
+        except OSError:  # the system does not tell; what is mapped is there
+            return False
 
     def _find_again(self) -> bool:
         """Attaches to a segment of the same name and layout that stands where ours was removed."""
@@ -239,7 +275,8 @@ class Reader:
             segment = Segment.open(self.name, self._segment.path.parent)
         except SegmentError:
             return False
-        if segment.layout.digest != self._segment.layout.digest:
+        removed = segment.word & 0xFF == REMOVED  # ours still, by a remover that was killed, or another on its way out
+        if removed or not _same_layout(segment, self._segment):
             segment.close()
             return False
         self._registration.close()
@@ -260,7 +297,7 @@ class Reader:
             try:
                 self._registration.close(unlink=False)
                 self._registration = Registration(self._segment.path, self.mode)
-                self._registration.update(self.version, self._leased_slots())
+                self._registration.update(self.version, *self._leases())
             except (OSError, WsyncError) as exc:
                 _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
 
@@ -312,8 +349,8 @@ def attach(
     hindrance = None if mode == "copy" else _hindrance(policy)
     if mode == "swap" and hindrance:
         raise SwapRefused(
-            f"{hindrance}, and swap maps the shared memory read-only: a write would end the process. Use "
-            'mode="copy", or mode="auto", which takes swap where it is safe.'
+            f"{hindrance}, and swap points it at the shared memory, where what it writes is gone with the next "
+            'version. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
     layout = layout_of(policy)
     reader = Reader(policy, _open(name, layout, runtime_dir), "copy" if mode == "copy" or hindrance else "swap")
@@ -352,6 +389,13 @@ def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None)
     return segment
 
 
+def _same_layout(one: Segment, other: Segment) -> bool:
+    try:
+        return one.layout.digest == other.layout.digest
+    except SegmentError:  # it has none that can be read
+        return False
+
+
 def _targets(policy: torch.nn.Module, layout: Layout) -> list[tuple[torch.Tensor, int]]:
     """Every tensor object of the policy once, with the place of its weights in the layout."""
     index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
@@ -362,7 +406,7 @@ def _targets(policy: torch.nn.Module, layout: Layout) -> list[tuple[torch.Tensor
 
 
 def _hindrance(policy: torch.nn.Module) -> str | None:
-    """Why the policy's tensors must not point at read-only memory, or None."""
+    """Why the policy's tensors must not point at a slot, or None."""
     for name, module in policy.named_modules():
         where = f"{name or 'the policy'} ({type(module).__name__})"
         if module.training:
@@ -383,7 +427,7 @@ def _hindrance(policy: torch.nn.Module) -> str | None:
 
 
 def _view_slot(segment: Segment, lease: Lease) -> _View:
-    """Tensors over a slot's read-only memory; torch is not told that it is, and copies nothing."""
+    """Tensors over a slot's memory; torch copies nothing."""
     mapped, address = segment.map_slot(lease.slot)
     kind: Any = type("_LeasedSlot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
     memory = kind.from_address(address)

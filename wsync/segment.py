@@ -1,6 +1,6 @@
 """The shared-memory area of one policy, and the protocol by which whole versions pass through it.
 
-A segment is a directory of one user:
+A segment is a directory of one user, who may let others read it (``access``):
 
     control                one page: magic, format, and at byte 64 the WORD
     layout.json            the layout, the number of slots, the spec that it was made from
@@ -17,7 +17,7 @@ The publisher                                The reader
   P2 pick     a slot's lock, exclusive         R2 lease     the slot's lock, shared
   P3 check    the WORD: that slot not live     R3 recheck   the whole WORD; start over if it changed
   P4 stage    bytes into the slot              R4 use       swap to the slot, or copy out of it
-  P5 verify   finite, gate, source unchanged   R5 release   the lease of the version before
+  P5 verify   finite, source unchanged, gate   R5 release   the lease of the version before
   P6 release  the slot's lock
   P7 store    the WORD
   P8 wake     sleeping readers
@@ -27,7 +27,8 @@ All locks are taken without waiting, so that nobody waits for a stopped process.
 - A leased slot is not written (P2 fails), a slot being written is not leased (R2 fails): nobody sees half a version.
 - Between R1 and R2 the publisher may have published elsewhere and begun, or finished, writing this slot: R3 sees
   another WORD. It compares the version too, because the same slot may be live again with other weights.
-- P3 comes after P2: the WORD that is read under the slot's lock is one that no publisher changes any more.
+- P3 comes after P1: a WORD that was read before it may be another publisher's by now, and its slot the live one. It is
+  looked at before P2 already, so that the publisher does not lock the live slot even for a moment.
 - P6 comes before P7, so that a reader that follows the new WORD never finds the publisher's own lock in its way; and
   the system calls in between order the writes to the slot before the store, on every architecture.
 - The kernel drops flocks with their process: killed anywhere before P7 a publisher has published nothing, and the next
@@ -43,80 +44,76 @@ removed, so that readers, who keep its memory mapped, learn of it at the price o
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError
+from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file
+from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, refused
 from .layout import Layout
-from .memory import PAGE, open_file, open_private_dir, runtime_dir, try_lock, wake
-from .registry import ReaderRecord, readers
+from .memory import address_of, map_file, populate, read_at, renew, runtime_dir, shut, try_lock, wake
+from .registry import ReaderRecord, open_readers, printable, readers
 from .segment_files import (
-    MAGIC,
+    MAX_SLOTS,
     METADATA_END,
     NO_SLOT,
     REMOVED,
     WORD_OFFSET,
+    About,
     Publication,
+    SpareSlot,
     discard,
     make,
-    metadata_block,
+    map_control,
+    share,
     slot_name,
     sweep,
 )
-
-_NAME = re.compile(r"[^\W_][\w.+@=-]*")
-
-
-def check_name(name: str) -> str:
-    """A segment's name becomes a directory's: letters, digits and ``_ . + @ = -``, beginning with one of the first two.
-
-    Raises:
-        UsageError: it is not such a name.
-    """
-    if not _NAME.fullmatch(name) or len(name.encode()) > 200:
-        raise UsageError(
-            f"{name!r} cannot be a segment's name: use letters, digits and _ . + @ = -, beginning with a letter or "
-            "digit, at most 200 bytes. Set another with --name or `name` in the TOML."
-        )
-    return name
 
 
 class Segment:
     """An open segment; the publisher's handle when opened with ``write=True``, else a reader's."""
 
-    def __init__(self, name: str, path: Path, *, write: bool = False) -> None:
+    def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
         self.name, self.path, self.write = name, path, write
         try:
-            self._dir = open_private_dir(path)
+            self._dir = open_dir(path, owner)
         except FileNotFoundError:
-            raise SegmentMissing(
-                f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
-                "`wsync status` lists what is there."
-            ) from None
+            raise self._missing() from None
+        except OSError as exc:
+            raise refused(exc, path) from exc
         try:
-            self._control = self._map("control", write)
-            with open(self._open("layout.json", os.O_RDONLY), "rb") as file:
-                self.about: dict[str, Any] = json.load(file)
-            self.slots = int(self.about["slots"])
-            self.data_offset = int(self.about["data_offset"])
-            self.spec = str(self.about["spec"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            os.close(self._dir)
+            self._control = map_control(self._dir, write=write)
+            self._about = About.read(self._dir)
+            shut(open_readers(path))
+        except BaseException as exc:
+            shut(self._dir)
+            if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
+                raise refused(exc, path) from exc
+            if not isinstance(
+                exc, FileNotFoundError | ValueError | KeyError | TypeError | RecursionError | SegmentUnsafe
+            ):
+                raise
+            if not os.path.lexists(path):
+                raise self._missing() from None
+            reason = str(exc).removesuffix(" Remove the segment with wsync rm.").rstrip(".")
             raise SegmentUnsafe(
-                f"{path} is not a segment that this wsync can read ({type(exc).__name__}: {exc}). Remove it with "
+                f"{path} is not a segment that this wsync can read ({type(exc).__name__}: {reason}). Remove it with "
                 f"`wsync rm {name}`."
             ) from exc
+        self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
         self._layout: Layout | None = None
         self._publishing = False
         self._words = memoryview(self._control).cast("Q")
         self._slot_maps: dict[int, mmap.mmap] = {}
+
+    def _missing(self) -> SegmentMissing:
+        return SegmentMissing(
+            f"there is no segment {self.name!r} in {self.path.parent}. `wsync push` or `wsync watch` makes it; "
+            "`wsync status` lists what is there."
+        )
 
     # --- opening, making and removing
 
@@ -126,11 +123,10 @@ class Segment:
 
         Raises:
             SegmentMissing: there is none of this name.
-            SegmentUnsafe: what is there is not ours, or not a segment.
+            SegmentUnsafe: what is there is not ours, or not a segment; see ``access`` for whose may be read.
         """
         base = runtime_dir(runtime)
-        _check_base(base)
-        return cls(name, base / check_name(name), write=write)
+        return cls(name, base / check_name(name), write=write, owner=base_owner(base, write=write))
 
     @classmethod
     def create(
@@ -141,24 +137,27 @@ class Segment:
         *,
         slots: int = 3,
         spec: str = "",
+        access: Access = Access(),  # noqa: B008  (frozen)
     ) -> Segment:
         """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
 
         Args:
             slots: full buffers of weights; two work, three let a publish go on while one reader is late.
+            access: who else may read it; where nothing is asked for, a new one is private and a standing one stays.
 
         Raises:
             LayoutDiffers: the standing segment holds another architecture.
             OutOfSharedMemory: there is no room.
+            UsageError: those who should read cannot be let in.
         """
         base = runtime_dir(runtime)
         path = base / check_name(name)
-        if not 2 <= slots <= 64:
-            raise UsageError(f"--slots {slots}: a segment has 2 to 64 slots.")
-        os.close(open_private_dir(base, create=True))
-        if not path.exists():
+        if not 2 <= slots <= MAX_SLOTS:
+            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
+        make_base(base, access)
+        if not os.path.lexists(path):
             sweep(base)
-            make(path, layout, slots, spec)
+            make(path, layout, slots, spec, access)
         segment = cls(name, path, write=True)
         if segment.layout.digest != layout.digest:
             differences = layout.differences(segment.layout)
@@ -168,7 +167,18 @@ class Segment:
                 f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
                 differences,
             )
+        segment.share(access)
         return segment
+
+    def share(self, access: Access) -> None:
+        """Lets others read as ``access`` says, where it says anything and that is not so already.
+
+        Raises:
+            UsageError: those who should read cannot be let in.
+        """
+        if access.given and not access.holds(self._dir):
+            access.check_enterable(self.path.parent)
+            share(self._dir, self.slots, access)
 
     def remove(self) -> None:
         """Tells the readers, then removes the segment; they keep the memory that they have mapped.
@@ -177,9 +187,13 @@ class Segment:
             SegmentBusy: a publisher holds it.
         """
         with self.publishing():
-            self._words[WORD_OFFSET // 8] = self.word | REMOVED
-            self.wake()
+            self.tell_removed()
             discard(self.path)
+
+    def tell_removed(self) -> None:
+        """Tells the readers that this segment is none any more; also where it was deleted by hand."""
+        self._words[WORD_OFFSET // 8] = self.word | REMOVED
+        self.wake()
 
     def close(self) -> None:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
@@ -187,21 +201,28 @@ class Segment:
         self._words.release()
         directory, self._dir = self._dir, -1
         if directory >= 0:
-            os.close(directory)
+            shut(directory)
 
     def is_current(self) -> bool:
-        """Whether the name still leads to this very segment."""
+        """Whether the name still leads to this very segment; raises OSError where the system does not tell."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._dir))
-        except FileNotFoundError:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._dir))
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     # --- looking
 
+    def check(self) -> None:
+        """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe where that is broken."""
+        _ = self.live(), self.layout, self.readers()
+
     @property
     def layout(self) -> Layout:
         if self._layout is None:
-            self._layout = Layout.from_json(self.about["layout"])
+            try:
+                self._layout = self._about.layout()
+            except ValueError as exc:
+                raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
         return self._layout
 
     @property
@@ -224,14 +245,47 @@ class Segment:
         Needs no lease: a live slot is not written, so that a header read between two equal WORDs is whole.
         """
         while (word := self.word) & 0xFF < NO_SLOT:
-            fd = self._open(slot_name(word & 0xFF), os.O_RDONLY)
             try:
-                head = os.pread(fd, METADATA_END, 0)
+                fd = self._open_slot(word & 0xFF, os.O_RDONLY)
+            except FileNotFoundError:  # the segment is being removed
+                return None
+            try:
+                head = read_at(fd, METADATA_END, 0)
             finally:
-                os.close(fd)
+                shut(fd)
             if self.word == word:
-                return Publication.from_header(head)
+                return self.publication_of(head, word & 0xFF)
         return None
+
+    def publication_of(self, head: bytes, slot: int) -> Publication:
+        """What the first ``METADATA_END`` bytes of a slot say.
+
+        Raises:
+            SegmentUnsafe: they say nothing.
+        """
+        try:
+            return Publication.from_header(head)
+        except ValueError as exc:
+            raise SegmentUnsafe(
+                f"{self.path / slot_name(slot)} is live, and its header was damaged ({exc!s:.100}). Remove the segment "
+                f"with `wsync rm {self.name}`; it is made anew."
+            ) from exc
+
+    def held_back(self, reader: ReaderRecord) -> list[int]:
+        """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
+        versions = set()
+        for slot in reader.slots:
+            try:
+                fd = self._open_slot(slot, os.O_RDONLY)
+            except (OSError, SegmentUnsafe):
+                continue
+            try:
+                versions.add(Publication.from_header(read_at(fd, METADATA_END, 0)).version)
+            except (OSError, ValueError):  # its record is older than what it says
+                pass
+            finally:
+                shut(fd)
+        return sorted(versions - {reader.version})
 
     def readers(self) -> list[ReaderRecord]:
         return list(readers(self.path))
@@ -245,12 +299,15 @@ class Segment:
             if word & 0xFF >= NO_SLOT:
                 return None
             try:
-                fd = self._open(slot_name(word & 0xFF), os.O_RDONLY)
+                fd = self._open_slot(word & 0xFF, os.O_RDONLY)
             except FileNotFoundError:  # the segment is being removed
                 return None
-            if try_lock(fd, shared=True) and self.word == word:  # R2 lease, R3 recheck
+            if (
+                try_lock(fd, shared=True)  # R2 lease
+                and self.word == word  # R3 recheck
+            ):
                 return Lease(word >> 8, word & 0xFF, word, fd)
-            os.close(fd)
+            shut(fd)
         return None
 
     # --- the publisher's steps
@@ -266,25 +323,24 @@ class Segment:
             yield
             return
         try:
-            fd = self._open("publisher.lock", os.O_RDWR)
+            fd = open_file("publisher.lock", os.O_RDWR, self._dir)
         except FileNotFoundError:
-            raise self._removed() from None
+            raise (self._broken("has no publisher.lock") if self.is_current() else self._removed()) from None
         try:
             if not try_lock(fd):  # P1 lock
-                holder = os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n ")
+                holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
                 raise SegmentBusy(
                     f"another publisher ({holder or 'unknown'}) is at work on segment {self.name!r}. "
                     "Try again later, or stop the other one."
                 )
             if not self.is_current():
                 raise self._removed()
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()}".encode(), 0)
+            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
             self._publishing = True
             yield
         finally:
             self._publishing = False
-            os.close(fd)
+            shut(fd)
 
     def _removed(self) -> SegmentBusy:
         return SegmentBusy(
@@ -298,17 +354,14 @@ class Segment:
         Raises:
             SegmentBusy: readers lease every spare slot; the message names them.
         """
-        for slot in range(self.slots):
-            if slot == self.word & 0xFF:
-                continue
-            fd = self._open(slot_name(slot), os.O_RDWR)
-            if try_lock(fd) and self.word & 0xFF != slot:  # P2 pick, P3 check
-                try:
-                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
-                finally:
-                    os.close(fd)  # P6 release
-                return
-            os.close(fd)
+        for spare in self._spare_slots():
+            spare.forget()  # so that a header says what a slot holds only where that is whole
+            try:
+                yield spare
+            except BaseException:
+                spare.forget()
+                raise
+            return
         live = self.word & 0xFF
         holders = [r for r in self.readers() if any(slot != live for slot in r.slots)]
         names = ", ".join(f"{r.process} (pid {r.pid}, version {r.version})" for r in holders)
@@ -317,8 +370,40 @@ class Segment:
             "stop them, or make the segment anew with more --slots."
         )
 
+    @contextmanager
+    def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
+        """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
+        for spare in self._spare_slots():
+            try:
+                held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
+            except ValueError:  # it was being staged into
+                continue
+            if (held.version, held.identity) == (version, identity):
+                yield spare, held
+                return
+        yield None, None
+
+    def _spare_slots(self) -> Iterator[SpareSlot]:
+        """Every slot that is not live and that nobody leases, one after another, each locked while it is looked at."""
+        for slot in range(self.slots):
+            if slot == self.word & 0xFF:  # never locked, not even for a moment
+                continue
+            try:
+                fd = self._open_slot(slot, os.O_RDWR)
+            except FileNotFoundError:
+                raise self._removed() from None
+            try:
+                if (
+                    try_lock(fd)  # P2 pick
+                    and self.word & 0xFF != slot  # P3 check
+                ):
+                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
+            finally:
+                shut(fd)  # P6 release
+
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: this slot is live from here on."""
+        _ = self.word_address  # whatever can fail in waking, an import included, fails before the store
         self._words[WORD_OFFSET // 8] = version << 8 | slot  # P7 store
         self.wake()  # P8 wake
 
@@ -327,14 +412,23 @@ class Segment:
 
     @property
     def word_address(self) -> int:
-        return _address(self._control) + WORD_OFFSET
+        return address_of(self._control) + WORD_OFFSET
 
     # --- memory
 
     def map_slot(self, slot: int) -> tuple[mmap.mmap, int]:
         """A leased slot as memory, its pages mapped at once, and the address, good while the mmap is referred to."""
         mapped = self._slot_map(slot)
-        return mapped, _address(mapped)
+        return mapped, address_of(mapped)
+
+    def renew(self, slot: int) -> bool:
+        """Drops what this process wrote into its own pages of a slot; True if there was any.
+
+        A reader's mapping is private: what the process writes there is its own, and does not end it. Before the slot's
+        next version is used, such pages must go.
+        """
+        mapped = self._slot_maps.get(slot)
+        return mapped is not None and renew(mapped, address_of(mapped))
 
     def live_weights(self) -> memoryview | None:
         """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
@@ -348,25 +442,33 @@ class Segment:
     def _slot_map(self, slot: int) -> mmap.mmap:
         if slot not in self._slot_maps:
             # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
-            fd = self._open(slot_name(slot), os.O_RDWR if self.write else os.O_RDONLY)
+            fd = self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)
             try:
-                protection = mmap.PROT_READ | (mmap.PROT_WRITE if self.write else 0)
-                self._slot_maps[slot] = mmap.mmap(fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection)
+                size = self.data_offset + self.layout.nbytes
+                if os.fstat(fd).st_size != size:  # mapped beyond its end it would end in SIGBUS
+                    raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+                kind = mmap.MAP_SHARED | mmap.MAP_POPULATE if self.write else mmap.MAP_PRIVATE
+                mapped = map_file(fd, size, write=True, flags=kind)
             finally:
-                os.close(fd)
+                shut(fd)
+            if not self.write:
+                populate(mapped)
+            self._slot_maps[slot] = mapped
         return self._slot_maps[slot]
 
-    def _open(self, name: str, flags: int) -> int:
-        return open_file(name, flags, self._dir)
-
-    def _map(self, name: str, write: bool) -> mmap.mmap:
-        fd = self._open(name, os.O_RDWR if write else os.O_RDONLY)
+    def _open_slot(self, slot: int, flags: int) -> int:
+        """Raises FileNotFoundError only where the segment is being removed."""
+        if slot >= self.slots:
+            raise self._broken(f"says that slot {slot} of {self.slots} is live")
         try:
-            if os.pread(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
-                raise ValueError("its control page is not of this format")
-            return mmap.mmap(fd, PAGE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
-        finally:
-            os.close(fd)
+            return open_file(slot_name(slot), flags, self._dir)
+        except FileNotFoundError:
+            if self.is_current():
+                raise self._broken(f"has no {slot_name(slot)}") from None
+            raise
+
+    def _broken(self, how: str) -> SegmentUnsafe:
+        return SegmentUnsafe(f"segment {self.name!r} {how}. Remove it with `wsync rm {self.name}`, and publish again.")
 
 
 class Lease:
@@ -387,28 +489,9 @@ class Lease:
     def release(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)  # R5 release
+            shut(fd)  # R5 release
 
     __del__ = release
-
-
-@dataclass(frozen=True, slots=True)
-class SpareSlot:
-    """A slot that is being staged: locked, mapped, not live."""
-
-    number: int
-    fd: int
-    memory: mmap.mmap
-    data_offset: int
-
-    @property
-    def weights(self) -> memoryview:
-        """The slot's weights, writable."""
-        return memoryview(self.memory)[self.data_offset :]
-
-    def describe(self, publication: Publication) -> None:
-        """Writes what the slot holds into its header."""
-        os.pwrite(self.fd, metadata_block(publication.to_metadata()), 8)
 
 
 def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
@@ -419,41 +502,40 @@ def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
         SegmentBusy: a publisher holds it.
         SegmentUnsafe: it is another user's, or no directory.
     """
+    base = runtime_dir(runtime)
     try:
         segment = Segment.open(name, runtime, write=True)
+        try:
+            segment.remove()
+        finally:
+            segment.close()
     except SegmentUnsafe:
-        path = runtime_dir(runtime) / check_name(name)
-        os.close(open_private_dir(path))
-        discard(path)
-        return
-    segment.remove()
-    segment.close()
+        base_owner(base, write=True)
+        shut(open_dir(base / check_name(name)))
+        discard(base / name)
 
 
 def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:
-    """Names of the standing segments, sorted."""
+    """Names of the standing segments, sorted; those that this user may not enter are left out.
+
+    Raises:
+        SegmentUnsafe: the runtime directory is not to be believed.
+    """
     base = runtime_dir(runtime)
-    if not base.exists():
-        return []
-    _check_base(base)
-    return sorted(p.name for p in base.iterdir() if _NAME.fullmatch(p.name) and (p / "control").exists())
-
-
-def _check_base(base: Path) -> None:
+    owner = base_owner(base, write=False)
     try:
-        os.close(open_private_dir(base))
+        directory = open_dir(base, owner)
     except FileNotFoundError:
-        pass
-
-
-def _address(mapped: mmap.mmap) -> int:
-    """Where a mapping lies, read-only ones included, for which ctypes alone has no answer."""
-    import ctypes
-
-    view = ctypes.py_object(mapped)
-    buffer = (ctypes.c_ssize_t * 11)()  # a Py_buffer: its first field is the address
-    ctypes.pythonapi.PyObject_GetBuffer(view, ctypes.byref(buffer), 0)
+        return []
     try:
-        return int(buffer[0])
+        return sorted(name for name in os.listdir(directory) if is_name(name) and _is_segment(name, directory))
     finally:
-        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+        shut(directory)
+
+
+def _is_segment(name: str, directory: int) -> bool:
+    try:
+        os.stat(f"{name}/control", dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

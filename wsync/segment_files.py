@@ -1,4 +1,4 @@
-"""The files of a segment: their form, making them all at once, and sweeping away what killed makers left.
+"""The files of a segment: their form, making them all at once, believing them, and sweeping away what makers left.
 
 A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that describing another
 version moves nothing, and the whole to a page, so that the weights begin on one.
@@ -7,20 +7,26 @@ version moves nothing, and the whole to a page, so that the weights begin on one
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import UsageError
+from .access import Access, open_dir, open_file
+from .errors import SegmentUnsafe, UsageError
 from .layout import Layout
-from .memory import PAGE, free_bytes, open_file, open_private_dir, reserve, try_lock
+from .memory import PAGE, free_bytes, map_file, no_room, read_at, reserve, shut, try_lock, write_at
 
 FORMAT = 1
 MAGIC = b"WSYNC\0\0" + bytes([FORMAT])
 WORD_OFFSET = 64  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
+MAX_SLOTS = 64
+MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
+_END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +54,100 @@ class Publication:
 
     @classmethod
     def from_header(cls, header: bytes) -> Publication:
-        """From the first ``METADATA_END`` bytes of a slot."""
-        data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
-        return cls(
-            version=int(data["version"]),
-            step=int(data["step"]) if data["step"] else None,
-            source=data["source"],
-            identity=data["identity"],
-            published_at=float(data["published_at"]),
-            spec=data["spec"],
-        )
+        """From the first ``METADATA_END`` bytes of a slot.
+
+        Raises:
+            ValueError: they say no such thing.
+        """
+        try:
+            data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
+            texts = {key: data[key] for key in ("source", "identity", "spec")}
+            found = cls(
+                version=int(data["version"]),
+                step=int(data["step"]) if data["step"] else None,
+                published_at=float(data["published_at"]),
+                **texts,
+            )
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise TypeError("a text is none")
+            if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < _END_OF_TIME):
+                raise ValueError("a number is beyond its bounds")
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
+            raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What ``layout.json`` says, checked but for the layout, which takes long to read and is not always needed."""
+
+    slots: int
+    data_offset: int
+    spec: str
+    table: Any
+
+    @classmethod
+    def read(cls, directory: int) -> About:
+        """Raises ValueError, KeyError, TypeError or RecursionError where it is not what ``make`` wrote."""
+        with open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_TABLE:
+                raise ValueError(f"its layout.json has {size:,} bytes, over the bound of {MAX_TABLE:,}")
+            data = json.loads(file.read(size))
+        slots, data_offset, spec = data["slots"], data["data_offset"], data["spec"]
+        if type(slots) is not int or not 2 <= slots <= MAX_SLOTS or not isinstance(spec, str):
+            raise ValueError("its layout.json tells no possible number of slots")
+        if type(data_offset) is not int or data_offset % PAGE or not METADATA_END <= data_offset <= MAX_TABLE + PAGE:
+            raise ValueError("its layout.json tells no possible place of the weights")
+        return cls(slots, data_offset, spec, data["layout"])
+
+    def layout(self) -> Layout:
+        """Raises ValueError where it is none."""
+        try:
+            layout = Layout.from_json(self.table)
+            sizes = [size for entry in layout.tensors for size in entry.shape]
+            names = [name for entry in layout.tensors for name in entry.names]
+            if not all(isinstance(name, str) for name in names) or not layout.tensors:
+                raise TypeError("a name is no text, or there is none")
+            if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes) or layout.nbytes >= 1 << 63:
+                raise ValueError("a size is beyond its bounds")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+            raise ValueError(f"{type(exc).__name__}: {str(exc)[:100]}") from exc
+        return layout
+
+
+@dataclass(frozen=True, slots=True)
+class SpareSlot:
+    """A slot that is being staged: locked, mapped, not live."""
+
+    number: int
+    fd: int
+    memory: mmap.mmap
+    data_offset: int
+
+    @property
+    def weights(self) -> memoryview:
+        """The slot's weights, writable."""
+        return memoryview(self.memory)[self.data_offset :]
+
+    def forget(self) -> None:
+        """Takes away what its header says that it holds."""
+        write_at(self.fd, BLANK, 8)
+
+    def describe(self, publication: Publication) -> None:
+        """Writes what the slot holds into its header."""
+        write_at(self.fd, metadata_block(publication.to_metadata()), 8)
+
+
+def map_control(directory: int, *, write: bool) -> mmap.mmap:
+    """The control page of a segment; raises ValueError where it is not of this format."""
+    fd = open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)
+    try:
+        if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
+            raise ValueError("its control page is not of this format")
+        return map_file(fd, PAGE, write=write)
+    finally:
+        shut(fd)
 
 
 def slot_name(slot: int) -> str:
@@ -74,6 +164,10 @@ def metadata_block(metadata: Mapping[str, str]) -> bytes:
     return block.ljust(METADATA_END - 8)
 
 
+BLANK = metadata_block({})
+"""Of a slot that holds nothing, or is being staged."""
+
+
 def slot_header(layout: Layout) -> bytes:
     """A safetensors header without metadata that ends on a page, so that the weights begin on one."""
     table = "".join(
@@ -86,14 +180,13 @@ def slot_header(layout: Layout) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def make(path: Path, layout: Layout, slots: int, spec: str) -> None:
+def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> None:
     """Makes the segment under another name and renames it: it is there whole or not at all.
 
     Raises:
         OutOfSharedMemory: there is no room; nothing is left behind.
+        UsageError: its group is not ours to give to.
     """
-    import shutil
-
     header = slot_header(layout)
     about = {
         "format": FORMAT,
@@ -105,65 +198,143 @@ def make(path: Path, layout: Layout, slots: int, spec: str) -> None:
     }
     files = [("control", _control_page(), PAGE), ("layout.json", json.dumps(about).encode(), 0)]
     files += [(slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)]
-    wanted = sum(max(size, len(content)) for _, content, size in files)
+    wanted = PAGE + sum(max(size, len(content)) for _, content, size in files)
     free = free_bytes(path.parent)
-    temporary, directory, lock = _claim(path.parent)
+    temporary, directory, lock = None, -1, -1
     try:
+        temporary, directory, lock = _claim(path.parent)
+        reserve(lock, PAGE)
         os.mkdir("readers", 0o700, dir_fd=directory)
         for name, content, size in files:
-            fd = open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
-            try:
-                reserve(fd, max(size, len(content)), wanted=wanted, free=free, where=path.parent)
-                os.pwrite(fd, content, 0)
-            finally:
-                os.close(fd)
+            _write(directory, name, content, size)
+        if access.given:
+            share(directory, slots, access)
         os.rename(temporary, path)
     except BaseException as exc:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not (isinstance(exc, OSError) and path.exists()):  # else another maker was first
+        told = no_room(exc, path.parent, wanted, free) if isinstance(exc, OSError) else None  # before there is room
+        if temporary:
+            _clear(temporary)
+        if told:
+            raise told from exc
+        if not (isinstance(exc, OSError) and os.path.lexists(path)):  # else another maker was first
             raise
     finally:
-        os.close(lock)
-        os.close(directory)
+        for fd in (lock, directory):
+            if fd >= 0:
+                shut(fd)
+
+
+def _write(directory: int, name: str, content: bytes, size: int) -> None:
+    fd = open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
+    try:
+        reserve(fd, max(size, len(content)))
+        write_at(fd, content, 0)
+    finally:
+        shut(fd)
+
+
+def share(directory: int, slots: int, access: Access) -> None:
+    """Gives the files of a segment their group and mode; its directory last, so that what was cut short shows there."""
+    for name in ("control", "layout.json", *map(slot_name, range(slots))):
+        fd = open_file(name, os.O_RDONLY, directory)
+        try:
+            access.grant(fd, access.bits)
+        finally:
+            shut(fd)
+    readers = open_dir("readers", dir_fd=directory, sticky=True)
+    try:
+        access.grant(readers, access.readers_bits)
+    finally:
+        shut(readers)
+    access.grant(directory, access.directory_bits)
 
 
 def discard(path: Path) -> None:
     """Removes a segment's directory: first its name, then what is in it, so that nobody opens half of it."""
-    import shutil
-
-    doomed = path.with_name(f".removed-{path.name}-{os.getpid()}")
+    doomed = path.with_name(f".removed-{os.getpid()}-{os.urandom(4).hex()}")
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _clear(doomed)
 
 
 def sweep(base: Path) -> None:
-    """Removes what makers and removers that were killed left behind: their lock is free."""
-    import shutil
-
+    """Removes what makers and removers that were killed left behind: their lock is free, or there is none."""
     for path in (*base.glob(".new-*"), *base.glob(".removed-*")):
         try:
-            lock = os.open(path / "publisher.lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            directory = open_dir(path)
+        except (OSError, SegmentUnsafe):
+            continue
+        try:
+            lock = open_file("publisher.lock", os.O_RDWR, directory)
+        except SegmentUnsafe:
+            continue
         except OSError:
-            continue  # it is only being made, or it is gone
+            if path.name.startswith(".new-"):
+                _remove_empty(path)  # a maker's that died before it had its lock; a living one makes another
+            else:
+                _clear(path)
+            continue
+        finally:
+            shut(directory)
         try:
             if try_lock(lock):
-                shutil.rmtree(path, ignore_errors=True)
+                _clear(path)
         finally:
-            os.close(lock)
+            shut(lock)
+
+
+def _clear(path: Path) -> None:
+    """Removes a directory of ours, its lock last: as long as anything is in it, a sweeper can tell whether it is left.
+
+    What cannot be removed stays for the next sweeper.
+    """
+    import shutil
+
+    if path.is_symlink():
+        return
+    try:
+        entries = [entry.name for entry in os.scandir(path)]
+    except OSError:
+        return
+    for name in sorted(entries, key="publisher.lock".__eq__):
+        try:
+            os.unlink(path / name)
+        except IsADirectoryError:
+            shutil.rmtree(path / name, ignore_errors=True)
+        except OSError:
+            continue
+    _remove_empty(path)
+
+
+def _remove_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        pass
 
 
 def _claim(base: Path) -> tuple[Path, int, int]:
     """A new hidden directory whose lock is held, so that nobody sweeps it away as a dead maker's."""
+    import contextlib
     import tempfile
 
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
-        directory = open_private_dir(temporary)
-        lock = open_file("publisher.lock", os.O_RDWR | os.O_CREAT, directory)
-        if try_lock(lock) and os.fstat(lock).st_nlink:
-            return temporary, directory, lock
-        os.close(lock)
-        os.close(directory)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_clear, temporary)
+            try:
+                directory = open_dir(temporary)
+                undo.callback(shut, directory)
+                lock = open_file("publisher.lock", os.O_RDWR | os.O_CREAT, directory)
+                undo.callback(shut, lock)
+            except FileNotFoundError:  # a sweeper took it for a dead maker's
+                continue
+            except OSError as exc:
+                if told := no_room(exc, base):
+                    raise told from exc
+                raise
+            if try_lock(lock) and os.fstat(lock).st_nlink:
+                undo.pop_all()
+                return temporary, directory, lock
 
 
 def _control_page() -> bytes:

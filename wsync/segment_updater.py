@@ -9,13 +9,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .access import Access
 from .checkpoint import Checkpoint
 from .errors import SegmentMissing
 from .fitting import Fit
 from .layout import Layout, layout_of, layout_of_tensors, named_tensors
-from .publisher import publish, publish_tensors
+from .memory import runtime_dir
+from .publisher import Gate, publish, publish_tensors
 from .segment import Segment
 from .segment_files import Publication
 from .updaters import WeightUpdaterBase
@@ -46,7 +49,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     Attributes:
         step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
         spec: fingerprint of the policy spec that versions are recorded with.
+        access: who else may read the segment; a standing one is opened to them at the next push.
         progress: called with the number of bytes of each read of a checkpoint.
+        gate: called with the staged weights (a ``publisher.Staged``) before they go live; what it raises is raised.
+        last_version: the highest that was ever published under this name, from which a segment made anew goes on.
         published: the last version that this updater published; None before.
     """
 
@@ -67,7 +73,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.strict, self.finite, self.slots, self.runtime_dir = strict, finite, slots, runtime_dir
         self.step: int | None = None
         self.spec = ""
+        self.access = Access()
         self.progress: Callable[[int], None] | None = None
+        self.gate: Gate | None = None
+        self.last_version = 0
         self.published: Publication | None = None
         self._layout = layout if policy is None else lambda: layout_of(policy)
         self._segment: Segment | None = None
@@ -80,12 +89,23 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     def segment(self) -> Segment | None:
         """The standing segment, opened anew where it was removed and made again; None where there is none."""
         if self._segment and not self._segment.is_current():
+            self._segment.tell_removed()
             self.close()
         if self._segment is None:
             try:
                 self._segment = Segment.open(self.name, self.runtime_dir, write=True)
             except SegmentMissing:
                 return None
+        return self._segment
+
+    @property
+    def path(self) -> Path:
+        """Where the segment lies, whether it is there or not."""
+        return runtime_dir(self.runtime_dir) / self.name
+
+    @property
+    def opened(self) -> Segment | None:
+        """The segment as it is open here, without a look at whether it still stands; None where none is open."""
         return self._segment
 
     def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> Segment:
@@ -107,8 +127,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     "policy=, or attach a policy first."
                 )
             self._segment = standing = Segment.create(
-                self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec
+                self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec, access=self.access
             )
+        else:
+            standing.share(self.access)
         return standing
 
     def close(self) -> None:
@@ -126,6 +148,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
         """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
+        self._news = False  # also after a push that failed half-way
         torch = sys.modules.get("torch")
         if torch and isinstance(server_weights, torch.nn.Module):
             return dict(named_tensors(server_weights))
@@ -137,7 +160,15 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         if isinstance(server_weights, Checkpoint):
             segment = self.make_segment()
             with segment.publishing():
-                publication = publish(segment, server_weights, fit=self._fit(), spec=self.spec, progress=self.progress)
+                publication = publish(
+                    segment,
+                    server_weights,
+                    fit=self._fit(),
+                    spec=self.spec,
+                    progress=self.progress,
+                    gate=self.gate,
+                    last_version=self.last_version,
+                )
         else:
             from .weights import dotted, flatten
 
@@ -147,7 +178,13 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
             segment = self.make_segment(lambda: layout_of_tensors(tensors.items()))
             with segment.publishing():
                 publication = publish_tensors(
-                    segment, tensors, strict=self.strict, finite=self.finite, step=self.step, spec=self.spec
+                    segment,
+                    tensors,
+                    strict=self.strict,
+                    finite=self.finite,
+                    step=self.step,
+                    spec=self.spec,
+                    gate=self.gate,
                 )
         self.published, self._news = publication, True
 

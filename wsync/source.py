@@ -2,13 +2,14 @@
 
 Choosing is a pure function of one listing (``select``). The listing costs one ``scandir`` and a ``stat`` an entry and
 opens no file, but for directories, whose own files are looked at too. Among 10,000 files a pass that finds nothing new
-takes about 40 ms; so a candidate is a plain tuple, and its path, identity and place in the order are only worked out
-where they are asked for. Whether a candidate is complete is only known when it is opened: the caller goes down the
-list.
+takes about 45 ms, three quarters of them in the system; so a candidate is a plain tuple, and its path, identity and
+place in the order are only worked out where they are asked for. Whether a candidate is complete is only known when it
+is opened: the caller goes down the list.
 """
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import os
 import re
@@ -72,7 +73,8 @@ class Candidate(NamedTuple):
     Attributes:
         location: its absolute path.
         stamp: its identity, or what the system says of it, from which the identity is worked out.
-        mtime_ns: its newest modification time.
+        mtime_ns: when it was last written: its newest modification time; its change time where that is earlier, because
+            a modification time can be set to anything, and one ahead of the clock would hide all that comes after.
         step: of its metadata, where the order needs it.
     """
 
@@ -120,7 +122,7 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
     try:
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            return [Candidate(str(place.absolute()), info, info.st_mtime_ns)]
+            return [Candidate(str(place.absolute()), info, _written(info))]
         with os.scandir(place.absolute()) as entries:
             listed = list(entries)
     except FileNotFoundError as exc:
@@ -144,19 +146,40 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     for entry in listed:
         name = entry.name
-        if name in own or _TEMPORARY.search(name) or _SHARD.search(name) or (matches and not matches(name)):
+        if name in own or (_suspect(name) and (_TEMPORARY.search(name) or _SHARD.search(name))):
+            continue
+        if matches and not matches(name):
             continue
         try:
             if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
                 if not settings.marker or _marked(name, names, settings.marker):
-                    found.append(Candidate(entry.path, info, info.st_mtime_ns))
+                    mtime, ctime = info.st_mtime_ns, info.st_ctime_ns  # as ``_written`` has it
+                    found.append(Candidate(entry.path, info, mtime if mtime <= ctime else ctime))
             elif entry.is_dir() and (not settings.marker or os.path.exists(os.path.join(entry.path, settings.marker))):
                 found.append(_directory(Path(entry.path)))
-        except (OSError, CheckpointError):
-            continue  # retention was faster, a link leads nowhere, a directory holds no checkpoint, or half of one
+        except FileNotFoundError:
+            continue  # retention was faster, or a link leads nowhere
+        except OSError as exc:
+            if name.endswith(SUFFIX) and exc.errno != errno.ELOOP:
+                trouble = trouble or CheckpointError(
+                    f"{entry.path} cannot be looked at ({exc.strerror}). Check its owner, its mode and the disk."
+                )
+        except CheckpointError:
+            continue  # a directory that holds no checkpoint, or half of one
     if trouble and not found:
         raise trouble
     return found
+
+
+def listing_of(place: Path, settings: Select = Select()) -> object:
+    """Tells one state of a place from another: what it lists, or why it cannot be listed.
+
+    Other than an identity it tells, too, that a file's mode changed; and other than a time of access, that it was read.
+    """
+    try:
+        return {(c.location, c.identity, getattr(c.stamp, "st_ctime_ns", 0)) for c in scan(place, settings)}
+    except CheckpointError as exc:
+        return str(exc)
 
 
 def select(candidates: Iterable[Candidate], live: Candidate | None = None, order: str = "mtime") -> list[Candidate]:
@@ -170,7 +193,14 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     """
     found = list(candidates)
     if live is not None:
-        same = [c for c in found if c.mtime_ns == live.mtime_ns and c.identity == live.identity]
+        tail = live.identity.rpartition("-")[2]
+        at = int(tail) if tail.isdigit() else 0  # so that few of thousands have to work their identity out
+        same = [
+            c
+            for c in found
+            if (c.stamp == live.identity if isinstance(c.stamp, str) else c.stamp.st_mtime_ns == at)
+            and c.identity == live.identity
+        ]
         where_live = os.path.dirname(live.location)
         beside = any(os.path.dirname(c.location) == where_live for c in found)
         bound = same[0] if same else live if beside else None
@@ -184,11 +214,59 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     return sorted(found, key=lambda c: c.place(order), reverse=True)
 
 
+class SetBack:
+    """Knows, in a process that looks again and again, what was written before the wall clock was set back.
+
+    That is older than all that is written after, whatever its times say.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] | None = None
+        self._before: set[str] = set()
+        self._floor = 0
+
+    def correct(self, found: list[Candidate], live: Candidate | None) -> tuple[list[Candidate], Candidate | None]:
+        """A listing, and where the live version came from, as ``select`` can compare them by their times."""
+        wall, ticks = time.time(), time.monotonic()
+        if self._last:
+            passed = ticks - self._last[1]
+            if passed - (wall - self._last[0]) > 1:
+                self._before |= {c.identity for c in found if c.mtime_ns > wall * 1e9}
+                self._before |= {live.identity} if live and live.mtime_ns > wall * 1e9 else set()
+                self._floor = int((wall - passed) * 1e9)
+        self._last = (wall, ticks)
+        if not self._before:
+            return found, live
+        if live and live.identity in self._before:
+            live = live._replace(mtime_ns=self._floor)
+        return [c for c in found if c.identity not in self._before], live
+
+
 def _directory(path: Path) -> Candidate:
     """A directory as a candidate."""
     parts = parts_of(path)
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
-    return Candidate(str(path), identity_of(infos), max(info.st_mtime_ns for info in infos))
+    return Candidate(str(path), identity_of(infos), max(map(_written, infos)))
+
+
+def _written(info: os.stat_result) -> int:
+    """When a file was last written, ns; see ``Candidate.mtime_ns``."""
+    mtime, ctime = info.st_mtime_ns, info.st_ctime_ns
+    return mtime if mtime <= ctime else ctime
+
+
+def _suspect(name: str) -> bool:
+    """A quick look: whether a name can be a temporary's or a shard's at all, which has one of these in it."""
+    low = name.lower()
+    return (
+        low[0] in ".~t"
+        or "tmp" in low
+        or "temp" in low
+        or "part" in low
+        or "incomplete" in low
+        or "~" in low
+        or "-of-" in low
+    )
 
 
 def _marked(name: str, names: set[str], marker: str) -> bool:
@@ -211,9 +289,9 @@ class Changes:
         self._watched: tuple[int, int] | None = None
         self._current()
 
-    def wait(self) -> bool:
-        """Waits for a change, at most ``poll`` seconds; True where a notification came."""
-        deadline = time.monotonic() + self._poll
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for a change, at most ``seconds``, default ``poll``; True where a notification came."""
+        deadline = time.monotonic() + (self._poll if seconds is None else seconds)
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             fresh, notify = self._current()
             if fresh:
@@ -245,14 +323,14 @@ class Changes:
         """Whether watching began just now, and the watcher of the directory that is there; a replaced one is new."""
         from watchfiles._rust_notify import RustNotify  # documented for direct use; all else there needs asyncio
 
-        directory = self._place if self._place.is_dir() else self._place.parent
         try:
+            directory = self._place if self._place.is_dir() else self._place.parent
             info = directory.stat()
             if self._watched == (info.st_dev, info.st_ino):
                 return False, self._notify
             self.close()
             self._notify = RustNotify([str(directory)], False, False, 0, directory == self._place, True)
             self._watched = (info.st_dev, info.st_ino)
-        except OSError:  # there is nothing to watch, or no watch is left to be had
+        except (OSError, RuntimeError):  # there is nothing to watch, or no watch is left to be had
             self.close()
         return self._notify is not None, self._notify

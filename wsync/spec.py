@@ -13,14 +13,16 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .access import Access, check_name
 from .errors import SpecError
 from .fitting import Fit
+from .hooks import Hooks
 from .layout import Layout, layout_of
-from .segment import check_name
+from .metrics import Metrics
 from .source import Select
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 POLL = 1.0
 MAX_POLL = 86_400.0
+MAX_FAILURES = -1
 MAX_SLOTS = 64
+MAX_KEEP = 1000
 SLOTS = 3
 
 _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] = {
@@ -37,7 +41,10 @@ _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] =
     "name": str,
     "checkpoints": str,
     "slots": int,
-    "watch": {"poll": (int, float)},
+    "keep": int,
+    "watch": {"poll": (int, float), "max_failures": int},
+    "mode": str,
+    "group": (str, int),
     "select": {"pattern": str, "order": str, "marker": str, "settle": (int, float)},
     "weights": {
         "prefix": str,
@@ -49,6 +56,8 @@ _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] =
         "finite": bool,
         "base": str,
     },
+    "hooks": {s.name: (int, float) if isinstance(s.default, float) else type(s.default) for s in fields(Hooks)},
+    "metrics": {"port": int, "address": str, "file": str, "max_staleness": (int, float)},
 }
 
 
@@ -63,9 +72,14 @@ class Spec:
         policy_kwargs: what the callable is called with.
         checkpoints: where checkpoints appear, absolute; None where the spec names none.
         poll: seconds between two looks that no notification asked for.
+        max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
         slots: buffers of a segment that is made.
+        keep: published versions of which a copy is kept beside the state, for a rollback.
+        access: who else may read the segment.
         select: which entries are checkpoints, and which is newest.
         weights: which tensors of a checkpoint are taken, and how they fit.
+        hooks: the gate before a publish, and what runs after one.
+        metrics: where figures for monitoring go.
     """
 
     policy: str
@@ -74,16 +88,28 @@ class Spec:
     policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Path | None = None
     poll: float = POLL
+    max_failures: int = MAX_FAILURES
     slots: int = SLOTS
+    keep: int = 0
+    access: Access = field(default_factory=Access)
     select: Select = field(default_factory=Select)
     weights: Fit = field(default_factory=Fit)
+    hooks: Hooks = field(default_factory=Hooks)
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
         check_name(self.name)
         if not 2 <= self.slots <= MAX_SLOTS:
             raise SpecError(f"slots = {self.slots}: a segment has 2 to {MAX_SLOTS} slots. Two work, three are better.")
+        if not 0 <= self.keep <= MAX_KEEP:
+            raise SpecError(f"keep = {self.keep} (--keep): give the number of versions to keep, {MAX_KEEP} at most.")
         if not 0 < self.poll <= MAX_POLL:
             raise SpecError(f"watch.poll = {self.poll} is no time (--poll). Give seconds above 0, a day at most.")
+        if self.max_failures < -1:
+            raise SpecError(
+                f"watch.max_failures = {self.max_failures} is no number (--max-failures). Give 0 or more, or "
+                "-1 for any number."
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -95,13 +121,21 @@ class Spec:
         import hashlib
 
         place = self.directory.joinpath(*self.policy.partition(":")[0].split("."))
-        file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
         try:
+            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
             info = file.stat()
             state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
         except OSError:
             state = None
         text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state], default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def digest(self) -> str:
+        """Tells whether a checkpoint that was refused would be refused again: the policy, the fit and the gate."""
+        import hashlib
+
+        text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def layout(self) -> Layout:
@@ -144,7 +178,7 @@ class Spec:
         import torch
 
         with self._user_code():
-            target = self._import()  # not under the meta device: what a module makes at import stays real
+            target = self._import(self.policy)  # not under the meta device: what a module makes at import stays real
             try:
                 with torch.device("meta"):
                     return layout_of(self._make(target))
@@ -158,7 +192,7 @@ class Spec:
             SpecError: it cannot be imported or built, or is no ``nn.Module``.
         """
         with self._user_code():
-            return self._make(self._import())
+            return self._make(self._import(self.policy))
 
     def _make(self, target: Any) -> torch.nn.Module:
         import torch
@@ -179,7 +213,7 @@ class Spec:
             policy = target(**self.policy_kwargs)
         except (Exception, SystemExit) as exc:
             raise SpecError(
-                f"{self.policy} failed when it was called with {dict(self.policy_kwargs)}: {_origin(exc)}. Mend "
+                f"{self.policy} failed when it was called with {dict(self.policy_kwargs)}: {origin(exc)}. Mend "
                 "it, or its [policy_kwargs]."
             ) from exc
         if not isinstance(policy, torch.nn.Module):
@@ -188,8 +222,17 @@ class Spec:
             )
         return policy
 
-    def _import(self) -> Any:
-        module_name, _, attributes = self.policy.partition(":")
+    def find(self, text: str) -> Any:
+        """What an import string names, beside the policy or among the installed packages.
+
+        Raises:
+            SpecError: it cannot be imported.
+        """
+        with self._user_code():
+            return self._import(text)
+
+    def _import(self, text: str) -> Any:
+        module_name, _, attributes = text.partition(":")
         try:
             target: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as exc:
@@ -199,11 +242,11 @@ class Spec:
                     "installed packages. Check the spelling, or run wsync from the directory that holds it."
                 ) from None
             raise SpecError(
-                f"module {module_name!r} is there, but its own import failed: {_origin(exc)}. Install what it needs."
+                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Install what it needs."
             ) from exc
         except (Exception, SystemExit) as exc:
             raise SpecError(
-                f"module {module_name!r} is there, but its own import failed: {_origin(exc)}. Mend it first."
+                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Mend it first."
             ) from exc
         for attribute in attributes.split("."):
             try:
@@ -211,7 +254,7 @@ class Spec:
             except (Exception, SystemExit) as exc:
                 if not isinstance(exc, AttributeError):
                     raise SpecError(
-                        f"{self.policy} is there, but looking it up failed: {_origin(exc)}. Mend it first."
+                        f"{text} is there, but looking it up failed: {origin(exc)}. Mend it first."
                     ) from exc
                 near = difflib.get_close_matches(attribute, dir(target), 1)
                 raise SpecError(
@@ -257,11 +300,17 @@ def _load_toml(path: Path, name: str | None) -> Spec:
     _check_keys(data, _KEYS, path, "")
     if "policy" not in data:
         raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
+    for key in ("name", "checkpoints"):
+        if data.get(key) == "":
+            raise SpecError(f"{path}: {key} is empty. Give it a value, or leave it out.")
     watch = data.get("watch", {})
     checkpoints = data.get("checkpoints")
     weights: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.get("weights", {}).items()}
     if weights.get("base"):
         weights["base"] = str(path.parent / weights["base"])
+    metrics = dict(data.get("metrics", {}))
+    if metrics.get("file"):
+        metrics["file"] = str(path.parent / metrics["file"])
     return Spec(
         policy=_check_import_string(data["policy"]),
         name=name or data.get("name") or path.stem,
@@ -269,9 +318,14 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         policy_kwargs=data.get("policy_kwargs", {}),
         checkpoints=path.parent / checkpoints if checkpoints else None,
         poll=float(watch.get("poll", POLL)),
+        max_failures=watch.get("max_failures", MAX_FAILURES),
         slots=data.get("slots", SLOTS),
+        keep=data.get("keep", 0),
+        access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
         select=Select(**data.get("select", {})),
         weights=Fit(**weights),
+        hooks=Hooks(**data.get("hooks", {})),
+        metrics=Metrics(**metrics),
     )
 
 
@@ -325,7 +379,7 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
                 raise SpecError(f"{path}: {prefix}{key} holds {odd[0]!r}. Give strings.")
 
 
-def _origin(exc: BaseException) -> str:
+def origin(exc: BaseException) -> str:
     """The error and the user's line that it came from."""
     import traceback
 

@@ -11,80 +11,40 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, step_of
 from .errors import (
-    CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
     CheckpointRejected,
-    Difference,
-    IncompleteCheckpoint,
     LayoutDiffers,
     NoCheckpoint,
+    RetryLater,
     SegmentBusy,
     UsageError,
     WithDifferences,
     WsyncError,
+    refused,
 )
 from .layout import Layout
-from .publisher import rehearse
+from .outcome import EXIT_CODES, Outcome, status_of
+from .publisher import Staged, publish, rehearse
+from .record import Record
+from .retry import Failures
 from .segment import Segment
 from .segment_files import Publication
 from .segment_updater import SharedMemoryWeightUpdater
-from .source import Candidate, Changes
+from .source import Candidate, Changes, listing_of
 from .spec import Spec
 from .weight_getter import CheckpointWeightGetter, place_of
 
-EXIT_CODES = {
-    "published": 0,
-    "current": 0,
-    "checked": 0,
-    "failed": 1,
-    "rejected": 65,
-    "empty": 66,
-    "busy": 75,
-}
+if TYPE_CHECKING:
+    from .hook_runner import HookRunner
+    from .state import Pin, State
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one pass did.
-
-    Attributes:
-        status: a key of ``EXIT_CODES``; ``checked`` is a dry run that would have published.
-        name: of the segment.
-        version: the live version afterwards; 0 before the first.
-        step: of the checkpoint.
-        checkpoint: its path.
-        bytes: of weights that were staged.
-        seconds: that the pass took.
-        readers: living readers.
-        reason: why nothing was published.
-        differences: what does not fit.
-        backwards: the step is lower than that of the version before.
-        identity: of the checkpoint's file.
-        passed_over: newer candidates that were refused on the way to this one.
-    """
-
-    status: str
-    name: str
-    version: int = 0
-    step: int | None = None
-    checkpoint: str | None = None
-    bytes: int = 0
-    seconds: float = 0.0
-    readers: int = 0
-    reason: str | None = None
-    differences: tuple[Difference, ...] = ()
-    backwards: bool = False
-    identity: str = ""
-    passed_over: tuple[Outcome, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_CODES[self.status]
+__all__ = ["EXIT_CODES", "Outcome", "Syncer"]
 
 
 class Syncer:
@@ -95,6 +55,12 @@ class Syncer:
         checkpoints: a directory or file; default the spec's.
         runtime: where segments live; default ``memory.runtime_dir()``.
         progress: called with bytes done and bytes in all while a checkpoint is staged.
+        state: history, pin and rejections; None keeps none.
+
+    Attributes:
+        record: what it knows of the past.
+        report: called from a hook's thread with its kind, whether it worked, and what to tell; None logs failures.
+        hooks: what runs after a publish, with its counts; None before the first, or where there is nothing to run.
 
     Raises:
         UsageError: neither the caller nor the spec names checkpoints.
@@ -107,6 +73,7 @@ class Syncer:
         *,
         runtime: str | os.PathLike[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        state: State | None = None,
     ) -> None:
         place = checkpoints or spec.checkpoints
         if place is None:
@@ -119,20 +86,37 @@ class Syncer:
         self.updater = SharedMemoryWeightUpdater(
             spec.name, weight_getter=self.getter, layout=spec.layout, slots=spec.slots, runtime_dir=runtime
         )
+        self.updater.access = spec.access
         self.updater.register_post_hook(self._note)
+        self.updater.gate = self._gate if spec.hooks.gate else None
+        self.report: Callable[[str, bool, str], None] | None = None
+        self.hooks: HookRunner | None = None
+        self._stop: threading.Event | None = None
         self._before: Publication | None = None
+        self._fit = spec.weights  # of what is being published
         self._started = 0.0
         self._published: Outcome | None = None
-        self._refused: dict[str, str] = {}
+        self.record = Record(state, spec.digest)
+        self._cast: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> Syncer:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.close(now=kind is not None and not issubclass(kind, Exception))
 
-    def close(self) -> None:
-        self.updater.close()
+    def close(self, *, now: bool = False) -> None:
+        """Lets go of the segment, once hooks that still run have ended, each within its time.
+
+        Args:
+            now: end the hooks instead.
+        """
+        try:
+            if self.hooks:
+                self.hooks.close(now=now)
+        finally:
+            self.updater.close()
+            self.record.close()
 
     @property
     def segment(self) -> Segment | None:
@@ -141,7 +125,7 @@ class Syncer:
 
     def rest(self) -> None:
         """Gives the slots' mappings back until the next publish."""
-        if segment := self.segment:
+        if segment := self.updater.opened:
             segment.unmap()
 
     def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
@@ -154,62 +138,104 @@ class Syncer:
         Raises:
             WsyncError: something else than the checkpoint is wrong, or it cannot be read.
         """
-        started = time.perf_counter()
-        segment = self.segment
-        live = segment.live() if segment else None
         try:
-            todo, refusal = self._todo(live, force, started)
-            if todo and not dry_run:
-                self.updater.spec = self.spec.fingerprint
-                segment = self.updater.make_segment()
-                with segment.publishing():
-                    live = segment.live()  # another publisher may have been faster
-                    todo, refusal = self._todo(live, force, started)
-                    if todo:
-                        return self._try(todo, lambda c: self._publish(segment, c, live, started), live, started)
-            elif todo:
-                return self._try(todo, lambda c: self._rehearse(segment, c, live, started), live, started)
-            if refusal:
-                return refusal
-            if live is None:
-                raise self.getter.nothing()
-            return self._outcome("current", live, started, step=live.step, checkpoint=live.source or None)
+            outcome = self._once(force, dry_run)
+        except WsyncError as exc:
+            if not dry_run and not isinstance(exc, UsageError):
+                published = self.updater.published
+                self.record.failed(published.version if published else 0, str(exc))
+            raise
+        except MemoryError as exc:
+            raise WsyncError(
+                "this process has no memory left. Raise its limit (`ulimit -v`, `ulimit -d`; the container's, or "
+                "MemoryMax= of its systemd unit), and try again."
+            ) from exc
+        if outcome.status == "failed":
+            self.record.failed(outcome.version, outcome.reason or "")
+        else:
+            self.record.worked()
+        return outcome
+
+    def _once(self, force: bool, dry_run: bool) -> Outcome:
+        started = time.perf_counter()
+        live: Publication | None = None
+        try:
+            segment = self.updater.segment
+            live = segment.live() if segment else None
+            return self._pass(segment, live, started, force=force, dry_run=dry_run)
         except NoCheckpoint as exc:
             return self._outcome("empty", live, started, reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
-            return self._outcome(_status(exc, False), live, started, reason=str(exc))
+            return self._outcome(status_of(exc, False), live, started, reason=str(exc), kind=exc.kind)
         except SegmentBusy as exc:
             return self._outcome("busy", live, started, reason=str(exc))
+        except OSError as exc:  # whatever concerns a checkpoint alone was told as such
+            raise refused(exc, self.updater.path) from exc
 
-    def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> None:
+    def _pass(
+        self, segment: Segment | None, live: Publication | None, started: float, *, force: bool, dry_run: bool
+    ) -> Outcome:
+        if pin := self.record.pin():
+            return self._pinned(pin, live, started, dry_run)
+        todo, refusal = self._todo(live, force, started)
+        if todo and dry_run:
+            return self._try(todo, lambda c: self._rehearse(segment, c, live, started), live, started, remember=False)
+        if todo:
+            self.updater.spec = self.spec.fingerprint
+            target = self.updater.make_segment()
+            return self._try(todo, lambda c: self._publish(target, c, live, started, force), live, started)
+        return refusal or self._current(live, started)
+
+    def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         """Passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
+
+        After passes that failed it pauses longer (see ``retry``).
 
         Args:
             tell: called with the outcome of each pass; with an error where the pass failed.
+
+        Returns:
+            Whether it was stopped; False where more than ``spec.max_failures`` passes failed in a row.
+
+        Raises:
+            UsageError: the first pass tells that a setting is wrong.
         """
-        changes = Changes(self.getter.checkpoints, self.spec.poll, stop, self.spec.select.marker)
+        place, spec = self.getter.checkpoints, self.spec
+        changes = Changes(place, spec.poll, stop, spec.select.marker)
+        failures = Failures(changes, lambda: listing_of(place, spec.select), spec.poll, stop)
+        passed = False  # from then on a wrong setting is no longer one that the operator just made
+        event: Outcome | WsyncError
+        self._stop = stop
         try:
             while not stop.is_set():
+                failures.before()
                 try:
-                    tell(self.once())
-                except UsageError:
-                    raise
+                    event, passed = self.once(), True
                 except WsyncError as exc:
-                    tell(exc)
-                except OSError as exc:
-                    tell(WsyncError(f"the system refused: {exc}. It is tried again at the next pass."))
-                if not changes.wait():
+                    if isinstance(exc, UsageError) and not passed:
+                        raise
+                    event = exc
+                if last := failures.add(event, spec.max_failures):
+                    tell(last)
+                    return False
+                tell(event)
+                if failures.count:
+                    self.rest()
+                    failures.pause()
+                elif not changes.wait():
                     self.rest()
         finally:
             changes.close()
+        return True
 
     def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
         """What to try; and, where the newest was refused as it is, that refusal once more."""
         newer = self.getter.candidates(None if force else place_of(live))
+        refused = self.record.refusals(candidate.identity for candidate in newer)
         if force:
             return newer, None
-        todo = [candidate for candidate in newer if candidate.identity not in self._refused]
-        reason = self._refused.get(newer[0].identity) if newer else None
+        todo = [candidate for candidate in newer if candidate.identity not in refused]
+        reason = refused.get(newer[0].identity) if newer else None
         if reason is None:
             return todo, None
         return todo, self._outcome(
@@ -220,6 +246,7 @@ class Syncer:
             checkpoint=str(newer[0].path),
             reason=reason,
             identity=newer[0].identity,
+            known=not self.record.is_fresh(newer[0].identity),
         )
 
     def _try(
@@ -228,8 +255,14 @@ class Syncer:
         take: Callable[[Checkpoint], Outcome],
         live: Publication | None,
         started: float,
+        *,
+        remember: bool = True,
     ) -> Outcome:
-        """Goes down the list until one can be taken; tells of the newest if none can."""
+        """Goes down the list until one can be taken; tells of the newest if none can.
+
+        Args:
+            remember: that one is refused, so that no later pass, and no later run, tries it again.
+        """
         refusals: list[Outcome] = []
         for candidate in todo:
             try:
@@ -237,11 +270,9 @@ class Syncer:
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
-            except CheckpointError as exc:
-                if isinstance(exc, CheckpointRejected):
-                    self._refused[candidate.identity] = exc.message
+            except (CheckpointError, RetryLater) as exc:
                 named = candidate.path == self.getter.checkpoints
-                status = _status(exc, named)
+                status = status_of(exc, named)
                 refusals.append(
                     self._outcome(
                         status,
@@ -252,30 +283,67 @@ class Syncer:
                         reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
                         differences=exc.differences if isinstance(exc, WithDifferences) else (),
                         identity=candidate.identity,
+                        kind=exc.kind,
                     )
                 )
+                if remember and isinstance(exc, CheckpointRejected):
+                    self.record.refuse(candidate.identity, exc.message, refusals[-1])
+                if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
+                    return replace(refusals.pop(), passed_over=tuple(refusals))
         if not refusals:
             raise self.getter.nothing()
         return refusals[0]
 
-    def _publish(self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float) -> Outcome:
+    def _publish(
+        self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
+    ) -> Outcome:
+        """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
         if self.spec.fingerprint not in (segment.spec, live.spec if live else ""):
             self._check_layout(segment)
         self.updater.progress = self._counter(segment.layout.nbytes)
-        self._before, self._started = live, started
         try:
-            self.updater.push_weights(checkpoint)
+            with segment.publishing():
+                before = segment.live()
+                if pin := self.record.pin():  # just now
+                    return self._pinned_outcome(pin, before, started)
+                if before is None:
+                    self.updater.last_version = self.record.last_version()
+                if before != live:  # another publisher was faster; maybe with this very checkpoint
+                    newer, _ = self._todo(before, force, started)
+                    if checkpoint.identity not in {candidate.identity for candidate in newer}:
+                        return self._current(before, started)
+                self._before, self._fit, self._started = before, self.spec.weights, started
+                self.updater.push_weights(checkpoint)
         except CheckpointMismatch:
             self._check_layout(segment)
             raise
-        assert self._published is not None
-        return self._published
+        assert self._published is not None and self.updater.published is not None
+        self.record.keep(segment, self.updater.published, self.spec.keep)  # a copy that others need not wait for
+        return replace(self._published, casts=self._new_casts(checkpoint))
+
+    def _new_casts(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Tells of each conversion once, those between the same two dtypes together."""
+        groups: dict[str, list[str]] = {}
+        for stored, entry in checkpoint.casts:
+            if (cast := (stored.name, stored.dtype, entry.dtype)) not in self._cast:
+                self._cast.add(cast)
+                groups.setdefault(f"{stored.dtype} to {entry.dtype}", []).append(stored.name)
+        return tuple(
+            f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} cast from {dtypes}: "
+            + ", ".join(names[:5])
+            + (", …" if len(names) > 5 else "")
+            for dtypes, names in groups.items()
+        )
 
     def _note(self) -> None:
         """The post hook: what was published, in words."""
-        publication, segment, before = self.updater.published, self.updater.segment, self._before
+        publication, segment, before = self.updater.published, self.updater.opened, self._before
         assert publication is not None and segment is not None
         step, last = publication.step, before.step if before else None
+        try:
+            readers = segment.readers()
+        except (OSError, WsyncError):  # it is live already, whoever can be counted
+            readers = []
         self._published = self._outcome(
             "published",
             publication,
@@ -283,9 +351,60 @@ class Syncer:
             step=publication.step,
             checkpoint=publication.source,
             bytes=segment.layout.nbytes,
-            readers=len(segment.readers()),
+            readers=len(readers),
             backwards=step is not None and last is not None and step < last,
             identity=publication.identity,
+        )
+        lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
+        self.record.published(self._published, lag, self._fit)
+        if self.spec.hooks.exec or self.spec.hooks.webhook:
+            from .hook_runner import HookRunner
+
+            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report)
+            self.hooks.send(publication)
+
+    def _gate(self, staged: Staged) -> None:
+        from .gate import ask
+
+        result = "accepted"
+        try:
+            ask(self.spec, staged, self._stop)
+        except WsyncError as exc:
+            result = str(exc)
+            raise
+        finally:
+            self.record.gate(result, staged.version, staged.checkpoint, staged.step)
+
+    def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
+        """Keeps what is pinned live, and makes it so where the segment was made anew or the operator named a file."""
+        if dry_run or (live and live.identity == pin.identity and (pin.identity or live.version == pin.version)):
+            return self._pinned_outcome(pin, live, started)
+        self.updater.spec = self.spec.fingerprint
+        segment = self.updater.make_segment()
+        checkpoint, fit = self.record.reopen(pin, self.spec.weights)
+        with checkpoint, segment.publishing():
+            self._before, self._fit, self._started = segment.live(), fit, started
+            self.updater.published = publish(
+                segment,
+                checkpoint,
+                fit=fit,
+                spec=self.spec.fingerprint,
+                progress=self._counter(segment.layout.nbytes),
+                last_version=0 if self._before else self.record.last_version(),
+            )
+            self._note()
+        assert self._published
+        return replace(self._published, pin=pin.name)
+
+    def _pinned_outcome(self, pin: Pin, live: Publication | None, started: float) -> Outcome:
+        return self._outcome(
+            "pinned",
+            live,
+            started,
+            step=live.step if live else None,
+            checkpoint=(live.source or None) if live else None,
+            reason=f"{pin.name} is pinned ({pin.reason}); `wsync unpin {self.spec.name}` goes on with the newest",
+            pin=pin.name,
         )
 
     def _rehearse(
@@ -306,6 +425,7 @@ class Syncer:
             step=checkpoint.step,
             checkpoint=str(checkpoint.path),
             bytes=layout.nbytes,
+            reason="the gate was not asked" if self.spec.hooks.gate else None,
             identity=checkpoint.identity,
         )
 
@@ -337,6 +457,11 @@ class Syncer:
 
         return count
 
+    def _current(self, live: Publication | None, started: float) -> Outcome:
+        if live is None:
+            raise self.getter.nothing()
+        return self._outcome("current", live, started, step=live.step, checkpoint=live.source or None)
+
     def _outcome(self, status: str, live: Publication | None, started: float, **more: object) -> Outcome:
         return Outcome(
             status=status,
@@ -345,12 +470,3 @@ class Syncer:
             seconds=round(time.perf_counter() - started, 6),
             **more,  # type: ignore[arg-type]
         )
-
-
-def _status(exc: CheckpointError, named: bool) -> str:
-    """A half-written file in a directory is none yet; one that was named itself is refused as it is."""
-    if isinstance(exc, CheckpointRejected) or (named and isinstance(exc, IncompleteCheckpoint)):
-        return "rejected"
-    if isinstance(exc, IncompleteCheckpoint):
-        return "empty"
-    return "busy" if isinstance(exc, CheckpointChanged) else "failed"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import count, duration, size
-from .registry import ReaderRecord
+from .registry import ReaderRecord, printable
 from .segment import Segment
 from .segment_files import Publication
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+    from .history import Setting
+    from .state import Event
 
 
 def stdout_console() -> Console:
@@ -21,17 +26,28 @@ def stdout_console() -> Console:
     return Console(highlight=False, soft_wrap=False)
 
 
-def print_status(segments: list[Segment]) -> None:
-    """The tables of ``wsync status``."""
-    console = stdout_console()
-    if not segments:
-        console.print("no segments")
-        return
+def print_status(segments: list[Segment], notes: Mapping[str, list[str]]) -> None:
+    """The tables of ``wsync status``.
+
+    Args:
+        notes: of each segment, what its state says: a pin, a failure.
+    """
+    stdout_console().print(status_view(segments, notes), soft_wrap=True)
+
+
+def status_view(segments: list[Segment], notes: Mapping[str, list[str]]) -> RenderableType:
+    """The same as one thing to draw."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
     for segment in segments:
         live, readers = segment.live(), segment.readers()
-        console.print(_headline(segment, live), soft_wrap=True)
+        parts.append(_headline(segment, live))
+        parts += [Text(f"  {note}", "yellow") for note in notes.get(segment.name, [])]
         if readers:
-            console.print(reader_table(live, readers))
+            parts.append(reader_table(live, readers, segment))
+    return Group(*parts) if parts else Text("no segments")
 
 
 def _headline(segment: Segment, live: Publication | None) -> RenderableType:
@@ -43,31 +59,36 @@ def _headline(segment: Segment, live: Publication | None) -> RenderableType:
     text.append(f"  version {live.version}", style="not bold green")
     step = "" if live.step is None else f"  step {live.step}"
     age = duration(max(0.0, time.time() - live.published_at))
-    file = live.source or "weights from memory"
+    file = printable(live.source) or "weights from memory"
     text.append(f"{step}  {size(segment.layout.nbytes)}  {age} ago\n  {file}", style="not bold")
     if not segment.readers():
         text.append("\n  no readers", style="dim not bold")
     return text
 
 
-def reader_table(live: Publication | None, readers: list[ReaderRecord]) -> RenderableType:
+def reader_table(live: Publication | None, readers: list[ReaderRecord], segment: Segment) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("  reader", overflow="ellipsis", no_wrap=True)
     for column in ("pid", "version", "lag", "since"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("mode", no_wrap=True)
+    table.add_column("oldest lease", justify="right", no_wrap=True)
     for r in readers:
+        held = segment.held_back(r)
+        lease = duration(max(0.0, time.time() - r.oldest)) if r.oldest else ""
         lag = (live.version if live else 0) - r.version
         since = duration(max(0.0, time.time() - r.since))
         table.add_row(
-            f"  {r.process}",
+            Text(f"  {r.process}"),
             str(r.pid),
             str(r.version),
             f"[yellow]{lag}[/]" if lag else "0",
             since,
             r.mode,
+            lease + (f", version {', '.join(map(str, held))}" if held else ""),
         )
     return table
 
@@ -119,3 +140,77 @@ def print_inspection(looked: dict[str, Any]) -> None:
             Text(tensor["name"]), tensor["dtype"], Text(str(tensor["shape"])), f"{tensor['bytes']:,}", *finite
         )
     console.print(table)
+
+
+def print_log(name: str, events: list[Event], *, header: bool = True) -> None:
+    """The table of ``wsync log``; on a terminal a reason is cut to what is left of the line, elsewhere it is whole."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout_console()
+    if not console.is_terminal:
+        console.width = 2000
+    if not events and header:
+        console.print(f"{name}: no history")
+        return
+    rows = [_log_row(event) for event in events]
+    heads = ("time", "event", "version", "step", "took", "checkpoint")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
+    for number, head in enumerate(heads):
+        widest = max(len(row[number]) for row in (*rows, heads if header else rows[0]))
+        right = head in ("version", "step", "took")
+        table.add_column(head, justify="right" if right else "left", no_wrap=True, min_width=min(widest, 40))
+    table.add_column("reason", no_wrap=True, overflow="ellipsis")
+    styles = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
+    for event, row in zip(events, rows, strict=True):
+        reason = " ".join((event.reason or "").split())
+        table.add_row(row[0], Text(row[1], styles.get(event.kind, "")), *row[2:5], Text(row[5]), Text(reason))
+    console.print(table)
+
+
+def _log_row(event: Event) -> tuple[str, ...]:
+    return (
+        datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S"),
+        event.kind,
+        "" if event.version is None else str(event.version),
+        "" if event.step is None else str(event.step),
+        "" if event.seconds is None else duration(event.seconds),
+        Path(event.checkpoint).name if event.checkpoint else "",
+    )
+
+
+def print_plot(name: str, events: list[Event]) -> None:
+    """Publish time, staging speed and version lag over time, each as one line of bars."""
+    from .history import sparkline
+
+    console = stdout_console()
+    if not events:
+        console.print(f"{name}: no publish to draw")
+        return
+    first, last = (datetime.fromtimestamp(e.at).strftime("%Y-%m-%d %H:%M:%S") for e in (events[0], events[-1]))
+    console.print(f"{name}: {count(len(events), 'publish').replace('publishs', 'publishes')}, {first} to {last}")
+    took = [event.seconds or 0.0 for event in events]
+    speed = [(e.bytes or 0) / e.seconds if e.seconds else 0.0 for e in events]
+    lag = [float(event.lag or 0) for event in events]
+    rows = (
+        ("publish time", took, duration),
+        ("staging speed", speed, lambda value: f"{size(value)}/s"),
+        ("version lag", lag, lambda value: f"{value:.0f}"),
+    )
+    for label, values, say in rows:
+        width = max(10, console.width - 16)
+        console.print(f"{label:<14}  {sparkline(values, width)}", soft_wrap=True)
+        console.print(f"{'':<14}  last {say(values[-1])}, most {say(max(values))}", style="dim")
+
+
+def print_config(rows: list[Setting]) -> None:
+    """The table of ``wsync config``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("setting", "value", "from"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, Text("" if row.value is None else str(row.value)), row.origin)
+    stdout_console().print(table)

@@ -17,10 +17,13 @@ from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from .fitting import Fit
 from .layout import TORCH_DTYPES, Layout
 from .segment_files import Publication
-from .source import Candidate, Select, scan, select
+from .source import Candidate, Select, SetBack, scan, select
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
+
+
+_AHEAD = 60.0  # seconds by which the clock of a file server may be ahead of ours
 
 
 class CheckpointWeightGetter:
@@ -52,6 +55,7 @@ class CheckpointWeightGetter:
         self.checkpoints = Path(checkpoints).absolute()
         self.only_new, self.select, self.fit = only_new, select, fit
         self._steps: dict[str, int | None] = {}
+        self._set_back = SetBack()
         self.path: Path | None = None
         self.step: int | None = None
         self._last: str | None = None
@@ -102,8 +106,12 @@ class CheckpointWeightGetter:
         found = scan(self.checkpoints, self.select)
         if self.select.order == "step":
             found = [candidate._replace(step=self._step(candidate)) for candidate in found]
+            listed = {candidate.identity for candidate in found}
+            self._steps = {state: step for state, step in self._steps.items() if state in listed}
         if [c.path for c in found] == [self.checkpoints]:
             return [c for c in found if live is None or c.identity != live.identity]
+        if self.select.order == "mtime":
+            found, live = self._set_back.correct(found, live)
         return select(found, live, self.select.order)
 
     def _step(self, candidate: Candidate) -> int | None:
@@ -130,7 +138,10 @@ def place_of(live: Publication | None) -> Candidate | None:
     """Where the live version came from, as a candidate to compare with; None where it came from memory."""
     if live is None or not live.source:
         return None
-    return Candidate(live.source, live.identity, int(live.identity.rpartition("-")[2]), live.step)
+    written = int(live.identity.rpartition("-")[2])
+    if written > (live.published_at + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
+        written = int(live.published_at * 1e9)
+    return Candidate(live.source, live.identity, written, live.step)
 
 
 def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:

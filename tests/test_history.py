@@ -1,0 +1,363 @@
+"""Rollback, pin, rejections that are remembered, log, config: what an operator does from a terminal and from cron."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+import typer
+from conftest import DEADLINE, Cli, Spawn, marks, write
+from policies import mlp
+
+import wsync
+from wsync.cli import app
+from wsync.errors import WsyncError
+from wsync.fitting import Fit
+from wsync.history import moment, sparkline
+from wsync.options import VARIABLES
+from wsync.outcome import Outcome
+from wsync.rollback import rollback
+from wsync.segment import Segment
+from wsync.spec import Spec, load_spec
+from wsync.state import State
+from wsync.syncer import Syncer
+
+NAME = "policies.mlp"
+Push = Callable[..., Outcome]
+
+
+@pytest.fixture
+def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def state(runtime: Path) -> Iterator[State]:
+    with State(NAME) as opened:
+        yield opened
+
+
+@pytest.fixture
+def push(runs: Path) -> Push:
+    """One pass as cron makes it: a syncer of its own each time."""
+
+    def once(mark: float | None = None, *, spec: Spec | None = None, **options: Any) -> Outcome:
+        if mark is not None:
+            write(runs / f"step_{mark:g}.safetensors", mlp(), mark, int(mark) if mark == mark else 99)
+        with Syncer(spec or load_spec("policies:mlp"), runs, state=State(NAME)) as syncer:
+            return syncer.once(**options)
+
+    return once
+
+
+def live_marks() -> set[float]:
+    policy = mlp()
+    with wsync.attach(policy, NAME, timeout=DEADLINE):
+        return marks(policy)
+
+
+def test_rollback_puts_the_version_before_live_under_a_new_number(push: Push, runs: Path, state: State) -> None:
+    """Guards the way back, its pin, and that going back twice goes on backwards."""
+    for mark in (1, 2, 3):
+        push(mark)
+    live, pin, was = rollback(NAME, runtime=None, state=state)
+    assert (live.version, was, live.step) == (4, 2, 2) and live_marks() == {2.0}
+    assert pin.checkpoint == str(runs / "step_2.safetensors")
+    again = push(9)
+    assert (again.status, again.exit_code, again.version, again.pin) == ("pinned", 0, 4, pin.checkpoint)
+    live, _, was = rollback(NAME, runtime=None, state=state)
+    assert (live.version, was) == (5, 1) and live_marks() == {1.0}
+    assert [e.kind for e in state.events()] == ["publish"] * 3 + ["rollback"] * 2
+
+
+def test_rollback_uses_a_spare_slot_without_the_file(push: Push, runs: Path, state: State) -> None:
+    """Guards that a version still whole in shared memory is taken as it is; a trainer's retention cannot take it."""
+    for mark in (1, 2, 3):
+        push(mark)
+    shutil.rmtree(runs)
+    live, _, _ = rollback(NAME, runtime=None, state=state)
+    assert (live.version, live.step) == (4, 2) and live_marks() == {2.0}
+
+
+def test_a_slot_that_was_staged_and_refused_is_nothing_to_go_back_to(push: Push, runs: Path, state: State) -> None:
+    """Guards against weights that were overwritten by a refused checkpoint going live under an old version's name."""
+    for mark in (1, 2):
+        push(mark)
+    bad = {name: torch.full_like(tensor, float("nan")) for name, tensor in mlp().state_dict().items()}
+    for number in range(4):  # each spare slot is staged into
+        policy = mlp()
+        policy.load_state_dict(bad)
+        write(runs / f"step_{10 + number}.safetensors", policy)
+        assert push().status == "rejected"
+    (runs / "step_1.safetensors").unlink()
+    with pytest.raises(WsyncError, match=r"gone or was changed"):
+        rollback(NAME, 1, runtime=None, state=state)
+    assert live_marks() == {2.0} and state.pin() is None
+
+
+def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, state: State) -> None:
+    """Guards that the settings of then are used, and that a file that changed since is not."""
+    spec = replace(load_spec("policies:mlp"), weights=Fit(prefix="actor."))
+    for mark in (1.0, 2.0):
+        wrapped = torch.nn.ModuleDict({"actor": mlp()})
+        write(runs / f"step_{mark:g}.safetensors", wrapped, mark, int(mark))
+        assert push(spec=spec).status == "published"
+    Segment.open(NAME, write=True).remove()
+    push(spec=spec, force=True)
+    assert rollback(NAME, 1, runtime=None, state=state)[0].version == 4
+    assert live_marks() == {1.0}
+    state.set_pin(None)
+    write(runs / "step_1.safetensors", mlp(), 7.0)
+    Segment.open(NAME, write=True).remove()
+    push(spec=spec)
+    with pytest.raises(WsyncError, match="These can be had"):
+        rollback(NAME, 1, runtime=None, state=state)
+
+
+def test_kept_copies_are_the_way_back_when_all_else_is_gone(push: Push, runs: Path, state: State) -> None:
+    """Guards ``--keep``: the last N versions are there after a reboot and with no file of the trainer left."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    for mark in (1, 2, 3, 4):
+        push(mark, spec=spec)
+    assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
+    for file in runs.iterdir():
+        file.unlink()
+    Segment.open(NAME, write=True).remove()
+    write(runs / "step_5.safetensors", mlp(), 5.0, 5)
+    assert push(spec=spec).version == 5
+    (state.kept / "5.safetensors").unlink()
+    live, pin, _ = rollback(NAME, 4, runtime=None, state=state)
+    assert (live.version, live.step) == (6, 4) and live_marks() == {4.0}
+    Segment.open(NAME, write=True).remove()  # a reboot: the pinned one comes back, and not the newest
+    assert (push(spec=spec).status, push(spec=spec).status) == ("published", "pinned")
+    assert live_marks() == {4.0} and pin.identity
+
+
+def test_versions_go_on_after_the_shared_memory_is_gone(push: Push, runtime: Path, state: State) -> None:
+    """Guards against version 1 coming a second time with other weights, after a reboot."""
+    push(1)
+    push(2)
+    shutil.rmtree(runtime / NAME)
+    again = push()
+    assert (again.status, again.version, again.step) == ("published", 3, 2)
+
+
+def test_a_watch_outlives_the_deletion_of_its_segment(runs: Path, spawn: Spawn, runtime: Path) -> None:
+    """Guards ``rm -rf`` under a watch: it makes the segment anew, versions go on, and an attached reader follows."""
+    write(runs / "step_1.safetensors", mlp(), 1.0, 1)
+    watch = spawn("-m", "wsync", "watch", "policies:mlp", str(runs), "--log-format", "json", "--poll", "0.2")
+    assert watch.stdout
+    events = map(json.loads, watch.stdout)
+    assert next(e for e in events if e["event"] == "published")["version"] == 1
+    policy = mlp()
+    with wsync.attach(policy, NAME, timeout=DEADLINE) as reader:
+        shutil.rmtree(runtime / NAME)
+        assert next(e for e in events if e["event"] == "published")["version"] == 2
+        deadline = time.monotonic() + DEADLINE
+        while not reader.refresh() and time.monotonic() < deadline:
+            reader.wait(0.1)
+        assert reader.version == 2
+
+
+def test_a_running_watch_obeys_a_pin(runs: Path, spawn: Spawn, cli: Cli) -> None:
+    """Guards that rollback holds against a watch, that the watch says so, and that unpin resumes."""
+    for step in (1, 2):
+        write(runs / f"step_{step}.safetensors", mlp(), float(step), step)
+        assert cli("push", "policies:mlp", str(runs)).returncode == 0
+    watch = spawn("-m", "wsync", "watch", "policies:mlp", str(runs), "--log-format", "json", "--poll", "0.2")
+    assert watch.stdout
+    events = map(json.loads, watch.stdout)
+    assert next(e for e in events if e["event"] == "current")["version"] == 2
+    done = cli("rollback", NAME, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["version"] == 3, done.stderr
+    told = next(e for e in events if e["event"] == "pinned")
+    assert told["level"] == "info" and "wsync unpin" in told["reason"]
+    write(runs / "step_3.safetensors", mlp(), 3.0, 3)
+    assert json.loads(cli("status", NAME, "--json").stdout)["pin"] == str(runs / "step_1.safetensors")
+    assert cli("unpin", NAME).returncode == 0
+    assert next(e for e in events if e["event"] == "published")["step"] == 3
+
+
+def test_pin_names_a_file_that_the_next_pass_puts_live(push: Push, cli: Cli, runs: Path, state: State) -> None:
+    """Guards ``wsync pin NAME CHECKPOINT``, an older file than what is live."""
+    push(1)
+    push(2)
+    done = cli("pin", NAME, str(runs / "step_1.safetensors"))
+    assert done.returncode == 0 and "next pass" in done.stdout, done.stderr
+    assert push().status == "published" and live_marks() == {1.0}
+    assert push(8).status == "pinned"
+    assert "no longer pinned" in cli("unpin", NAME).stdout
+    assert (push().status, live_marks()) == ("published", {8.0})
+    assert cli("pin", "nowhere").returncode == 1
+    assert cli("pin", NAME, "absent.safetensors").returncode == 66
+
+
+def test_a_rejection_is_told_once_and_stays(cli: Cli, runs: Path) -> None:
+    """Guards cron's mails: one for a rejected file, 65 until something newer comes, ``--retry`` tries it again."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert cli("push", "policies:mlp", str(runs)).returncode == 0
+    write(runs / "step_2.safetensors", mlp(), float("nan"))
+    first = cli("push", "policies:mlp", str(runs))
+    assert first.returncode == 65 and "NaN" in first.stderr
+    second = cli("push", "policies:mlp", str(runs))
+    assert (second.returncode, second.stdout, second.stderr) == (65, "", "")
+    assert json.loads(cli("push", "policies:mlp", str(runs), "--json").stdout)["status"] == "rejected"
+    assert "NaN" in cli("push", "policies:mlp", str(runs), "--retry").stderr
+    relaxed = cli("push", "policies:mlp", str(runs), "--no-finite")
+    assert relaxed.returncode == 0, "other settings ask anew"
+    write(runs / "step_3.safetensors", mlp(), 3.0)
+    assert cli("push", "policies:mlp", str(runs)).returncode == 0
+
+
+def test_a_history_that_cannot_be_written_is_not_in_the_way(cli: Cli, runs: Path, tmp_path: Path) -> None:
+    """Guards that weights go live where the state directory is broken, and that it is said."""
+    (tmp_path / "state").write_bytes(b"")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    done = cli("push", "policies:mlp", str(runs), "--state-dir", str(tmp_path / "state"))
+    assert done.returncode == 0 and "--state-dir" in done.stderr and "Traceback" not in done.stderr
+    assert live_marks() == {1.0}
+
+
+def test_log_tells_what_happened(push: Push, cli: Cli, runs: Path, state: State) -> None:
+    """Guards the table, its bounds, the JSON, and the picture."""
+    push(1)
+    push(2)
+    write(runs / "step_3.safetensors", mlp(), float("nan"), 3)
+    push()
+    rollback(NAME, runtime=None, state=state)
+    told = json.loads(cli("log", NAME, "--json").stdout)["events"]
+    assert [e["kind"] for e in told] == ["publish", "publish", "reject", "rollback"]
+    assert told[0]["bytes"] == 232 and told[0]["seconds"] > 0 and "NaN" in told[2]["reason"]
+    table = cli("log", NAME, "-n", "2").stdout
+    assert [line.split()[2] for line in table.splitlines()[1:]] == ["reject", "rollback"]
+    assert json.loads(cli("log", NAME, "--json", "--since", "2030-01-01").stdout)["events"] == []
+    plot = cli("log", NAME, "--plot").stdout
+    assert "publish time" in plot and "staging speed" in plot and "version lag" in plot
+    assert cli("log", NAME, "--since", "soon").returncode == 2
+    assert "no history" in cli("log", "other").stdout
+
+
+def test_log_follows(push: Push, spawn: Spawn, state: State) -> None:
+    """Guards ``--follow``: an event that comes later is told as it comes."""
+    push(1)
+    following = spawn("-m", "wsync", "log", NAME, "--follow", "--json")
+    assert following.stdout
+    assert json.loads(following.stdout.readline())["version"] == 1
+    push(2)
+    assert json.loads(following.stdout.readline())["version"] == 2
+
+
+def test_config_tells_where_each_setting_comes_from(cli: Cli, tmp_path: Path, runtime: Path) -> None:
+    """Guards the order option, variable, TOML, default, and that no secret of a URL is printed."""
+    toml = tmp_path / "nets.toml"
+    toml.write_text(
+        'policy = "policies:mlp"\n[select]\norder = "step"\npattern = "a*"\n[hooks]\nwebhook = "http://u:secret@h/x"\n'
+    )
+    env = {**os.environ, "WSYNC_MARKER": "STABLE", "WSYNC_PATTERN": "b*"}
+    done = cli("config", str(toml), "--json", "--pattern", "c*", env=env)
+    told = json.loads(done.stdout)
+    assert told["select.pattern"] == {"value": "c*", "origin": "option"}
+    assert told["select.marker"] == {"value": "STABLE", "origin": "variable"}
+    assert told["select.order"] == {"value": "step", "origin": "TOML"}
+    assert told["select.settle"] == {"value": 1.0, "origin": "default"}
+    assert "secret@" not in done.stdout
+    assert "select.pattern" in cli("config", str(toml)).stdout
+
+
+def test_a_misspelt_variable_is_an_error(cli: Cli, runtime: Path) -> None:
+    """Guards against a setting that nobody obeys; what wsync itself sets for gates is known."""
+    done = cli("status", env={**os.environ, "WSYNC_RUNTIM_DIR": "/tmp"})
+    assert done.returncode == 2 and "WSYNC_RUNTIME_DIR" in done.stderr
+    known = {"WSYNC_STAGED": "/x", "WSYNC_STEP": "1", "WSYNC_CHECKPOINT": "/y", "WSYNC_VERSION": "2"}
+    assert cli("status", env={**os.environ, **known}).returncode == 0
+
+
+def test_every_variable_that_a_command_reads_is_known() -> None:
+    """Guards the list against an option that is added later."""
+    command = typer.main.get_command(app)
+    read = {
+        parameter.envvar
+        for each in command.commands.values()  # type: ignore[attr-defined]
+        for parameter in each.params
+        if parameter.envvar
+    }
+    assert read <= VARIABLES, read - VARIABLES
+
+
+def test_status_is_for_monitors_too(push: Push, cli: Cli, runs: Path) -> None:
+    """Guards ``--max-staleness`` and the last failure in ``status``."""
+    push(1)
+    assert cli("status", NAME, "--max-staleness", "3600").returncode == 0
+    assert cli("status", NAME, "--max-staleness", "0.000001").returncode == 1
+    write(runs / "step_2.safetensors", mlp(), float("nan"), 2)
+    push()
+    assert "NaN" in json.loads(cli("status", NAME, "--json").stdout)["last_failure"]["reason"]
+    assert "last failure" in cli("status").stdout
+    push(3)
+    assert json.loads(cli("status", NAME, "--json").stdout)["last_failure"] is None
+
+
+def test_moments_and_bars() -> None:
+    """Guards the times that people type, and that a picture never hides its worst value."""
+    assert time.time() - moment("2h") == pytest.approx(7200, abs=5)
+    assert moment("2026-05-01T12:00+00:00") == 1777636800
+    assert sparkline([0, 1, 2, 4], 10) == "▁▃▄█" or sparkline([0, 4], 2) == "▁█"
+    assert sparkline([0.0] * 500 + [9.0] + [0.0] * 499, 50).count("█") == 1 and sparkline([], 5) == ""
+
+
+def test_help_of_every_command_has_an_example_and_fits_80_columns(cli: Cli, runtime: Path) -> None:
+    """Guards what a person reads first."""
+    command = typer.main.get_command(app)
+    for name in command.commands:  # type: ignore[attr-defined]
+        done = cli(name, "--help", env={**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+        assert done.returncode == 0 and "Example: wsync" in done.stdout, name
+        assert max(len(click.unstyle(line)) for line in done.stdout.splitlines()) <= 80, name
+
+
+def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, runs: Path) -> None:
+    """Guards against a push that says nothing because somebody looked before what it would do."""
+    write(runs / "step_1.safetensors", mlp(), float("nan"))
+    assert cli("push", "policies:mlp", str(runs), "--dry-run").returncode == 65
+    assert json.loads(cli("log", NAME, "--json").stdout)["events"] == []
+    assert "NaN" in cli("push", "policies:mlp", str(runs)).stderr
+
+
+def test_looking_for_an_old_version_never_locks_the_live_slot(push: Push) -> None:
+    """Guards against a reader that finds the slot of the WORD locked while a rollback looks around."""
+    for mark in (1, 2, 3):
+        push(mark)
+    segment = Segment.open(NAME, write=True)
+    with segment.publishing(), segment.slot_with(99, "") as found:
+        assert found == (None, None)
+    seen = []
+    with segment.publishing():
+        for spare in segment._spare_slots():
+            seen.append(spare.number)
+            lease = segment.lease()
+            assert lease is not None and lease.version == 3
+            lease.release()
+    assert len(seen) == segment.slots - 1 and segment.word & 0xFF not in seen
+    segment.close()
+
+
+def test_follow_ends_quietly(push: Push, spawn: Spawn) -> None:
+    """Guards against a traceback, or a failure's exit code, where a person stops looking with Ctrl-C."""
+    push(1)
+    for arguments in (["log", NAME, "--follow"], ["status", "--watch"]):
+        looking = spawn("-m", "wsync", *arguments)
+        assert looking.stdout and looking.stdout.readline()
+        looking.send_signal(signal.SIGINT)
+        assert looking.wait(DEADLINE) == 0, arguments
+        assert looking.stderr and looking.stderr.read() == ""

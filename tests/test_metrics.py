@@ -1,0 +1,451 @@
+"""The figures: what they count, over HTTP and in the node exporter's file, from real pushes and watches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE, Cli, Lines, Spawn, write
+from policies import mlp
+
+import wsync
+from wsync.errors import UsageError, WsyncError
+from wsync.layout import layout_of
+from wsync.metrics import FAMILIES, MAX_READERS, STATUSES, Figures, Metrics, reasons
+from wsync.registry import Registration
+from wsync.segment import Segment
+from wsync.spec import load_spec
+from wsync.syncer import EXIT_CODES, Outcome, Syncer
+
+parser = pytest.importorskip("prometheus_client.parser")
+
+from wsync.endpoint import MAX_CLIENTS, Endpoint  # noqa: E402  (they need the client)
+from wsync.exposition import TextFile  # noqa: E402
+from wsync.monitor import Monitor  # noqa: E402
+
+SPEC, NAME = "policies:mlp", "policies.mlp"
+Samples = dict[tuple[str, ...], float]
+
+
+@pytest.fixture
+def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory of checkpoints, and the standing segment of its policy with nothing in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    return Path("runs")
+
+
+@pytest.fixture
+def serving(spawn: Spawn, runs: Path) -> Callable[..., tuple[Lines, str]]:
+    """Starts a watch that serves figures on a free port; gives its log and the address without a path."""
+
+    def start(*options: str) -> tuple[Lines, str]:
+        log = Lines(spawn("-m", "wsync", "watch", SPEC, "runs", "--metrics-port", "0", "--poll", "0.05", *options))
+        return log, log.until("figures on").partition("figures on ")[2].partition("/metrics")[0]
+
+    return start
+
+
+def parsed(text: str) -> Samples:
+    """Value by sample name and labels other than ``name``, which must be there."""
+    samples = [s for family in parser.text_string_to_metric_families(text) for s in family.samples]
+    assert samples and {s.labels["name"] for s in samples} == {NAME}
+    found = {(s.name, *(v for k, v in sorted(s.labels.items()) if k != "name")): s.value for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=DEADLINE) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        with closing(exc):
+            return exc.code, exc.read().decode()
+
+
+def until(look: Callable[[], bool]) -> None:
+    """Looks again, with a deadline, until it is so: over HTTP there is no other event to wait for."""
+    deadline = time.monotonic() + DEADLINE
+    while not look():
+        assert time.monotonic() < deadline
+
+
+def outcome(status: str, **more: object) -> Outcome:
+    return Outcome(status=status, name=NAME, **more)  # type: ignore[arg-type]
+
+
+def test_a_watch_serves_what_happened(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:
+    """Over HTTP stand versions, passes, bytes, refusals by reason, readers' lag and ages, as they came about."""
+    log, url = serving()
+    assert get(f"{url}/healthz")[0] == 503
+    assert parsed(get(f"{url}/metrics")[1])["wsync_version",] == 0
+    write(runs / "step_7.safetensors", mlp(), 1.0)
+    log.until("version 1")
+    with wsync.attach(mlp(), NAME, mode="copy"):
+        write(runs / "step_8.safetensors", mlp(), 1.0)
+        log.until("version 2")
+        write(runs / "step_9.safetensors", mlp(), float("nan"))
+        log.until("rejected")
+        found = parsed(get(f"{url}/metrics")[1])
+        lags = {labels[1]: value for labels, value in found.items() if labels[0] == "wsync_reader_lag_versions"}
+    assert (found["wsync_version",], found["wsync_step",], found["wsync_readers",]) == (2, 8, 1)
+    assert list(lags.values()) == [1] and next(iter(lags)).endswith(f"-{os.getpid()}")
+    assert found["wsync_sync_count_total", "published"] == 2
+    assert found["wsync_staged_bytes_total",] == 2 * layout_of(mlp()).nbytes
+    assert found["wsync_sync_duration_seconds_count", "published"] == 2
+    assert found["wsync_sync_duration_seconds_bucket", "+Inf", "published"] == 2
+    assert 0 < found["wsync_sync_duration_seconds_sum", "published"] < 2 * DEADLINE
+    assert {r: found["wsync_rejected_total", r] for r in reasons()} == {r: float(r == "non_finite") for r in reasons()}
+    assert abs(time.time() - found["wsync_last_success_timestamp_seconds",]) < DEADLINE
+    assert 0 <= found["wsync_checkpoint_age_seconds",] < DEADLINE
+    assert get(f"{url}/healthz") == (200, f"{NAME}: version 2\n")
+
+
+def test_a_refusal_counts_once_over_many_passes(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:
+    """Passes that meet the same refused checkpoint again are passes, and not further refusals."""
+    log, url = serving()
+    write(runs / "step_1.safetensors", mlp(hidden=3), 1.0)
+    log.until("rejected")
+    until(lambda: parsed(get(f"{url}/metrics")[1])["wsync_sync_count_total", "rejected"] > 3)
+    assert parsed(get(f"{url}/metrics")[1])["wsync_rejected_total", "mismatch"] == 1
+
+
+def test_a_refusal_that_is_tried_anew_counts_once() -> None:
+    """A checkpoint that is refused again under settings that were read again is the same refused checkpoint."""
+    figures = Figures(NAME)
+    for identity in ("1-1-1-1", "1-1-1-1", "1-1-1-2"):
+        figures.tell(outcome("rejected", kind="mismatch", identity=identity))
+    for _ in range(2):
+        figures.tell(outcome("published", passed_over=(outcome("rejected", kind="malformed", identity="1-1-1-3"),)))
+    counts = {count.label: n for count, n in figures.counts().items() if count.sample == "wsync_rejected_total"}
+    assert (counts["mismatch"], counts["malformed"]) == (2, 1)
+
+
+def test_stale_is_unhealthy_and_recovers(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:
+    """A source that is gone for longer than --max-staleness is 503, and one that is back is 200."""
+    log, url = serving("--max-staleness", "0.5")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    log.until("version 1")
+    until(lambda: get(f"{url}/healthz")[0] == 200)
+    runs.rename("elsewhere")
+    until(lambda: get(f"{url}/healthz")[0] == 503)
+    assert "0.5 s are allowed" in get(f"{url}/healthz")[1]
+    Path("elsewhere").rename(runs)
+    until(lambda: get(f"{url}/healthz")[0] == 200)
+
+
+def test_a_trainer_that_is_done_makes_nothing_stale(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks that find the newest live keep a watch healthy; refusals, failures and silence do not."""
+    clock = [1000.0]
+    monkeypatch.setattr("wsync.metrics.time.monotonic", lambda: clock[0])
+    figures = Figures(NAME)
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    with Syncer(load_spec(SPEC), runs) as syncer:
+        figures.tell(syncer.once())
+        clock[0] += 9
+        figures.tell(syncer.once())
+    clock[0] += 9
+    assert figures.health(10)[0] and figures.health(None)[0]
+    figures.tell(outcome("rejected", kind="mismatch"))
+    figures.tell(WsyncError("failed"))
+    clock[0] += 2
+    assert not figures.health(10)[0] and figures.health(None)[0]
+
+
+def test_only_get_and_head_of_two_paths(serving: Callable[..., tuple[Lines, str]]) -> None:
+    """Nothing else is answered: other paths are 404, other methods refused, HEAD has no body."""
+    _, url = serving()
+    with closing(HTTPConnection(url.removeprefix("http://"), timeout=DEADLINE)) as client:
+        for method, path, status in (
+            ("GET", "/", 404),
+            ("GET", "/metrics/..", 404),
+            ("POST", "/metrics", 501),
+            ("HEAD", "/metrics", 200),
+        ):
+            client.request(method, path)
+            answer = client.getresponse()
+            body = answer.read()
+            assert answer.status == status, (method, path)
+            assert bool(body) == (method != "HEAD")
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), DEADLINE) as plain:
+        plain.sendall(b"HEAD /metrics HTTP/1.0\r\n\r\n")
+        head, _, body = plain.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"200 OK" in head and body == b""
+    request = urllib.request.Request(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
+    with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
+        assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+        assert answer.read().endswith(b"# EOF\n")
+
+
+def test_it_listens_on_the_loopback_alone(serving: Callable[..., tuple[Lines, str]]) -> None:
+    """Unless told otherwise nobody else reaches the port."""
+    _, url = serving()
+    assert url.startswith("http://127.0.0.1:")
+    port = int(url.rpartition(":")[2])
+    local = {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]}
+    assert f"0100007F:{port:04X}" in local and f"00000000:{port:04X}" not in local
+
+
+def test_silent_clients_do_not_pile_up(runs: Path) -> None:
+    """More clients than are served at a time are let go at once, and the thread of each ends with it."""
+    endpoint = Endpoint(Figures(NAME), "127.0.0.1", 0)
+    silent = [socket.create_connection(("127.0.0.1", endpoint.port), DEADLINE) for _ in range(MAX_CLIENTS + 1)]
+    try:
+        assert silent[-1].recv(1) == b""  # the one too many
+        for client in silent:
+            client.close()
+        until(lambda: _scraped(endpoint.port))
+    finally:
+        endpoint.close()
+
+
+def _scraped(port: int) -> bool:
+    try:
+        return get(f"http://127.0.0.1:{port}/metrics")[0] == 200
+    except (OSError, EOFError):
+        return False
+
+
+def test_a_port_that_is_taken_is_usage(cli: Cli, runs: Path) -> None:
+    """The watch says so before it looks at anything, and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = cli("watch", SPEC, "runs", "--metrics-port", str(port))
+    assert done.returncode == 2 and str(port) in done.stderr and "--metrics-port 0" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--metrics-port", "70000"], "65535"),
+        (["--metrics-file", "figures.txt"], ".prom"),
+        (["--metrics-file", "nowhere/figures.prom"], "nowhere"),
+        (["--max-staleness", "-1"], "above 0"),
+        (["--max-staleness", "nan"], "above 0"),
+        (["--max-staleness", "1", "--poll", "2"], "--poll"),
+        (["--metrics-address", "203.0.113.7", "--metrics-port", "0"], "--metrics-address"),
+    ],
+)
+def test_impossible_settings_are_usage(cli: Cli, runs: Path, options: list[str], word: str) -> None:
+    """What cannot work is 2 and one message, before anything is published."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    done = cli("watch", SPEC, "runs", *options)
+    assert (done.returncode, done.stdout) == (2, "") and word in done.stderr and "Traceback" not in done.stderr
+    assert Segment.open(NAME).version == 0
+
+
+def test_pushes_count_on_in_the_file(cli: Cli, runs: Path) -> None:
+    """Counters of a cron job go on from run to run, also where there was nothing to do or nothing good."""
+    file = Path("wsync.prom")
+    push = ("push", SPEC, "runs", "--metrics-file", str(file))
+    assert cli(*push, umask=0o077).returncode == 66  # cron's may be anything; the node exporter must read the file
+    first = parsed(file.read_text())
+    assert (first["wsync_sync_count_total", "empty"], first["wsync_last_success_timestamp_seconds",]) == (1, 0)
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert [cli(*push).returncode for _ in range(2)] == [0, 0]
+    good = parsed(file.read_text())
+    write(runs / "step_2.safetensors", mlp(), float("inf"))
+    assert cli(*push, umask=0o077).returncode == 65
+    last = parsed(file.read_text())
+    assert [last["wsync_sync_count_total", s] for s in ("empty", "published", "current", "rejected")] == [1, 1, 1, 1]
+    assert last["wsync_rejected_total", "non_finite"] == 1
+    assert last["wsync_staged_bytes_total",] == layout_of(mlp()).nbytes
+    assert last["wsync_sync_duration_seconds_bucket", "+Inf", "current"] == 1
+    assert last["wsync_last_success_timestamp_seconds",] == good["wsync_last_success_timestamp_seconds",] > 1e9
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert sorted(p.name for p in Path().iterdir()) == ["runs", "wsync.prom"]
+
+
+def test_a_failed_push_is_counted(cli: Cli, runs: Path, runtime: Path) -> None:
+    """A push that ends with an error is a failed pass."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    (runtime / NAME / "layout.json").unlink()
+    assert cli("push", SPEC, "runs", "--metrics-file", "wsync.prom").returncode == 1
+    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "failed"] == 1
+
+
+def test_a_dry_run_leaves_no_figures(cli: Cli, runs: Path) -> None:
+    """A rehearsal is no pass that monitoring shall see."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert cli("push", SPEC, "runs", "--dry-run", "--metrics-file", "wsync.prom").returncode == 0
+    assert not Path("wsync.prom").exists()
+
+
+def test_pushes_at_once_lose_no_count(runs: Path, spawn: Spawn) -> None:
+    """Processes that add to one file at the same time each count."""
+    code = (
+        "import sys\nfrom wsync.exposition import TextFile\nfrom wsync.metrics import Figures\n"
+        "from wsync.syncer import Outcome\n"
+        f"figures = Figures({NAME!r})\nfile = TextFile('wsync.prom', figures)\n"
+        "print('ready', flush=True)\nsys.stdin.readline()\n"
+        f"for _ in range(50):\n    figures.tell(Outcome('busy', {NAME!r}))\n    file.save()\n"
+    )
+    writers = [spawn("-c", code, stdin=subprocess.PIPE) for _ in range(3)]
+    for writer in writers:
+        assert writer.stdout and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    assert [writer.wait(DEADLINE) for writer in writers] == [0, 0, 0]
+    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "busy"] == 150
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'wsync_version{name="another"} 3\n',
+        "node_load1 0.5\n",
+        'systemd_unit_state{name="policies.mlp"} 1\n',
+        "root:x:0:0:root:/root:/bin/sh\n",
+    ],
+)
+def test_a_file_that_is_not_ours_is_left_alone(cli: Cli, runs: Path, text: str) -> None:
+    """Another segment's figures, and what is none at all, are not overwritten."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    Path("wsync.prom").write_text(text)
+    done = cli("push", SPEC, "runs", "--metrics-file", "wsync.prom")
+    assert done.returncode == 2 and "wsync.prom" in done.stderr and "Traceback" not in done.stderr
+    assert Path("wsync.prom").read_text() == text and Segment.open(NAME).version == 0
+
+
+def test_a_lost_file_does_not_stop_a_watch(spawn: Spawn, runs: Path) -> None:
+    """Where the figures cannot be written the log says so once, and weights still go live."""
+    Path("out").mkdir()
+    options = ("--metrics-file", "out/wsync.prom", "--poll", "0.05")
+    log = Lines(spawn("-m", "wsync", "watch", SPEC, "runs", *options))
+    log.until("watching")
+    until(Path("out/wsync.prom").exists)
+    Path("out").rename("gone")
+    for step in (1, 2):
+        write(runs / f"step_{step}.safetensors", mlp(), 1.0)
+        log.until(f"version {step}")
+    log.process.send_signal(signal.SIGTERM)
+    log.rest()
+    assert log.process.returncode == 0
+    assert len([line for line in log.seen if "error" in line and "wsync.prom" in line]) == 1
+
+
+def test_a_watch_leaves_its_last_figures_in_the_file(spawn: Spawn, runs: Path) -> None:
+    """What was counted before the end stands in the file after it."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    log = Lines(spawn("-m", "wsync", "watch", SPEC, "runs", "--metrics-file", "wsync.prom"))
+    log.until("version 1")
+    log.process.send_signal(signal.SIGTERM)
+    assert log.process.wait(DEADLINE) == 0
+    found = parsed(Path("wsync.prom").read_text())
+    assert (found["wsync_version",], found["wsync_sync_count_total", "published"]) == (1, 1)
+
+
+def test_quiet_passes_are_written_now_and_then_and_at_the_end(runs: Path) -> None:
+    """Passes that find nothing new do not write a file each; what they counted is there after the end."""
+    monitor = Monitor(NAME, Metrics(file="wsync.prom"), None, lambda exc: pytest.fail(str(exc)), serve=False)
+    for _ in range(9):
+        monitor.tell(outcome("current"))
+    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "current"] == 1
+    monitor.close()
+    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "current"] == 9
+
+
+def test_without_the_client_one_line_says_what_to_install(runs: Path) -> None:
+    """The core needs no prometheus-client; who asks for figures is told of the extra, and nothing is published."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    code = "import sys; sys.modules['prometheus_client'] = None; from wsync.cli import main; main()"
+    command = [sys.executable, "-c", code, "push", SPEC, "runs"]
+    done = subprocess.run([*command, "--metrics-file", "a.prom"], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 2 and "wsync[metrics]" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) -> None:
+    """A push without the option imports neither the client nor what serves it."""
+    done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "wsync.syncer" in loaded
+    assert not {"prometheus_client", "http.server", "wsync.exposition", "wsync.monitor", "wsync.notify"} & loaded
+
+
+def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
+    """However many readers there are and whatever their programs are called, the labels are bounded and plain."""
+    segment = Segment.open(NAME)
+    odd = 'a"b\n{x}\\' * 9
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [odd])
+        named = Registration(segment.path, "copy")
+        pids = iter(range(10_000))
+        patch.setattr("wsync.registry.os.getpid", lambda: next(pids))
+        many = [Registration(segment.path, "copy") for _ in range(MAX_READERS)]
+    figures = {(family, label): value for family, label, value in Figures(NAME).live()}
+    labels = [label for family, label in figures if family == "wsync_reader_lag_versions"]
+    for registration in (named, *many):
+        registration.close()
+    assert figures["wsync_readers", ""] == MAX_READERS + 1 and len(labels) == MAX_READERS
+    assert all(len(label) < 45 and label.replace("_", "").replace("-", "").isalnum() for label in labels)
+
+
+def test_readers_of_one_process_share_a_label(runs: Path) -> None:
+    """Two readers in a process give one sample, of the one that lags most; two would break the exposition."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    with Syncer(load_spec(SPEC), runs) as syncer:
+        syncer.once()
+        with wsync.attach(mlp(), NAME, mode="copy"), wsync.attach(mlp(), NAME, mode="copy") as fresh:
+            write(runs / "step_2.safetensors", mlp(), 1.0)
+            syncer.once()
+            fresh.refresh()
+            lags = [value for family, _, value in Figures(NAME).live() if family == "wsync_reader_lag_versions"]
+    assert lags == [1]
+
+
+def test_every_status_and_reason_is_there_from_zero() -> None:
+    """Counters begin at 0 for all that can come, so that the first one is an increase."""
+    assert {*EXIT_CODES} - {"checked"} <= {*STATUSES}
+    counts = Figures("x").counts()
+    assert set(counts.values()) == {0}
+    assert {c.label for c in counts if c.sample == "wsync_sync_count_total"} == {*STATUSES}
+    assert {"malformed", "mismatch", "non_finite", "rejected"} <= {*reasons()}
+    assert all(name.startswith("wsync_") and text for name, (_, _, text) in FAMILIES.items())
+
+
+def test_the_toml_has_them_all(runs: Path) -> None:
+    """[metrics] takes each setting; its file lies beside the TOML."""
+    Path("sub").mkdir()
+    Path("sub/a.toml").write_text(
+        'policy = "policies:mlp"\n[metrics]\nport = 0\naddress = "::1"\nfile = "a.prom"\nmax_staleness = 60\n'
+    )
+    settings = load_spec("sub/a.toml").metrics
+    assert settings == Metrics(0, "::1", str(Path("sub/a.prom").absolute()), 60)
+    with pytest.raises(UsageError, match="metrics.prot"):
+        Path("sub/a.toml").write_text('policy = "policies:mlp"\n[metrics]\nprot = 0\n')
+        load_spec("sub/a.toml")
+
+
+def test_a_file_held_by_another_is_tried_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that holds the file holds nobody up; what was counted meanwhile comes with the next write."""
+    import fcntl
+
+    monkeypatch.setattr("wsync.exposition._PATIENCE", 0.02)
+    figures = Figures(NAME)
+    file = TextFile("wsync.prom", figures)
+    figures.tell(outcome("busy"))
+    holder = os.open(".", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    with pytest.raises(WsyncError, match="next write"):
+        file.save()
+    os.close(holder)
+    file.save()
+    file.save()
+    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "busy"] == 1

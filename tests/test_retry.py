@@ -1,0 +1,330 @@
+"""What a watch does about passes that fail: how often it tries, what ends a pause, and when it gives up."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE, Cli, write
+from policies import mlp
+from test_processes import NAME, SPEC, mark_of, runs, segment
+
+from wsync import retry
+from wsync.checkpoint import Checkpoint
+from wsync.console import WatchLog
+from wsync.errors import SpecError, UsageError, WsyncError
+from wsync.outcome import EXIT_CODES, Outcome
+from wsync.retry import Failures, pause_after
+from wsync.segment import Segment
+from wsync.source import Candidate, Changes, Select, listing_of
+from wsync.spec import load_spec
+from wsync.syncer import Syncer
+from wsync.weight_getter import CheckpointWeightGetter
+
+__all__ = ["runs", "segment"]  # fixtures
+
+LONG = 10 * DEADLINE  # a pause that no test may come to wait for
+FAILED = WsyncError("the disk is broken")
+Event = Outcome | WsyncError
+
+
+class Storm(Changes):
+    """Notifies at every wait, and takes the time of one look; ends the watch after so many."""
+
+    def __init__(self, waits: int, stop: threading.Event) -> None:
+        self.left, self.stop = waits, stop
+
+    def wait(self, seconds: float | None = None) -> bool:
+        self.left -= 1
+        if not self.left:
+            self.stop.set()
+        return True
+
+
+@pytest.fixture
+def stop() -> Iterator[threading.Event]:
+    """A stop that is set after the deadline at the latest."""
+    event = threading.Event()
+    timer = threading.Timer(DEADLINE, event.set)
+    timer.start()
+    yield event
+    timer.cancel()
+    timer.join()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses are as long as no test may wait."""
+    monkeypatch.setattr(retry, "LONGEST", LONG)
+
+
+def failed(failures: Failures, times: int = 2) -> Failures:
+    """The same after so many failed passes that found the place as it is now."""
+    for _ in range(times):
+        failures.before()
+        assert failures.add(FAILED, -1) is None
+    return failures
+
+
+# The pause
+
+
+def test_pauses_double_and_are_bounded() -> None:
+    """Guards that a failure that lasts is not tried ten times a second for a night, nor once an hour."""
+    assert [pause_after(n, 1.0) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert pause_after(10**9, 1e-9) == 60 and pause_after(1, 3600) == 60
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("notified", [True, False])
+@pytest.mark.parametrize("change", ["a checkpoint", "a mode", "gone", "back"])
+def test_a_change_ends_the_pause(stop: threading.Event, tmp_path: Path, change: str, notified: bool) -> None:
+    """Guards that what mends most failures is tried soon, also where nothing notifies (NFS): the listing tells."""
+    place = tmp_path / "runs"
+    path = write(place / "step_1.safetensors", mlp())
+    if change == "back":
+        place.rename(tmp_path / "away")
+    changes = Changes(place, LONG if notified else 0.01, stop)
+    failures = failed(Failures(changes, lambda: listing_of(place), LONG if notified else 0.01, stop), 40)
+    acts: dict[str, Callable[[], object]] = {
+        "a checkpoint": lambda: write(place / "step_2.safetensors", mlp()),
+        "a mode": lambda: path.chmod(0o600),
+        "gone": lambda: shutil.rmtree(place),
+        "back": lambda: (tmp_path / "away").rename(place),
+    }
+    if not notified:
+        changes.wait = lambda seconds=None: stop.wait(seconds) and False  # type: ignore[method-assign]
+    act = threading.Timer(0.05, acts[change])
+    act.start()
+    try:
+        failures.pause()
+    finally:
+        act.join()
+        changes.close()
+    assert not stop.is_set()
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_storm_of_notifications_ends_no_pause(stop: threading.Event) -> None:
+    """Guards that a failure that lasts is not tried at each of a hundred notifications about nothing new."""
+    storm = Storm(100, stop)
+    failed(Failures(storm, lambda: "the same", 0.0001, stop), 50).pause()
+    assert storm.left == 0  # all were told, and none was heeded
+
+
+def test_a_storm_of_changes_is_looked_at_now_and_then(stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards that a file that changes all the time does not bring a failing pass at every change."""
+    waits: list[float | None] = []
+    monkeypatch.setattr(stop, "wait", lambda seconds=None: waits.append(seconds))
+    states = iter(range(1000))
+    for count in (2, 3, 4):
+        failed(Failures(Storm(1000, stop), lambda: next(states), 3600.0, stop), count).pause()
+    assert waits == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_change_during_the_pass_is_not_missed(stop: threading.Event, tmp_path: Path) -> None:
+    """Guards that the listing is compared with the one before the failed pass, not after it."""
+    changes = Changes(tmp_path, LONG, stop)
+    failures = failed(Failures(changes, lambda: listing_of(tmp_path), 0.01, stop), 40)
+    failures.before()
+    write(tmp_path / "step_1.safetensors", mlp())
+    failures.add(FAILED, -1)
+    failures.pause()
+    changes.close()
+    assert not stop.is_set()
+
+
+def test_reading_a_checkpoint_is_no_change(tmp_path: Path) -> None:
+    """Guards that a failed pass, which reads, does not end its own pause."""
+    path = write(tmp_path / "step_1.safetensors", mlp())
+    os.utime(path, ns=(1, 1))
+    before = listing_of(tmp_path)
+    path.read_bytes()
+    assert listing_of(tmp_path) == before
+
+
+@pytest.mark.usefixtures("patient")
+def test_stop_ends_a_pause(stop: threading.Event, tmp_path: Path) -> None:
+    """Guards that Ctrl-C is heeded at once in a long pause too."""
+    changes = Changes(tmp_path, LONG, stop)
+    failures = failed(Failures(changes, lambda: "the same", LONG, stop), 9)
+    timer = threading.Timer(0.05, stop.set)
+    timer.start()
+    began = time.monotonic()
+    failures.pause()
+    changes.close()
+    timer.join()
+    assert time.monotonic() - began < DEADLINE / 2
+
+
+# Giving up
+
+
+@pytest.mark.parametrize("status", EXIT_CODES)
+def test_only_a_failure_counts_and_all_else_ends_the_row(status: str) -> None:
+    """Guards which passes are failures: not one that is rejected, empty, busy, current or published."""
+    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
+    failed(failures, 3)
+    failures.add(Outcome(status, NAME, reason="it is so"), -1)
+    assert failures.count == (4 if status == "failed" else 0)
+
+
+@pytest.mark.parametrize(("bound", "passes"), [(-1, None), (0, 1), (1, 2), (5, 6)])
+def test_one_failure_more_than_is_borne_ends_it(bound: int, passes: int | None) -> None:
+    """Guards the number: 0 ends at the first failure, -1 at none."""
+    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
+    ends = [number for number in range(1, 101) if failures.add(FAILED, bound)]
+    assert ends[:1] == ([] if passes is None else [passes])
+
+
+def test_a_watch_gives_up(cli: Cli, runs: Path, runtime: Path) -> None:
+    """Guards that a service manager sees a watch that cannot work: exit code 1, the last failure once, the count."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    Path("file").touch()
+    Path("spec.toml").write_text('policy = "policies:mlp"\n[watch]\nmax_failures = 2\npoll = 0.01\n')
+    shutil.copy(Path(__file__).parent / "policies.py", "policies.py")
+    done = cli("watch", "spec.toml", "runs", "--runtime-dir", "file/below")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in lines if "3 passes in a row failed" in line and "--max-failures is 2" in line]
+    assert len([line for line in lines if " error " in line]) == 2 and "stopped" in lines[-1]
+    assert "file/below" in lines[1] and "file/below" in lines[2]
+    first = cli(
+        "watch", "spec.toml", "runs", "--runtime-dir", "file/below", env={**os.environ, "WSYNC_MAX_FAILURES": "0"}
+    )
+    assert first.returncode == 1 and "1 pass failed" in first.stdout
+    assert cli("watch", "spec.toml", "runs", "--max-failures", "-2").returncode == 2
+
+
+# The loop
+
+
+def pass_by_pass(
+    syncer: Syncer, stop: threading.Event, acts: list[Callable[[], object]]
+) -> tuple[list[str], list[Event]]:
+    """Runs a watch: after each pass that told something new one of the acts is done, and after the last it stops."""
+    events: list[Event] = []
+    statuses: list[str] = []
+
+    def tell(event: Event) -> None:
+        status = event.status if isinstance(event, Outcome) else "failed"
+        if statuses[-1:] == [status]:
+            return
+        statuses.append(status)
+        events.append(event)
+        if len(statuses) <= len(acts):
+            acts[len(statuses) - 1]()
+        else:
+            stop.set()
+
+    assert syncer.run(stop, tell)
+    return statuses, events
+
+
+def test_a_runtime_directory_that_is_gone_and_one_that_is_unsafe(
+    segment: Segment, runs: Path, runtime: Path, stop: threading.Event
+) -> None:
+    """Guards that neither ends a watch, wherever it notices: in a pass, or when it rests between two."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+
+    def spoil() -> None:
+        shutil.rmtree(runtime / NAME)
+        (runtime / NAME).touch()
+
+    with Syncer(replace(load_spec(SPEC), poll=0.01), runs, runtime=runtime) as syncer:
+        acts: list[Callable[[], object]] = [spoil, lambda: (runtime / NAME).unlink()]
+        statuses, events = pass_by_pass(syncer, stop, acts)
+    assert statuses == ["published", "failed", "published"]
+    assert str(runtime / NAME) in str(events[1])
+    assert mark_of(Segment.open(NAME)) == {1.0}
+
+
+def test_a_setting_that_is_wrong_later_is_a_failure(
+    segment: Segment, runs: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards that a policy's file that is being edited does not end the watch; at the start it does."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    once = Syncer.once
+
+    def broken(self: Syncer) -> Outcome:
+        raise SpecError("policies.py has a syntax error")
+
+    with Syncer(replace(load_spec(SPEC), poll=0.01), runs) as syncer:
+        acts: list[Callable[[], object]] = [
+            lambda: monkeypatch.setattr(Syncer, "once", broken),
+            lambda: monkeypatch.setattr(Syncer, "once", once),
+        ]
+        statuses, _ = pass_by_pass(syncer, stop, acts)
+        assert statuses == ["published", "failed", "current"]
+        monkeypatch.setattr(Syncer, "once", broken)
+        stop.clear()
+        with pytest.raises(UsageError):
+            syncer.run(stop, lambda _: None)
+
+
+# Locks and what is remembered
+
+
+def test_a_checkpoint_settles_before_the_lock_is_taken(
+    segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards that a publisher that waits for a checkpoint to stand still does not hold off another one."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    settle, free = Checkpoint._let_settle, []
+
+    def settling(self: Checkpoint, seconds: float) -> None:
+        with Segment.open(NAME, write=True).publishing():
+            free.append(True)
+        settle(self, seconds)
+
+    monkeypatch.setattr(Checkpoint, "_let_settle", settling)
+    with Syncer(load_spec(SPEC), runs) as syncer:
+        assert syncer.once().status == "published" and free == [True]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_another_publisher_just_published_is_not_published_again(
+    segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    """Guards the second look under the lock: no second version of the same weights, and nothing older after newer."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    opened = CheckpointWeightGetter.open
+
+    def faster(self: CheckpointWeightGetter, candidate: Candidate) -> Checkpoint:
+        checkpoint = opened(self, candidate)
+        monkeypatch.setattr(CheckpointWeightGetter, "open", opened)
+        if not same:
+            os.utime(write(runs / "step_2.safetensors", mlp(), 2.0), (time.time(), time.time()))
+        with Syncer(load_spec(SPEC), runs) as other:
+            assert other.once().status == "published"
+        return checkpoint
+
+    monkeypatch.setattr(CheckpointWeightGetter, "open", faster)
+    with Syncer(load_spec(SPEC), runs) as syncer:
+        outcome = syncer.once()
+    assert (outcome.status, outcome.version) == ("current", 1)
+    assert (segment.version, mark_of(segment)) == (1, {1.0 if same else 2.0})
+
+
+def test_what_is_remembered_of_checkpoints_is_bounded(
+    segment: Segment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards that a watch of months keeps nothing of checkpoints that are gone: steps, refusals, what was told."""
+    monkeypatch.setattr("wsync.console._REMEMBERED", 3)
+    spec = replace(load_spec(SPEC), select=Select(order="step"))
+    with Syncer(spec, runs) as syncer, WatchLog(NAME, runs, "plain", lambda: None) as log:
+        for number in range(5):
+            path = write(runs / f"step_{number}.safetensors", mlp(), float("nan"), number)
+            for _ in range(2):
+                log.tell(syncer.once())
+            assert len(syncer.record._refused) == 1 and len(syncer.getter._steps) == 1
+            path.unlink()
+        assert len(log._refused) == 3
+    assert capsys.readouterr().out.count("rejected") == 5

@@ -1,0 +1,177 @@
+"""The commands of the person who runs it for months: log, rollback, pin, unpin, config."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import UsageError
+from .options import JsonOption, RuntimeOption, StateOption, with_settings
+
+history = typer.Typer()
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A segment.", show_default=False)]
+
+
+@history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")
+def log(
+    name: NameArgument,
+    number: Annotated[
+        int, typer.Option("-n", "--number", envvar="WSYNC_NUMBER", min=1, help="Events, the last ones.")
+    ] = 20,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since", envvar="WSYNC_SINCE", help="30m, 2h, 3d, or a time such as 2026-05-01T12:00.", show_default=False
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", envvar="WSYNC_FOLLOW", help="Go on as events come, until stopped.")
+    ] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", envvar="WSYNC_PLOT", help="Draw publish time, staging speed and lag.")
+    ] = False,
+    as_json: JsonOption = False,
+    state_dir: StateOption = None,
+) -> None:
+    """What was published, rejected, rolled back and pinned, and when; the newest last."""
+    from .access import check_name
+    from .history import event_json, follow_events, moment
+    from .state import State
+    from .tables import print_log, print_plot
+
+    with State(check_name(name), state_dir) as state:
+        start = moment(since) if since else 0.0
+        if plot:
+            print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
+            return
+        events = state.events(since=start, limit=number)
+        if as_json and not follow:
+            print(json.dumps({"name": name, "events": [event_json(event) for event in events]}))
+        elif as_json:
+            for event in events:
+                print(json.dumps(event_json(event)), flush=True)
+        else:
+            print_log(name, events)
+        if follow:
+            with suppress(KeyboardInterrupt):
+                for event in follow_events(state, events[-1].id if events else 0):
+                    if as_json:
+                        print(json.dumps(event_json(event)), flush=True)
+                    else:
+                        print_log(name, [event], header=False)
+
+
+@history.command(epilog="Example: wsync rollback cartpole --to 41")
+def rollback(
+    name: NameArgument,
+    to: Annotated[
+        int | None,
+        typer.Option("--to", envvar="WSYNC_TO", min=1, help="A version. (default: the one before)", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Put an earlier version live again, as a new version, and pin it until `wsync unpin`.
+
+    It is what it was: no gate is asked, no hook runs.
+    """
+    from .access import check_name
+    from .rollback import rollback as go_back
+    from .state import State
+
+    with State(check_name(name), state_dir) as state:
+        live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
+    file = Path(live.source).name if live.source else "weights from memory"
+    if as_json:
+        data = {"status": "published", "name": name, "version": live.version, "step": live.step}
+        print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.checkpoint}))
+    else:
+        step = "" if live.step is None else f", step {live.step}"
+        print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")
+
+
+@history.command(epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
+def pin(
+    name: NameArgument,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="A file. (default: what is live)", show_default=False),
+    ] = None,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on."""
+    from .access import check_name
+    from .rollback import pin_checkpoint
+    from .state import State
+
+    with State(check_name(name), state_dir) as state:
+        place = None if checkpoint is None else str(checkpoint.absolute())
+        pinned, live = pin_checkpoint(name, place, runtime=runtime_dir, state=state)
+    when = "" if live else "; the next pass of a watch or push puts it live"
+    print(f"{name}: {pinned.name} is pinned until `wsync unpin {name}`{when}")
+
+
+@history.command(epilog="Example: wsync unpin cartpole")
+def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
+    """Let go of the pin: the next pass goes on with the newest checkpoint."""
+    from .access import check_name
+    from .rollback import unpin as let_go
+    from .state import State
+
+    with State(check_name(name), state_dir) as state:
+        before = let_go(state)
+    print(f"{name}: {before.name} is no longer pinned" if before else f"{name}: nothing was pinned")
+
+
+@history.command(epilog="Example: wsync config cartpole.toml")
+@with_settings
+def config(
+    context: typer.Context,
+    spec: Annotated[
+        str,
+        typer.Argument(metavar="SPEC", help="package.module:attr of the policy, or a TOML file.", show_default=False),
+    ],
+    *,
+    as_json: JsonOption = False,
+    settings: dict[str, dict[str, Any]],
+) -> None:
+    """Every setting and where it comes from: option, variable, TOML or default."""
+    from dataclasses import replace
+
+    from .history import origins
+    from .spec import load_spec
+    from .tables import print_config
+
+    loaded = load_spec(spec)
+    tables = {table: replace(getattr(loaded, table), **changed) for table, changed in settings.items() if changed}
+    words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: words.get(source.name) if source else None for name, source in sources.items()}
+    rows = origins(replace(loaded, **tables), spec, given)
+    if as_json:
+        print(json.dumps({row.name: {"value": row.value, "origin": row.origin} for row in rows}, default=str))
+    else:
+        print_config(rows)
+
+
+def check_variables(known: set[str]) -> None:
+    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would be obeyed by nobody, in silence.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    unknown = sorted(name for name in os.environ if name.startswith("WSYNC_") and name not in known)
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        advice = f"Did you mean {near[0]}?" if near else "Unset it; `wsync config SPEC` lists the settings."
+        raise UsageError(f"the variable {unknown[0]} is none of wsync's. {advice}")

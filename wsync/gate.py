@@ -1,0 +1,189 @@
+"""A gate: the user's look at staged weights, the last thing before they go live.
+
+A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
+in its environment ``WSYNC_STAGED`` (the slot, a plain safetensors file), ``WSYNC_NAME``, ``WSYNC_STEP`` (empty where
+there is none) and ``WSYNC_CHECKPOINT``. Status 0 accepts, 75 asks for the same again later, anything else rejects.
+
+A function is called with the policy, in eval mode, with the staged weights in it. Whatever it returns accepts, but for
+``False``, which is a check that failed and whose author forgot to raise; ``RetryLater`` asks for the same again later,
+any other exception rejects. It runs in a process of its own, so that a watch never imports torch and outlives whatever
+that code does; the weights are copies, so that nothing it does reaches the slot.
+
+One that takes too long, or is ended by a signal, has rejected: a gate that hangs must not hold up the next checkpoint
+for ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import command
+from .errors import GateRejected, RetryLater, SpecError
+from .hooks import environment
+from .publisher import Staged
+from .spec import Spec, origin
+
+if TYPE_CHECKING:
+    import torch
+
+_ACCEPTED, _RETRY = 0, 75
+_LONGEST = 4000  # characters of an exception's text
+
+
+def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None) -> None:
+    """Returns when the gate accepts.
+
+    Args:
+        stop: ends the gate early, once set; the checkpoint may then be tried again.
+
+    Raises:
+        GateRejected: it does not accept.
+        RetryLater: it asks for the same again later, or was ended by ``stop``.
+        SpecError: its function, or the policy for it, cannot be imported or built.
+        WsyncError: it could not be started.
+    """
+    verdict, why = (_ask_function if spec.hooks.gate_is_function else _ask_command)(spec, staged, stop)
+    if verdict == "accept":
+        return
+    what = staged.checkpoint or "the weights from memory"
+    if verdict == "retry":
+        raise RetryLater(f"{what}: the gate {spec.hooks.gate!r} {why}. It is asked again at the next pass.")
+    raise GateRejected(f"{what}: the gate {spec.hooks.gate!r} {why}. The checkpoint stays rejected until it changes.")
+
+
+def _ask_command(spec: Spec, staged: Staged, stop: threading.Event | None) -> tuple[str, str]:
+    ended = command.run(
+        ["/bin/sh", "-c", spec.hooks.gate],
+        timeout=spec.hooks.gate_timeout,
+        environment=_environment(staged),
+        directory=spec.directory,
+        stop=stop,
+    )
+    if ended.code == _ACCEPTED:
+        return "accept", ""
+    return "retry" if ended.code == _RETRY or _was_stopped(ended, stop) else "reject", str(ended)
+
+
+def _ask_function(spec: Spec, staged: Staged, stop: threading.Event | None) -> tuple[str, str]:
+    """The question goes to the child, and the answer back, in one nameless file that is its stdin."""
+    link = os.memfd_create("wsync-gate")
+    try:
+        os.pwrite(link, pickle.dumps((spec, staged, os.getpid())), 0)
+        ended = command.run(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:] = {sys.path!r}; from wsync.gate import _answer; _answer()",
+            ],
+            timeout=spec.hooks.gate_timeout,
+            environment=_environment(staged),
+            stop=stop,
+            stdin=link,
+        )
+        if ended.code != 0:
+            return "retry" if _was_stopped(ended, stop) else "reject", str(ended)
+        answer = json.loads(os.pread(link, os.fstat(link).st_size, 0))
+    except ValueError:
+        return "reject", f"ended without a verdict{ended.said}"
+    finally:
+        os.close(link)
+    if answer["verdict"] == "error":
+        raise SpecError(answer["why"])
+    return answer["verdict"], answer["why"]
+
+
+def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
+    return ended.code is None and stop is not None and stop.is_set()
+
+
+def _environment(staged: Staged) -> dict[str, str]:
+    return environment(
+        staged=staged.path,
+        name=staged.name,
+        step=staged.step,
+        checkpoint=staged.checkpoint,
+        runtime_dir=staged.path.parent.parent,
+    )
+
+
+# --- in the child
+
+
+def _answer() -> None:
+    """The child of ``_ask_function``: the question on stdin, the verdict into the same file."""
+    link = os.dup(0)
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+    spec, staged, parent = pickle.loads(os.pread(link, os.fstat(link).st_size, 0))
+    os.ftruncate(link, 0)
+    _die_with(parent)
+    verdict, why = _judge(spec, staged)
+    os.pwrite(link, json.dumps({"verdict": verdict, "why": why}).encode(), 0)
+    os._exit(0)  # threads and exit handlers of the user's code have no say in it any more
+
+
+def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
+    try:
+        function = spec.find(spec.hooks.gate)
+        policy = spec.build()
+        if not callable(function):
+            raise SpecError(
+                f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy."
+            )
+        load(policy.eval(), staged.path)
+    except SpecError as exc:
+        return "error", str(exc)
+    try:
+        result = function(policy)
+    except RetryLater as exc:
+        return "retry", f"wants it later: {_bounded(str(exc))}"
+    except (Exception, SystemExit) as exc:
+        return "reject", f"raised {_bounded(origin(exc))}"
+    if result is False:
+        return "reject", "returned False"
+    return "accept", ""
+
+
+def load(policy: torch.nn.Module, path: Path) -> None:
+    """Copies the weights of a slot into the policy's own tensors, all of them.
+
+    Raises:
+        SpecError: they are not the policy's.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from .layout import layout_of, layout_of_tensors, named_tensors
+
+    weights, targets = load_file(path), dict(named_tensors(policy))
+    entries = {entry.name: entry for entry in layout_of(policy).tensors}
+    found = {entry.name: entry for entry in layout_of_tensors(weights.items()).tensors}
+    if {name: (e.dtype, e.shape) for name, e in entries.items()} != {n: (e.dtype, e.shape) for n, e in found.items()}:
+        raise SpecError(
+            "the policy that was built for the gate has other tensors than the segment. It must be the same each time "
+            "that it is built; where it changed since, `wsync rm` its segment."
+        )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            targets[name].copy_(tensor)
+
+
+def _bounded(text: str) -> str:
+    """An exception's text as ``command`` gives output: short, and harmless to a terminal."""
+    return command.plain(text[:_LONGEST].encode("utf-8", "replace"))
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when the publisher does, however that ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)

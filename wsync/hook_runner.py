@@ -1,0 +1,273 @@
+"""Hooks: what runs after a publish, in the background and never in the way of the next one.
+
+Each kind of hook has a thread and a mailbox for one version. The newest wins: a version that nobody has taken out yet
+is replaced by the next. A hook that failed is tried again after its backoff, until it succeeds or a newer version
+comes. At the end what runs may finish within its time, what waits gets one run, and nothing is tried again.
+
+``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_NAME``,
+``WSYNC_VERSION``, ``WSYNC_STEP`` (empty where there is none) and ``WSYNC_CHECKPOINT``. ``webhook`` is one request with
+name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a redirect is an
+answer like any other and is not followed, and no proxy is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import command
+from .errors import WsyncError
+from .hooks import Hooks, environment
+from .segment_files import Publication
+from .spec import Spec
+
+if TYPE_CHECKING:
+    import http.client
+
+_log = logging.getLogger("wsync")
+
+Report = Callable[[str, bool, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """A version that went live."""
+
+    name: str
+    version: int
+    step: int | None
+    checkpoint: str
+
+
+class Hook:
+    """One kind of hook, its thread and its mailbox.
+
+    Args:
+        kind: what messages call it.
+        act: runs it once, and is to end soon after the event is set.
+        timeout: seconds that ``act`` takes at most.
+        backoff: seconds between a failure and the next try.
+        report: called from the thread with the kind, whether it worked, and what to tell.
+
+    Attributes:
+        runs: how often it ran, failures among them.
+        failures: how often it failed.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        act: Callable[[News, threading.Event], None],
+        *,
+        timeout: float,
+        backoff: float,
+        report: Report,
+    ) -> None:
+        self.kind, self.runs, self.failures = kind, 0, 0
+        self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
+        self._changed = threading.Condition()
+        self._waiting: News | None = None
+        self._closing = False
+        self._cancel = threading.Event()
+        self._ended = threading.Event()  # a join that a signal interrupts forgets that its thread still runs
+        threading.Thread(target=self._begin, name=f"wsync-{kind}", daemon=True).start()
+
+    def send(self, news: News) -> None:
+        """Puts a version into the mailbox, in the place of one that still waits there."""
+        with self._changed:
+            self._waiting = news
+            self._changed.notify()
+
+    def shut(self) -> None:
+        """Nothing is tried again from here on."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def join(self) -> None:
+        """Waits for what runs and what waits, each within its time; one that is interrupted is ended."""
+        try:
+            self._ended.wait(2 * (self._timeout + 2 * command.GRACE))
+        finally:
+            self.cancel()
+            self._ended.wait(2 * command.GRACE + 1)
+
+    def cancel(self) -> None:
+        """What runs is to end now, and nothing more runs."""
+        self._cancel.set()
+
+    def _begin(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
+
+    def _work(self) -> None:
+        news: News | None = None  # what failed, and is to be tried again
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if news else None)
+                news, self._waiting = self._waiting or (None if self._closing else news), None
+            if news is None or self._cancel.is_set():
+                return
+            if self._run(news):
+                news = None
+
+    def _run(self, news: News) -> bool:
+        self.runs += 1
+        try:
+            self._act(news, self._cancel)
+        except Exception as exc:  # whatever it is: the thread must go on
+            self.failures += 1
+            why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}"
+            self._tell(False, f"version {news.version} is live, but {why}")
+            return False
+        self._tell(True, f"{self.kind} succeeded for version {news.version}")
+        return True
+
+    def _tell(self, ok: bool, message: str) -> None:
+        try:
+            self._report(self.kind, ok, message)
+        except Exception:  # a log that cannot be written is told by those who write more into it
+            pass
+
+
+class HookRunner:
+    """The hooks of a spec.
+
+    Args:
+        runtime: where segments live; the command gets it as ``WSYNC_RUNTIME_DIR``.
+        report: called from the hooks' threads; default logs failures.
+
+    Attributes:
+        hooks: the hooks that are set, by their kinds, ``exec`` and ``webhook``.
+    """
+
+    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None) -> None:
+        settings, report = spec.hooks, report or _warn
+        self._name = spec.name
+        self.hooks: dict[str, Hook] = {}
+        if settings.exec:
+            self.hooks["exec"] = Hook(
+                "exec",
+                lambda news, cancel: run_command(settings, spec.directory, runtime, news, cancel),
+                timeout=settings.exec_timeout,
+                backoff=settings.exec_backoff,
+                report=report,
+            )
+        if settings.webhook:
+            self.hooks["webhook"] = Hook(
+                "webhook",
+                lambda news, cancel: request(settings, news),
+                timeout=settings.webhook_timeout,
+                backoff=settings.webhook_backoff,
+                report=report,
+            )
+
+    def send(self, published: Publication) -> None:
+        """Tells each hook of a version; returns at once."""
+        news = News(self._name, published.version, published.step, published.source)
+        for hook in self.hooks.values():
+            hook.send(news)
+
+    def close(self, *, now: bool = False) -> None:
+        """Waits until what runs and what waits has had its time.
+
+        Args:
+            now: end it instead.
+        """
+        for hook in self.hooks.values():
+            if now:
+                hook.cancel()
+            hook.shut()
+        for hook in self.hooks.values():
+            hook.join()
+
+
+def run_command(settings: Hooks, directory: Path, runtime: Path, news: News, cancel: threading.Event) -> None:
+    """Runs ``exec`` once.
+
+    Raises:
+        WsyncError: it failed, or took too long.
+    """
+    ended = command.run(
+        ["/bin/sh", "-c", settings.exec],
+        timeout=settings.exec_timeout,
+        environment=environment(
+            name=news.name, version=news.version, step=news.step, checkpoint=news.checkpoint, runtime_dir=runtime
+        ),
+        directory=directory,
+        stop=cancel,
+    )
+    if ended.code != 0:
+        raise WsyncError(f"the command {settings.exec!r} {str(ended).rstrip()}")
+
+
+def request(settings: Hooks, news: News) -> None:
+    """Makes the webhook's request once.
+
+    The time is that of the whole request: a server that sends a byte now and then must not hold a newer version up.
+
+    Raises:
+        WsyncError: no answer in time, or another than is a success. It shows the host alone: all else of a URL may be
+            a secret.
+    """
+    import base64
+    import http.client
+    from urllib.parse import unquote, urlsplit
+
+    url = urlsplit(settings.webhook)
+    shown = f"the webhook at {url.hostname}"
+    headers = {"Content-Type": "application/json", "Wsync-Version": str(news.version), "Connection": "close"}
+    if url.username is not None:
+        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    body = json.dumps(
+        {"name": news.name, "version": news.version, "step": news.step, "checkpoint": news.checkpoint or None}
+    ).encode()
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname or "", url.port, timeout=settings.webhook_timeout)
+    late = threading.Event()
+    watchdog = threading.Timer(settings.webhook_timeout, lambda: _cut(connection, late))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        connection.connect()
+        if late.is_set():
+            raise TimeoutError
+        target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+        connection.request(settings.webhook_method.upper(), target, body, headers)
+        status = connection.getresponse().status
+        if late.is_set():  # cut off within the headers, which are then taken for complete
+            raise TimeoutError
+    except (OSError, http.client.HTTPException) as exc:
+        if late.is_set() or isinstance(exc, TimeoutError):
+            raise WsyncError(f"{shown} gave no answer within {settings.webhook_timeout:g} s") from exc
+        why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
+        raise WsyncError(f"{shown} could not be told: {why}") from exc
+    finally:
+        watchdog.cancel()
+        connection.close()
+    if settings.webhook_success_status not in (0, status):
+        raise WsyncError(f"{shown} answered {status}, not {settings.webhook_success_status}")
+
+
+def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
+    """Time is up: whoever waits on the connection's socket wakes."""
+    late.set()
+    try:
+        if connection.sock:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it was not connected yet, or is closed already
+
+
+def _warn(kind: str, ok: bool, message: str) -> None:
+    if not ok:
+        _log.warning("%s", message)

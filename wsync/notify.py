@@ -1,0 +1,104 @@
+"""What a watch tells systemd: ready, reloading, stopping, a line of status, and that it still turns.
+
+The protocol is that of sd_notify(3): one datagram of ``NAME=value`` lines to the socket that ``NOTIFY_SOCKET`` names.
+Without that variable nothing is opened and nothing is sent. The variables are taken out of the environment, so that
+the process that reads a policy's layout, and what a user's code starts, cannot speak in our name.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+EXTEND = 60.0  # seconds by which a running stage puts off the time-outs of starting and stopping
+_SEND = 1.0  # seconds that a service manager may leave us waiting
+
+
+class Notifier:
+    """The way to the service manager that started this process; silent where none did.
+
+    The watchdog is fed from a thread at half its time, as long as the loop turned not longer ago than ``patience``
+    and that time: a loop that hangs is noticed, one that waits or stages is not killed.
+
+    Attributes:
+        patience: seconds that the loop may rest between two turns.
+    """
+
+    def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
+        self.patience = 1.0
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        self._socket = None
+        if address[:1] in ("/", "@"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.settimeout(_SEND)
+        self._ready = False
+        self._turned = time.monotonic()
+        self._extended = 0.0
+        self._watchdog = watchdog
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        if self._socket and watchdog:
+            self._thread = threading.Thread(target=self._beat, name="wsync-watchdog", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def from_environment(cls) -> Notifier:
+        """By ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``, which are taken out of the environment."""
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
+        ours = usec.isdecimal() and pid in ("", str(os.getpid()))
+        return cls(address, int(usec) / 1e6 if ours else 0.0)
+
+    def ready(self) -> None:
+        """The first version is live; said once."""
+        if not self._ready:
+            self._ready = True
+            self._send("READY=1")
+
+    def status(self, line: str) -> None:
+        """A line for ``systemctl status``."""
+        self._send(f"STATUS={line}")
+
+    def reloading(self) -> None:
+        """The settings are read again; ``reloaded`` must follow, and says READY, so neither comes before ``ready``."""
+        if self._ready:
+            self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+    def reloaded(self) -> None:
+        if self._ready:
+            self._send("READY=1")
+
+    def turned(self) -> None:
+        """The loop turned."""
+        self._turned = time.monotonic()
+
+    def staging(self) -> None:
+        """Bytes moved: the loop is at work, and neither a start nor a stop shall be cut off."""
+        self._turned = time.monotonic()
+        if self._turned - self._extended > 1:
+            self._extended = self._turned
+            self._send(f"EXTEND_TIMEOUT_USEC={EXTEND * 1e6:.0f}")
+
+    def close(self) -> None:
+        self._send("STOPPING=1")
+        self._end.set()
+        if self._thread:
+            self._thread.join()
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+
+    def _beat(self) -> None:
+        while not self._end.wait(self._watchdog / 2):
+            if time.monotonic() - self._turned <= self.patience + self._watchdog:
+                self._send("WATCHDOG=1")
+
+    def _send(self, *lines: str) -> None:
+        if self._socket is None:
+            return
+        try:
+            self._socket.sendto("\n".join(lines).encode(errors="replace"), self._address)
+        except OSError:  # a manager that is gone or busy changes nothing for the weights
+            pass

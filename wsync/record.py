@@ -1,0 +1,239 @@
+"""What one syncer knows of the past and adds to it: pin, refusals, history. Never in the way of the weights.
+
+A history that cannot be written is told of once and then done without. Only a pin that cannot be read stops a pass:
+going on would let go what the operator holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, NoCheckpoint, StateError, WsyncError
+from .fitting import Fit
+
+if TYPE_CHECKING:
+    from .outcome import Outcome
+    from .segment import Segment
+    from .segment_files import Publication
+    from .state import Event, Pin, State
+
+
+class Record:
+    """A syncer's view of the state.
+
+    Args:
+        state: None remembers refusals in this process, and nothing else.
+        settings: tells one set of settings from another; a refusal holds under the same ones only.
+
+    Attributes:
+        complain: called with what keeps the history from being written, once for each reason.
+    """
+
+    def __init__(self, state: State | None, settings: str) -> None:
+        self.complain: Callable[[StateError], None] | None = None
+        self._state, self._settings = state, settings
+        self._refused: dict[str, str] = {}
+        self._fresh: set[str] = set()
+        self._loaded = state is None
+        self._complaint = self._failure = ""
+
+    def close(self) -> None:
+        if self._state:
+            self._state.close()
+
+    def pin(self) -> Pin | None:
+        """The pin that holds.
+
+        Raises:
+            StateError: it cannot be read.
+        """
+        return self._state.pin() if self._state else None
+
+    def last_version(self) -> int:
+        """The highest version on record, from which those of a segment that is made anew go on."""
+        state = self._state
+        return (self._try(state.version) or 0) if state else 0
+
+    # --- refusals
+
+    def forget(self) -> None:
+        """Takes what was refused before for new."""
+        self._refused, self._loaded = {}, True
+
+    def refusals(self, listed: Iterable[str]) -> dict[str, str]:
+        """Identity to reason of those of ``listed`` that were refused."""
+        wanted = set(listed)
+        if wanted and not self._loaded and self._state:
+            self._loaded = True
+            state, settings = self._state, self._settings
+            self._refused |= self._try(lambda: state.rejections(settings)) or {}
+        if wanted:
+            self._refused = {state: why for state, why in self._refused.items() if state in wanted}
+        return self._refused
+
+    def is_fresh(self, identity: str) -> bool:
+        """Whether it was refused in this very process, and not in one before."""
+        return identity in self._fresh
+
+    def refuse(self, identity: str, reason: str, outcome: Outcome) -> None:
+        self._refused[identity] = reason
+        self._fresh = {*self._fresh & self._refused.keys(), identity}
+        if self._state:
+            state, settings = self._state, self._settings
+            self._try(lambda: state.reject(identity, settings, reason))
+            self._add("reject", outcome)
+
+    # --- events
+
+    def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
+        self._add("publish", outcome, bytes=outcome.bytes, lag=lag, settings=fit_to_json(fit))
+
+    def gate(self, result: str, publication_version: int, checkpoint: str, step: int | None) -> None:
+        self._event("gate", version=publication_version, checkpoint=checkpoint, step=step, reason=result)
+
+    def failed(self, version: int, reason: str) -> None:
+        """A failure is one event, however often it comes in a row."""
+        state = self._state
+        if state is None or reason == self._failure:
+            return
+        self._failure = reason
+        last = self._try(lambda: state.events(limit=1))
+        if not last or (last[-1].kind, last[-1].reason) != ("failure", reason):
+            self._event("failure", version=version, reason=reason)
+
+    def worked(self) -> None:
+        self._failure = ""
+
+    def _add(self, kind: str, outcome: Outcome, **more: Any) -> None:
+        self._event(
+            kind,
+            version=outcome.version,
+            step=outcome.step,
+            checkpoint=outcome.checkpoint,
+            identity=outcome.identity,
+            seconds=outcome.seconds,
+            reason=outcome.reason,
+            **more,
+        )
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        state = self._state
+        if state:
+            self._try(lambda: state.record(kind, **fields))
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except StateError as exc:
+            if str(exc) != self._complaint and self.complain:
+                self.complain(exc)
+            self._complaint = str(exc)
+            return None
+
+    # --- what was published before
+
+    def keep(self, segment: Segment, publication: Publication, number: int) -> None:
+        """Keeps a copy of what is live, and of the last ``number`` in all."""
+        state = self._state
+        if state and number > 0:
+            self._try(lambda: keep(state, segment, publication, number))
+
+    def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
+        """The pinned checkpoint, from a kept copy or its file.
+
+        Raises:
+            CheckpointError: neither is there any more.
+        """
+        assert self._state
+        events = [e for e in self._state.events(kinds=("publish", "rollback")) if e.identity == pin.identity]
+        for event in reversed(events):
+            if again := reopen(self._state, event):
+                return again
+        checkpoint = _same(pin.checkpoint, pin.identity)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{pin.name}, which is pinned, is gone or was changed, and no copy of it was kept. `wsync unpin "
+                f"{self._state.name}` goes on with the newest; `wsync rollback` lists what is still there."
+            )
+        return checkpoint, fit
+
+
+def fit_to_json(fit: Fit) -> str:
+    return json.dumps({name: value for name, value in asdict(fit).items() if name != "partial"})
+
+
+def fit_from_json(text: str | None) -> Fit:
+    table: dict[str, Any] = json.loads(text) if text else {}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    return Fit(**settings)
+
+
+def keep(state: State, segment: Segment, publication: Publication, number: int) -> None:
+    """Copies the live slot, a safetensors file in the policy's own layout, beside the state; removes the oldest.
+
+    Raises:
+        StateError: there is no room, or no access.
+    """
+    target = state.kept / f"{publication.version}.safetensors"
+    temporary = target.with_suffix(".tmp")
+    lease = segment.lease()
+    if lease is None or lease.version != publication.version:  # another publisher was faster: it keeps its own
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
+            os.lseek(lease.fileno(), 0, os.SEEK_SET)
+            with open(lease.fileno(), "rb", closefd=False) as slot:
+                shutil.copyfileobj(slot, copy, 8 << 20)
+        temporary.replace(target)
+        for version in kept_versions(state)[:-number]:
+            (state.kept / f"{version}.safetensors").unlink(missing_ok=True)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise StateError(
+            f"version {publication.version} of {state.name!r} could not be kept in {state.kept} ({exc.strerror}). Make "
+            "room, lower --keep, or name another place with --state-dir."
+        ) from exc
+    finally:
+        lease.release()
+
+
+def kept_versions(state: State) -> list[int]:
+    """Versions of which a copy is kept, oldest first."""
+    try:
+        return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
+    except OSError:
+        return []
+
+
+def reopen(state: State, event: Event) -> tuple[Checkpoint, Fit] | None:
+    """What was once published, opened to be published again, and how it fits; None where it is gone or was changed."""
+    if event.identity and event.version is not None:
+        try:
+            checkpoint = Checkpoint(state.kept / f"{event.version}.safetensors")
+        except WsyncError:
+            pass
+        else:
+            checkpoint.is_copy_of(event.checkpoint or "", event.identity, event.step)
+            return checkpoint, Fit(finite=False)
+    original = _same(event.checkpoint, event.identity)
+    return (original, fit_from_json(event.settings)) if original else None
+
+
+def _same(path: str | None, identity: str | None) -> Checkpoint | None:
+    if not path or not identity:
+        return None
+    try:
+        checkpoint = Checkpoint(path)
+    except (NoCheckpoint, CheckpointError):
+        return None
+    if checkpoint.identity == identity:
+        return checkpoint
+    checkpoint.close()
+    return None

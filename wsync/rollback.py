@@ -1,0 +1,187 @@
+"""The way back: an earlier version goes live again, under a new number, and is pinned.
+
+It is looked for where it is soonest at hand: whole in a spare slot, which only gets another header; as a kept copy; as
+the file that it came from, if that was not changed since.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+from .errors import NoCheckpoint, StateError, UsageError
+from .publisher import publish
+from .record import kept_versions, reopen
+from .segment import Segment
+from .segment_files import Publication
+from .state import Event, Pin, State
+
+
+def rollback(
+    name: str, to: int | None = None, *, runtime: str | os.PathLike[str] | None, state: State
+) -> tuple[Publication, Pin, int]:
+    """Publishes an earlier version again and pins it; returns what is live, the pin, and which version it was.
+
+    Args:
+        to: the version; None takes the one before what is live.
+
+    Raises:
+        UsageError: there is no such version on record.
+        NoCheckpoint: it cannot be had any more; the message lists what can.
+        SegmentMissing: there is no segment.
+        SegmentBusy: another publisher is at work, or readers hold every spare slot.
+        StateError: the pin cannot be written; nothing was published.
+    """
+    segment = Segment.open(name, runtime, write=True)
+    try:
+        with segment.publishing():
+            live = segment.live()
+            if live is None:
+                raise UsageError(f"nothing is live in {name!r} yet. There is nothing to go back from.")
+            event = _target(state, live, to)
+            assert event.version is not None
+            before = state.pin()
+            pin = Pin(
+                checkpoint=event.checkpoint or "",
+                identity=event.identity or "",
+                version=live.version + 1,
+                step=event.step,
+                since=time.time(),
+                reason=f"rollback from version {live.version} to {event.version}",
+            )
+            state.set_pin(pin)  # before it is live: a watch must not take the newest in between
+            try:
+                publication = _again(segment, live, event, state)
+            except BaseException:
+                state.set_pin(before)
+                raise
+            _note(state, publication, pin, segment.layout.nbytes)
+            return publication, pin, event.version
+    finally:
+        segment.close()
+
+
+def _note(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
+    event = next((e for e in reversed(state.events(kinds=("publish",))) if e.identity == publication.identity), None)
+    state.record(
+        "rollback",
+        version=publication.version,
+        step=publication.step,
+        checkpoint=publication.source,
+        identity=publication.identity,
+        bytes=nbytes,
+        seconds=round(time.time() - pin.since, 6),
+        reason=pin.reason,
+        settings=event.settings if event else None,
+    )
+
+
+def _target(state: State, live: Publication, to: int | None) -> Event:
+    events = state.events(kinds=("publish", "rollback"))
+    if to is not None:
+        found = [event for event in events if event.version == to]
+        if not found:
+            raise UsageError(f"version {to} of {state.name!r} is not on record. {_choices(state, events)}")
+        return found[-1]
+    origin = [n for n, event in enumerate(events) if event.kind == "publish" and event.identity == live.identity]
+    earlier = [
+        event
+        for event in events[: origin[-1] if origin else len(events)]
+        if event.identity != live.identity and (event.version or 0) < live.version
+    ]
+    if not earlier:
+        raise UsageError(f"no version before the live one of {state.name!r} is on record. {_choices(state, events)}")
+    return earlier[-1]
+
+
+def _again(segment: Segment, live: Publication, event: Event, state: State) -> Publication:
+    """Puts it live: from a spare slot, or staged from a copy or its file."""
+    assert event.version is not None
+    spec = segment.spec
+    with segment.slot_with(event.version, event.identity or "") as (slot, held):
+        if slot and held:
+            publication = replace(held, version=live.version + 1, published_at=time.time())
+            slot.describe(publication)
+    if slot:
+        segment.store(publication.version, slot.number)
+        return publication
+    again = reopen(state, event)
+    if again is None:
+        events = state.events(kinds=("publish", "rollback"))
+        raise NoCheckpoint(
+            f"version {event.version} of {state.name!r} came from {event.checkpoint or 'memory'}, which is gone or was "
+            f"changed, and no copy was kept (--keep). {_choices(state, events)}"
+        )
+    checkpoint, fit = again
+    with checkpoint:
+        return publish(segment, checkpoint, fit=fit, spec=live.spec or spec)
+
+
+def _choices(state: State, events: list[Event]) -> str:
+    """What can still be gone back to, newest first."""
+    kept, seen, lines = set(kept_versions(state)), set(), []
+    for event in reversed(events):
+        if event.version is None or event.version in seen:
+            continue
+        seen.add(event.version)
+        again = reopen(state, event)
+        if again:
+            again[0].close()
+            where = "kept copy" if event.version in kept else event.checkpoint
+            lines.append(f"  {event.version}  step {event.step}  {where}")
+        if len(lines) == 10:
+            break
+    return "These can be had (--to):\n" + "\n".join(lines) if lines else "None other can be had any more."
+
+
+def pin_checkpoint(
+    name: str, checkpoint: str | None, *, runtime: str | os.PathLike[str] | None, state: State
+) -> tuple[Pin, bool]:
+    """Pins what is live, or a checkpoint; returns the pin, and whether it is live already.
+
+    Raises:
+        UsageError: nothing is live, and no checkpoint was named.
+        CheckpointError: the checkpoint cannot be opened.
+        StateError: the pin cannot be written.
+    """
+    from .checkpoint import Checkpoint
+
+    live = None
+    if checkpoint is None or (_exists(name, runtime)):
+        segment = Segment.open(name, runtime)
+        live = segment.live()
+        segment.close()
+    if checkpoint is None:
+        if live is None:
+            raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
+        pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
+    else:
+        with Checkpoint(checkpoint) as opened:
+            version = live.version if live and live.identity == opened.identity else 0
+            pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
+    state.set_pin(pin)
+    state.record("pin", version=pin.version or None, step=pin.step, checkpoint=pin.checkpoint, identity=pin.identity)
+    return pin, live is not None and live.identity == pin.identity
+
+
+def unpin(state: State) -> Pin | None:
+    """Lets go of the pin; the one that held, None where none did or it could not be read.
+
+    Raises:
+        StateError: it cannot be removed.
+    """
+    try:
+        pin = state.pin()
+    except StateError:
+        pin = None
+    state.set_pin(None)
+    if pin:
+        state.record("unpin", version=pin.version or None, checkpoint=pin.checkpoint)
+    return pin
+
+
+def _exists(name: str, runtime: str | os.PathLike[str] | None) -> bool:
+    from .segment import segments
+
+    return name in segments(runtime)
