@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,7 @@ def log(
     from .state import State
     from .tables import print_log, print_plot
 
-    with State(check_name(name), state_dir) as state:
+    with State(check_name(name), state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
             print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
@@ -59,12 +59,11 @@ def log(
         else:
             print_log(name, events)
         if follow:
-            with suppress(KeyboardInterrupt):
-                for event in follow_events(state, events[-1].id if events else 0):
-                    if as_json:
-                        print(json.dumps(event_json(event)), flush=True)
-                    else:
-                        print_log(name, [event], header=False)
+            for event in follow_events(state, events[-1].id if events else 0):
+                if as_json:
+                    print(json.dumps(event_json(event)), flush=True)
+                else:
+                    print_log(name, [event], header=False)
 
 
 @history.command(epilog="Example: wsync rollback cartpole --to 41")
