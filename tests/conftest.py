@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +113,33 @@ def cli(runtime: Path) -> Cli:
         return subprocess.run(
             [sys.executable, "-m", "wsync", *arguments], capture_output=True, text=True, timeout=DEADLINE, **options
         )
+
+    return run
+
+
+@pytest.fixture
+def terminal(runtime: Path) -> Cli:
+    """Runs the command line to its end on a terminal of so many columns; what is seen there is its stdout."""
+
+    def run(*arguments: str, columns: int = 80, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}
+        known |= {"TERM": "xterm", **(env or {})}
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, columns))
+        command = [sys.executable, "-m", "wsync", *arguments]
+        with os.fdopen(ours, "rb", 0) as screen:
+            with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=known) as process:
+                os.close(theirs)
+                seen = bytearray()
+                while select.select([screen], [], [], DEADLINE)[0]:
+                    try:
+                        seen += screen.read(1 << 16)
+                    except OSError:  # EIO: nobody has the other end any more
+                        break
+                else:
+                    process.kill()
+                    pytest.fail("it hangs")
+            return subprocess.CompletedProcess(command, process.returncode, seen.decode().replace("\r\n", "\n"), "")
 
     return run
 

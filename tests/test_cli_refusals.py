@@ -79,7 +79,7 @@ def test_misfit_is_rejected_with_a_table(cli: Cli, live: Segment, kind: str) -> 
     assert result.returncode == 65 and result.stdout == "" and "Traceback" not in result.stderr
     rows = [line.split() for line in result.stderr.splitlines()]
     assert ["tensor", "expected", "found"] in rows and row in rows, result.stderr
-    assert "step_11.safetensors" in result.stderr and "version 1 stays live" in result.stderr
+    assert "step_11.safetensors" in result.stderr and "Version 1 stays live." in result.stderr
     assert (live.version, mark_of(live)) == (1, {1.0})
 
 

@@ -249,6 +249,22 @@ def test_log_tells_what_happened(push: Push, cli: Cli, runs: Path, state: State)
     assert "no history" in cli("log", "other").stdout
 
 
+@pytest.mark.parametrize("columns", [80, 200])
+def test_log_fits_a_terminal(push: Push, cli: Cli, runs: Path, terminal: Cli, columns: int) -> None:
+    """Guards against a long reason that pushes the event or its version off the screen, or is cut itself."""
+    push(1)
+    write(runs / f"{'long_' * 12}2.safetensors", mlp(), float("nan"))
+    assert cli("push", "policies:mlp", str(runs)).returncode == 65
+    seen = terminal("log", NAME, columns=columns, env={"NO_COLOR": "1"})
+    lines = click.unstyle(seen.stdout).splitlines()
+    assert max(map(len, lines)) <= columns and "\x1b[3" not in seen.stdout
+    assert ("reason" in lines[0]) is (columns == 200)
+    assert lines[1].split()[2:4] == ["publish", "1"]
+    (at,) = (n for n, line in enumerate(lines) if line.split()[2:4] == ["reject", "1"])
+    assert "probably diverged" in " ".join(" ".join(lines[at:]).split())
+    assert cli("log", NAME).stdout.splitlines()[2].endswith("diverged.")
+
+
 def test_log_follows(push: Push, spawn: Spawn, state: State) -> None:
     """Guards ``--follow``: an event that comes later is told as it comes."""
     push(1)

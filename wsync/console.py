@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .state import Event
 
+_STYLES = {"info": "", "warning": "yellow", "error": "red"}
 _REMEMBERED = 1024  # refused checkpoints that a log does not tell of again
 
 LogFormat = Literal["rich", "plain", "json"]
@@ -98,13 +99,24 @@ def outcome_line(outcome: Outcome) -> str:
             )
         case "checked":
             live = f"version {outcome.version} stays live" if outcome.version else "nothing is live"
-            left_out = f"; {outcome.reason}" if outcome.reason else ""
-            return f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}{left_out}; {live}"
+            told = f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}"
+            return _joined(told, outcome.reason or "", live)
         case "current":
             return f"{outcome.name}: version {outcome.version}{step} is current, {file}"
-    live = f"; version {outcome.version} stays live" if outcome.version else ""
-    again = "; `wsync push --retry` tries it again" if outcome.known else ""
-    return f"{outcome.name}: {outcome.status}: {outcome.reason}{live}{again}"
+    live = f"version {outcome.version} stays live" if outcome.version else ""
+    again = "`wsync push --retry` tries it again" if outcome.known else ""
+    return _joined(f"{outcome.name}: {outcome.status}: {outcome.reason}", live, again)
+
+
+def _joined(*clauses: str) -> str:
+    """Clauses one after another; after one that is a sentence the next is one too."""
+    told = ""
+    for clause in filter(None, clauses):
+        if told.endswith("."):
+            told += f" {clause[0].upper()}{clause[1:].removesuffix('.')}."
+        else:
+            told += f"; {clause}" if told else clause
+    return told
 
 
 def differences_text(differences: Iterable[Difference]) -> str:
@@ -292,17 +304,23 @@ class WatchLog:
                 record |= data if data else {"message": text + table}
                 print(json.dumps(record), file=self._out, flush=True)
             elif self._live:
-                self._live.console.print(self._styled(now, level, printable(text + table)), soft_wrap=True)
+                self._live.console.print(self._styled(now, level, printable(text)))
+                if table:
+                    self._live.console.print(printable(table[1:]), style=_STYLES[level], soft_wrap=True)
             else:
                 print(f"{when(now)} {level:<7} {line}", file=self._out, flush=True)
 
     @staticmethod
     def _styled(now: float, level: str, text: str) -> RenderableType:
+        """The time, and beside it the text, wrapped at words and under itself."""
+        from rich.table import Table
         from rich.text import Text
 
-        clock = datetime.fromtimestamp(now).strftime("%H:%M:%S")
-        style = {"info": "", "warning": "yellow", "error": "red"}[level]
-        return Text.assemble((f"{clock} ", "dim"), (text, style))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(style=_STYLES[level], overflow="fold")
+        grid.add_row(datetime.fromtimestamp(now).strftime("%H:%M:%S"), Text(text))
+        return grid
 
     def _panel(self) -> RenderableType:
         from rich.console import Group

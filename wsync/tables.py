@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,30 +142,59 @@ def print_inspection(looked: dict[str, Any]) -> None:
     console.print(table)
 
 
+_LOG_COLUMNS = (("time", 14), ("event", 8), ("version", 7), ("step", 6), ("took", 7), ("checkpoint", 24))
+_LOG_STYLES = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
+_REASON = 40  # columns that a reason needs to stand beside its event
+
+
 def print_log(name: str, events: list[Event], *, header: bool = True) -> None:
-    """The table of ``wsync log``; on a terminal a reason is cut to what is left of the line, elsewhere it is whole."""
+    """The table of ``wsync log``; a reason stands beside its event, on a narrow terminal below it."""
+    from rich.cells import cell_len, set_cell_size
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
     console = stdout_console()
-    if not console.is_terminal:
-        console.width = 2000
     if not events and header:
         console.print(f"{name}: no history")
         return
     rows = [_log_row(event) for event in events]
-    heads = ("time", "event", "version", "step", "took", "checkpoint")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
-    for number, head in enumerate(heads):
-        widest = max(len(row[number]) for row in (*rows, heads if header else rows[0]))
-        right = head in ("version", "step", "took")
-        table.add_column(head, justify="right" if right else "left", no_wrap=True, min_width=min(widest, 40))
-    table.add_column("reason", no_wrap=True, overflow="ellipsis")
-    styles = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
+    widths = [max(least, *(cell_len(row[n]) for row in rows)) for n, (_, least) in enumerate(_LOG_COLUMNS)]
+    if console.is_terminal:
+        widths[-1] = min(widths[-1], 40, max(12, console.width - sum(widths[:-1]) - 2 * len(widths[:-1])))
+    taken = sum(widths) + 2 * len(widths)
+
+    def line(cells: Sequence[str]) -> list[str]:
+        right = [head in ("version", "step", "took") for head, _ in _LOG_COLUMNS]
+        return [
+            " " * (width - cell_len(cell)) + cell
+            if at_right
+            else set_cell_size(cell if cell_len(cell) <= width else f"{set_cell_size(cell, width - 1)}…", width)
+            for cell, width, at_right in zip(cells, widths, right, strict=True)
+        ]
+
+    if header:
+        heads = "  ".join([*line([head for head, _ in _LOG_COLUMNS]), "reason"])
+        beside = not console.is_terminal or taken + _REASON <= console.width
+        console.print(Text(heads if beside else heads.removesuffix("  reason").rstrip(), "bold"), soft_wrap=True)
     for event, row in zip(events, rows, strict=True):
-        reason = " ".join((event.reason or "").split())
-        table.add_row(row[0], Text(row[1], styles.get(event.kind, "")), *row[2:5], Text(row[5]), Text(reason))
-    console.print(table)
+        first, kind, *rest = line(row)
+        told = Text.assemble(first, "  ", (kind, _LOG_STYLES.get(event.kind, "")), "  ", "  ".join(rest))
+        reason = Text(" ".join((event.reason or "").split()))
+        if not console.is_terminal or not reason:
+            told.append("  ").append_text(reason)
+            told.rstrip()
+            console.print(told, soft_wrap=True)
+        elif taken + _REASON <= console.width:
+            grid = Table.grid()
+            grid.add_column(width=taken)
+            grid.add_column(overflow="fold")
+            grid.add_row(told, reason)
+            console.print(grid)
+        else:
+            told.rstrip()
+            console.print(told, soft_wrap=True)
+            console.print(Padding(reason, (0, 0, 0, 4)))
 
 
 def _log_row(event: Event) -> tuple[str, ...]:
