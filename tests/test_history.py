@@ -342,6 +342,24 @@ def test_help_of_every_command_has_an_example_and_fits_80_columns(cli: Cli, runt
         assert max(len(click.unstyle(line)) for line in done.stdout.splitlines()) <= 80, name
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ro", {"rollback"}),
+        ("status pol", {NAME}),
+        ("rollback ", {NAME}),
+        ("push x --order ", {"mtime", "step", "name"}),
+    ],
+)
+def test_the_shell_completes(push: Push, cli: Cli, typed: str, offered: set[str]) -> None:
+    """Guards that commands, standing segments and values are offered after Tab."""
+    push(1)
+    words = f"wsync {typed}"
+    at = str(len(words.split()) - (not words.endswith(" ")))
+    asked = {"_WSYNC_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": at}
+    assert set(cli(env=os.environ | asked).stdout.split()) == offered
+
+
 def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, runs: Path) -> None:
     """Guards against a push that says nothing because somebody looked before what it would do."""
     write(runs / "step_1.safetensors", mlp(), float("nan"))

@@ -247,6 +247,16 @@ def test_impossible_settings_are_usage(cli: Cli, runs: Path, options: list[str],
     assert Segment.open(NAME).version == 0
 
 
+def test_the_runs_of_hooks_are_counted(cli: Cli, runs: Path) -> None:
+    """A hook that fails each night is seen in the figures, also where nobody reads cron's mail."""
+    for step, command in enumerate(("exit 1", "true"), 1):
+        write(runs / f"step_{step}.safetensors", mlp(), 1.0)
+        assert cli("push", SPEC, "runs", "--exec", command, "--metrics-file", "wsync.prom").returncode == 0
+    found = parsed(Path("wsync.prom").read_text())
+    assert (found["wsync_hook_runs_total", "exec"], found["wsync_hook_failures_total", "exec"]) == (2, 1)
+    assert (found["wsync_hook_runs_total", "webhook"], found["wsync_hook_failures_total", "webhook"]) == (0, 0)
+
+
 def test_pushes_count_on_in_the_file(cli: Cli, runs: Path) -> None:
     """Counters of a cron job go on from run to run, also where there was nothing to do or nothing good."""
     file = Path("wsync.prom")

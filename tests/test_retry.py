@@ -18,7 +18,7 @@ from test_processes import NAME, SPEC, mark_of, runs, segment
 from wsync import retry
 from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
-from wsync.errors import SpecError, UsageError, WsyncError
+from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.outcome import EXIT_CODES, Outcome
 from wsync.retry import Failures, pause_after
 from wsync.segment import Segment
@@ -173,7 +173,18 @@ def test_only_a_failure_counts_and_all_else_ends_the_row(status: str) -> None:
     failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
     failed(failures, 3)
     failures.add(Outcome(status, NAME, reason="it is so"), -1)
-    assert failures.count == (4 if status == "failed" else 0)
+    assert failures.count == failures.pauses == (4 if status == "failed" else 0)
+
+
+def test_a_gate_that_asks_for_later_is_paused_for_and_is_no_failure() -> None:
+    """Guards against weights that are staged each second for a gate that has no answer yet."""
+    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
+    for pauses in (1, 2, 3):
+        later = Outcome("busy", NAME, reason="the gate has no answer", kind=RetryLater.kind)
+        assert failures.add(later, 0) is None
+        assert (failures.count, failures.pauses) == (0, pauses)
+    failures.add(Outcome("published", NAME), -1)
+    assert failures.pauses == 0
 
 
 @pytest.mark.parametrize(("bound", "passes"), [(-1, None), (0, 1), (1, 2), (5, 6)])

@@ -15,7 +15,7 @@ import typer
 from . import __version__
 from .cli_history import check_variables, history
 from .errors import UsageError, WsyncError
-from .options import VARIABLES, JsonOption, RuntimeOption, StateOption, with_settings
+from .options import VARIABLES, JsonOption, NameArgument, RuntimeOption, StateOption, names, with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +102,7 @@ def push(
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
     complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
     """
-    from .console import complain, differences_text, outcome_json, outcome_line, warn_of_hook
+    from .console import complain, differences_text, outcome_json, outcome_line
     from .state import State
     from .syncer import Syncer
 
@@ -111,7 +111,7 @@ def push(
     monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
     try:
         with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
-            syncer.report, syncer.record.complain = warn_of_hook, complain
+            syncer.report, syncer.record.complain = _hook_report(monitor), complain
             if retry:
                 syncer.record.forget()
             outcome = syncer.once(force=force, dry_run=dry_run)
@@ -221,7 +221,7 @@ def watch(
 def status(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="A segment. (default: all)", show_default=False),
+        typer.Argument(metavar="[NAME]", help="A segment. (default: all)", show_default=False, autocompletion=names),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", envvar="WSYNC_WATCH", help="Refresh in place until stopped.")
@@ -284,7 +284,7 @@ def inspect(
 
 @app.command(epilog="Example: wsync rm cartpole")
 def rm(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A segment.", show_default=False)],
+    name: NameArgument,
     runtime_dir: RuntimeOption = None,
 ) -> None:
     """Remove a segment; policies that are attached keep the weights they have."""
@@ -330,6 +330,18 @@ def _monitor(spec: Spec, runtime: Path | None, complain: Callable[[WsyncError], 
     return Monitor(spec.name, spec.metrics, runtime, complain, serve=serve)
 
 
+def _hook_report(monitor: Monitor | None) -> Callable[[str, bool, str], None]:
+    """What a push does with the end of a hook: a failure is told, the weights are live all the same."""
+
+    def report(kind: str, ok: bool, message: str) -> None:
+        if not ok:
+            print(f"wsync: warning: {message}", file=sys.stderr)
+        if monitor:
+            monitor.figures.hook(kind, ok)
+
+    return report
+
+
 def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(data))
 
@@ -353,7 +365,7 @@ def main() -> None:
     code: object = 0
     try:
         check_variables(VARIABLES)
-        app()
+        app(prog_name="wsync")
     except WsyncError as exc:
         print(f"wsync: {exc}", file=sys.stderr)
         code = exc.exit_code

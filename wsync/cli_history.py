@@ -11,11 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UsageError
-from .options import JsonOption, RuntimeOption, StateOption, with_settings
+from .options import JsonOption, NameArgument, RuntimeOption, StateOption, with_settings
 
 history = typer.Typer()
-
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A segment.", show_default=False)]
 
 
 @history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")

@@ -145,12 +145,6 @@ def complain(exc: WsyncError) -> None:
     print(f"wsync: {exc}", file=sys.stderr)
 
 
-def warn_of_hook(kind: str, ok: bool, message: str) -> None:
-    """What a push says of a hook that failed: the weights are live all the same."""
-    if not ok:
-        print(f"wsync: warning: {message}", file=sys.stderr)
-
-
 def segment_json(segment: Segment, pin: str | None = None, failure: Event | None = None) -> dict[str, Any]:
     live, readers = segment.live(), segment.readers()
     version = live.version if live else 0
@@ -304,15 +298,14 @@ class WatchLog:
                 record |= data if data else {"message": text + table}
                 print(json.dumps(record), file=self._out, flush=True)
             elif self._live:
-                self._live.console.print(self._styled(now, level, printable(text)))
-                if table:
-                    self._live.console.print(printable(table[1:]), style=_STYLES[level], soft_wrap=True)
+                self._live.console.print(self._styled(now, level, printable(text), printable(table[1:])), crop=False)
             else:
                 print(f"{when(now)} {level:<7} {line}", file=self._out, flush=True)
 
     @staticmethod
-    def _styled(now: float, level: str, text: str) -> RenderableType:
-        """The time, and beside it the text, wrapped at words and under itself."""
+    def _styled(now: float, level: str, text: str, table: str) -> RenderableType:
+        """The time, and beside it the text, wrapped at words and under itself; below it the table as it is."""
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
@@ -320,7 +313,7 @@ class WatchLog:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(style=_STYLES[level], overflow="fold")
         grid.add_row(datetime.fromtimestamp(now).strftime("%H:%M:%S"), Text(text))
-        return grid
+        return Group(grid, Text(table, _STYLES[level], no_wrap=True, overflow="ignore")) if table else grid
 
     def _panel(self) -> RenderableType:
         from rich.console import Group

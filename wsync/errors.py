@@ -154,9 +154,10 @@ class StateError(WsyncError):
 
 
 class RetryLater(WsyncError):
-    """A gate cannot tell yet: the same checkpoint is tried again at the next pass. A user's gate function raises it."""
+    """A gate cannot tell yet: the same checkpoint is tried again by a later pass. A user's gate function raises it."""
 
     exit_code = 75
+    kind = "later"
 
 
 class SegmentError(WsyncError):

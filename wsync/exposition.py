@@ -152,7 +152,7 @@ class TextFile:
             if sample.name == "wsync_last_success_timestamp_seconds":
                 success = sample.value
             elif sample.name not in FAMILIES:
-                label = sample.labels.get("status") or sample.labels.get("reason") or ""
+                label = next((value for key, value in sample.labels.items() if key not in ("name", "le")), "")
                 counts[Counted(sample.name, label, sample.labels.get("le", ""))] = sample.value
         return counts, success
 

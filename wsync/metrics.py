@@ -34,6 +34,8 @@ FAMILIES = {
     "wsync_sync_duration_seconds": ("histogram", "status", "How long passes took, by how they ended."),
     "wsync_staged_bytes": ("counter", "", "Bytes of weights that went live."),
     "wsync_rejected": ("counter", "reason", "Checkpoints that were refused as they are, once a process."),
+    "wsync_hook_runs": ("counter", "hook", "Runs of a hook, those that failed among them."),
+    "wsync_hook_failures": ("counter", "hook", "Runs of a hook that failed."),
     "wsync_version": ("gauge", "", "The live version; 0 before the first."),
     "wsync_step": ("gauge", "", "The trainer's step of the live version; none where it has none."),
     "wsync_last_success_timestamp_seconds": (
@@ -118,6 +120,12 @@ class Figures:
             if event.status in HEALTHY:
                 self._good, self._success = time.monotonic(), time.time()
 
+    def hook(self, kind: str, ok: bool) -> None:
+        """Counts a run of a hook, told from its thread."""
+        with self._lock:
+            self._add("wsync_hook_runs_total", kind)
+            self._add("wsync_hook_failures_total", kind, amount=int(not ok))
+
     def counts(self) -> dict[Counted, float]:
         """All that only grows, by what it is of; buckets are cumulative."""
         with self._lock:
@@ -192,5 +200,6 @@ def _from_zero() -> list[Counted]:
     return [
         *counted,
         Counted("wsync_staged_bytes_total"),
+        *(Counted(f"wsync_hook_{what}_total", kind) for what in ("runs", "failures") for kind in ("exec", "webhook")),
         *(Counted("wsync_rejected_total", reason) for reason in reasons()),
     ]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
+from .errors import UsageError, WsyncError
 from .hooks import VARIABLES as OWN_VARIABLES
 
 _HELP: dict[str, tuple[str, Any, str]] = {
@@ -70,6 +71,22 @@ FOLLOW PLOT TO WATCH MAX_STALENESS
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
+_VALUES = {"order": ["mtime", "step", "name"]}
+
+
+def names(incomplete: str) -> list[str]:
+    """The standing segments whose names begin so, for a shell that completes one."""
+    from .segment import segments
+
+    try:
+        return [name for name in segments(os.environ.get("WSYNC_RUNTIME_DIR")) if name.startswith(incomplete)]
+    except (WsyncError, OSError):  # a prompt is no place to complain
+        return []
+
+
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="A segment.", show_default=False, autocompletion=names)
+]
 RuntimeOption = Annotated[
     Path | None,
     typer.Option(
@@ -116,7 +133,12 @@ def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter
     words = name.replace("_", "-")
     flag = f"--{words}/--no-{words}" if kind is bool else f"--{words}"
     option = typer.Option(
-        flag, envvar=f"WSYNC_{name.upper()}", help=text, show_default=False, rich_help_panel=_PANELS[table]
+        flag,
+        envvar=f"WSYNC_{name.upper()}",
+        help=text,
+        show_default=False,
+        rich_help_panel=_PANELS[table],
+        autocompletion=(lambda: _VALUES[name]) if name in _VALUES else None,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]

@@ -96,10 +96,15 @@ class Service:
             self.notifier.staging()
             log.progress(done, total)
 
+        def report(kind: str, ok: bool, message: str) -> None:
+            log.hook(kind, ok, message)
+            if monitor:
+                monitor.figures.hook(kind, ok)
+
         try:
             while not self._stopped:
                 self.notifier.patience = self.spec.poll
-                self.syncer.progress, self.syncer.report = progress, log.hook
+                self.syncer.progress, self.syncer.report = progress, report
                 self.syncer.record.complain = lambda exc: log.note("warning", "history", str(exc))
                 if not self.syncer.run(self._wake, tell):
                     return False

@@ -189,7 +189,7 @@ class Syncer:
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         """Passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
 
-        After passes that failed it pauses longer (see ``retry``).
+        After passes that failed, or whose gate asked for later, it pauses longer (see ``retry``).
 
         Args:
             tell: called with the outcome of each pass; with an error where the pass failed.
@@ -219,7 +219,7 @@ class Syncer:
                     tell(last)
                     return False
                 tell(event)
-                if failures.count:
+                if failures.pauses:
                     self.rest()
                     failures.pause()
                 elif not changes.wait():
