@@ -1,7 +1,13 @@
-"""Whether weights are finite, at the speed of one read of the memory and without torch."""
+"""Whether weights are finite, at the speed of one read of the memory and without torch.
+
+numpy reads 64 MiB in 3 ms, and takes 60 ms to import, a third of a push of that size. Looking at the bytes that hold
+the exponents' upper bits takes 14 ms and needs no more than Python, and shows for all weights that anybody trains that
+none is near infinity; so that is done first, until as much was looked at as pays for the import.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from .layout import Layout
@@ -24,6 +30,25 @@ _NAN_BYTE = {
     "F8_E5M2FNUZ": 0x80,
     "F8_E8M0": 0xFF,
 }  # these have one NaN and no infinity
+_INFINITE_F16 = bytes((*range(0x7C, 0x80), *range(0xFC, 0x100)))
+# Of each float dtype: its width in bytes, and what the last of them is in all values that are not finite, and in few
+# others: from 1e38 on where the exponent has eight bits.
+_SUSPECT = {
+    "F64": (8, b"\x7f\xff"),
+    "F32": (4, b"\x7f\xff"),
+    "C64": (4, b"\x7f\xff"),
+    "F16": (2, _INFINITE_F16),
+    "BF16": (2, b"\x7f\xff"),
+    "F8_E5M2": (1, _INFINITE_F16),
+    "F8_E4M3": (1, b"\x7f\xff"),
+    "F8_E4M3FNUZ": (1, b"\x80"),
+    "F8_E5M2FNUZ": (1, b"\x80"),
+    "F8_E8M0": (1, b"\xff"),
+}
+_PIECE = 1 << 18  # bytes at once; they stay in the processor's cache
+_PAYS = 128 << 20  # bytes after which to have imported numpy would have been faster
+
+_looked_at = 0  # bytes, by this process and without numpy
 
 
 def float_regions(layout: Layout) -> tuple[Region, ...]:
@@ -40,17 +65,17 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
 def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
     """Whether the floats in these slices of the weights are finite; every other byte passes.
 
-    One pass of a dot product with itself reads as fast as memory gives, and is NaN or infinite if any element is; only
-    where it is (it may also overflow) the bits are looked at: as unsigned integers the largest negative, as signed
-    ones the largest positive pattern shows whether any exponent is all ones.
+    With numpy, one pass of a dot product with itself reads as fast as memory gives, and is NaN or infinite if any
+    element is; only where it is (it may also overflow) the bits are looked at: as unsigned integers the largest
+    negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
     """
-    import numpy as np
-
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
-            if first >= last:
+            if first >= last or _is_far_from_infinite(weights, first, last, dtype):
                 continue
+            import numpy as np
+
             if dtype in _NAN_BYTE:
                 if (np.frombuffer(weights[first:last], "u1") == _NAN_BYTE[dtype]).any():
                     return False
@@ -65,6 +90,20 @@ def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[
             sign = 1 << (8 * int(width) - 1)
             if int(bits.max()) >= sign | limit or int(bits.view(f"i{width}").max()) >= limit:
                 return False
+    return True
+
+
+def _is_far_from_infinite(weights: memoryview, first: int, last: int, dtype: str) -> bool:
+    """True where a quick look without numpy shows it; False says nothing."""
+    global _looked_at
+    if "numpy" in sys.modules or _looked_at > _PAYS:
+        return False
+    _looked_at += last - first
+    width, suspects = _SUSPECT[dtype]
+    for at in range(first, last, _PIECE):
+        tops = bytes(weights[at : min(at + _PIECE, last)])[width - 1 :: width]
+        if any(suspect in tops for suspect in suspects):
+            return False
     return True
 
 
