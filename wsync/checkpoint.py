@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .adapter import Delta, add, deltas, read_config
 from .casting import convert
 from .errors import (
     CheckpointChanged,
@@ -37,6 +37,9 @@ from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of
+
+if TYPE_CHECKING:
+    from .adapter import Delta
 
 _LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
@@ -147,6 +150,8 @@ class Checkpoint:
 
     def _merged(self, layout: Layout, settings: Fit) -> Plan:
         """An adapter's plan: the base, then what the adapter replaces; what it adds is kept beside the plan."""
+        from .adapter import deltas, read_config  # few checkpoints are adapters
+
         if self._base is None:
             try:
                 self._base = Checkpoint(settings.base)
@@ -197,6 +202,8 @@ class Checkpoint:
                 clean = clean and all_finite(weights, regions, ((entry.offset, entry.nbytes),))
                 if progress:
                     progress(entry.nbytes)
+            if self._deltas:
+                from .adapter import add
             for delta in self._deltas:
                 add(weights, delta, self._whole(delta.a), self._whole(delta.b))
             if self._base:

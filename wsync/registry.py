@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import stat
 import sys
@@ -30,8 +29,6 @@ from .memory import kept, shut, try_lock
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
-
-_log = logging.getLogger("wsync")
 
 
 def printable(text: str) -> str:
@@ -90,7 +87,11 @@ class Registration:
             self._fd = self._make()
             self._write(0, ())
         except (OSError, SegmentUnsafe) as exc:
-            _log.warning("this reader of %r is not listed, and reads all the same: %s", segment.name, exc)
+            import logging
+
+            logging.getLogger("wsync").warning(
+                "this reader of %r is not listed, and reads all the same: %s", segment.name, exc
+            )
             self.close()
 
     def update(self, version: int, slots: tuple[int, ...], oldest: float = 0.0) -> None:
