@@ -216,7 +216,7 @@ def test_nothing_to_do_imports_little(cli: Cli, live: Segment) -> None:
     """A cron job that finds nothing new imports no torch, and not what only staging or drawing takes."""
     result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
-    heavy = {"torch", "tensordict", "numpy", "watchfiles", "rich.console", "safetensors", "policies"}
+    heavy = {"torch", "tensordict", "numpy", "inotify_simple", "rich.console", "safetensors", "policies"}
     assert not imported(result.stderr) & heavy
 
 
@@ -229,7 +229,7 @@ def test_publishing_imports_no_torch(cli: Cli, live: Segment, runs: Path) -> Non
         "torch",
         "tensordict",
         "numpy",
-        "watchfiles",
+        "inotify_simple",
         "rich.console",
         "safetensors",
         "policies",

@@ -298,8 +298,9 @@ WATCH = """
 import errno, faulthandler, json, os, resource, sys, threading
 from dataclasses import replace
 from pathlib import Path
-import ctypes, hashlib, numpy, pwd, shutil, tempfile, watchfiles._rust_notify  # nobody may not read them later
+import ctypes, hashlib, numpy, pwd, shutil, tempfile, inotify_simple  # nobody may not read them later
 from faulty import NAME, Box, Faults
+import wsync.changes
 from wsync.layout import Layout
 from wsync.outcome import Outcome
 from wsync.spec import Spec

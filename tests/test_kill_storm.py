@@ -50,7 +50,7 @@ def server(modules: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def light() -> Iterator[Server]:
     """Forks processes that never need torch: the command line."""
-    yield from server("wsync.cli wsync.syncer wsync.console wsync.tables rich.console numpy watchfiles shutil tempfile")
+    yield from server("wsync.cli wsync.syncer wsync.console wsync.tables rich.console inotify_simple shutil tempfile")
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ from policies import mlp
 from test_processes import NAME, SPEC, mark_of, runs, segment
 
 from wsync import retry
+from wsync.changes import Changes
 from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.outcome import EXIT_CODES, Outcome
 from wsync.retry import Failures, pause_after
 from wsync.segment import Segment
-from wsync.source import Candidate, Changes, Select, listing_of
+from wsync.source import Candidate, Select, listing_of
 from wsync.spec import load_spec
 from wsync.syncer import Syncer
 from wsync.weight_getter import CheckpointWeightGetter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE
 
+from wsync.changes import Changes
 from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.parts import identity
-from wsync.source import Candidate, Changes, natural, scan, select
+from wsync.source import Candidate, natural, scan, select
 from wsync.weight_getter import CheckpointWeightGetter
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
@@ -207,10 +209,10 @@ def test_real_replacements_are_new(tmp_path: Path) -> None:
 class Waiter(threading.Thread):
     """Waits for changes in a thread of its own until it was told of one."""
 
-    def __init__(self, place: Path, poll: float) -> None:
+    def __init__(self, place: Path, poll: float, marker: str = "") -> None:
         super().__init__(daemon=True)
         self.stop, self.told = threading.Event(), threading.Event()
-        self.changes = Changes(place, poll, self.stop)
+        self.changes = Changes(place, poll, self.stop, marker)
         self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -241,12 +243,12 @@ class Waiter(threading.Thread):
 
 
 @pytest.fixture
-def waiter() -> Iterator[Callable[[Path, float], Waiter]]:
+def waiter() -> Iterator[Callable[..., Waiter]]:
     """Starts waiters; all are stopped and joined after the test."""
     started: list[Waiter] = []
 
-    def start(place: Path, poll: float) -> Waiter:
-        started.append(Waiter(place, poll))
+    def start(place: Path, poll: float, marker: str = "") -> Waiter:
+        started.append(Waiter(place, poll, marker))
         started[-1].start()
         return started[-1]
 
@@ -258,7 +260,7 @@ def waiter() -> Iterator[Callable[[Path, float], Waiter]]:
         assert not thread.is_alive()
 
 
-Start = Callable[[Path, float], Waiter]
+Start = Callable[..., Waiter]
 
 
 def publish(directory: Path) -> None:
@@ -321,6 +323,56 @@ def test_what_came_before_the_wait_is_told(parents: str, tmp_path: Path) -> None
     publish(place)
     try:
         assert changes.wait() is True
+    finally:
+        changes.close()
+
+
+@pytest.mark.parametrize("act", ["a file in it", "a marker in it", "itself renamed", "made", "its file's mode"])
+def test_a_checkpoint_that_is_a_directory_wakes(act: str, waiter: Start, tmp_path: Path) -> None:
+    """Guards checkpoints of several files: what happens in their directories, old or new, is told as well."""
+    place, inner = tmp_path / "runs", tmp_path / "runs" / "checkpoint-500"
+    inner.mkdir(parents=True)
+    put(inner / "model.safetensors")
+    number = itertools.count()
+
+    def do() -> None:
+        match act:
+            case "a file in it":
+                put(inner / "model-00001-of-00002.safetensors")
+            case "a marker in it":
+                (inner / f"all.{next(number)}.STABLE").touch()
+            case "itself renamed":
+                inner.rename(inner.with_name(f"checkpoint-{next(number)}")).rename(inner)
+            case "made":
+                new = place / f"checkpoint-9{next(number)}"
+                new.mkdir()
+                put(new / "model.safetensors")
+            case _:
+                (inner / "model.safetensors").chmod(0o600 + next(number) % 2 * 0o44)
+
+    assert waiter(place, LONG, "STABLE").told_while(do)
+
+
+def test_a_file_in_a_directory_that_came_later_wakes(waiter: Start, tmp_path: Path) -> None:
+    """Guards that a directory made under the watch is watched itself: the last of its files is told, too."""
+    thread = waiter(tmp_path, 0.2)
+    late = tmp_path / "checkpoint-1"
+    late.mkdir()
+    thread.settle()
+    assert thread.told_while(lambda: put(late / "model.safetensors"))
+
+
+def test_notifications_that_were_lost_are_a_change(tmp_path: Path) -> None:
+    """Guards against a queue that ran over: what was lost in it must not wait for the clock."""
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    if limit > 100_000:
+        pytest.skip(f"the system queues {limit:,} notifications")
+    changes = Changes(tmp_path, LONG, threading.Event())
+    logs = [put(tmp_path / "log.1"), put(tmp_path / "log.2")]
+    for n in range(limit):  # an event each, and none of concern
+        os.close(os.open(logs[n % 2], os.O_WRONLY))
+    try:
+        assert changes.wait(DEADLINE)
     finally:
         changes.close()
 

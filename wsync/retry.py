@@ -18,9 +18,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import RetryLater, WsyncError
-from .source import Changes
 
 if TYPE_CHECKING:
+    from .changes import Changes
     from .outcome import Outcome
 
 LONGEST = 60.0  # seconds between two passes, however many failed

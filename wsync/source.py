@@ -1,4 +1,4 @@
-"""A place where checkpoints appear: which entries are candidates, which is newest, and waiting for a change.
+"""A place where checkpoints appear: which entries are candidates, and which is newest.
 
 Choosing is a pure function of one listing (``select``). The listing costs one ``scandir`` and a ``stat`` an entry and
 opens no file, but for directories, whose own files are looked at too. Among 10,000 files a pass that finds nothing new
@@ -14,27 +14,22 @@ import fnmatch
 import os
 import re
 import stat
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from .errors import CheckpointError, NoCheckpoint, UsageError
 from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of
 
-if TYPE_CHECKING:
-    from watchfiles._rust_notify import RustNotify
-
 SUFFIX = ".safetensors"
-_TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
+TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
     r"^\.|^~|~$|^tmp|\.(?:tmp|temp|part|partial|incomplete)(?:$|[.\-_])"
     r"|[-_](?:tmp(?:[-_.]?\d+)?|temp|partial|incomplete)(?:\.safetensors)?$",
     re.IGNORECASE,
 )
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_STEP = 10  # milliseconds between two looks of watchfiles at its queue: half of the delay, and most of the idle cost
 
 Place = tuple[int, int, list[tuple[int, int, str]]]
 
@@ -146,7 +141,7 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     for entry in listed:
         name = entry.name
-        if name in own or (_suspect(name) and (_TEMPORARY.search(name) or _SHARD.search(name))):
+        if name in own or (_suspect(name) and (TEMPORARY.search(name) or _SHARD.search(name))):
             continue
         if matches and not matches(name):
             continue
@@ -273,64 +268,3 @@ def _marked(name: str, names: set[str], marker: str) -> bool:
     stem = name.removesuffix(SUFFIX)
     dotted = marker if marker.startswith(".") else f".{marker}"
     return f"{name}{dotted}" in names or f"{stem}{dotted}" in names or (name == SINGLE and marker in names)
-
-
-class Changes:
-    """Waits until something may have changed in a directory: by notification, and by the clock.
-
-    Notifications come from watchfiles; they miss remote file systems and directories that are not there yet, for which
-    the clock is. A directory that is not there is awaited in its parent. Watching begins when the object is made, so
-    that nothing that happens before the first wait is missed.
-    """
-
-    def __init__(self, place: Path, poll: float, stop: threading.Event, marker: str = "") -> None:
-        self._place, self._poll, self._stop, self._marker = place, poll, stop, marker
-        self._notify: RustNotify | None = None
-        self._watched: tuple[int, int] | None = None
-        self._current()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Waits for a change, at most ``seconds``, default ``poll``; True where a notification came."""
-        deadline = time.monotonic() + (self._poll if seconds is None else seconds)
-        while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
-            fresh, notify = self._current()
-            if fresh:
-                return True  # what happened before this watch began was told to nobody
-            try:
-                changes = notify.watch(0, _STEP, max(1, int(left * 1000)), self._stop) if notify else None
-            except RuntimeError:  # the notifier gave up; the clock remains
-                changes = None
-            if changes is None:
-                self.close()
-                self._stop.wait(left)
-            elif isinstance(changes, set) and any(self._concerns(path) for _, path in changes):
-                return True
-        return False
-
-    def close(self) -> None:
-        if self._notify is not None:
-            self._notify.close()
-        self._notify = self._watched = None
-
-    def _concerns(self, path: str) -> bool:
-        """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
-        name = os.path.basename(path)
-        if _TEMPORARY.search(name):
-            return name == self._place.name
-        return name.endswith((SUFFIX, INDEX)) or name in (self._place.name, self._marker) or os.path.isdir(path)
-
-    def _current(self) -> tuple[bool, RustNotify | None]:
-        """Whether watching began just now, and the watcher of the directory that is there; a replaced one is new."""
-        from watchfiles._rust_notify import RustNotify  # documented for direct use; all else there needs asyncio
-
-        try:
-            directory = self._place if self._place.is_dir() else self._place.parent
-            info = directory.stat()
-            if self._watched == (info.st_dev, info.st_ino):
-                return False, self._notify
-            self.close()
-            self._notify = RustNotify([str(directory)], False, False, 0, directory == self._place, True)
-            self._watched = (info.st_dev, info.st_ino)
-        except (OSError, RuntimeError):  # there is nothing to watch, or no watch is left to be had
-            self.close()
-        return self._notify is not None, self._notify

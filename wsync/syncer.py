@@ -36,7 +36,7 @@ from .retry import Failures
 from .segment import Segment
 from .segment_files import Publication
 from .segment_updater import SharedMemoryWeightUpdater
-from .source import Candidate, Changes, listing_of
+from .source import Candidate, listing_of
 from .spec import Spec
 from .weight_getter import CheckpointWeightGetter, place_of
 
@@ -200,6 +200,8 @@ class Syncer:
         Raises:
             UsageError: the first pass tells that a setting is wrong.
         """
+        from .changes import Changes
+
         place, spec = self.getter.checkpoints, self.spec
         changes = Changes(place, spec.poll, stop, spec.select.marker)
         failures = Failures(changes, lambda: listing_of(place, spec.select), spec.poll, stop)
