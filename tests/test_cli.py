@@ -331,7 +331,7 @@ def test_version_and_module(cli: Cli, runs: Path) -> None:
     assert not imported(result.stderr) & {"torch", "numpy", "rich.console"}
 
 
-@pytest.mark.parametrize("command", ["push", "watch", "status", "rm"])
+@pytest.mark.parametrize("command", ["push", "watch", "status", "rm", "bench"])
 def test_help_of_each_command(cli: Cli, runs: Path, command: str) -> None:
     """Each command explains itself with an example."""
     result = cli(command, "--help", env={**os.environ, "TERM": "dumb"})
@@ -343,7 +343,7 @@ def test_help_lists_the_commands(cli: Cli, runs: Path) -> None:
     """The bare help names every command."""
     result = cli("-h")
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("push", "watch", "status", "rm"))
+    assert all(command in result.stdout for command in ("push", "watch", "status", "rm", "bench"))
 
 
 def test_toml_spec(cli: Cli, runs: Path) -> None:

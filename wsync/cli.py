@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_bench import bench_command
 from .cli_history import check_variables, history
 from .errors import UsageError, WsyncError
 from .options import VARIABLES, JsonOption, NameArgument, RuntimeOption, StateOption, names, with_settings
@@ -295,6 +296,7 @@ def rm(
 
 
 app.add_typer(history)
+app.add_typer(bench_command)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,78 @@
+"""The policies that are measured, and the processes that attach, load, or publish them.
+
+``python -m wsync.bench_policy ROLE …`` is one such process. It says a line at each stage and waits for one in between.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def make(nbytes: int, tensors: int) -> nn.ParameterList:
+    """So many float32 vectors, of ``nbytes`` together."""
+    count = max(nbytes // tensors // 4, 1)
+    return nn.ParameterList(nn.Parameter(torch.zeros(count)) for _ in range(tensors)).eval()
+
+
+def mlp(hidden: int) -> nn.Sequential:
+    """A policy for control: three layers, one observation at a time."""
+    return nn.Sequential(
+        nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 8)
+    ).eval()
+
+
+def reader(name: str, nbytes: str, tensors: str) -> None:
+    """Attaches, and goes on having the weights."""
+    from .reader import attach
+
+    _stage("imported")
+    with attach(make(int(nbytes), int(tensors)), name, mode="swap", timeout=60):
+        _stage("attached")
+
+
+def loader(path: str, nbytes: str, tensors: str) -> None:
+    """Loads the file into a policy of its own."""
+    import safetensors.torch
+
+    from . import reader  # noqa: F401  (what the other one imports, too)
+
+    _stage("imported")
+    policy = make(int(nbytes), int(tensors))
+    policy.load_state_dict(safetensors.torch.load_file(path))
+    _stage("loaded")
+
+
+def publisher(name: str, path: str) -> None:
+    """Publishes a checkpoint again and again, as fast as it can."""
+    from .checkpoint import Checkpoint
+    from .errors import SegmentBusy
+    from .publisher import publish
+    from .segment import Segment
+
+    segment = Segment.open(name, write=True)
+    told = False
+    while True:
+        try:
+            with segment.publishing(), Checkpoint(Path(path)) as checkpoint:
+                publish(segment, checkpoint)
+        except SegmentBusy:  # a reader is late
+            continue
+        if not told:
+            print("published", flush=True)
+            told = True
+
+
+def _stage(word: str) -> None:
+    print(word, flush=True)
+    if not sys.stdin.readline():
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    roles: dict[str, Callable[..., None]] = {"reader": reader, "loader": loader, "publisher": publisher}
+    roles[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,226 @@
+"""Staging: how fast a checkpoint's bytes reach a slot, beside a copy of memory, the disk, and the usual loaders.
+
+What is timed is all of it from the path on: open, validate, plan, read. ``load_file`` and the copy into shared tensors
+do the same by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from .bench import GIB, MIB, Aim, Beside, Case, Result, Rounds, Skip, Timed, timed
+from .bench_place import Place
+from .checkpoint import Checkpoint
+from .finite import all_finite, float_regions
+from .fitting import Fit
+from .layout import Layout
+from .segment import Segment
+
+_CHUNK = 8 * MIB  # bytes of one read of dd
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A slot to stage into, and where a checkpoint for it lies."""
+
+    weights: memoryview
+    layout: Layout
+    path: Path
+
+    def stage(self, *, finite: bool = False, fit: Fit = Fit()) -> None:  # noqa: B008  (frozen)
+        with Checkpoint(self.path) as checkpoint:
+            checkpoint.read_into(self.weights, checkpoint.plan(self.layout, fit), finite=finite)
+
+
+@contextmanager
+def slot_for(place: Place, nbytes: int, tensors: int, *, dtype: str = "", memory: int = 0) -> Iterator[Slot]:
+    """A checkpoint on the disk and in the page cache, and a slot of its layout; in ``dtype`` where one is given.
+
+    Args:
+        memory: bytes that the caller takes besides.
+
+    Raises:
+        Skip: there is not so much.
+    """
+    place.need(memory=nbytes + memory, shared=2 * nbytes, disk=nbytes)
+    path = place.save("staging.safetensors", nbytes, tensors)
+    with Checkpoint(path) as checkpoint:
+        layout = checkpoint.layout
+    if dtype:
+        layout = Layout.build({entry.name: (dtype, entry.shape) for entry in layout.tensors}, {})
+    segment = Segment.create("staging", layout, place.runtime, slots=2)
+    try:
+        with segment.publishing(), segment.spare_slot() as slot:
+            yield Slot(slot.weights, layout, path)
+    finally:
+        segment.close()
+
+
+def shared_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors in shared memory as torch has them, their pages there."""
+    shared = {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
+    for tensor in shared.values():
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
+
+
+def load_and_copy(path: Path, shared: dict[str, torch.Tensor]) -> None:
+    for name, tensor in load_file(path).items():
+        shared[name].copy_(tensor)
+
+
+def usual_size(place: Place, case: Case) -> Iterator[Result]:
+    size = place.settings.size
+    with slot_for(place, size, place.settings.tensors, memory=2 * size) as slot:
+        yield from _warm(place, case, slot, Aim(">=", 0.92), Aim(">=", 1.4))
+
+
+def many_tensors(place: Place, case: Case) -> Iterator[Result]:
+    size = 2000 * 4096
+    with slot_for(place, size, 2000, memory=2 * size) as slot:
+        yield from _warm(place, case, slot, None, Aim(">=", 8))
+
+
+def large_size(place: Place, case: Case) -> Iterator[Result]:
+    """More than the processor's caches hold: from the page cache, then from the disk."""
+    quick, size = place.settings.quick, place.settings.size
+    nbytes = min(size, 64 * MIB) if quick else max(size, GIB)
+    cold = replace(case, title="staging, cold file")
+    with slot_for(place, nbytes, place.settings.tensors, memory=2 * nbytes) as slot:
+        if quick:
+            yield case.result("", skipped="--quick leaves out what takes a GiB")
+        else:
+            yield from _warm(place, case, slot, Aim(">=", 0.92), Aim(">=", 1.0))
+        try:
+            yield from _cold(place, cold, slot)
+        except Skip as exc:
+            yield cold.result("", skipped=str(exc))
+
+
+def _warm(place: Place, case: Case, slot: Slot, copy: Aim | None, load: Aim) -> Iterator[Result]:
+    """A file in the page cache."""
+    nbytes = slot.layout.nbytes
+    besides = []
+    if copy:
+        source, target = np.ones(nbytes, "u1"), np.frombuffer(slot.weights, "u1", nbytes)
+        besides = [Beside("memory copy, 1 thread", timed(partial(np.copyto, target, source)), (copy,))]
+    shared = shared_tensors(slot.path)
+    besides.append(Beside("load_file and copy_", timed(lambda: load_and_copy(slot.path, shared)), (load,)))
+    yield from case.compare(place, timed(slot.stage), *besides, nbytes=nbytes, rounds=Rounds(20))
+
+
+def _cold(place: Place, case: Case, slot: Slot) -> Iterator[Result]:
+    """A file that is on the disk alone; dd reads past the page cache, the others through it."""
+    drop_cache(slot.path)
+    shared = shared_tensors(slot.path)
+
+    def dropped(work: Callable[[], object]) -> Timed:
+        def run() -> float:
+            drop_cache(slot.path)
+            return timed(work)()
+
+        return run
+
+    dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", f"bs={_CHUNK}"]
+    besides = [
+        Beside("dd, direct I/O", _dd(dd), (Aim(">=", 0.9),), "dd cannot read there directly"),
+        Beside("load_file and copy_", dropped(lambda: load_and_copy(slot.path, shared)), (Aim(">=", 1.0),)),
+        _streamer(slot.path, shared, dropped),
+    ]
+    rounds = Rounds(5, seconds=6, warm_up=False)
+    yield from case.compare(place, dropped(slot.stage), *besides, nbytes=slot.layout.nbytes, rounds=rounds)
+
+
+def drop_cache(path: Path) -> None:
+    """Takes a file, which is on the disk, out of the page cache.
+
+    Raises:
+        Skip: it is still there, as on tmpfs, or nobody tells.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for part in range(4):
+            try:
+                os.preadv(fd, [bytearray(4096)], os.fstat(fd).st_size * part // 4, os.RWF_NOWAIT)
+            except BlockingIOError:  # not in the cache, which is what we want
+                continue
+            except OSError as exc:
+                raise Skip(f"{path.parent} does not tell what is cached ({exc.strerror}); --dir names a disk") from exc
+            raise Skip(f"the page cache of {path.parent} cannot be dropped (tmpfs?); --dir names a disk")
+    finally:
+        os.close(fd)
+
+
+def _dd(command: list[str]) -> Timed | None:
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        works = subprocess.run(command, **quiet).returncode == 0
+    except FileNotFoundError:
+        return None
+    return timed(partial(subprocess.run, command, **quiet)) if works else None
+
+
+def _streamer(path: Path, shared: dict[str, torch.Tensor], dropped: Callable[[Callable[[], object]], Timed]) -> Beside:
+    name, aims = "runai-model-streamer", (Aim(">=", 1.0),)
+    os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")
+    try:
+        from runai_model_streamer import SafetensorsStreamer
+    except ImportError:
+        return Beside(name, None, aims, "runai-model-streamer is not installed")
+
+    def stream() -> None:
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_file(str(path))
+            for tensor_name, tensor in streamer.get_tensors():
+                shared[tensor_name].copy_(tensor)
+
+    return Beside(name, dropped(stream), aims)
+
+
+def cast(place: Place, case: Case) -> Iterator[Result]:
+    """Speeds of the bytes that are read."""
+    size = place.settings.size
+    with slot_for(place, size, place.settings.tensors, dtype="BF16", memory=size) as slot:
+        weights = [tensor.clone() for tensor in load_file(slot.path).values()]
+        beside = Beside(
+            "torch .to in memory",
+            timed(lambda: [tensor.to(torch.bfloat16) for tensor in weights]),
+            (Aim(">=", 0.8),),
+        )
+        stage = timed(lambda: slot.stage(fit=Fit(cast=True)))
+        yield from case.compare(place, stage, beside, nbytes=2 * slot.layout.nbytes)
+
+
+def finite(place: Place, case: Case) -> Iterator[Result]:
+    """The check by itself, and what it adds."""
+    with slot_for(place, place.settings.size, place.settings.tensors) as slot:
+        nbytes = slot.layout.nbytes
+        slot.stage()
+        regions, words = float_regions(slot.layout), np.frombuffer(slot.weights, "u8", nbytes // 8)
+        check = timed(lambda: all_finite(slot.weights, regions, ((0, nbytes),)))
+        alone = Beside("one read of the memory", timed(words.max))
+        yield from case.compare(place, check, alone, nbytes=nbytes, rounds=Rounds(20))
+        without = Beside("staging without it", timed(slot.stage), (Aim("<=", 1.25),))
+        checked = Case(case.name, "staging with the finite check", case.run)
+        yield from checked.compare(place, timed(lambda: slot.stage(finite=True)), without, rounds=Rounds(20))
+
+
+CASES = (
+    Case("staging", "staging, warm file", usual_size),
+    Case("staging-large", "staging a GiB, warm file", large_size),
+    Case("staging-many", "staging 2,000 tensors of 4 KiB", many_tensors),
+    Case("cast", "staging, float32 to bfloat16", cast),
+    Case("finite", "finite check", finite),
+)
