@@ -23,6 +23,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
         ├── SegmentUnsafe           1   it is not ours, or not a segment
         ├── LayoutDiffers           1   it holds another architecture
         ├── OutOfSharedMemory       1   there is no room for it
+        ├── OutOfDeviceMemory       1   the GPU has no room for a second copy of the weights
         ├── SegmentBusy             75  another publisher holds it, or every spare slot is leased
         └── AttachTimeout           1   it did not get its first version in time (also a TimeoutError)
 """
@@ -65,6 +66,14 @@ class UsageError(WsyncError):
 
 class SpecError(UsageError):
     """The policy spec cannot be used: not found, its own import failed, not a policy."""
+
+
+def moved(name: str, now: str) -> UsageError:
+    """A policy that is not where, or what, it was when it was attached."""
+    return UsageError(
+        f"{name} is another tensor than the one that was attached, or was moved (.to(), .half() …): it is now {now}. "
+        "The policy keeps what it has. Close this reader, and attach again after such a change."
+    )
 
 
 class SwapRefused(UsageError):
@@ -188,6 +197,10 @@ class LayoutDiffers(WithDifferences, SegmentError):
 
 class OutOfSharedMemory(SegmentError):
     """The shared memory has no room for the segment."""
+
+
+class OutOfDeviceMemory(SegmentError):
+    """The device of the policy has no room for a second copy of its weights."""
 
 
 class SegmentBusy(SegmentError):

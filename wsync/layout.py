@@ -248,5 +248,5 @@ def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[tor
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
         strides = torch.empty(entry.shape, device="meta").stride()
         first = (start + entry.offset) // dtype.itemsize
-        tensors.append(torch.empty(0, dtype=dtype).set_(storage, first, entry.shape, strides))
+        tensors.append(torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, entry.shape, strides))
     return tensors

@@ -3,6 +3,9 @@
 Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
 the time is that of setting one pointer a tensor. ``copy`` copies into the policy's own tensors, whose addresses stay.
 
+A policy on one CUDA device has a reader of its own kind (``device_reader``), which this module makes and never imports
+for others.
+
 What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
 thread is inside the policy: it is between steps that a version changes.
 
@@ -25,7 +28,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -37,6 +40,7 @@ from .errors import (
     SwapRefused,
     UsageError,
     WsyncError,
+    moved,
 )
 from .layout import Layout, layout_of, named_tensors, views
 from .memory import read_at, sleep_on
@@ -44,7 +48,11 @@ from .registry import Registration
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
 
+if TYPE_CHECKING:
+    from .device import Device
+
 Mode = Literal["auto", "swap", "copy"]
+Staging = Literal["device", "none"]
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
@@ -95,20 +103,28 @@ class Reader:
         self._since = 0.0  # when the policy's version was taken
         self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
         self._targets = _targets(policy, segment.layout)
+        self._place = self._targets[0][0].device
         self._registration = self._take(segment)
         _readers.add(self)
 
-    def refresh(self) -> bool:
+    def refresh(self, wait: bool = False) -> bool:
         """Takes the newest version if there is a newer one; call it between steps.
+
+        Args:
+            wait: on a GPU, for the version to be there; otherwise it is on its way, and a later call takes it. On the
+                CPU a version is there at once in any case.
 
         Returns:
             True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
             logged once, and the reader attaches again when it comes back with the same layout.
+
+        Raises:
+            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached.
         """
         if self._words[_WORD] == self._seen:
             self._calls += 1
             return not self._calls & _SELDOM and self._look_around()
-        return self._refresh()
+        return self._refresh(wait)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until there is a version that ``refresh`` would take; True if there is one, False when time is up.
@@ -135,14 +151,7 @@ class Reader:
             if self._closed:
                 return
             self._closed = True
-            if self._held:
-                own: dict[int, torch.Tensor] = {}
-                with torch.inference_mode(False):
-                    for tensor, index in self._targets:
-                        if index not in own:  # tied tensors stay tied
-                            own[index] = tensor.detach().clone()
-                        tensor.data = own[index]
-                self._let_go()
+            self._give_own()
             self._registration.close()
             self._views.clear()
             self._words = _CLOSED
@@ -158,28 +167,41 @@ class Reader:
         state = "closed" if self._closed else f"version {self.version}, step {self.step}"
         return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
 
-    def _refresh(self) -> bool:
+    def _refresh(self, wait: bool = False) -> bool:
         with self._lock:
             self._check_open()
-            if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
-                return False
-            lease = self._segment.lease()
+            lease = self._newest()
             if lease is None:
                 return False
-            if lease.version == self._taken:
-                self._seen = lease.word
+            step = self._publication(lease).step
+            if self._targets[0][0].device != self._place:
                 lease.release()
-                return False
-            publication = self._publication(lease)
+                raise moved("the policy", f"on {self._targets[0][0].device}")
             if self.mode == "swap":
                 self._swap(lease)
             else:
                 self._copy(lease)
-            self.version = self._taken = lease.version
-            self.step, self._seen = publication.step, lease.word
-            self._since = time.time()
-            self._registration.update(self.version, *self._leases())
+            self._took(lease, step)
             return True
+
+    def _newest(self) -> Lease | None:
+        """A lease of the version that is newer than the policy's; None where there is none to be had now."""
+        if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
+            return None
+        lease = self._segment.lease()
+        if lease is None:
+            return None
+        if lease.version == self._taken:
+            self._seen = lease.word
+            lease.release()
+            return None
+        return lease
+
+    def _took(self, lease: Lease, step: int | None) -> None:
+        self.version = self._taken = lease.version
+        self.step, self._seen = step, lease.word
+        self._since = time.time()
+        self._registration.update(self.version, *self._leases())
 
     def _look_around(self) -> bool:
         """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
@@ -215,6 +237,17 @@ class Reader:
             mine, new = [t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets]
             torch._foreach_copy_(mine, new)  # R4 use
         lease.release()
+
+    def _give_own(self) -> None:
+        """Gives the policy tensors of its own, where it has none."""
+        if self._held:
+            own: dict[int, torch.Tensor] = {}
+            with torch.inference_mode(False):
+                for tensor, index in self._targets:
+                    if index not in own:  # tied tensors stay tied
+                        own[index] = tensor.detach().clone()
+                    tensor.data = own[index]
+            self._let_go()
 
     def _let_go(self) -> None:
         """Releases the lease of the version before, or leaves it to the tensors that still point into its slot."""
@@ -320,6 +353,7 @@ def attach(
     *,
     timeout: float | None = None,
     mode: Mode = "auto",
+    staging: Staging = "device",
     runtime_dir: str | os.PathLike[str] | None = None,
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
@@ -332,44 +366,78 @@ def attach(
         timeout: seconds to wait for the first version; None waits for ever.
         mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
             policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
-            safe and copies elsewhere.
+            safe and copies elsewhere. On a GPU ``"swap"`` points them at one of two buffers there, whatever remembers
+            addresses (CUDA graphs, ``torch.compile(mode="reduce-overhead")``) reads another version's, and ``"auto"``
+            copies.
+        staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
+            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and the step after a version waits.
+            A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
         LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
-        SwapRefused: ``mode="swap"`` where a write would hit the slot, which is mapped read-only.
+        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or remembers where they are.
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
-        UsageError: the mode or the name is none.
+        OutOfDeviceMemory: the GPU has no room for that copy.
+        UsageError: the mode, the staging or the name is none.
     """
     if not isinstance(policy, torch.nn.Module):
         raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
     if mode not in ("auto", "swap", "copy"):
         raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
-    hindrance = None if mode == "copy" else _hindrance(policy)
-    if mode == "swap" and hindrance:
-        raise SwapRefused(
-            f"{hindrance}, and swap points it at the shared memory, where what it writes is gone with the next "
-            'version. Use mode="copy", or mode="auto", which takes swap where it is safe.'
+    if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
+        raise UsageError(
+            f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
         )
-    layout = layout_of(policy)
-    reader = Reader(policy, _open(name, layout, runtime_dir), "copy" if mode == "copy" or hindrance else "swap")
+    reader = _make(policy, name, mode, staging, runtime_dir)
     try:
         deadline = None if timeout is None else time.monotonic() + timeout
-        while not reader.refresh():
+        while not reader.refresh(wait=True):
             left = None if deadline is None else deadline - time.monotonic()
             if not reader.wait(left) or (left is not None and left <= 0):
                 raise AttachTimeout(
                     f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
                     "or wait longer with timeout=."
                 )
-            if reader.refresh():
+            if reader.refresh(wait=True):
                 break
             time.sleep(_LOOK)  # there is a version, and its slot is locked by somebody who does not follow the protocol
     except BaseException:
         reader.close()
         raise
     return reader
+
+
+def _make(
+    policy: torch.nn.Module, name: str, mode: Mode, staging: Staging, runtime: str | os.PathLike[str] | None
+) -> Reader:
+    device = _device_of(policy)
+    hindrance = None if mode == "copy" else _hindrance(policy, device)
+    if mode == "swap" and hindrance:
+        raise SwapRefused(
+            f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
+            'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
+        )
+    layout = layout_of(policy)
+    if device is None:
+        return Reader(policy, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
+    from .device_reader import DeviceReader
+    from .device_weights import DeviceWeights
+
+    chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
+    weights = DeviceWeights(policy, _targets(policy, layout), device, chosen, staged=staging == "device")
+    return DeviceReader(policy, _open(name, layout, runtime), chosen, weights)
+
+
+def _device_of(policy: torch.nn.Module) -> Device | None:
+    """The CUDA device that all tensors of a policy lie on, or None."""
+    places = {tensor.device for _, tensor in named_tensors(policy)}
+    if len(places) != 1 or (place := places.pop()).type != "cuda":
+        return None
+    from .device import Cuda
+
+    return Cuda(place)
 
 
 def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
@@ -405,7 +473,7 @@ def _targets(policy: torch.nn.Module, layout: Layout) -> list[tuple[torch.Tensor
     return list(seen.values())
 
 
-def _hindrance(policy: torch.nn.Module) -> str | None:
+def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
     """Why the policy's tensors must not point at a slot, or None."""
     for name, module in policy.named_modules():
         where = f"{name or 'the policy'} ({type(module).__name__})"
@@ -415,7 +483,7 @@ def _hindrance(policy: torch.nn.Module) -> str | None:
         if own and not type(module).__module__.startswith("torch.nn."):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
     for name, tensor in named_tensors(policy):
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" and device is None:
             return f"{name} is on {tensor.device}"
         if tensor.is_inference():
             return f"{name} was made in inference mode"

@@ -421,6 +421,18 @@ class Segment:
         mapped = self._slot_map(slot)
         return mapped, address_of(mapped)
 
+    def map_pages(self, slot: int, *, write: bool) -> tuple[mmap.mmap, tuple[int, int]]:
+        """A mapping of a slot's own pages, which it shares with the publisher, and the device and inode of the file.
+
+        It is the caller's, and nothing may be written there: ``write`` is for those who must be able to.
+        """
+        fd = self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)
+        try:
+            info = os.fstat(fd)
+            return map_file(fd, self._size(slot, info), write=write), (info.st_dev, info.st_ino)
+        finally:
+            shut(fd)
+
     def renew(self, slot: int) -> bool:
         """Drops what this process wrote into its own pages of a slot; True if there was any.
 
@@ -444,9 +456,7 @@ class Segment:
             # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
             fd = self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)
             try:
-                size = self.data_offset + self.layout.nbytes
-                if os.fstat(fd).st_size != size:  # mapped beyond its end it would end in SIGBUS
-                    raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+                size = self._size(slot, os.fstat(fd))
                 kind = mmap.MAP_SHARED | mmap.MAP_POPULATE if self.write else mmap.MAP_PRIVATE
                 mapped = map_file(fd, size, write=True, flags=kind)
             finally:
@@ -455,6 +465,12 @@ class Segment:
                 populate(mapped)
             self._slot_maps[slot] = mapped
         return self._slot_maps[slot]
+
+    def _size(self, slot: int, info: os.stat_result) -> int:
+        size = self.data_offset + self.layout.nbytes
+        if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
+            raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+        return size
 
     def _open_slot(self, slot: int, flags: int) -> int:
         """Raises FileNotFoundError only where the segment is being removed."""

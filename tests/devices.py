@@ -1,0 +1,73 @@
+"""A device for tests, on the CPU: a copy over its bus is done when the test says so, and not before."""
+
+from __future__ import annotations
+
+import torch
+
+from wsync.errors import OutOfDeviceMemory
+
+
+class LateFlight:
+    """A copy that reads its sources only when it lands, as late as a bus can be."""
+
+    def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        self.targets, self.sources = targets, sources
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        if not self.done:
+            with torch.no_grad():
+                torch._foreach_copy_(self.targets, self.sources)
+        self.done = True
+
+
+class LateDevice:
+    """Stands in for ``wsync.device.Cuda``.
+
+    Attributes:
+        refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock.
+        room: bytes that it has for buffers; None has no end.
+        locked: size of each locked range of the host's memory, by its address.
+        locks: how many ranges were ever locked.
+        flights: all copies over the bus.
+        buffers: sizes of those that were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.refuses: set[str] = set()
+        self.room: int | None = None
+        self.locked: dict[int, int] = {}
+        self.locks = 0
+        self.flights: list[LateFlight] = []
+        self.buffers: list[int] = []
+
+    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
+        assert all(address + nbytes <= begin or begin + size <= address for begin, size in self.locked.items())
+        if ("read-only" if read_only else "writable") in self.refuses:
+            return "operation not permitted"
+        self.locked[address] = nbytes
+        self.locks += 1
+        return ""
+
+    def unlock(self, address: int) -> None:
+        """Undefined in CUDA while a copy reads that memory; here an error."""
+        size = self.locked.pop(address)
+        for flight in self.flights:
+            assert flight.done or not any(address <= s.data_ptr() < address + size for s in flight.sources)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if self.room is not None and nbytes > self.room:
+            raise OutOfDeviceMemory(f"the test's device has no room for {nbytes} bytes. Give it more.")
+        self.buffers.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> LateFlight:
+        self.flights.append(LateFlight(targets, sources))
+        return self.flights[-1]
+
+    def land(self) -> None:
+        """What is under way arrives."""
+        self.flights[-1].synchronize()

@@ -1,0 +1,109 @@
+"""What wsync needs of a device, in four methods, and their CUDA implementation.
+
+The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
+Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
+on the CPU point into, the kernel locks copies of its own making: they would show the weights of the moment of locking
+for ever.
+
+Streams: a version crosses the bus on a stream of its own, which first waits for what the policy's stream had to do
+when the copy was asked for, since that may still read the buffer that is written. The policy's stream is the one that
+is current where ``refresh()`` is called; it never waits for the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from .errors import OutOfDeviceMemory
+
+_PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOnly: driver_types.h
+
+
+class Flight(Protocol):
+    """A copy under way; ``torch.cuda.Event`` is one."""
+
+    def query(self) -> bool:
+        """Whether the copy is done."""
+
+    def synchronize(self) -> None:
+        """Waits until it is."""
+
+
+class Device(Protocol):
+    """A device that holds a policy; ``Cuda``, or what a test puts in its place."""
+
+    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
+        """Page-locks memory of the host, for all devices; an empty text, or why that was refused."""
+
+    def unlock(self, address: int) -> None:
+        """Undoes ``lock``; no copy from that memory may be under way."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """So many uint8 on the device; raises OutOfDeviceMemory."""
+
+    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
+        """Begins to copy tensors of the host to the device, each to its target of the same shape and dtype.
+
+        Args:
+            aside: on a stream of its own, after all that the policy's stream was given before; else on the policy's,
+                whose next step waits.
+        """
+
+
+class Cuda:
+    """One CUDA device, and a side stream on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            code = runtime.cudaHostRegister(address, nbytes, _PORTABLE | (_READ_ONLY if read_only else 0))
+            if int(code) == 0:
+                return ""
+            self._forget_error()
+            return str(runtime.cudaGetErrorString(code))
+
+    def unlock(self, address: int) -> None:
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostUnregister(address)):
+            self._forget_error()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        policy_stream = torch.cuda.current_stream(self._device)
+        try:
+            with torch.inference_mode(False), torch.cuda.stream(self._side):
+                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as exc:
+            free = torch.cuda.mem_get_info(self._device)[0]
+            raise OutOfDeviceMemory(
+                f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
+                'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
+            ) from exc
+        buffer.record_stream(policy_stream)  # freed, it is used anew only when what the policy read of it is done
+        return buffer
+
+    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> torch.cuda.Event:
+        policy_stream = torch.cuda.current_stream(self._device)
+        stream = self._side if aside else policy_stream
+        if aside:
+            self._side.wait_stream(policy_stream)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+            done.record(stream)
+        return done
+
+    def _forget_error(self) -> None:
+        """The runtime keeps the last error for whoever asks next: the next kernel's launch, which it would be laid to.
+
+        torch has no call that clears it; so that kernel is ours.
+        """
+        try:
+            torch.empty(1, device=self._device).fill_(1)
+        except RuntimeError:
+            pass
