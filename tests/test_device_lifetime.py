@@ -1,0 +1,326 @@
+"""A policy on a device: memory that is refused, locked pages, and every end that can come while a copy is under way."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEADLINE, Spawn, marks
+from devices import LateDevice
+from policies import mlp
+from test_device_reader import device, trainer
+from test_reader import Trainer
+from test_reader_lifetime import leased
+
+import wsync
+from wsync import device_reader
+from wsync import reader as reading
+from wsync.errors import OutOfDeviceMemory, UsageError
+from wsync.segment import Segment
+
+__all__ = ["device", "trainer"]
+
+
+def mappings(segment: Segment) -> list[tuple[range, str]]:
+    """Where, and how, this process maps slots of a segment."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if f"{segment.path}/slot-" in line:
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            found.append((range(begin, end), line.split()[1]))
+    return found
+
+
+# --- page-locked memory
+
+
+def test_what_is_locked_are_the_slots_own_pages(trainer: Trainer, device: LateDevice) -> None:
+    """All slots are locked while attaching, through a shared, read-only mapping: of a private one copies would be."""
+    trainer.segment.unmap()
+    with wsync.attach(mlp(), "nets"):
+        mapped = mappings(trainer.segment)
+        assert [how for _, how in mapped] == ["r--s"] * 3
+        assert sorted(device.locked) == sorted(where.start for where, _ in mapped)
+    assert device.locked == {} and mappings(trainer.segment) == []
+
+
+def test_policies_of_one_process_lock_a_slot_once(trainer: Trainer, device: LateDevice) -> None:
+    """Each policy has its own version and its own buffers; the first locks the slots, the last unlocks."""
+    one, other = mlp(), mlp()
+    first, second = wsync.attach(one, "nets"), wsync.attach(other, "nets", mode="swap")
+    assert device.locks == len(device.locked) == 3
+    trainer.push(2)
+    assert first.refresh(wait=True) and (marks(one), marks(other)) == ({2.0}, {1.0})
+    first.close()
+    assert len(device.locked) == 3
+    assert second.refresh(wait=True) and marks(other) == {2.0}
+    second.close()
+    assert device.locked == {} and marks(one) == {2.0}
+
+
+def test_a_driver_that_locks_nothing_read_only(
+    trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where only writable mappings can be locked the segment's owner gets one, and nothing is said."""
+    device.refuses = {"read-only"}
+    trainer.segment.unmap()
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        assert [how for _, how in mappings(trainer.segment)] == ["rw-s"] * 3 and len(device.locked) == 3
+        trainer.push(2)
+        assert reader.refresh(wait=True) and marks(policy) == {2.0}
+    assert device.locked == {} and not caplog.records
+
+
+def test_memory_that_may_not_be_locked(trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture) -> None:
+    """Where nothing may be locked versions come all the same, by unlocked copies, with one warning that says why."""
+    device.refuses = {"read-only", "writable"}
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
+    (record,) = caplog.records
+    assert "operation not permitted" in record.message and "ulimit -l" in record.message
+
+
+# --- a full device
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_full_device_is_told_while_attaching(trainer: Trainer, device: LateDevice, mode: reading.Mode) -> None:
+    """There is one error, which names the way out, and nothing is left behind; the way out works."""
+    device.room = 10
+    policy = mlp()
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with pytest.raises(OutOfDeviceMemory):
+        wsync.attach(policy, "nets", mode=mode)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
+    assert leased(trainer.segment) == [] and trainer.segment.readers() == [] and device.locked == {}
+    with wsync.attach(policy, "nets", staging="none"):
+        assert marks(policy) == {1.0}
+
+
+def test_the_second_buffer_is_there_before_attach_returns(
+    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In swap, a device that has room for one buffer only is not found full in the middle of a run."""
+
+    def once(nbytes: int) -> torch.Tensor:
+        device.room = 10
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(
+        device, "empty", lambda nbytes: LateDevice.empty(device, nbytes) if device.room else once(nbytes)
+    )
+    policy = mlp()
+    with pytest.raises(OutOfDeviceMemory):
+        wsync.attach(policy, "nets", mode="swap")
+    assert marks(policy) == {1.0} and trainer.segment.readers() == [] and device.locked == {}
+
+
+def test_a_full_device_leaves_the_old_version_running(
+    trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a kept tensor takes the last room, the policy goes on with what it has, and catches up; one warning."""
+    monkeypatch.setattr(device_reader, "_AGAIN", 0.0)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        kept = policy.state_dict()
+        assert reader.refresh(wait=True)
+        device.room = 0
+        for mark in (3, 4, 5):
+            trainer.push(mark)
+            assert not reader.refresh() and not reader.refresh(wait=True)
+            assert (reader.version, marks(policy)) == (2, {2.0}) and leased(trainer.segment) == []
+        assert [r.message for r in caplog.records if "no room" in r.message and "version 2" in r.message] != []
+        assert len(caplog.records) == 1
+        assert kept["0.weight"].unique().tolist() == [1.0]
+        device.room = None
+        assert reader.refresh(wait=True) and marks(policy) == {5.0}
+
+
+def test_a_full_device_is_not_asked_at_every_step(trainer: Trainer, device: LateDevice) -> None:
+    """To ask costs the device its caches: it is asked again after a while, and wait does not spin meanwhile."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        kept = policy.state_dict()
+        assert reader.refresh(wait=True)
+        device.room = 0
+        trainer.push(3)
+        assert not reader.refresh()
+        device.room = None
+        assert not reader.refresh() and not reader.wait(0)
+        assert reader.wait(DEADLINE) and reader.refresh(wait=True) and marks(policy) == {3.0}
+        del kept
+
+
+# --- the end
+
+
+@pytest.mark.parametrize("landed", [False, True])
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_close_while_a_copy_is_under_way(
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, landed: bool
+) -> None:
+    """The copy is waited for before its memory is let go of; the policy keeps the version that it has."""
+    policy = mlp()
+    reader = wsync.attach(policy, "nets", mode=mode)
+    trainer.push(2)
+    assert not reader.refresh()
+    if landed:
+        device.land()
+    reader.close()
+    assert device.flights[-1].done and device.locked == {}
+    assert leased(trainer.segment) == [] and trainer.segment.readers() == []
+    assert (reader.version, marks(policy)) == (1, {1.0})
+    with pytest.raises(UsageError, match="closed"):
+        reader.refresh()
+    with pytest.raises(UsageError, match="closed"):
+        reader.wait(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1)
+    assert marks(policy) == {2.0}
+
+
+def test_a_reader_that_is_dropped_while_a_copy_is_under_way(trainer: Trainer, device: LateDevice) -> None:
+    """Without close, too, the copy is waited for; no lease and no lock is left."""
+    reader = wsync.attach(mlp(), "nets")
+    trainer.push(2)
+    assert not reader.refresh()
+    del reader
+    gc.collect()
+    assert device.flights[-1].done and device.locked == {} and leased(trainer.segment) == []
+
+
+def test_error_while_a_copy_begins(trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's error comes out of refresh, leases nothing and leaves the version; the next refresh tries again."""
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("launch failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "send", fail)
+            with pytest.raises(RuntimeError, match="launch failed"):
+                reader.refresh()
+        assert leased(trainer.segment) == [] and marks(policy) == {1.0}
+        assert reader.refresh(wait=True) and marks(policy) == {2.0}
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_path: Path, mode: reading.Mode) -> None:
+    """Removed under a copy that is under way, the old version still lands; then the new segment's slots are locked."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        trainer.push(2)
+        assert not reader.refresh()
+        old = set(device.locked)
+        trainer.segment.remove()
+        trainer.segment.close()
+        device.land()
+        assert reader.refresh() and marks(policy) == {2.0}
+        assert not reader.refresh()
+        again = Trainer(mlp, tmp_path)
+        again.push(3)
+        assert reader.wait(DEADLINE)
+        assert reader.refresh(wait=True) and (reader.version, marks(policy)) == (1, {3.0})
+        assert len(device.locked) == 3 and not old & set(device.locked)
+
+
+def test_a_segment_that_was_deleted_by_hand(
+    trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is warned of once, and the policy goes on."""
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        shutil.rmtree(trainer.segment.path)
+        assert not reader.wait(0)
+        assert not reader.refresh() and marks(policy) == {1.0}
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+
+
+def test_close_in_another_thread_ends_a_wait(trainer: Trainer, device: LateDevice) -> None:
+    """A thread that waits for a copy is told when the reader is closed meanwhile."""
+    reader = wsync.attach(mlp(), "nets")
+    trainer.push(2)
+    assert not reader.refresh()
+    told: list[str] = []
+
+    def wait() -> None:
+        try:
+            reader.wait(DEADLINE)
+        except UsageError as exc:
+            told.append(str(exc))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    reader.close()
+    thread.join(DEADLINE)
+    assert told and "closed" in told[0]
+
+
+def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
+    """CUDA does not go through a fork: the child's reader says so, its exit harms nothing, and the parent goes on."""
+    script = (
+        "import os, wsync\n"
+        "from conftest import marks\n"
+        "from devices import LateDevice\n"
+        "from policies import mlp\n"
+        "from test_reader_lifetime import leased\n"
+        "from wsync import reader as reading\n"
+        "from wsync.errors import UsageError\n"
+        "from wsync.segment import Segment\n"
+        "device = LateDevice()\n"
+        "reading._device_of = lambda policy: device\n"
+        "policy = mlp()\n"
+        "reader = wsync.attach(policy, 'nets')\n"
+        "segment = Segment.open('nets', write=True)\n"
+        "print('attached', flush=True)\n"
+        "input()\n"
+        "assert not reader.refresh() and len(leased(segment)) == 1\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    for act in (reader.refresh, reader.wait):\n"
+        "        try: act()\n"
+        "        except UsageError as exc: assert 'fork' in str(exc)\n"
+        "        else: os._exit(1)\n"
+        "    reader.close()\n"
+        "    assert not device.flights[-1].done and len(device.locked) == 3\n"
+        "    assert marks(policy) == {1.0} and [r.pid for r in segment.readers()] == [os.getppid()]\n"
+        "    os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+        "assert [r.pid for r in segment.readers()] == [os.getpid()] and len(leased(segment)) == 1\n"
+        "device.land()\n"
+        "assert reader.refresh() and marks(policy) == {2.0} and leased(segment) == []\n"
+        "reader.close()\n"
+        "print('done')\n"
+    )
+    process = spawn("-c", script, stdin=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "attached\n"
+    trainer.push(2)
+    out, err = process.communicate("go\n", timeout=DEADLINE)
+    assert out == "done\n", err
+
+
+def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spawn) -> None:
+    """Who has no policy on a GPU pays nothing: none of these modules is loaded, and no CUDA is begun."""
+    script = (
+        "import sys, torch, wsync\n"
+        "from policies import mlp\n"
+        "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
+        "print([m for m in sys.modules if m.startswith('wsync.device')], torch.cuda.is_initialized())\n"
+    )
+    out, err = spawn("-c", script).communicate(timeout=DEADLINE)
+    assert out == "[] False\n", err
