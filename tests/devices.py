@@ -36,7 +36,8 @@ class LateDevice:
         buffers: sizes of those that were asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, prompt: bool = False) -> None:
+        self._prompt = prompt  # copies are done at once
         self.refuses: set[str] = set()
         self.room: int | None = None
         self.locked: dict[int, int] = {}
@@ -65,7 +66,11 @@ class LateDevice:
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> LateFlight:
+        if self._prompt:
+            self.flights.clear()
         self.flights.append(LateFlight(targets, sources))
+        if self._prompt:
+            self.land()
         return self.flights[-1]
 
     def land(self) -> None:

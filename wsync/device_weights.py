@@ -129,6 +129,9 @@ class DeviceWeights:
         self._policy, self._targets, self._device = policy, targets, device
         self._mode, self._staged = mode, staged
         self._known = {id(tensor): (tensor.device, tensor.dtype) for tensor, _ in targets}
+        self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
+        for tensor, index in targets:
+            self._by_dtype.setdefault(tensor.dtype, []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
         self._live: _Buffer | None = None  # the policy's tensors are views of it
         self._spare: _Buffer | None = None
@@ -214,9 +217,9 @@ class DeviceWeights:
         if spare is None:
             return
         if self._mode == "copy":
-            mine, new = [t for t, _ in self._targets], [spare.tensors[i] for _, i in self._targets]
-            with torch.inference_mode(any(t.is_inference() for t in mine)), torch.no_grad():
-                torch._foreach_copy_(mine, new)
+            with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
+                for group in self._by_dtype.values():
+                    torch._foreach_copy_([t for t, _ in group], [spare.tensors[i] for _, i in group])
             return
         with torch.inference_mode(False):  # as in the reader's own swap
             for tensor, index in self._targets:

@@ -370,7 +370,7 @@ def attach(
             addresses (CUDA graphs, ``torch.compile(mode="reduce-overhead")``) reads another version's, and ``"auto"``
             copies.
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
-            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and the step after a version waits.
+            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 

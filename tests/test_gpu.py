@@ -1,0 +1,273 @@
+"""A policy on a real GPU, where there is one; and the script that measures it, which also runs where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEADLINE, TESTS, Spawn, marks
+from policies import Tied, mlp
+from safetensors.torch import save_file
+from test_reader import Trainer, addresses
+from test_reader_lifetime import leased
+from torch import nn
+
+import wsync
+from wsync import reader as reading
+from wsync.checkpoint import Checkpoint
+from wsync.device import Cuda
+from wsync.device_weights import lock_slot
+from wsync.errors import OutOfDeviceMemory, UsageError
+from wsync.layout import layout_of
+from wsync.publisher import publish
+from wsync.segment import Segment
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device here")
+WAYS = [("swap", "device"), ("copy", "device"), ("copy", "none")]
+
+
+def wide() -> nn.Sequential:
+    """16 MiB, so that a copy over the bus takes its time."""
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))).eval()
+
+
+@pytest.fixture
+def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+    """A segment for ``wide`` whose version 1 has the mark 1."""
+    trainer = Trainer(wide, tmp_path)
+    trainer.push(1)
+    return trainer
+
+
+@gpu
+@pytest.mark.parametrize(("mode", "staging"), WAYS)
+def test_a_policy_on_a_gpu_is_kept_in_step(trainer: Trainer, mode: reading.Mode, staging: reading.Staging) -> None:
+    """Attached with the same line it gets each version whole; in copy its addresses stay."""
+    policy = wide().cuda()
+    before = addresses(policy)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging) as reader:
+        for mark in range(2, 9):
+            trainer.push(mark)
+            while not reader.refresh():
+                assert marks(policy) == {float(mark - 1)}
+                assert reader.wait(DEADLINE)
+            assert marks(policy) == {float(mark)} and (reader.version, reader.step) == (mark, mark)
+        assert leased(trainer.segment) == []
+        if mode == "copy":
+            assert addresses(policy) == before
+    assert marks(policy) == {8.0} and next(policy.parameters()).is_cuda
+
+
+@gpu
+@pytest.mark.parametrize(("mode", "staging"), WAYS)
+def test_every_weight_gets_its_own_bytes_on_a_gpu(
+    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: reading.Staging
+) -> None:
+    """Random weights of several dtypes, buffers and tied ones arrive each in its own tensor, and ties stay."""
+    trained, policy = Tied().eval(), Tied().eval().cuda()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    segment = Segment.create("nets", layout_of(policy))
+    save_file({k: v for k, v in trained.state_dict().items() if k != "head.weight"}, tmp_path / "weights.safetensors")
+    with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
+        publish(segment, checkpoint)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging):
+        assert policy.head.weight is policy.embedding.weight
+        for name, tensor in trained.state_dict().items():
+            assert torch.equal(policy.state_dict()[name].cpu(), tensor), name
+
+
+@gpu
+def test_the_slots_pages_are_locked(trainer: Trainer) -> None:
+    """The driver takes the slots' mappings, as read-only or as the owner's, and later versions show in them."""
+    locked = [lock_slot(trainer.segment, slot, Cuda(torch.device("cuda:0"))) for slot in range(3)]
+    assert [slot.refused for slot in locked] == ["", "", ""]
+    assert all(slot.weights.is_pinned() for slot in locked)
+    policy = wide().cuda()
+    with wsync.attach(policy, "nets") as reader:
+        for mark in range(2, 9):
+            trainer.push(mark)
+            assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
+
+
+@gpu
+def test_an_error_of_locking_is_not_the_next_kernels() -> None:
+    """Memory that cannot be locked is told, and no later launch is blamed for it."""
+    device = Cuda(torch.device("cuda:0"))
+    assert device.lock(4096, 4096, read_only=True)
+    assert torch.ones(3, device="cuda").sum().item() == 3
+
+
+@gpu
+@pytest.mark.parametrize("staging", ["device", "none"])
+def test_a_cuda_graph_sees_each_version_whole(trainer: Trainer, staging: reading.Staging) -> None:
+    """A graph captured before attach replays on the addresses that it remembers, queued ahead of the device."""
+    policy = wide().cuda()
+    look = graph_of(policy)
+    with wsync.attach(policy, "nets", staging=staging) as reader:
+        for mark in range(2, 12):
+            trainer.push(mark)
+            seen = []
+            while reader.version < mark:
+                reader.refresh()
+                seen.append((reader.step, look()))
+            for step, found in seen:
+                assert set(found.flatten().tolist()) == {float(step or 0)}
+
+
+def graph_of(policy: nn.Module) -> Callable[[], torch.Tensor]:
+    def extremes() -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([torch.stack(tuple(p.aminmax())) for p in policy.parameters()])
+
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        extremes()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = extremes()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+@gpu
+def test_a_full_gpu_is_told(trainer: Trainer) -> None:
+    """Without room for a second copy attach says so, with the way out, which works, and the GPU goes on."""
+    policy = wide().cuda()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (1 << 20)) / total)
+    try:
+        with pytest.raises(OutOfDeviceMemory, match='staging="none"'):
+            wsync.attach(policy, "nets")
+        with wsync.attach(policy, "nets", staging="none"):
+            assert marks(policy) == {1.0}
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@gpu
+def test_a_policy_that_was_moved_off_the_gpu_is_told(trainer: Trainer) -> None:
+    """After .cpu(), or onto a GPU, a new version is refused with the reason."""
+    there, here = wide().cuda(), wide()
+    with wsync.attach(there, "nets") as first, wsync.attach(here, "nets") as second:
+        there.cpu()
+        here.cuda()
+        trainer.push(2)
+        for reader in (first, second):
+            with pytest.raises(UsageError, match="attach again"):
+                reader.refresh()
+
+
+@gpu
+def test_a_split_policy_is_copied_tensor_by_tensor(trainer: Trainer) -> None:
+    """A policy with parts on several devices is kept in step without a buffer."""
+    policy = wide()
+    policy[0].cuda()
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+        assert reader.refresh() and reader.mode == "copy" and marks(policy) == {2.0}
+
+
+@gpu
+def test_several_policies_and_processes_on_one_gpu(trainer: Trainer, spawn: Spawn) -> None:
+    """Two policies of one process, and another process, each have the version that they took."""
+    script = (
+        "import wsync\n"
+        "from conftest import marks\n"
+        "from test_gpu import wide\n"
+        "policy = wide().cuda()\n"
+        "with wsync.attach(policy, 'nets') as reader:\n"
+        "    print(marks(policy), flush=True)\n"
+        "    input()\n"
+        "    assert reader.refresh(wait=True)\n"
+        "    print(marks(policy), flush=True)\n"
+    )
+    process = spawn("-c", script, stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "{1.0}\n"
+    one, other = wide().cuda(), wide().cuda()
+    with wsync.attach(one, "nets") as first, wsync.attach(other, "nets", mode="swap") as second:
+        trainer.push(2)
+        assert first.refresh(wait=True) and (marks(one), marks(other)) == ({2.0}, {1.0})
+        assert second.refresh(wait=True) and marks(other) == {2.0}
+        out, err = process.communicate("go\n", timeout=DEADLINE)
+        assert out == "{2.0}\n", err
+
+
+@gpu
+def test_a_forked_child_is_told_on_a_gpu(trainer: Trainer, spawn: Spawn) -> None:
+    """The child's reader says that CUDA does not go through a fork; the parent's goes on."""
+    script = (
+        "import os, wsync\n"
+        "from conftest import marks\n"
+        "from test_gpu import wide\n"
+        "from wsync.errors import UsageError\n"
+        "policy = wide().cuda()\n"
+        "reader = wsync.attach(policy, 'nets')\n"
+        "pid = os.fork()\n"
+        "if not pid:\n"
+        "    try: reader.refresh()\n"
+        "    except UsageError as exc: os._exit(7)\n"
+        "    os._exit(1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+        "print('told', flush=True)\n"
+        "input()\n"
+        "assert reader.refresh(wait=True) and marks(policy) == {2.0}\n"
+        "reader.close()\n"
+        "print('done')\n"
+    )
+    process = spawn("-c", script, stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "told\n"
+    trainer.push(2)
+    out, err = process.communicate("go\n", timeout=DEADLINE)
+    assert out == "done\n", err
+
+
+# --- the script that measures
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, and the script would measure it")
+def test_measuring_without_a_gpu_is_one_message(runtime: Path) -> None:
+    """Where there is no GPU the script says so, and what to do."""
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "measure_gpu.py")], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "no CUDA device" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_measuring_can_be_rehearsed(runtime: Path) -> None:
+    """The lines that measure run on the CPU from end to end, see no torn step, and leave nothing behind."""
+    before = set(Path("/dev/shm").glob("wsync-measure-*"))
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "measure_gpu.py"), "--rehearse"], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["device"] == "none: a rehearsal"
+    figures = found["figures"]
+    assert len(figures) == 8
+    assert all(figure["torn"] == 0 for name, figure in figures.items() if name.startswith("torn"))
+    assert next(iter(figures.values()))["whole"] is True
+    assert set(Path("/dev/shm").glob("wsync-measure-*")) == before
+
+
+def test_only_a_policy_on_one_cuda_device_has_a_device() -> None:
+    """One on the CPU, on a device of another kind, or split, is none: it is copied to, or swapped, as before."""
+    split = mlp()
+    split[0].to("meta")
+    for policy in (mlp(), mlp().to("meta"), split):
+        assert reading._device_of(policy) is None
