@@ -69,7 +69,7 @@ class LateDevice:
         if self._prompt:
             self.flights.clear()
         self.flights.append(LateFlight(targets, sources))
-        if self._prompt:
+        if self._prompt or not aside:
             self.land()
         return self.flights[-1]
 

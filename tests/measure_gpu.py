@@ -1,8 +1,9 @@
 """Figures of a policy on a GPU, each beside what one would do otherwise: ``python tests/measure_gpu.py``.
 
 One run of under five minutes makes all of them and ends with one JSON object. It takes one CUDA device, and of the
-packages only torch, numpy and safetensors; shared memory for four times the weights, of which there is 1 GiB where that
-fits. Times jitter, so nothing here is asserted; quote the ratios, with date and device.
+packages torch, numpy and safetensors alone (with ``PYTHONPATH=.`` where wsync is not installed); of weights there is
+1 GiB, or a fifth of what is free in ``/dev/shm``. Times jitter, so nothing here is asserted; quote the ratios, with
+date and device.
 
 ``--rehearse`` runs the same lines on the CPU with little weights, to see that they run; its figures mean nothing.
 """
@@ -18,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +37,6 @@ from wsync import reader as reading
 from wsync.checkpoint import Checkpoint
 from wsync.device import Cuda, Device
 from wsync.device_weights import lock_slot
-from wsync.errors import SegmentBusy
 from wsync.layout import layout_of
 from wsync.memory import free_bytes
 from wsync.publisher import publish
@@ -48,10 +47,33 @@ TENSORS = 300
 MARKS = 4  # checkpoints that a storm goes around
 Mode = Literal["swap", "copy"]
 
+STORM = """
+import itertools, sys, threading
+
+from wsync.checkpoint import Checkpoint
+from wsync.errors import SegmentBusy
+from wsync.publisher import publish
+from wsync.segment import Segment
+
+ended = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+segment = Segment.open(sys.argv[1], write=True)
+for turn, file in enumerate(itertools.cycle(sys.argv[2:])):
+    if ended.is_set():
+        break
+    try:
+        with segment.publishing(), Checkpoint(file) as checkpoint:
+            publish(segment, checkpoint)
+    except SegmentBusy:  # all spare slots are leased: the reader is on its way
+        pass
+    if turn == 0:
+        print("publishing", flush=True)
+"""
+
 
 @dataclass
 class Bench:
-    """Where and how large; and what was found.
+    """Where, how large and how long; and what was found.
 
     Attributes:
         nbytes: of the weights, about.
@@ -85,11 +107,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small: to see that the lines run")
-    parser.add_argument("--storm", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.storm:
-        storm_forever(*given.storm)
-        return
     if not given.rehearse and not torch.cuda.is_available():
         sys.exit(
             f"there is no CUDA device here (torch {torch.__version__}): nothing was measured. Run this where there is "
@@ -101,10 +119,12 @@ def main() -> None:
     began = time.perf_counter()
     try:
         bench = prepare(folder, rehearse=given.rehearse)
-        bus(bench)
-        taking(bench)
-        slowdown(bench)
-        torn(bench)
+        with standing("large", deep(bench.nbytes), folder, marks=2) as segment:
+            bus(bench, segment)
+            taking(bench, segment)
+            slowdown(bench)
+        with standing("small", flat(bench.nbytes // 32), folder, marks=MARKS):
+            torn(bench)
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(runtime)
@@ -132,79 +152,77 @@ def prepare(folder: Path, *, rehearse: bool) -> Bench:
 # --- the bus
 
 
-def bus(bench: Bench) -> None:
+def bus(bench: Bench, segment: Segment) -> None:
     """The slot's locked pages over the bus, beside the same bytes from a plain page-locked buffer."""
-    policy = deep(bench.nbytes)
-    with standing("bus", policy, bench.folder, marks=1) as segment:
-        locked = lock_slot(segment, segment.word & 0xFF, bench.device)
-        nbytes = locked.weights.numel()
-        plain = torch.empty(nbytes, dtype=torch.uint8, pin_memory=bench.real)
-        target = bench.device.empty(nbytes)
+    locked = lock_slot(segment, segment.word & 0xFF, bench.device)
+    nbytes = locked.weights.numel()
+    plain = torch.empty(nbytes, dtype=torch.uint8, pin_memory=bench.real)
+    target = bench.device.empty(nbytes)
 
-        def copy(source: torch.Tensor) -> float:
-            bench.sync()
-            return timed(lambda: bench.device.send([target], [source], aside=True).synchronize())
+    def copy(source: torch.Tensor) -> float:
+        bench.sync()
+        return timed(lambda: bench.device.send([target], [source], aside=True).synchronize())
 
-        pairs = [(copy(locked.weights), copy(plain)) for _ in range(bench.rounds + 1)][1:]
-        copy(locked.weights)
-        whole = torch.equal(target.cpu(), torch.frombuffer(segment.live_weights(), dtype=torch.uint8))
-        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-        bench.say(
-            "bus copy, slot beside plain page-locked buffer",
-            slot_GB_per_s=nbytes / ours / 1e9,
-            plain_GB_per_s=nbytes / theirs / 1e9,
-            ratio=statistics.median(b / a for a, b in pairs),
-            wanted=">= 0.95",
-            whole=whole,
-            page_locked=not locked.refused,
-            refused=locked.refused,
-        )
+    pairs = [(copy(locked.weights), copy(plain)) for _ in range(bench.rounds + 1)][1:]
+    copy(locked.weights)
+    whole = torch.equal(target.cpu(), torch.frombuffer(segment.live_weights(), dtype=torch.uint8))
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    bench.say(
+        "bus copy, slot beside plain page-locked buffer",
+        slot_GB_per_s=nbytes / ours / 1e9,
+        plain_GB_per_s=nbytes / theirs / 1e9,
+        ratio=statistics.median(b / a for a, b in pairs),
+        wanted=">= 0.95",
+        whole=whole,
+        page_locked=not locked.refused,
+        refused=locked.refused,
+    )
 
 
 # --- what a version takes
 
 
-def taking(bench: Bench) -> None:
+def taking(bench: Bench, segment: Segment) -> None:
     """Both refresh() calls of a version, until the stream is done with them, beside load_state_dict from the CPU."""
     theirs = loading(bench)
     ways: list[tuple[Mode, Staging]] = [("swap", "device"), ("copy", "device"), ("copy", "none")]
     for mode, staging in ways:
-        policy = deep(bench.nbytes)
-        with standing("taking", policy, bench.folder, marks=2) as segment:
-            policy.to(bench.place)
-            with wsync.attach(policy, "taking", mode=mode, staging=staging) as reader:
-                notice, take, arrival = [], [], []
-                for round_ in range(bench.rounds):
-                    put(segment, bench.folder / f"taking-{round_ % 2}.safetensors")
-                    bench.sync()
-                    began = time.perf_counter()
-                    came = reader.refresh()
-                    noticed = time.perf_counter()
-                    if not came:
-                        reader.wait(60)
-                        landed = time.perf_counter()
-                        assert reader.refresh()
-                        bench.sync()
-                        take.append(time.perf_counter() - landed)
-                    else:
-                        take.append(0.0)
-                    notice.append(noticed - began)
-                    arrival.append(time.perf_counter() - began)
-        ours = statistics.median(a + b for a, b in zip(notice, take, strict=True))
+        policy = deep(bench.nbytes).to(bench.place)
+        with wsync.attach(policy, "large", mode=mode, staging=staging) as reader:
+            times = [version(bench, segment, reader, round_) for round_ in range(bench.rounds)]
+        notice, take, arrival = (statistics.median(column) for column in zip(*times, strict=True))
         bench.say(
             f"a version from the policy's stream, {mode}" + ("" if staging == "device" else ", no staging"),
-            notice_ms=statistics.median(notice) * 1e3,
-            take_ms=statistics.median(take) * 1e3,
-            to_arrival_ms=statistics.median(arrival) * 1e3,
+            notice_ms=notice * 1e3,
+            take_ms=take * 1e3,
+            to_arrival_ms=arrival * 1e3,
             load_state_dict_ms=theirs * 1e3,
-            ratio=ours / theirs,
+            ratio=statistics.median(n + t for n, t, _ in times) / theirs,
             wanted="<= 0.05" if staging == "device" else "none",
         )
 
 
+def version(bench: Bench, segment: Segment, reader: wsync.Reader, turn: int) -> tuple[float, float, float]:
+    """Publishes one; seconds of the refresh that notices it, of the one that takes it, and of all with the bus."""
+    put(segment, bench.folder / f"large-{turn % 2}.safetensors")
+    bench.sync()
+    began = time.perf_counter()
+    if reader.refresh():  # without staging the bus is waited for here
+        bench.sync()
+        noticed = landed = time.perf_counter()
+    else:
+        noticed = time.perf_counter()
+        reader.wait(60)
+        landed = time.perf_counter()
+        assert reader.refresh()
+        bench.sync()
+    ended = time.perf_counter()
+    return noticed - began, ended - landed, ended - began
+
+
 def loading(bench: Bench) -> float:
     policy = deep(bench.nbytes)
-    state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    state = {name: torch.ones_like(tensor) for name, tensor in policy.state_dict().items()}
     policy.to(bench.place)
 
     def load() -> None:
@@ -221,23 +239,20 @@ def slowdown(bench: Bench) -> None:
     """Steps while versions arrive as fast as one process publishes them, beside steps while none does; in turn."""
     modes: list[Mode] = ["copy", "swap"]
     for mode in modes:
-        policy = deep(bench.nbytes)
-        with standing("steps", policy, bench.folder, marks=2):
-            policy.to(bench.place)
-            observation = torch.randn(32, width(bench.nbytes), device=bench.place)
-            quiet: list[float] = []
-            busy: list[float] = []
-            with wsync.attach(policy, "steps", mode=mode) as reader, torch.no_grad():
-                versions = 0
-                steps(bench, reader, policy, observation)  # warm
-                for _ in range(bench.turns):
-                    quiet += steps(bench, reader, policy, observation)
-                    before = reader.version
-                    with storm("steps", bench.folder):
-                        busy += steps(bench, reader, policy, observation)
-                    versions += reader.version - before
-                    while reader.wait(0.5):  # what came last
-                        reader.refresh(wait=True)
+        policy = deep(bench.nbytes).to(bench.place)
+        observation = torch.randn(32, width(bench.nbytes), device=bench.place)
+        quiet: list[float] = []
+        busy: list[float] = []
+        versions = 0
+        with wsync.attach(policy, "large", mode=mode) as reader, torch.no_grad():
+            steps(bench, reader, policy, observation)  # warm
+            for _ in range(bench.turns):
+                quiet += steps(bench, reader, policy, observation)
+                before = reader.version
+                with storm("large", bench.folder):
+                    busy += steps(bench, reader, policy, observation)
+                versions += reader.version - before
+                reader.refresh(wait=True)  # what came last
         bench.say(
             f"a step while versions arrive, {mode}",
             versions=versions,
@@ -278,28 +293,24 @@ def torn(bench: Bench) -> None:
     for mode, staging, graphed in ways:
         if graphed and not bench.real:
             continue
-        policy = flat(bench.nbytes // 32)
-        with standing("torn", policy, bench.folder, marks=MARKS):
-            policy.to(bench.place)
-            look = captured(policy) if graphed else partial(extremes, policy)  # before it is attached
-            looks = bad = 0
-            first = last = 0
-            with wsync.attach(policy, "torn", mode=mode, staging=staging) as reader, storm("torn", bench.folder):
-                first = reader.version
-                end = time.perf_counter() + bench.seconds * 1.5
-                while time.perf_counter() < end:
-                    seen = []
-                    for _ in range(50):
-                        reader.refresh()
-                        seen.append((reader.step, look()))
-                    for mark, found in seen:
-                        bad += set(found.flatten().tolist()) != {float(mark or 0)}
-                    looks += len(seen)
-                last = reader.version
+        policy = flat(bench.nbytes // 32).to(bench.place)
+        look = captured(policy) if graphed else partial(extremes, policy)  # captured before it is attached
+        looks = bad = 0
+        with wsync.attach(policy, "small", mode=mode, staging=staging) as reader, storm("small", bench.folder):
+            first = reader.version
+            end = time.perf_counter() + bench.seconds * 1.5
+            while time.perf_counter() < end:
+                seen = []
+                for _ in range(50):
+                    reader.refresh()
+                    seen.append((reader.step, look()))
+                bad += sum(set(found.flatten().tolist()) != {float(mark or 0)} for mark, found in seen)
+                looks += len(seen)
+            versions = reader.version - first
         bench.say(
             f"torn steps, {mode}" + ("" if staging == "device" else ", no staging") + (", CUDA graph" * graphed),
             steps=looks,
-            versions=last - first,
+            versions=versions,
             torn=bad,
             wanted=0,
         )
@@ -333,7 +344,8 @@ def captured(policy: nn.Module) -> Callable[[], torch.Tensor]:
 
 def deep(nbytes: int) -> nn.Sequential:
     """So many tensors as layers, half of them biases."""
-    return nn.Sequential(*(nn.Linear(width(nbytes), width(nbytes)) for _ in range(TENSORS // 2))).eval()
+    layers = (nn.Linear(width(nbytes), width(nbytes), device="meta") for _ in range(TENSORS // 2))
+    return nn.Sequential(*layers).to_empty(device="cpu").eval()
 
 
 def width(nbytes: int) -> int:
@@ -369,7 +381,7 @@ def put(segment: Segment, file: Path) -> None:
 @contextmanager
 def storm(name: str, folder: Path) -> Iterator[None]:
     """A process that publishes as fast as it can; it is at work when the block begins."""
-    command = [sys.executable, __file__, "--storm", name, str(folder)]
+    command = [sys.executable, "-c", STORM, name, *map(str, sorted(folder.glob(f"{name}-*")))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -377,27 +389,6 @@ def storm(name: str, folder: Path) -> Iterator[None]:
             yield
         finally:
             process.communicate("")  # its end of input ends it
-
-
-def storm_forever(name: str, folder: str) -> None:
-    ended = threading.Event()
-
-    def listen() -> None:
-        sys.stdin.read()
-        ended.set()
-
-    threading.Thread(target=listen, daemon=True).start()
-    segment = Segment.open(name, write=True)
-    files = sorted(Path(folder).glob(f"{name}-*.safetensors"))
-    turn = 0
-    while not ended.is_set():
-        try:
-            put(segment, files[turn % len(files)])
-        except SegmentBusy:  # all spare slots are leased: the reader is on its way
-            continue
-        if turn == 0:
-            print("publishing", flush=True)
-        turn += 1
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -77,7 +77,9 @@ def test_a_driver_that_locks_nothing_read_only(
     assert device.locked == {} and not caplog.records
 
 
-def test_memory_that_may_not_be_locked(trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_that_may_not_be_locked(
+    trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     """Where nothing may be locked versions come all the same, by unlocked copies, with one warning that says why."""
     device.refuses = {"read-only", "writable"}
     policy = mlp()
@@ -85,7 +87,12 @@ def test_memory_that_may_not_be_locked(trainer: Trainer, device: LateDevice, cap
         for mark in range(2, 6):
             trainer.push(mark)
             assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
-    (record,) = caplog.records
+        trainer.segment.remove()
+        trainer.segment.close()
+        again = Trainer(mlp, tmp_path)
+        again.push(7)
+        assert reader.refresh(wait=True) and marks(policy) == {7.0}
+    (record,) = (record for record in caplog.records if "page-locked" in record.message)
     assert "operation not permitted" in record.message and "ulimit -l" in record.message
 
 

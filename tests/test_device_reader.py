@@ -275,6 +275,30 @@ def test_a_policy_that_was_moved_is_told_so(trainer: Trainer, device: LateDevice
     assert trainer.segment.readers() == [] and device.locked == {}
 
 
+@pytest.mark.parametrize(("mode", "staging"), MODES)
+@pytest.mark.parametrize("built_so", [False, True])
+def test_inference_mode(
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: reading.Staging, built_so: bool
+) -> None:
+    """Attached and refreshed in inference mode a policy gets its versions, and is as trainable as it was."""
+    with torch.inference_mode(built_so):
+        policy = mlp()
+    if built_so and mode == "swap":
+        with pytest.raises(SwapRefused, match="inference mode"):
+            wsync.attach(policy, "nets", mode=mode)
+        return
+    with torch.inference_mode(), wsync.attach(policy, "nets", mode=mode, staging=staging) as reader:
+        for mark in (2, 3, 4):
+            trainer.push(mark)
+            assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
+    trainer.push(5)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging):
+        assert marks(policy) == {5.0}
+    assert all(p.is_inference() == built_so for p in policy.parameters())
+    if not built_so:
+        policy(torch.ones(4)).sum().backward()
+
+
 @pytest.mark.parametrize("mode", ["swap", "copy"])
 def test_a_cpu_policy_that_was_moved_is_told_so(trainer: Trainer, mode: reading.Mode) -> None:
     """A policy attached on the CPU and moved to a device afterwards is not left behind, or torn, in silence."""
