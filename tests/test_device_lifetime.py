@@ -219,9 +219,9 @@ def test_error_while_a_copy_begins(trainer: Trainer, device: LateDevice, monkeyp
 
         with monkeypatch.context() as patch:
             patch.setattr(device, "send", fail)
-            with pytest.raises(RuntimeError, match="launch failed"):
+            with pytest.raises(RuntimeError, match="launch failed") as kept:
                 reader.refresh()
-        assert leased(trainer.segment) == [] and marks(policy) == {1.0}
+        assert kept.tb is not None and leased(trainer.segment) == [] and marks(policy) == {1.0}
         assert reader.refresh(wait=True) and marks(policy) == {2.0}
 
 
@@ -280,7 +280,7 @@ def test_close_in_another_thread_ends_a_wait(trainer: Trainer, device: LateDevic
 def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
     """CUDA does not go through a fork: the child's reader says so, its exit harms nothing, and the parent goes on."""
     script = (
-        "import os, wsync\n"
+        "import gc, os, wsync\n"
         "from conftest import marks\n"
         "from devices import LateDevice\n"
         "from policies import mlp\n"
@@ -303,6 +303,8 @@ def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
         "        except UsageError as exc: assert 'fork' in str(exc)\n"
         "        else: os._exit(1)\n"
         "    reader.close()\n"
+        "    del reader, act\n"
+        "    gc.collect()\n"
         "    assert not device.flights[-1].done and len(device.locked) == 3\n"
         "    assert marks(policy) == {1.0} and [r.pid for r in segment.readers()] == [os.getppid()]\n"
         "    os._exit(7)\n"

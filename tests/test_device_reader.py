@@ -291,12 +291,12 @@ def test_inference_mode(
         for mark in (2, 3, 4):
             trainer.push(mark)
             assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
-    trainer.push(5)
-    with wsync.attach(policy, "nets", mode=mode, staging=staging):
-        assert marks(policy) == {5.0}
     assert all(p.is_inference() == built_so for p in policy.parameters())
     if not built_so:
         policy(torch.ones(4)).sum().backward()
+    trainer.push(5)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging):
+        assert marks(policy) == {5.0}
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])

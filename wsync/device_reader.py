@@ -45,7 +45,6 @@ class DeviceReader(Reader):
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                self._check_open()
                 flight = self._weights.flight
                 if flight is not None and flight.query():
                     return True
