@@ -70,13 +70,14 @@ class Cuda:
 
     def unlock(self, address: int) -> None:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if int(runtime.cudaHostUnregister(address)):
-            self._forget_error()
+        with torch.cuda.device(self._device):
+            if int(runtime.cudaHostUnregister(address)):
+                self._forget_error()
 
     def empty(self, nbytes: int) -> torch.Tensor:
         policy_stream = torch.cuda.current_stream(self._device)
         try:
-            with torch.inference_mode(False), torch.cuda.stream(self._side):
+            with torch.cuda.stream(self._side):
                 buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as exc:
             free = torch.cuda.mem_get_info(self._device)[0]

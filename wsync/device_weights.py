@@ -126,9 +126,16 @@ class DeviceWeights:
     def __init__(
         self, policy: torch.nn.Module, targets: Targets, device: Device, mode: Literal["swap", "copy"], *, staged: bool
     ) -> None:
-        self._policy, self._targets, self._device = policy, targets, device
+        self._targets, self._device = targets, device
         self._mode, self._staged = mode, staged
-        self._known = {id(tensor): (tensor.device, tensor.dtype) for tensor, _ in targets}
+        known = {id(tensor) for tensor, _ in targets}
+        self._places = [
+            (f"{prefix}.{key}".lstrip("."), table, key, tensor, tensor.device, tensor.dtype)
+            for prefix, module in policy.named_modules()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+            if tensor is not None and id(tensor) in known
+        ]
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
         for tensor, index in targets:
             self._by_dtype.setdefault(tensor.dtype, []).append((tensor, index))
@@ -170,17 +177,18 @@ class DeviceWeights:
             OutOfDeviceMemory: the device has no room for it.
         """
         if self._staged and self._spare is None:
-            flat = self._device.empty(layout.nbytes)
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # or the policy's parameters would become inference tensors
+                flat = self._device.empty(layout.nbytes)
                 storage = flat.untyped_storage()
                 self._spare = _Buffer(flat, storage, views(layout, storage, 0))
             self._spare.uses = int(torch._C._storage_Use_Count(storage._cdata))
 
     def check_unmoved(self) -> None:
         """Raises UsageError where the policy's tensors are not those that were attached, where they were."""
-        for name, tensor in named_tensors(self._policy):
-            if self._known.get(id(tensor)) != (tensor.device, tensor.dtype):
-                raise moved(name, f"{tensor.dtype} on {tensor.device}")
+        for name, table, key, tensor, device, dtype in self._places:
+            now = table.get(key)
+            if now is not tensor or now.device != device or now.dtype != dtype:
+                raise moved(name, "gone" if now is None else f"{now.dtype} on {now.device}")
 
     def start(self, segment: Segment, slot: int) -> None:
         """Begins to copy a leased slot; the lease must last until ``landed``.
@@ -221,9 +229,8 @@ class DeviceWeights:
                 for group in self._by_dtype.values():
                     torch._foreach_copy_([t for t, _ in group], [spare.tensors[i] for _, i in group])
             return
-        with torch.inference_mode(False):  # as in the reader's own swap
-            for tensor, index in self._targets:
-                tensor.data = spare.tensors[index]
+        for tensor, index in self._targets:
+            tensor.data = spare.tensors[index]
         before, self._live = self._live, spare
         self._spare = before if before is not None and before.is_ours() else None
 
