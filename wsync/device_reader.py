@@ -42,6 +42,7 @@ class DeviceReader(Reader):
         self._forked = False
 
     def wait(self, timeout: float | None = None) -> bool:
+        """As a reader on the CPU does; where a version is under way, until it has arrived."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:

@@ -366,9 +366,8 @@ def attach(
         timeout: seconds to wait for the first version; None waits for ever.
         mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
             policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
-            safe and copies elsewhere. On a GPU ``"swap"`` points them at one of two buffers there, whatever remembers
-            addresses (CUDA graphs, ``torch.compile(mode="reduce-overhead")``) reads another version's, and ``"auto"``
-            copies.
+            safe and copies elsewhere. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
+            CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
             waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
@@ -376,7 +375,7 @@ def attach(
 
     Raises:
         LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
-        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or remembers where they are.
+        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may.
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
         OutOfDeviceMemory: the GPU has no room for that copy.
