@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parts import INDEX
+from .parts import INDEX, remote
 from .source import SUFFIX, TEMPORARY
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class Changes:
 
     def _begin(self) -> bool:
         """Whether watching began just now: the first time, and where another directory stands in the place."""
+        if remote(self._place):
+            return False  # a store notifies of nothing
         try:
             self._directory = self._place if self._place.is_dir() else self._place.parent
             info = self._directory.stat()

@@ -16,8 +16,9 @@ import os
 import pwd
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,16 @@ from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, read_at, shut
-from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of
+from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote
 
 if TYPE_CHECKING:
     from .adapter import Delta
 
-_LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
+LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
+
+
+Pair = tuple[StoredTensor, TensorEntry]
 
 
 class Checkpoint:
@@ -71,7 +75,7 @@ class Checkpoint:
             MalformedCheckpoint: it breaks the format.
             CheckpointError: it cannot be read.
         """
-        self.path = Path(path).absolute()
+        self.path = place_at(path)
         self._fds: list[int] = []
         self._base: Checkpoint | None = None  # of an adapter that is merged
         self._base_plan: Plan | None = None
@@ -79,10 +83,7 @@ class Checkpoint:
         self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
-            for file in self.parts.files:
-                self._fds.append(_open(file))
-            self._let_settle(settle)
-            self._infos = [os.fstat(fd) for fd in self._fds]
+            self._open_files(settle)
             index = [self.parts.index.stat()] if self.parts.index else []
             self.identity = identity_of([*index, *self._infos])
             self.size = sum(info.st_size for info in self._infos)
@@ -99,8 +100,15 @@ class Checkpoint:
         own = self.path.parent.name if self.path.name in (SINGLE, ADAPTER) else self.path.name
         self.step = step_of(own, self.metadata)
 
+    def _open_files(self, settle: float) -> None:
+        """Opens the files, and takes down what they are."""
+        for file in self.parts.files:
+            self._fds.append(_open(file))
+        self._let_settle(settle)
+        self._infos = [os.fstat(fd) for fd in self._fds]
+
     def _read_header(self, number: int, file: Path) -> None:
-        tensors, metadata = read_header(self._fds[number], self._infos[number].st_size, file)
+        tensors, metadata = read_header(partial(self._at, number), self._infos[number].st_size, file)
         self.metadata |= metadata
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
@@ -154,7 +162,7 @@ class Checkpoint:
 
         if self._base is None:
             try:
-                self._base = Checkpoint(settings.base)
+                self._base = open_checkpoint(settings.base)
             except NoCheckpoint as exc:
                 raise CheckpointError(f"the base of the adapter {self.path} is missing: {exc}") from exc
         self._base_plan = self._base.plan(layout, settings)
@@ -191,17 +199,15 @@ class Checkpoint:
         try:
             if self._base and self._base_plan:
                 self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
-            for read in plan.reads:
-                self._read(weights, read)  # P4 stage
+            for read in self._staged(weights, plan.reads):
                 clean = clean and all_finite(weights, regions, read.slices)
                 if progress:
                     progress(read.nbytes)
-            for tensor, entry in plan.casts:
-                for at, piece in self._pieces(tensor, entry):
-                    weights[at : at + len(piece)] = piece
-                clean = clean and all_finite(weights, regions, ((entry.offset, entry.nbytes),))
+            for _, at, piece in self._converted(plan.casts):
+                weights[at : at + len(piece)] = piece
+                clean = clean and all_finite(weights, regions, ((at, len(piece)),))
                 if progress:
-                    progress(entry.nbytes)
+                    progress(len(piece))
             if self._deltas:
                 from .adapter import add
             for delta in self._deltas:
@@ -269,15 +275,24 @@ class Checkpoint:
             left = wanted - (now - max((t for t in times if t <= now + 1), default=0.0))
             if left <= 0:
                 return
-            if left > _LONGEST_WAIT:
+            if left > LONGEST_WAIT:
                 break
             time.sleep(left)
             if [identity(os.fstat(fd)) for fd in self._fds] == list(map(identity, infos)):
                 return
-        raise IncompleteCheckpoint(
+        raise self._unsettled(wanted)
+
+    def _unsettled(self, wanted: float) -> IncompleteCheckpoint:
+        return IncompleteCheckpoint(
             f"{self.path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again "
             "at the next pass."
         )
+
+    def _staged(self, weights: memoryview, reads: Iterable[Read]) -> Iterator[Read]:
+        """Reads into the weights; each read is given once its bytes are there."""
+        for read in reads:
+            self._read(weights, read)  # P4 stage
+            yield read
 
     def _read(self, weights: memoryview, read: Read) -> None:
         buffers = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
@@ -294,26 +309,38 @@ class Checkpoint:
                     buffers[0], got = buffers[0][got:], 0
 
     def _whole(self, tensor: StoredTensor) -> memoryview:
-        data = read_at(self._fds[tensor.file], tensor.nbytes, tensor.start)
+        data = self._at(tensor.file, tensor.nbytes, tensor.start)
         if len(data) != tensor.nbytes:
             raise self._changed()
         return memoryview(data)
 
-    def _pieces(self, tensor: StoredTensor, entry: TensorEntry) -> Iterator[tuple[int, memoryview]]:
-        """A tensor's bytes in the entry's dtype, piece by piece, each with its offset into the weights."""
-        offset = entry.offset
-        for at in range(0, tensor.nbytes, CHUNK):
-            size = min(CHUNK, tensor.nbytes - at)
-            piece = memoryview(read_at(self._fds[tensor.file], size, tensor.start + at))
-            if len(piece) != size:
+    def _at(self, number: int, nbytes: int, start: int) -> bytes:
+        """Bytes of one of the files; fewer where it ends."""
+        return read_at(self._fds[number], nbytes, start)
+
+    def _pieces(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, int, bytes]]:
+        """Tensors as they are stored, piece by piece, each piece with its offset into the tensor."""
+        for pair in pairs:
+            tensor = pair[0]
+            for at in range(0, tensor.nbytes, CHUNK):
+                yield pair, at, self._at(tensor.file, min(CHUNK, tensor.nbytes - at), tensor.start + at)
+
+    def _converted(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, int, memoryview]]:
+        """Tensors in the entries' dtypes, piece by piece, each piece with its offset into the weights."""
+        offset = 0
+        for pair, at, data in self._pieces(pairs):
+            tensor, entry = pair
+            if len(data) != min(CHUNK, tensor.nbytes - at):
                 raise self._changed()
+            piece = memoryview(data)
             if tensor.dtype != entry.dtype:
                 piece = convert(piece, tensor.dtype, entry.dtype)
-            yield offset, piece
+            offset = offset if at else entry.offset
+            yield pair, offset, piece
             offset += len(piece)
 
     def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
-        for at, piece in self._pieces(twin, entry):
+        for _, at, piece in self._converted([(twin, entry)]):
             if piece != weights[at : at + len(piece)]:
                 self.check_unchanged()
                 raise CheckpointMismatch(
@@ -329,6 +356,16 @@ class Checkpoint:
             "trainer, which has probably diverged.",
             tuple(rows),
         )
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:
+    """The checkpoint at a path or URL, opened; see ``Checkpoint``."""
+    place = place_at(path)
+    if remote(place) is None:
+        return Checkpoint(place, settle=settle)
+    from .remote import RemoteCheckpoint
+
+    return RemoteCheckpoint(place, settle=settle)
 
 
 def step_of(name: str, metadata: Mapping[str, str]) -> int | None:

@@ -75,10 +75,10 @@ def push(
     *,
     spec: SpecArgument,
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
             metavar="[CHECKPOINT]",
-            help="A file, or a directory: its newest one. (default: from the spec)",
+            help="A file, or a directory: its newest one; or a URL. (default: from the spec)",
             show_default=False,
         ),
     ] = None,
@@ -145,10 +145,10 @@ def watch(
     *,
     spec: SpecArgument,
     checkpoints: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
             metavar="[CHECKPOINTS]",
-            help="Where checkpoints appear; may not be there yet. (default: from the spec)",
+            help="Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)",
             show_default=False,
         ),
     ] = None,
@@ -158,7 +158,7 @@ def watch(
         typer.Option(
             "--poll",
             envvar="WSYNC_POLL",
-            help="Seconds between looks that nothing asked for. (default: 1)",
+            help="Seconds between looks that nothing asked for. (default: 1; of a URL 10)",
             show_default=False,
         ),
     ] = None,
@@ -200,7 +200,8 @@ def watch(
         raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
     toml = spec if os.path.isfile(spec) else None
     given = {"slots": slots, "keep": keep, "poll": poll, "max_failures": max_failures}
-    service = Service(lambda: _spec(spec, name, settings, **given), toml, checkpoints, runtime_dir, state_dir)
+    load = lambda: _spec(spec, name, settings, checkpoints, **given)  # noqa: E731
+    service = Service(load, toml, checkpoints, runtime_dir, state_dir)
     loaded, place = service.spec, service.syncer.getter.checkpoints
     form: Any = log_format or default_format()
     log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
@@ -258,7 +259,7 @@ def status(
 @app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
 def inspect(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them.", show_default=False)
+        str, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them; or a URL.", show_default=False)
     ],
     spec: Annotated[
         str | None,
@@ -274,7 +275,7 @@ def inspect(
     from .spec import load_spec
     from .tables import print_inspection
 
-    looked = look(path.absolute(), spec=load_spec(spec) if spec else None, scan_values=scan)
+    looked = look(path, spec=load_spec(spec) if spec else None, scan_values=scan)
     if as_json:
         _print_json(looked)
     else:
@@ -314,13 +315,19 @@ def _main(
     pass
 
 
-def _spec(text: str, name: str | None, settings: dict[str, dict[str, Any]], **given: object) -> Spec:
+def _spec(
+    text: str,
+    name: str | None,
+    settings: dict[str, dict[str, Any]],
+    checkpoints: str | None = None,
+    **given: object,
+) -> Spec:
     """The spec with what the options say instead."""
     from dataclasses import replace
 
     from .spec import load_spec
 
-    spec = load_spec(text, name=name)
+    spec = load_spec(text, name=name, checkpoints=checkpoints)
     tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
     return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 

@@ -98,8 +98,8 @@ def rollback(
 def pin(
     name: NameArgument,
     checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="A file. (default: what is live)", show_default=False),
+        str | None,
+        typer.Argument(metavar="[CHECKPOINT]", help="A file, or a URL. (default: what is live)", show_default=False),
     ] = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -110,8 +110,7 @@ def pin(
     from .state import State
 
     with State(check_name(name), state_dir) as state:
-        place = None if checkpoint is None else str(checkpoint.absolute())
-        pinned, live = pin_checkpoint(name, place, runtime=runtime_dir, state=state)
+        pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
     when = "" if live else "; the next pass of a watch or push puts it live"
     print(f"{name}: {pinned.name} is pinned until `wsync unpin {name}`{when}")
 

@@ -7,13 +7,13 @@ What the official reader refuses is refused here, each with its reason
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import IncompleteCheckpoint, MalformedCheckpoint
 from .layout import DTYPE_BITS, describe
-from .memory import read_at
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
 
@@ -30,14 +30,19 @@ class StoredTensor:
     file: int = 0
 
 
-def read_header(fd: int, size: int, path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(
+    read: Callable[[int, int], bytes], size: int, path: Path
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The validated tensors and metadata of an open safetensors file of ``size`` bytes.
+
+    Args:
+        read: gives so many bytes of the file from an offset, fewer where it ends.
 
     Raises:
         IncompleteCheckpoint: the file ends before the header says.
         MalformedCheckpoint: anything that the official reader refuses as well.
     """
-    head = read_at(fd, min(1 << 16, size), 0)
+    head = read(min(1 << 16, size), 0)
     if len(head) < 8:
         raise _incomplete(path, size, "its length field has 8")
     length = int.from_bytes(head[:8], "little")
@@ -47,7 +52,7 @@ def read_header(fd: int, size: int, path: Path) -> tuple[dict[str, StoredTensor]
         raise _incomplete(path, size, f"its header alone takes {8 + length:,}")
     text = head[8 : 8 + length]
     if len(text) < length:
-        text += read_at(fd, length - len(text), 8 + len(text))
+        text += read(length - len(text), 8 + len(text))
     if len(text) < length:
         raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
     try:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NoCheckpoint, WithDifferences
 from .finite import not_finite
-from .parts import parts_of
+from .parts import parts_of, place_at
 from .source import Candidate, Select, scan, select
 from .spec import Spec
 
 Fits = Callable[[Checkpoint], dict[str, Any]]
 
 
-def inspect(path: Path, *, spec: Spec | None = None, scan_values: bool = False) -> dict[str, Any]:
+def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_values: bool = False) -> dict[str, Any]:
     """Looks at a checkpoint, or at the candidates of a directory; never raises for what is wrong with one of them.
 
     Args:
@@ -32,7 +33,7 @@ def inspect(path: Path, *, spec: Spec | None = None, scan_values: bool = False) 
     Raises:
         NoCheckpoint: there is nothing at the path.
     """
-    fits = _fitter(spec) if spec else None
+    fits, path = _fitter(spec) if spec else None, place_at(path)
     if path.is_dir():
         try:
             parts_of(path)
@@ -52,7 +53,7 @@ def _verdict(candidate: Candidate, fits: Fits | None) -> dict[str, Any]:
 
 def _look(path: Path, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except NoCheckpoint:
         raise
     except CheckpointError as exc:

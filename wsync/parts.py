@@ -14,14 +14,38 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+
+if TYPE_CHECKING:
+    from .remote import RemotePath
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 MAX_INDEX = 100_000_000  # bytes, as for a header
+
+
+def place_at(place: str | os.PathLike[str]) -> Path:
+    """An absolute path; for a URL what stands for it, which is used like a path wherever a checkpoint is looked for.
+
+    Raises:
+        UsageError: it is a URL of no kind that wsync reads.
+    """
+    if isinstance(place, Path):
+        return place.absolute()
+    text = os.fspath(place)
+    if "://" not in text:
+        return Path(text).absolute()
+    from .remote import RemotePath, open_url
+
+    return cast(Path, place if isinstance(place, RemotePath) else open_url(text))
+
+
+def remote(place: object) -> RemotePath | None:
+    """What stands for a URL; None for a path on disk."""
+    return None if isinstance(place, Path) else cast("RemotePath", place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +120,14 @@ def _sharded(path: Path) -> Parts:
     ordered = sorted(shards)
     names = tuple(frozenset(shards[shard]) for shard in ordered)
     return Parts(path, tuple(path / shard for shard in ordered), index, names)
+
+
+def shards_of(index: bytes) -> list[str]:
+    """The files beside it that an index names; none where it is broken, which is told when it is opened."""
+    try:
+        return sorted({shard for shard in json.loads(index)["weight_map"].values() if _is_file_name(shard)})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def _is_file_name(shard: object) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NoCheckpoint, StateError, WsyncError
 from .fitting import Fit
 
@@ -230,7 +230,7 @@ def _same(path: str | None, identity: str | None) -> Checkpoint | None:
     if not path or not identity:
         return None
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = open_checkpoint(path)
     except (NoCheckpoint, CheckpointError):
         return None
     if checkpoint.identity == identity:

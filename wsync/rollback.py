@@ -145,7 +145,7 @@ def pin_checkpoint(
         CheckpointError: the checkpoint cannot be opened.
         StateError: the pin cannot be written.
     """
-    from .checkpoint import Checkpoint
+    from .checkpoint import open_checkpoint
 
     live = None
     if checkpoint is None or (_exists(name, runtime)):
@@ -157,7 +157,7 @@ def pin_checkpoint(
             raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
         pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
     else:
-        with Checkpoint(checkpoint) as opened:
+        with open_checkpoint(checkpoint) as opened:
             version = live.version if live and live.identity == opened.identity else 0
             pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
     state.set_pin(pin)

@@ -15,13 +15,13 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .errors import CheckpointError, NoCheckpoint, UsageError
-from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of
+from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of, place_at, remote
 
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
@@ -80,7 +80,7 @@ class Candidate(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return Path(self.location)
+        return Path(self.location) if isinstance(self.location, str) else self.location
 
     @property
     def identity(self) -> str:
@@ -114,12 +114,19 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
         NoCheckpoint: there is no such place yet.
         CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
     """
+    exists: Callable[[str], bool] = os.path.exists
     try:
+        if away := remote(place):  # one listing of the store answers all that is asked below
+            away = away.listed()
+            place, exists = place_at(away), away.has
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            return [Candidate(str(place.absolute()), info, _written(info))]
-        with os.scandir(place.absolute()) as entries:
-            listed = list(entries)
+            return [Candidate(place.absolute(), info, _written(info))]
+        if away:
+            listed = away.entries()
+        else:
+            with os.scandir(place.absolute()) as entries:
+                listed = list(entries)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
     except OSError as exc:
@@ -150,8 +157,8 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
                 if not settings.marker or _marked(name, names, settings.marker):
                     mtime, ctime = info.st_mtime_ns, info.st_ctime_ns  # as ``_written`` has it
                     found.append(Candidate(entry.path, info, mtime if mtime <= ctime else ctime))
-            elif entry.is_dir() and (not settings.marker or os.path.exists(os.path.join(entry.path, settings.marker))):
-                found.append(_directory(Path(entry.path)))
+            elif entry.is_dir() and (not settings.marker or exists(os.path.join(entry.path, settings.marker))):
+                found.append(_directory(place / name if away else Path(entry.path)))
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
@@ -241,7 +248,7 @@ def _directory(path: Path) -> Candidate:
     """A directory as a candidate."""
     parts = parts_of(path)
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
-    return Candidate(str(path), identity_of(infos), max(map(_written, infos)))
+    return Candidate(path, identity_of(infos), max(map(_written, infos)))
 
 
 def _written(info: os.stat_result) -> int:

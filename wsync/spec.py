@@ -23,12 +23,14 @@ from .fitting import Fit
 from .hooks import Hooks
 from .layout import Layout, layout_of
 from .metrics import Metrics
+from .parts import place_at, remote
 from .source import Select
 
 if TYPE_CHECKING:
     import torch
 
 POLL = 1.0
+REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money
 MAX_POLL = 86_400.0
 MAX_FAILURES = -1
 MAX_SLOTS = 64
@@ -70,7 +72,7 @@ class Spec:
         name: of the segment; default the TOML's own name, or ``package.module.attr``.
         directory: what is importable beside the installed packages: the TOML's directory, or the current one.
         policy_kwargs: what the callable is called with.
-        checkpoints: where checkpoints appear, absolute; None where the spec names none.
+        checkpoints: where checkpoints appear, absolute, or what stands for a URL; None where the spec names none.
         poll: seconds between two looks that no notification asked for.
         max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
         slots: buffers of a segment that is made.
@@ -272,23 +274,35 @@ class Spec:
             yield
 
 
-def load_spec(text: str, *, name: str | None = None) -> Spec:
+def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathLike[str] | None = None) -> Spec:
     """Reads a spec: a path of a TOML file, or ``package.module:attr``.
 
     Args:
         name: overrides the segment's name.
+        checkpoints: overrides where checkpoints appear.
 
     Raises:
         SpecError: neither; or the TOML is broken, has an unknown key, or a value of a wrong kind.
     """
     if text.endswith(".toml") or os.path.isfile(text):
-        spec = _load_toml(Path(text).absolute(), name)
+        spec = _load_toml(Path(text).absolute(), name, checkpoints)
     else:
-        spec = Spec(_check_import_string(text), name or text.replace(":", "."), Path.cwd())
+        place = place_at(checkpoints) if checkpoints else None
+        spec = Spec(
+            _check_import_string(text),
+            name or text.replace(":", "."),
+            Path.cwd(),
+            checkpoints=place,
+            poll=_default_poll(place),
+        )
     return spec
 
 
-def _load_toml(path: Path, name: str | None) -> Spec:
+def _default_poll(place: Path | None) -> float:
+    return REMOTE_POLL if place is not None and remote(place) else POLL
+
+
+def _load_toml(path: Path, name: str | None, checkpoints: str | os.PathLike[str] | None) -> Spec:
     import tomllib
 
     try:
@@ -304,10 +318,11 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         if data.get(key) == "":
             raise SpecError(f"{path}: {key} is empty. Give it a value, or leave it out.")
     watch = data.get("watch", {})
-    checkpoints = data.get("checkpoints")
+    named = data.get("checkpoints")
+    place = place_at(checkpoints) if checkpoints else _beside(path, named) if named else None
     weights: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.get("weights", {}).items()}
     if weights.get("base"):
-        weights["base"] = str(path.parent / weights["base"])
+        weights["base"] = weights["base"] if "://" in weights["base"] else str(path.parent / weights["base"])
     metrics = dict(data.get("metrics", {}))
     if metrics.get("file"):
         metrics["file"] = str(path.parent / metrics["file"])
@@ -316,8 +331,8 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         name=name or data.get("name") or path.stem,
         directory=path.parent,
         policy_kwargs=data.get("policy_kwargs", {}),
-        checkpoints=path.parent / checkpoints if checkpoints else None,
-        poll=float(watch.get("poll", POLL)),
+        checkpoints=place,
+        poll=float(watch.get("poll", _default_poll(place))),
         max_failures=watch.get("max_failures", MAX_FAILURES),
         slots=data.get("slots", SLOTS),
         keep=data.get("keep", 0),
@@ -327,6 +342,11 @@ def _load_toml(path: Path, name: str | None) -> Spec:
         hooks=Hooks(**data.get("hooks", {})),
         metrics=Metrics(**metrics),
     )
+
+
+def _beside(toml: Path, place: str) -> Path:
+    """A URL, or a path as a TOML has it."""
+    return place_at(place) if "://" in place else toml.parent / place
 
 
 def _tell() -> None:

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, step_of
+from .checkpoint import Checkpoint, open_checkpoint, step_of
 from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from .fitting import Fit
 from .layout import TORCH_DTYPES, Layout
+from .parts import place_at
 from .segment_files import Publication
 from .source import Candidate, Select, SetBack, scan, select
 
@@ -30,7 +31,7 @@ class CheckpointWeightGetter:
     """Reads the newest complete checkpoint of a directory, or one named file.
 
     Args:
-        checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file.
+        checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file; or the URL of one.
         only_new: a call gives None where the newest checkpoint is the one that the last call gave.
         select: which entries are checkpoints, and which is newest.
         fit: which tensors are taken, and under which names.
@@ -52,7 +53,7 @@ class CheckpointWeightGetter:
         select: Select = Select(),  # noqa: B008  (frozen)
         fit: Fit = Fit(),  # noqa: B008
     ) -> None:
-        self.checkpoints = Path(checkpoints).absolute()
+        self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
         self._steps: dict[str, int | None] = {}
         self._set_back = SetBack()
@@ -126,7 +127,7 @@ class CheckpointWeightGetter:
 
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
-        return Checkpoint(candidate.path, settle=self.select.settle)
+        return open_checkpoint(candidate.path, settle=self.select.settle)
 
     def nothing(self) -> NoCheckpoint:
         return NoCheckpoint(
