@@ -16,11 +16,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from object_stores import Bucket
 
 TESTS = Path(__file__).parent
 DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
@@ -157,6 +160,57 @@ def fifo(tmp_path: Path) -> Iterator[Callable[[str], int]]:
     yield make
     for fd in opened:
         os.close(fd)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[int]:
+    """The port of an S3 server that lives as long as the tests of this worker; it ends when its stdin does."""
+    pytest.importorskip("moto.server")
+    pytest.importorskip("obstore")
+    program = (
+        "import sys; from moto.server import ThreadedMotoServer as Server; "
+        "server = Server('127.0.0.1', 0, verbose=False); server.start(); "
+        "print(server.get_host_and_port()[1], flush=True); sys.stdin.read(); server.stop()"
+    )
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as server,
+    ):
+        assert server.stdin and server.stdout
+        try:
+            yield int(server.stdout.readline())
+        finally:
+            server.stdin.close()
+            try:
+                server.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+@pytest.fixture
+def bucket(moto: int, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket, and an environment in which wsync finds it behind a proxy."""
+    import urllib.request
+
+    for path in ("/moto-api/reset", "/bucket"):
+        method = "POST" if "reset" in path else "PUT"
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{moto}{path}", method=method)):
+            pass
+    from object_stores import SECRET, Bucket
+
+    made = Bucket(moto)
+    environment = {
+        "AWS_ENDPOINT_URL": made.proxy.url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield made
+    made.proxy.close()
 
 
 def heard(fd: int) -> bytes:

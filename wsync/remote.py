@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
@@ -293,10 +293,20 @@ def _ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[
         for job in jobs:
             pending.append((job, pool.submit(work, job)))
             if len(pending) >= most:
-                done, future = pending.popleft()
-                yield done, future.result()
+                yield _first(pending)
         while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
+            yield _first(pending)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _first(pending: deque[tuple[_J, Future[_R]]]) -> tuple[_J, _R]:
+    """Waits for the first of them; where any one fails, no longer than until then."""
+    job, first = pending[0]
+    while not first.done():
+        wait([future for _, future in pending if not future.done()], return_when=FIRST_COMPLETED)
+        for _, future in pending:
+            if future.done():
+                future.result()
+    pending.popleft()
+    return job, first.result()

@@ -229,7 +229,7 @@ class Store:
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         """Tries until it works; what no second try changes, and what is no error of the store, is raised at once."""
         obstore = self._library()
-        from obstore.exceptions import BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+        from obstore.exceptions import BaseError, PreconditionError
 
         began, patience = time.monotonic(), PATIENCE
         for number in range(1, patience.tries + 1):
@@ -239,13 +239,13 @@ class Store:
                 raise FileNotFoundError(2, os.strerror(2)) from None  # obstore's own has the URL in it
             except PreconditionError:
                 raise OtherVersion from None
-            except (PermissionDeniedError, UnauthenticatedError) as exc:
-                raise CheckpointError(
-                    f"{self}/{key} is refused ({_reason(exc)}). Give this process credentials that may list and read "
-                    "it, where the store's own tools look for them."
-                ) from None
             except (BaseError, Faulty) as exc:
                 reason = _reason(exc)
+                if reason.startswith(("401", "403")):
+                    raise CheckpointError(
+                        f"{self}/{key} is refused ({reason}). Give this process credentials that may list and read it, "
+                        "where the store's own tools look for them."
+                    ) from None
                 if number == patience.tries or _FINAL.match(reason):
                     tried = f", {number} tries in {time.monotonic() - began:.0f} s" if number > 1 else ""
                     raise CheckpointError(
