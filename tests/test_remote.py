@@ -294,6 +294,20 @@ def test_a_watch_takes_what_comes(spawn: Spawn, bucket: Bucket) -> None:
     assert SECRET not in "\n".join(lines.seen)
 
 
+def test_a_terminal_shows_a_bar(spawn: Spawn, bucket: Bucket, segment: Segment) -> None:
+    """A push of a URL on a terminal shows bytes and rate while it reads; without one stderr stays empty."""
+    bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
+    ours, theirs = os.openpty()
+    push = spawn("-m", "wsync", "push", SPEC, RUN, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    assert push.wait(DEADLINE) == 0
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert "232/232 bytes" in shown
+    quiet = spawn("-m", "wsync", "push", SPEC, RUN, "--force")
+    assert quiet.communicate(timeout=DEADLINE)[1] == ""
+
+
 def test_a_store_is_looked_at_less_often(tmp_path: Path) -> None:
     """Between two looks at a store there are ten seconds, unless the spec says otherwise; at a directory one."""
     toml = tmp_path / "p.toml"

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .monitor import Monitor
     from .spec import Spec
+    from .syncer import Syncer
 
 app = typer.Typer(
     name="wsync",
@@ -111,7 +113,8 @@ def push(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a gate or hook ends with us
     monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
     try:
-        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
+        state = State(loaded.name, state_dir)
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer, _bar(syncer):
             syncer.report, syncer.record.complain = _hook_report(monitor), complain
             if retry:
                 syncer.record.forget()
@@ -330,6 +333,18 @@ def _spec(
     spec = load_spec(text, name=name, checkpoints=checkpoints)
     tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
     return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _bar(syncer: Syncer) -> AbstractContextManager[object]:
+    """What a terminal shows while a checkpoint comes from a store."""
+    from .parts import remote
+
+    if not remote(syncer.getter.checkpoints) or not sys.stderr.isatty():
+        return nullcontext()
+    from .transfer import Bar
+
+    syncer.progress = bar = Bar()
+    return bar
 
 
 def _monitor(spec: Spec, runtime: Path | None, complain: Callable[[WsyncError], None], *, serve: bool) -> Monitor:

@@ -30,6 +30,7 @@ from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
+_WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
 _J = TypeVar("_J")
 _R = TypeVar("_R")
 
@@ -193,15 +194,17 @@ class RemoteCheckpoint(Checkpoint):
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
         self._infos = [file.stat() for file in self.parts.files]
-        if len(self._infos) == 1:
-            return  # an object is there whole, or not at all
-        left = settle - (time.time() - max(info.st_mtime for info in self._infos))
-        if left > LONGEST_WAIT:
-            raise self._unsettled(settle)
+        wanted = settle if len(self._infos) > 1 else 0.0  # one object is there whole, or not at all
+        if cast(RemotePath, self.path).store.is_web:
+            wanted = max(wanted, _WEB_TICK)
+        now = time.time()
+        left = wanted - (now - max((i.st_mtime for i in self._infos if i.st_mtime <= now + 1), default=0.0))
+        if left > LONGEST_WAIT + _WEB_TICK:
+            raise self._unsettled(wanted)
         if left > 0:
             time.sleep(left)
             if not self._stands():
-                raise self._unsettled(settle)
+                raise self._unsettled(wanted)
 
     @staticmethod
     def _listed_as(file: Path) -> Stored:
@@ -218,7 +221,9 @@ class RemoteCheckpoint(Checkpoint):
         """Whether the store has all files as they were listed."""
         files = [*self._stored, *([self._listed_as(self.parts.index)] if self.parts.index else [])]
         store = cast(RemotePath, self.path).store
-        return all(now == file for file, now in _ahead(files, lambda file: store.head(file.key), AT_ONCE))
+        return all(
+            now and now.is_version(file) for file, now in _ahead(files, lambda file: store.head(file.key), AT_ONCE)
+        )
 
     def _at(self, number: int, nbytes: int, start: int) -> bytes:
         data = bytearray(nbytes)

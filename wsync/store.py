@@ -17,6 +17,7 @@ import re
 import stat
 import time
 import zlib
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from .errors import CheckpointError, UsageError
 
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _PIECE = 1 << 16  # bytes of a body that are handed over at a time; larger ones are slower, for the cache
 _DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of those that are directories
-_FINAL = re.compile(r"4(?!08|25|29)\d\d")  # status codes that no second try changes
+_NO_RANGES = "it gives no ranges"
+_FINAL = re.compile(rf"4(?!08|25|29)\d\d|{_NO_RANGES}")  # what no second try changes
 _T = TypeVar("_T")
 
 
@@ -44,7 +47,6 @@ class Patience:
     Attributes:
         tries: of one range or listing.
         pause: seconds after the first try; doubled after each.
-        longest: seconds that a pause grows to.
         connect: seconds until a connection stands.
         quiet: seconds without a byte.
         request: seconds of one request in all.
@@ -52,9 +54,8 @@ class Patience:
 
     tries: int = 6
     pause: float = 0.25
-    longest: float = 5.0
-    connect: float = 10.0
-    quiet: float = 20.0
+    connect: float = 5.0
+    quiet: float = 15.0
     request: float = 60.0
 
 
@@ -89,6 +90,11 @@ class Stored:
     def of(cls, meta: ObjectMeta, key: str) -> Stored:
         return cls(key, meta["size"], meta["e_tag"] or "", int(meta["last_modified"].timestamp()))
 
+    def is_version(self, other: Stored) -> bool:
+        """Whether this is the same version; only where there are no ETags its time has to tell."""
+        same = (self.size, self.etag) == (other.size, other.etag)
+        return same and (self.etag != "" or self.written == other.written)
+
     def stat(self, store: str) -> os.stat_result:
         """The same in the system's words: device and inode stand for the store and for key and ETag, so that the
         identity of a checkpoint is made as it is on disk.
@@ -122,6 +128,10 @@ class Store:
     def __str__(self) -> str:
         return f"{self.scheme}://{self.root}"
 
+    @property
+    def is_web(self) -> bool:
+        return self.scheme in ("http", "https")
+
     def __getstate__(self) -> dict[str, Any]:
         return {"scheme": self.scheme, "root": self.root, "_secret": self._secret, "small": {}}
 
@@ -133,7 +143,7 @@ class Store:
         """
         if prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
-        found = self._probe(prefix) if self.scheme.startswith("http") else self._below(prefix)
+        found = self._probe(prefix) if self.is_web else self._below(prefix)
         if not found and prefix and not prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
         self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
@@ -168,10 +178,9 @@ class Store:
             if stored.etag and not stored.etag.startswith("W/"):  # a weak one matches nothing
                 options["if_match"] = stored.etag
             result = obstore.get(self._client, stored.key, options=options)
-            found = Stored.of(result.meta, stored.key)
-            if found.etag != stored.etag or (not found.etag and found.written != stored.written):
+            if not Stored.of(result.meta, stored.key).is_version(stored):
                 raise OtherVersion
-            if found.size != stored.size or result.range != (start + done, start + nbytes):
+            if result.range != (start + done, start + nbytes):
                 raise Faulty("another range than was asked for")
             for piece in result.stream(min_chunk_size=_PIECE):
                 if len(piece) > nbytes - done:
@@ -252,7 +261,7 @@ class Store:
                         f"{self}/{key} cannot be read ({reason}{tried}). It is tried again at the next pass; see that "
                         "the store is there, and what its name, region and endpoint are."
                     ) from None
-            time.sleep(min(patience.pause * 2 ** (number - 1), patience.longest))
+            time.sleep(patience.pause * 2 ** (number - 1))
         raise AssertionError
 
     def _library(self) -> Any:
@@ -283,8 +292,9 @@ class Store:
                 return store.AzureStore(self.root, **options)
             client["allow_http"] = True
             user, query = self._secret
-            url = f"{self.scheme}://{user}{'@' if user else ''}{self.root}{'?' if query else ''}{query}"
-            return store.HTTPStore.from_url(url, **options)
+            if user:
+                client["default_headers"] = {"authorization": f"Basic {b64encode(unquote_to_bytes(user)).decode()}"}
+            return store.HTTPStore.from_url(f"{self}{'?' if query else ''}{query}", **options)
         except (BaseError, ValueError) as exc:
             raise UsageError(
                 f"{self} cannot be opened ({_reason(exc)}). See its name, and the store's settings in the environment."
@@ -305,7 +315,7 @@ def _reason(exc: Exception) -> str:
         kinds = {"Connect": "no connection", "Timeout": "no answer in time", "Interrupted": "the connection was cut"}
         words = [kinds[kind] for kind in re.findall(r"kind: (\w+)", text) if kind in kinds][:1]
     if not words:
-        words = ["it gives no ranges"] if "non-partial" in text else [type(exc).__name__]
+        words = [_NO_RANGES if type(exc).__name__ == "NotSupportedError" else type(exc).__name__]
     return ", ".join(words)
 
 
