@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEADLINE, TESTS, Cli, Spawn, write
+from object_stores import Bucket
 from torch import nn
 
 EXAMPLES = TESTS.parent / "examples"
@@ -84,3 +85,17 @@ def test_the_gate_lets_only_a_good_policy_live(tmp_path: Path, cli: Cli) -> None
     good = cli("push", "gated.toml", "--json", cwd=box)
     told = json.loads(good.stdout)
     assert (good.returncode, told["status"], told["step"]) == (0, "published", 2), good.stderr
+
+
+def test_the_s3_files_work_when_copied(tmp_path: Path, cli: Cli, spawn: Spawn, bucket: Bucket) -> None:
+    """The upload puts checkpoints into the spec's bucket, and the commands find them and publish one after another."""
+    box = tmp_path / "box"
+    shutil.copytree(EXAMPLES / "s3", box)
+    for step in (9, 10):
+        upload = spawn("upload.py", "s3://bucket/run", str(step), cwd=box)
+        assert upload.wait(DEADLINE) == 0, upload.communicate()
+        looked = cli("inspect", "s3://bucket/run", "--spec", "net.toml", "--json", cwd=box)
+        assert json.loads(looked.stdout)["candidates"][0]["fits"], looked.stderr
+        pushed = cli("push", "net.toml", "--json", cwd=box)
+        told = json.loads(pushed.stdout)
+        assert (told["status"], told["step"]) == ("published", step), pushed.stderr

@@ -107,6 +107,14 @@ def test_the_shown_settings_are_settings(box: Path, cli: Cli) -> None:
     assert cli("push", "all.toml", "--prefix", "", cwd=box).returncode == 0
 
 
+def test_the_shown_store_is_the_example() -> None:
+    """The spec of an object store in the README is that of the example, word for word in its settings."""
+    (shown,) = (block for block in blocks("toml") if "s3://" in block)
+    example = ROOT / "examples" / "s3" / "net.toml"
+    assert tomllib.loads(shown) == tomllib.loads(example.read_text())
+    assert str(load_spec(str(example)).checkpoints) == "s3://bucket/run"
+
+
 def test_the_shown_gate_and_hooks_run(box: Path, cli: Cli) -> None:
     """The settings of gate and hooks are settings: the gate refuses what does not balance, the command runs."""
     pytest.importorskip("gymnasium")

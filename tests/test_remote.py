@@ -256,6 +256,18 @@ def test_ranges_come_many_at_a_time(bucket: Bucket, segment: Segment, monkeypatc
     assert not together.broken and bucket.proxy.most == AT_ONCE
 
 
+def test_steps_are_looked_up_many_at_a_time(bucket: Bucket) -> None:
+    """Where the step orders, the headers of all candidates come together, and each once."""
+    for step in range(AT_ONCE):
+        bucket.save(f"run/at_{100 - step}.safetensors", mlp(), 1.0, step)
+    together = threading.Barrier(AT_ONCE)
+    bucket.proxy.arm(r"GET \S*at_", before=lambda: together.wait(DEADLINE), times=AT_ONCE)
+    getter = CheckpointWeightGetter(RUN, select=Select(order="step"))
+    for _ in range(2):
+        assert [c.step for c in getter.candidates()] == list(reversed(range(AT_ONCE)))
+    assert not together.broken and len(bucket.proxy.heads("GET .*at_")) == AT_ONCE
+
+
 def test_nan_is_refused_once(cli: Cli, bucket: Bucket) -> None:
     """What is not finite is rejected with 65, and what was refused is known again by its ETag."""
     bucket.save("run/x.safetensors", mlp(), float("nan"))

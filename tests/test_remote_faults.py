@@ -166,6 +166,7 @@ def test_a_store_without_conditions_is_seen_through(bucket: Bucket, live: Syncer
     outcome = live.once()
     assert (outcome.status, outcome.version) == ("busy", 1), outcome.reason
     assert live_marks() == {1.0}
+    assert bool(bucket.proxy.heads(r"HEAD \S*step_2")) is not honest, "an honest answer tells before the end"
 
 
 def test_deleted_while_it_is_read_gives_the_one_before(bucket: Bucket, live: Syncer) -> None:

@@ -222,7 +222,7 @@ class RemoteCheckpoint(Checkpoint):
         files = [*self._stored, *([self._listed_as(self.parts.index)] if self.parts.index else [])]
         store = cast(RemotePath, self.path).store
         return all(
-            now and now.is_version(file) for file, now in _ahead(files, lambda file: store.head(file.key), AT_ONCE)
+            now and now.is_version(file) for file, now in ahead(files, lambda file: store.head(file.key), AT_ONCE)
         )
 
     def _at(self, number: int, nbytes: int, start: int) -> bytes:
@@ -257,7 +257,7 @@ class RemoteCheckpoint(Checkpoint):
             self._fetch(read.file, read.nbytes, read.start, take)
 
         try:
-            for read, _ in _ahead(reads, work, AT_ONCE):
+            for read, _ in ahead(reads, work, AT_ONCE):
                 yield read
         finally:
             with lock:
@@ -270,7 +270,7 @@ class RemoteCheckpoint(Checkpoint):
             (tensor, _), at = chunk
             return self._at(tensor.file, min(CHUNK, tensor.nbytes - at), tensor.start + at)
 
-        for (pair, at), data in _ahead(chunks, work, AHEAD):
+        for (pair, at), data in ahead(chunks, work, AHEAD):
             yield pair, at, data
 
 
@@ -290,7 +290,7 @@ def _scatter(weights: memoryview, read: Read, at: int, piece: memoryview) -> Non
         at -= nbytes
 
 
-def _ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[tuple[_J, _R]]:
+def ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[tuple[_J, _R]]:
     """Each job with its result, in their order, while up to ``most`` of them are under way."""
     pool = ThreadPoolExecutor(most)
     pending: deque[tuple[_J, Future[_R]]] = deque()

@@ -8,6 +8,7 @@ imported.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from .checkpoint import Checkpoint, open_checkpoint, step_of
 from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from .fitting import Fit
 from .layout import TORCH_DTYPES, Layout
-from .parts import place_at
+from .parts import place_at, remote
 from .segment_files import Publication
 from .source import Candidate, Select, SetBack, scan, select
 
@@ -106,7 +107,7 @@ class CheckpointWeightGetter:
         """
         found = scan(self.checkpoints, self.select)
         if self.select.order == "step":
-            found = [candidate._replace(step=self._step(candidate)) for candidate in found]
+            found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
             listed = {candidate.identity for candidate in found}
             self._steps = {state: step for state, step in self._steps.items() if state in listed}
         if [c.path for c in found] == [self.checkpoints]:
@@ -114,6 +115,13 @@ class CheckpointWeightGetter:
         if self.select.order == "mtime":
             found, live = self._set_back.correct(found, live)
         return select(found, live, self.select.order)
+
+    def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
+        if remote(self.checkpoints) is None:
+            return ((candidate, self._step(candidate)) for candidate in found)
+        from .remote import AT_ONCE, ahead
+
+        return ahead(found, self._step, AT_ONCE)  # each is a request
 
     def _step(self, candidate: Candidate) -> int | None:
         """A candidate's step; its header is opened once for each state of its file."""
