@@ -162,6 +162,16 @@ def test_a_folder_object_hides_nothing(bucket: Bucket, segment: Segment) -> None
     assert (outcome.status, outcome.checkpoint) == ("published", f"{RUN}/checkpoint-1")
 
 
+def test_odd_names_are_read(bucket: Bucket, segment: Segment) -> None:
+    """Names with blanks, signs and letters of any kind are found, read and told as they are."""
+    for name in ("epoch=3 step=7.safetensors", "a+b#c%20d.safetensors", "größe-雪.safetensors"):
+        bucket.save(f"run/{name}", mlp(), 1.0)
+        with Syncer(load_spec(SPEC), f"{RUN}/{name}") as syncer:
+            outcome = syncer.once(force=True)
+        assert (outcome.status, outcome.checkpoint) == ("published", f"{RUN}/{name}")
+    assert len(CheckpointWeightGetter(RUN).candidates()) == 3
+
+
 def test_shards_go_live_together(bucket: Bucket, segment: Segment, tmp_path: Path) -> None:
     """A sharded checkpoint is published from its objects; its index is read once, however often it is looked at."""
     bucket.upload(shards(tmp_path / "a", mlp(), 4.0), "run/checkpoint-1")

@@ -26,7 +26,7 @@ from wsync.parts import place_at
 from wsync.segment import Segment
 from wsync.source import Select
 from wsync.spec import load_spec
-from wsync.store import PATIENCE, SCHEMES
+from wsync.store import PATIENCE, SCHEMES, Store, Stored
 from wsync.syncer import Syncer
 from wsync.weight_getter import CheckpointWeightGetter
 
@@ -105,6 +105,20 @@ def test_a_server_without_ranges_is_told(web: Web) -> None:
         outcome = syncer.once()
     assert outcome.status == "failed" and "it gives no ranges" in (outcome.reason or "")
     assert len(web.paths) == 2
+
+
+def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeypatch: Any) -> None:
+    """A web server's index that is another by the time it is read is no checkpoint yet, and no error of ours."""
+    shards(web.folder / "run", mlp(), 5.0)
+    real = Store.head
+
+    def head(self: Store, key: str) -> Stored | None:
+        found = real(self, key)
+        return replace(found, etag='"before"') if found and key.endswith("index.json") else found
+
+    monkeypatch.setattr(Store, "head", head)
+    with Syncer(load_spec(SPEC), f"http://{web.host}/run") as syncer:
+        assert syncer.once().status == "empty"
 
 
 @pytest.mark.parametrize("etags", [True, False])

@@ -139,10 +139,7 @@ class RemotePath:
         stored = self.stored()
         if stored is None:
             raise FileNotFoundError(2, os.strerror(2), str(self))
-        try:
-            return self.store.read_whole(stored)
-        except OtherVersion:
-            raise FileNotFoundError(2, "it was overwritten", str(self)) from None
+        return self.store.read_whole(stored)
 
     def entries(self) -> list[os.DirEntry[str]]:
         """What lies directly below; each can be used like the entries that ``os.scandir`` gives."""

@@ -19,6 +19,7 @@ import time
 import zlib
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az", "http", "https")
 _PIECE = 1 << 16  # bytes of a body that are handed over at a time; larger ones are slower, for the cache
 _DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of those that are directories
+_LOOKS = 16  # at single objects, at a time
+_SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"
 _FINAL = re.compile(rf"4(?!08|25|29)\d\d|{_NO_RANGES}")  # what no second try changes
 _T = TypeVar("_T")
@@ -193,7 +196,11 @@ class Store:
         self._patiently(stored.key, attempt)
 
     def read_whole(self, stored: Stored) -> bytes:
-        """All of a small object; see ``read``."""
+        """All of a small object; see ``read``.
+
+        Raises:
+            FileNotFoundError: this version is gone.
+        """
         if stored in self.small:
             return self.small[stored]
         data = bytearray(stored.size)
@@ -201,8 +208,11 @@ class Store:
         def take(at: int, piece: memoryview) -> None:
             data[at : at + len(piece)] = piece
 
-        if stored.size:
-            self.read(stored, 0, stored.size, take)
+        try:
+            if stored.size:
+                self.read(stored, 0, stored.size, take)
+        except OtherVersion:
+            raise FileNotFoundError(2, "it was overwritten") from None
         if stored.size <= 1 << 20:
             self.small[stored] = bytes(data)
         return bytes(data)
@@ -226,21 +236,22 @@ class Store:
     def _probe(self, prefix: str) -> dict[str, Stored]:
         """What a web server has of the one checkpoint that a directory may be; it lists nothing itself."""
         from .adapter import CONFIG
-        from .parts import ADAPTER, INDEX, SINGLE, shards_of
+        from .parts import ADAPTER, INDEX, MAX_INDEX, SINGLE, shards_of
 
-        looked = {name: self.head(f"{prefix}/{name}".lstrip("/")) for name in (SINGLE, INDEX, ADAPTER)}
-        if (index := looked[INDEX]) and not looked[SINGLE]:
-            looked |= {name: self.head(f"{prefix}/{name}".lstrip("/")) for name in shards_of(self.read_whole(index))}
-        if looked[ADAPTER]:
-            looked[CONFIG] = self.head(f"{prefix}/{CONFIG}".lstrip("/"))
-        return {stored.key: stored for stored in looked.values() if stored}
+        folder = f"{prefix}/" if prefix else ""
+        with ThreadPoolExecutor(_LOOKS) as pool:
+            looked = list(pool.map(self.head, [folder + name for name in (SINGLE, INDEX, ADAPTER, CONFIG)]))
+            index = looked[1]
+            if index and not looked[0] and index.size <= MAX_INDEX:
+                looked += pool.map(self.head, [folder + name for name in shards_of(self.read_whole(index))[:_SHARDS]])
+        return {stored.key: stored for stored in looked if stored}
 
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         """Tries until it works; what no second try changes, and what is no error of the store, is raised at once."""
         obstore = self._library()
         from obstore.exceptions import BaseError, PreconditionError
 
-        began, patience = time.monotonic(), PATIENCE
+        patience = PATIENCE
         for number in range(1, patience.tries + 1):
             try:
                 return attempt(obstore)
@@ -256,7 +267,7 @@ class Store:
                         "where the store's own tools look for them."
                     ) from None
                 if number == patience.tries or _FINAL.match(reason):
-                    tried = f", {number} tries in {time.monotonic() - began:.0f} s" if number > 1 else ""
+                    tried = f", {number} tries" if number > 1 else ""
                     raise CheckpointError(
                         f"{self}/{key} cannot be read ({reason}{tried}). It is tried again at the next pass; see that "
                         "the store is there, and what its name, region and endpoint are."
