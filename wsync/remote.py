@@ -170,9 +170,14 @@ def open_url(url: str) -> RemotePath | Path:
             f"{scheme!r:.40} is no store that wsync reads. Write a path, or a URL of {', '.join(SCHEMES)} or file."
         )
     if scheme in ("http", "https"):
-        split = urlsplit(url)
-        user, _, host = split.netloc.rpartition("@")
-        store, key = Store(scheme, host, (user, split.query)), unquote(split.path)
+        web = urlsplit(url)
+        user, _, host = web.netloc.rpartition("@")
+        store, key = Store(scheme, host, (user, web.query)), unquote(web.path)
+    elif scheme == "hf":
+        from .hub import Hub, split
+
+        host, key = split(rest)
+        store = Hub(scheme, host)
     else:
         bucket, _, key = rest.partition("/")
         if "@" in bucket or "?" in rest:

@@ -33,9 +33,9 @@ from .errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
 
-SCHEMES = ("s3", "gs", "az", "http", "https")
+SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 _PIECE = 1 << 16  # bytes of a body that are handed over at a time; larger ones are slower, for the cache
-_DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of those that are directories
+DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of those that are directories
 _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"
@@ -82,12 +82,14 @@ class Stored:
         size: in bytes.
         etag: of this version; empty where the store has none.
         written: when, in whole seconds since the epoch: a listing tells fractions that a look at the object does not.
+        version: under which it is asked for, where a store's objects have such names.
     """
 
     key: str
     size: int
     etag: str
     written: int
+    version: str = ""
 
     @classmethod
     def of(cls, meta: ObjectMeta, key: str) -> Stored:
@@ -177,11 +179,10 @@ class Store:
             nonlocal done
             if done == nbytes:
                 return
-            options: GetOptions = {"range": (start + done, start + nbytes)}
-            if stored.etag and not stored.etag.startswith("W/"):  # a weak one matches nothing
-                options["if_match"] = stored.etag
-            result = obstore.get(self._client, stored.key, options=options)
-            if not Stored.of(result.meta, stored.key).is_version(stored):
+            client, options = self._source(stored)
+            options["range"] = (start + done, start + nbytes)
+            result = obstore.get(client, stored.key, options=options)
+            if not self._is(result.meta, stored):
                 raise OtherVersion
             if result.range != (start + done, start + nbytes):
                 raise Faulty("another range than was asked for")
@@ -194,6 +195,15 @@ class Store:
                 raise Faulty("fewer bytes than were asked for")
 
         self._patiently(stored.key, attempt)
+
+    def _source(self, stored: Stored) -> tuple[Any, GetOptions]:
+        """Who gives this version, and under which conditions."""
+        strong = stored.etag and not stored.etag.startswith("W/")  # a weak one matches nothing
+        return self._client, {"if_match": stored.etag} if strong else {}
+
+    def _is(self, meta: ObjectMeta, stored: Stored) -> bool:
+        """Whether an answer is of this version."""
+        return Stored.of(meta, stored.key).is_version(stored)
 
     def read_whole(self, stored: Stored) -> bytes:
         """All of a small object; see ``read``.
@@ -224,7 +234,7 @@ class Store:
             for page in obstore.list(self._client, prefix or None, chunk_size=1000):
                 for meta in page:
                     key = meta["path"]
-                    if key != prefix and key[skip:].count("/") < _DEPTH:
+                    if key != prefix and key[skip:].count("/") < DEPTH:
                         found[key] = Stored.of(meta, key)
             return found
 
