@@ -6,6 +6,7 @@ import gc
 import logging
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import DEADLINE, Spawn, marks
 from devices import LateDevice
 from policies import mlp
 from test_device_reader import device, trainer
-from test_reader import Trainer
+from test_reader import Trainer, addresses
 from test_reader_lifetime import leased
 
 import wsync
@@ -223,6 +224,31 @@ def test_error_while_a_copy_begins(trainer: Trainer, device: LateDevice, monkeyp
                 reader.refresh()
         assert kept.tb is not None and leased(trainer.segment) == [] and marks(policy) == {1.0}
         assert reader.refresh(wait=True) and marks(policy) == {2.0}
+
+
+def test_a_swap_that_is_cut_short(trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, the policy is made whole by the next version to come, and no buffer that it uses is written."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        assert not reader.refresh()
+        device.land()
+        targets = reader._weights._targets  # type: ignore[attr-defined]
+
+        def interrupted() -> Iterator[tuple[torch.Tensor, int]]:
+            yield targets[0]
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reader._weights, "_targets", interrupted())  # type: ignore[attr-defined]
+            with pytest.raises(KeyboardInterrupt):
+                reader.refresh()
+        assert not reader.refresh()
+        (written,) = device.flights[-1].targets
+        place = range(written.data_ptr(), written.data_ptr() + written.numel())
+        assert not any(address in place for address in addresses(policy))
+        device.land()
+        assert reader.refresh() and marks(policy) == {2.0}
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])

@@ -229,9 +229,9 @@ class DeviceWeights:
                 for group in self._by_dtype.values():
                     torch._foreach_copy_([t for t, _ in group], [spare.tensors[i] for _, i in group])
             return
+        before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
-        before, self._live = self._live, spare
         self._spare = before if before is not None and before.is_ours() else None
 
     def close(self) -> None:
