@@ -222,6 +222,11 @@ class Checkpoint:
         if not clean:
             raise self._non_finite(weights, plan.layout)
 
+    @property
+    def merged(self) -> bool:
+        """Whether it is an adapter that is merged into a base: what was read is not yet what it becomes."""
+        return self._base is not None
+
     def is_copy_of(self, path: str, identity: str, step: int | None) -> None:
         """Goes by the name of what it is a copy of, where it is recorded."""
         self.path, self.identity, self.step = Path(path), identity, step

@@ -18,6 +18,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
     ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
+    ├── GroupBroken                 1   a box of the group is gone, or silent
     └── SegmentError                1   something about one segment
         ├── SegmentMissing          1   no such segment
         ├── SegmentUnsafe           1   it is not ours, or not a segment
@@ -167,6 +168,10 @@ class RetryLater(WsyncError):
 
     exit_code = 75
     kind = "later"
+
+
+class GroupBroken(WsyncError):
+    """The group of boxes is none any more; torchrun forms another one."""
 
 
 class SegmentError(WsyncError):

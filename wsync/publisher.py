@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .checkpoint import Checkpoint
 from .finite import not_finite
@@ -43,13 +43,32 @@ class Staged:
     checkpoint: str
 
 
+class Source(Protocol):
+    """What can be published: a ``Checkpoint``, or what stands for one that another box reads."""
+
+    @property
+    def path(self) -> str | Path: ...
+
+    @property
+    def step(self) -> int | None: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan: ...
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None: ...
+
+
 Gate = Callable[[Staged], None]
 """Returns to accept; raises ``GateRejected``, ``RetryLater``, or what else its caller is to get."""
 
 
 def publish(
     segment: Segment,
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     *,
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     spec: str = "",
@@ -176,7 +195,7 @@ def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate:
     return publication
 
 
-def _plan(segment: Segment | None, checkpoint: Checkpoint, settings: Fit, layout: Layout | None = None) -> Plan:
+def _plan(segment: Segment | None, checkpoint: Source, settings: Fit, layout: Layout | None = None) -> Plan:
     """The plan; a part alone needs live values beside which it can go."""
     if segment is None or not segment.version:
         settings = replace(settings, partial=False)

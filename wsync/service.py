@@ -23,6 +23,7 @@ from .state import State
 from .syncer import Outcome, Syncer
 
 if TYPE_CHECKING:
+    from .group import Group
     from .monitor import Monitor
 
 _SHOWN = ("select", "weights", "metrics", "checkpoints", "poll", "slots", "policy")
@@ -73,6 +74,11 @@ class Service:
         self._terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._signalled)
+        self._group: Group | None = None
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started it: one box of a group
+            from .group import Group
+
+            self._group = Group(os.environ)
         self.spec = load()
         self.syncer = self._syncer(self.spec)
         self.notifier = Notifier.from_environment()
@@ -105,6 +111,8 @@ class Service:
             while not self._stopped:
                 self.notifier.patience = self.spec.poll
                 self.syncer.progress, self.syncer.report = progress, report
+                if self._group:
+                    self._group.note = log.note
                 self.syncer.record.complain = lambda exc: log.note("warning", "history", str(exc))
                 if not self.syncer.run(self._wake, tell):
                     return False
@@ -168,7 +176,12 @@ class Service:
                 f"metrics.max_staleness = {allowed} (--max-staleness) passes between any two looks, which are "
                 f"{spec.poll} seconds apart (--poll). Give several times that."
             )
-        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=State(spec.name, self._state))
+        state = State(spec.name, self._state)
+        if self._group:
+            from .fleet import FleetSyncer
+
+            return FleetSyncer(spec, self._checkpoints, group=self._group, runtime=self._runtime, state=state)
+        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
 
 
 def changes(old: Any, new: Any, prefix: str = "") -> list[str]:

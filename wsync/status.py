@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 
+from .badge import group_of
 from .console import complain, duration, segment_json
 from .errors import SegmentError, StateError
 from .segment import Segment, segments
@@ -44,6 +45,9 @@ class Status:
             import json
 
             told = [segment_json(segment, *self._pin_and_failure(segment)) for segment in opened]
+            for table, segment in zip(told, opened, strict=True):
+                if group := group_of(segment.path):
+                    table["group"] = group
             print(json.dumps(told[0] if self._name else {"segments": told}))
         else:
             from .tables import print_status
@@ -108,6 +112,8 @@ class Status:
     def _notes(self, segment: Segment) -> list[str]:
         pin, failure = self._pin_and_failure(segment)
         notes = [f"pinned: {pin}"] if pin else []
+        if group := group_of(segment.path):
+            notes.append(f"group: rank {group['rank']} of {group['size']}: {', '.join(group['boxes'])}")
         if failure:
             ago = duration(max(0.0, time.time() - failure.at))
             reason = " ".join((failure.reason or "").split())

@@ -1,0 +1,88 @@
+"""What a group concludes from what its boxes tell: pure, and the same on every box."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one box tells at the beginning of a round.
+
+    Attributes:
+        version: that is live; 0 where nothing is.
+        identity: of the checkpoint that it came from; empty for weights from memory.
+        last: the highest version ever published there.
+        ours: what is live came from this group, or went live while the box was in it.
+        pin: what is pinned; empty where nothing is.
+        held: the pin is what is live.
+        declined: identity of live weights that the box's gate did not want.
+        mood: of rank 0: ``due`` to look, ``idle``, or pausing after a ``failure``.
+    """
+
+    version: int = 0
+    identity: str = ""
+    last: int = 0
+    ours: bool = True
+    pin: str = ""
+    held: bool = False
+    declined: str | None = None
+    mood: str = "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What must be done for all boxes to be the same.
+
+    Attributes:
+        provider: rank of the box whose live weights go to the others.
+        takers: ranks that publish them; the provider among them where its own number will not do.
+        version: under which.
+        gated: whether the takers' gates are asked.
+    """
+
+    provider: int
+    takers: frozenset[int]
+    version: int
+    gated: bool
+
+
+def change_of(reports: Sequence[Report]) -> Change | None:
+    """What must be done for all to be the same; None where they are.
+
+    The provider is a box whose pin holds, else one whose weights came from the group, else any; among those the one
+    with the highest version, of two under one number the one that more boxes have.
+    """
+
+    def rank_of(rank: int) -> tuple[bool, bool, int, int, int]:
+        box = reports[rank]
+        same = sum((each.version, each.identity) == (box.version, box.identity) for each in reports)
+        return box.held, box.ours, box.version, same, -rank
+
+    live = [rank for rank, box in enumerate(reports) if box.version]
+    if not live:
+        return None
+    provider = max(live, key=rank_of)
+    top = reports[provider]
+    willing = {rank for rank, box in enumerate(reports) if box.declined is None or box.declined != top.identity}
+    same = {rank for rank, box in enumerate(reports) if (box.version, box.identity) == (top.version, top.identity)}
+    behind = willing - same
+    if not behind:
+        return None
+    version = top.version
+    if any(reports[rank].last >= version for rank in behind):
+        version, behind = max(box.last for box in reports) + 1, willing | {provider}
+    return Change(provider, frozenset(behind), version, gated=not top.held)
+
+
+def leader_of(reports: Sequence[Report]) -> int:
+    """Who looks for what to publish next: rank 0, or a box whose pin is live nowhere yet."""
+    if any(box.held for box in reports):
+        return 0
+    return next((rank for rank, box in enumerate(reports) if box.pin), 0)
+
+
+def holder_of(reports: Sequence[Report]) -> int | None:
+    """The box whose pin holds the group; None where none does."""
+    return next((rank for rank, box in enumerate(reports) if box.held), None)

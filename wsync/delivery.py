@@ -1,0 +1,257 @@
+"""Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
+
+``Sent`` and ``Received`` stand where a checkpoint stands in ``publisher.publish``, so that a group publishes by the
+very steps by which one box does. The pieces have a fixed schedule: a piece goes as soon as all its bytes were read, while
+the next are being read; where the reading fails, the rest goes all the same, whatever it is, and is then voted down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import group as transport
+from .errors import (
+    CheckpointChanged,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointRejected,
+    Difference,
+    GateRejected,
+    GroupBroken,
+    IncompleteCheckpoint,
+    LayoutDiffers,
+    MalformedCheckpoint,
+    NonFiniteWeights,
+    RetryLater,
+    SegmentBusy,
+    WithDifferences,
+    WsyncError,
+)
+from .fitting import Fit, Plan
+from .group import Group, Stream
+from .layout import Layout
+
+if TYPE_CHECKING:
+    from .publisher import Source
+
+_KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxes raise; the gravest come first
+    MalformedCheckpoint,
+    CheckpointMismatch,
+    NonFiniteWeights,
+    GateRejected,
+    CheckpointRejected,
+    LayoutDiffers,
+    CheckpointChanged,
+    IncompleteCheckpoint,
+    RetryLater,
+    SegmentBusy,
+    CheckpointError,
+    WsyncError,
+)
+
+
+class Turn:
+    """The votes on one publish; each raises on all boxes what any box has against it.
+
+    Attributes:
+        over: nothing is left to vote on: it is agreed, or refused.
+        objected: this box was against it.
+    """
+
+    VOTES = 3
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.over, self.objected = group, False, False
+        self._cast = 0
+
+    def vote(self, objection: WsyncError | None = None, *, work: Callable[[], None] | None = None) -> None:
+        """Casts this box's vote, and waits for those of all others.
+
+        Args:
+            work: what decides; the group goes on talking meanwhile.
+
+        Raises:
+            GroupBroken: a box is gone.
+            WsyncError: some box is against it; the message names each.
+        """
+
+        def verdict() -> dict[str, Any]:
+            try:
+                if work:
+                    work()
+            except WsyncError as exc:
+                self.objected = True
+                return _objection(exc)
+            self.objected = objection is not None
+            return _objection(objection) if objection else {}
+
+        self._cast += 1
+        self.over = self._cast == self.VOTES
+        try:
+            judge(self.group.together(verdict), self.group.names)
+        except BaseException:
+            self.over = True
+            raise
+
+    def refuse(self, exc: WsyncError) -> None:
+        """Says at the next vote why this box cannot go on; where nothing is left to vote on, raises it.
+
+        Raises:
+            WsyncError: always.
+        """
+        if not self.over and not isinstance(exc, GroupBroken):
+            self.vote(exc)
+        raise exc
+
+
+def _objection(exc: WsyncError) -> dict[str, Any]:
+    kind = next(kind for kind in _KINDS if isinstance(exc, kind))
+    rows = [asdict(row) for row in exc.differences[:20]] if isinstance(exc, WithDifferences) else []
+    text = exc.message if isinstance(exc, WithDifferences) else str(exc)
+    return {"kind": kind.__name__, "text": text, "differences": rows}
+
+
+def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
+    """Raises what boxes have against it as one error, the gravest kind of all, with each box named."""
+    against = [(name, verdict) for name, verdict in zip(names, verdicts, strict=True) if verdict]
+    if not against:
+        return
+    kind = next(kind for kind in _KINDS if any(verdict["kind"] == kind.__name__ for _, verdict in against))
+    text = " ".join(f"{name}: {verdict['text']}" for name, verdict in against)
+    if issubclass(kind, WithDifferences):
+        raise kind(text, tuple(Difference(**row) for _, verdict in against for row in verdict["differences"]))
+    raise kind(text)
+
+
+class Sent:
+    """A checkpoint, or the live weights, that go to the other boxes while they are read into this box's slot.
+
+    Args:
+        source: what is read.
+        whole: only send it once it was read to its end, because bytes may change until then.
+    """
+
+    def __init__(self, source: Source, turn: Turn, *, whole: bool) -> None:
+        self.path, self.step, self.identity = source.path, source.step, source.identity
+        self._source, self._turn, self._whole = source, turn, whole
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan:
+        return self._source.plan(layout, settings)
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None:
+        self._turn.vote()  # ready
+        group = self._turn.group
+        outbox = Outbox(weights[: plan.layout.nbytes], group.stream(group.rank))
+        reads = [read.slices for read in plan.reads] + [((e.offset, e.nbytes),) for _, e in plan.casts]
+        filled = iter([] if self._whole else reads)
+        objection = None
+
+        def note(nbytes: int) -> None:
+            for offset, size in next(filled, ()):
+                outbox.filled(offset, size)
+            if progress:
+                progress(nbytes)
+
+        try:
+            for entry in () if self._whole else plan.kept:
+                outbox.filled(entry.offset, entry.nbytes)
+            self._source.read_into(weights, plan, finite=finite, progress=note)
+        except GroupBroken:
+            raise
+        except WsyncError as exc:
+            objection = exc
+        outbox.close()
+        self._turn.vote(objection)  # whole
+
+
+class Outbox:
+    """Sends pieces of ``PIECE`` bytes in their order, each once all of it was filled."""
+
+    def __init__(self, weights: memoryview, stream: Stream) -> None:
+        self._stream, self._size = stream, transport.PIECE
+        self._pieces = list(pieces_of(weights))
+        self._left = [len(piece) for piece in self._pieces]
+        self._next = 0
+
+    def filled(self, offset: int, nbytes: int) -> None:
+        end = offset + nbytes
+        while offset < end:
+            piece, within = divmod(offset, self._size)
+            size = min(end - offset, self._size - within)
+            self._left[piece] -= size
+            offset += size
+        while self._next < len(self._left) and not self._left[self._next]:
+            self._send()
+
+    def close(self) -> None:
+        """Sends the rest, and waits for it."""
+        while self._next < len(self._left):
+            self._send()
+        self._stream.finish()
+
+    def _send(self) -> None:
+        self._stream.pass_on(self._pieces[self._next])
+        self._next += 1
+
+
+class Received:
+    """What another box sends, as it goes into this box's slot."""
+
+    def __init__(self, offer: dict[str, Any], rank: int, turn: Turn) -> None:
+        self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
+        self._turn, self._rank = turn, rank
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan:
+        return Plan(layout)
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None:
+        self._turn.vote()  # ready
+        stream = self._turn.group.stream(self._rank)
+        for piece in pieces_of(weights[: plan.layout.nbytes]):
+            stream.pass_on(piece)
+            if progress:
+                progress(len(piece))
+        stream.finish()
+        self._turn.vote()  # whole
+
+
+class Live:
+    """This box's own live weights, which go live again under another number; the publisher's lock keeps them."""
+
+    def __init__(self, weights: memoryview, offer: dict[str, Any]) -> None:
+        self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
+        self._weights = weights
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan:
+        return Plan(layout)
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None:
+        weights[:] = self._weights
+
+
+def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None = None) -> None:
+    """Takes part where this box takes nothing: it sends its own live weights, or lets what comes go by."""
+    turn.vote()  # ready
+    stream = turn.group.stream(rank)
+    scratch = memoryview(bytearray(min(nbytes, transport.PIECE)))
+    if weights is not None:
+        for piece in pieces_of(weights):
+            stream.pass_on(piece)
+    else:
+        for at in range(0, nbytes, transport.PIECE):
+            stream.pass_on(scratch[: nbytes - at])
+    stream.finish()
+    turn.vote()  # whole
+    turn.vote()  # agreed
+
+
+def pieces_of(weights: memoryview) -> Iterable[memoryview]:
+    return (weights[at : at + transport.PIECE] for at in range(0, len(weights), transport.PIECE))

@@ -1,0 +1,415 @@
+"""A watch that keeps a whole group of boxes in step: one of them reads a checkpoint, and all go live with it, or none.
+
+All boxes of a group (``group``) go through the same rounds. In each, every box tells what is live on it and whether a
+pin holds there, and all draw the same conclusion (``convergence``). Rank 0 looks for checkpoints, opens the newest, and
+offers it; each box then publishes by ``publisher.publish``, with three votes on the way, of which each is unanimous or
+ends the matter on all boxes, with those named that refused, and why:
+
+  ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
+  whole    all pieces came; where they were read, they are finite and the file stood still
+  agreed   each box's own gate accepts what was staged
+  store    the WORD, on every box, under the number that is one above the highest that any of them ever had
+
+What is lost when a box dies: before the last vote is counted, nothing is live anywhere, and the next group tries again.
+A box that counted it stores the WORD; one that died, or was cut off, between that count and its store comes back one
+version behind. Everybody had accepted that version, so the next group brings it there too: where boxes differ, the one
+with the highest version that came from the group provides it (of two under one number, the one that more boxes have).
+The same goes for a box that joins late. A box that comes with weights of its own, whatever their number, is brought to
+the group's; where its numbers went further than the group's, all boxes take the next number, so that versions only
+grow. Weights that went live elsewhere pass a joining box's own gate before they go live there; where it says no, that
+box stays with what it had, and says so.
+
+A pin on one box holds the whole group, on what that box has: what an operator publishes on one box (``wsync rollback``,
+``wsync pin``, ``wsync push``) goes to all at the next round, without their gates, as on one machine. ``wsync unpin`` on
+that box lets go.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from .badge import Badge
+from .checkpoint import Checkpoint
+from .convergence import Change, Report, change_of, holder_of, leader_of
+from .delivery import Live, Received, Sent, Turn, judge, look_on
+from .errors import (
+    CheckpointMismatch,
+    CheckpointRejected,
+    Difference,
+    GroupBroken,
+    SegmentBusy,
+    WsyncError,
+    refused,
+)
+from .fitting import Fit
+from .group import Group
+from .outcome import Outcome
+from .pace import Pace
+from .publisher import Source, Staged, publish
+from .segment import Segment
+from .segment_files import Publication
+from .spec import Spec
+from .state import Pin
+from .syncer import Syncer
+
+_GRACE = 2.0  # seconds that the step at hand may take once the watch is stopped
+
+
+class FleetSyncer(Syncer):
+    """Keeps this box's segment in step with the group's.
+
+    Args:
+        spec, checkpoints, more: as of ``Syncer``; a box reads checkpoints only when it is the one that looks for them.
+        group: stays when the settings are read again.
+    """
+
+    def __init__(self, spec: Spec, checkpoints: str | os.PathLike[str] | None, *, group: Group, **more: Any) -> None:
+        Syncer.__init__(self, spec, checkpoints, **more)
+        self.group = group
+        self._badge: Badge | None = None
+        self._settled = False  # once all were the same in this group; what goes live from then on counts as its own
+        self._last = 0  # the highest version on record here
+        self._declined: str | None = None  # identity of the group's live weights that this box's gate does not want
+        self._failed: Change | None = None
+        self._reports: list[Report] = []
+        self._seen = 0  # the version that this box reported
+        self._error: BaseException | None = None
+        self._worked = True
+
+    def close(self, *, now: bool = False) -> None:
+        """As of ``Syncer``; what a round still uses is left to the end of the process."""
+        thread = self.group.thread
+        if thread and thread.is_alive():
+            return
+        if self._badge:
+            self._badge.close()
+        Syncer.close(self, now=now)
+
+    def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
+        """Rounds until ``stop`` is set, in a thread of their own: a signal must not wait for another box.
+
+        Raises:
+            GroupBroken: the group is none any more.
+            UsageError: the settings of this box are wrong.
+        """
+
+        def rounds() -> None:
+            try:
+                self._worked = self._run(stop, tell)
+            except BaseException as exc:
+                self._error = exc
+            finally:
+                done.set()
+                stop.set()
+
+        if self.group.thread:
+            self.group.thread.join()
+        done = threading.Event()
+        self._stop = stop
+        self.group.thread = threading.Thread(target=rounds, name="wsync-group", daemon=True)
+        self.group.thread.start()
+        stop.wait()
+        self.group.thread.join(_GRACE)
+        if self._error and done.is_set():
+            raise self._error
+        return self._worked
+
+    def _run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
+        if not self.group.joined:
+            self.group.join()
+        self._last = self.record.last_version()
+        pace = Pace(self.spec, self.getter.checkpoints, stop)
+        try:
+            while not stop.is_set():
+                mood = pace.mood() if self.group.rank == 0 else ""
+                if stop.is_set():
+                    break
+                self._reports = [Report(**each) for each in self.group.gather(asdict(self._report(mood)))]
+                head, change = self._reports[0].mood, change_of(self._reports)
+                if head != "due" and change in (None, self._failed):
+                    continue
+                event: Outcome | WsyncError
+                try:
+                    event = self.once()
+                except GroupBroken:
+                    raise
+                except WsyncError as exc:
+                    event = exc
+                if last := pace.add(event):
+                    tell(last)
+                    return False
+                tell(event)
+        finally:
+            pace.close()
+        return True
+
+    def _report(self, mood: str) -> Report:
+        """What this box has; what is wrong with it is told by ``_prepare``."""
+        try:
+            segment = self.updater.segment
+            live = segment.live() if segment else None
+            pin = self.record.pin()
+            if segment:
+                self._wear(segment)
+        except (WsyncError, OSError):
+            return Report(last=self._last, mood=mood)
+        version, identity = (live.version, live.identity) if live else (0, "")
+        self._seen, self._last = version, max(self._last, version)
+        known = self._badge is not None and live is not None and self._badge.came_from_group(live)
+        ours = live is None or known or (self._settled and self._declined is None)
+        held = pin is not None and live is not None and _is_live(pin, live)
+        return Report(version, identity, self._last, ours, pin.name if pin else "", held, self._declined, mood)
+
+    def _wear(self, segment: Segment) -> None:
+        if self._badge and self._badge.is_at(segment.path):
+            return
+        if self._badge:
+            self._badge.close()
+        about = {"run": self.group.run, "rank": self.group.rank, "size": self.group.size, "boxes": self.group.names}
+        self._badge = Badge(segment.path, about)
+
+    # --- a round
+
+    def _once(self, force: bool, dry_run: bool) -> Outcome:
+        started = time.perf_counter()
+        self._prepare()
+        if change := change_of(self._reports):
+            self._failed = change
+            outcome = self._change(change, started)
+            self._failed = None
+            return outcome
+        self._settled, self._failed = True, None
+        holder, leader = holder_of(self._reports), leader_of(self._reports)
+        if holder is not None:
+            return self._held(holder, started)
+        return self._lead(force) if leader == self.group.rank else self._follow(leader, started)
+
+    def _prepare(self) -> None:
+        """A segment on every box, of the same layout.
+
+        Raises:
+            WsyncError: a box cannot have it, or has another policy.
+        """
+
+        def ready() -> dict[str, Any]:
+            try:
+                try:
+                    self.updater.spec = self.spec.fingerprint
+                    segment = self.updater.make_segment()
+                    live = segment.live()
+                    if self.spec.fingerprint not in (segment.spec, live.spec if live else ""):
+                        self._check_layout(segment)
+                    self._wear(segment)
+                    return {"layout": segment.layout.digest, "name": segment.name}
+                except OSError as exc:
+                    raise refused(exc, self.updater.path) from exc
+            except WsyncError as exc:
+                if self._stop and self._stop.is_set():  # what ends this process may end the one that reads a layout
+                    raise GroupBroken("this watch was stopped.") from exc
+                return {"kind": "WsyncError", "text": str(exc)}
+
+        answers = self.group.together(ready)
+        judge([answer if "kind" in answer else {} for answer in answers], self.group.names)
+        for answer, name in zip(answers, self.group.names, strict=True):
+            if answer != answers[0]:
+                first, same = self.group.names[0], answer["layout"] == answers[0]["layout"]
+                raise WsyncError(
+                    f"{name} keeps another policy than {first}: its segment is {answer['name']!r}, and its tensors are "
+                    f"{'the same' if same else 'others'}. One group is for one policy: give all boxes the same spec, or "
+                    "form another group (--rdzv-id) for this one."
+                )
+
+    def _held(self, holder: int, started: float) -> Outcome:
+        segment, box = self.updater.segment, self._reports[holder]
+        live = segment.live() if segment else None
+        return self._outcome(
+            "pinned",
+            live,
+            started,
+            step=live.step if live else None,
+            checkpoint=(live.source or None) if live else None,
+            reason=f"{box.pin} is pinned on {self.group.names[holder]}; `wsync unpin {self.spec.name}` there goes on "
+            "with the newest",
+            pin=box.pin,
+        )
+
+    # --- the box that looks
+
+    def _lead(self, force: bool) -> Outcome:
+        """A pass as of one box; what it publishes is offered to all, and what comes of it is told to all."""
+        try:
+            outcome = Syncer._once(self, force, False)
+        except GroupBroken:
+            raise
+        except WsyncError as exc:
+            self.group.tell({"failed": str(exc)})
+            raise
+        self.group.tell({"outcome": asdict(outcome)})
+        return outcome
+
+    def _publish(
+        self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
+    ) -> Outcome:
+        try:
+            outcome = self._offer(checkpoint, self.spec.weights, started, gated=True)
+        except CheckpointMismatch:
+            self._check_layout(segment)
+            raise
+        return replace(outcome, casts=self._new_casts(checkpoint))
+
+    def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
+        if live and _is_live(pin, live):
+            return self._pinned_outcome(pin, live, started)
+        checkpoint, fit = self.record.reopen(pin, self.spec.weights)
+        with checkpoint:
+            return replace(self._offer(checkpoint, fit, started, gated=False), pin=pin.name)
+
+    def _offer(self, checkpoint: Checkpoint, fit: Fit, started: float, *, gated: bool) -> Outcome:
+        offer = {
+            "path": os.fspath(checkpoint.path),
+            "step": checkpoint.step,
+            "identity": checkpoint.identity,
+            "version": max(report.last for report in self._reports) + 1,
+            "gated": gated,
+        }
+        self.group.tell({"offer": offer})
+        turn = Turn(self.group)
+        return self._take(turn, Sent(checkpoint, turn, whole=checkpoint.merged), offer, fit, started)
+
+    # --- the boxes that follow
+
+    def _follow(self, leader: int, started: float) -> Outcome:
+        taken: Outcome | None = None
+        while True:
+            told = self.group.hear(leader)
+            if "failed" in told:
+                named = any(told["failed"].startswith(f"{name}: ") for name in self.group.names)
+                raise WsyncError(told["failed"] if named else f"{self.group.names[leader]}: {told['failed']}")
+            if "outcome" in told:
+                break
+            turn = Turn(self.group)
+            try:
+                taken = self._take(turn, Received(told["offer"], leader, turn), told["offer"], Fit(), started)
+            except GroupBroken:
+                raise
+            except WsyncError:  # the leader tells what comes of it
+                pass
+        said = _outcome_of(told["outcome"])
+        for each in (said, *said.passed_over):
+            if each.status == "rejected" and not each.known:
+                self.record.refuse(each.identity, each.reason or "", replace(each, version=self._seen))
+        segment = self.updater.segment
+        live = segment.live() if segment else None
+        mine = taken or self._outcome(said.status, live, started)
+        return replace(
+            said,
+            version=mine.version,
+            bytes=mine.bytes,
+            seconds=mine.seconds,
+            readers=mine.readers,
+            backwards=mine.backwards,
+            casts=(),
+        )
+
+    # --- a publish
+
+    def _take(self, turn: Turn, source: Source, offer: dict[str, Any], fit: Fit, started: float) -> Outcome:
+        """Publishes what is offered, with all boxes, under the number that is offered."""
+        try:
+            try:
+                segment = self.updater.make_segment()
+                with segment.publishing():
+                    self._check_unchanged(segment)
+                    self._before, self._fit, self._started = segment.live(), fit, started
+                    self.updater.published = publish(
+                        segment,
+                        source,
+                        fit=fit,
+                        spec=self.spec.fingerprint,
+                        progress=self._counter(segment.layout.nbytes),
+                        gate=lambda staged: self._agree(turn, staged, offer),
+                        last_version=offer["version"] - 1,
+                    )
+                    self._note()
+            except OSError as exc:
+                raise refused(exc, self.updater.path) from exc
+        except WsyncError as exc:
+            turn.refuse(exc)
+        assert self._published and self.updater.published
+        self._last = self._seen = offer["version"]
+        self._declined = None
+        self.record.keep(segment, self.updater.published, self.spec.keep)
+        return self._published
+
+    def _check_unchanged(self, segment: Segment) -> None:
+        if segment.version != self._seen:
+            raise SegmentBusy(
+                f"version {segment.version} went live while the group was about to publish. It goes to all boxes first."
+            )
+
+    def _agree(self, turn: Turn, staged: Staged, offer: dict[str, Any]) -> None:
+        asked = offer["gated"] and self.spec.hooks.gate
+        turn.vote(work=(lambda: self._gate(staged)) if asked else None)  # agreed
+        if self._badge:
+            self._badge.give(offer["version"], offer["identity"])
+
+    def _change(self, change: Change, started: float) -> Outcome:
+        """Brings the boxes that are behind to what the provider has."""
+        rank, provider = self.group.rank, change.provider
+        segment = self.updater.make_segment()
+        live = segment.live()
+        if rank == provider:
+            assert live
+            offer: dict[str, Any] = {
+                "path": live.source,
+                "step": live.step,
+                "identity": live.identity,
+                "version": change.version,
+                "gated": change.gated,
+            }
+            self.group.tell(offer)
+            offer["gated"] = False  # it is live here
+        else:
+            offer = self.group.hear(provider)
+        turn = Turn(self.group)
+        try:
+            if rank in change.takers and rank != provider:
+                return self._take(turn, Received(offer, provider, turn), offer, Fit(), started)
+            with segment.publishing():
+                self._check_unchanged(segment)
+                weights = segment.live_weights() if rank == provider else None
+                if rank in change.takers:
+                    assert weights is not None
+                    source = Sent(Live(weights, offer), turn, whole=True)
+                    return self._take(turn, source, offer, Fit(), started)
+                look_on(turn, provider, segment.layout.nbytes, weights)
+        except CheckpointRejected as exc:
+            if turn.objected:
+                self._declined = offer["identity"]
+            raise WsyncError(f"what is live in the group is refused: {exc}") from exc
+        except WsyncError as exc:
+            turn.refuse(exc)
+        names = ", ".join(self.group.names[each] for each in sorted(change.takers))
+        self.group.note("info", "group", f"version {change.version} of {self.group.names[provider]} went to {names}")
+        return self._outcome("current", live, started, step=live.step if live else None)
+
+
+def _is_live(pin: Pin, live: Publication) -> bool:
+    return live.identity == pin.identity and bool(pin.identity or live.version == pin.version)
+
+
+def _outcome_of(told: dict[str, Any]) -> Outcome:
+    """An outcome as another box told it."""
+    return Outcome(
+        **{
+            **told,
+            "differences": tuple(Difference(**row) for row in told["differences"]),
+            "passed_over": tuple(_outcome_of(each) for each in told["passed_over"]),
+            "casts": tuple(told["casts"]),
+        }
+    )

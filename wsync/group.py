@@ -1,0 +1,229 @@
+"""The group of boxes that torchrun forms: who is in it, and how they talk.
+
+The transport is torch.distributed with gloo. What boxes tell each other is JSON, never pickled; weights go as pieces of
+``PIECE`` bytes, broadcast from memory into memory, some of them under way at a time. A group is never mended: when a
+box dies, hangs for longer than ``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1,
+and torchrun's agents form a new one.
+
+A watch is a box of a group where torchrun started it: ``TORCHELASTIC_RUN_ID`` is set, with RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. One that a training script starts under torchrun must be started without that variable.
+
+torchrun shares one store among all rounds of its rendezvous unless ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` is set
+where it starts, and then can let nobody join later, nor form the group again (seen with torch 2.13).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import GroupBroken, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = 30.0  # seconds that a box may be silent; what takes longer (a gate, reading a layout) goes on beside the talk
+FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted them
+BEAT = 1.0  # seconds between two signs of life
+PIECE = 8 << 20  # bytes
+_WINDOW = 4  # pieces under way
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Group:
+    """This box's place in the group.
+
+    Attributes:
+        rank: of this box.
+        size: boxes in the group.
+        run: the name that torchrun's --rdzv-id gives all of its groups.
+        names: of the boxes, by rank; empty before ``join``.
+        note: where to tell of the group itself, as ``WatchLog.note``.
+        thread: what talks to the other boxes, once it runs.
+        joined: whether it was formed.
+
+    Raises:
+        UsageError: torchrun's variables are there only in part, or it starts more than one watch a box.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        missing = [name for name in _NEEDED if name not in environment]
+        try:
+            self.rank, self.size, local = (int(environment[name]) for name in _NEEDED[:3])
+        except (KeyError, ValueError):
+            raise UsageError(
+                f"TORCHELASTIC_RUN_ID is set, and {missing[0] if missing else 'a rank or size'} is not as torchrun "
+                "sets it. Start the watch by torchrun, or, for a watch of this box alone, without TORCHELASTIC_RUN_ID."
+            ) from None
+        if missing or local != 1:
+            raise UsageError(
+                f"torchrun started {local} processes on this box, and one watch keeps it. Use --nproc-per-node 1; a "
+                "watch that a training script starts must be started without TORCHELASTIC_RUN_ID."
+            )
+        self.run = environment["TORCHELASTIC_RUN_ID"]
+        self.shared_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.names: list[str] = []
+        self.note: Callable[[str, str, str], None] = lambda level, event, text: None
+        self.thread: threading.Thread | None = None
+        self.joined = False
+        self._group: Any = None
+
+    @property
+    def name(self) -> str:
+        """Of this box."""
+        return self.names[self.rank]
+
+    def join(self) -> None:
+        """Waits until all boxes are there.
+
+        Raises:
+            GroupBroken: one did not come.
+        """
+        _end_with_parent()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would warn of is told by our errors
+        import torch.distributed as dist
+
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=FORMING))
+            self._group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        except (RuntimeError, ValueError) as exc:
+            raise self._broken(exc) from exc
+        hosts, versions = zip(*self.gather((socket.gethostname(), __version__)), strict=True)
+        if len(set(versions)) > 1:
+            raise GroupBroken(
+                f"the boxes have different versions of wsync ({', '.join(sorted(set(versions)))}). Install the same one "
+                "on all of them."
+            )
+        self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
+        self.joined = True
+        self.note("info", "group", f"rank {self.rank} of {self.size}: {', '.join(self.names)}")
+        if self.shared_store:
+            self.note(
+                "warning",
+                "group",
+                "torchrun cannot form this group again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it starts",
+            )
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each box says, by rank.
+
+        Raises:
+            GroupBroken: a box is gone, or silent.
+        """
+        import torch
+        import torch.distributed as dist
+
+        text = _tensor(json.dumps(mine).encode())
+        try:
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(text)]), group=self._group)
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: len(text)] = text
+            texts = [torch.zeros_like(padded) for _ in range(self.size)]
+            dist.all_gather(texts, padded, group=self._group)
+        except RuntimeError as exc:
+            raise self._broken(exc) from exc
+        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(texts, sizes, strict=True)]
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """What each box's work gives, which is never None; while some still work, all know that they live."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while True:
+                wait([future], BEAT)
+                answers = self.gather(future.result() if future.done() else None)
+                if None not in answers:
+                    return answers
+
+    def tell(self, what: Any) -> None:
+        """Tells all others; they ``hear``."""
+        text = _tensor(json.dumps(what).encode())
+        self._share(_tensor(len(text).to_bytes(8, "little")), self.rank)
+        self._share(text, self.rank)
+
+    def hear(self, rank: int) -> Any:
+        """What that box tells."""
+        size, text = _tensor(bytes(8)), bytearray()
+        self._share(size, rank)
+        text = bytearray(int.from_bytes(bytes(size.tolist()), "little"))
+        self._share(_tensor(text), rank)
+        return json.loads(text)
+
+    def stream(self, rank: int) -> Stream:
+        """The way of weights from that box to all others."""
+        return Stream(self, rank)
+
+    def _share(self, tensor: torch.Tensor, rank: int) -> None:
+        import torch.distributed as dist
+
+        try:
+            dist.broadcast(tensor, rank, group=self._group)
+        except RuntimeError as exc:
+            raise self._broken(exc) from exc
+
+    def _broken(self, exc: Exception) -> GroupBroken:
+        said = str(exc).partition("\n")[0]
+        why = (said.partition(".cc:")[2].partition("] ")[2] or said).partition(". ")[0]
+        boxes = f" ({', '.join(self.names)})" if self.names else ""
+        return GroupBroken(
+            f"the group of {self.size} boxes{boxes} broke: {why[:200]}. What is live stays live; this watch ends, so "
+            "that torchrun forms the group again."
+        )
+
+
+class Stream:
+    """Weights from one box to all, piece by piece, in the order of their bytes; every box has to see it to its end."""
+
+    def __init__(self, group: Group, rank: int) -> None:
+        self._group, self._rank = group, rank
+        self._under_way: deque[Any] = deque()
+
+    def pass_on(self, piece: memoryview) -> None:
+        """Sends a piece, or takes one into this memory, which must stay until ``finish``."""
+        import torch
+        import torch.distributed as dist
+
+        while len(self._under_way) >= _WINDOW:
+            self._wait()
+        tensor = torch.frombuffer(piece, dtype=torch.uint8)
+        try:
+            work = dist.broadcast(tensor, self._rank, group=self._group._group, async_op=True)
+        except RuntimeError as exc:
+            raise self._group._broken(exc) from exc
+        self._under_way.append((work, tensor))
+
+    def finish(self) -> None:
+        """Waits for all that is under way."""
+        while self._under_way:
+            self._wait()
+
+    def _wait(self) -> None:
+        work, _ = self._under_way[0]
+        try:
+            work.wait()
+        except RuntimeError as exc:
+            raise self._group._broken(exc) from exc
+        self._under_way.popleft()
+
+
+def _tensor(data: bytes | bytearray) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+
+
+def _end_with_parent() -> None:
+    """A torchrun that is killed leaves its watch behind: SIGTERM then ends it, before another one is started."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
