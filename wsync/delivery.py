@@ -1,8 +1,8 @@
 """Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
 
 ``Sent`` and ``Received`` stand where a checkpoint stands in ``publisher.publish``, so that a group publishes by the
-very steps by which one box does. The pieces have a fixed schedule: a piece goes as soon as all its bytes were read, while
-the next are being read; where the reading fails, the rest goes all the same, whatever it is, and is then voted down.
+very steps by which one box does. The pieces have a fixed schedule: a piece goes as soon as all its bytes were read,
+while the next are being read; where the reading fails, the rest goes all the same, and is then voted down.
 """
 
 from __future__ import annotations

@@ -220,8 +220,8 @@ class FleetSyncer(Syncer):
                 first, same = self.group.names[0], answer["layout"] == answers[0]["layout"]
                 raise WsyncError(
                     f"{name} keeps another policy than {first}: its segment is {answer['name']!r}, and its tensors are "
-                    f"{'the same' if same else 'others'}. One group is for one policy: give all boxes the same spec, or "
-                    "form another group (--rdzv-id) for this one."
+                    f"{'the same' if same else 'others'}. One group is for one policy: give all boxes the same spec, "
+                    "or form another group (--rdzv-id) for this one."
                 )
 
     def _held(self, holder: int, started: float) -> Outcome:

@@ -101,8 +101,7 @@ class Group:
         hosts, versions = zip(*self.gather((socket.gethostname(), __version__)), strict=True)
         if len(set(versions)) > 1:
             raise GroupBroken(
-                f"the boxes have different versions of wsync ({', '.join(sorted(set(versions)))}). Install the same one "
-                "on all of them."
+                f"the boxes have different versions of wsync: {', '.join(sorted(set(versions)))}. Install one on all."
             )
         self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
         self.joined = True

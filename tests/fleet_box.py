@@ -1,0 +1,67 @@
+"""``wsync`` on one box of a test's group: it has a name of its own, and can die at a chosen step.
+
+FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is ``step how file``: at that
+step, once (the file tells), the worker, its agent, or both end by SIGKILL, or the worker stops.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wsync import badge, cli, delivery, group
+from wsync.segment import Segment
+
+
+def die_at(step: str) -> None:
+    at, how, file = os.environ.get("FLEET_DIE", "never worker x").split(maxsplit=2)
+    if at != step or Path(file).exists():
+        return
+    Path(file).write_text(str(os.getpid()))
+    if how == "agent":
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()  # its end ends us
+    os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)
+
+
+def around(owner: Any, name: str, before: Callable[..., None], after: Callable[[], None] = lambda: None) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(self: Any, *given: Any, **more: Any) -> Any:
+        before(self)
+        try:
+            return original(self, *given, **more)
+        finally:
+            after()
+
+    setattr(owner, name, wrapped)
+
+
+def staging(outgoing: group.Stream) -> None:
+    if len(outgoing._under_way) == 2:
+        die_at("stage")
+
+
+def voting(turn: delivery.Turn) -> None:
+    if turn._cast == turn.VOTES - 1:
+        die_at("agree")
+
+
+def main() -> None:
+    if "FLEET_BOX" in os.environ:
+        socket.gethostname = lambda: os.environ["FLEET_BOX"]
+    group.TIMEOUT = float(os.environ.get("FLEET_TIMEOUT", group.TIMEOUT))
+    group.PIECE = int(os.environ.get("FLEET_PIECE", group.PIECE))
+    around(group.Stream, "pass_on", staging)
+    around(delivery.Turn, "vote", voting)
+    around(badge.Badge, "give", lambda _: die_at("counted"))
+    around(Segment, "store", lambda _: die_at("store"), lambda: die_at("stored"))
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
