@@ -83,7 +83,7 @@ class Box:
             if lease is None:
                 return 0, None
             live = load_file(self.runtime / NAME / slot_name(lease.slot))
-            values = {float(value) for tensor in live.values() for value in tensor.flatten().unique()}
+            values = {float(value) for tensor in live.values() for value in tensor.flatten().tolist()}
             said = segment.live()
             assert said is None or said.version != lease.version or values == {float(said.step or 0)}
             lease.release()
@@ -151,6 +151,9 @@ class Fleet:
     def publish(self, step: int, mark: float | None = None) -> Path:
         return write(self.base / "runs" / f"step_{step}.safetensors", mlp(), step if mark is None else mark, step)
 
+    def publish_large(self, step: int, hidden: int) -> Path:
+        return write(self.base / "runs" / f"step_{step}.safetensors", mlp(hidden), step, step)
+
     def until(self, version: int, step: int, *boxes: Box) -> None:
         """Until that is live on all of these boxes."""
         deadline = time.monotonic() + DEADLINE
@@ -165,7 +168,7 @@ class Fleet:
         while not self._end.wait(0.005):
             for box in list(self.boxes.values()):
                 found = box.live()
-                if found[0] and found != (box.seen or [None])[-1]:
+                if found[0] and [found] != box.seen[-1:]:
                     box.seen.append(found)
 
     def close(self) -> None:
@@ -262,15 +265,26 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     assert b.command("log", NAME, "--json").stdout.count('"reject"') == 2
 
 
-@pytest.mark.parametrize("step", ["stage", "agree", "counted", "store", "stored"])
-@pytest.mark.parametrize("how", ["worker", "agent"])
-def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet], step: str, how: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "how", "victim"),
+    [
+        ("stage", "worker", "b"),
+        ("agree", "worker", "b"),
+        ("store", "worker", "b"),
+        ("stored", "worker", "b"),
+        ("agree", "agent", "b"),
+        ("stage", "worker", "a"),  # who reads
+        ("stored", "worker", "a"),
+    ],
+)
+def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet], step: str, how: str, victim: str) -> None:
     """Killed at any step, with its torchrun or without: the others go on, and it comes back to what they have."""
     group = fleet("1:2")
     died = group.base / "died"
-    a = group.box("a").start()
+    dies = {"FLEET_DIE": f"{step} {how} {died}"}
+    a = group.box("a").start(**(dies if victim == "a" else {}))
     a.lines.until("rank 0 of 1")  # it holds torchrun's store
-    b = group.box("b").start(FLEET_DIE=f"{step} {how} {died}")
+    b = group.box("b").start(**(dies if victim == "b" else {}))
     b.lines.until("rank")
     a.lines.until("of 2")
     group.publish(1)
@@ -278,11 +292,122 @@ def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet], step:
         assert b.agent
         b.agent.wait(DEADLINE)
         group.until(1, 1, a)
-        b.lines.rest()
-        assert b.agent.stdout
-        b.agent.stdout.close()
-        b.start(FLEET_DIE=f"{step} {how} {died}")
+        b.end()
+        b.start()
     group.until(1, 1)
     assert died.exists()
     group.publish(2)
     group.until(2, 2)
+
+
+def test_a_box_that_hangs_holds_nobody_for_long(fleet: Callable[..., Fleet]) -> None:
+    """A stopped watch is given up after the bound; the others say so in one line, and go on without it."""
+    group = fleet("1:2")
+    died = group.base / "died"
+    a = group.box("a").start(FLEET_TIMEOUT="4")
+    a.lines.until("rank 0 of 1")
+    b = group.box("b").start(FLEET_TIMEOUT="4", FLEET_DIE=f"agree stop {died}")
+    a.lines.until("of 2")
+    group.publish(1)
+    line = a.lines.until("wsync: the group of 2 boxes")
+    assert "torchrun forms the group again" in line
+    assert not a.seen  # b was not asked to its end
+    os.kill(int(died.read_text()), signal.SIGCONT)
+    group.until(1, 1)
+    assert not [line for box in (a, b) for line in box.lines.seen if "/wsync/" in line]
+
+
+def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
+    """What an operator does on any box holds on all, whoever reads, until it is taken back there."""
+    group = fleet("2")
+    a, b = group.box("a").start(), group.box("b").start()
+    for version in (1, 2):
+        group.publish(version)
+        group.until(version, version)
+    reader, other = (a, b) if "rank 0" in a.lines.until("nets: rank") else (b, a)
+    assert other.command("rollback", NAME).returncode == 0
+    group.until(3, 1)
+    group.publish(3)
+    line = reader.lines.until("pinned")
+    assert other.name in line and "unpin" in line
+    assert other.command("unpin", NAME).returncode == 0
+    group.until(4, 3)
+    assert reader.command("pin", NAME, str(group.base / "runs" / "step_2.safetensors")).returncode == 0
+    group.until(5, 2)
+    assert reader.command("unpin", NAME).returncode == 0
+    group.until(6, 3)
+
+
+def test_weights_of_a_stranger_give_way(fleet: Callable[..., Fleet]) -> None:
+    """A box that comes with numbers and weights of its own gets the group's, under a number that is new to all."""
+    group = fleet("1:2")
+    a, b = group.box("a").start(), group.box("b")
+    group.publish(5)
+    group.until(1, 5, a)
+    (group.base / "own").mkdir()
+    own = [write(group.base / "own" / f"step_{step}.safetensors", mlp(), step, step) for step in (1, 2, 3)]
+    for file in own:
+        assert b.command("push", "policies:mlp", str(file), "--name", NAME).returncode == 0
+    b.start()
+    group.until(4, 5)
+    b.lines.until("version 4, step 5")
+    group.publish(6)
+    group.until(5, 6)
+
+
+def test_a_joining_box_asks_its_own_gate(fleet: Callable[..., Fleet]) -> None:
+    """Where the group's live weights do not pass a joining box's gate it stays without, and the group goes on."""
+    group = fleet("1:2")
+    a = group.box("a").start()
+    group.publish(1)
+    group.until(1, 1, a)
+    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_STEP\" != 1 || { echo not here; false; }'\n")
+    line = b.lines.until("refused")
+    assert "b: " in line and "not here" in line
+    group.publish(2)
+    group.until(2, 2)
+    assert [step for _, step in b.seen] == [2]
+
+
+def test_another_policy_on_one_box_is_told(fleet: Callable[..., Fleet]) -> None:
+    """A box whose spec is of other tensors is named, and nothing goes live anywhere."""
+    group = fleet("2")
+    a = group.box("a").start()
+    b = group.box("b").start(settings="[policy_kwargs]\nhidden = 9\n")
+    group.publish(1)
+    for box in (a, b):
+        line = box.lines.until("keeps another policy")
+        assert "a" in line and "b" in line
+    assert not group.steps_ever_live()
+
+
+def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:
+    """All that the watches of a group read from files for one checkpoint is its bytes, once."""
+    group = fleet("2")
+    settings = "[policy_kwargs]\nhidden = 600000\n"
+    boxes = [group.box(name).start(settings=settings, FLEET_PIECE=str(1 << 20)) for name in "ab"]
+    file = group.publish_large(1, 600_000)
+    group.until(1, 1)
+    before = [read_by(box.worker) for box in boxes]
+    group.publish_large(2, 600_000)
+    group.until(2, 2)
+    read = [read_by(box.worker) - was for box, was in zip(boxes, before, strict=True)]
+    size = file.stat().st_size
+    assert size < max(read) < 1.1 * size and min(read) < 0.1 * size
+
+
+def read_by(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/io").read_text().split()[1])
+
+
+def test_a_watch_of_one_box_knows_of_no_group(runtime: Path) -> None:
+    """Without torchrun neither a watch nor status loads any of this."""
+    code = """
+import sys
+import wsync.service, wsync.status, wsync.cli
+service = wsync.service.Service(lambda: wsync.spec.load_spec("policies:mlp"), None, "runs")
+assert type(service.syncer).__name__ == "Syncer"
+print(sorted(name for name in sys.modules if name in ("torch", "wsync.group", "wsync.fleet", "wsync.delivery")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "[]\n", done.stderr

@@ -121,7 +121,7 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
     kind = next(kind for kind in _KINDS if any(verdict["kind"] == kind.__name__ for _, verdict in against))
     text = " ".join(f"{name}: {verdict['text']}" for name, verdict in against)
     if issubclass(kind, WithDifferences):
-        raise kind(text, tuple(Difference(**row) for _, verdict in against for row in verdict["differences"]))
+        raise kind(text, tuple(Difference(**row) for _, verdict in against for row in verdict.get("differences", ())))
     raise kind(text)
 
 

@@ -1,0 +1,121 @@
+"""What a group concludes from what its boxes tell, without any group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wsync.convergence import Change, Report, change_of, holder_of, leader_of
+from wsync.delivery import Outbox, judge
+from wsync.errors import GateRejected, RetryLater, SegmentBusy, UsageError
+from wsync.group import Group, Stream
+
+
+def box(version: int, identity: str = "x", **more: object) -> Report:
+    return replace(Report(version, identity if version else "", version), **more)  # type: ignore[arg-type]
+
+
+def change(provider: int, takers: set[int], version: int, gated: bool = True) -> Change:
+    return Change(provider, frozenset(takers), version, gated)
+
+
+def test_equal_boxes_need_nothing() -> None:
+    """Nothing live anywhere, or the same everywhere, moves nothing."""
+    assert change_of([box(0), box(0)]) is None
+    assert change_of([box(7), box(7)]) is None
+
+
+def test_who_is_behind_takes_the_highest_version() -> None:
+    """A box that joins, or that died before its store, gets the version under its own number; others take nothing."""
+    assert change_of([box(0), box(7), box(7)]) == change(1, {0}, 7)
+    assert change_of([box(6, "w"), box(7), box(6, "w")]) == change(1, {0, 2}, 7)
+
+
+def test_a_stranger_is_brought_to_the_group() -> None:
+    """Weights that did not come from the group give way, and numbers only grow, on all boxes alike."""
+    assert change_of([box(50, "old", ours=False), box(7), box(7)]) == change(1, {0, 1, 2}, 51)
+    assert change_of([box(3, "old", ours=False), box(7)]) == change(1, {0}, 7)
+    assert change_of([box(50, ours=False), box(7, ours=False)]) == change(0, {1}, 50)
+    assert change_of([box(0, last=9), box(7)]) == change(1, {0, 1}, 10)
+
+
+def test_one_number_with_two_contents_is_given_up() -> None:
+    """Where all that had a version died, and its number was given again, the boxes agree on the next one."""
+    assert change_of([box(7, "y"), box(7), box(7)]) == change(1, {0, 1, 2}, 8)
+
+
+def test_a_pin_leads() -> None:
+    """What a pin holds goes to all, without their gates, also from behind; one that is live nowhere is sought."""
+    pinned = box(6, "w", pin="w", held=True)
+    assert change_of([box(7), pinned, box(7)]) == change(1, {0, 1, 2}, 8, gated=False)
+    assert holder_of([box(6, "w"), pinned]) == 1 and holder_of([box(6, "w")]) is None
+    assert leader_of([box(6), box(6, pin="z")]) == 1 and leader_of([pinned, box(6, pin="z")]) == 0
+
+
+def test_who_declined_is_left_alone() -> None:
+    """A box whose gate does not want what is live is not asked again, and its own weights win over nobody."""
+    declined = box(50, "own", ours=False, declined="x")
+    assert change_of([box(7), declined]) is None
+    assert change_of([box(7), declined, box(0)]) == change(0, {2}, 7)
+    assert change_of([box(8, "y"), declined]) == change(0, {0, 1}, 51)
+
+
+def test_the_gravest_objection_counts() -> None:
+    """All boxes raise the same: a rejection before a later, each box with its reason."""
+    later, busy = {"kind": "RetryLater", "text": "later"}, {"kind": "SegmentBusy", "text": "busy"}
+    gate = {"kind": "GateRejected", "text": "no", "differences": []}
+    judge([{}, {}], ["a", "b"])
+    with pytest.raises(GateRejected, match=r"a: busy b: no"):
+        judge([busy, gate], ["a", "b"])
+    with pytest.raises(RetryLater):
+        judge([busy, later], ["a", "b"])
+    with pytest.raises(SegmentBusy):
+        judge([{}, busy], ["a", "b"])
+
+
+class Recorder(Stream):
+    """Takes pieces and keeps them."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+
+    def pass_on(self, piece: memoryview) -> None:
+        self.sent.append(bytes(piece))
+
+    def finish(self) -> None:
+        pass
+
+
+def test_a_piece_goes_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces go in their order, each as soon as all its bytes are there and never before; the rest at the end."""
+    monkeypatch.setattr("wsync.group.PIECE", 4)
+    weights, stream = bytearray(10), Recorder()
+    outbox = Outbox(memoryview(weights), stream)
+
+    def fill(offset: int, nbytes: int) -> list[bytes]:
+        weights[offset : offset + nbytes] = b"x" * nbytes
+        outbox.filled(offset, nbytes)
+        return stream.sent
+
+    assert fill(4, 4) == []
+    assert fill(0, 3) == []
+    assert fill(3, 1) == [b"xxxx", b"xxxx"]
+    outbox.close()
+    assert stream.sent[2:] == [b"\0\0"]
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"} | {
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "one"}, {"LOCAL_WORLD_SIZE": "2"}, {"MASTER_PORT": None}, {"RANK": None}])
+def test_half_of_torchruns_variables_are_told(wrong: dict[str, str | None]) -> None:
+    """What torchrun did not set, or more than one watch a box, is a usage error that says how to start it."""
+    group = Group(TORCHRUN)
+    assert (group.rank, group.size, group.run) == (1, 2, "x")
+    environment = {key: value for key, value in {**TORCHRUN, **wrong}.items() if value is not None}
+    with pytest.raises(UsageError, match="TORCHELASTIC_RUN_ID"):
+        Group(environment)
