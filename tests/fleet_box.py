@@ -18,8 +18,11 @@ from wsync.segment import Segment
 
 
 def die_at(step: str) -> None:
-    at, how, file = os.environ.get("FLEET_DIE", "never worker x").split(maxsplit=2)
-    if at != step or Path(file).exists():
+    at, *rest = os.environ.get("FLEET_DIE", "never").split(maxsplit=2)
+    if at != step:
+        return
+    how, file = rest
+    if Path(file).exists():
         return
     Path(file).write_text(str(os.getpid()))
     if how == "agent":
