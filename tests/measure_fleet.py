@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 
 BOXES, TENSORS, ROUNDS = 4, 200, 5
+GATHERS = (
+    10  # around the ring for one publish: reports, readiness and three votes, each their sizes and then themselves
+)
 NETWORK = 10e9 / 8  # bytes a second of a box's link, and of the store's, in what is reckoned
 
 POLICY = """
@@ -95,6 +98,9 @@ def measure(base: Path, number: int, nbytes: int, *, group: bool) -> tuple[float
     """Seconds until the last box is live, bytes read and seconds of processor for one checkpoint: medians."""
     for old in (base / "runs").iterdir():
         old.unlink()
+    (base / "policy.toml").write_text(
+        f'policy = "policy:make"\ncheckpoints = "runs"\n[policy_kwargs]\nnbytes = {nbytes}\ntensors = {TENSORS}\n'
+    )
     place = save(base, 1, nbytes)
     watches = Watches(base, number, group=group)
     try:
@@ -131,35 +137,35 @@ def main() -> None:
     try:
         (base / "runs").mkdir()
         (base / "policy.py").write_text(POLICY)
-        (base / "policy.toml").write_text(
-            f'policy = "policy:make"\ncheckpoints = "runs"\n[policy_kwargs]\nnbytes = {nbytes}\ntensors = {TENSORS}\n'
-        )
         size = f"{nbytes >> 20} MiB"
         alone = measure(base, BOXES, nbytes, group=False)
         together = measure(base, BOXES, nbytes, group=True)
         one = measure(base, 1, nbytes, group=True)
+        small = [measure(base, number, 1 << 20, group=True)[0] for number in (1, BOXES)]
         for what, (seconds, read, cpu) in (
             (f"{BOXES} boxes, each reads {size}", alone),
             (f"{BOXES} boxes, one reads {size}", together),
             ("a group of 1 box", one),
         ):
             print(f"{what}: {seconds:.2f} s, read {read / nbytes:.2f} times its size, {cpu:.2f} s of processor")
-        reckon(nbytes, (together[2] - one[2]) / (BOXES - 1))
+        reckon((together[2] - one[2]) / (BOXES - 1) / nbytes, max(small[1] - small[0], 0) / (BOXES - 1) / GATHERS)
     finally:
         shutil.rmtree(base)
 
 
-def reckon(nbytes: int, cpu: float) -> None:
-    """On paper: gloo broadcasts along a binomial tree and gathers around a ring, each box with a link of its own."""
-    hop = 1e-4  # seconds of a small message between two boxes of one network
-    weights = 1e9
-    print(f"a further box costs {cpu / nbytes * 1e9:.2f} s of processor a GB, on the box itself and who sends to it")
+def reckon(cpu: float, hop: float) -> None:
+    """On paper: gloo broadcasts along a binomial tree and gathers around a ring, each box with a link of its own.
+
+    Args:
+        cpu: seconds of processor that a further box costs for each byte, on itself and on who sends to it.
+        hop: seconds that a further box costs a gathering.
+    """
+    print(f"a further box: {cpu * 1e9:.2f} s of processor a GB; {hop * 1e3:.2f} ms a gathering, {GATHERS} a publish")
     for boxes in (10, 100, 1000):
-        tree = math.ceil(math.log2(boxes)) * weights / NETWORK
-        votes = 5 * 2 * (boxes - 1) * hop
+        tree = math.ceil(math.log2(boxes)) * 1e9 * max(1 / NETWORK, cpu)
         print(
-            f"{boxes:5} boxes, 1 GB, links of 10 Gb/s: {tree + votes:.1f} s and 1 GB from the store, beside "
-            f"{boxes * weights / NETWORK:.0f} s and {boxes} GB where each reads"
+            f"{boxes:5} boxes, 1 GB, links of 10 Gb/s: {tree + GATHERS * (boxes - 1) * hop:.1f} s and 1 GB from the "
+            f"store, beside {boxes * 1e9 / NETWORK:.0f} s and {boxes} GB where each reads"
         )
 
 

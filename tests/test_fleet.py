@@ -50,13 +50,24 @@ class Box:
         self.checkpoints = fleet.base / "runs"
         self.agent: subprocess.Popen[str] | None = None
         self.seen: list[tuple[int, int | None]] = []
+        self.within: tuple[str, ...] = ()  # a command that starts others in a network of their own
         self.lines: Lines
 
     def start(self, *options: str, program: tuple[str, ...] = (BOX,), settings: str = "", **variables: str) -> Box:
         toml = self.fleet.base / f"{self.name}.toml"
         toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{self.checkpoints}"\n{settings}')
         environment = {**os.environ, **self.variables(), "FLEET_BOX": self.name, "FLEET_PIECE": "64", **variables}
-        command = [*TORCHRUN, *self.fleet.arguments, *options, *program, "watch", str(toml), "--log-format", "plain"]
+        command = [
+            *self.within,
+            *TORCHRUN,
+            *self.fleet.arguments,
+            *options,
+            *program,
+            "watch",
+            str(toml),
+            "--log-format",
+            "plain",
+        ]
         self.agent = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.fleet.base
         )
@@ -395,6 +406,56 @@ def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:
     read = [read_by(box.worker) - was for box, was in zip(boxes, before, strict=True)]
     size = file.stat().st_size
     assert size < max(read) < 1.1 * size and min(read) < 0.1 * size
+
+
+@pytest.fixture
+def networks() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Two network namespaces with one link between them; of each its name and its address."""
+    ends = [(f"wsync-{os.getpid()}-{end}", f"10.231.77.{number}") for number, end in enumerate("ab", 1)]
+
+    def ip(*arguments: str) -> bool:
+        return subprocess.run(["ip", *arguments], capture_output=True, timeout=DEADLINE).returncode == 0
+
+    if os.geteuid() or not shutil.which("ip") or not ip("netns", "add", ends[0][0]):
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        (a, _), (b, _) = ends
+        assert ip("netns", "add", b)
+        assert ip("link", "add", "box", "netns", a, "type", "veth", "peer", "name", "box", "netns", b)
+        for name, address in ends:
+            assert ip("-n", name, "address", "add", f"{address}/24", "dev", "box")
+            assert ip("-n", name, "link", "set", "lo", "up") and ip("-n", name, "link", "set", "box", "up")
+        yield ends[0], ends[1]
+    finally:
+        for name, _ in ends:
+            ip("netns", "del", name)
+
+
+def test_a_box_that_is_cut_off_comes_back(
+    fleet: Callable[..., Fleet], networks: tuple[tuple[str, str], tuple[str, str]]
+) -> None:
+    """A cut link ends a group within its bound; the others go on, the one cut off keeps what it had, and catches up."""
+    group = fleet("1:2")
+    at = group.arguments.index("--rdzv-endpoint") + 1
+    group.arguments[at] = f"{networks[0][1]}:29400"
+    a, b = group.box("a"), group.box("b")
+    for box, (name, address) in zip((a, b), networks, strict=True):
+        box.within = ("ip", "netns", "exec", name)
+        place = ("--local-addr", address, "--rdzv-conf", f"last_call_timeout=1,is_host={int(box is a)}")
+        box.start(*place, FLEET_TIMEOUT="4", GLOO_SOCKET_IFNAME="box")
+        box.lines.until("nets: rank")
+    a.lines.until("of 2")
+    group.publish(1)
+    group.until(1, 1)
+    cut = ["ip", "-n", networks[1][0], "link", "set", "box"]
+    subprocess.run([*cut, "down"], check=True, timeout=DEADLINE)
+    group.publish(2)
+    group.until(2, 2, a)
+    assert b.seen == [(1, 1)]
+    subprocess.run([*cut, "up"], check=True, timeout=DEADLINE)
+    b.end()  # its torchrun may have given up, and is started again as systemd does
+    b.start(*place, GLOO_SOCKET_IFNAME="box")
+    group.until(2, 2)
 
 
 def read_by(pid: int) -> int:
