@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import raw
+from safetensors.torch import save_file
 
+from wsync.checkpoint import Checkpoint
 from wsync.convergence import Change, Report, change_of, holder_of, leader_of
-from wsync.delivery import Outbox, judge
-from wsync.errors import GateRejected, RetryLater, SegmentBusy, UsageError
+from wsync.delivery import Outbox, Sent, Turn, judge
+from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError, WsyncError
+from wsync.fitting import Fit
 from wsync.group import Group, Stream
+from wsync.layout import Layout
 
 
 def box(version: int, identity: str = "x", **more: object) -> Report:
-    return replace(Report(version, identity if version else "", version), **more)  # type: ignore[arg-type]
+    name = identity if version else ""
+    return replace(Report(version, name, version, name), **more)  # type: ignore[arg-type]
 
 
 def change(provider: int, takers: set[int], version: int, gated: bool = True) -> Change:
@@ -38,6 +47,12 @@ def test_a_stranger_is_brought_to_the_group() -> None:
     assert change_of([box(3, "old", ours=False), box(7)]) == change(1, {0}, 7)
     assert change_of([box(50, ours=False), box(7, ours=False)]) == change(0, {1}, 50)
     assert change_of([box(0, last=9), box(7)]) == change(1, {0, 1}, 10)
+
+
+def test_a_box_that_lost_its_memory_gets_the_same_number() -> None:
+    """After a reboot, or `wsync rm`, a box takes again what it had, under the number that it had."""
+    assert change_of([box(0, last=7, last_identity="x"), box(7)]) == change(1, {0}, 7)
+    assert change_of([box(0, last=7, last_identity="y"), box(7)]) == change(1, {0, 1}, 8)
 
 
 def test_one_number_with_two_contents_is_given_up() -> None:
@@ -103,6 +118,61 @@ def test_a_piece_goes_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fill(3, 1) == [b"xxxx", b"xxxx"]
     outbox.close()
     assert stream.sent[2:] == [b"\0\0"]
+
+
+class Counted(Turn):
+    """Counts votes, and asks nobody."""
+
+    def __init__(self) -> None:
+        super().__init__(Group(TORCHRUN))
+        self.objection: WsyncError | None = None
+
+    def vote(self, objection: WsyncError | None = None, *, work: Callable[[], None] | None = None) -> None:
+        self._cast += 1
+        self.objection = self.objection or objection
+
+
+@pytest.mark.parametrize("form", ["plain", "cast", "reversed", "part", "adapter", "nan"])
+def test_what_is_sent_is_what_is_staged(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early."""
+    monkeypatch.setattr("wsync.group.PIECE", 8)
+    stream = Recorder()
+    monkeypatch.setattr(Group, "stream", lambda *_: stream)
+    names = ["a", "b", "c.weight"]
+    layout = Layout.build(dict.fromkeys(names, ("F32", (4, 4))), {})
+    tensors = {name: torch.full((4, 4), 1.0 + n) for n, name in enumerate(names)}
+    if form == "cast":
+        tensors["b"] = tensors["b"].double()
+    if form == "nan":
+        tensors["b"][0, 0] = float("nan")
+    if form == "part":
+        del tensors["a"]
+    settings = Fit(cast=True, strict=form != "part", base=str(tmp_path / "base.safetensors"))
+    place = tmp_path / "x.safetensors"
+    if form == "adapter":
+        save_file(tensors, tmp_path / "base.safetensors")
+        place = tmp_path / "x"
+        place.mkdir()
+        (place / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+        lora = {f"base_model.model.c.lora_{x}.weight": torch.ones(s) for x, s in (("A", (1, 4)), ("B", (4, 1)))}
+        save_file(lora, place / "adapter_model.safetensors")
+    elif form == "reversed":
+        header: dict[str, object] = {}
+        for n, name in enumerate(reversed(names)):
+            header[name] = {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * n, 64 * n + 64]}
+        raw(place, header, b"".join(tensors[name].numpy().tobytes() for name in reversed(names)))
+    else:
+        save_file(tensors, place)
+    weights, turn = bytearray(layout.nbytes), Counted()
+    with Checkpoint(place) as checkpoint:
+        plan = checkpoint.plan(layout, settings)
+        sent = Sent(checkpoint, turn, whole=checkpoint.merged)
+        sent.read_into(memoryview(weights), plan, finite=True, progress=None)
+    assert b"".join(stream.sent) == weights
+    assert isinstance(turn.objection, NonFiniteWeights) == (form == "nan")
+    assert turn._cast == 2
+    if form == "adapter":
+        assert torch.frombuffer(weights[128:], dtype=torch.float32).tolist() == [4.0] * 16
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"} | {

@@ -247,6 +247,9 @@ def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:
         box.lines.until("of 3", "a", "b", "c")
     assert len(c.status()["group"]["boxes"]) == 3
     assert c.command("rollback", NAME).returncode == 2  # there is nothing before the first version
+    c.lines.until("nets: version 1, step 1")
+    assert c.command("rm", NAME).returncode == 0
+    c.lines.until("nets: version 1, step 1")
     assert c.agent
     c.agent.send_signal(signal.SIGTERM)
     c.agent.wait(DEADLINE)
@@ -270,6 +273,8 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     group.publish(3, float("nan"))
     for box in (a, b):
         box.lines.until("rejected", "NaN")
+    os.kill(b.worker, signal.SIGHUP)
+    b.lines.until("read again")
     group.publish(4)
     group.until(2, 4)
     assert group.steps_ever_live() == {1, 4}

@@ -14,6 +14,7 @@ class Report:
         version: that is live; 0 where nothing is.
         identity: of the checkpoint that it came from; empty for weights from memory.
         last: the highest version ever published there.
+        last_identity: of the checkpoint that it came from.
         ours: what is live came from this group, or went live while the box was in it.
         pin: what is pinned; empty where nothing is.
         held: the pin is what is live.
@@ -24,6 +25,7 @@ class Report:
     version: int = 0
     identity: str = ""
     last: int = 0
+    last_identity: str = ""
     ours: bool = True
     pin: str = ""
     held: bool = False
@@ -71,7 +73,8 @@ def change_of(reports: Sequence[Report]) -> Change | None:
     if not behind:
         return None
     version = top.version
-    if any(reports[rank].last >= version for rank in behind):
+    lasts = [(reports[rank].last, reports[rank].last_identity) for rank in behind]
+    if any(last > version or (last == version and what != top.identity) for last, what in lasts):
         version, behind = max(box.last for box in reports) + 1, willing | {provider}
     return Change(provider, frozenset(behind), version, gated=not top.held)
 

@@ -73,18 +73,20 @@ class FleetSyncer(Syncer):
         self.group = group
         self._badge: Badge | None = None
         self._settled = False  # once all were the same in this group; what goes live from then on counts as its own
-        self._last = 0  # the highest version on record here
+        self._last = (0, "")  # the highest version on record here, and what it came from
         self._declined: str | None = None  # identity of the group's live weights that this box's gate does not want
         self._failed: Change | None = None
         self._reports: list[Report] = []
         self._seen = 0  # the version that this box reported
         self._error: BaseException | None = None
         self._worked = True
+        self._left = False  # closed while a round was still under way, which then closes
 
     def close(self, *, now: bool = False) -> None:
         """As of ``Syncer``; what a round still uses is left to the end of the process."""
         thread = self.group.thread
-        if thread and thread.is_alive():
+        self._left = thread is not None and thread.is_alive() and thread is not threading.current_thread()
+        if self._left:
             return
         if self._badge:
             self._badge.close()
@@ -100,29 +102,32 @@ class FleetSyncer(Syncer):
 
         def rounds() -> None:
             try:
-                self._worked = self._run(stop, tell)
+                self._worked = self._run(ended, tell)
             except BaseException as exc:
                 self._error = exc
             finally:
-                done.set()
+                ended.set()
                 stop.set()
+                if self._left:
+                    self.close()
 
-        if self.group.thread:
+        if self.group.thread:  # the last step before the settings were read again
             self.group.thread.join()
-        done = threading.Event()
-        self._stop = stop
+        ended = threading.Event()
+        self._stop = self.group.stop = ended
         self.group.thread = threading.Thread(target=rounds, name="wsync-group", daemon=True)
         self.group.thread.start()
         stop.wait()
+        ended.set()
         self.group.thread.join(_GRACE)
-        if self._error and done.is_set():
+        if self._error:
             raise self._error
         return self._worked
 
     def _run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         if not self.group.joined:
             self.group.join()
-        self._last = self.record.last_version()
+        self._last = self.record.last_published()
         pace = Pace(self.spec, self.getter.checkpoints, stop)
         try:
             while not stop.is_set():
@@ -157,13 +162,15 @@ class FleetSyncer(Syncer):
             if segment:
                 self._wear(segment)
         except (WsyncError, OSError):
-            return Report(last=self._last, mood=mood)
+            return Report(last=self._last[0], last_identity=self._last[1], mood=mood)
         version, identity = (live.version, live.identity) if live else (0, "")
-        self._seen, self._last = version, max(self._last, version)
+        self._seen = version
+        if version >= self._last[0]:
+            self._last = (version, identity)
         known = self._badge is not None and live is not None and self._badge.came_from_group(live)
         ours = live is None or known or (self._settled and self._declined is None)
         held = pin is not None and live is not None and _is_live(pin, live)
-        return Report(version, identity, self._last, ours, pin.name if pin else "", held, self._declined, mood)
+        return Report(version, identity, *self._last, ours, pin.name if pin else "", held, self._declined, mood)
 
     def _wear(self, segment: Segment) -> None:
         if self._badge and self._badge.is_at(segment.path):
@@ -300,8 +307,10 @@ class FleetSyncer(Syncer):
             except WsyncError:  # the leader tells what comes of it
                 pass
         said = _outcome_of(told["outcome"])
-        for each in (said, *said.passed_over):
-            if each.status == "rejected" and not each.known:
+        rejected = [each for each in (said, *said.passed_over) if each.status == "rejected" and not each.known]
+        told_of = self.record.refusals(each.identity for each in rejected)
+        for each in rejected:
+            if each.identity not in told_of:
                 self.record.refuse(each.identity, each.reason or "", replace(each, version=self._seen))
         segment = self.updater.segment
         live = segment.live() if segment else None
@@ -341,7 +350,7 @@ class FleetSyncer(Syncer):
         except WsyncError as exc:
             turn.refuse(exc)
         assert self._published and self.updater.published
-        self._last = self._seen = offer["version"]
+        self._seen, self._last = offer["version"], (offer["version"], offer["identity"])
         self._declined = None
         self.record.keep(segment, self.updater.published, self.spec.keep)
         return self._published

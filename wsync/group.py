@@ -50,6 +50,7 @@ class Group:
         names: of the boxes, by rank; empty before ``join``.
         note: where to tell of the group itself, as ``WatchLog.note``.
         thread: what talks to the other boxes, once it runs.
+        stop: ends what this box works on; set where the group breaks meanwhile.
         joined: whether it was formed.
 
     Raises:
@@ -75,6 +76,7 @@ class Group:
         self.names: list[str] = []
         self.note: Callable[[str, str, str], None] = lambda level, event, text: None
         self.thread: threading.Thread | None = None
+        self.stop = threading.Event()
         self.joined = False
         self._group: Any = None
 
@@ -140,7 +142,11 @@ class Group:
             future = pool.submit(work)
             while True:
                 wait([future], BEAT)
-                answers = self.gather(future.result() if future.done() else None)
+                try:
+                    answers = self.gather(future.result() if future.done() else None)
+                except GroupBroken:
+                    self.stop.set()  # a gate must not hold up the end
+                    raise
                 if None not in answers:
                     return answers
 

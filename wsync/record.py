@@ -60,6 +60,13 @@ class Record:
         state = self._state
         return (self._try(state.version) or 0) if state else 0
 
+    def last_published(self) -> tuple[int, str]:
+        """The highest version on record, and the identity of its checkpoint."""
+        state = self._state
+        events = self._try(lambda: state.events(kinds=("publish", "rollback"))) if state else None
+        last = max(events or (), key=lambda event: event.version or 0, default=None)
+        return (last.version or 0, last.identity or "") if last else (0, "")
+
     # --- refusals
 
     def forget(self) -> None:
