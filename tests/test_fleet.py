@@ -354,6 +354,22 @@ def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
     group.until(6, 3)
 
 
+def test_a_push_by_hand_in_between_goes_first(fleet: Callable[..., Fleet]) -> None:
+    """What goes live on one box while a checkpoint is on its way takes its number, on all boxes, and first."""
+    group = fleet("1:2")
+    (group.base / "own").mkdir()
+    own = write(group.base / "own" / "step_7.safetensors", mlp(), 7, 7)
+    a = group.box("a").start()
+    a.lines.until("rank 0 of 1")
+    b = group.box("b").start(FLEET_PUSH=str(own))
+    a.lines.until("rank 0 of 2")
+    group.publish(1)
+    group.until(1, 1)
+    group.publish(2)
+    group.until(3, 2)
+    assert (2, 7) in a.seen and (2, 7) in b.seen
+
+
 def test_weights_of_a_stranger_give_way(fleet: Callable[..., Fleet]) -> None:
     """A box that comes with numbers and weights of its own gets the group's, under a number that is new to all."""
     group = fleet("1:2")
