@@ -251,6 +251,7 @@ def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None = Non
     stream.finish()
     turn.vote()  # whole
     turn.vote()  # agreed
+    turn.group.together(dict)  # others keep copies
 
 
 def pieces_of(weights: memoryview) -> Iterable[memoryview]:

@@ -75,7 +75,7 @@ class FleetSyncer(Syncer):
         self._settled = False  # once all were the same in this group; what goes live from then on counts as its own
         self._last = (0, "")  # the highest version on record here, and what it came from
         self._declined: str | None = None  # identity of the group's live weights that this box's gate does not want
-        self._failed: Change | None = None
+        self._failed: Change | None = None  # what is only tried again when rank 0 is due
         self._reports: list[Report] = []
         self._seen = 0  # the version that this box reported
         self._error: BaseException | None = None
@@ -184,28 +184,29 @@ class FleetSyncer(Syncer):
 
     def _once(self, force: bool, dry_run: bool) -> Outcome:
         started = time.perf_counter()
+        change = self._failed = change_of(self._reports)
         self._prepare()
-        if change := change_of(self._reports):
-            self._failed = change
+        if change:
             outcome = self._change(change, started)
             self._failed = None
             return outcome
-        self._settled, self._failed = True, None
+        self._settled = True
         holder, leader = holder_of(self._reports), leader_of(self._reports)
         if holder is not None:
             return self._held(holder, started)
         return self._lead(force) if leader == self.group.rank else self._follow(leader, started)
 
     def _prepare(self) -> None:
-        """A segment on every box, of the same layout.
+        """A segment on every box, of the same layout, and a pin that can be read, if there is one.
 
         Raises:
-            WsyncError: a box cannot have it, or has another policy.
+            WsyncError: a box cannot have that, or has another policy.
         """
 
         def ready() -> dict[str, Any]:
             try:
                 try:
+                    self.record.pin()
                     self.updater.spec = self.spec.fingerprint
                     segment = self.updater.make_segment()
                     live = segment.live()
@@ -352,7 +353,13 @@ class FleetSyncer(Syncer):
         assert self._published and self.updater.published
         self._seen, self._last = offer["version"], (offer["version"], offer["identity"])
         self._declined = None
-        self.record.keep(segment, self.updater.published, self.spec.keep)
+        publication = self.updater.published
+
+        def keep() -> dict[str, Any]:
+            self.record.keep(segment, publication, self.spec.keep)
+            return {}
+
+        self.group.together(keep)  # a copy may take longer than a box may be silent
         return self._published
 
     def _check_unchanged(self, segment: Segment) -> None:
