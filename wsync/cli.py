@@ -194,7 +194,8 @@ def watch(
 
     Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-failures; 2 usage.
 
-    SIGHUP reads the TOML again. Under systemd, use Type=notify: ready is the first version.
+    SIGHUP reads the TOML again. Under systemd, use Type=notify: ready is the first version. Started by torchrun, one
+    watch on each box, they are a group: one reads, and all boxes go live together.
     """
     from .console import WatchLog, default_format
     from .service import Service
