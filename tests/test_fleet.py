@@ -222,8 +222,9 @@ def fleet(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield make
     for each in started:
         each.close()
-        each.check()
     shutil.rmtree(base, ignore_errors=True)
+    for each in started:
+        each.check()
 
 
 def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:

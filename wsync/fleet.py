@@ -19,9 +19,10 @@ the group's; where its numbers went further than the group's, all boxes take the
 grow. Weights that went live elsewhere pass a joining box's own gate before they go live there; where it says no, that
 box stays with what it had, and says so.
 
-A pin on one box holds the whole group, on what that box has: what an operator publishes on one box (``wsync rollback``,
-``wsync pin``, ``wsync push``) goes to all at the next round, without their gates, as on one machine. ``wsync unpin`` on
-that box lets go.
+A pin on one box holds the whole group, on what that box has: a ``wsync rollback`` or ``wsync pin`` there goes to all at
+the next round, without their gates, as on one machine, and ``wsync unpin`` there lets go. A rollback takes what that
+very box still has, in a slot, as a copy that it keeps, or as a file. What a ``wsync push`` made live on one box goes to
+all, too; their gates are asked.
 """
 
 from __future__ import annotations
