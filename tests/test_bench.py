@@ -16,7 +16,7 @@ import pytest
 from conftest import DEADLINE, Cli, Spawn
 from watchfiles import watch
 
-from wsync import bench
+from wsync import bench, cli_bench
 from wsync.bench import Aim, Beside, Case, Result, Rounds, Settings, Skip, in_turn, parse_size
 from wsync.bench_growth import exponent
 from wsync.bench_place import Place
@@ -269,6 +269,18 @@ def test_an_interrupt_ends_it_cleanly(
         os.close(leader)
     assert list(runtime.iterdir()) == [] == list((tmp_path / "files").iterdir())
     assert processes_in(runtime) == []
+
+
+def test_only_the_first_signal_counts() -> None:
+    """Guards the tidying up against a second signal, as timeout(1) sends, and those who wait no longer."""
+    before = {number: signal.getsignal(number) for number in cli_bench._ENDING}
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            cli_bench._end(signal.SIGTERM, None)
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def processes_in(runtime: Path) -> list[str]:

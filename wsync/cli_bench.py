@@ -14,6 +14,16 @@ from .errors import UsageError
 from .options import JsonOption, RuntimeOption
 
 bench_command = typer.Typer()
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, _: object) -> None:
+    """Ends what was started, and then this: the first signal does, and none of the next comes in between."""
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 @bench_command.command(epilog="Example: wsync bench --size 64MiB --plot bench.svg")
@@ -55,8 +65,8 @@ def bench(
     from .bench_view import as_json as view_json
     from .bench_view import box, headline, print_results
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that what was started ends with us
+    for number in _ENDING:
+        signal.signal(number, _end)
     settings = Settings(parse_size(size), tensors, readers, quick, tuple(only or ()), growth, directory, runtime_dir)
     if plot and (plot.is_dir() or not plot.absolute().parent.is_dir()):
         raise UsageError(f"{plot} cannot be written: its directory is not there. Name another file with --plot.")
