@@ -261,6 +261,35 @@ def test_a_profile_signs_requests(bucket: Bucket, cli: Cli, tmp_path: Any, monke
     assert all("FROMPROFILE" in head for head in bucket.proxy.requests)
 
 
+def test_credentials_that_cannot_be_had_are_told(bucket: Bucket, live: Syncer, monkeypatch: Any) -> None:
+    """Where what gives credentials fails itself, the pass fails at once, and its own words are not repeated."""
+
+    class Provider:
+        config: Any = {}  # noqa: RUF012  (as obstore's protocol has it)
+
+        def __call__(self) -> Any:
+            raise RuntimeError(SECRET)
+
+    monkeypatch.setattr("wsync.store_client._profile", lambda: {"credential_provider": Provider()})
+    before = len(bucket.proxy.requests)
+    with Syncer(load_spec(SPEC), RUN) as syncer:
+        outcome = syncer.once()
+    assert outcome.status == "failed" and "no valid credentials" in harmless(outcome)
+    assert len(bucket.proxy.requests) == before
+
+
+def test_a_profile_that_is_not_there_is_told(bucket: Bucket, cli: Cli, tmp_path: Any, monkeypatch: Any) -> None:
+    """A wrong AWS_PROFILE is a usage error, and no traceback of boto3's."""
+    pytest.importorskip("boto3")
+    (tmp_path / "credentials").write_text("[lab]\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "another")
+    done = cli("push", SPEC, RUN)
+    assert done.returncode == 2 and "ProfileNotFound" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_mismatch_is_told_by_the_header_alone(bucket: Bucket, live: Syncer) -> None:
     """A checkpoint of another architecture costs its header's range."""
     bucket.save("run/step_3.safetensors", mlp(16), 3.0, 3)

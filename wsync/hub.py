@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
+from . import store
 from .errors import UsageError
-from .store import DEPTH, PATIENCE, Faulty, Store, Stored
+from .store import DEPTH, Faulty, Store, Stored
+from .store_client import web
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -110,14 +111,4 @@ def _stored(file: Any, commit: str) -> Stored:
 
 @lru_cache(8)
 def _client(url: str, token: str) -> Any:
-    from obstore.store import HTTPStore
-
-    options: Any = {
-        "allow_http": url.startswith("http://"),
-        "connect_timeout": timedelta(seconds=PATIENCE.connect),
-        "read_timeout": timedelta(seconds=PATIENCE.quiet),
-        "timeout": timedelta(seconds=PATIENCE.request),
-    }
-    if token:
-        options["default_headers"] = {"authorization": f"Bearer {token}"}
-    return HTTPStore.from_url(url, client_options=options, retry_config={"max_retries": 0})
+    return web(url, f"Bearer {token}" if token else "", store.PATIENCE)

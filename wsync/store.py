@@ -2,8 +2,7 @@
 
 obstore does the work (https://github.com/developmentseed/obstore). Beside fsspec's s3fs, 512 MiB in ranges of 8 MiB,
 eight at a time, from a server on the loopback of two cores: 2,090 MB/s with 20 MiB of memory (s3fs 1,030 MB/s with
-132 MiB), imported in 5 ms (200 ms), 16 MB installed (47 MB). It signs requests with what the environment gives, as the
-stores' own tools do; for profiles and single sign-on boto3 is asked.
+132 MiB), imported in 5 ms (200 ms), 16 MB installed (47 MB).
 
 Each range is asked for under the version that was listed (``If-Match``), and what comes is compared with it. What fails
 on the way is tried again after growing pauses, from where it was cut, a bounded number of times. The texts of obstore's
@@ -18,17 +17,16 @@ import stat
 import time
 import zlib
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from .errors import CheckpointError, UsageError
+from .store_client import Patience
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -39,27 +37,9 @@ DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of th
 _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"
+_NO_CREDENTIALS = "no valid credentials"
 _FINAL = re.compile(rf"4(?!08|25|29)\d\d|{_NO_RANGES}")  # what no second try changes
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a store may take.
-
-    Attributes:
-        tries: of one range or listing.
-        pause: seconds after the first try; doubled after each.
-        connect: seconds until a connection stands.
-        quiet: seconds without a byte.
-        request: seconds of one request in all.
-    """
-
-    tries: int = 6
-    pause: float = 0.25
-    connect: float = 5.0
-    quiet: float = 15.0
-    request: float = 60.0
 
 
 PATIENCE = Patience()
@@ -271,7 +251,7 @@ class Store:
                 raise OtherVersion from None
             except (BaseError, Faulty) as exc:
                 reason = _reason(exc)
-                if reason.startswith(("401", "403")):
+                if reason.startswith(("401", "403", _NO_CREDENTIALS)):
                     raise CheckpointError(
                         f"{self}/{key} is refused ({reason}). Give this process credentials that may list and read it, "
                         "where the store's own tools look for them."
@@ -297,25 +277,16 @@ class Store:
     @cached_property
     def _client(self) -> Any:
         self._library()
-        from obstore import store
         from obstore.exceptions import BaseError
 
-        seconds = {"connect_timeout": PATIENCE.connect, "read_timeout": PATIENCE.quiet, "timeout": PATIENCE.request}
-        client: Any = {name: timedelta(seconds=value) for name, value in seconds.items()}
-        options: Any = {"client_options": client, "retry_config": {"max_retries": 0}}
+        from .store_client import bucket, web
+
+        user, query = self._secret
         try:
-            if self.scheme == "s3":
-                client["allow_http"] = _endpoint().startswith("http://")
-                return store.S3Store(self.root, **options, **_profile())
-            if self.scheme == "gs":
-                return store.GCSStore(self.root, **options)
-            if self.scheme == "az":
-                return store.AzureStore(self.root, **options)
-            client["allow_http"] = True
-            user, query = self._secret
-            if user:
-                client["default_headers"] = {"authorization": f"Basic {b64encode(unquote_to_bytes(user)).decode()}"}
-            return store.HTTPStore.from_url(f"{self}{'?' if query else ''}{query}", **options)
+            if self.is_web:
+                basic = f"Basic {b64encode(unquote_to_bytes(user)).decode()}" if user else ""
+                return web(f"{self}{'?' if query else ''}{query}", basic, PATIENCE)
+            return bucket(self.scheme, self.root, PATIENCE)
         except (BaseError, ValueError) as exc:
             raise UsageError(
                 f"{self} cannot be opened ({_reason(exc)}). See its name, and the store's settings in the environment."
@@ -336,33 +307,6 @@ def _reason(exc: Exception) -> str:
         kinds = {"Connect": "no connection", "Timeout": "no answer in time", "Interrupted": "the connection was cut"}
         words = [kinds[kind] for kind in re.findall(r"kind: (\w+)", text) if kind in kinds][:1]
     if not words:
-        words = [_NO_RANGES if type(exc).__name__ == "NotSupportedError" else type(exc).__name__]
+        known = {"NotSupportedError": _NO_RANGES, "UnauthenticatedError": _NO_CREDENTIALS}
+        words = [known.get(type(exc).__name__, type(exc).__name__)]
     return ", ".join(words)
-
-
-def _endpoint(environment: Mapping[str, str] = os.environ) -> str:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    return next((environment[name] for name in names if environment.get(name)), "")
-
-
-def _profile() -> dict[str, Any]:
-    """Credentials of a profile, for which boto3 is asked, where the environment itself gives none."""
-    direct = ["ACCESS_KEY_ID", "WEB_IDENTITY_TOKEN_FILE", "SKIP_SIGNATURE"]
-    direct += ["CONTAINER_CREDENTIALS_RELATIVE_URI", "CONTAINER_CREDENTIALS_FULL_URI"]
-    files = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")]
-    files += [os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")]
-    if any(os.environ.get(f"AWS_{name}") for name in direct) or not any(Path(f).expanduser().exists() for f in files):
-        return {}
-    try:
-        import boto3
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        raise UsageError(
-            "credentials in ~/.aws are read with boto3, which is not installed: pip install 'wsync[remote]', or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
-        ) from None
-    session = boto3.Session()
-    if session.get_credentials() is None:
-        return {}
-    region = {"region": session.region_name} if session.region_name else {}
-    return {"credential_provider": Boto3CredentialProvider(session), **region}
