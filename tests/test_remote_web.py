@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Cli, Lines, Spawn, marks, write
+from conftest import DEADLINE, Cli, Lines, Spawn, marks, raw, write
+from measure_remote import PEAK, Sender, Server
 from policies import mlp
 from test_remote import shards
 from web_server import Web, serve
 
 import wsync
 from wsync.errors import CheckpointError
-from wsync.layout import layout_of
+from wsync.layout import Layout, layout_of
 from wsync.parts import place_at
 from wsync.segment import Segment
 from wsync.source import Select
@@ -247,6 +249,28 @@ def test_without_the_extra_the_message_names_it(runtime: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 2 and "pip install 'wsync[remote]'" in done.stderr, done.stderr
+
+
+def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -> None:
+    """While 128 MiB come the process takes no more memory of its own than a few ranges, and writes no file."""
+    size = 128 << 20
+    header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    file = raw(tmp_path / "x.safetensors", header)
+    os.truncate(file, file.stat().st_size + size)
+    toml = tmp_path / "p.toml"
+    toml.write_text('policy = "a:b"\nslots = 2\n')
+    layout = Layout.build({"w": ("F32", (size // 4,))}, {})
+    Segment.create("p", layout, slots=2, spec=load_spec(str(toml)).fingerprint).close()
+    sender = type("One", (Sender,), {"file": str(file)})
+    with Server(("127.0.0.1", 0), sender) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x.safetensors"
+        program = [sys.executable, "-c", PEAK, str(toml), url]
+        done = subprocess.run(program, stdout=subprocess.PIPE, timeout=DEADLINE, check=True, cwd=tmp_path)
+        server.shutdown()
+    before, most = json.loads(done.stdout)
+    assert most - before < 64 << 10, "KiB"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.toml", "x.safetensors"]
 
 
 def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -> None:

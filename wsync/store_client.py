@@ -95,7 +95,7 @@ def _profile() -> dict[str, Any]:
             return {}
     except BotoCoreError as exc:
         raise UsageError(
-            f"the credentials of ~/.aws cannot be used ({type(exc).__name__}). See AWS_PROFILE, and what it names there."
+            f"the credentials of ~/.aws cannot be used ({type(exc).__name__}). See AWS_PROFILE and what it names."
         ) from None
     region = {"region": session.region_name} if session.region_name else {}
     return {"credential_provider": Boto3CredentialProvider(session), **region}
