@@ -274,7 +274,7 @@ def test_credentials_that_cannot_be_had_are_told(bucket: Bucket, live: Syncer, m
     before = len(bucket.proxy.requests)
     with Syncer(load_spec(SPEC), RUN) as syncer:
         outcome = syncer.once()
-    assert outcome.status == "failed" and "no valid credentials" in harmless(outcome)
+    assert outcome.status == "failed" and "is refused (no valid credentials)" in harmless(outcome)
     assert len(bucket.proxy.requests) == before
 
 

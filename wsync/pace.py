@@ -6,11 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+from .changes import Changes
 from .errors import WsyncError
 from .group import BEAT
 from .outcome import Outcome
 from .retry import Failures, pause_after
-from .source import Changes, listing_of
+from .source import listing_of
 from .spec import Spec
 
 
