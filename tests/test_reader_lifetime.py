@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from test_reader import Trainer, addresses, slot_ranges
 from torch import nn
 
 import wsync
-from wsync import memory
+from wsync import memory, renewal
 from wsync import reader as reading
 from wsync.errors import AttachTimeout, SwapRefused, UsageError
 from wsync.layout import layout_of
@@ -324,6 +327,80 @@ def test_a_policy_that_writes_in_place_harms_nobody(trainer: Trainer, caplog: py
             assert reader.refresh() and beside.refresh()
             assert marks(policy) == marks(other) == {float(mark)}
     assert [r.levelname for r in caplog.records if "in place" in r.message] == ["WARNING"]
+
+
+def test_what_was_written_through_a_kept_alias_is_gone_too(trainer: Trainer) -> None:
+    """Guards a slot that the policy left long ago, whose view was cleared then, and that an alias wrote to since."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 20, 2):
+            kept = next(policy.parameters()).data
+            trainer.push(mark)
+            assert reader.refresh()
+            kept.fill_(-1)
+            del kept
+            for later in (mark, mark + 1):
+                trainer.push(later)
+                assert reader.refresh()
+                assert marks(policy) == {float(later)}
+
+
+def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a child that hangs where a slot comes back whose pages only the parent's thread was to drop."""
+    busy, policy = threading.Event(), mlp()
+    monkeypatch.setattr(renewal, "renew", lambda *_: busy.wait(DEADLINE))
+    fork = multiprocessing.get_context("fork")
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        next(policy.parameters()).data.fill_(-1)
+        trainer.push(2)
+        assert reader.refresh()
+
+        def follow(line: Connection) -> None:
+            for _ in range(2):
+                line.recv()
+                assert reader.refresh()
+                line.send(marks(policy))
+
+        here, there = fork.Pipe()
+        child = fork.Process(target=follow, args=(there,))
+        child.start()
+        try:
+            for mark in (3, 4):  # one of them where the first was
+                trainer.push(mark)
+                here.send("go")
+                assert here.poll(DEADLINE / 2) and here.recv() == {float(mark)}
+            child.join(DEADLINE)
+            assert child.exitcode == 0
+        finally:
+            child.kill()
+            busy.set()
+
+
+def test_a_policy_that_attached_keeps_no_second_copy(trainer: Trainer, spawn: Spawn) -> None:
+    """Guards what readers share: the memory of the weights that a policy was made with is the system's again."""
+    code = """
+import sys, torch, wsync
+from torch import nn
+from wsync.segment_updater import SharedMemoryWeightUpdater
+
+def own():
+    fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])
+    return int(fields["Pss_Anon"].split()[0]) * 1024
+
+def policy():
+    return nn.ParameterList(nn.Parameter(torch.zeros(1 << 14)) for _ in range(400)).eval()
+
+updater = SharedMemoryWeightUpdater("many", policy=policy())
+updater.push_weights(dict(policy().state_dict()))
+mine = policy()
+before = own()
+reader = wsync.attach(mine, "many", mode="swap", timeout=30)
+print(before - own())
+"""
+    process = spawn("-c", code)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+    assert int(out) > 400 * (1 << 16) / 2  # of 400 tensors of 64 KiB each
 
 
 @pytest.mark.parametrize("without", ["scan", "both"])

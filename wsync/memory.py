@@ -205,6 +205,16 @@ def renew(mapped: mmap.mmap, address: int) -> bool:
     return bool(written)
 
 
+def trim() -> None:
+    """Gives memory that was freed back to the system; glibc keeps it, some of it for ever (malloc_trim(3))."""
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # another libc, which has its own way
+        pass
+
+
 def _has_own_pages(address: int, size: int) -> bool | None:
     """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
     import ctypes

@@ -43,8 +43,9 @@ from .errors import (
     moved,
 )
 from .layout import Layout, layout_of, named_tensors, views
-from .memory import read_at, sleep_on
+from .memory import read_at, sleep_on, trim
 from .registry import Registration
+from .renewal import Renewal
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
 
@@ -70,12 +71,14 @@ class _View:
         storage: the one storage of all views.
         tensors: one a tensor of the layout, in its order.
         uses: of the storage by these views alone.
+        renewal: begun when the policy left it; None where what it wrote is looked for when the slot comes back.
     """
 
     memory: Any
     storage: torch.UntypedStorage
     tensors: list[torch.Tensor]
     uses: int = field(default=0)
+    renewal: Renewal | None = None
 
 
 class Reader:
@@ -153,6 +156,9 @@ class Reader:
             self._closed = True
             self._give_own()
             self._registration.close()
+            for view in self._views.values():
+                if view.renewal:
+                    view.renewal.end()
             self._views.clear()
             self._words = _CLOSED
             self._segment.close()
@@ -216,7 +222,9 @@ class Reader:
         return found and self._refresh()
 
     def _swap(self, lease: Lease) -> None:
-        if self._segment.renew(lease.slot) and not self._told_of_writing:
+        left = self._views.get(lease.slot)
+        written = left.renewal.wait() if left and left.renewal else self._segment.renew(lease.slot)
+        if written and not self._told_of_writing:
             self._told_of_writing = True
             _log.warning(
                 "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with "
@@ -256,6 +264,7 @@ class Reader:
             return
         if torch._C._storage_Use_Count(view.storage._cdata) == view.uses:
             view.memory.lease.release()
+            view.renewal = None if self._closed else Renewal(view.memory.keep)
             view.memory.lease = None
         else:
             self._kept.append((view.memory.lease.slot, weakref.ref(view.memory), self._since))
@@ -326,6 +335,8 @@ class Reader:
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
         self._lock = threading.Lock()
+        for view in self._views.values():
+            view.renewal = None  # its thread is the parent's
         if not self._closed:
             try:
                 self._registration.close(unlink=False)
@@ -405,6 +416,8 @@ def attach(
     except BaseException:
         reader.close()
         raise
+    if reader.mode == "swap":
+        trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
     return reader
 
 

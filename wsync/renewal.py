@@ -1,0 +1,77 @@
+"""Drops what a policy wrote into its private view of a slot, beside its steps.
+
+A reader maps slots privately, so that what the policy writes there is its own. Such pages must be gone when the slot
+comes back with its next version. To look for them takes the longer the more weights there are (1 ms for 64 MiB), so it
+is done by a thread as soon as the policy has left a slot: nothing of the process points there any more, and the slot is
+staged anew before it comes back. A swap then costs the same whatever the weights' size.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from queue import SimpleQueue
+
+from .memory import address_of, renew
+
+
+class Renewal:
+    """One view of a slot on its way to show the file again."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped: mmap.mmap | None = mapped
+        self._done = threading.Event()
+        self._written = False
+        self._error: OSError | None = None
+        _todo().put(self)
+
+    def wait(self) -> bool:
+        """Whether the policy had written there, once it is done.
+
+        Raises:
+            OSError: the system refused it; the view may still show what was written.
+        """
+        self._done.wait()
+        if self._error:
+            raise self._error
+        return self._written
+
+    def end(self) -> None:
+        """Returns once nothing holds the view any more on this one's behalf."""
+        self._done.wait()
+
+    def _run(self) -> None:
+        assert self._mapped is not None
+        try:
+            self._written = renew(self._mapped, address_of(self._mapped))
+        except OSError as exc:
+            self._error = exc
+        self._mapped = None
+        self._done.set()
+
+
+_queue: SimpleQueue[Renewal] | None = None
+
+
+def _todo() -> SimpleQueue[Renewal]:
+    """What the one thread of this process takes its work from; it starts with the first."""
+    global _queue
+    if _queue is None:
+        _queue = SimpleQueue()
+        threading.Thread(target=_work, args=(_queue,), name="wsync-renewal", daemon=True).start()
+    return _queue
+
+
+def _work(queue: SimpleQueue[Renewal]) -> None:
+    while True:
+        queue.get()._run()
+
+
+def _after_fork() -> None:
+    """A child has no such thread; what its parent began is done anew by who needs it."""
+    global _queue
+    _queue = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
