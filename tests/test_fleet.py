@@ -355,6 +355,19 @@ def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
     group.until(6, 3)
 
 
+def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> None:
+    """What is not what was sent goes live nowhere, the box where it came wrong is named, and it is sent again."""
+    group = fleet("1:2")
+    a = group.box("a").start()
+    a.lines.until("rank 0 of 1")
+    group.box("b").start(FLEET_GARBLE="1")
+    a.lines.until("rank 0 of 2")
+    group.publish(1)
+    line = a.lines.until("other bytes came")
+    assert "b: " in line
+    group.until(1, 1)
+
+
 def test_a_push_by_hand_in_between_goes_first(fleet: Callable[..., Fleet]) -> None:
     """What goes live on one box while a checkpoint is on its way takes its number, on all boxes, and first."""
     group = fleet("1:2")

@@ -2,11 +2,13 @@
 
 ``Sent`` and ``Received`` stand where a checkpoint stands in ``publisher.publish``, so that a group publishes by the
 very steps by which one box does. The pieces have a fixed schedule: a piece goes as soon as all its bytes were read,
-while the next are being read; where the reading fails, the rest goes all the same, and is then voted down.
+while the next are being read; where the reading fails, the rest goes all the same, and is then voted down. A checksum
+of all that was staged follows the pieces.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,11 @@ _KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxe
     SegmentBusy,
     CheckpointError,
     WsyncError,
+)
+
+
+_OTHERS = (
+    "other bytes came than were sent. They are thrown away, and sent again; look at the network between the boxes."
 )
 
 
@@ -165,6 +172,7 @@ class Sent:
         except WsyncError as exc:
             objection = exc
         outbox.close()
+        group.tell(zlib.crc32(weights[: plan.layout.nbytes]))
         self._turn.vote(objection)  # whole
 
 
@@ -218,7 +226,8 @@ class Received:
             if progress:
                 progress(len(piece))
         stream.finish()
-        self._turn.vote()  # whole
+        same = self._turn.group.hear(self._rank) == zlib.crc32(weights[: plan.layout.nbytes])
+        self._turn.vote(None if same else WsyncError(f"{self.path}: {_OTHERS}"))  # whole
 
 
 class Live:
@@ -249,6 +258,10 @@ def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None = Non
         for at in range(0, nbytes, transport.PIECE):
             stream.pass_on(scratch[: nbytes - at])
     stream.finish()
+    if weights is not None:
+        turn.group.tell(zlib.crc32(weights))
+    else:
+        turn.group.hear(rank)
     turn.vote()  # whole
     turn.vote()  # agreed
     turn.group.together(dict)  # others keep copies

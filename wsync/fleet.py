@@ -6,7 +6,7 @@ offers it; each box then publishes by ``publisher.publish``, with three votes on
 ends the matter on all boxes, with those named that refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
-  whole    all pieces came; where they were read, they are finite and the file stood still
+  whole    all pieces came, with their checksum; where they were read, they are finite and the file stood still
   agreed   each box's own gate accepts what was staged
   store    the WORD, on every box, under the number that is one above the highest that any of them ever had
 
