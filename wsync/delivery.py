@@ -137,7 +137,7 @@ class Sent:
 
     Args:
         source: what is read.
-        whole: only send it once it was read to its end, because bytes may change until then.
+        whole: only send it once it was read to its end, because bytes may change until then, or come in any order.
     """
 
     def __init__(self, source: Source, turn: Turn, *, whole: bool) -> None:
@@ -153,8 +153,8 @@ class Sent:
         self._turn.vote()  # ready
         group = self._turn.group
         outbox = Outbox(weights[: plan.layout.nbytes], group.stream(group.rank))
-        reads = [read.slices for read in plan.reads] + [((e.offset, e.nbytes),) for _, e in plan.casts]
-        filled = iter([] if self._whole else reads)
+        whole = self._whole or bool(plan.casts)  # a cast comes in pieces, of which only the size is told
+        filled = iter([] if whole else [read.slices for read in plan.reads])
         objection = None
 
         def note(nbytes: int) -> None:
@@ -164,7 +164,7 @@ class Sent:
                 progress(nbytes)
 
         try:
-            for entry in () if self._whole else plan.kept:
+            for entry in () if whole else plan.kept:
                 outbox.filled(entry.offset, entry.nbytes)
             self._source.read_into(weights, plan, finite=finite, progress=note)
         except GroupBroken:

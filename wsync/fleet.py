@@ -51,6 +51,7 @@ from .fitting import Fit
 from .group import Group
 from .outcome import Outcome
 from .pace import Pace
+from .parts import remote
 from .publisher import Source, Staged, publish
 from .segment import Segment
 from .segment_files import Publication
@@ -288,7 +289,8 @@ class FleetSyncer(Syncer):
         }
         self.group.tell({"offer": offer})
         turn = Turn(self.group)
-        return self._take(turn, Sent(checkpoint, turn, whole=checkpoint.merged), offer, fit, started)
+        whole = checkpoint.merged or remote(checkpoint.path) is not None  # ranges come in any order
+        return self._take(turn, Sent(checkpoint, turn, whole=whole), offer, fit, started)
 
     # --- the boxes that follow
 
