@@ -272,7 +272,7 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     group.publish(2)
     for box in (a, b):
         line = box.lines.until("rejected")
-        assert "b: " in line and "too weak" in line and "version 1 stays live" in line
+        assert "b: " in line and "too weak" in line and "Version 1 stays live" in line
     group.publish(3, float("nan"))
     for box in (a, b):
         box.lines.until("rejected", "NaN")

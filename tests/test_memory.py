@@ -333,7 +333,7 @@ def test_the_command_line_itself_may_run_out(cli: Cli, monkeypatch: pytest.Monke
     """Memory that ends outside of a pass is one message and exit code 1 as well."""
     ended: list[int] = []
 
-    def exhausted() -> None:
+    def exhausted(**_: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr("wsync.cli.app", exhausted)
