@@ -33,6 +33,7 @@ from wsync.errors import (
     NoCheckpoint,
     NonFiniteWeights,
 )
+from wsync.fitting import Fit
 from wsync.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.parts import SINGLE, identity
 
@@ -439,6 +440,26 @@ def test_every_tensor_with_nan_is_named(tmp_path: Path) -> None:
 # Files that are not whole, or change
 
 
+def test_checkpoints_of_one_run_are_recognised(tmp_path: Path) -> None:
+    """Guards that a header like the last one is neither parsed nor planned anew, and is still held against its file."""
+    state = {f"w{n}": torch.full((4,), float(n)) for n in range(3)}
+    paths = [tmp_path / f"{step}.safetensors" for step in ("10", "20", "30", "4" * 20)]
+    for path in paths:
+        save_file(state, path, metadata={"step": path.stem})
+    with Checkpoint(paths[0]) as first, Checkpoint(paths[1]) as second, Checkpoint(paths[3]) as longer:
+        assert second.tensors is first.tensors and second.metadata == {"step": "20"}
+        plan = first.plan(first.layout)
+        assert second.plan(plan.layout) is plan
+        assert second.plan(plan.layout, Fit(include=("w*",))) is not plan
+        shift = longer.tensors["w0"].start - first.tensors["w0"].start
+        assert shift > 0
+        assert longer.tensors == {n: t._replace(start=t.start + shift) for n, t in first.tensors.items()}
+    os.truncate(paths[2], paths[2].stat().st_size - 1)
+    with pytest.raises(IncompleteCheckpoint):
+        Checkpoint(paths[2])
+    assert read(paths[1]) == read(paths[0])
+
+
 def test_every_truncation_is_incomplete(tmp_path: Path) -> None:
     """Guards that a file cut at any byte, or still empty, is "not yet" (66) and never rejected for good."""
     content = write(tmp_path / "a.safetensors", policies.mlp(2), 1.0, step=1).read_bytes()
@@ -598,6 +619,10 @@ HEADERS: dict[str, tuple[str | bytes, int]] = {
     "metadata of a number": (f'{{"__metadata__":{{"step":1}},"a":{entry()}}}', 8),
     "metadata of null": (f'{{"__metadata__":{{"step":null}},"a":{entry()}}}', 8),
     "metadata of text": (f'{{"__metadata__":"step","a":{entry()}}}', 8),
+    "metadata twice, of strings": (f'{{"__metadata__":{{"x":"y"}},"a":{entry()},"__metadata__":{{"x":"y"}}}}', 8),
+    "metadata, then null": (f'{{"__metadata__":{{"x":"y"}},"a":{entry()},"__metadata__":null}}', 8),
+    "nothing after a comma": ('{"__metadata__":{"x":"y"},}', 0),
+    "nothing before a comma": (f'{{"__metadata__":{{"x":"y"}},,"a":{entry()}}}', 8),
     "metadata twice": (f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{entry()}}}', 8),
     "an unknown field": (one(more=',"more":1'), 8),
     "a field twice": (one(more=',"dtype":"F32"'), 8),

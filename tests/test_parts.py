@@ -664,9 +664,9 @@ def test_a_metadata_step_comes_before_the_name_and_is_read_once(
     opened: list[str] = []
     header = vars(module)["read_header"]
 
-    def count(fd: int, size: int, path: Path) -> Any:
+    def count(read: Any, size: int, path: Path, number: int) -> Any:
         opened.append(str(path))
-        return header(fd, size, path)
+        return header(read, size, path, number)
 
     monkeypatch.setattr(module, "read_header", count)
     getter = CheckpointWeightGetter(tmp_path, select=Select(order="step"))

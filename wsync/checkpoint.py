@@ -17,7 +17,6 @@ import pwd
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +86,7 @@ class Checkpoint:
             index = [self.parts.index.stat()] if self.parts.index else []
             self.identity = identity_of([*index, *self._infos])
             self.size = sum(info.st_size for info in self._infos)
-            self.tensors: dict[str, StoredTensor] = {}
+            self.tensors: Mapping[str, StoredTensor] = {}
             self.metadata: dict[str, str] = {}
             for number, file in enumerate(self.parts.files):
                 self._read_header(number, file)
@@ -108,7 +107,7 @@ class Checkpoint:
         self._infos = [os.fstat(fd) for fd in self._fds]
 
     def _read_header(self, number: int, file: Path) -> None:
-        tensors, metadata = read_header(partial(self._at, number), self._infos[number].st_size, file)
+        tensors, metadata = read_header(partial(self._at, number), self._infos[number].st_size, file, number)
         self.metadata |= metadata
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
@@ -116,7 +115,7 @@ class Checkpoint:
                 f"{file} does not hold the tensors that the index gives it: {odd[0]:.200} is in one of them alone. "
                 "Wait for its writer to finish, or write it again."
             )
-        self.tensors |= {name: replace(tensor, file=number) for name, tensor in tensors.items()}
+        self.tensors = {**self.tensors, **tensors} if self.tensors else tensors
 
     def __enter__(self) -> Checkpoint:
         return self

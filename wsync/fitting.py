@@ -109,6 +109,9 @@ class Plan:
     kept: tuple[TensorEntry, ...] = ()
 
 
+_last: tuple[Mapping[str, StoredTensor], Layout, Fit, Plan] | None = None  # those of one run are planned alike
+
+
 def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path: Path) -> Plan:
     """Plans how a checkpoint's tensors reach a layout.
 
@@ -119,6 +122,9 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
         CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
             setting that would make them fit where there is one.
     """
+    global _last
+    if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
+        return _last[3]
     taken, rows = _names(tensors, settings)
     wanted = {name: entry for entry in layout.tensors for name in entry.names}
     if settings.strict:
@@ -148,7 +154,9 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
             f"{path} does not fit the policy: {len(rows)} of its tensors differ. {advice}",
             tuple(sorted(rows, key=lambda row: row.name)),
         )
-    return Plan(layout, reads_of(chosen), tuple(casts), tuple(twins), tuple(kept))
+    plan = Plan(layout, reads_of(chosen), tuple(casts), tuple(twins), tuple(kept))
+    _last = (tensors, layout, settings, plan)
+    return plan
 
 
 def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str, StoredTensor], list[Difference]]:
