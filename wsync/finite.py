@@ -51,7 +51,14 @@ _PAYS = 128 << 20  # bytes after which to have imported numpy would have been fa
 _looked_at = 0  # bytes, by this process and without numpy
 
 
+_last: tuple[Layout, tuple[Region, ...]] | None = None  # one segment has one layout
+
+
 def float_regions(layout: Layout) -> tuple[Region, ...]:
+    """Where a layout has floats, neighbours of one dtype as one."""
+    global _last
+    if _last and _last[0] is layout:
+        return _last[1]
     regions: list[Region] = []
     for entry in layout.tensors:
         if (entry.dtype in _NON_FINITE or entry.dtype in _NAN_BYTE) and entry.nbytes:
@@ -59,7 +66,8 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
                 regions[-1] = (regions[-1][0], entry.offset + entry.nbytes, entry.dtype)
             else:
                 regions.append((entry.offset, entry.offset + entry.nbytes, entry.dtype))
-    return tuple(regions)
+    _last = (layout, tuple(regions))
+    return _last[1]
 
 
 def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
