@@ -89,7 +89,7 @@ def make(segment: Segment, runs: Path) -> Iterator[Callable[..., Box]]:
     for each in made:
         each.syncer.close()
     for thread in threading.enumerate():
-        if thread.name.startswith("wsync-"):
+        if thread.name in ("wsync-exec", "wsync-webhook"):
             thread.join(DEADLINE)
             assert not thread.is_alive()
 
