@@ -20,7 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from policies import mlp
 from safetensors.torch import save_file
+
+from wsync.layout import layout_of
+from wsync.segment import Segment
+from wsync.spec import load_spec
 
 if TYPE_CHECKING:
     from object_stores import Bucket
@@ -88,6 +93,22 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield path
     shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture
+def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory of checkpoints, relative to the current directory of all processes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    return Path("runs")
+
+
+@pytest.fixture
+def segment(runs: Path) -> Iterator[Segment]:
+    """The standing segment of ``policies:mlp``, with nothing in it."""
+    made = Segment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -31,14 +31,6 @@ PUSH_KEYS = {"status", "name", "version", "step", "checkpoint", "bytes", "second
 
 
 @pytest.fixture
-def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory of checkpoints, relative to the current directory of all commands."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    return Path("runs")
-
-
-@pytest.fixture
 def live(runs: Path) -> Iterator[Segment]:
     """A segment whose version 1 is ``runs/step_10.safetensors``, weights of mark 1, as a push leaves it."""
     write(runs / "step_10.safetensors", mlp(), 1.0)

@@ -12,12 +12,12 @@ import torch
 from conftest import Cli, raw, write
 from policies import mlp
 from safetensors.torch import save_file
-from test_cli import NAME, SPEC, live, mark_of, report, runs
+from test_cli import NAME, SPEC, live, mark_of, report
 from torch import nn
 
 from wsync.segment import Segment
 
-__all__ = ["live", "runs"]  # fixtures
+__all__ = ["live"]  # fixtures
 
 
 def state(mark: float = 2.0) -> dict[str, torch.Tensor]:

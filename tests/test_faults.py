@@ -25,7 +25,7 @@ from conftest import DEADLINE, TESTS, write
 from faulty import SCENARIOS, SHORT
 from policies import mlp
 from rich.console import Console
-from test_processes import SPEC, runs, segment
+from test_processes import SPEC
 from test_processes import mark_of as marks_of
 from test_retry import stop
 
@@ -37,7 +37,7 @@ from wsync.segment import Segment
 from wsync.spec import load_spec
 from wsync.syncer import Syncer
 
-__all__ = ["runs", "segment", "stop"]  # fixtures
+__all__ = ["stop"]  # fixtures
 
 CALLS = {  # of a pass; a family that a scenario never calls would guard nothing
     "push": "close fcntl flock fstat mmap open opendir pread preadv pwrite readdir stat",

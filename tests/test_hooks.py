@@ -26,7 +26,6 @@ from wsync.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.hook_runner import Hook, News, request
 from wsync.hooks import VARIABLES, Hooks
-from wsync.layout import layout_of
 from wsync.segment import Segment
 from wsync.spec import load_spec
 from wsync.syncer import Outcome, Syncer
@@ -35,22 +34,6 @@ SPEC, NAME = "policies:mlp", "policies.mlp"
 
 Told = tuple[str, bool, str]
 MakeBox = Callable[..., "Box"]
-
-
-@pytest.fixture
-def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of checkpoints, relative to the current directory, which is the spec's, too."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    return Path("runs")
-
-
-@pytest.fixture
-def segment(runs: Path) -> Iterator[Segment]:
-    """The standing segment of the policy, with nothing in it."""
-    segment = Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
-    yield segment
-    segment.close()
 
 
 class Box:

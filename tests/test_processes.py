@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from wsync import CheckpointWeightGetter
 from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import WsyncError
-from wsync.layout import layout_of
 from wsync.segment import Segment
 from wsync.source import Candidate
 from wsync.spec import load_spec
@@ -63,22 +62,6 @@ segment = Segment.open("policies.mlp", write=True)
 with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint:
     publish(segment, checkpoint, progress=progress)
 """
-
-
-@pytest.fixture
-def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory of checkpoints, relative to the current directory of all processes."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    return Path("runs")
-
-
-@pytest.fixture
-def segment(runs: Path) -> Iterator[Segment]:
-    """The standing segment of the policy, with nothing in it."""
-    segment = Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
-    yield segment
-    segment.close()
 
 
 @pytest.fixture

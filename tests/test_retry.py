@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE, Cli, write
 from policies import mlp
-from test_processes import NAME, SPEC, mark_of, runs, segment
+from test_processes import NAME, SPEC, mark_of
 
 from wsync import retry
 from wsync.changes import Changes
@@ -27,8 +27,6 @@ from wsync.source import Candidate, Select, listing_of
 from wsync.spec import load_spec
 from wsync.syncer import Syncer
 from wsync.weight_getter import CheckpointWeightGetter
-
-__all__ = ["runs", "segment"]  # fixtures
 
 LONG = 10 * DEADLINE  # a pause that no test may come to wait for
 FAILED = WsyncError("the disk is broken")
