@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -258,8 +259,9 @@ def test_an_interrupt_ends_it_cleanly(
     try:
         deadline = time.monotonic() + DEADLINE
         while not any(runtime.glob("**/small/readers/*")):  # attached, which takes a watch that published
-            assert time.monotonic() < deadline and started.poll() is None, "nothing was measured"
-            time.sleep(0.01)
+            assert time.monotonic() < deadline, "nothing was measured"
+            with pytest.raises(subprocess.TimeoutExpired):  # an end before that is one too early
+                started.wait(0.01)
         started.send_signal(number)
         assert started.wait(DEADLINE) == code
         assert b"measuring: file renamed" in (said := os.read(leader, 10_000))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
 from wsync import checkpoint as module
-from wsync import finite, fitting
+from wsync import finite, fitting, header
 from wsync.checkpoint import Checkpoint, step_of
 from wsync.errors import (
     CheckpointChanged,
@@ -458,6 +458,14 @@ def test_checkpoints_of_one_run_are_recognised(tmp_path: Path) -> None:
     with pytest.raises(IncompleteCheckpoint):
         Checkpoint(paths[2])
     assert read(paths[1]) == read(paths[0])
+
+
+def test_a_huge_header_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a watch that keeps what a hostile file filled its header with."""
+    monkeypatch.setattr(header, "_KEPT", 10)
+    save_file({"w": torch.ones(4)}, path := tmp_path / "a.safetensors")
+    with Checkpoint(path) as first, Checkpoint(path) as second:
+        assert second.tensors == first.tensors and second.tensors is not first.tensors
 
 
 def test_every_truncation_is_incomplete(tmp_path: Path) -> None:

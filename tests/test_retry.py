@@ -21,10 +21,11 @@ from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.outcome import EXIT_CODES, Outcome
+from wsync.pace import Pace
 from wsync.retry import Failures, pause_after
 from wsync.segment import Segment
 from wsync.source import Candidate, Select, listing_of
-from wsync.spec import load_spec
+from wsync.spec import Spec, load_spec
 from wsync.syncer import Syncer
 from wsync.weight_getter import CheckpointWeightGetter
 
@@ -173,6 +174,19 @@ def test_only_a_failure_counts_and_all_else_ends_the_row(status: str) -> None:
     failed(failures, 3)
     failures.add(Outcome(status, NAME, reason="it is so"), -1)
     assert failures.count == failures.pauses == (4 if status == "failed" else 0)
+
+
+def test_a_group_pauses_for_a_gate_that_asks_for_later_too(tmp_path: Path, stop: threading.Event) -> None:
+    """Guards against a group of boxes that sends all weights at each look to a gate that has no answer yet."""
+    pace = Pace(Spec("policies:mlp", NAME, tmp_path, poll=10.0), tmp_path, stop)
+    try:
+        for seconds in (10.0, 20.0, 40.0):
+            pace.add(Outcome("busy", NAME, reason="the gate has no answer", kind=RetryLater.kind))
+            assert seconds / 2 < pace._next - time.monotonic() <= seconds
+        pace.add(Outcome("current", NAME))
+        assert pace._next - time.monotonic() <= 10
+    finally:
+        pace.close()
 
 
 def test_a_gate_that_asks_for_later_is_paused_for_and_is_no_failure() -> None:

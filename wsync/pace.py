@@ -27,7 +27,7 @@ class Pace:
 
     def mood(self) -> str:
         """Waits for what may be new, but not longer than the others may wait for a sign of life."""
-        failing = self._failures.count > 0
+        failing = self._failures.pauses > 0
         left = self._next - time.monotonic()
         told = left > 0 and self._changes.wait(min(left, BEAT))
         if failing and self._tried is not None:
@@ -40,8 +40,8 @@ class Pace:
     def add(self, event: Outcome | WsyncError) -> WsyncError | None:
         """Counts a pass, as ``Failures.add``."""
         last = self._failures.add(event, self._spec.max_failures)
-        count = self._failures.count
-        self._next = time.monotonic() + (pause_after(count, self._spec.poll) if count else self._spec.poll)
+        pauses = self._failures.pauses
+        self._next = time.monotonic() + (pause_after(pauses, self._spec.poll) if pauses else self._spec.poll)
         return last
 
     def close(self) -> None:
