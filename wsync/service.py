@@ -92,9 +92,9 @@ class Service:
 
         def tell(event: Outcome | WsyncError) -> None:
             self.notifier.turned()
-            log.tell(event)
-            if monitor:
+            if monitor:  # before the log: who reads there what happened finds it in the figures
                 monitor.tell(event)
+            log.tell(event)
             if isinstance(event, Outcome) and event.version:
                 self.notifier.ready()
 
@@ -103,9 +103,9 @@ class Service:
             log.progress(done, total)
 
         def report(kind: str, ok: bool, message: str) -> None:
-            log.hook(kind, ok, message)
             if monitor:
                 monitor.figures.hook(kind, ok)
+            log.hook(kind, ok, message)
 
         try:
             while not self._stopped:
