@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import logging
 import multiprocessing
 import os
@@ -22,10 +24,11 @@ from test_reader import Trainer, addresses, slot_ranges
 from torch import nn
 
 import wsync
-from wsync import memory, renewal
+from wsync import addresses as addresses_of_pages
+from wsync import memory, renewal, swap
 from wsync import reader as reading
-from wsync.errors import AttachTimeout, SwapRefused, UsageError
-from wsync.layout import layout_of
+from wsync.errors import AttachTimeout, OutOfSharedMemory, SwapRefused, UsageError
+from wsync.layout import layout_of, views
 from wsync.segment import Segment
 
 
@@ -424,6 +427,141 @@ def test_own_pages_are_found_on_older_systems(trainer: Trainer, monkeypatch: pyt
                 next(policy.parameters()).fill_(-1)
             trainer.push(mark)
             assert reader.refresh() and marks(policy) == {float(mark)}
+
+
+def test_weights_that_were_given_other_memory_are_taken_back(trainer: Trainer) -> None:
+    """Guards noise that is laid over the weights: as many tensors left the slot as aliases came, and both are seen."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 9):
+            kept = [parameter.data for parameter in policy.parameters()]
+            for parameter in policy.parameters():
+                parameter.data = parameter.data + 0.5
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            assert all((tensor == mark - 1).all() for tensor in kept)
+
+
+def test_a_policy_of_another_dtype_is_refused_whole(trainer: Trainer) -> None:
+    """Guards against a mixture of versions where one of its tensors cannot be pointed at a slot any more."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        last = policy.get_submodule("2").half()
+        trainer.push(2)
+        with pytest.raises(UsageError, match=r"torch.float16 \[\d+, 8\] on cpu"):
+            reader.refresh()
+        assert marks(policy) == {1.0} and reader.version == 1
+        last.float()
+        assert reader.refresh() and marks(policy) == {2.0} and reader.version == 2
+
+
+def test_a_policy_is_pointed_at_memory_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts what makes a swap cost the same for any number of tensors: none is touched after the first version."""
+    made = itertools.count()
+
+    def count(*arguments: Any) -> list[torch.Tensor]:
+        next(made)
+        return views(*arguments)
+
+    monkeypatch.setattr(swap, "views", count)
+    with wsync.attach(mlp(), "nets", mode="swap") as reader:
+        for mark in range(2, 12):
+            trainer.push(mark)
+            assert reader.refresh()
+    assert next(made) == 1
+
+
+def test_a_slot_that_an_alias_kept_is_mapped_anew(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a fault a page in a slot whose pages went with the tensor that kept it."""
+    mapped = itertools.count()
+
+    def count(address: int, size: int) -> None:
+        next(mapped)
+        memory.populate(address, size)
+
+    monkeypatch.setattr(swap, "populate", count)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        kept = next(policy.parameters()).detach()
+        for mark in range(2, 5):
+            trainer.push(mark)
+            assert reader.refresh()
+        assert kept.sum() and next(mapped) == 3
+        del kept
+        for mark in range(5, 9):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+        assert next(mapped) == 5  # the one more, and this look
+
+
+def test_older_systems_map_the_window_anew(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the kernel cannot move a file's pages every promise of swap holds, and what a policy wrote is told of."""
+
+    def refuse(*arguments: int) -> None:
+        raise OSError(errno.EINVAL, "refused")
+
+    monkeypatch.setattr(swap, "move", refuse)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        kept = next(policy.parameters()).detach()
+        for mark in range(2, 9):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            with torch.no_grad():
+                next(policy.parameters()).fill_(-1)
+        assert (kept == 1).all() and len(leased(trainer.segment)) == 2
+        del kept
+        assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+    assert [r.levelname for r in caplog.records if "in place" in r.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_pages_that_cannot_be_moved_leave_the_version(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """A process that may have no more mappings keeps its weights, is told so, and goes on when it may."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        trainer.push(2)
+        assert reader.refresh()
+        calls = itertools.count(1)
+
+        def refuse(*arguments: int) -> None:
+            if next(calls) == call:
+                raise memory.no_memory(arguments[2], OSError(errno.ENOMEM, "refused"), -1)
+            addresses_of_pages.move(*arguments)
+
+        monkeypatch.setattr(swap, "move", refuse)
+        live = trainer.segment.word & 0xFF
+        trainer.push(3)
+        with pytest.raises(OutOfSharedMemory, match="cannot map"):
+            reader.refresh()
+        assert marks(policy) == {2.0} and leased(trainer.segment) == [live]
+        for mark in range(4, 8):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+
+
+def test_a_window_that_cannot_be_given_back_holds_no_lease(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a policy left for other memory is let go of also where its pages cannot be moved home."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.clone()
+        calls = itertools.count(1)
+
+        def refuse(*arguments: int) -> None:
+            if next(calls) == 2:
+                raise memory.no_memory(arguments[2], OSError(errno.ENOMEM, "refused"), -1)
+            addresses_of_pages.move(*arguments)
+
+        monkeypatch.setattr(swap, "move", refuse)
+        for mark in range(2, 9):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
 
 
 def test_training_mode_after_attach_does_not_end_the_process(runtime: Path, tmp_path: Path) -> None:

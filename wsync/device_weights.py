@@ -48,7 +48,7 @@ class LockedSlot:
         if self.refused:
             self._lock_writable(segment, slot, device)
         if self.refused:
-            populate(self._mapped)
+            populate(address_of(self._mapped), len(self._mapped))
         memory = (ctypes.c_uint8 * len(self._mapped)).from_address(address_of(self._mapped))
         with torch.inference_mode(False):
             self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]

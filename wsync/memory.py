@@ -183,26 +183,33 @@ def being_written(fd: int) -> bool | None:
     return False
 
 
-def populate(mapped: mmap.mmap) -> None:
+def populate(address: int, size: int) -> None:
     """Maps the pages of a private mapping for reading, so that the first use of each costs no fault."""
-    try:
-        mapped.madvise(_MADV_POPULATE_READ)
-    except OSError:
-        pass  # before Linux 5.14
+    _advise(address, size, _MADV_POPULATE_READ)  # refused before Linux 5.14
 
 
-def renew(mapped: mmap.mmap, address: int) -> bool:
+def renew(address: int, size: int) -> bool:
     """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
 
     Looks at the page tables (ioctl_pagemap_scan(2); before Linux 6.7 /proc/self/pagemap), which takes a hundredth of
     the time of reading the memory; where neither can be read, it takes the mapping for written.
     """
-    written = _has_own_pages(address, len(mapped))
+    written = has_own_pages(address, size)
     if written is False:
         return False
-    mapped.madvise(mmap.MADV_DONTNEED)
-    populate(mapped)
+    if code := _advise(address, size, mmap.MADV_DONTNEED):
+        raise OSError(code, os.strerror(code))
+    populate(address, size)
     return bool(written)
+
+
+def _advise(address: int, size: int, advice: int) -> int:
+    """madvise(2) on all pages of a mapping that lie within these bytes; the error's number, 0 for none."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    whole = ctypes.c_size_t(-(-size // PAGE) * PAGE)
+    return ctypes.get_errno() if libc.madvise(ctypes.c_void_p(address), whole, advice) else 0
 
 
 def trim() -> None:
@@ -215,7 +222,7 @@ def trim() -> None:
         pass
 
 
-def _has_own_pages(address: int, size: int) -> bool | None:
+def has_own_pages(address: int, size: int) -> bool | None:
     """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
     import ctypes
 

@@ -1,7 +1,8 @@
 """A policy process's side: attach, refresh between steps, close.
 
 Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
-the time is that of setting one pointer a tensor. ``copy`` copies into the policy's own tensors, whose addresses stay.
+the time depends neither on them nor much on the number of tensors (see ``swap``). ``copy`` copies into the policy's own
+tensors, whose addresses stay.
 
 A policy on one CUDA device has a reader of its own kind (``device_reader``), which this module makes and never imports
 for others.
@@ -12,11 +13,6 @@ thread is inside the policy: it is between steps that a version changes.
 A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
 cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
 version, of which a warning tells once.
-
-A lease lives as long as any tensor points into its slot. The memory that torch wraps for a slot owns the lease, so that
-the last tensor to go, the policy's or a forgotten alias of it, lets go of the slot. Views of a slot are kept for its
-next version where, after the swap away from it, nobody but ourselves holds its storage: then the lease is released by
-hand.
 """
 
 from __future__ import annotations
@@ -27,7 +23,6 @@ import os
 import threading
 import time
 import weakref
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -45,9 +40,9 @@ from .errors import (
 from .layout import Layout, layout_of, named_tensors, views
 from .memory import read_at, sleep_on, trim
 from .registry import Registration
-from .renewal import Renewal
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
+from .swap import Swap, Targets
 
 if TYPE_CHECKING:
     from .device import Device
@@ -59,26 +54,6 @@ _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
 _SELDOM, _SELDOM_SECONDS = 63, 1.0  # calls, and seconds, between two looks at the segment's directory
 _WORD = WORD_OFFSET // 8
-
-
-@dataclass(slots=True)
-class _View:
-    """The tensors of one slot, as views of its memory.
-
-    Attributes:
-        memory: what the storage is made of: torch keeps it for as long as a tensor points into it, and it keeps the
-            mapping (``keep``) and owns the lease (``lease``).
-        storage: the one storage of all views.
-        tensors: one a tensor of the layout, in its order.
-        uses: of the storage by these views alone.
-        renewal: begun when the policy left it; None where what it wrote is looked for when the slot comes back.
-    """
-
-    memory: Any
-    storage: torch.UntypedStorage
-    tensors: list[torch.Tensor]
-    uses: int = field(default=0)
-    renewal: Renewal | None = None
 
 
 class Reader:
@@ -101,11 +76,9 @@ class Reader:
         self._calls, self._looked = 0, 0.0
         self._next_look = 0.0
         self._told_of_writing = False
-        self._views: dict[int, _View] = {}
-        self._held: _View | None = None  # the view that the policy's tensors point into
-        self._since = 0.0  # when the policy's version was taken
-        self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
         self._targets = _targets(policy, segment.layout)
+        self._swap = Swap(self._targets) if mode == "swap" else None
+        self._sources: dict[int, list[torch.Tensor]] = {}  # by slot, what the policy's tensors are copied from
         self._place = self._targets[0][0].device
         self._registration = self._take(segment)
         _readers.add(self)
@@ -156,10 +129,7 @@ class Reader:
             self._closed = True
             self._give_own()
             self._registration.close()
-            for view in self._views.values():
-                if view.renewal:
-                    view.renewal.end()
-            self._views.clear()
+            self._sources.clear()
             self._words = _CLOSED
             self._segment.close()
 
@@ -179,15 +149,19 @@ class Reader:
             lease = self._newest()
             if lease is None:
                 return False
-            step = self._publication(lease).step
-            if self._targets[0][0].device != self._place:
+            try:
+                step = self._publication(lease).step
+                if self._targets[0][0].device != self._place:
+                    raise moved("the policy", f"on {self._targets[0][0].device}")
+                written = self._swap.take(self._segment, lease) if self._swap else self._copy(lease)
+            except BaseException:
                 lease.release()
-                raise moved("the policy", f"on {self._targets[0][0].device}")
-            if self.mode == "swap":
-                self._swap(lease)
-            else:
-                self._copy(lease)
+                raise
             self._took(lease, step)
+            if self._swap:
+                self._swap.renew()
+            if written:
+                self._tell_of_writing()
             return True
 
     def _newest(self) -> Lease | None:
@@ -206,7 +180,6 @@ class Reader:
     def _took(self, lease: Lease, step: int | None) -> None:
         self.version = self._taken = lease.version
         self.step, self._seen = step, lease.word
-        self._since = time.time()
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self) -> bool:
@@ -221,67 +194,34 @@ class Reader:
             found = self._find_again()
         return found and self._refresh()
 
-    def _swap(self, lease: Lease) -> None:
-        left = self._views.get(lease.slot)
-        written = left.renewal.wait() if left and left.renewal else self._segment.renew(lease.slot)
-        if written and not self._told_of_writing:
+    def _tell_of_writing(self) -> None:
+        if not self._told_of_writing:
             self._told_of_writing = True
             _log.warning(
                 "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with "
                 'the next version. Attach with mode="copy" to keep its tensors its own.',
                 self.name,
             )
-        view = self._view(lease)
-        view.memory.lease = lease
-        with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
-            for tensor, index in self._targets:
-                tensor.data = view.tensors[index]  # R4 use
-        self._let_go()
-        self._held = view
 
-    def _copy(self, lease: Lease) -> None:
-        view = self._view(lease)
+    def _copy(self, lease: Lease) -> bool:
+        """Copies a leased slot and lets go of it; False: what the policy writes is its own."""
+        if lease.slot not in self._sources:
+            with torch.inference_mode(False):
+                sources = _view_slot(self._segment, lease.slot)
+                self._sources[lease.slot] = [sources[index] for _, index in self._targets]
         with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
-            mine, new = [t for t, _ in self._targets], [view.tensors[i] for _, i in self._targets]
-            torch._foreach_copy_(mine, new)  # R4 use
+            torch._foreach_copy_([t for t, _ in self._targets], self._sources[lease.slot])  # R4 use
         lease.release()
+        return False
 
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
-        if self._held:
-            own: dict[int, torch.Tensor] = {}
-            with torch.inference_mode(False):
-                for tensor, index in self._targets:
-                    if index not in own:  # tied tensors stay tied
-                        own[index] = tensor.detach().clone()
-                    tensor.data = own[index]
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Releases the lease of the version before, or leaves it to the tensors that still point into its slot."""
-        view, self._held = self._held, None
-        if view is None:
-            return
-        if torch._C._storage_Use_Count(view.storage._cdata) == view.uses:
-            view.memory.lease.release()
-            view.renewal = None if self._closed else Renewal(view.memory.keep)
-            view.memory.lease = None
-        else:
-            self._kept.append((view.memory.lease.slot, weakref.ref(view.memory), self._since))
-            self._views = {slot: v for slot, v in self._views.items() if v is not view}
+        if self._swap:
+            self._swap.give_own()
 
     def _leases(self) -> tuple[tuple[int, ...], float]:
-        """The slot that the policy points into and those that only a kept tensor still does; since when the oldest."""
-        self._kept = [kept for kept in self._kept if kept[1]() is not None]
-        held = [(self._held.memory.lease.slot, self._since)] if self._held else []
-        leases = [*held, *((slot, since) for slot, _, since in self._kept)]
-        return tuple(slot for slot, _ in leases), min((since for _, since in leases), default=0.0)
-
-    def _view(self, lease: Lease) -> _View:
-        if lease.slot not in self._views:
-            with torch.inference_mode(False):
-                self._views[lease.slot] = _view_slot(self._segment, lease)
-        return self._views[lease.slot]
+        """The slots that this reader leases, and since when the oldest of them."""
+        return self._swap.leases() if self._swap else ((), 0.0)
 
     def _publication(self, lease: Lease) -> Publication:
         return self._segment.publication_of(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
@@ -322,7 +262,7 @@ class Reader:
             segment.close()
             return False
         self._registration.close()
-        self._views.clear()
+        self._sources.clear()
         self._segment.close()
         self._registration = self._take(segment)
         self._next_look = 0.0
@@ -335,8 +275,8 @@ class Reader:
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
         self._lock = threading.Lock()
-        for view in self._views.values():
-            view.renewal = None  # its thread is the parent's
+        if self._swap:
+            self._swap.after_fork()
         if not self._closed:
             try:
                 self._registration.close(unlink=False)
@@ -476,8 +416,7 @@ def _same_layout(one: Segment, other: Segment) -> bool:
         return False
 
 
-def _targets(policy: torch.nn.Module, layout: Layout) -> list[tuple[torch.Tensor, int]]:
-    """Every tensor object of the policy once, with the place of its weights in the layout."""
+def _targets(policy: torch.nn.Module, layout: Layout) -> Targets:
     index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
     seen: dict[int, tuple[torch.Tensor, int]] = {}
     for name, tensor in named_tensors(policy):
@@ -506,12 +445,11 @@ def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
     return None
 
 
-def _view_slot(segment: Segment, lease: Lease) -> _View:
-    """Tensors over a slot's memory; torch copies nothing."""
-    mapped, address = segment.map_slot(lease.slot)
-    kind: Any = type("_LeasedSlot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
+def _view_slot(segment: Segment, slot: int) -> list[torch.Tensor]:
+    """Tensors over a leased slot's memory, in the layout's order; torch copies nothing."""
+    mapped, address = segment.map_slot(slot)
+    kind: Any = type("_Slot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
     memory = kind.from_address(address)
-    memory.keep, memory.lease = mapped, None
+    memory.keep = mapped
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    tensors = views(segment.layout, storage, segment.data_offset)
-    return _View(memory, storage, tensors, torch._C._storage_Use_Count(storage._cdata))
+    return views(segment.layout, storage, segment.data_offset)

@@ -29,6 +29,7 @@ from .memory import kept, shut, try_lock
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
+_encode = json.JSONEncoder(check_circular=False).encode  # a policy's step pays for each record
 
 
 def printable(text: str) -> str:
@@ -123,7 +124,7 @@ class Registration:
 
     def _write(self, version: int, slots: tuple[int, ...], oldest: float = 0.0) -> None:
         record = {**self._self, "version": version, "since": time.time(), "slots": slots, "oldest": oldest}
-        os.pwrite(self._fd, json.dumps(record).encode().ljust(_SIZE), 0)
+        os.pwrite(self._fd, _encode(record).encode().ljust(_SIZE), 0)
 
 
 def open_readers(segment: Path) -> int:

@@ -1,4 +1,4 @@
-"""Drops what a policy wrote into its private view of a slot, beside its steps.
+"""Drops what a policy wrote into its private mapping of a slot, beside its steps.
 
 A reader maps slots privately, so that what the policy writes there is its own. Such pages must be gone when the slot
 comes back with its next version. To look for them takes the longer the more weights there are (1 ms for 64 MiB), so it
@@ -8,19 +8,20 @@ staged anew before it comes back. A swap then costs the same whatever the weight
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from queue import SimpleQueue
 
-from .memory import address_of, renew
+from .addresses import Stretch
+from .memory import renew
 
 
 class Renewal:
-    """One view of a slot on its way to show the file again."""
+    """One private mapping of a slot on its way to show the file again."""
 
-    def __init__(self, mapped: mmap.mmap) -> None:
-        self._mapped: mmap.mmap | None = mapped
+    def __init__(self, stretch: Stretch, address: int, nbytes: int) -> None:
+        self._stretch: Stretch | None = stretch  # until it is done
+        self._address, self._nbytes = address, nbytes
         self._done = threading.Event()
         self._written = False
         self._error: OSError | None = None
@@ -30,24 +31,19 @@ class Renewal:
         """Whether the policy had written there, once it is done.
 
         Raises:
-            OSError: the system refused it; the view may still show what was written.
+            OSError: the system refused it; the mapping may still show what was written.
         """
         self._done.wait()
         if self._error:
             raise self._error
         return self._written
 
-    def end(self) -> None:
-        """Returns once nothing holds the view any more on this one's behalf."""
-        self._done.wait()
-
     def _run(self) -> None:
-        assert self._mapped is not None
         try:
-            self._written = renew(self._mapped, address_of(self._mapped))
+            self._written = renew(self._address, self._nbytes)
         except OSError as exc:
             self._error = exc
-        self._mapped = None
+        self._stretch = None
         self._done.set()
 
 
