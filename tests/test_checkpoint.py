@@ -21,7 +21,6 @@ from conftest import raw, write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
-from wsync import checkpoint as module
 from wsync import finite, fitting, header
 from wsync.checkpoint import Checkpoint, step_of
 from wsync.errors import (
@@ -108,7 +107,7 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards the split at chunks and the scatter into a layout whose order is not the file's, aligned or not."""
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(Checkpoint, "_piece", chunk)
     monkeypatch.setattr(fitting, "CHUNK", chunk)
     sizes = {"BOOL": 3, "F32": 17, "I64": 5, "BF16": 9, "U8": 13, "F64": 4, "F16": 1, "F8_E4M3": 7, "C64": 3, "I16": 0}
     header, data = {}, b""
@@ -128,7 +127,7 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
 @pytest.mark.parametrize("chunk", [8, 40])
 def test_reads_keep_elements_whole(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that no read ends inside an element, which the finite check would then see by halves."""
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(Checkpoint, "_piece", chunk)
     monkeypatch.setattr(fitting, "CHUNK", chunk)
     header = {"a": row("U8", [3], 0, 3), "b": row("F64", [9], 3, 75), "c": row("U8", [1], 75, 76)}
     path = raw(tmp_path / "a.safetensors", {**header, "d": row("F64", [2], 76, 92)}, bytes(92))
@@ -261,7 +260,7 @@ def test_a_file_of_save_model_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0, 7, -1])
 def test_two_copies_that_differ_are_refused(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that a tie is never broken silently: one differing byte, in any chunk, names the alias."""
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(Checkpoint, "_piece", 16)
     monkeypatch.setattr(fitting, "CHUNK", 16)
     state = {name: t.clone() for name, t in policies.Tied().state_dict().items()}
     state["head.weight"].view(-1)[at] += 1
@@ -356,7 +355,7 @@ def test_nan_and_infinity_are_refused_wherever_they_are(
     dtype: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards each non-finite pattern of each dtype: first, last, in the middle, on both sides of a chunk's border."""
-    monkeypatch.setattr(module, "CHUNK", 32)
+    monkeypatch.setattr(Checkpoint, "_piece", 32)
     monkeypatch.setattr(fitting, "CHUNK", 32)
     count = 96 // WIDTH[dtype] + 1
     border = 32 // WIDTH[dtype]
@@ -503,7 +502,7 @@ def test_a_file_that_changes_while_it_is_read(
     when: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that what was written into while it was open is thrown away (75), whatever the moment."""
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(Checkpoint, "_piece", 64)
     monkeypatch.setattr(fitting, "CHUNK", 64)
     path = write(tmp_path / "a.safetensors", policies.mlp(), 1.0)
     reads: list[int] = []

@@ -17,10 +17,11 @@ import torch
 from conftest import write
 from safetensors.torch import save_file
 
-from wsync import checkpoint as module
+from wsync.casting import pieces
 from wsync.checkpoint import Checkpoint
-from wsync.errors import CheckpointMismatch, NonFiniteWeights, UsageError
+from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, UsageError
 from wsync.fitting import Fit, Plan
+from wsync.header import StoredTensor
 from wsync.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.publisher import publish, rehearse
 from wsync.segment import Segment
@@ -226,9 +227,28 @@ def test_a_cast_goes_on_across_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     """Guards that tensors larger than one read are converted as a whole, also where their sizes differ."""
     values = {"a": torch.randn(1001, dtype=torch.float64), "b": torch.randn(333).bfloat16(), "c": torch.randn(500)}
     path = save(tmp_path / "a", values)
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setattr(Checkpoint, "_piece", 64)
     found = read(path, lay(a=("F32", (1001,)), b=("F32", (333,)), c=("F32", (500,))), Fit(cast=True))
     assert same(found, {name: value.float() for name, value in values.items()})
+
+
+def test_neighbours_are_cast_as_one() -> None:
+    """Counts what a cast of many small tensors costs: a piece for those in a row, not one for each."""
+    layout = Layout.build({f"{n:04}": ("BF16", (100,)) for n in range(2000)}, {})
+    stored = [StoredTensor(e.name, "F32", (100,), 64 + 2 * e.offset, 400) for e in layout.tensors]
+    found = list(pieces(zip(stored, layout.tensors, strict=True), 1 << 18))
+    assert len(found) == 4 and sum(piece.nbytes for piece in found) == 800_000
+    assert [piece.offset for piece in found] == [0, 1 << 17, 2 << 17, 3 << 17]
+
+
+def test_a_file_that_is_cut_inside_an_element_of_a_cast_has_changed(tmp_path: Path) -> None:
+    """Guards against an error of numpy's where a file loses its end between the plan and the cast."""
+    path, layout = save(tmp_path / "a", {"w": torch.ones(100)}), lay(w=("BF16", (100,)))
+    with Checkpoint(path) as checkpoint:
+        todo = checkpoint.plan(layout, Fit(cast=True))
+        os.truncate(path, path.stat().st_size - 6)
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(memoryview(bytearray(layout.nbytes)), todo)
 
 
 def test_a_cast_scalar_and_an_empty_tensor(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 import wsync
 from wsync import fitting
+from wsync.checkpoint import Checkpoint
 from wsync.fitting import Fit
 from wsync.inspect import inspect
 from wsync.layout import layout_of
-from wsync.remote import AT_ONCE
+from wsync.remote import AT_ONCE, RemoteCheckpoint
 from wsync.segment import Segment
 from wsync.source import Select
 from wsync.spec import load_spec
@@ -211,8 +212,8 @@ def test_weights_are_fitted_as_on_disk(bucket: Bucket, tmp_path: Path, case: str
     """Under each setting the getter gives the same tensors from a store as from the file, in chunks of a few bytes."""
     make, stored, fit = FITS[case]
     monkeypatch.setattr(fitting, "CHUNK", 16)
-    monkeypatch.setattr("wsync.checkpoint.CHUNK", 16)
-    monkeypatch.setattr("wsync.remote.CHUNK", 16)
+    for kind in (Checkpoint, RemoteCheckpoint):
+        monkeypatch.setattr(kind, "_piece", 16)
     torch.manual_seed(0)
     policy = make()
     for tensor in policy.state_dict().values():

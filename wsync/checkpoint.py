@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .casting import convert
+from .casting import Pair, Piece, convert, pieces
 from .errors import (
     CheckpointChanged,
     CheckpointError,
@@ -32,7 +32,7 @@ from .errors import (
     NonFiniteWeights,
 )
 from .finite import all_finite, float_regions, not_finite
-from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
+from .fitting import Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, read_at, shut
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
-
-
-Pair = tuple[StoredTensor, TensorEntry]
 
 
 class Checkpoint:
@@ -60,6 +57,8 @@ class Checkpoint:
         size: bytes of its files.
         casts: the tensors that the last plan converts, each with what it becomes.
     """
+
+    _piece, _pieces_at_once, _pieces_joined = 2 << 20, 2, True  # bytes; still in the second cache when converted
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
@@ -202,7 +201,7 @@ class Checkpoint:
                 clean = clean and all_finite(weights, regions, read.slices)
                 if progress:
                     progress(read.nbytes)
-            for _, at, piece in self._converted(plan.casts):
+            for at, piece in self._converted(plan.casts):
                 weights[at : at + len(piece)] = piece
                 clean = clean and all_finite(weights, regions, ((at, len(piece)),))
                 if progress:
@@ -293,7 +292,16 @@ class Checkpoint:
         )
 
     def _staged(self, weights: memoryview, reads: Iterable[Read]) -> Iterator[Read]:
-        """Reads into the weights; each read is given once its bytes are there."""
+        """Reads into the weights; each read is given once its bytes are there.
+
+        Told that all comes in order, the kernel reads further ahead: a cold file comes at 1.4 times the speed, that of
+        the disk.
+        """
+        for fd in self._fds:
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            except OSError:  # advice, which a file system need not take
+                pass
         for read in reads:
             self._read(weights, read)  # P4 stage
             yield read
@@ -322,29 +330,25 @@ class Checkpoint:
         """Bytes of one of the files; fewer where it ends."""
         return read_at(self._fds[number], nbytes, start)
 
-    def _pieces(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, int, bytes]]:
-        """Tensors as they are stored, piece by piece, each piece with its offset into the tensor."""
-        for pair in pairs:
-            tensor = pair[0]
-            for at in range(0, tensor.nbytes, CHUNK):
-                yield pair, at, self._at(tensor.file, min(CHUNK, tensor.nbytes - at), tensor.start + at)
-
-    def _converted(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, int, memoryview]]:
+    def _converted(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, memoryview]]:
         """Tensors in the entries' dtypes, piece by piece, each piece with its offset into the weights."""
-        offset = 0
-        for pair, at, data in self._pieces(pairs):
-            tensor, entry = pair
-            if len(data) != min(CHUNK, tensor.nbytes - at):
-                raise self._changed()
-            piece = memoryview(data)
-            if tensor.dtype != entry.dtype:
-                piece = convert(piece, tensor.dtype, entry.dtype)
-            offset = offset if at else entry.offset
-            yield pair, offset, piece
-            offset += len(piece)
+        listed = list(pieces(pairs, self._piece))
+        if len(listed) < 2:
+            yield from ((piece.offset, self._convert(piece)) for piece in listed)
+            return
+        from .ahead import ahead
+
+        for piece, data in ahead(listed, self._convert, self._pieces_at_once, join=self._pieces_joined):
+            yield piece.offset, data
+
+    def _convert(self, piece: Piece) -> memoryview:
+        data = self._at(piece.file, piece.nbytes, piece.start)
+        if len(data) != piece.nbytes:
+            raise self._changed()
+        return convert(memoryview(data), piece.source, piece.target)
 
     def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
-        for _, at, piece in self._converted([(twin, entry)]):
+        for at, piece in self._converted([(twin, entry)]):
             if piece != weights[at : at + len(piece)]:
                 self.check_unchanged()
                 raise CheckpointMismatch(

@@ -15,15 +15,14 @@ import os
 import stat
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
-from .checkpoint import LONGEST_WAIT, Checkpoint, Pair
+from .ahead import ahead
+from .checkpoint import LONGEST_WAIT, Checkpoint
 from .errors import NoCheckpoint, UsageError
 from .fitting import CHUNK, Read
 from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
@@ -31,8 +30,6 @@ from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
 _WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
-_J = TypeVar("_J")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +190,8 @@ def open_url(url: str) -> RemotePath | Path:
 class RemoteCheckpoint(Checkpoint):
     """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
 
+    _piece, _pieces_at_once, _pieces_joined = CHUNK, AHEAD, False
+
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
         self._infos = [file.stat() for file in self.parts.files]
@@ -265,16 +264,6 @@ class RemoteCheckpoint(Checkpoint):
             with lock:
                 over.set()
 
-    def _pieces(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, int, bytes]]:
-        chunks = ((pair, at) for pair in pairs for at in range(0, pair[0].nbytes, CHUNK))
-
-        def work(chunk: tuple[Pair, int]) -> bytes:
-            (tensor, _), at = chunk
-            return self._at(tensor.file, min(CHUNK, tensor.nbytes - at), tensor.start + at)
-
-        for (pair, at), data in ahead(chunks, work, AHEAD):
-            yield pair, at, data
-
 
 class _Abandoned(Exception):
     """The pass is over; nobody waits for this range."""
@@ -290,30 +279,3 @@ def _scatter(weights: memoryview, read: Read, at: int, piece: memoryview) -> Non
             if not piece:
                 return
         at -= nbytes
-
-
-def ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[tuple[_J, _R]]:
-    """Each job with its result, in their order, while up to ``most`` of them are under way."""
-    pool = ThreadPoolExecutor(most)
-    pending: deque[tuple[_J, Future[_R]]] = deque()
-    try:
-        for job in jobs:
-            pending.append((job, pool.submit(work, job)))
-            if len(pending) >= most:
-                yield _first(pending)
-        while pending:
-            yield _first(pending)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _first(pending: deque[tuple[_J, Future[_R]]]) -> tuple[_J, _R]:
-    """Waits for the first of them; where any one fails, no longer than until then."""
-    job, first = pending[0]
-    while not first.done():
-        wait([future for _, future in pending if not future.done()], return_when=FIRST_COMPLETED)
-        for _, future in pending:
-            if future.done():
-                future.result()
-    pending.popleft()
-    return job, first.result()

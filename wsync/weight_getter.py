@@ -119,7 +119,8 @@ class CheckpointWeightGetter:
     def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
         if remote(self.checkpoints) is None:
             return ((candidate, self._step(candidate)) for candidate in found)
-        from .remote import AT_ONCE, ahead
+        from .ahead import ahead
+        from .remote import AT_ONCE
 
         return ahead(found, self._step, AT_ONCE)  # each is a request
 
