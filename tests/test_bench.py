@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -17,13 +18,15 @@ from xml.etree import ElementTree
 import pytest
 from conftest import DEADLINE, Cli, Spawn
 
-from wsync import bench, cli_bench
+from wsync import bench, cli_bench, header
 from wsync.bench import Aim, Beside, Case, Result, Rounds, Settings, Skip, in_turn, parse_size
 from wsync.bench_growth import exponent
 from wsync.bench_place import Place
 from wsync.bench_svg import drawing
 from wsync.bench_view import amount, as_json, bar, print_results, ratio
 from wsync.errors import UsageError
+from wsync.spec import load_spec
+from wsync.syncer import Syncer
 
 SLOW = Result("made-up", "something slow", "s", 2.0, "the usual way", 1.0, 2.0, 0.1, 9, (Aim("<=", 1.5),))
 FAST = Result("made-up", "something fast", "B/s", 9e9, "a copy", 1e10, 0.9, None, 9, (Aim(">=", 0.8),))
@@ -179,6 +182,28 @@ def test_a_staged_file_costs_few_calls_and_no_memory(runtime: Path, tmp_path: Pa
     assert 64 << 20 < counted["bytes read"] < 65 << 20  # each once
     assert counted["page faults"] < 1024  # of 16,384 pages
     assert 0 < counted["most allocated"] < 1 << 20
+
+
+def test_a_pass_is_not_searched_for_garbage(settings: Settings) -> None:
+    """Guards a first pass that is linear in tensors: the collector looks at their tables neither once nor often."""
+    with Place(settings) as place:
+        spec = load_spec(str(place.stand("policy", 1 << 20, 3000)))
+        place.save("policy/step_1.safetensors", 1 << 20, 3000)
+        header.forget()
+        collected: list[str] = []
+
+        def note(phase: str, info: dict[str, int]) -> None:
+            collected.append(phase)
+
+        gc.collect()
+        gc.callbacks.append(note)
+        try:
+            with Syncer(spec, runtime=place.runtime) as syncer:
+                assert syncer.once().status == "published"
+                assert gc.isenabled()
+        finally:
+            gc.callbacks.remove(note)
+        assert len(collected) <= 4  # before and after the pass
 
 
 def test_what_a_killed_run_left_is_removed(settings: Settings, runtime: Path) -> None:

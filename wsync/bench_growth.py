@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
+from . import header
 from .bench import MIB, Aim, Case, Result, Rounds, Skip, Timed, in_turn, timed
 from .bench_place import Place
 from .bench_policy import make
@@ -92,6 +93,24 @@ def _tensors(place: Place, number: int, undo: ExitStack) -> Timed:
     return _publishing(place, 16 * MIB, number, undo)
 
 
+def _first(place: Place, number: int, undo: ExitStack) -> Timed:
+    """The same of a process that was just started, to which segment and header are new."""
+    _publishing(place, 16 * MIB, number, undo)
+    path = place.files / "policy" / "step_1.safetensors"
+    spec = load_spec(str(place.files / "policy.toml"))
+    written = 1000
+
+    def work() -> float:
+        nonlocal written
+        written += 1
+        os.utime(path, (written, written))
+        header.forget()
+        with Syncer(spec, runtime=place.runtime) as syncer:
+            return timed(lambda: _must(syncer.once().status, "published"))()
+
+    return work
+
+
 def _bytes(place: Place, number: int, undo: ExitStack) -> Timed:
     return _publishing(place, number * MIB, place.settings.tensors, undo)
 
@@ -126,6 +145,7 @@ def _files(place: Place, number: int, undo: ExitStack) -> Timed:
 
 CASES = (
     Case("growth-tensors", "a pass against tensors", _curve((10, 100, 1000, 5000, 10_000, 20_000), _tensors)),
+    Case("growth-first", "a first pass against tensors", _curve((10, 100, 1000, 5000, 10_000, 20_000), _first)),
     Case(
         "growth-bytes",
         "a pass against MiB",

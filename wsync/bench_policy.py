@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from math import isqrt
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ def make(nbytes: int, tensors: int) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(torch.zeros(count)) for _ in range(tensors)).eval()
 
 
-def mlp(hidden: int) -> nn.Sequential:
-    """A policy for control: three layers, one observation at a time."""
-    return nn.Sequential(
-        nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, 8)
-    ).eval()
+def layers(nbytes: int, tensors: int) -> nn.Sequential:
+    """Linear layers of one width, a weight and a bias each, of some ``nbytes`` together."""
+    number = max(tensors // 2, 1)
+    width = max(isqrt(nbytes // number // 4), 1)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(number))).eval()
 
 
 def reader(name: str, nbytes: str, tensors: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .bench import MIB, Aim, Beside, Case, Result, Rounds, Timed, timed
 from .bench_place import Place, heard
-from .bench_policy import make, mlp
+from .bench_policy import layers, make
 from .bench_watching import percentile
 from .checkpoint import Checkpoint
 from .layout import layout_of
@@ -141,19 +141,24 @@ def stepping(place: Place, case: Case) -> Iterator[Result]:
 
     Beside it the same with that publisher stopped.
     """
-    policy = mlp(256)
+    yield from _stepping(place, case, layers(place.settings.size, place.settings.tensors), 1.0)
+    small = Case(case.name, f"{case.title}, of 0.3 MB", case.run)  # a few thousand versions a second
+    yield from _stepping(place, small, layers(MIB // 3, 6), 0.2)
+
+
+def _stepping(place: Place, case: Case, policy: nn.Sequential, seconds: float) -> Iterator[Result]:
     nbytes = sum(tensor.nbytes for tensor in policy.state_dict().values())
-    place.need(memory=300 * MIB, shared=4 * nbytes, disk=nbytes)
-    path = _save(place, policy)
-    Segment.create("step", layout_of(policy), place.runtime).close()
-    publisher = place.start("-m", "wsync.bench_policy", "publisher", "step", str(path))
+    place.need(memory=300 * MIB + 2 * nbytes, shared=4 * nbytes, disk=nbytes)
+    path, name = _save(place, policy), f"step-{nbytes}"
+    Segment.create(name, layout_of(policy), place.runtime).close()
+    publisher = place.start("-m", "wsync.bench_policy", "publisher", name, str(path))
     heard(publisher)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with attach(policy, "step", mode="swap", timeout=60, runtime_dir=place.runtime) as reader:
-            observation = torch.zeros(64)
-            work = _steps(reader, policy, observation, 0.2)
+        with attach(policy, name, mode="swap", timeout=60, runtime_dir=place.runtime) as reader:
+            observation = torch.zeros(policy.get_parameter("0.weight").shape[1])
+            work = _steps(reader, policy, observation, seconds)
 
             def alone() -> float:
                 os.kill(publisher.pid, signal.SIGSTOP)
@@ -163,9 +168,10 @@ def stepping(place: Place, case: Case) -> Iterator[Result]:
                     os.kill(publisher.pid, signal.SIGCONT)
 
             beside = Beside("no publisher", alone, (Aim("<=", 1.3),))
-            yield from case.compare(place, work, beside, rounds=Rounds(8, seconds=4))
+            yield from case.compare(place, work, beside, rounds=Rounds(8, seconds=20 * seconds))
     finally:
         torch.set_num_threads(threads)
+        place.end()
 
 
 def _save(place: Place, policy: nn.Module) -> str:

@@ -135,6 +135,11 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     return {t.name: t for t in stored}, metadata
 
 
+def forget() -> None:
+    """Has the next header read as if it were the first."""
+    _table.cache_clear()
+
+
 def _are_strings(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 

@@ -7,6 +7,7 @@ where there is no segment, where the spec changed since, or to tell a wrong chec
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -138,6 +139,8 @@ class Syncer:
         Raises:
             WsyncError: something else than the checkpoint is wrong, or it cannot be read.
         """
+        collects = gc.isenabled()
+        gc.disable()  # tables of 20,000 tensors are no garbage, and to look through them again and again doubles a pass
         try:
             outcome = self._once(force, dry_run)
         except WsyncError as exc:
@@ -150,6 +153,9 @@ class Syncer:
                 "this process has no memory left. Raise its limit (`ulimit -v`, `ulimit -d`; the container's, or "
                 "MemoryMax= of its systemd unit), and try again."
             ) from exc
+        finally:
+            if collects:
+                gc.enable()
         if outcome.status == "failed":
             self.record.failed(outcome.version, outcome.reason or "")
         else:
