@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from wsync.errors import OutOfDeviceMemory
 
 
 class LateFlight:
-    """A copy that reads its sources only when it lands, as late as a bus can be."""
+    """A copy that reads its sources only when it lands, as late as a bus can be.
+
+    Destroyed in a forked child it ends that, as an event of CUDA does.
+    """
 
     def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         self.targets, self.sources = targets, sources
         self.done = False
+        self._pid = os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self._pid:
+            os._exit(134)
 
     def query(self) -> bool:
         return self.done

@@ -208,29 +208,36 @@ def test_several_policies_and_processes_on_one_gpu(trainer: Trainer, spawn: Spaw
 
 @gpu
 def test_a_forked_child_is_told_on_a_gpu(trainer: Trainer, spawn: Spawn) -> None:
-    """The child's reader says that CUDA does not go through a fork; the parent's goes on."""
+    """Forked while a copy is under way, the child's reader says that CUDA does not go through a fork, and is let go of
+    without ending the child; the parent's goes on.
+    """
     script = (
-        "import os, wsync\n"
+        "import gc, os, wsync\n"
         "from conftest import marks\n"
         "from test_gpu import wide\n"
         "from wsync.errors import UsageError\n"
         "policy = wide().cuda()\n"
         "reader = wsync.attach(policy, 'nets')\n"
+        "print('attached', flush=True)\n"
+        "input()\n"
+        "assert not reader.refresh()\n"
         "pid = os.fork()\n"
         "if not pid:\n"
         "    try: reader.refresh()\n"
-        "    except UsageError as exc: os._exit(7)\n"
-        "    os._exit(1)\n"
+        "    except UsageError: pass\n"
+        "    else: os._exit(1)\n"
+        "    reader.close()\n"
+        "    del reader\n"
+        "    gc.collect()\n"
+        "    os._exit(7)\n"
         "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
-        "print('told', flush=True)\n"
-        "input()\n"
         "assert reader.refresh(wait=True) and marks(policy) == {2.0}\n"
         "reader.close()\n"
         "print('done')\n"
     )
     process = spawn("-c", script, stdin=subprocess.PIPE)
     assert process.stdout is not None
-    assert process.stdout.readline() == "told\n"
+    assert process.stdout.readline() == "attached\n"
     trainer.push(2)
     out, err = process.communicate("go\n", timeout=DEADLINE)
     assert out == "done\n", err

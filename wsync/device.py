@@ -7,7 +7,11 @@ for ever.
 
 Streams: a version crosses the bus on a stream of its own, which first waits for what the policy's stream had to do
 when the copy was asked for, since that may still read the buffer that is written. The policy's stream is the one that
-is current where ``refresh()`` is called; it never waits for the other.
+is current where ``attach`` and ``refresh()`` are called; it never waits for the other.
+
+A buffer is memory of the policy's stream, as the policy's own tensors are: torch gives it out anew in the order of that
+stream, and nobody lets go of it before the copy over the bus is done. So it needs no mark of the other stream; such a
+mark makes torch ask CUDA where the memory is freed, which ends a forked child.
 """
 
 from __future__ import annotations
@@ -75,24 +79,22 @@ class Cuda:
                 self._forget_error()
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        policy_stream = torch.cuda.current_stream(self._device)
         try:
-            with torch.cuda.stream(self._side):
-                buffer = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as exc:
             free = torch.cuda.mem_get_info(self._device)[0]
             raise OutOfDeviceMemory(
                 f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
                 'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
             ) from exc
-        buffer.record_stream(policy_stream)  # freed, it is used anew only when what the policy read of it is done
-        return buffer
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> torch.cuda.Event:
         policy_stream = torch.cuda.current_stream(self._device)
         stream = self._side if aside else policy_stream
         if aside:
             self._side.wait_stream(policy_stream)
+            for target in targets:
+                target.record_stream(policy_stream)  # which does nothing where the buffer is that stream's own
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             torch._foreach_copy_(targets, sources, non_blocking=True)

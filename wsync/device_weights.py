@@ -243,7 +243,13 @@ class DeviceWeights:
         self._slots = {}
 
     def forget(self) -> None:
-        """In a forked child, where the device is out of reach: lets go without a word to it."""
+        """In a forked child, where the device is out of reach: lets go without a word to it.
+
+        An event, and a buffer that two streams used, call CUDA where they are destroyed, and end the child with that:
+        they are kept for ever.
+        """
+        kept = (self.flight, self._live, self._spare)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
         self.flight = None
         self._live = self._spare = None
         self._slots = {}
