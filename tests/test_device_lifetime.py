@@ -21,7 +21,7 @@ from test_reader_lifetime import leased
 import wsync
 from wsync import device_reader
 from wsync import reader as reading
-from wsync.errors import OutOfDeviceMemory, UsageError
+from wsync.errors import OutOfDeviceMemory, SegmentUnsafe, UsageError
 from wsync.segment import Segment
 
 __all__ = ["device", "trainer"]
@@ -258,7 +258,6 @@ def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_p
     with wsync.attach(policy, "nets", mode=mode) as reader:
         trainer.push(2)
         assert not reader.refresh()
-        old = set(device.locked)
         trainer.segment.remove()
         trainer.segment.close()
         device.land()
@@ -268,7 +267,43 @@ def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_p
         again.push(3)
         assert reader.wait(DEADLINE)
         assert reader.refresh(wait=True) and (reader.version, marks(policy)) == (1, {3.0})
-        assert len(device.locked) == 3 and not old & set(device.locked)
+        assert len(device.locked) == 3 and device.locks == 6
+
+
+def test_a_segment_is_not_left_under_a_copy(trainer: Trainer, device: LateDevice, tmp_path: Path) -> None:
+    """Who looks for another segment meanwhile, as a waiting thread does, leaves the pages that the bus reads locked."""
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+        assert not reader.refresh()
+        old = set(device.locked)
+        trainer.segment.remove()
+        trainer.segment.close()
+        Trainer(mlp, tmp_path).push(3)
+        reader._notice_removal()
+        assert set(device.locked) == old
+        device.land()
+        assert reader.refresh() and marks(policy) == {2.0}
+        assert reader.refresh(wait=True) and marks(policy) == {3.0}
+
+
+def test_a_new_segment_that_cannot_be_locked(
+    trainer: Trainer, device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told, and once it can be locked its own weights come, not those of the slots that were locked before."""
+    monkeypatch.setattr(reading, "_LOOK", 0.0)
+    policy = mlp()
+    with wsync.attach(policy, "nets") as reader:
+        trainer.segment.remove()
+        trainer.segment.close()
+        again = Trainer(mlp, tmp_path)
+        again.push(3)
+        slot = again.segment.path / "slot-2.safetensors"
+        aside = slot.rename(slot.with_name("aside"))
+        with pytest.raises(SegmentUnsafe, match="slot-2"):
+            reader.refresh(wait=True)
+        aside.rename(slot)
+        assert reader.refresh(wait=True) and marks(policy) == {3.0}
 
 
 def test_a_segment_that_was_deleted_by_hand(

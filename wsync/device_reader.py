@@ -113,6 +113,8 @@ class DeviceReader(Reader):
         return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[2])
 
     def _find_again(self) -> bool:
+        if self._sent is not None:  # a thread that waits looks: the pages of a copy under way stay locked
+            return False
         found = super()._find_again()
         if found:
             self._weights.lock(self._segment)

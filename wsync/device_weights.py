@@ -158,6 +158,7 @@ class DeviceWeights:
         Raises:
             SegmentError: a slot is not as it should be.
         """
+        self._slots = {}  # first: where a lock fails, another segment's slots must not be taken for this one's
         self._slots = {slot: lock_slot(segment, slot, self._device) for slot in range(segment.slots)}
         refused = {slot.refused for slot in self._slots.values()} - {""}
         if refused and not self._told:
