@@ -275,6 +275,26 @@ def test_a_policy_that_was_moved_is_told_so(trainer: Trainer, device: LateDevice
     assert trainer.segment.readers() == [] and device.locked == {}
 
 
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+@pytest.mark.parametrize("how", MOVES)
+def test_a_policy_that_was_moved_under_a_copy_is_told_so(
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, how: str
+) -> None:
+    """Moved while a version is under way, it is left where it is, and told so when that lands."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        trainer.push(2)
+        assert not reader.refresh()
+        MOVES[how](policy)
+        now = [(tensor.device, tensor.dtype) for tensor in policy.state_dict().values()]
+        device.land()
+        for _ in range(2):
+            with pytest.raises(UsageError, match="or was moved"):
+                reader.refresh()
+        assert leased(trainer.segment) == [] and reader.version == 1
+        assert [(tensor.device, tensor.dtype) for tensor in policy.state_dict().values()] == now
+
+
 @pytest.mark.parametrize(("mode", "staging"), MODES)
 @pytest.mark.parametrize("built_so", [False, True])
 def test_inference_mode(

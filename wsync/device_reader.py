@@ -96,6 +96,7 @@ class DeviceReader(Reader):
             return False
         (lease, step, _), self._sent = self._sent, None
         lease.release()
+        self._weights.check_unmoved()  # again: it may have been moved under the copy
         first = self.version == 0
         self._weights.take()
         self._took(lease, step)
