@@ -43,6 +43,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def wait_stream(self, other: Stream) -> None:
             calls.append(f"{self.name} waits for {other.name}")
 
+        def synchronize(self) -> None:
+            calls.append(f"waited for {self.name}")
+
     class Event:
         def record(self, stream: Stream) -> None:
             calls.append(f"event on {stream.name}")
@@ -50,8 +53,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     @contextmanager
     def on(stream: Any) -> Iterator[None]:
         calls.append(f"on {getattr(stream, 'name', stream)}")
-        yield
-        calls.append("off")
+        try:
+            yield
+        finally:
+            calls.append("off")
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -75,6 +80,21 @@ def test_a_copy_aside_waits_for_the_policy_and_not_the_policy_for_it(calls: list
     cuda.send([target], [torch.ones(3)], aside=True)
     assert calls == ["side waits for policy", "kept for policy", "on side", "event on side", "off"]
     assert target.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("aside", "stream"), [(True, "side"), (False, "policy")])
+def test_a_copy_that_is_cut_short_is_waited_for(
+    calls: list[Any], cuda: Cuda, monkeypatch: pytest.MonkeyPatch, aside: bool, stream: str
+) -> None:
+    """Interrupted before its event there is no other way to know that nothing reads the slot any more."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda.Event, "record", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cuda.send([torch.zeros(3)], [torch.ones(3)], aside=aside)
+    assert calls[-2:] == [f"waited for {stream}", "off"]
 
 
 def test_a_copy_without_staging_is_on_the_policys_stream(calls: list[Any], cuda: Cuda) -> None:
@@ -109,6 +129,16 @@ def test_memory_is_locked_with_its_flags(calls: list[Any], cuda: Cuda) -> None:
         ("register", 8192, 10, 1),
         ("unregister", 4096),
     ]
+
+
+def test_a_device_that_failed_unlocks_in_silence(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is unlocked where its last holder goes, and nobody is there to catch an error."""
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "device", fail)
+    cuda.unlock(4096)
 
 
 def test_a_refused_lock_is_told_and_its_error_forgotten(

@@ -199,6 +199,30 @@ def test_close_while_a_copy_is_under_way(
     assert marks(policy) == {2.0}
 
 
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_close_after_the_device_failed(
+    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch, mode: reading.Mode
+) -> None:
+    """A copy that will never be done holds nothing up: no lease, lock or record is left, and the reader is closed."""
+    reader = wsync.attach(mlp(), "nets", mode=mode)
+    trainer.push(2)
+    assert not reader.refresh()
+    device.land()
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device.flights[-1], "synchronize", fail)
+        patch.setattr(device.flights[-1], "query", fail)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            reader.refresh()
+        reader.close()
+    assert device.locked == {} and leased(trainer.segment) == [] and trainer.segment.readers() == []
+    with pytest.raises(UsageError, match="closed"):
+        reader.refresh()
+
+
 def test_a_reader_that_is_dropped_while_a_copy_is_under_way(trainer: Trainer, device: LateDevice) -> None:
     """Without close, too, the copy is waited for; no lease and no lock is left."""
     reader = wsync.attach(mlp(), "nets")

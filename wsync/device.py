@@ -74,9 +74,12 @@ class Cuda:
 
     def unlock(self, address: int) -> None:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device):
-            if int(runtime.cudaHostUnregister(address)):
-                self._forget_error()
+        try:
+            with torch.cuda.device(self._device):
+                if int(runtime.cudaHostUnregister(address)):
+                    self._forget_error()
+        except RuntimeError:  # of a device that failed, which has forgotten all
+            pass
 
     def empty(self, nbytes: int) -> torch.Tensor:
         try:
@@ -97,8 +100,12 @@ class Cuda:
                 target.record_stream(policy_stream)  # which does nothing where the buffer is that stream's own
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            torch._foreach_copy_(targets, sources, non_blocking=True)
-            done.record(stream)
+            try:
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+                done.record(stream)
+            except BaseException:  # nobody would know when it is done, and the slot's lease ends now
+                stream.synchronize()
+                raise
         return done
 
     def _forget_error(self) -> None:

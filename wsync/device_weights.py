@@ -239,7 +239,10 @@ class DeviceWeights:
         """Waits for a copy that is under way, and lets go of all but what the policy's tensors point into."""
         flight, self.flight = self.flight, None
         if flight is not None:
-            flight.synchronize()  # before the pages are unlocked and the buffer is freed
+            try:
+                flight.synchronize()  # before the pages are unlocked and the buffer is freed
+            except RuntimeError:  # a device that failed copies nothing any more, and says so where the policy is used
+                pass
         self._live = self._spare = None
         self._slots = {}
 
