@@ -40,6 +40,7 @@ class LateDevice:
     Attributes:
         refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock.
         room: bytes that it has for buffers; None has no end.
+        captured: whether the policy's stream is captured.
         locked: size of each locked range of the host's memory, by its address.
         locks: how many ranges were ever locked.
         flights: all copies over the bus.
@@ -50,10 +51,14 @@ class LateDevice:
         self._prompt = prompt  # copies are done at once
         self.refuses: set[str] = set()
         self.room: int | None = None
+        self.captured = False
         self.locked: dict[int, int] = {}
         self.locks = 0
         self.flights: list[LateFlight] = []
         self.buffers: list[int] = []
+
+    def capturing(self) -> bool:
+        return self.captured
 
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         assert all(address + nbytes <= begin or begin + size <= address for begin, size in self.locked.items())

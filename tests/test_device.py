@@ -64,6 +64,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 8))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: calls[-1:] == [f"on {torch.device('cpu')}"])
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(calls, 0))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: calls.append(f"kept for {stream.name}"))
     return calls
@@ -107,6 +108,11 @@ def test_a_buffer_is_memory_of_the_policys_stream(calls: list[Any], cuda: Cuda) 
     """It has no mark of another stream, with which a forked child would end where it lets go of it."""
     assert cuda.empty(5).numel() == 5
     assert calls == []
+
+
+def test_capture_is_asked_of_the_policys_device(cuda: Cuda) -> None:
+    """The stream that is current there, not on whichever device is current."""
+    assert cuda.capturing()
 
 
 def test_a_full_device_is_one_error(calls: list[Any], cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,30 @@ def test_wait_sleeps_until_the_copy_is_done(trainer: Trainer, device: LateDevice
         assert not reader.wait(0)
 
 
+@pytest.mark.parametrize(("mode", "staging"), MODES)
+def test_no_version_is_taken_into_a_graph(
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: reading.Staging
+) -> None:
+    """While a CUDA graph is captured a new version is refused with the reason, and the copy under way goes on."""
+    policy = mlp()
+    device.captured = True
+    with pytest.raises(UsageError, match="between replays"):
+        wsync.attach(policy, "nets", mode=mode, staging=staging)
+    assert trainer.segment.readers() == [] and leased(trainer.segment) == [] and not device.flights
+    device.captured = False
+    with wsync.attach(policy, "nets", mode=mode, staging=staging) as reader:
+        trainer.push(2)
+        if staging == "device":
+            assert not reader.refresh()
+        device.captured = True
+        for act in (reader.refresh, reader.wait):
+            with pytest.raises(UsageError, match="between replays"):
+                act()
+        assert marks(policy) == {1.0}
+        device.captured = False
+        assert reader.refresh(wait=True) and marks(policy) == {2.0}
+
+
 def test_auto_copies_on_a_device(trainer: Trainer, device: LateDevice) -> None:
     """What remembers addresses cannot be seen, so that swap is only taken where it is asked for."""
     for mode, taken in (("auto", "copy"), ("copy", "copy"), ("swap", "swap")):

@@ -1,4 +1,4 @@
-"""What wsync needs of a device, in four methods, and their CUDA implementation.
+"""What wsync needs of a device, in five methods, and their CUDA implementation.
 
 The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
 Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
@@ -38,6 +38,9 @@ class Flight(Protocol):
 class Device(Protocol):
     """A device that holds a policy; ``Cuda``, or what a test puts in its place."""
 
+    def capturing(self) -> bool:
+        """Whether the policy's stream is captured: what it is given goes into a graph, and is not done now."""
+
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         """Page-locks memory of the host, for all devices; an empty text, or why that was refused."""
 
@@ -62,6 +65,10 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def capturing(self) -> bool:
+        with torch.cuda.device(self._device):
+            return torch.cuda.is_current_stream_capturing()
 
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]

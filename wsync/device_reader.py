@@ -46,6 +46,7 @@ class DeviceReader(Reader):
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
+                self._check_open()
                 flight = self._weights.flight
                 if flight is not None and flight.query():
                     return True
@@ -137,6 +138,7 @@ class DeviceReader(Reader):
                 'child, in a process started with the method "spawn".'
             )
         super()._check_open()
+        self._weights.check_uncaptured()
 
     def _after_fork(self) -> None:
         super()._after_fork()
