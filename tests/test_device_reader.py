@@ -20,7 +20,7 @@ import wsync
 from wsync import reader as reading
 from wsync.checkpoint import Checkpoint
 from wsync.errors import LayoutDiffers, SwapRefused, UsageError
-from wsync.layout import layout_of
+from wsync.layout import TORCH_DTYPES, layout_of
 from wsync.publisher import publish
 from wsync.segment import Segment
 
@@ -165,6 +165,42 @@ def test_every_weight_gets_its_own_bytes(
             assert policy.head.weight is policy.embedding.weight
         for name, tensor in trained.state_dict().items():
             assert torch.equal(policy.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("mode", "staging"), MODES)
+def test_every_dtype_of_a_checkpoint_arrives(
+    runtime: Path,
+    tmp_path: Path,
+    device: LateDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: reading.Mode,
+    staging: reading.Staging,
+) -> None:
+    """Also those for which a GPU has no kernel that copies many tensors at once: small floats, unsigned integers."""
+    copy = torch._foreach_copy_
+    known = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64}
+    known |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+    def as_on_a_gpu(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        for tensor in (*targets, *sources):
+            if tensor.dtype not in known:
+                raise NotImplementedError(f'"foreach_tensor_copy" not implemented for {tensor.dtype}')
+        copy(targets, sources)
+
+    def module(low: int) -> nn.ParameterDict:
+        tensors = {name: torch.arange(low, low + 3).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()}
+        return nn.ParameterDict({n: nn.Parameter(t, requires_grad=t.is_floating_point()) for n, t in tensors.items()})
+
+    trained, policy = module(1), module(5).eval()
+    segment = Segment.create("nets", layout_of(policy))
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
+        publish(segment, checkpoint)
+    if staging == "device":
+        monkeypatch.setattr(torch, "_foreach_copy_", as_on_a_gpu)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging):
+        for name, tensor in trained.state_dict().items():
+            assert policy[name].tolist() == tensor.tolist(), name
 
 
 def test_transposed_weights_are_copied_in_their_own_order(runtime: Path, tmp_path: Path, device: LateDevice) -> None:

@@ -32,6 +32,20 @@ from .segment import Segment
 Targets = list[tuple[torch.Tensor, int]]
 
 _log = logging.getLogger("wsync")
+_WORDS = {  # as what a tensor is copied whose own dtype has no kernel that copies many at once on a GPU
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 class LockedSlot:
@@ -138,7 +152,7 @@ class DeviceWeights:
         ]
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
         for tensor, index in targets:
-            self._by_dtype.setdefault(tensor.dtype, []).append((tensor, index))
+            self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
         self._live: _Buffer | None = None  # the policy's tensors are views of it
         self._spare: _Buffer | None = None
@@ -235,8 +249,9 @@ class DeviceWeights:
             return
         if self._mode == "copy":
             with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
-                for group in self._by_dtype.values():
-                    torch._foreach_copy_([t for t, _ in group], [spare.tensors[i] for _, i in group])
+                for dtype, group in self._by_dtype.items():
+                    mine, new = [_as(t, dtype) for t, _ in group], [_as(spare.tensors[i], dtype) for _, i in group]
+                    torch._foreach_copy_(mine, new)
             return
         before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
         for tensor, index in self._targets:
