@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from wsync.layout import TORCH_DTYPES
+
 
 def mlp(hidden: int = 8) -> nn.Sequential:
     """Four tensors, no buffers, ready for swap."""
@@ -27,6 +29,14 @@ class Tied(nn.Module):
         self.norm = nn.BatchNorm1d(3)
         self.low = nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+def every_dtype(low: int) -> nn.ParameterDict:
+    """A tensor of each dtype that a segment can hold, with the values from ``low`` on."""
+    tensors = {name: torch.arange(low, low + 3).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()}
+    return nn.ParameterDict(
+        {name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for name, tensor in tensors.items()}
+    ).eval()
 
 
 class Counting(nn.Module):

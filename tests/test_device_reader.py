@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEADLINE, marks
 from devices import LateDevice
-from policies import Counting, Tied, mlp
+from policies import Counting, Tied, every_dtype, mlp
 from safetensors.torch import save_file
 from test_reader import Trainer, addresses, noncontiguous
 from test_reader_lifetime import leased
@@ -20,7 +20,7 @@ import wsync
 from wsync import reader as reading
 from wsync.checkpoint import Checkpoint
 from wsync.errors import LayoutDiffers, SwapRefused, UsageError
-from wsync.layout import TORCH_DTYPES, layout_of
+from wsync.layout import layout_of
 from wsync.publisher import publish
 from wsync.segment import Segment
 
@@ -187,11 +187,7 @@ def test_every_dtype_of_a_checkpoint_arrives(
                 raise NotImplementedError(f'"foreach_tensor_copy" not implemented for {tensor.dtype}')
         copy(targets, sources)
 
-    def module(low: int) -> nn.ParameterDict:
-        tensors = {name: torch.arange(low, low + 3).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()}
-        return nn.ParameterDict({n: nn.Parameter(t, requires_grad=t.is_floating_point()) for n, t in tensors.items()})
-
-    trained, policy = module(1), module(5).eval()
+    trained, policy = every_dtype(1), every_dtype(5)
     segment = Segment.create("nets", layout_of(policy))
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEADLINE, TESTS, Spawn, marks
-from policies import Tied, mlp
+from policies import Tied, every_dtype, mlp
 from safetensors.torch import save_file
 from test_reader import Trainer, addresses
 from test_reader_lifetime import leased
@@ -28,6 +28,10 @@ from wsync.publisher import publish
 from wsync.segment import Segment
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device here")
+gpus = torch.cuda.device_count()
+two_gpus = pytest.mark.skipif(
+    gpus < 2, reason=f"torch {torch.__version__} finds {gpus} CUDA devices here: it takes two"
+)
 WAYS = [("swap", "device"), ("copy", "device"), ("copy", "none")]
 
 
@@ -81,6 +85,22 @@ def test_every_weight_gets_its_own_bytes_on_a_gpu(
         assert policy.head.weight is policy.embedding.weight
         for name, tensor in trained.state_dict().items():
             assert torch.equal(policy.state_dict()[name].cpu(), tensor), name
+
+
+@gpu
+@pytest.mark.parametrize(("mode", "staging"), WAYS)
+def test_every_dtype_of_a_checkpoint_arrives_on_a_gpu(
+    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: reading.Staging
+) -> None:
+    """Also those for which torch has few kernels: small floats, unsigned integers."""
+    trained, policy = every_dtype(1), every_dtype(5).cuda()
+    segment = Segment.create("nets", layout_of(policy))
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
+        publish(segment, checkpoint)
+    with wsync.attach(policy, "nets", mode=mode, staging=staging):
+        for name, tensor in trained.state_dict().items():
+            assert policy[name].cpu().tolist() == tensor.tolist(), name
 
 
 @gpu
@@ -141,6 +161,74 @@ def graph_of(policy: nn.Module) -> Callable[[], torch.Tensor]:
     return replay
 
 
+class Look(nn.Module):
+    """The least and the greatest weight of each parameter of a policy, as ``[parameters, 2]``."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([torch.stack(torch.aminmax(p)) for p in self.policy.parameters()])
+
+
+def compiled(policy: nn.Module) -> Callable[[], torch.Tensor]:
+    look: Callable[[], torch.Tensor] = torch.compile(Look(policy), mode="reduce-overhead")
+
+    def step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return look().clone()
+
+    for _ in range(3):  # it warms up, records, and replays
+        step()
+    return step
+
+
+@gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("staging", ["device", "none"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_compiled_policy_sees_each_version_whole(trainer: Trainer, staging: reading.Staging, when: str) -> None:
+    """With torch.compile(mode="reduce-overhead"), before attach or after, it runs on the addresses that stay."""
+    pytest.importorskip("triton", reason="torch.compile needs triton for a GPU")
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    policy = wide().cuda()
+    look = compiled(policy) if when == "before" else None
+    with wsync.attach(policy, "nets", staging=staging) as reader:
+        look = look or compiled(policy)
+        assert not counters["inductor"]["cudagraph_skips"]
+        for mark in range(2, 12):
+            trainer.push(mark)
+            seen = []
+            while reader.version < mark:
+                reader.refresh()
+                seen.append((reader.step, look()))
+            for step, found in seen:
+                assert set(found.flatten().tolist()) == {float(step or 0)}
+    torch._dynamo.reset()
+
+
+@gpu
+def test_a_refresh_in_a_capture_is_refused(trainer: Trainer) -> None:
+    """It says so, and leaves both the capture and the copy under way whole."""
+    policy, one = wide().cuda(), torch.ones(1, device="cuda")
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+        assert not reader.refresh() and (one + 1).item() == 2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = one + 1
+            with pytest.raises(UsageError, match="between replays"):
+                reader.refresh()
+        graph.replay()
+        assert out.item() == 2
+        assert reader.refresh(wait=True) and marks(policy) == {2.0}
+
+
 @gpu
 def test_a_full_gpu_is_told(trainer: Trainer) -> None:
     """Without room for a second copy attach says so, with the way out, which works, and the GPU goes on."""
@@ -178,6 +266,37 @@ def test_a_split_policy_is_copied_tensor_by_tensor(trainer: Trainer) -> None:
     with wsync.attach(policy, "nets") as reader:
         trainer.push(2)
         assert reader.refresh() and reader.mode == "copy" and marks(policy) == {2.0}
+
+
+@two_gpus
+def test_a_policy_over_two_gpus(trainer: Trainer) -> None:
+    """With its parts on two devices and on the host it is kept in step, each part where it is."""
+    policy = wide()
+    policy[0].cuda(0)
+    policy[1].cuda(1)
+    places = [tensor.device for tensor in policy.parameters()]
+    with wsync.attach(policy, "nets") as reader:
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh() and reader.mode == "copy" and marks(policy) == {float(mark)}
+        assert [tensor.device for tensor in policy.parameters()] == places
+
+
+@two_gpus
+@pytest.mark.parametrize(("mode", "staging"), WAYS)
+def test_a_gpu_that_is_not_the_current_one(trainer: Trainer, mode: reading.Mode, staging: reading.Staging) -> None:
+    """All is asked of the policy's own device, beside a policy on the other one that shares the locked slots."""
+    policy, other = wide().cuda(1), wide().cuda(0)
+    with (
+        wsync.attach(policy, "nets", mode=mode, staging=staging) as reader,
+        wsync.attach(other, "nets", mode=mode, staging=staging) as beside,
+    ):
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
+            assert beside.refresh(wait=True) and marks(other) == {float(mark)}
+        assert {tensor.device.index for tensor in policy.parameters()} == {1}
+        assert torch.cuda.current_device() == 0
 
 
 @gpu
