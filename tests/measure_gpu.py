@@ -78,7 +78,8 @@ class Bench:
     Attributes:
         nbytes: of the weights, about.
         seconds: that a phase of steps or of a storm takes.
-        rounds: of what is timed one by one.
+        rounds: of what is timed one by one, at most.
+        limit: seconds after which no further round of it begins; three there are in any case.
         turns: of steps with and without a storm.
     """
 
@@ -88,6 +89,7 @@ class Bench:
     nbytes: int
     seconds: float
     rounds: int
+    limit: float
     turns: int
     figures: dict[str, Any] = field(default_factory=dict)
 
@@ -98,6 +100,13 @@ class Bench:
     def sync(self) -> None:
         if self.real:
             torch.cuda.synchronize(self.place)
+
+    def each_round(self) -> Iterator[int]:
+        began = time.perf_counter()
+        for number in range(self.rounds):
+            if number >= 3 and time.perf_counter() - began > self.limit:
+                return
+            yield number
 
     def say(self, name: str, **found: Any) -> None:
         self.figures[name] = {k: round(v, 5) if isinstance(v, float) else v for k, v in found.items()}
@@ -143,10 +152,10 @@ def prepare(folder: Path, *, rehearse: bool) -> Bench:
     if rehearse:
         late = LateDevice(prompt=True)
         reading._device_of = lambda policy: late
-        return Bench(torch.device("cpu"), late, folder, 4 << 20, 0.2, 3, 1)
+        return Bench(torch.device("cpu"), late, folder, 4 << 20, 0.2, 3, 0.0, 1)
     place = torch.device("cuda:0")
     nbytes = min(1 << 30, free_bytes(Path("/dev/shm")) // 5)
-    return Bench(place, Cuda(place), folder, nbytes, 6.0, 12, 2)
+    return Bench(place, Cuda(place), folder, nbytes, 6.0, 12, 15.0, 2)
 
 
 # --- the bus
@@ -163,7 +172,9 @@ def bus(bench: Bench, segment: Segment) -> None:
         bench.sync()
         return timed(lambda: bench.device.send([target], [source], aside=True).synchronize())
 
-    pairs = [(copy(locked.weights), copy(plain)) for _ in range(bench.rounds + 1)][1:]
+    copy(locked.weights)
+    copy(plain)
+    pairs = [(copy(locked.weights), copy(plain)) for _ in bench.each_round()]
     copy(locked.weights)
     whole = torch.equal(target.cpu(), torch.frombuffer(segment.live_weights(), dtype=torch.uint8))
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -189,7 +200,7 @@ def taking(bench: Bench, segment: Segment) -> None:
     for mode, staging in ways:
         policy = deep(bench.nbytes).to(bench.place)
         with wsync.attach(policy, "large", mode=mode, staging=staging) as reader:
-            times = [version(bench, segment, reader, round_) for round_ in range(bench.rounds)]
+            times = [version(bench, segment, reader, number) for number in bench.each_round()]
         notice, take, arrival = (statistics.median(column) for column in zip(*times, strict=True))
         bench.say(
             f"a version from the policy's stream, {mode}" + ("" if staging == "device" else ", no staging"),
@@ -229,7 +240,7 @@ def loading(bench: Bench) -> float:
         policy.load_state_dict(state)
         bench.sync()
 
-    return statistics.median(timed(load) for _ in range(bench.rounds))
+    return statistics.median(timed(load) for _ in bench.each_round())
 
 
 # --- the steps meanwhile
