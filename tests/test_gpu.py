@@ -260,12 +260,17 @@ def test_a_policy_that_was_moved_off_the_gpu_is_told(trainer: Trainer) -> None:
 
 @gpu
 def test_a_split_policy_is_copied_tensor_by_tensor(trainer: Trainer) -> None:
-    """A policy with parts on several devices is kept in step without a buffer."""
+    """A policy with a part on the GPU is kept in step without a buffer, and told when another part follows."""
     policy = wide()
     policy[0].cuda()
     with wsync.attach(policy, "nets") as reader:
-        trainer.push(2)
-        assert reader.refresh() and reader.mode == "copy" and marks(policy) == {2.0}
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh() and reader.mode == "copy" and marks(policy) == {float(mark)}
+        policy.cuda()
+        trainer.push(7)
+        with pytest.raises(UsageError, match="attach again"):
+            reader.refresh()
 
 
 @two_gpus
@@ -391,8 +396,8 @@ def test_measuring_can_be_rehearsed(runtime: Path) -> None:
     assert set(Path("/dev/shm").glob("wsync-measure-*")) == before
 
 
-def test_only_a_policy_on_one_cuda_device_has_a_device() -> None:
-    """One on the CPU, on a device of another kind, or split, is none: it is copied to, or swapped, as before."""
+def test_a_policy_without_cuda_has_no_device() -> None:
+    """One on the CPU, on a device of another kind, or split over such, is copied to, or swapped, without one."""
     split = mlp()
     split[0].to("meta")
     for policy in (mlp(), mlp().to("meta"), split):

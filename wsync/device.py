@@ -16,6 +16,7 @@ mark makes torch ask CUDA where the memory is freed, which ends a forked child.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,7 @@ class Flight(Protocol):
 
 
 class Device(Protocol):
-    """A device that holds a policy; ``Cuda``, or what a test puts in its place."""
+    """A device that holds a policy; ``Cuda``, ``Split``, or what a test puts in their place."""
 
     def capturing(self) -> bool:
         """Whether the policy's stream is captured: what it is given goes into a graph, and is not done now."""
@@ -57,6 +58,65 @@ class Device(Protocol):
             aside: on a stream of its own, after all that the policy's stream was given before; else on the policy's,
                 whose next step waits.
         """
+
+
+class Split:
+    """What a policy is split over: several CUDA devices, or some and the host; each is given its own tensors.
+
+    No buffer holds all of them, so that ``empty`` has no meaning.
+
+    Args:
+        parts: the devices other than the host, by their place; one at least.
+    """
+
+    def __init__(self, parts: Mapping[torch.device, Device]) -> None:
+        self._parts = parts
+        self._any = next(iter(parts.values()))
+
+    def capturing(self) -> bool:
+        return any(part.capturing() for part in self._parts.values())
+
+    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
+        return self._any.lock(address, nbytes, read_only=read_only)
+
+    def unlock(self, address: int) -> None:
+        self._any.unlock(address)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
+        flights: list[Flight] = []
+        try:
+            for place, part in self._parts.items():
+                flights.append(part.send(*_at(place, targets, sources), aside=aside))
+            mine, new = _at(torch.device("cpu"), targets, sources)
+            if mine:
+                torch._foreach_copy_(mine, new)
+        except BaseException:
+            _Flights(flights).synchronize()  # as in Cuda
+            raise
+        return _Flights(flights)
+
+
+class _Flights:
+    def __init__(self, flights: list[Flight]) -> None:
+        self._flights = flights
+
+    def query(self) -> bool:
+        return all(flight.query() for flight in self._flights)
+
+    def synchronize(self) -> None:
+        for flight in self._flights:
+            flight.synchronize()
+
+
+def _at(
+    place: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Those of the targets that lie at a place, and their sources."""
+    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.device == place]
+    return [target for target, _ in pairs], [source for _, source in pairs]
 
 
 class Cuda:

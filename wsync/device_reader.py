@@ -1,9 +1,10 @@
-"""The reader of a policy whose tensors all lie on one CUDA device.
+"""The reader of a policy with tensors on a CUDA device.
 
 It keeps the promises of every reader, and one more: the step never waits for the bus. A ``refresh()`` that finds a new
 version begins to copy it and returns False, as those after it do while the copy is under way; the first one after that
 gives the policy the version, and returns True. The slot is leased until the copy over the bus is done. What is
-published meanwhile comes next.
+published meanwhile comes next. Without a buffer on the device (``staging="none"``, or a policy that is split over
+devices) it is the step that waits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _AGAIN = 1.0  # seconds until a full device is asked again: to ask costs it its 
 
 
 class DeviceReader(Reader):
-    """A ``Reader`` of a policy on one device; made by ``attach``."""
+    """A ``Reader`` of a policy on a device; made by ``attach``."""
 
     def __init__(
         self,

@@ -4,7 +4,8 @@ A version crosses the bus as one contiguous copy, from the slot into a flat buff
 the slot. With ``mode="swap"`` the policy's tensors are views of one of two such buffers, and are pointed at the other;
 they are aligned to their element only, as in the slot. With ``mode="copy"`` there is one, and the policy's own tensors,
 whose addresses stay, are copied from its views on the policy's stream. Both take one more copy of the weights on the
-device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream.
+device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream. So is
+it where the policy is split over devices.
 
 A buffer is written only where nobody but ourselves holds its storage. Where a tensor was kept that points into one, the
 next version gets another buffer, and that one is left to the tensor.
@@ -42,6 +43,16 @@ _WORDS = {  # as what a tensor is copied whose own dtype has no kernel that copi
     torch.uint32: torch.int32,
     torch.uint64: torch.int64,
 }
+
+
+def check_contiguous(policy: torch.nn.Module) -> None:
+    """Raises UsageError where a tensor of the policy cannot be copied to without a buffer."""
+    for name, tensor in named_tensors(policy):
+        if not tensor.is_contiguous():
+            raise UsageError(
+                f"{name} is not contiguous in memory: to copy it takes a buffer on the device, and "
+                'staging="none" is to do without. Make it contiguous, or leave staging out.'
+            )
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -158,13 +169,6 @@ class DeviceWeights:
         self._spare: _Buffer | None = None
         self._told = False
         self.flight: Flight | None = None
-        if not self._staged:
-            for name, tensor in named_tensors(policy):
-                if not tensor.is_contiguous():
-                    raise UsageError(
-                        f"{name} is not contiguous in memory: to copy it takes a buffer on the device, and "
-                        'staging="none" is to do without. Make it contiguous, or leave staging out.'
-                    )
 
     def lock(self, segment: Segment) -> None:
         """Page-locks all slots of a segment, so that no later version waits for that, and lets go of others.

@@ -4,7 +4,7 @@ Two ways to take a version. ``swap`` points the policy's parameters and buffers 
 the time depends neither on them nor much on the number of tensors (see ``swap``). ``copy`` copies into the policy's own
 tensors, whose addresses stay.
 
-A policy on one CUDA device has a reader of its own kind (``device_reader``), which this module makes and never imports
+A policy on a CUDA device has a reader of its own kind (``device_reader``), which this module makes and never imports
 for others.
 
 What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
@@ -375,21 +375,29 @@ def _make(
     if device is None:
         return Reader(policy, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
     from .device_reader import DeviceReader
-    from .device_weights import DeviceWeights
+    from .device_weights import DeviceWeights, check_contiguous
 
     chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
-    weights = DeviceWeights(policy, _targets(policy, layout), device, chosen, staged=staging == "device")
+    staged = staging == "device" and len(_places(policy)) == 1
+    if staging == "none":
+        check_contiguous(policy)
+    weights = DeviceWeights(policy, _targets(policy, layout), device, chosen, staged=staged)
     return DeviceReader(policy, _open(name, layout, runtime), chosen, weights)
 
 
 def _device_of(policy: torch.nn.Module) -> Device | None:
-    """The CUDA device that all tensors of a policy lie on, or None."""
-    places = {tensor.device for _, tensor in named_tensors(policy)}
-    if len(places) != 1 or (place := places.pop()).type != "cuda":
+    """What a policy lies on that has tensors on a CUDA device, and none but there and on the host; or None."""
+    places = _places(policy)
+    cuda = [place for place in places if place.type == "cuda"]
+    if not cuda or {place.type for place in places} - {"cuda", "cpu"}:
         return None
-    from .device import Cuda
+    from .device import Cuda, Split
 
-    return Cuda(place)
+    return Cuda(cuda[0]) if len(places) == 1 else Split({place: Cuda(place) for place in cuda})
+
+
+def _places(policy: torch.nn.Module) -> set[torch.device]:
+    return {tensor.device for _, tensor in named_tensors(policy)}
 
 
 def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
@@ -433,9 +441,10 @@ def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
         own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
         if own and not type(module).__module__.startswith("torch.nn."):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
+    split = len(_places(policy)) > 1
     for name, tensor in named_tensors(policy):
-        if tensor.device.type != "cpu" and device is None:
-            return f"{name} is on {tensor.device}"
+        if tensor.device.type != "cpu" and (device is None or split):
+            return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
         if tensor.is_inference():
             return f"{name} was made in inference mode"
         if not tensor.is_contiguous():
