@@ -41,6 +41,7 @@ class LateDevice:
         refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock.
         room: bytes that it has for buffers; None has no end.
         captured: whether the policy's stream is captured.
+        trims: for how many buffers, that were asked for before, it gave back what was freed.
         locked: size of each locked range of the host's memory, by its address.
         locks: how many ranges were ever locked.
         flights: all copies over the bus.
@@ -52,6 +53,7 @@ class LateDevice:
         self.refuses: set[str] = set()
         self.room: int | None = None
         self.captured = False
+        self.trims: list[int] = []
         self.locked: dict[int, int] = {}
         self.locks = 0
         self.flights: list[LateFlight] = []
@@ -79,6 +81,9 @@ class LateDevice:
             raise OutOfDeviceMemory(f"the test's device has no room for {nbytes} bytes. Give it more.")
         self.buffers.append(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def trim(self) -> None:
+        self.trims.append(len(self.buffers))
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> LateFlight:
         if self._prompt:

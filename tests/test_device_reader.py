@@ -144,6 +144,7 @@ def test_there_is_one_more_copy_of_the_weights_and_no_third(
             assert set(seen) == {tuple(own)} and device.buffers == [nbytes]
         else:
             assert len(set(seen)) == 2 and seen[0] == seen[2] and device.buffers == [nbytes] * 2
+            assert device.trims == [1]  # between the two, when the policy's own weights are gone
 
 
 @pytest.mark.parametrize(("mode", "staging"), MODES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -227,6 +228,27 @@ def test_a_refresh_in_a_capture_is_refused(trainer: Trainer) -> None:
         graph.replay()
         assert out.item() == 2
         assert reader.refresh(wait=True) and marks(policy) == {2.0}
+
+
+@gpu
+@pytest.mark.parametrize(("mode", "staging"), WAYS)
+def test_there_is_one_more_copy_on_a_gpu_and_no_third(
+    trainer: Trainer, mode: reading.Mode, staging: reading.Staging
+) -> None:
+    """Of the weights, none without staging; nor does torch keep the policy's first weights from other processes."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, nbytes = torch.cuda.memory_reserved(), trainer.segment.layout.nbytes
+    policy = wide().cuda()
+    with wsync.attach(policy, "nets", mode=mode, staging=staging) as reader:
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
+            torch.cuda.empty_cache()  # what the look at the marks took
+            copies = 2 if staging == "device" else 1
+            assert torch.cuda.memory_reserved() - before < copies * nbytes + (
+                12 << 20
+            )  # torch takes segments of 20 MiB
 
 
 @gpu

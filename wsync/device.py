@@ -1,4 +1,4 @@
-"""What wsync needs of a device, in five methods, and their CUDA implementation.
+"""What wsync needs of a device, in six methods, and their CUDA implementation.
 
 The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
 Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
@@ -51,6 +51,9 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> torch.Tensor:
         """So many uint8 on the device; raises OutOfDeviceMemory."""
 
+    def trim(self) -> None:
+        """Gives memory that was freed back to the device; torch keeps it, for this process alone."""
+
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
         """Begins to copy tensors of the host to the device, each to its target of the same shape and dtype.
 
@@ -84,6 +87,9 @@ class Split:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         raise NotImplementedError
+
+    def trim(self) -> None:
+        self._any.trim()
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
         flights: list[Flight] = []
@@ -157,6 +163,9 @@ class Cuda:
                 f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
                 'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
             ) from exc
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> torch.cuda.Event:
         policy_stream = torch.cuda.current_stream(self._device)

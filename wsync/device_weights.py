@@ -184,7 +184,7 @@ class DeviceWeights:
             _log.warning(
                 "the slots of segment %r cannot be page-locked (%s): versions reach the device by unlocked copies, "
                 "which are slower, and refresh() takes part in them. Raise the limit (`ulimit -l`; LimitMEMLOCK= of "
-                "the systemd unit), or see what the driver allows.",
+                "the systemd unit), or run as the segment's owner: many drivers lock only memory that may be written.",
                 segment.name,
                 ", ".join(sorted(refused)),
             )
@@ -260,7 +260,10 @@ class DeviceWeights:
         before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
-        self._spare = before if before is not None and before.is_ours() else None
+        if before is None:
+            self._device.trim()  # the policy's own weights, which it has no more: two copies of them are enough
+        elif before.is_ours():
+            self._spare = before
 
     def close(self) -> None:
         """Waits for a copy that is under way, and lets go of all but what the policy's tensors point into."""

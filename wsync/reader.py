@@ -319,6 +319,7 @@ def attach(
             policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
             safe and copies elsewhere. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
             CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
+            What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers alignments, too.
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
             waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
