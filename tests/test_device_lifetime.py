@@ -276,6 +276,54 @@ def test_a_swap_that_is_cut_short(trainer: Trainer, device: LateDevice, monkeypa
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_landing_that_is_cut_short(
+    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch, mode: reading.Mode
+) -> None:
+    """Interrupted before it is given to the policy, the version that is there is given by the next refresh."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        trainer.push(2)
+        assert not reader.refresh()
+        device.land()
+        weights = reader._weights  # type: ignore[attr-defined]
+        landed = weights.landed
+
+        def interrupted(*, wait: bool) -> bool:
+            assert landed(wait=wait)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "landed", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                reader.refresh()
+        assert marks(policy) == {1.0}
+        assert reader.refresh() and marks(policy) == {2.0} and leased(trainer.segment) == []
+
+
+def test_a_process_that_ends_under_a_copy(trainer: Trainer, spawn: Spawn) -> None:
+    """It ends as any other, says nothing, and leaves no lease and no record."""
+    script = (
+        "import wsync\n"
+        "from devices import LateDevice\n"
+        "from policies import mlp\n"
+        "from wsync import reader as reading\n"
+        "device = LateDevice()\n"
+        "reading._device_of = lambda policy: device\n"
+        "reader = wsync.attach(mlp(), 'nets')\n"
+        "print('attached', flush=True)\n"
+        "input()\n"
+        "assert not reader.refresh()\n"
+    )
+    process = spawn("-c", script, stdin=-1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "attached\n"
+    trainer.push(2)
+    _, err = process.communicate("go\n", timeout=DEADLINE)
+    assert (process.returncode, err) == (0, "")
+    assert leased(trainer.segment) == [] and trainer.segment.readers() == []
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
 def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_path: Path, mode: reading.Mode) -> None:
     """Removed under a copy that is under way, the old version still lands; then the new segment's slots are locked."""
     policy = mlp()
