@@ -40,6 +40,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, name: object) -> None:
             self.name = "side" if isinstance(name, torch.device) else name
 
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Stream) and self.name == other.name
+
+        def __hash__(self) -> int:
+            return hash(self.name)
+
         def wait_stream(self, other: Stream) -> None:
             calls.append(f"{self.name} waits for {other.name}")
 
@@ -77,10 +83,21 @@ def cuda(calls: list[Any]) -> Cuda:
 
 def test_a_copy_aside_waits_for_the_policy_and_not_the_policy_for_it(calls: list[Any], cuda: Cuda) -> None:
     """The side stream waits for what may still read the buffer, and carries the copy and the event behind it."""
-    target = torch.zeros(3)
-    cuda.send([target], [torch.ones(3)], aside=True)
-    assert calls == ["side waits for policy", "kept for policy", "on side", "event on side", "off"]
+    target = cuda.empty(3)
+    cuda.send([target], [torch.ones(3, dtype=torch.uint8)], aside=True)
+    assert calls == ["side waits for policy", "on side", "event on side", "off"]
     assert target.tolist() == [1, 1, 1]
+
+
+def test_a_buffer_is_kept_for_the_stream_that_the_policy_went_to(
+    calls: list[Any], cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed, it is used anew only when what that stream read of it is done."""
+    target, policy_stream = cuda.empty(3), torch.cuda.current_stream(torch.device("cpu"))
+    other = type(policy_stream)("other")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: other)
+    cuda.send([target], [torch.ones(3, dtype=torch.uint8)], aside=True)
+    assert calls[:2] == ["side waits for other", "kept for other"]
 
 
 @pytest.mark.parametrize(("aside", "stream"), [(True, "side"), (False, "policy")])

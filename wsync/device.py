@@ -11,7 +11,8 @@ is current where ``attach`` and ``refresh()`` are called; it never waits for the
 
 A buffer is memory of the policy's stream, as the policy's own tensors are: torch gives it out anew in the order of that
 stream, and nobody lets go of it before the copy over the bus is done. So it needs no mark of the other stream; such a
-mark makes torch ask CUDA where the memory is freed, which ends a forked child.
+mark makes torch ask CUDA where the memory is freed, which ends a forked child. Only where the policy changed its stream
+since then does the buffer get the mark of the new one.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._homes: set[torch.cuda.Stream] = set()  # of which the buffers are
 
     def capturing(self) -> bool:
         with torch.cuda.device(self._device):
@@ -155,6 +157,7 @@ class Cuda:
             pass
 
     def empty(self, nbytes: int) -> torch.Tensor:
+        self._homes.add(torch.cuda.current_stream(self._device))
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as exc:
@@ -172,8 +175,9 @@ class Cuda:
         stream = self._side if aside else policy_stream
         if aside:
             self._side.wait_stream(policy_stream)
-            for target in targets:
-                target.record_stream(policy_stream)  # which does nothing where the buffer is that stream's own
+            if self._homes != {policy_stream}:
+                for target in targets:
+                    target.record_stream(policy_stream)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             try:
