@@ -139,7 +139,7 @@ class DeviceReader(Reader):
                 'child, in a process started with the method "spawn".'
             )
         super()._check_open()
-        self._weights.check_uncaptured()
+        self._weights.check_uncaptured(self.name)
 
     def _after_fork(self) -> None:
         super()._after_fork()

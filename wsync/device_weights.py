@@ -189,12 +189,12 @@ class DeviceWeights:
                 ", ".join(sorted(refused)),
             )
 
-    def check_uncaptured(self) -> None:
+    def check_uncaptured(self, name: str) -> None:
         """Raises UsageError while the policy's stream is captured, which CUDA ends where it is asked for a copy."""
         if self._device.capturing():
             raise UsageError(
-                "a CUDA graph is being captured, in which no version can be taken: it would be part of the graph. Call "
-                "attach, refresh and wait before the capture, or between replays."
+                f"a CUDA graph is being captured, in which no version of {name!r} can be taken: it would be part of "
+                "the graph. Call attach, refresh and wait before the capture, or between replays."
             )
 
     def make_room(self, layout: Layout) -> None:

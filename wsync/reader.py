@@ -95,7 +95,8 @@ class Reader:
             logged once, and the reader attaches again when it comes back with the same layout.
 
         Raises:
-            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached.
+            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; on a GPU also
+                while a CUDA graph is captured, and in a forked child.
         """
         if self._words[_WORD] == self._seen:
             self._calls += 1
