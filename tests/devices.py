@@ -38,7 +38,7 @@ class LateDevice:
     """Stands in for ``wsync.device.Cuda``.
 
     Attributes:
-        refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock.
+        refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock; and ``"unlock"``.
         room: bytes that it has for buffers; None has no end.
         captured: whether the policy's stream is captured.
         trims: for how many buffers, that were asked for before, it gave back what was freed.
@@ -70,11 +70,14 @@ class LateDevice:
         self.locks += 1
         return ""
 
-    def unlock(self, address: int) -> None:
+    def unlock(self, address: int) -> bool:
         """Undefined in CUDA while a copy reads that memory; here an error."""
+        if "unlock" in self.refuses:
+            return False
         size = self.locked.pop(address)
         for flight in self.flights:
             assert flight.done or not any(address <= s.data_ptr() < address + size for s in flight.sources)
+        return True
 
     def empty(self, nbytes: int) -> torch.Tensor:
         if self.room is not None and nbytes > self.room:

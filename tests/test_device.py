@@ -146,7 +146,7 @@ def test_a_full_device_is_one_error(calls: list[Any], cuda: Cuda, monkeypatch: p
 def test_memory_is_locked_with_its_flags(calls: list[Any], cuda: Cuda) -> None:
     """For all devices, as read-only where it is mapped so; and let go of."""
     assert cuda.lock(4096, 10, read_only=True) == "" and cuda.lock(8192, 10, read_only=False) == ""
-    cuda.unlock(4096)
+    assert cuda.unlock(4096)
     assert [call for call in calls if isinstance(call, tuple)] == [
         ("register", 4096, 10, 9),  # cudaHostRegisterPortable | cudaHostRegisterReadOnly
         ("register", 8192, 10, 1),
@@ -161,7 +161,7 @@ def test_a_device_that_failed_unlocks_in_silence(cuda: Cuda, monkeypatch: pytest
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "device", fail)
-    cuda.unlock(4096)
+    assert not cuda.unlock(4096)
 
 
 def test_a_refused_lock_is_told_and_its_error_forgotten(
@@ -177,5 +177,5 @@ def test_a_refused_lock_is_told_and_its_error_forgotten(
 
     monkeypatch.setattr(torch.Tensor, "fill_", fill)
     assert cuda.lock(4096, 10, read_only=True) == "error 801"
-    cuda.unlock(4096)
+    assert not cuda.unlock(4096)
     assert len(launched) == 2

@@ -97,6 +97,15 @@ def test_memory_that_may_not_be_locked(
     assert "operation not permitted" in record.message and "ulimit -l" in record.message
 
 
+def test_memory_that_stays_locked_stays_mapped(trainer: Trainer, device: LateDevice) -> None:
+    """Whatever was mapped at its address afterwards, the device would read the old pages there."""
+    device.refuses = {"unlock"}
+    trainer.segment.unmap()
+    wsync.attach(mlp(), "nets").close()
+    gc.collect()
+    assert sorted(device.locked) == sorted(where.start for where, _ in mappings(trainer.segment)) != []
+
+
 # --- a full device
 
 

@@ -46,8 +46,12 @@ class Device(Protocol):
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         """Page-locks memory of the host, for all devices; an empty text, or why that was refused."""
 
-    def unlock(self, address: int) -> None:
-        """Undoes ``lock``; no copy from that memory may be under way."""
+    def unlock(self, address: int) -> bool:
+        """Undoes ``lock``; no copy from that memory may be under way.
+
+        False where that was refused: the memory must stay mapped, since it is these pages that the device reads at
+        that address.
+        """
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """So many uint8 on the device; raises OutOfDeviceMemory."""
@@ -83,8 +87,8 @@ class Split:
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         return self._any.lock(address, nbytes, read_only=read_only)
 
-    def unlock(self, address: int) -> None:
-        self._any.unlock(address)
+    def unlock(self, address: int) -> bool:
+        return self._any.unlock(address)
 
     def empty(self, nbytes: int) -> torch.Tensor:
         raise NotImplementedError
@@ -147,14 +151,16 @@ class Cuda:
             self._forget_error()
             return str(runtime.cudaGetErrorString(code))
 
-    def unlock(self, address: int) -> None:
+    def unlock(self, address: int) -> bool:
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         try:
             with torch.cuda.device(self._device):
-                if int(runtime.cudaHostUnregister(address)):
-                    self._forget_error()
-        except RuntimeError:  # of a device that failed, which has forgotten all
+                if int(runtime.cudaHostUnregister(address)) == 0:
+                    return True
+                self._forget_error()
+        except RuntimeError:  # the device failed
             pass
+        return False
 
     def empty(self, nbytes: int) -> torch.Tensor:
         self._homes.add(torch.cuda.current_stream(self._device))

@@ -113,8 +113,8 @@ def lock_slot(segment: Segment, slot: int, device: Device) -> LockedSlot:
 
 
 def _unlock(device: Device | None, mapped: mmap.mmap, pid: int) -> None:
-    if device is not None and pid == os.getpid():
-        device.unlock(address_of(mapped))
+    if device is not None and pid == os.getpid() and not device.unlock(address_of(mapped)):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))  # for ever: no other slot may be mapped at its address
 
 
 @dataclass(slots=True)
