@@ -433,11 +433,11 @@ def test_a_cpu_policy_that_was_moved_is_told_so(trainer: Trainer, mode: reading.
     policy = mlp()
     with wsync.attach(policy, "nets", mode=mode) as reader:
         held = leased(trainer.segment)
-        reader._place = torch.device("meta")  # as if it had been there before
+        moved = policy.to("meta")
         trainer.push(2)
-        with pytest.raises(UsageError, match="attach again"):
+        with pytest.raises(UsageError, match=r"0.weight .* on meta.*attach again"):
             reader.refresh()
-        assert leased(trainer.segment) == held and marks(policy) == {1.0}
+        assert leased(trainer.segment) == held and moved.get_parameter("0.weight").is_meta
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])

@@ -83,6 +83,15 @@ def test_closed_reader_refuses(trainer: Trainer) -> None:
         reader.wait(0)
 
 
+def test_a_close_that_fails_lets_go_of_the_segment(trainer: Trainer) -> None:
+    """Guards the record and the mapping where a policy cannot be given memory of its own any more."""
+    reader = wsync.attach(mlp(), "nets", mode="swap")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(reader, "_give_own", lambda: (_ for _ in ()).throw(MemoryError))
+        reader.close()
+    assert trainer.segment.readers() == [] and "closed" in repr(reader)
+
+
 def test_error_in_the_block_closes(trainer: Trainer) -> None:
     """The context manager closes when the policy's own code fails."""
     with pytest.raises(ZeroDivisionError), wsync.attach(mlp(), "nets", mode="swap"):
@@ -442,10 +451,11 @@ def test_weights_that_were_given_other_memory_are_taken_back(trainer: Trainer) -
             assert all((tensor == mark - 1).all() for tensor in kept)
 
 
-def test_a_policy_of_another_dtype_is_refused_whole(trainer: Trainer) -> None:
-    """Guards against a mixture of versions where one of its tensors cannot be pointed at a slot any more."""
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_policy_of_another_dtype_is_refused_whole(trainer: Trainer, mode: reading.Mode) -> None:
+    """Guards against a mixture of versions, and against values that were rounded, where one of its tensors changed."""
     policy = mlp()
-    with wsync.attach(policy, "nets", mode="swap") as reader:
+    with wsync.attach(policy, "nets", mode=mode) as reader:
         last = policy.get_submodule("2").half()
         trainer.push(2)
         with pytest.raises(UsageError, match=r"torch.float16 \[\d+, 8\] on cpu"):
@@ -453,6 +463,19 @@ def test_a_policy_of_another_dtype_is_refused_whole(trainer: Trainer) -> None:
         assert marks(policy) == {1.0} and reader.version == 1
         last.float()
         assert reader.refresh() and marks(policy) == {2.0} and reader.version == 2
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_parameters_that_were_replaced_are_told_of(trainer: Trainer, mode: reading.Mode) -> None:
+    """Guards a policy that was left with the weights it was given, while what nobody uses any more is kept in step."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        policy.load_state_dict({name: tensor.clone() for name, tensor in policy.state_dict().items()}, assign=True)
+        trainer.push(2)
+        for _ in range(2):
+            with pytest.raises(UsageError, match="0.weight is another tensor.*attach again"):
+                reader.refresh()
+        assert marks(policy) == {1.0}
 
 
 def test_a_policy_is_pointed_at_memory_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

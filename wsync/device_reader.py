@@ -13,8 +13,7 @@ import logging
 import time
 from typing import Literal
 
-import torch
-
+from .attached import Attached
 from .device_weights import DeviceWeights
 from .errors import OutOfDeviceMemory, UsageError
 from .reader import _CLOSED, Reader
@@ -30,13 +29,13 @@ class DeviceReader(Reader):
 
     def __init__(
         self,
-        policy: torch.nn.Module,
+        attached: Attached,
         segment: Segment,
         mode: Literal["swap", "copy"],
         weights: DeviceWeights,
     ) -> None:
         self._weights = weights
-        super().__init__(policy, segment, mode)
+        super().__init__(attached, segment, mode)
         self._sent: tuple[Lease, int | None, float] | None = None  # the copy under way: its slot, step, and since when
         self._again = 0.0
         self._told_of_room = False
@@ -75,7 +74,7 @@ class DeviceReader(Reader):
     def _begin(self, lease: Lease) -> bool:
         """Sends the leased version on its way; False where there is no room for it."""
         try:
-            self._weights.check_unmoved()
+            self._attached.check()
             step = self._publication(lease).step
             self._weights.start(self._segment, lease.slot)
         except OutOfDeviceMemory as exc:
@@ -98,7 +97,7 @@ class DeviceReader(Reader):
             return False
         (lease, step, _), self._sent = self._sent, None
         lease.release()
-        self._weights.check_unmoved()  # again: it may have been moved under the copy
+        self._attached.check()  # again: it may have been moved under the copy
         first = self.version == 0
         self._weights.take()
         self._took(lease, step)

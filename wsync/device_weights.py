@@ -24,13 +24,12 @@ from typing import Literal
 
 import torch
 
+from .attached import Attached, Targets
 from .device import Device, Flight
-from .errors import SegmentError, UsageError, moved
+from .errors import SegmentError, UsageError
 from .layout import Layout, named_tensors, views
 from .memory import address_of, populate
 from .segment import Segment
-
-Targets = list[tuple[torch.Tensor, int]]
 
 _log = logging.getLogger("wsync")
 _WORDS = {  # as what a tensor is copied whose own dtype has no kernel that copies many at once on a GPU
@@ -141,28 +140,18 @@ class DeviceWeights:
     """The tensors of one policy on a device, and at most one version on its way to them.
 
     Args:
-        targets: each tensor of the policy with its place in the layout.
+        attached: the tensors.
         staged: whether there is a buffer on the device.
 
     Attributes:
         flight: the copy over the bus that is under way; None where there is none.
     """
 
-    def __init__(
-        self, policy: torch.nn.Module, targets: Targets, device: Device, mode: Literal["swap", "copy"], *, staged: bool
-    ) -> None:
-        self._targets, self._device = targets, device
+    def __init__(self, attached: Attached, device: Device, mode: Literal["swap", "copy"], *, staged: bool) -> None:
+        self._targets, self._device = attached.targets, device
         self._mode, self._staged = mode, staged
-        known = {id(tensor) for tensor, _ in targets}
-        self._places = [
-            (f"{prefix}.{key}".lstrip("."), table, key, tensor, tensor.device, tensor.dtype)
-            for prefix, module in policy.named_modules()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-            if tensor is not None and id(tensor) in known
-        ]
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
-        for tensor, index in targets:
+        for tensor, index in attached.targets:
             self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
         self._live: _Buffer | None = None  # the policy's tensors are views of it
@@ -209,13 +198,6 @@ class DeviceWeights:
                 storage = flat.untyped_storage()
                 self._spare = _Buffer(flat, storage, views(layout, storage, 0))
             self._spare.uses = int(torch._C._storage_Use_Count(storage._cdata))
-
-    def check_unmoved(self) -> None:
-        """Raises UsageError where the policy's tensors are not those that were attached, where they were."""
-        for name, table, key, tensor, device, dtype in self._places:
-            now = table.get(key)
-            if now is not tensor or now.device != device or now.dtype != dtype:
-                raise moved(name, "gone" if now is None else f"{now.dtype} on {now.device}")
 
     def start(self, segment: Segment, slot: int) -> None:
         """Begins to copy a leased slot; the lease must last until ``landed``.

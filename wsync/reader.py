@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .attached import Attached
 from .errors import (
     AttachTimeout,
     LayoutDiffers,
@@ -35,14 +36,13 @@ from .errors import (
     SwapRefused,
     UsageError,
     WsyncError,
-    moved,
 )
 from .layout import Layout, layout_of, named_tensors, views
 from .memory import read_at, sleep_on, trim
 from .registry import Registration
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
-from .swap import Swap, Targets
+from .swap import Swap
 
 if TYPE_CHECKING:
     from .device import Device
@@ -66,7 +66,7 @@ class Reader:
         step: the producer's number for them, None where it gave none.
     """
 
-    def __init__(self, policy: torch.nn.Module, segment: Segment, mode: Literal["swap", "copy"]) -> None:
+    def __init__(self, attached: Attached, segment: Segment, mode: Literal["swap", "copy"]) -> None:
         self.name, self.mode = segment.name, mode
         self.version = 0
         self.step: int | None = None
@@ -76,10 +76,9 @@ class Reader:
         self._calls, self._looked = 0, 0.0
         self._next_look = 0.0
         self._told_of_writing = False
-        self._targets = _targets(policy, segment.layout)
-        self._swap = Swap(self._targets) if mode == "swap" else None
+        self._attached = attached
+        self._swap = Swap(attached) if mode == "swap" else None
         self._sources: dict[int, list[torch.Tensor]] = {}  # by slot, what the policy's tensors are copied from
-        self._place = self._targets[0][0].device
         self._registration = self._take(segment)
         _readers.add(self)
 
@@ -128,11 +127,13 @@ class Reader:
             if self._closed:
                 return
             self._closed = True
-            self._give_own()
-            self._registration.close()
-            self._sources.clear()
-            self._words = _CLOSED
-            self._segment.close()
+            try:
+                self._give_own()
+            finally:
+                self._registration.close()
+                self._sources.clear()
+                self._words = _CLOSED
+                self._segment.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -152,8 +153,6 @@ class Reader:
                 return False
             try:
                 step = self._publication(lease).step
-                if self._targets[0][0].device != self._place:
-                    raise moved("the policy", f"on {self._targets[0][0].device}")
                 written = self._swap.take(self._segment, lease) if self._swap else self._copy(lease)
             except BaseException:
                 lease.release()
@@ -206,12 +205,14 @@ class Reader:
 
     def _copy(self, lease: Lease) -> bool:
         """Copies a leased slot and lets go of it; False: what the policy writes is its own."""
+        attached = self._attached
+        attached.check()
         if lease.slot not in self._sources:
             with torch.inference_mode(False):
                 sources = _view_slot(self._segment, lease.slot)
-                self._sources[lease.slot] = [sources[index] for _, index in self._targets]
-        with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
-            torch._foreach_copy_([t for t, _ in self._targets], self._sources[lease.slot])  # R4 use
+                self._sources[lease.slot] = [sources[index] for _, index in attached.targets]
+        with torch.inference_mode(any(tensor.is_inference() for tensor in attached.tensors)), torch.no_grad():
+            torch._foreach_copy_(attached.tensors, self._sources[lease.slot])  # R4 use
         lease.release()
         return False
 
@@ -374,8 +375,9 @@ def _make(
             'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
     layout = layout_of(policy)
+    attached = Attached(policy, layout)
     if device is None:
-        return Reader(policy, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
+        return Reader(attached, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -383,8 +385,8 @@ def _make(
     staged = staging == "device" and len(_places(policy)) == 1
     if staging == "none":
         check_contiguous(policy)
-    weights = DeviceWeights(policy, _targets(policy, layout), device, chosen, staged=staged)
-    return DeviceReader(policy, _open(name, layout, runtime), chosen, weights)
+    weights = DeviceWeights(attached, device, chosen, staged=staged)
+    return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
 
 
 def _device_of(policy: torch.nn.Module) -> Device | None:
@@ -424,14 +426,6 @@ def _same_layout(one: Segment, other: Segment) -> bool:
         return one.layout.digest == other.layout.digest
     except SegmentError:  # it has none that can be read
         return False
-
-
-def _targets(policy: torch.nn.Module, layout: Layout) -> Targets:
-    index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
-    seen: dict[int, tuple[torch.Tensor, int]] = {}
-    for name, tensor in named_tensors(policy):
-        seen.setdefault(id(tensor), (tensor, index[name]))
-    return list(seen.values())
 
 
 def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:

@@ -28,14 +28,12 @@ from typing import Any
 import torch
 
 from .addresses import SPAN, Stretch, move
-from .errors import WsyncError, moved
+from .attached import Attached
+from .errors import WsyncError
 from .layout import views
 from .memory import has_own_pages, populate, renew
 from .renewal import Renewal
 from .segment import Lease, Segment
-
-Targets = list[tuple[torch.Tensor, int]]
-"""Each tensor of a policy once, with the place of its weights in the layout."""
 
 
 class Homes:
@@ -142,15 +140,10 @@ class _Window:
 
 
 class Swap:
-    """The tensors of one policy, pointed at the slots of a segment.
+    """The tensors of one policy, pointed at the slots of a segment."""
 
-    Args:
-        targets: those tensors.
-    """
-
-    def __init__(self, targets: Targets) -> None:
-        self._targets = targets
-        self._tensors = [tensor for tensor, _ in targets]
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
         self._window: _Window | None = None
         self._since = 0.0  # when the window's version was taken
         self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
@@ -160,12 +153,14 @@ class Swap:
 
         Raises:
             OSError, WsyncError: the system refused it; the policy has what it had.
-            UsageError: the policy's tensors are no longer of the segment's dtypes and shapes, or not on the CPU.
+            UsageError: the policy's tensors are others than those that were attached, or of another form.
         """
         window = self._window
-        if window and window.homes.segment is segment and window.holds_just(self._tensors):
+        attached = self._attached
+        if window and window.homes.segment is segment and window.holds_just(attached.tensors) and attached.in_place():
             written = self._move(window, lease)
         else:
+            attached.check()  # all before the first: a mixture is no version
             written = self._point(segment, lease)
         self._since = time.time()
         return written
@@ -188,7 +183,7 @@ class Swap:
             return
         own: dict[int, torch.Tensor] = {}
         with torch.inference_mode(False):
-            for tensor, index in self._targets:
+            for tensor, index in self._attached.targets:
                 if index not in own:  # tied tensors stay tied
                     own[index] = tensor.detach().clone()
                 tensor.data = own[index]
@@ -218,14 +213,10 @@ class Swap:
         window.memory.lease = lease
         with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
             tensors = views(segment.layout, window.storage, segment.data_offset)
-            for tensor, index in self._targets:  # all before the first: a mixture is no version
-                new = tensors[index]
-                if (tensor.device, tensor.dtype, tensor.shape) != (new.device, new.dtype, new.shape):
-                    raise moved("a tensor of the policy", f"{tensor.dtype} {[*tensor.shape]} on {tensor.device}")
-            for tensor, index in self._targets:
+            for tensor, index in self._attached.targets:
                 tensor.data = tensors[index]  # R4 use
-        del tensors, new
-        window.uses, window.addresses = window.used(), tuple(map(torch.Tensor.data_ptr, self._tensors))
+        del tensors
+        window.uses, window.addresses = window.used(), tuple(map(torch.Tensor.data_ptr, self._attached.tensors))
         self._window = window
         if old:
             written |= self._leave(old)
