@@ -33,14 +33,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync import reader as reading
+from wsync import attaching
+from wsync.attaching import Staging
 from wsync.checkpoint import Checkpoint
 from wsync.device import Cuda, Device
 from wsync.device_weights import lock_slot
 from wsync.layout import layout_of
 from wsync.memory import free_bytes
 from wsync.publisher import publish
-from wsync.reader import Staging
 from wsync.segment import Segment
 
 TENSORS = 300
@@ -151,7 +151,7 @@ def main() -> None:
 def prepare(folder: Path, *, rehearse: bool) -> Bench:
     if rehearse:
         late = LateDevice(prompt=True)
-        reading._device_of = lambda policy: late
+        attaching._device_of = lambda policy: late
         return Bench(torch.device("cpu"), late, folder, 4 << 20, 0.2, 3, 0.0, 1)
     place = torch.device("cuda:0")
     nbytes = min(1 << 30, free_bytes(Path("/dev/shm")) // 5)

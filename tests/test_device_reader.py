@@ -17,6 +17,7 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
+from wsync import attaching
 from wsync import reader as reading
 from wsync.checkpoint import Checkpoint
 from wsync.device import Split
@@ -32,7 +33,7 @@ MODES = [("swap", "device"), ("copy", "device"), ("copy", "none")]
 def device(monkeypatch: pytest.MonkeyPatch) -> LateDevice:
     """What every policy of the test lies on."""
     device = LateDevice()
-    monkeypatch.setattr(reading, "_device_of", lambda policy: device)
+    monkeypatch.setattr(attaching, "_device_of", lambda policy: device)
     return device
 
 
@@ -100,7 +101,7 @@ def test_the_lease_lasts_until_the_copy_is_done(trainer: Trainer, device: LateDe
 
 @pytest.mark.parametrize(("mode", "staging"), MODES)
 def test_who_wants_it_now_waits(
-    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: reading.Staging
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """refresh(wait=True) gives the newest version at once, also past one that is on its way."""
     policy = mlp()
@@ -149,7 +150,7 @@ def test_there_is_one_more_copy_of_the_weights_and_no_third(
 
 @pytest.mark.parametrize(("mode", "staging"), MODES)
 def test_every_weight_gets_its_own_bytes(
-    runtime: Path, tmp_path: Path, device: LateDevice, mode: reading.Mode, staging: reading.Staging
+    runtime: Path, tmp_path: Path, device: LateDevice, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """Random weights of several dtypes, buffers and tied ones arrive each in its own tensor, and ties stay."""
     torch.manual_seed(3)
@@ -176,7 +177,7 @@ def test_every_dtype_of_a_checkpoint_arrives(
     device: LateDevice,
     monkeypatch: pytest.MonkeyPatch,
     mode: reading.Mode,
-    staging: reading.Staging,
+    staging: attaching.Staging,
 ) -> None:
     """Also those for which a GPU has no kernel that copies many tensors at once: small floats, unsigned integers."""
     copy = torch._foreach_copy_
@@ -229,7 +230,7 @@ def test_a_split_policy_is_copied_part_by_part(
 ) -> None:
     """Each device is given its own tensors, the host too; the step waits for all of them, and the slots are locked."""
     other = LateDevice()
-    monkeypatch.setattr(reading, "_device_of", lambda policy: Split({torch.device("meta"): other}))
+    monkeypatch.setattr(attaching, "_device_of", lambda policy: Split({torch.device("meta"): other}))
     policy = split()
     with wsync.attach(policy, "nets") as reader:
         assert reader.mode == "copy" and len(other.locked) == 3
@@ -250,7 +251,7 @@ def test_swap_is_refused_where_the_policy_is_split(
     trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No one buffer holds what lies on several devices."""
-    monkeypatch.setattr(reading, "_device_of", lambda policy: Split({torch.device("meta"): device}))
+    monkeypatch.setattr(attaching, "_device_of", lambda policy: Split({torch.device("meta"): device}))
     with pytest.raises(SwapRefused, match=r"0.weight is on meta and others are not"):
         wsync.attach(split(), "nets", mode="swap")
 
@@ -303,7 +304,7 @@ def test_wait_sleeps_until_the_copy_is_done(trainer: Trainer, device: LateDevice
 
 @pytest.mark.parametrize(("mode", "staging"), MODES)
 def test_no_version_is_taken_into_a_graph(
-    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: reading.Staging
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """While a CUDA graph is captured a new version is refused with the reason, and the copy under way goes on."""
     policy = mlp()
@@ -406,7 +407,7 @@ def test_a_policy_that_was_moved_under_a_copy_is_told_so(
 @pytest.mark.parametrize(("mode", "staging"), MODES)
 @pytest.mark.parametrize("built_so", [False, True])
 def test_inference_mode(
-    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: reading.Staging, built_so: bool
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: attaching.Staging, built_so: bool
 ) -> None:
     """Attached and refreshed in inference mode a policy gets its versions, and is as trainable as it was."""
     with torch.inference_mode(built_so):

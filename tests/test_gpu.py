@@ -19,6 +19,7 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
+from wsync import attaching
 from wsync import reader as reading
 from wsync.checkpoint import Checkpoint
 from wsync.device import Cuda
@@ -51,7 +52,7 @@ def trainer(runtime: Path, tmp_path: Path) -> Trainer:
 
 @gpu
 @pytest.mark.parametrize(("mode", "staging"), WAYS)
-def test_a_policy_on_a_gpu_is_kept_in_step(trainer: Trainer, mode: reading.Mode, staging: reading.Staging) -> None:
+def test_a_policy_on_a_gpu_is_kept_in_step(trainer: Trainer, mode: reading.Mode, staging: attaching.Staging) -> None:
     """Attached with the same line it gets each version whole; in copy its addresses stay."""
     policy = wide().cuda()
     before = addresses(policy)
@@ -71,7 +72,7 @@ def test_a_policy_on_a_gpu_is_kept_in_step(trainer: Trainer, mode: reading.Mode,
 @gpu
 @pytest.mark.parametrize(("mode", "staging"), WAYS)
 def test_every_weight_gets_its_own_bytes_on_a_gpu(
-    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: reading.Staging
+    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """Random weights of several dtypes, buffers and tied ones arrive each in its own tensor, and ties stay."""
     trained, policy = Tied().eval(), Tied().eval().cuda()
@@ -91,7 +92,7 @@ def test_every_weight_gets_its_own_bytes_on_a_gpu(
 @gpu
 @pytest.mark.parametrize(("mode", "staging"), WAYS)
 def test_every_dtype_of_a_checkpoint_arrives_on_a_gpu(
-    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: reading.Staging
+    runtime: Path, tmp_path: Path, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """Also those for which torch has few kernels: small floats, unsigned integers."""
     trained, policy = every_dtype(1), every_dtype(5).cuda()
@@ -127,7 +128,7 @@ def test_an_error_of_locking_is_not_the_next_kernels() -> None:
 
 @gpu
 @pytest.mark.parametrize("staging", ["device", "none"])
-def test_a_cuda_graph_sees_each_version_whole(trainer: Trainer, staging: reading.Staging) -> None:
+def test_a_cuda_graph_sees_each_version_whole(trainer: Trainer, staging: attaching.Staging) -> None:
     """A graph captured before attach replays on the addresses that it remembers, queued ahead of the device."""
     policy = wide().cuda()
     look = graph_of(policy)
@@ -190,7 +191,7 @@ def compiled(policy: nn.Module) -> Callable[[], torch.Tensor]:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("staging", ["device", "none"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_compiled_policy_sees_each_version_whole(trainer: Trainer, staging: reading.Staging, when: str) -> None:
+def test_a_compiled_policy_sees_each_version_whole(trainer: Trainer, staging: attaching.Staging, when: str) -> None:
     """With torch.compile(mode="reduce-overhead"), before attach or after, it runs on the addresses that stay."""
     pytest.importorskip("triton", reason="torch.compile needs triton for a GPU")
     from torch._dynamo.utils import counters
@@ -233,7 +234,7 @@ def test_a_refresh_in_a_capture_is_refused(trainer: Trainer) -> None:
 @gpu
 @pytest.mark.parametrize(("mode", "staging"), WAYS)
 def test_there_is_one_more_copy_on_a_gpu_and_no_third(
-    trainer: Trainer, mode: reading.Mode, staging: reading.Staging
+    trainer: Trainer, mode: reading.Mode, staging: attaching.Staging
 ) -> None:
     """Of the weights, none without staging; nor does torch keep the policy's first weights from other processes."""
     gc.collect()
@@ -309,7 +310,7 @@ def test_a_policy_over_two_gpus(trainer: Trainer) -> None:
 
 @two_gpus
 @pytest.mark.parametrize(("mode", "staging"), WAYS)
-def test_a_gpu_that_is_not_the_current_one(trainer: Trainer, mode: reading.Mode, staging: reading.Staging) -> None:
+def test_a_gpu_that_is_not_the_current_one(trainer: Trainer, mode: reading.Mode, staging: attaching.Staging) -> None:
     """All is asked of the policy's own device, beside a policy on the other one that shares the locked slots."""
     policy, other = wide().cuda(1), wide().cuda(0)
     with (
@@ -441,4 +442,4 @@ def test_a_policy_without_cuda_has_no_device() -> None:
     split = mlp()
     split[0].to("meta")
     for policy in (mlp(), mlp().to("meta"), split):
-        assert reading._device_of(policy) is None
+        assert attaching._device_of(policy) is None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .access import Access
+    from .attaching import attach
     from .errors import (
         AttachTimeout,
         CheckpointError,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         UsageError,
         WsyncError,
     )
-    from .reader import Reader, attach
+    from .reader import Reader
     from .segment_updater import SharedMemoryWeightUpdater
     from .updaters import VanillaWeightUpdater, WeightUpdaterBase
     from .weight_getter import CheckpointWeightGetter
@@ -48,7 +49,7 @@ _HOMES = {
     "VanillaWeightUpdater": "updaters",
     "WeightUpdaterBase": "updaters",
     "WsyncError": "errors",
-    "attach": "reader",
+    "attach": "attaching",
 }
 
 __all__ = [

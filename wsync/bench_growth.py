@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
 from . import header
+from .attaching import attach
 from .bench import MIB, Aim, Case, Result, Rounds, Skip, Timed, in_turn, timed
 from .bench_place import Place
 from .bench_policy import make
-from .reader import attach
 from .spec import load_spec
 from .syncer import Syncer
 

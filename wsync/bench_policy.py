@@ -29,7 +29,7 @@ def layers(nbytes: int, tensors: int) -> nn.Sequential:
 
 def reader(name: str, nbytes: str, tensors: str) -> None:
     """Attaches, and goes on having the weights."""
-    from .reader import attach
+    from .attaching import attach
 
     _stage("imported")
     with attach(make(int(nbytes), int(tensors)), name, mode="swap", timeout=60):
@@ -40,7 +40,7 @@ def loader(path: str, nbytes: str, tensors: str) -> None:
     """Loads the file into a policy of its own."""
     import safetensors.torch
 
-    from . import reader  # noqa: F401  (what the other one imports, too)
+    from . import attaching  # noqa: F401  (what the other one imports, too)
 
     _stage("imported")
     policy = make(int(nbytes), int(tensors))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .attaching import attach
 from .bench import MIB, Aim, Beside, Case, Result, Rounds, Timed, timed
 from .bench_place import Place, heard
 from .bench_policy import layers, make
@@ -21,7 +22,7 @@ from .bench_watching import percentile
 from .checkpoint import Checkpoint
 from .layout import layout_of
 from .publisher import publish
-from .reader import Mode, Reader, attach
+from .reader import Mode, Reader
 from .segment import Segment
 from .segment_files import WORD_OFFSET
 

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from .attaching import attach
 from .bench import MIB, Aim, Case, Result, Skip
 from .bench_place import BY_HAND, Place, heard
 from .bench_policy import make
-from .reader import Reader, attach
+from .reader import Reader
 
 _SIZE = MIB
 _PHASES = [(number + 0.5) / 4 for number in range(4)]  # seconds after a look

@@ -1,11 +1,10 @@
-"""A policy process's side: attach, refresh between steps, close.
+"""A policy process's side: refresh between steps, wait, close; ``attaching`` makes it.
 
 Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
 the time depends neither on them nor much on the number of tensors (see ``swap``). ``copy`` copies into the policy's own
 tensors, whose addresses stay.
 
-A policy on a CUDA device has a reader of its own kind (``device_reader``), which this module makes and never imports
-for others.
+A policy on a CUDA device has a reader of its own kind (``device_reader``).
 
 What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
 thread is inside the policy: it is between steps that a version changes.
@@ -29,26 +28,21 @@ import torch
 
 from .attached import Attached
 from .errors import (
-    AttachTimeout,
-    LayoutDiffers,
     SegmentError,
-    SegmentMissing,
-    SwapRefused,
     UsageError,
     WsyncError,
 )
-from .layout import Layout, layout_of, named_tensors, views
-from .memory import read_at, sleep_on, trim
+from .layout import views
+from .memory import read_at, sleep_on
 from .registry import Registration
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
 from .swap import Swap
 
 if TYPE_CHECKING:
-    from .device import Device
+    pass
 
 Mode = Literal["auto", "swap", "copy"]
-Staging = Literal["device", "none"]
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
@@ -300,154 +294,11 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def attach(
-    policy: torch.nn.Module,
-    name: str,
-    *,
-    timeout: float | None = None,
-    mode: Mode = "auto",
-    staging: Staging = "device",
-    runtime_dir: str | os.PathLike[str] | None = None,
-) -> Reader:
-    """Attaches a policy to a segment; returns when its first version is in.
-
-    Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
-
-    Args:
-        policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
-        name: of the segment.
-        timeout: seconds to wait for the first version; None waits for ever.
-        mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
-            policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
-            safe and copies elsewhere. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
-            CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
-            What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers alignments, too.
-        staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
-            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
-            A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
-        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
-
-    Raises:
-        LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
-        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may.
-        AttachTimeout: no version came in time.
-        SegmentError: the segment can be neither opened nor made.
-        OutOfDeviceMemory: the GPU has no room for that copy.
-        UsageError: the mode, the staging or the name is none.
-    """
-    if not isinstance(policy, torch.nn.Module):
-        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
-    if mode not in ("auto", "swap", "copy"):
-        raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
-    if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
-        raise UsageError(
-            f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
-        )
-    reader = _make(policy, name, mode, staging, runtime_dir)
-    try:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not reader.refresh(wait=True):
-            left = None if deadline is None else deadline - time.monotonic()
-            if not reader.wait(left) or (left is not None and left <= 0):
-                raise AttachTimeout(
-                    f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
-                    "or wait longer with timeout=."
-                )
-            if reader.refresh(wait=True):
-                break
-            time.sleep(_LOOK)  # there is a version, and its slot is locked by somebody who does not follow the protocol
-    except BaseException:
-        reader.close()
-        raise
-    if reader.mode == "swap":
-        trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
-    return reader
-
-
-def _make(
-    policy: torch.nn.Module, name: str, mode: Mode, staging: Staging, runtime: str | os.PathLike[str] | None
-) -> Reader:
-    device = _device_of(policy)
-    hindrance = None if mode == "copy" else _hindrance(policy, device)
-    if mode == "swap" and hindrance:
-        raise SwapRefused(
-            f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
-            'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
-        )
-    layout = layout_of(policy)
-    attached = Attached(policy, layout)
-    if device is None:
-        return Reader(attached, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
-    from .device_reader import DeviceReader
-    from .device_weights import DeviceWeights, check_contiguous
-
-    chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
-    staged = staging == "device" and len(_places(policy)) == 1
-    if staging == "none":
-        check_contiguous(policy)
-    weights = DeviceWeights(attached, device, chosen, staged=staged)
-    return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
-
-
-def _device_of(policy: torch.nn.Module) -> Device | None:
-    """What a policy lies on that has tensors on a CUDA device, and none but there and on the host; or None."""
-    places = _places(policy)
-    cuda = [place for place in places if place.type == "cuda"]
-    if not cuda or {place.type for place in places} - {"cuda", "cpu"}:
-        return None
-    from .device import Cuda, Split
-
-    return Cuda(cuda[0]) if len(places) == 1 else Split({place: Cuda(place) for place in cuda})
-
-
-def _places(policy: torch.nn.Module) -> set[torch.device]:
-    return {tensor.device for _, tensor in named_tensors(policy)}
-
-
-def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
-    try:
-        segment = Segment.open(name, runtime_dir)
-    except SegmentMissing:
-        Segment.create(name, layout, runtime_dir).close()
-        segment = Segment.open(name, runtime_dir)
-    if segment.layout.digest != layout.digest:
-        differences = layout.differences(segment.layout)
-        segment.close()
-        raise LayoutDiffers(
-            f"the policy does not fit segment {name!r}: {len(differences)} tensors differ. Build the policy as the "
-            f"segment's publisher does, attach to another name, or `wsync rm {name}` if it is stale.",
-            differences,
-        )
-    return segment
-
-
 def _same_layout(one: Segment, other: Segment) -> bool:
     try:
         return one.layout.digest == other.layout.digest
     except SegmentError:  # it has none that can be read
         return False
-
-
-def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
-    """Why the policy's tensors must not point at a slot, or None."""
-    for name, module in policy.named_modules():
-        where = f"{name or 'the policy'} ({type(module).__name__})"
-        if module.training:
-            return f"{where} is in training mode (policy.eval() leaves it)"
-        own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
-        if own and not type(module).__module__.startswith("torch.nn."):
-            return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
-    split = len(_places(policy)) > 1
-    for name, tensor in named_tensors(policy):
-        if tensor.device.type != "cpu" and (device is None or split):
-            return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
-        if tensor.is_inference():
-            return f"{name} was made in inference mode"
-        if not tensor.is_contiguous():
-            return f"{name} is not contiguous in memory"
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
-    return None
 
 
 def _view_slot(segment: Segment, slot: int) -> list[torch.Tensor]:
