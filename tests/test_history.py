@@ -292,6 +292,33 @@ def test_config_tells_where_each_setting_comes_from(cli: Cli, tmp_path: Path, ru
     assert "select.pattern" in cli("config", str(toml)).stdout
 
 
+def test_config_shows_what_a_watch_would_have(cli: Cli, tmp_path: Path, runtime: Path) -> None:
+    """Guards the values beside their origins: those of a variable or an option, in every table, whatever its name."""
+    toml = tmp_path / "nets.toml"
+    toml.write_text(
+        'policy = "policies:mlp"\nmode = "0640"\nslots = 4\n[policy_kwargs]\n"[/]" = 1\n[watch]\npoll = 2\n'
+        "[metrics]\nmax_staleness = 100\n"
+    )
+    env = {**os.environ, "WSYNC_POLL": "5", "WSYNC_KEEP": "7", "WSYNC_NAME": "other", "WSYNC_MAX_STALENESS": "50"}
+    told = json.loads(cli("config", str(toml), "--json", "--slots", "6", "--log-format", "json", env=env).stdout)
+    expected = {
+        "name": ("other", "variable"),
+        "slots": (6, "option"),
+        "keep": (7, "variable"),
+        "watch.poll": (5.0, "variable"),
+        "watch.max_failures": (-1, "default"),
+        "mode": ("0640", "TOML"),
+        "group": (None, "default"),
+        "runtime_dir": (str(runtime), "variable"),
+        "log_format": ("json", "option"),
+        "metrics.max_staleness": (50.0, "variable"),
+    }
+    assert {name: (told[name]["value"], told[name]["origin"]) for name in expected} == expected
+    done = cli("config", str(toml))
+    assert done.returncode == 0 and "policy_kwargs.[/]" in done.stdout
+    assert json.loads(cli("config", "policies:mlp", "--json").stdout)["policy"]["origin"] == "argument"
+
+
 def test_a_misspelt_variable_is_an_error(cli: Cli, runtime: Path) -> None:
     """Guards against a setting that nobody obeys; what wsync itself sets for gates is known."""
     done = cli("status", env={**os.environ, "WSYNC_RUNTIM_DIR": "/tmp"})

@@ -17,7 +17,23 @@ from . import __version__
 from .cli_bench import bench_command
 from .cli_history import check_variables, history
 from .errors import UsageError, WsyncError
-from .options import VARIABLES, JsonOption, NameArgument, RuntimeOption, StateOption, names, with_settings
+from .options import (
+    VARIABLES,
+    JsonOption,
+    KeepOption,
+    LogFormatOption,
+    MaxFailuresOption,
+    NameArgument,
+    NameOption,
+    PollOption,
+    RuntimeOption,
+    SlotsOption,
+    SpecArgument,
+    StateOption,
+    names,
+    read_spec,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,42 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-SpecArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        help="package.module:attr of the policy, or a TOML file.",
-        show_default=False,
-    ),
-]
-NameOption = Annotated[
-    str | None,
-    typer.Option(
-        "--name",
-        envvar="WSYNC_NAME",
-        help="The segment's name. (default: from the spec)",
-        show_default=False,
-    ),
-]
-KeepOption = Annotated[
-    int | None,
-    typer.Option(
-        "--keep",
-        envvar="WSYNC_KEEP",
-        help="Published versions of which a copy is kept for a rollback. (default: 0)",
-        show_default=False,
-    ),
-]
-SlotsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--slots",
-        envvar="WSYNC_SLOTS",
-        help="Buffers of a segment that is made. (default: 3)",
-        show_default=False,
-    ),
-]
 
 
 @app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
@@ -109,7 +89,7 @@ def push(
     from .state import State
     from .syncer import Syncer
 
-    loaded = _spec(spec, name, settings, slots=slots, keep=keep)
+    loaded = read_spec(spec, name, settings, slots=slots, keep=keep)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a gate or hook ends with us
     monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
     try:
@@ -156,36 +136,11 @@ def watch(
         ),
     ] = None,
     name: NameOption = None,
-    poll: Annotated[
-        float | None,
-        typer.Option(
-            "--poll",
-            envvar="WSYNC_POLL",
-            help="Seconds between looks that nothing asked for. (default: 1; of a URL 10)",
-            show_default=False,
-        ),
-    ] = None,
-    max_failures: Annotated[
-        int | None,
-        typer.Option(
-            "--max-failures",
-            envvar="WSYNC_MAX_FAILURES",
-            help="Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
-            show_default=False,
-        ),
-    ] = None,
+    poll: PollOption = None,
+    max_failures: MaxFailuresOption = None,
     slots: SlotsOption = None,
     keep: KeepOption = None,
-    log_format: Annotated[
-        str | None,
-        typer.Option(
-            "--log-format",
-            envvar="WSYNC_LOG_FORMAT",
-            metavar="rich|plain|json",
-            help="(default: rich on a terminal, plain elsewhere)",
-            show_default=False,
-        ),
-    ] = None,
+    log_format: LogFormatOption = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
@@ -204,7 +159,7 @@ def watch(
         raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
     toml = spec if os.path.isfile(spec) else None
     given = {"slots": slots, "keep": keep, "poll": poll, "max_failures": max_failures}
-    load = lambda: _spec(spec, name, settings, checkpoints, **given)  # noqa: E731
+    load = lambda: read_spec(spec, name, settings, checkpoints, **given)  # noqa: E731
     service = Service(load, toml, checkpoints, runtime_dir, state_dir)
     loaded, place = service.spec, service.syncer.getter.checkpoints
     form: Any = log_format or default_format()
@@ -317,23 +272,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-def _spec(
-    text: str,
-    name: str | None,
-    settings: dict[str, dict[str, Any]],
-    checkpoints: str | None = None,
-    **given: object,
-) -> Spec:
-    """The spec with what the options say instead."""
-    from dataclasses import replace
-
-    from .spec import load_spec
-
-    spec = load_spec(text, name=name, checkpoints=checkpoints)
-    tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
-    return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _bar(syncer: Syncer) -> AbstractContextManager[object]:

@@ -11,7 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from .errors import UsageError
-from .options import JsonOption, NameArgument, RuntimeOption, StateOption, with_settings
+from .options import (
+    JsonOption,
+    KeepOption,
+    LogFormatOption,
+    MaxFailuresOption,
+    NameArgument,
+    NameOption,
+    PollOption,
+    RuntimeOption,
+    SlotsOption,
+    SpecArgument,
+    StateOption,
+    read_spec,
+    with_settings,
+)
 
 history = typer.Typer()
 
@@ -131,27 +145,36 @@ def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
 @with_settings
 def config(
     context: typer.Context,
-    spec: Annotated[
-        str,
-        typer.Argument(metavar="SPEC", help="package.module:attr of the policy, or a TOML file.", show_default=False),
-    ],
+    spec: SpecArgument,
     *,
+    name: NameOption = None,
+    poll: PollOption = None,
+    max_failures: MaxFailuresOption = None,
+    slots: SlotsOption = None,
+    keep: KeepOption = None,
+    log_format: LogFormatOption = None,
     as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """Every setting and where it comes from: option, variable, TOML or default."""
-    from dataclasses import replace
-
+    from .console import default_format
     from .history import origins
-    from .spec import load_spec
+    from .memory import runtime_dir as runtime_place
+    from .state import state_dir as state_place
     from .tables import print_config
 
-    loaded = load_spec(spec)
-    tables = {table: replace(getattr(loaded, table), **changed) for table, changed in settings.items() if changed}
+    loaded = read_spec(spec, name, settings, poll=poll, max_failures=max_failures, slots=slots, keep=keep)
     words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name: words.get(source.name) if source else None for name, source in sources.items()}
-    rows = origins(replace(loaded, **tables), spec, given)
+    others = {
+        "runtime_dir": runtime_place(runtime_dir),
+        "state_dir": state_place(state_dir),
+        "log_format": log_format or default_format(),
+    }
+    rows = origins(loaded, spec, given, others)
     if as_json:
         print(json.dumps({row.name: {"value": row.value, "origin": row.origin} for row in rows}, default=str))
     else:

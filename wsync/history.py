@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from datetime import datetime
 from typing import Any
 
+from .access import Access
 from .console import when
 from .errors import UsageError
 from .hooks import Hooks
@@ -74,45 +75,47 @@ class Setting:
     origin: str
 
 
-def origins(spec: Spec, text: str, given: Mapping[str, str | None]) -> list[Setting]:
-    """Every setting of a spec with its origin.
+def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapping[str, Any]) -> list[Setting]:
+    """Every setting with its origin.
 
     Args:
+        spec: with what options and variables say in it.
         text: the spec as it was named.
         given: options by name, with where they came from.
+        others: what is no part of the spec, by the names of its options.
     """
     toml = _toml(text)
     rows = []
     for name in _TOP:
         table = toml.get("watch", {}) if name in _IN_WATCH else toml
-        where = given.get(name) or _variable(name) or ("TOML" if name in table else "default")
+        where = given.get(name) or ("TOML" if name in table else "default")
+        if name == "policy" and not table:
+            where = "argument"
         rows.append(Setting(f"watch.{name}" if name in _IN_WATCH else name, getattr(spec, name), where))
+    rows += [Setting(name, value, given.get(name) or "default") for name, value in others.items()]
     for key, value in spec.policy_kwargs.items():
         rows.append(Setting(f"policy_kwargs.{key}", value, "TOML"))
     for field in fields(spec):
         table = getattr(spec, field.name)
         if not is_dataclass(table):
             continue
+        top = isinstance(table, Access)  # whose settings stand in no table of the TOML
         for setting in fields(table):
             name = setting.name
             option = f"metrics_{name}" if isinstance(table, Metrics) and name != "max_staleness" else name
-            where = given.get(option) or ("TOML" if name in toml.get(field.name, {}) else "default")
+            where = given.get(option) or ("TOML" if name in (toml if top else toml.get(field.name, {})) else "default")
             value = getattr(table, name)
             if isinstance(table, Hooks) and name in _SECRET and value:
                 value = "(set; may hold a secret)"
             if name != "partial":
-                rows.append(Setting(f"{field.name}.{name}", value, where))
+                rows.append(Setting(name if top else f"{field.name}.{name}", value, where))
     return rows
-
-
-def _variable(name: str) -> str | None:
-    return "variable" if f"WSYNC_{name.upper()}" in os.environ else None
 
 
 def _toml(text: str) -> Mapping[str, Any]:
     import tomllib
 
     if not (text.endswith(".toml") or os.path.isfile(text)):
-        return {"policy": text}
+        return {}
     with open(text, "rb") as file:
         return tomllib.load(file)

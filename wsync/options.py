@@ -11,12 +11,15 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import UsageError, WsyncError
 from .hooks import VARIABLES as OWN_VARIABLES
+
+if TYPE_CHECKING:
+    from .spec import Spec
 
 _HELP: dict[str, tuple[str, Any, str]] = {
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
@@ -53,7 +56,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
         "made it so; a trainer that is done makes nothing stale. (default: never)",
     ),
 }
-_ONLY_WATCH = {"metrics_port", "metrics_address", "max_staleness"}
+_ONLY_WATCH = {"metrics_port", "metrics_address", "max_staleness"}  # and config, which shows what a watch has
 
 _PANELS = {
     "access": "Who else may read the segment",
@@ -84,6 +87,69 @@ def names(incomplete: str) -> list[str]:
         return []
 
 
+SpecArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="package.module:attr of the policy, or a TOML file.",
+        show_default=False,
+    ),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        envvar="WSYNC_NAME",
+        help="The segment's name. (default: from the spec)",
+        show_default=False,
+    ),
+]
+PollOption = Annotated[
+    float | None,
+    typer.Option(
+        "--poll",
+        envvar="WSYNC_POLL",
+        help="Seconds between looks that nothing asked for. (default: 1; of a URL 10)",
+        show_default=False,
+    ),
+]
+MaxFailuresOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-failures",
+        envvar="WSYNC_MAX_FAILURES",
+        help="Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
+        show_default=False,
+    ),
+]
+LogFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-format",
+        envvar="WSYNC_LOG_FORMAT",
+        metavar="rich|plain|json",
+        help="(default: rich on a terminal, plain elsewhere)",
+        show_default=False,
+    ),
+]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--slots",
+        envvar="WSYNC_SLOTS",
+        help="Buffers of a segment that is made. (default: 3)",
+        show_default=False,
+    ),
+]
+KeepOption = Annotated[
+    int | None,
+    typer.Option(
+        "--keep",
+        envvar="WSYNC_KEEP",
+        help="Published versions of which a copy is kept for a rollback. (default: 0)",
+        show_default=False,
+    ),
+]
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="A segment.", show_default=False, autocompletion=names)
 ]
@@ -112,7 +178,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command, which has a parameter ``settings``, an option for each of them."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for name, p in signature.parameters.items() if name != "settings"]
-    taken = {n: about for n, about in _HELP.items() if command.__name__ == "watch" or n not in _ONLY_WATCH}
+    taken = {n: about for n, about in _HELP.items() if command.__name__ in ("watch", "config") or n not in _ONLY_WATCH}
     options = [_parameter(name, *about) for name, about in taken.items()]
 
     @functools.wraps(command)
@@ -127,6 +193,23 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
     return wrapped
+
+
+def read_spec(
+    text: str,
+    name: str | None,
+    settings: dict[str, dict[str, Any]],
+    checkpoints: str | None = None,
+    **given: object,
+) -> Spec:
+    """The spec with what the options say instead."""
+    from dataclasses import replace
+
+    from .spec import load_spec
+
+    spec = load_spec(text, name=name, checkpoints=checkpoints)
+    tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
+    return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter:

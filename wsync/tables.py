@@ -241,5 +241,5 @@ def print_config(rows: list[Setting]) -> None:
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row.name, Text("" if row.value is None else str(row.value)), row.origin)
+        table.add_row(Text(row.name), Text("" if row.value is None else str(row.value)), row.origin)
     stdout_console().print(table)
