@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +212,36 @@ def test_what_the_users_code_prints_is_not_our_output(cli: Cli, runs: Path) -> N
     )
     write(runs / "step_1.safetensors", nn.Linear(1, 2), 1.0)
     assert report(cli("push", "chatty:make", "runs", "--json"))["status"] == "published"
+
+
+def test_closed_outputs_are_no_error(cli: Cli, live: Segment) -> None:
+    """Guards a service that starts its children without stdout and stderr."""
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m wsync status {closed}"], capture_output=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+
+
+def test_no_word_of_a_file_moves_the_terminal(cli: Cli, runtime: Path, tmp_path: Path) -> None:
+    """Guards every line that is printed: names of files, tensors and metadata are others', and may hold escapes."""
+    place = tmp_path / "[/x]"  # also no markup of rich's
+    place.mkdir(parents=True)
+    odd, bad = place / "\x1b[31mgood\n.safetensors", place / "\x1b[31mbad.safetensors"
+    save_file(mlp().state_dict(), odd, metadata={"note\x1b[32m": "\x1b]0;title\x07", "step": "1"})
+    os.utime(odd, (1, 1))
+    save_file({"\x1b[33mbody": torch.zeros(1)}, bad)
+    for arguments in (
+        ("push", "policies:mlp", str(odd)),
+        ("push", "policies:mlp", str(place), "--force"),
+        ("push", "policies:mlp", str(place / "\x1b[31mnone")),
+        ("pin", "policies.mlp", str(odd)),
+        ("status",),
+        ("log", "policies.mlp"),
+        ("unpin", "policies.mlp"),
+        ("inspect", str(place)),
+        ("inspect", str(odd)),
+        ("inspect", str(bad), "--spec", "policies:mlp"),
+        ("rollback", "policies.mlp", "--to", "1"),
+    ):
+        done = cli(*arguments)
+        said = done.stdout + done.stderr
+        assert said and "\x1b" not in said and "\x07" not in said and "Traceback" not in said, arguments

@@ -275,6 +275,22 @@ def test_log_follows(push: Push, spawn: Spawn, state: State) -> None:
     assert json.loads(following.stdout.readline())["version"] == 2
 
 
+def test_log_follows_only_what_is_asked_for(push: Push, spawn: Spawn, state: State) -> None:
+    """Guards ``--since`` with ``--follow``: where nothing is so new, what is older is not told after all."""
+    push(1)
+    following = spawn("-m", "wsync", "log", NAME, "--follow", "--since", "2030-01-01")
+    assert following.stdout and "no history" in following.stdout.readline()
+    push(2)
+    assert following.stdout.readline().split()[2:4] == ["publish", "2"]
+
+
+def test_log_draws_or_tells(cli: Cli, runtime: Path) -> None:
+    """Guards programs against a picture: ``--plot`` goes with neither ``--json`` nor ``--follow``."""
+    for other in ("--json", "--follow"):
+        done = cli("log", NAME, "--plot", other)
+        assert done.returncode == 2 and "--plot" in done.stderr and not done.stdout
+
+
 def test_config_tells_where_each_setting_comes_from(cli: Cli, tmp_path: Path, runtime: Path) -> None:
     """Guards the order option, variable, TOML, default, and that no secret of a URL is printed."""
     toml = tmp_path / "nets.toml"
@@ -344,6 +360,11 @@ def test_status_is_for_monitors_too(push: Push, cli: Cli, runs: Path) -> None:
     push(1)
     assert cli("status", NAME, "--max-staleness", "3600").returncode == 0
     assert cli("status", NAME, "--max-staleness", "0.000001").returncode == 1
+    for odd in ("nan", "0", "-1"):
+        done = cli("status", NAME, "--max-staleness", odd)
+        assert done.returncode == 2 and "above 0" in done.stderr
+    nowhere = ("status", "--runtime-dir", str(runs / "none"))
+    assert cli(*nowhere).returncode == 0 and cli(*nowhere, "--max-staleness", "3600").returncode == 1
     write(runs / "step_2.safetensors", mlp(), float("nan"), 2)
     push()
     assert "NaN" in json.loads(cli("status", NAME, "--json").stdout)["last_failure"]["reason"]

@@ -16,7 +16,7 @@ import typer
 from . import __version__
 from .cli_bench import bench_command
 from .cli_history import check_variables, history
-from .errors import UsageError, WsyncError
+from .errors import UsageError, WsyncError, harmless
 from .options import (
     VARIABLES,
     JsonOption,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .monitor import Monitor
+    from .outcome import Outcome
     from .spec import Spec
     from .syncer import Syncer
 
@@ -85,7 +86,7 @@ def push(
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
     complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
     """
-    from .console import complain, differences_text, outcome_json, outcome_line
+    from .console import complain, outcome_json, outcome_line
     from .state import State
     from .syncer import Syncer
 
@@ -109,16 +110,16 @@ def push(
     if monitor:
         monitor.tell(outcome)
     for refused in outcome.passed_over:
-        print(outcome_line(refused), differences_text(refused.differences), sep="\n", file=sys.stderr)
+        _tell(refused)
     if as_json:
         _print_json(outcome_json(outcome))
     else:
         for cast in outcome.casts:
-            print(f"{outcome.name}: {cast}", file=sys.stderr)
-        if not outcome.known or sys.stderr.isatty():  # a run before told of it: cron mails what is printed
-            print(outcome_line(outcome), file=sys.stderr if outcome.exit_code else sys.stdout)
-        if outcome.differences:
-            print(differences_text(outcome.differences), file=sys.stderr)
+            print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
+        if not outcome.exit_code:
+            print(harmless(outcome_line(outcome)))
+        elif not outcome.known or sys.stderr.isatty():  # a run before told of it: cron mails what is printed
+            _tell(outcome)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -298,11 +299,20 @@ def _hook_report(monitor: Monitor | None) -> Callable[[str, bool, str], None]:
 
     def report(kind: str, ok: bool, message: str) -> None:
         if not ok:
-            print(f"wsync: warning: {message}", file=sys.stderr)
+            print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
         if monitor:
             monitor.figures.hook(kind, ok)
 
     return report
+
+
+def _tell(outcome: Outcome) -> None:
+    """What a push has to say of a checkpoint that was not published, with what differs."""
+    from .console import differences_text, outcome_line
+
+    print(harmless(outcome_line(outcome)), file=sys.stderr)
+    if outcome.differences:
+        print(differences_text(outcome.differences), file=sys.stderr)
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -323,6 +333,8 @@ def main() -> None:
         )
         sys.exit(2)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (who closed it wants to hear nothing)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
     code: object = 0
@@ -330,7 +342,7 @@ def main() -> None:
         check_variables(VARIABLES)
         app(prog_name="wsync")
     except WsyncError as exc:
-        print(f"wsync: {exc}", file=sys.stderr)
+        print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
         code = exc.exit_code
     except OSError as exc:
         print(f"wsync: the system refused a step: {exc}. Look at what it names, then run it again.", file=sys.stderr)

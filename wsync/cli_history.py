@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
+from .errors import UsageError, printable
 from .options import (
     JsonOption,
     KeepOption,
@@ -57,11 +57,14 @@ def log(
     from .state import State
     from .tables import print_log, print_plot
 
+    if plot and (as_json or follow):
+        raise UsageError("--plot draws once, for people. Leave out --json and --follow, or --plot.")
     with State(check_name(name), state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
             print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
             return
+        last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
         events = state.events(since=start, limit=number)
         if as_json and not follow:
             print(json.dumps({"name": name, "events": [event_json(event) for event in events]}))
@@ -71,7 +74,7 @@ def log(
         else:
             print_log(name, events)
         if follow:
-            for event in follow_events(state, events[-1].id if events else 0):
+            for event in follow_events(state, (events or last)[-1].id if last else 0):
                 if as_json:
                     print(json.dumps(event_json(event)), flush=True)
                 else:
@@ -99,7 +102,7 @@ def rollback(
 
     with State(check_name(name), state_dir) as state:
         live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
-    file = Path(live.source).name if live.source else "weights from memory"
+    file = printable(Path(live.source).name) if live.source else "weights from memory"
     if as_json:
         data = {"status": "published", "name": name, "version": live.version, "step": live.step}
         print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.checkpoint}))
@@ -126,7 +129,7 @@ def pin(
     with State(check_name(name), state_dir) as state:
         pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
     when = "" if live else "; the next pass of a watch or push puts it live"
-    print(f"{name}: {pinned.name} is pinned until `wsync unpin {name}`{when}")
+    print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{when}")
 
 
 @history.command(epilog="Example: wsync unpin cartpole")
@@ -138,7 +141,7 @@ def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
 
     with State(check_name(name), state_dir) as state:
         before = let_go(state)
-    print(f"{name}: {before.name} is no longer pinned" if before else f"{name}: nothing was pinned")
+    print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing was pinned")
 
 
 @history.command(epilog="Example: wsync config cartpole.toml")

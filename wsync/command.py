@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import WsyncError
-from .registry import printable
+from .errors import WsyncError, printable
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from .errors import SHOWN, Difference, WithDifferences, WsyncError
+from .errors import SHOWN, Difference, WithDifferences, WsyncError, harmless, printable
 from .outcome import Outcome
 from .segment import Segment
 
@@ -88,7 +88,7 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 def outcome_line(outcome: Outcome) -> str:
     """One line that says what a pass did."""
-    file = Path(outcome.checkpoint).name if outcome.checkpoint else "weights from memory"
+    file = printable(Path(outcome.checkpoint).name) if outcome.checkpoint else "weights from memory"
     step = "" if outcome.step is None else f", step {outcome.step}"
     match outcome.status:
         case "published":
@@ -136,13 +136,8 @@ def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
     return printable("; ".join(filter(None, lines)).replace(".; ", ". "))
 
 
-def printable(text: str) -> str:
-    """With what a terminal would obey, or an encoding refuse, written as escapes; lines stay lines."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
 def complain(exc: WsyncError) -> None:
-    print(f"wsync: {exc}", file=sys.stderr)
+    print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
 
 
 def segment_json(segment: Segment, pin: str | None = None, failure: Event | None = None) -> dict[str, Any]:
@@ -298,7 +293,7 @@ class WatchLog:
                 record |= data if data else {"message": text + table}
                 print(json.dumps(record), file=self._out, flush=True)
             elif self._live:
-                self._live.console.print(self._styled(now, level, printable(text), printable(table[1:])), crop=False)
+                self._live.console.print(self._styled(now, level, harmless(text), harmless(table[1:])), crop=False)
             else:
                 print(f"{when(now)} {level:<7} {line}", file=self._out, flush=True)
 
@@ -331,7 +326,7 @@ class WatchLog:
         except (OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass tells
             live, readers = None, []
         if segment and live:
-            file = Path(live.source).name if live.source else "weights from memory"
+            file = printable(Path(live.source).name) if live.source else "weights from memory"
             step = "" if live.step is None else f"  step {live.step}"
             took = f"  in {duration(self._shown.seconds)}" if self._shown and self._shown.bytes else ""
             age = duration(max(0.0, time.time() - live.published_at))

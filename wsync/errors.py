@@ -38,6 +38,16 @@ SHOWN = 20
 """Rows of a table of differences that a message shows."""
 
 
+def printable(text: str) -> str:
+    """Text of others, with what could move a terminal's cursor or colour its words shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """With what a terminal would obey, or an encoding refuse, written as escapes; lines stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One line of a table of differences: a tensor, what the policy expects, what was found."""
@@ -95,7 +105,7 @@ class WithDifferences(WsyncError):
 
     def __str__(self) -> str:
         rows = [("tensor", "expected", "found")]
-        rows += [(d.name, d.expected, d.found) for d in self.differences[:SHOWN]]
+        rows += [(printable(d.name), d.expected, d.found) for d in self.differences[:SHOWN]]
         if len(rows) == 1:
             return self.message
         widths = [max(len(row[column]) for row in rows) for column in range(2)]

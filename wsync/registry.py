@@ -23,18 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from .access import open_dir
-from .errors import SegmentUnsafe
+from .errors import SegmentUnsafe, printable
 from .memory import kept, shut, try_lock
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 _encode = json.JSONEncoder(check_circular=False).encode  # a policy's step pays for each record
-
-
-def printable(text: str) -> str:
-    """Text of others, with what could move a terminal's cursor or colour its words shown as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True, slots=True)

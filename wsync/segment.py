@@ -51,10 +51,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file
-from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, refused
+from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
 from .layout import Layout
 from .memory import address_of, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
-from .registry import ReaderRecord, open_readers, printable, readers
+from .registry import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
     METADATA_END,

@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 
 from .badge import group_of
 from .console import complain, duration, segment_json
-from .errors import SegmentError, StateError
+from .errors import SegmentError, StateError, UsageError, printable
 from .segment import Segment, segments
 from .segment_files import Publication
 from .state import Event, State
@@ -23,6 +23,9 @@ class Status:
     Args:
         name: of one segment; None takes all.
         max_staleness: seconds after which a live version is too old for a monitor; None never is.
+
+    Raises:
+        UsageError: that is no time.
     """
 
     def __init__(
@@ -32,6 +35,8 @@ class Status:
         state: str | os.PathLike[str] | None,
         max_staleness: float | None = None,
     ) -> None:
+        if max_staleness is not None and not max_staleness > 0:
+            raise UsageError(f"--max-staleness {max_staleness} is no time. Give seconds above 0.")
         self._name, self._runtime, self._state, self._max = name, runtime, state, max_staleness
 
     def show(self, *, as_json: bool) -> int:
@@ -53,7 +58,7 @@ class Status:
             from .tables import print_status
 
             print_status(opened, {segment.name: self._notes(segment) for segment in opened})
-        stale = self._max is not None and any(self._is_stale(segment.live()) for segment in opened)
+        stale = self._max is not None and (not opened or any(self._is_stale(segment.live()) for segment in opened))
         for segment in opened:
             segment.close()
         return code or int(stale)
@@ -111,11 +116,11 @@ class Status:
 
     def _notes(self, segment: Segment) -> list[str]:
         pin, failure = self._pin_and_failure(segment)
-        notes = [f"pinned: {pin}"] if pin else []
+        notes = [f"pinned: {printable(pin)}"] if pin else []
         if group := group_of(segment.path):
             notes.append(f"group: rank {group['rank']} of {group['size']}: {', '.join(group['boxes'])}")
         if failure:
             ago = duration(max(0.0, time.time() - failure.at))
             reason = " ".join((failure.reason or "").split())
-            notes.append(f"last failure {ago} ago: {reason[:200]}")
+            notes.append(f"last failure {ago} ago: {printable(reason[:200])}")
         return notes

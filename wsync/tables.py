@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import count, duration, size
-from .registry import ReaderRecord, printable
+from .errors import harmless, printable
+from .registry import ReaderRecord
 from .segment import Segment
 from .segment_files import Publication
 
@@ -102,7 +103,9 @@ def print_inspection(looked: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     if "candidates" in looked:
         console.print(
-            f"{looked['path']}: {count(len(looked['candidates']), 'candidate')}, newest first", soft_wrap=True
+            f"{printable(looked['path'])}: {count(len(looked['candidates']), 'candidate')}, newest first",
+            markup=False,
+            soft_wrap=True,
         )
         for column in ("checkpoint", "step", "size", "verdict"):
             table.add_column(column, overflow="fold")
@@ -111,24 +114,25 @@ def print_inspection(looked: dict[str, Any]) -> None:
             verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
             step = "" if each["step"] is None else str(each["step"])
             weight = "" if each["bytes"] is None else size(each["bytes"])
-            table.add_row(Text(Path(each["path"]).name), step, weight, Text(verdict, "" if good else "red"))
+            verdict_text = Text(printable(verdict), "" if good else "red")
+            table.add_row(Text(printable(Path(each["path"]).name)), step, weight, verdict_text)
         console.print(table)
         return
     if not looked["complete"]:
-        console.print(Text(looked["reason"], "red"), soft_wrap=True)
+        console.print(Text(harmless(looked["reason"]), "red"), soft_wrap=True)
         return
     step = "" if looked["step"] is None else f", step {looked['step']}"
     files = "" if len(looked["files"]) == 1 else f" in {len(looked['files'])} files"
     console.print(
-        f"{looked['path']}: {count(len(looked['tensors']), 'tensor')}, {size(looked['bytes'])}{files}{step}",
+        f"{printable(looked['path'])}: {count(len(looked['tensors']), 'tensor')}, {size(looked['bytes'])}{files}{step}",
         markup=False,
         soft_wrap=True,
     )
     for key, value in looked["metadata"].items():
-        console.print(f"  {key} = {value}", markup=False, soft_wrap=True)
+        console.print(printable(f"  {key} = {value}"), markup=False, soft_wrap=True)
     if "fits" in looked:
         verdict = "fits the policy" if looked["fits"] else looked["reason"]
-        console.print(Text(verdict, "green" if looked["fits"] else "red"), soft_wrap=True)
+        console.print(Text(harmless(verdict), "green" if looked["fits"] else "red"), soft_wrap=True)
     table.add_column("tensor", overflow="fold")
     for column in ("dtype", "shape", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
@@ -137,7 +141,11 @@ def print_inspection(looked: dict[str, Any]) -> None:
     for tensor in looked["tensors"]:
         finite = [Text("yes") if tensor["finite"] else Text("NO", "red")] if "finite" in tensor else []
         table.add_row(
-            Text(tensor["name"]), tensor["dtype"], Text(str(tensor["shape"])), f"{tensor['bytes']:,}", *finite
+            Text(printable(tensor["name"])),
+            tensor["dtype"],
+            Text(str(tensor["shape"])),
+            f"{tensor['bytes']:,}",
+            *finite,
         )
     console.print(table)
 
@@ -180,7 +188,7 @@ def print_log(name: str, events: list[Event], *, header: bool = True) -> None:
     for event, row in zip(events, rows, strict=True):
         first, kind, *rest = line(row)
         told = Text.assemble(first, "  ", (kind, _LOG_STYLES.get(event.kind, "")), "  ", "  ".join(rest))
-        reason = Text(" ".join((event.reason or "").split()))
+        reason = Text(printable(" ".join((event.reason or "").split())))
         if not console.is_terminal or not reason:
             told.append("  ").append_text(reason)
             told.rstrip()
@@ -204,7 +212,7 @@ def _log_row(event: Event) -> tuple[str, ...]:
         "" if event.version is None else str(event.version),
         "" if event.step is None else str(event.step),
         "" if event.seconds is None else duration(event.seconds),
-        Path(event.checkpoint).name if event.checkpoint else "",
+        printable(Path(event.checkpoint).name) if event.checkpoint else "",
     )
 
 
@@ -241,5 +249,5 @@ def print_config(rows: list[Setting]) -> None:
     for column in ("setting", "value", "from"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(Text(row.name), Text("" if row.value is None else str(row.value)), row.origin)
+        table.add_row(Text(row.name), Text("" if row.value is None else printable(str(row.value))), row.origin)
     stdout_console().print(table)
