@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEADLINE
+from conftest import DEADLINE, write
+from policies import mlp
 from torch import nn
 
-from wsync.errors import SpecError, UsageError
+from wsync.errors import SpecError, UsageError, WsyncError
 from wsync.layout import layout_of
 from wsync.spec import POLL, SLOTS, Spec, load_spec
 
@@ -378,6 +379,26 @@ def test_an_error_comes_out_of_the_process(policy: str, words: str, runtime: Pat
     (train / "dying.py").write_text("import os\nos._exit(9)\n")
     with pytest.raises(SpecError, match=words):
         load_spec(policy).layout()
+
+
+@pytest.mark.parametrize("gate", [[], ["--gate", "policies:mlp"]], ids=["layout", "gate"])
+def test_no_memory_for_torch_is_nobodys_mistake(gate: list[str], runtime: Path, train: Path) -> None:
+    """Guards a checkpoint, and its spec, against being blamed for a limit in which torch cannot be loaded."""
+    push = [sys.executable, "-m", "wsync", "push", "policies:mlp", str(write(train / "a.safetensors", mlp(), 1.0))]
+    if gate:  # the segment is there
+        assert subprocess.run(push, cwd=train, capture_output=True).returncode == 0
+        push += ["--force", *gate]
+    limited = ["/bin/sh", "-c", 'ulimit -v 250000; exec "$@"', "sh", *push]
+    done = subprocess.run(limited, cwd=train, capture_output=True, text=True)
+    assert done.returncode == 1 and "torch cannot be loaded" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_layout_whose_process_was_killed_is_no_wrong_spec(runtime: Path, train: Path) -> None:
+    """Guards a watch against ending with a usage error where the kernel ran out of memory."""
+    (train / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(WsyncError, match="status -9") as caught:
+        load_spec("killed:Net").layout()
+    assert not isinstance(caught.value, UsageError)
 
 
 def test_what_the_process_writes_past_python_harms_nothing(runtime: Path, train: Path) -> None:

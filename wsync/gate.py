@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import command
-from .errors import GateRejected, RetryLater, SpecError
+from .errors import GateRejected, RetryLater, SpecError, WsyncError
 from .hooks import environment
 from .publisher import Staged
 from .spec import Spec, origin
@@ -47,7 +47,7 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None) -> None
         GateRejected: it does not accept.
         RetryLater: it asks for the same again later, or was ended by ``stop``.
         SpecError: its function, or the policy for it, cannot be imported or built.
-        WsyncError: it could not be started.
+        WsyncError: it could not be started, or torch cannot be loaded for it.
     """
     verdict, why = (_ask_function if spec.hooks.gate_is_function else _ask_command)(spec, staged, stop)
     if verdict == "accept":
@@ -94,8 +94,8 @@ def _ask_function(spec: Spec, staged: Staged, stop: threading.Event | None) -> t
         return "reject", f"ended without a verdict{ended.said}"
     finally:
         os.close(link)
-    if answer["verdict"] == "error":
-        raise SpecError(answer["why"])
+    if answer["verdict"] in ("error", "failed"):
+        raise (SpecError if answer["verdict"] == "error" else WsyncError)(answer["why"])
     return answer["verdict"], answer["why"]
 
 
@@ -140,6 +140,8 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
         load(policy.eval(), staged.path)
     except SpecError as exc:
         return "error", str(exc)
+    except WsyncError as exc:
+        return "failed", str(exc)
     try:
         result = function(policy)
     except RetryLater as exc:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .access import Access, check_name
-from .errors import SpecError
+from .errors import SpecError, UsageError, WsyncError
 from .fitting import Fit
 from .hooks import Hooks
 from .layout import Layout, layout_of
@@ -148,6 +148,7 @@ class Spec:
 
         Raises:
             SpecError: the policy cannot be imported or built, or is none.
+            WsyncError: that process was ended, or torch cannot be loaded.
         """
         import pickle
         import subprocess
@@ -161,12 +162,14 @@ class Spec:
         try:
             answer = json.loads(child.stdout)
         except ValueError:
-            raise SpecError(
+            kind = SpecError if child.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
+            raise kind(
                 f"the process that read the layout of {self.policy} ended with status {child.returncode} and no "
-                "answer. Import the policy in a Python of your own to see why."
+                "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
+                "raise the limit."
             ) from None
         if "error" in answer:
-            raise SpecError(answer["error"])
+            raise (SpecError if answer["usage"] else WsyncError)(answer["error"])
         return Layout.from_json(answer)
 
     def read_layout(self) -> Layout:
@@ -176,7 +179,9 @@ class Spec:
 
         Raises:
             SpecError: the policy cannot be imported or built, or is none.
+            WsyncError: torch cannot be loaded.
         """
+        _load_torch()
         import torch
 
         with self._user_code():
@@ -192,7 +197,9 @@ class Spec:
 
         Raises:
             SpecError: it cannot be imported or built, or is no ``nn.Module``.
+            WsyncError: torch cannot be loaded.
         """
+        _load_torch()
         with self._user_code():
             return self._make(self._import(self.policy))
 
@@ -229,7 +236,9 @@ class Spec:
 
         Raises:
             SpecError: it cannot be imported.
+            WsyncError: torch, which it will need, cannot be loaded.
         """
+        _load_torch()
         with self._user_code():
             return self._import(text)
 
@@ -360,10 +369,21 @@ def _tell() -> None:
     os.dup2(2, 1)  # what the user's code prints goes to stderr, whichever way it prints
     try:
         answer = spec.read_layout().to_json()
-    except SpecError as exc:
-        answer = {"error": str(exc)}
+    except WsyncError as exc:
+        answer = {"error": str(exc), "usage": isinstance(exc, UsageError)}
     with open(out, "w", encoding="utf-8") as file:
         json.dump(answer, file)
+
+
+def _load_torch() -> None:
+    """Raises WsyncError where torch cannot be loaded: whose fault that is, is not the policy's."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError, MemoryError) as exc:
+        raise WsyncError(
+            f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited (`ulimit "
+            "-v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
+        ) from exc
 
 
 def _check_import_string(text: str) -> str:
