@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,20 @@ def test_history_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert state.events(after=first.id) == [second, third]
         assert state.events(since=third.at) == [third]
         assert state.version() == 2
+
+
+def test_a_pin_that_could_not_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the state directory, on a full disk, against halves of pins."""
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with State("nets", tmp_path) as state:
+        state.set_pin(PIN)
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StateError, match="No space left"):
+            state.set_pin(replace(PIN, version=8))
+        assert state.pin() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
 
 
 def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:

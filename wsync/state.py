@@ -166,11 +166,14 @@ class State:
                 return
             self._make()
             temporary = self._pin_file.with_suffix(f".pin.{os.getpid()}.tmp")
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-                json.dump(asdict(pin), file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._pin_file)
+            try:
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                    json.dump(asdict(pin), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self._pin_file)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as exc:
             raise self._failed(exc) from exc
 
