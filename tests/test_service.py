@@ -440,7 +440,7 @@ def test_the_plain_log_is_one_line_an_event(watch: Callable[..., Lines], runs: P
     assert "0.weight: expected F32 [8, 4], found F32 [3, 4]; 2.weight" in line
     odd = os.fsencode(runs) + b"/step_2\n\x1b[31m\xff.safetensors"
     os.rename(write(runs / ".hidden.tmp", mlp(), 1.0), odd)
-    assert r"step_2; \x1b[31m\udcff.safetensors" in log.until("version 1")
+    assert r"step_2\n\x1b[31m\udcff.safetensors" in log.until("version 1")
     end(log)
     form = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?:info|warning|error) {0,4} actor: .*")
     assert len(log.seen) >= 4
