@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -20,10 +24,13 @@ from conftest import DEADLINE, Cli, Spawn, marks, write
 from policies import mlp
 
 import wsync
+from wsync import rollback as way_back
 from wsync.cli import app
-from wsync.errors import WsyncError
+from wsync.errors import SegmentBusy, WsyncError
 from wsync.fitting import Fit
 from wsync.history import moment, sparkline
+from wsync.hooks import Hooks
+from wsync.layout import layout_of
 from wsync.options import VARIABLES
 from wsync.outcome import Outcome
 from wsync.rollback import rollback
@@ -143,6 +150,85 @@ def test_kept_copies_are_the_way_back_when_all_else_is_gone(push: Push, runs: Pa
     Segment.open(NAME, write=True).remove()  # a reboot: the pinned one comes back, and not the newest
     assert (push(spec=spec).status, push(spec=spec).status) == ("published", "pinned")
     assert live_marks() == {4.0} and pin.identity
+
+
+def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, runs: Path, state: State) -> None:
+    """Guards ``--keep`` against reboots, each of which publishes the same again: N checkpoints, not N versions."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    push(1, spec=spec)
+    push(2, spec=spec)
+    for version in (3, 4):
+        Segment.open(NAME, write=True).remove()
+        assert push(spec=spec).version == version
+    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "4.safetensors"]
+    shutil.rmtree(runs)
+    for to in (1, 2, 3):  # by whatever number it was live
+        Segment.open(NAME, write=True).remove()
+        Segment.create(NAME, layout_of(mlp())).close()
+        assert rollback(NAME, to, runtime=None, state=state)[0].step == min(to, 2)
+        assert live_marks() == {float(min(to, 2))}
+
+
+def test_other_settings_make_another_copy(push: Push, runs: Path, state: State) -> None:
+    """Guards a kept copy against standing for the same file with other tensors taken from it."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    write(runs / "step_1.safetensors", torch.nn.ModuleDict({"a": mlp(), "b": mlp()}), 1.0, 1)
+    for prefix in ("a.", "b."):
+        assert push(spec=replace(spec, weights=Fit(prefix=prefix)), force=True).status == "published"
+    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def test_half_a_copy_is_removed_once_nobody_writes_it(push: Push, state: State) -> None:
+    """Guards the disk against what a publisher that was killed left behind, as large as the weights."""
+    spec = replace(load_spec("policies:mlp"), keep=1)
+    state.kept.mkdir(parents=True)
+    dead, alive = state.kept / "8.tmp", state.kept / "9.tmp"
+    dead.write_bytes(b"half")
+    with alive.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        push(1, spec=spec)
+    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "9.tmp"]
+
+
+def test_rollback_where_nothing_is_live(push: Push, state: State) -> None:
+    """Guards the way back after a reboot, where the pinned one is gone: what can be had is told, and can be had."""
+    push(1)
+    push(2)
+    Segment.open(NAME, write=True).remove()
+    Segment.create(NAME, layout_of(mlp())).close()
+    with pytest.raises(WsyncError, match=r"(?s)nothing is live.*These can be had.*  1  step 1"):
+        rollback(NAME, runtime=None, state=state)
+    live, pin, _ = rollback(NAME, 1, runtime=None, state=state)
+    assert (live.version, pin.version, live_marks()) == (3, 3, {1.0})
+
+
+def test_rollback_waits_a_little_for_a_publisher(push: Push, state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards an operator in a hurry against a watch that stages at this moment; one that goes on is named."""
+    push(1)
+    push(2)
+    other = Segment.open(NAME, write=True)
+    with ExitStack() as held:
+        held.enter_context(other.publishing())
+        monkeypatch.setattr(way_back, "_PATIENCE", 0.0)
+        with pytest.raises(SegmentBusy):
+            rollback(NAME, runtime=None, state=state)
+        assert state.pin() is None
+        monkeypatch.setattr(way_back, "_PATIENCE", DEADLINE)
+        clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=lambda _: held.close())
+        monkeypatch.setattr(way_back, "time", clock)
+        assert rollback(NAME, runtime=None, state=state)[0].step == 1
+    other.close()
+
+
+def test_a_pin_holds_against_the_pass_at_hand(push: Push, state: State) -> None:
+    """Guards what is pinned while something newer is staged, or its gate takes its time: that does not go live."""
+    push(1)
+    pin = f"{sys.executable} -m wsync pin {NAME}"
+    spec = replace(load_spec("policies:mlp"), hooks=Hooks(gate=pin))
+    done = push(2, spec=spec)
+    assert (done.status, done.exit_code, done.version) == ("pinned", 0, 1) and live_marks() == {1.0}
+    state.set_pin(None)
+    assert push().version == 2
 
 
 def test_versions_go_on_after_the_shared_memory_is_gone(push: Push, runtime: Path, state: State) -> None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NoCheckpoint, StateError, WsyncError
 from .fitting import Fit
+from .memory import shut, try_lock
 
 if TYPE_CHECKING:
     from .outcome import Outcome
     from .segment import Segment
     from .segment_files import Publication
     from .state import Event, Pin, State
+
+PUBLISHED = ("publish", "rollback")
+"""Kinds of events after which a version is live."""
 
 
 class Record:
@@ -63,7 +68,7 @@ class Record:
     def last_published(self) -> tuple[int, str]:
         """The highest version on record, and the identity of its checkpoint."""
         state = self._state
-        events = self._try(lambda: state.events(kinds=("publish", "rollback"))) if state else None
+        events = self._try(lambda: state.events(kinds=PUBLISHED)) if state else None
         last = max(events or (), key=lambda event: event.version or 0, default=None)
         return (last.version or 0, last.identity or "") if last else (0, "")
 
@@ -158,9 +163,10 @@ class Record:
             CheckpointError: neither is there any more.
         """
         assert self._state
-        events = [e for e in self._state.events(kinds=("publish", "rollback")) if e.identity == pin.identity]
+        events = [e for e in self._state.events(kinds=PUBLISHED) if e.identity == pin.identity]
+        kept = copies(self._state, events)
         for event in reversed(events):
-            if again := reopen(self._state, event):
+            if again := reopen(event, kept):
                 return again
         checkpoint = _same(pin.checkpoint, pin.identity)
         if checkpoint is None:
@@ -184,6 +190,8 @@ def fit_from_json(text: str | None) -> Fit:
 def keep(state: State, segment: Segment, publication: Publication, number: int) -> None:
     """Copies the live slot, a safetensors file in the policy's own layout, beside the state; removes the oldest.
 
+    A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
+
     Raises:
         StateError: there is no room, or no access.
     """
@@ -194,11 +202,18 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(target.parent)
+        events = state.events(kinds=PUBLISHED)
+        this = next((event for event in reversed(events) if event.version == publication.version), None)
+        if this and (same := copies(state, events).get(what(this))):
+            same.replace(target)
+            return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
+            try_lock(copy.fileno())  # who sweeps sees that it is being written
             os.lseek(lease.fileno(), 0, os.SEEK_SET)
             with open(lease.fileno(), "rb", closefd=False) as slot:
                 shutil.copyfileobj(slot, copy, 8 << 20)
-        temporary.replace(target)
+            temporary.replace(target)
         for version in kept_versions(state)[:-number]:
             (state.kept / f"{version}.safetensors").unlink(missing_ok=True)
     except OSError as exc:
@@ -211,6 +226,29 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         lease.release()
 
 
+def _sweep(kept: Path) -> None:
+    """Removes half a copy that somebody who was killed left behind: its lock is free."""
+    for path in kept.glob("*.tmp"):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if try_lock(fd):
+                path.unlink(missing_ok=True)
+        finally:
+            shut(fd)
+
+
+def what(event: Event) -> tuple[str, str]:
+    """What an event published, under whatever version: the file, and how it was fitted."""
+    return event.identity or "", event.settings or ""
+
+
+def copies(state: State, events: Iterable[Event]) -> dict[tuple[str, str], Path]:
+    """The kept copies, by what they are of."""
+    kept = set(kept_versions(state))
+    found = [event for event in events if event.version in kept and event.identity]
+    return {what(event): state.kept / f"{event.version}.safetensors" for event in found}
+
+
 def kept_versions(state: State) -> list[int]:
     """Versions of which a copy is kept, oldest first."""
     try:
@@ -219,15 +257,19 @@ def kept_versions(state: State) -> list[int]:
         return []
 
 
-def reopen(state: State, event: Event) -> tuple[Checkpoint, Fit] | None:
-    """What was once published, opened to be published again, and how it fits; None where it is gone or was changed."""
-    if event.identity and event.version is not None:
+def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoint, Fit] | None:
+    """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
+
+    Args:
+        kept: the ``copies``.
+    """
+    if copy := kept.get(what(event)):
         try:
-            checkpoint = Checkpoint(state.kept / f"{event.version}.safetensors")
+            checkpoint = Checkpoint(copy)
         except WsyncError:
             pass
         else:
-            checkpoint.is_copy_of(event.checkpoint or "", event.identity, event.step)
+            checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step)
             return checkpoint, Fit(finite=False)
     original = _same(event.checkpoint, event.identity)
     return (original, fit_from_json(event.settings)) if original else None

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import NoCheckpoint, StateError, UsageError
+from .errors import NoCheckpoint, SegmentBusy, StateError, UsageError
 from .publisher import publish
-from .record import kept_versions, reopen
+from .record import PUBLISHED, copies, reopen, what
 from .segment import Segment
 from .segment_files import Publication
 from .state import Event, Pin, State
+
+_PATIENCE = 3.0  # seconds that another publisher may hold the segment
+_LOOK = 0.05
 
 
 def rollback(
@@ -27,7 +32,7 @@ def rollback(
         to: the version; None takes the one before what is live.
 
     Raises:
-        UsageError: there is no such version on record.
+        UsageError: there is no such version on record; or nothing is live, and no version was named.
         NoCheckpoint: it cannot be had any more; the message lists what can.
         SegmentMissing: there is no segment.
         SegmentBusy: another publisher is at work, or readers hold every spare slot.
@@ -35,24 +40,23 @@ def rollback(
     """
     segment = Segment.open(name, runtime, write=True)
     try:
-        with segment.publishing():
+        with _publishing(segment):
             live = segment.live()
-            if live is None:
-                raise UsageError(f"nothing is live in {name!r} yet. There is nothing to go back from.")
             event = _target(state, live, to)
             assert event.version is not None
             before = state.pin()
+            last = live.version if live else state.version()
             pin = Pin(
                 checkpoint=event.checkpoint or "",
                 identity=event.identity or "",
-                version=live.version + 1,
+                version=last + 1,
                 step=event.step,
                 since=time.time(),
-                reason=f"rollback from version {live.version} to {event.version}",
+                reason=f"rollback from version {last} to {event.version}",
             )
             state.set_pin(pin)  # before it is live: a watch must not take the newest in between
             try:
-                publication = _again(segment, live, event, state)
+                publication = _again(segment, last, event, state)
             except BaseException:
                 state.set_pin(before)
                 raise
@@ -60,6 +64,22 @@ def rollback(
             return publication, pin, event.version
     finally:
         segment.close()
+
+
+@contextmanager
+def _publishing(segment: Segment) -> Iterator[None]:
+    """The publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator may be in a hurry."""
+    deadline = time.monotonic() + _PATIENCE
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(segment.publishing())
+                break
+            except SegmentBusy:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOOK)
+        yield
 
 
 def _note(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
@@ -77,13 +97,15 @@ def _note(state: State, publication: Publication, pin: Pin, nbytes: int) -> None
     )
 
 
-def _target(state: State, live: Publication, to: int | None) -> Event:
-    events = state.events(kinds=("publish", "rollback"))
+def _target(state: State, live: Publication | None, to: int | None) -> Event:
+    events = state.events(kinds=PUBLISHED)
     if to is not None:
         found = [event for event in events if event.version == to]
         if not found:
             raise UsageError(f"version {to} of {state.name!r} is not on record. {_choices(state, events)}")
         return found[-1]
+    if live is None:
+        raise UsageError(f"nothing is live in {state.name!r}. Say which version goes live. {_choices(state, events)}")
     origin = [n for n, event in enumerate(events) if event.kind == "publish" and event.identity == live.identity]
     earlier = [
         event
@@ -95,40 +117,41 @@ def _target(state: State, live: Publication, to: int | None) -> Event:
     return earlier[-1]
 
 
-def _again(segment: Segment, live: Publication, event: Event, state: State) -> Publication:
-    """Puts it live: from a spare slot, or staged from a copy or its file."""
+def _again(segment: Segment, last: int, event: Event, state: State) -> Publication:
+    """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
-    spec = segment.spec
     with segment.slot_with(event.version, event.identity or "") as (slot, held):
         if slot and held:
-            publication = replace(held, version=live.version + 1, published_at=time.time())
+            publication = replace(held, version=last + 1, published_at=time.time())
             slot.describe(publication)
     if slot:
         segment.store(publication.version, slot.number)
         return publication
-    again = reopen(state, event)
+    events = state.events(kinds=PUBLISHED)
+    again = reopen(event, copies(state, events))
     if again is None:
-        events = state.events(kinds=("publish", "rollback"))
         raise NoCheckpoint(
             f"version {event.version} of {state.name!r} came from {event.checkpoint or 'memory'}, which is gone or was "
             f"changed, and no copy was kept (--keep). {_choices(state, events)}"
         )
     checkpoint, fit = again
     with checkpoint:
-        return publish(segment, checkpoint, fit=fit, spec=live.spec or spec)
+        live = segment.live()
+        spec = (live.spec if live else "") or segment.spec
+        return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
 
 
 def _choices(state: State, events: list[Event]) -> str:
     """What can still be gone back to, newest first."""
-    kept, seen, lines = set(kept_versions(state)), set(), []
+    kept, seen, lines = copies(state, events), set(), []
     for event in reversed(events):
         if event.version is None or event.version in seen:
             continue
         seen.add(event.version)
-        again = reopen(state, event)
+        again = reopen(event, kept)
         if again:
+            where = "kept copy" if what(event) in kept else event.checkpoint
             again[0].close()
-            where = "kept copy" if event.version in kept else event.checkpoint
             lines.append(f"  {event.version}  step {event.step}  {where}")
         if len(lines) == 10:
             break

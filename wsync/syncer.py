@@ -89,7 +89,7 @@ class Syncer:
         )
         self.updater.access = spec.access
         self.updater.register_post_hook(self._note)
-        self.updater.gate = self._gate if spec.hooks.gate else None
+        self.updater.gate = self._last_look
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
         self._stop: threading.Event | None = None
@@ -321,7 +321,12 @@ class Syncer:
                     if checkpoint.identity not in {candidate.identity for candidate in newer}:
                         return self._current(before, started)
                 self._before, self._fit, self._started = before, self.spec.weights, started
-                self.updater.push_weights(checkpoint)
+                try:
+                    self.updater.push_weights(checkpoint)
+                except RetryLater:
+                    if pin := self.record.pin():
+                        return self._pinned_outcome(pin, before, started)
+                    raise
         except CheckpointMismatch:
             self._check_layout(segment)
             raise
@@ -370,6 +375,13 @@ class Syncer:
 
             self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report)
             self.hooks.send(publication)
+
+    def _last_look(self, staged: Staged) -> None:
+        """The gate, where there is one, and the pin once more: by now it may be minutes since the pass began."""
+        if self.spec.hooks.gate:
+            self._gate(staged)
+        if pin := self.record.pin():
+            raise RetryLater(f"{staged.checkpoint}: {pin.name} was pinned meanwhile. Nothing to do: the pin holds.")
 
     def _gate(self, staged: Staged) -> None:
         from .gate import ask
