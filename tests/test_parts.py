@@ -27,7 +27,7 @@ from wsync.errors import (
 )
 from wsync.layout import Layout, layout_of
 from wsync.memory import being_written
-from wsync.parts import ADAPTER, INDEX, MAX_INDEX, SINGLE, parts_of
+from wsync.parts import ADAPTER, INDEX, MAX_INDEX, SINGLE, identity, parts_of
 from wsync.source import Candidate, Select, scan
 from wsync.weight_getter import CheckpointWeightGetter
 
@@ -358,6 +358,15 @@ def test_shards_that_are_removed_while_reading_are_no_verdict(tmp_path: Path) ->
     with pytest.raises(CheckpointError) as caught:
         read(path, remove)
     assert not isinstance(caught.value, CheckpointRejected)
+
+
+def test_a_file_is_the_same_after_a_reboot(tmp_path: Path) -> None:
+    """Guards pins and refusals where a file system has another device number each time that it is mounted."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"weights")
+    info = path.stat()
+    again = os.stat_result((*info[:2], info.st_dev + 1, *info[3:]), {"st_mtime_ns": info.st_mtime_ns})
+    assert again.st_dev != info.st_dev and identity(again) == identity(info)
 
 
 def test_each_rewrite_of_any_file_is_another_identity(tmp_path: Path) -> None:

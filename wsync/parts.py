@@ -66,8 +66,11 @@ class Parts:
 
 
 def identity(info: os.stat_result) -> str:
-    """Tells one state of a file from every other: device, inode, size in bytes, modification time in ns."""
-    return f"{info.st_dev}-{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
+    """Tells one state of a file from every other: inode, size in bytes, modification time in ns.
+
+    Not the device: its number may be another after a reboot (NFS, overlays), where pins and refusals are to hold.
+    """
+    return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
 
 
 def identity_of(infos: Iterable[os.stat_result]) -> str:

@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import time
-import zlib
 from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,20 +80,20 @@ class Stored:
         return same and (self.etag != "" or self.written == other.written)
 
     def stat(self, store: str) -> os.stat_result:
-        """The same in the system's words: device and inode stand for the store and for key and ETag, so that the
-        identity of a checkpoint is made as it is on disk.
+        """The same in the system's words: the inode stands for store, key and ETag, so that the identity of a
+        checkpoint is made as it is on disk.
         """
-        number = int.from_bytes(sha256(f"{self.key}\0{self.etag}".encode()).digest()[:8], "big")
-        return _stat(stat.S_IFREG, number, zlib.crc32(store.encode()), self.size, self.written)
+        number = int.from_bytes(sha256(f"{store}\0{self.key}\0{self.etag}".encode()).digest()[:8], "big")
+        return _stat(stat.S_IFREG, number, self.size, self.written)
 
 
 def directory_stat() -> os.stat_result:
-    return _stat(stat.S_IFDIR, 0, 0, 0, 0)
+    return _stat(stat.S_IFDIR, 0, 0, 0)
 
 
-def _stat(mode: int, inode: int, device: int, size: int, written: int) -> os.stat_result:
+def _stat(mode: int, inode: int, size: int, written: int) -> os.stat_result:
     times = {"st_mtime_ns": written * 10**9, "st_ctime_ns": written * 10**9}
-    return os.stat_result((mode, inode, device, 1, 0, 0, size, written, written, written), times)
+    return os.stat_result((mode, inode, 0, 1, 0, 0, size, written, written, written), times)
 
 
 class Store:
