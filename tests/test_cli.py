@@ -151,10 +151,15 @@ def test_failure_is_one(cli: Cli, live: Segment) -> None:
     assert "wsync rm" in report(result)["reason"] and "Traceback" not in result.stderr
 
 
-def test_failure_names_the_segment(cli: Cli, live: Segment) -> None:
-    """The object of a failed push carries the same name as that of any other."""
+def test_failure_has_the_fields_of_any_push(cli: Cli, live: Segment, runtime: Path) -> None:
+    """The object of a failed push names the segment, and the version that stays live where that can be told."""
+    state = Path(os.environ["WSYNC_STATE_DIR"])
+    state.mkdir(exist_ok=True)
+    (state / f"{NAME}.pin").write_bytes(b"{")
+    data = report(cli("push", SPEC, "runs", "--json"))
+    assert data.keys() >= PUSH_KEYS and (data["status"], data["name"], data["version"]) == ("failed", NAME, 1)
     (live.path / "control").write_bytes(b"")
-    assert report(cli("push", SPEC, "runs", "--json"))["name"] == NAME
+    assert report(cli("push", SPEC, "runs", "--json"))["version"] == 0
 
 
 def test_named_older_file_is_published(cli: Cli, live: Segment, runs: Path) -> None:

@@ -87,6 +87,7 @@ def push(
     complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
     """
     from .console import complain, outcome_json, outcome_line
+    from .outcome import Outcome
     from .state import State
     from .syncer import Syncer
 
@@ -104,7 +105,7 @@ def push(
         if monitor:
             monitor.tell(exc)
         if as_json and not isinstance(exc, UsageError):
-            _print_json({"status": "failed", "name": loaded.name, "reason": str(exc)})
+            _print_json(outcome_json(Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(exc))))
         complain(exc)
         raise typer.Exit(exc.exit_code) from exc
     if monitor:
@@ -304,6 +305,19 @@ def _hook_report(monitor: Monitor | None) -> Callable[[str, bool, str], None]:
             monitor.figures.hook(kind, ok)
 
     return report
+
+
+def _live(name: str, runtime: Path | None) -> int:
+    """The version that a failed push left live; 0 where that cannot be told either."""
+    from .segment import Segment
+
+    try:
+        segment = Segment.open(name, runtime)
+    except (WsyncError, OSError, MemoryError):
+        return 0
+    version = segment.version
+    segment.close()
+    return version
 
 
 def _tell(outcome: Outcome) -> None:
