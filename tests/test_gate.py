@@ -251,6 +251,7 @@ def test_output_is_bounded_and_harmless(live: Segment, syncer: Callable[..., Syn
     assert told.reason and len(told.reason) < 3000 and told.reason.count("\n") < 25
     assert "\\x1b[31mred\\x07 \\u202ebad\ufffd" in told.reason
     assert all(c.isprintable() or c == "\n" for c in told.reason)
+    assert told.reason.endswith("\nThe checkpoint stays rejected until it changes.")
 
 
 def test_gate_may_call_wsync(
@@ -267,6 +268,19 @@ def test_gate_may_call_wsync(
     seen = json.loads(Path("seen.json").read_text())
     assert (seen["name"], seen["version"], seen["step"]) == (NAME, 1, 1)
     assert not {line.partition("=")[0] for line in Path("seen.env").read_text().splitlines()} & OPTIONS
+
+
+def test_gate_and_hook_find_the_state(runs: Path, cli: Cli, tmp_path: Path) -> None:
+    """Also where its directory was no variable: a hook may look at the log, pin, or roll back what it dislikes."""
+    env = {name: value for name, value in os.environ.items() if name != "WSYNC_STATE_DIR"}
+    env["XDG_STATE_HOME"] = str(tmp_path / "elsewhere")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    call = f'{sys.executable} -m wsync log "$WSYNC_NAME" --json'
+    arguments = ("--state-dir", "kept", "--gate", f"{call} > gate.json", "--exec", f"{call} > exec.json")
+    for _ in range(2):
+        assert cli("push", SPEC, "runs", "--force", *arguments, env=env).returncode == 0
+    told = [[event["kind"] for event in json.loads(Path(f).read_text())["events"]] for f in ("gate.json", "exec.json")]
+    assert told == [["gate", "publish"], ["gate", "publish"] * 2]
 
 
 def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:

@@ -133,7 +133,7 @@ def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
     rows = [f"{d.name}: expected {d.expected}, found {d.found}" for d in differences]
     more = [f"{len(rows) - LOGGED} more"] if len(rows) > LOGGED else []
     lines = [line.strip() for line in [*text.splitlines(), *rows[:LOGGED], *more]]
-    return printable("; ".join(filter(None, lines)).replace(".; ", ". "))
+    return printable("; ".join(filter(None, lines)).replace(".; ", ". ").replace(":; ", ": "))
 
 
 def complain(exc: WsyncError) -> None:

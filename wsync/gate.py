@@ -21,6 +21,7 @@ import pickle
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,11 @@ _ACCEPTED, _RETRY = 0, 75
 _LONGEST = 4000  # characters of an exception's text
 
 
-def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None) -> None:
+def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_dir: Path | None = None) -> None:
     """Returns when the gate accepts.
 
     Args:
+        state_dir: where history and pins are kept, for a wsync that the gate calls.
         stop: ends the gate early, once set; the checkpoint may then be tried again.
 
     Raises:
@@ -49,20 +51,24 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None) -> None
         SpecError: its function, or the policy for it, cannot be imported or built.
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
-    verdict, why = (_ask_function if spec.hooks.gate_is_function else _ask_command)(spec, staged, stop)
+    asks = _ask_function if spec.hooks.gate_is_function else _ask_command
+    verdict, why = asks(spec, staged, stop, _environment(staged, state_dir))
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
+    told = f"{what}: the gate {spec.hooks.gate!r} {why}" + ("" if why.endswith("\n") else ". ")
     if verdict == "retry":
-        raise RetryLater(f"{what}: the gate {spec.hooks.gate!r} {why}. It is asked again at the next pass.")
-    raise GateRejected(f"{what}: the gate {spec.hooks.gate!r} {why}. The checkpoint stays rejected until it changes.")
+        raise RetryLater(f"{told}It is asked again at the next pass.")
+    raise GateRejected(f"{told}The checkpoint stays rejected until it changes.")
 
 
-def _ask_command(spec: Spec, staged: Staged, stop: threading.Event | None) -> tuple[str, str]:
+def _ask_command(
+    spec: Spec, staged: Staged, stop: threading.Event | None, variables: Mapping[str, str]
+) -> tuple[str, str]:
     ended = command.run(
         ["/bin/sh", "-c", spec.hooks.gate],
         timeout=spec.hooks.gate_timeout,
-        environment=_environment(staged),
+        environment=variables,
         directory=spec.directory,
         stop=stop,
     )
@@ -71,7 +77,9 @@ def _ask_command(spec: Spec, staged: Staged, stop: threading.Event | None) -> tu
     return "retry" if ended.code == _RETRY or _was_stopped(ended, stop) else "reject", str(ended)
 
 
-def _ask_function(spec: Spec, staged: Staged, stop: threading.Event | None) -> tuple[str, str]:
+def _ask_function(
+    spec: Spec, staged: Staged, stop: threading.Event | None, variables: Mapping[str, str]
+) -> tuple[str, str]:
     """The question goes to the child, and the answer back, in one nameless file that is its stdin."""
     link = os.memfd_create("wsync-gate")
     try:
@@ -83,7 +91,7 @@ def _ask_function(spec: Spec, staged: Staged, stop: threading.Event | None) -> t
                 f"import sys; sys.path[:] = {sys.path!r}; from wsync.gate import _answer; _answer()",
             ],
             timeout=spec.hooks.gate_timeout,
-            environment=_environment(staged),
+            environment=variables,
             stop=stop,
             stdin=link,
         )
@@ -103,8 +111,9 @@ def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
     return ended.code is None and stop is not None and stop.is_set()
 
 
-def _environment(staged: Staged) -> dict[str, str]:
+def _environment(staged: Staged, state_dir: Path | None) -> dict[str, str]:
     return environment(
+        state_dir,
         staged=staged.path,
         name=staged.name,
         step=staged.step,

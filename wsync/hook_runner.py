@@ -143,20 +143,21 @@ class HookRunner:
 
     Args:
         runtime: where segments live; the command gets it as ``WSYNC_RUNTIME_DIR``.
+        state_dir: where history and pins are kept; it gets that as ``WSYNC_STATE_DIR``.
         report: called from the hooks' threads; default logs failures.
 
     Attributes:
         hooks: the hooks that are set, by their kinds, ``exec`` and ``webhook``.
     """
 
-    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None) -> None:
+    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None, state_dir: Path | None = None) -> None:
         settings, report = spec.hooks, report or _warn
         self._name = spec.name
         self.hooks: dict[str, Hook] = {}
         if settings.exec:
             self.hooks["exec"] = Hook(
                 "exec",
-                lambda news, cancel: run_command(settings, spec.directory, runtime, news, cancel),
+                lambda news, cancel: run_command(settings, spec.directory, (runtime, state_dir), news, cancel),
                 timeout=settings.exec_timeout,
                 backoff=settings.exec_backoff,
                 report=report,
@@ -190,17 +191,28 @@ class HookRunner:
             hook.join()
 
 
-def run_command(settings: Hooks, directory: Path, runtime: Path, news: News, cancel: threading.Event) -> None:
+def run_command(
+    settings: Hooks, directory: Path, places: tuple[Path, Path | None], news: News, cancel: threading.Event
+) -> None:
     """Runs ``exec`` once.
+
+    Args:
+        places: where segments live, and where history and pins are kept.
 
     Raises:
         WsyncError: it failed, or took too long.
     """
+    runtime, state_dir = places
     ended = command.run(
         ["/bin/sh", "-c", settings.exec],
         timeout=settings.exec_timeout,
         environment=environment(
-            name=news.name, version=news.version, step=news.step, checkpoint=news.checkpoint, runtime_dir=runtime
+            state_dir,
+            name=news.name,
+            version=news.version,
+            step=news.step,
+            checkpoint=news.checkpoint,
+            runtime_dir=runtime,
         ),
         directory=directory,
         stop=cancel,

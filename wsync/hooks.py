@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from .errors import UsageError
 
 VARIABLES = ("WSYNC_STAGED", "WSYNC_NAME", "WSYNC_VERSION", "WSYNC_STEP", "WSYNC_CHECKPOINT")
-"""What wsync itself sets for gates and hooks, beside ``WSYNC_RUNTIME_DIR``, which is an option, too."""
+"""What wsync itself sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``."""
 
 MAX_SECONDS = 86_400.0
 
@@ -93,16 +94,19 @@ class Hooks:
             return False
 
 
-def environment(**about: object) -> dict[str, str]:
+def environment(state_dir: Path | None, **about: object) -> dict[str, str]:
     """This process's environment with the variables of a gate or hook.
 
     The settings of gate and hooks themselves are not handed on: a wsync that a gate calls must not ask that gate again.
 
     Args:
+        state_dir: where history and pins are kept; None leaves that as it is here.
         about: the values, by the variable's name in lower case without ``WSYNC_``; None becomes empty.
     """
     own = {*VARIABLES, *(f"WSYNC_{setting.name.upper()}" for setting in fields(Hooks))}
     inherited = {name: value for name, value in os.environ.items() if name not in own}
+    if state_dir:
+        inherited["WSYNC_STATE_DIR"] = str(state_dir)
     return inherited | {f"WSYNC_{name.upper()}": "" if value is None else str(value) for name, value in about.items()}
 
 

@@ -52,6 +52,11 @@ class Record:
         if self._state:
             self._state.close()
 
+    @property
+    def directory(self) -> Path | None:
+        """Where it is kept."""
+        return self._state.directory if self._state else None
+
     def pin(self) -> Pin | None:
         """The pin that holds.
 

@@ -373,7 +373,7 @@ class Syncer:
         if self.spec.hooks.exec or self.spec.hooks.webhook:
             from .hook_runner import HookRunner
 
-            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report)
+            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report, self.record.directory)
             self.hooks.send(publication)
 
     def _last_look(self, staged: Staged) -> None:
@@ -388,7 +388,7 @@ class Syncer:
 
         result = "accepted"
         try:
-            ask(self.spec, staged, self._stop)
+            ask(self.spec, staged, self._stop, self.record.directory)
         except WsyncError as exc:
             result = str(exc)
             raise
