@@ -184,6 +184,19 @@ def test_the_watchdog_is_fed_while_the_loop_waits(watch: Callable[..., Lines], m
     end(log)
 
 
+def test_the_watchdog_is_fed_while_a_gate_looks(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+    """A gate may take its time, and a pause after failures too: neither is a loop that hangs."""
+    os.mkfifo("answer")
+    log = watch("--gate", "read line < answer", NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="100000", WSYNC_POLL="0.1")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    with open("answer", "w") as answer:  # opens once the gate reads
+        for _ in range(40):  # by half the watchdog's time: long after it would have run out
+            manager.until("WATCHDOG=1")
+        answer.write("fine\n")
+    log.until("version 1")
+    end(log)
+
+
 def test_a_loop_that_hangs_starves_the_watchdog(manager: Manager) -> None:
     """When the loop turns no more, the thread beside it stops feeding, and starts again when the loop does."""
     notifier = Notifier(manager.address, watchdog=0.05)

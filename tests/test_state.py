@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import stat
 from dataclasses import replace
@@ -48,6 +49,18 @@ def test_a_pin_that_could_not_be_written_leaves_no_file(tmp_path: Path, monkeypa
         with pytest.raises(StateError, match="No space left"):
             state.set_pin(replace(PIN, version=8))
         assert state.pin() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
+
+
+def test_a_history_that_was_removed_begins_anew(tmp_path: Path) -> None:
+    """Guards a watch of months against writing on into a file that has no name any more."""
+    with State("nets", tmp_path / "state") as watch:
+        watch.record("publish", version=1)
+        shutil.rmtree(tmp_path / "state")
+        watch.record("publish", version=2)
+        with State("nets", tmp_path / "state") as log:
+            assert [event.version for event in log.events()] == [2]
+            log.record("pin", version=2)
+        assert [event.kind for event in watch.events()] == ["publish", "pin"]
 
 
 def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:

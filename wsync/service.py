@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import SpecError, WsyncError
 from .notify import Notifier
+from .retry import LONGEST
 from .spec import Spec
 from .state import State
 from .syncer import Outcome, Syncer
@@ -109,7 +110,7 @@ class Service:
 
         try:
             while not self._stopped:
-                self.notifier.patience = self.spec.poll
+                self.notifier.patience = _patience(self.spec)
                 self.syncer.progress, self.syncer.report = progress, report
                 if self._group:
                     self._group.note = log.note
@@ -198,6 +199,14 @@ def changes(old: Any, new: Any, prefix: str = "") -> list[str]:
         else:
             lines.append(f"{field.name} changed")
     return lines
+
+
+def _patience(spec: Spec) -> float:
+    """Seconds that a loop which is well may take for a turn, staging aside: a pause, a gate, hooks that are to end."""
+    hooks = spec.hooks
+    gate = hooks.gate_timeout if hooks.gate else 0.0
+    ends = max(hooks.exec_timeout if hooks.exec else 0.0, hooks.webhook_timeout if hooks.webhook else 0.0)
+    return max(spec.poll, LONGEST) + gate + 2 * ends
 
 
 def _plain(value: object) -> str:

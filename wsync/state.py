@@ -119,6 +119,7 @@ class State:
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
         self._connection: sqlite3.Connection | None = None
+        self._opened: os.stat_result | None = None
 
     def __enter__(self) -> State:
         return self
@@ -257,9 +258,13 @@ class State:
         except ImportError as exc:  # a Python without it, or no memory left to load it
             raise self._failed(exc) from exc
         try:
+            if self._connection and not self._is_there():
+                self.close()
             if self._connection is None:
                 self._make()
-                os.close(os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+                fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                self._opened = os.fstat(fd)
+                os.close(fd)
                 self._connection = sqlite3.connect(self._file, timeout=10.0, check_same_thread=False)
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -269,6 +274,13 @@ class State:
         except (OSError, sqlite3.Error) as exc:
             self.close()
             raise self._failed(exc) from exc
+
+    def _is_there(self) -> bool:
+        """Whether the open database is still the file of that name: SQLite goes on with one that was removed."""
+        try:
+            return self._opened is not None and os.path.samestat(os.stat(self._file), self._opened)
+        except OSError:
+            return False
 
     def _failed(self, exc: Exception) -> StateError:
         return StateError(
