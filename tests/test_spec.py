@@ -193,6 +193,8 @@ def test_what_names_no_policy_is_refused(text: str) -> None:
         ('policy = "nets:Net"\nslots = "3"', r"slots = '3' is a str.*int"),
         ('policy = "nets:Net"\nslots = true', r"slots = True is a bool.*int"),
         ('policy = "nets:Net"\ncheckpoints = ["a"]', r"checkpoints = .* is a list.*str"),
+        ('policy = "nets:Net"\ncheckpoints = "a\\u0000"', r"checkpoints = 'a\\x00' holds a NUL"),
+        ('policy = "nets:Net"\n[select]\nmarker = "\\u0000"', r"select\.marker.* holds a NUL"),
         ('policy = "nets:Net"\npolicy_kwargs = 1', r"policy_kwargs = 1 is a int.*dict"),
         ('policy = "nets:Net"\nwatch = 1', r"watch is a table.*\[watch\]"),
         ('policy = "nets:Net"\n[watch]\npoll = "1"', r"watch\.poll = '1' is a str.*float"),

@@ -413,6 +413,8 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise SpecError(f"{path}: {prefix}{key} = {value!r} is a {type(value).__name__}. Give a {wanted}.")
+        elif isinstance(value, str) and "\0" in value:
+            raise SpecError(f"{path}: {prefix}{key} = {value!r} holds a NUL character. Remove it.")
         elif isinstance(value, list | dict) and prefix == "weights.":
             odd = [v for v in (value.values() if isinstance(value, dict) else value) if not isinstance(v, str)]
             if odd:
