@@ -632,6 +632,19 @@ HEADERS: dict[str, tuple[str | bytes, int]] = {
     "nothing before a comma": (f'{{"__metadata__":{{"x":"y"}},,"a":{entry()}}}', 8),
     "metadata twice": (f'{{"__metadata__":{{}},"__metadata__":{{}},"a":{entry()}}}', 8),
     "an unknown field": (one(more=',"more":1'), 8),
+    "an unknown field of minus zero": (one(more=',"more":-0'), 8),
+    "an unknown field of 300 digits": (one(more=f',"more":{"9" * 300}'), 8),
+    "an unknown field of 400 digits": (one(more=f',"more":{"9" * 400}'), 8),
+    "an unknown field beyond all floats": (one(more=',"more":[1e999]'), 8),
+    "an unknown field of half a surrogate": (one(more=',"more":{"x":"\\ud800"}'), 8),
+    "an unknown field of two halves": (one(more=',"more":"\\ud83d\\ude00"'), 8),
+    "an unknown field of 125 lists": (one(more=f',"more":{"[" * 125 + "]" * 125}'), 8),
+    "an unknown field of 126 lists": (one(more=f',"more":{"[" * 126 + "]" * 126}'), 8),
+    "an unknown field of 126 tables": (one(more=',"more":' + '{"a":' * 126 + "1" + "}" * 126), 8),
+    "metadata of half a surrogate": (f'{{"__metadata__":{{"x":"\\udc00"}},"a":{entry()}}}', 8),
+    "metadata of half a surrogate, last": (f'{{"a":{entry()},"__metadata__":{{"x":"\\udc00"}}}}', 8),
+    "an empty dimension of 2**63": (one(shape=f"[{2**63},0]", offsets="[0,0]"), 0),
+    "an empty dimension of 2**64": (one(shape=f"[{2**64},0]", offsets="[0,0]"), 0),
     "a field twice": (one(more=',"dtype":"F32"'), 8),
     "a field missing": ('{"a":{"dtype":"F32","shape":[2]}}', 8),
     "a tensor of null": ('{"a":null}', 0),
@@ -681,7 +694,6 @@ STRICT = {
     "a key of the metadata twice": (f'{{"__metadata__":{{"x":"1","x":"2"}},"a":{entry()}}}', 8),
     "a tensor as a list": ('{"a":["F32",[2],[0,8]]}', 8),
     "a dtype as a table": (one(dtype='{"F32":null}'), 8),
-    "an empty dimension of 2**63": (one(shape=f"[{2**63},0]", offsets="[0,0]"), 0),
 }
 """What the official reader takes by the way of its parser, no writer writes, and ours refuses."""
 

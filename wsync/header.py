@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from .errors import IncompleteCheckpoint, MalformedCheckpoint
 from .layout import DTYPE_BITS, describe
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
+_DEEPEST = 127  # tables and lists within one another, as the official reader has it
 _FIRST = '{"__metadata__":'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
 _KEYS = {"dtype", "shape", "data_offsets"}
@@ -102,7 +104,7 @@ def _split(text: str) -> tuple[dict[str, str], str]:
     if text.startswith(_FIRST):
         try:
             metadata, end = _JSON.raw_decode(text, len(_FIRST))
-            if text[end : end + 2] == ',"' and metadata and _are_strings(metadata):
+            if text[end : end + 2] == ',"' and metadata and _are_strings(metadata) and _is_text(metadata):
                 return metadata, "{" + text[end + 1 :]
         except (ValueError, RecursionError):
             pass
@@ -119,6 +121,8 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     header = _JSON.decode(text)
     if not isinstance(header, dict):
         raise _Odd("its header is not a JSON object")
+    if "\\u" in text and not _is_text(header):
+        raise ValueError("half a surrogate is no text")
     metadata = None
     if "__metadata__" in header:
         metadata = {} if header["__metadata__"] is None else header["__metadata__"]
@@ -144,19 +148,38 @@ def _are_strings(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
+def _is_text(value: object) -> bool:
+    """Whether no string in it, keys included, has half a surrogate, which an escape can write."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
+def _is_kept(value: object, depth: int) -> bool:
+    """Whether the official reader takes this for the value of a field that it does not know."""
+    if isinstance(value, dict | list):
+        return depth < _DEEPEST and all(
+            _is_kept(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)
+        )
+    if isinstance(value, str | None):
+        return True
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]  # what remains are numbers and truths
+    except OverflowError:
+        return False
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
-    for key in table:
-        key.encode()  # half a surrogate is no text
     if len(table) != len(pairs):
         raise ValueError("a key is there twice")
     return table
 
 
-def _integer(digits: str) -> int:
-    if digits == "-0":
-        raise ValueError("minus zero is no size")
-    return int(digits)
+def _integer(digits: str) -> int | float:
+    return -0.0 if digits == "-0" else int(digits)  # that is no size
 
 
 def _refuse(constant: str) -> None:
@@ -167,6 +190,8 @@ def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
     """One entry of a header."""
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise _Odd(f"the entry of {name!r} does not have dtype, shape and data_offsets")
+    if len(info) > len(_KEYS) and not _is_kept(info, 1):
+        raise _Odd(f"the entry of {name!r} has a number that is too large, or tables too deep within one another")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _Odd(f"{name!r} has the unknown dtype {dtype!r}"[:200])
@@ -189,7 +214,7 @@ def _product(shape: list[int]) -> int:
 
 
 def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in value)
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)

@@ -165,9 +165,9 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
     nested: dict[str, Any] = {}
     for entry in layout.tensors:
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in TORCH_DTYPES or any(size >= 1 << 63 for size in entry.shape):
             raise CheckpointError(
-                f"{checkpoint.path}: {entry.name} has dtype {entry.dtype}, which torch has no tensors of. Convert it."
+                f"{checkpoint.path}: {entry.name} is {entry.describe()}, which torch has no tensors of. Convert it."
             )
         *parents, last = entry.name.split(".")
         table = nested
