@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEADLINE
+from conftest import DEADLINE, raw
 from torch import nn
 
 import wsync
 from wsync.checkpoint import Checkpoint
-from wsync.errors import CheckpointError, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights
+from wsync.errors import (
+    CheckpointChanged,
+    CheckpointError,
+    CheckpointMismatch,
+    CheckpointRejected,
+    IncompleteCheckpoint,
+    MalformedCheckpoint,
+    NonFiniteWeights,
+)
 from wsync.fitting import Fit
 from wsync.layout import layout_of, views
+from wsync.source import Select, scan
 from wsync.spec import Spec
 from wsync.syncer import Syncer
 
@@ -72,9 +82,12 @@ def staged(adapter: Path, settings: Fit) -> dict[str, torch.Tensor]:
         {"use_rslora": True},
         {"target_modules": ["first", "last"], "alpha_pattern": {"last": 8}, "rank_pattern": {"last": 1}},
         {"target_modules": ["embed"]},
+        {"target_modules": ["first", "last"], "alpha_pattern": {"^first": 5, "fir.t": 8, "l\\wst|x": 9, "last": 7}},
         {"modules_to_save": ["last"]},
+        {"bias": "all"},
+        {"target_modules": ["first", "last"], "use_rslora": True, "rank_pattern": {"last": 1}},
     ],
-    ids=["plain", "rslora", "patterns", "embedding", "a module saved whole"],
+    ids=["plain", "rslora", "patterns", "embedding", "expressions", "a module saved whole", "biases", "root of ranks"],
 )
 def test_a_merge_is_what_peft_merges(config: dict[str, Any], tmp_path: Path) -> None:
     """Guards scale, transposition and names against PEFT's own merge_and_unload."""
@@ -141,14 +154,167 @@ def test_a_missing_base_is_no_missing_checkpoint(tmp_path: Path) -> None:
         checkpoint.plan(layout_of(Net()), Fit(base=str(tmp_path / "nowhere")))
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"use_dora": True}, {"lora_alpha": "much"}, None])
-def test_what_cannot_be_merged_is_refused(change: dict[str, Any] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"use_dora": True},
+        {"use_qalora": True},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"alora_invocation_tokens": [1, 2]},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"lora_alpha": "much"},
+        {"lora_alpha": None},
+        {"lora_alpha": True},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"alpha_pattern": {"first": "much"}},
+        {"alpha_pattern": {"first": [1]}},
+        {"alpha_pattern": {"(a*)*b": 1}},
+        {"alpha_pattern": {"first\\": 1}},
+        {"alpha_pattern": {f"module{n}": 1 for n in range(2000)}},
+        {"alpha_pattern": [1]},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_merged_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     """Guards that another kind of adapter, or a broken configuration, is never merged by guess."""
     base, adapter = saved(trained(), tmp_path)
     file = adapter / "adapter_config.json"
-    file.write_text("{" if change is None else json.dumps({**json.loads(file.read_text()), **change}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(MalformedCheckpoint, match="adapter_config"):
         staged(adapter, Fit(base=str(base)))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"peft_type": "LO'])
+def test_a_configuration_that_has_still_to_come_refuses_nothing(
+    content: str | None, runtime: Path, tmp_path: Path
+) -> None:
+    """Guards the moment between the two files of an adapter, of which PEFT writes the configuration last."""
+    base, adapter = saved(trained(), tmp_path)
+    file = adapter / "adapter_config.json"
+    whole = file.read_text()
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    wsync.SharedMemoryWeightUpdater("net", policy=Net()).make_segment()
+    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
+    (tmp_path / "runs").mkdir()
+    adapter.rename(tmp_path / "runs" / adapter.name)
+    with Syncer(spec, tmp_path / "runs") as syncer:
+        syncer._check_layout = lambda *_: None  # type: ignore[method-assign]  # the policy is this test's own class
+        assert syncer.once().status == "empty"
+        (tmp_path / "runs" / adapter.name / file.name).write_text(whole)
+        assert syncer.once().status == "published"
+
+
+def test_another_configuration_is_another_checkpoint(tmp_path: Path) -> None:
+    """Guards that a new alpha beside the same tensors is seen, and one that comes during a read is no mixture."""
+    base, adapter = saved(trained(), tmp_path)
+    file = adapter / "adapter_config.json"
+    with Checkpoint(adapter) as checkpoint:
+        plan = checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 77}))
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(memoryview(bytearray(plan.layout.nbytes)), plan)
+    with Checkpoint(adapter) as again:
+        assert again.identity != checkpoint.identity
+    assert [c.identity for c in scan(tmp_path) if c.path == adapter] == [again.identity]
+
+
+def test_an_adapter_is_waited_for_like_shards(tmp_path: Path) -> None:
+    """Guards that an adapter whose configuration may still be old is not read in the moment in which it comes."""
+    _, adapter = saved(trained(), tmp_path)
+    with pytest.raises(IncompleteCheckpoint, match="stand still"):
+        Checkpoint(adapter, settle=60)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_a_small_file_that_is_none_takes_neither_time_nor_memory(kind: str, name: str, tmp_path: Path) -> None:
+    """Guards against a pipe that nobody writes, a device without end, and gigabytes beside an adapter or shards."""
+    base, adapter = saved(trained(), tmp_path)
+    file = adapter / name
+    file.unlink(missing_ok=True)
+    if name != "adapter_config.json":
+        (adapter / "adapter_model.safetensors").unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.touch()
+        os.truncate(file, 1 << 40)
+    with pytest.raises(MalformedCheckpoint, match=name):
+        staged(adapter, Fit(base=str(base)))
+
+
+def test_a_named_file_of_an_adapter_is_the_adapter(tmp_path: Path) -> None:
+    """Guards that who names the file and not its directory gets the same merge."""
+    base, adapter = saved(trained(), tmp_path)
+    by_file = staged(adapter / "adapter_model.safetensors", Fit(base=str(base)))
+    for name, tensor in staged(adapter, Fit(base=str(base))).items():
+        assert torch.equal(tensor, by_file[name])
+
+
+def test_a_module_saved_whole_is_cast_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    """Guards cast = true for an adapter, whose halves are always floats of any kind, and that no other is promised."""
+    base, adapter = saved(trained(modules_to_save=["last"]), tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(CheckpointMismatch, match=r"last\.weight"):
+        staged(adapter, Fit(base=str(base)))
+    with Checkpoint(adapter) as checkpoint:
+        checkpoint.plan(layout_of(Net()), Fit(base=str(base), cast=True))
+        assert {stored.dtype for stored, _ in checkpoint.casts} == {"BF16"}
+    got = staged(adapter, Fit(base=str(base), cast=True))
+    assert torch.equal(got["last.bias"], tensors["base_model.model.last.bias"].float())
+
+
+def test_a_module_that_is_left_out_is_not_merged(tmp_path: Path) -> None:
+    """Guards exclude for adapters; and that one of which nothing is left is no merge."""
+    base, adapter = saved(trained(target_modules=["first", "last"]), tmp_path)
+    plain, whole = Net().state_dict(), staged(adapter, Fit(base=str(base)))
+    assert plain.keys() == whole.keys()
+    adapted = Fit(base=str(base), exclude=("last.weight",), strict=False)
+    with Checkpoint(adapter) as checkpoint:
+        checkpoint.plan(layout_of(Net()), adapted)
+        assert [delta.entry.name for delta in checkpoint._deltas] == ["first.weight"]
+    with Checkpoint(adapter) as checkpoint, pytest.raises(CheckpointMismatch, match="no place"):
+        checkpoint.plan(layout_of(Net()), Fit(base=str(base), exclude=("*.weight",), strict=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "F4"])
+def test_halves_that_are_no_floats_are_refused(dtype: torch.dtype | str, tmp_path: Path) -> None:
+    """Guards against a product of what a hostile file says are numbers."""
+    base, adapter = saved(trained(), tmp_path)
+    from safetensors.torch import save_file
+
+    file, root = adapter / "adapter_model.safetensors", "base_model.model.first.lora"
+    if isinstance(dtype, str):
+        header = {
+            f"{root}_A.weight": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, 4]},
+            f"{root}_B.weight": {"dtype": dtype, "shape": [5, 2], "data_offsets": [4, 9]},
+        }
+        raw(file, header, bytes(9))
+    else:
+        save_file({f"{root}_A.weight": torch.ones(2, 4, dtype=dtype), f"{root}_B.weight": torch.ones(5, 2)}, file)
+    with pytest.raises(CheckpointMismatch, match="have no place"):
+        staged(adapter, Fit(base=str(base)))
+
+
+def test_a_base_that_cannot_be_used_does_not_refuse_the_adapter(tmp_path: Path) -> None:
+    """Guards that a broken base, and one that is an adapter itself, are told as such and tried again."""
+    _, adapter = saved(trained(), tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(b"garbage, and more of it")
+    for base in (tmp_path / "broken.safetensors", adapter):
+        with Checkpoint(adapter) as checkpoint, pytest.raises(CheckpointError, match="base of the adapter") as caught:
+            checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
+        assert not isinstance(caught.value, CheckpointRejected)
 
 
 def test_an_adapter_of_another_net_is_refused(tmp_path: Path) -> None:

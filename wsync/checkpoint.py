@@ -82,8 +82,8 @@ class Checkpoint:
         try:
             self.parts = parts_of(self.path)
             self._open_files(settle)
-            index = [self.parts.index.stat()] if self.parts.index else []
-            self.identity = identity_of([*index, *self._infos])
+            self._index = [self.parts.index.stat()] if self.parts.index else []
+            self.identity = identity_of([*self._index, *self._infos])
             self.size = sum(info.st_size for info in self._infos)
             self.tensors: Mapping[str, StoredTensor] = {}
             self.metadata: dict[str, str] = {}
@@ -144,7 +144,7 @@ class Checkpoint:
             self.casts = plan.casts
             return plan
         except CheckpointMismatch as exc:
-            if self.parts.files[0].name != ADAPTER:
+            if not self.parts.is_adapter:
                 raise
             if not settings.base:
                 raise CheckpointMismatch(
@@ -161,15 +161,21 @@ class Checkpoint:
         if self._base is None:
             try:
                 self._base = open_checkpoint(settings.base)
-            except NoCheckpoint as exc:
-                raise CheckpointError(f"the base of the adapter {self.path} is missing: {exc}") from exc
+            except CheckpointError as exc:  # the adapter is not to be refused for it
+                raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {exc}") from exc
+        if self._base.parts.is_adapter:
+            raise CheckpointError(
+                f"the base of the adapter {self.path}, {self._base.path}, is an adapter itself. Name the weights that "
+                "both were trained on."
+            )
         self._base_plan = self._base.plan(layout, settings)
         try:
-            config = read_config(self.path)
+            config = read_config(self.parts)
         except OSError as exc:
             raise _unreadable(self.path, exc) from exc
-        self._deltas, replaced = deltas(self.tensors, config, layout, settings, self.path)
-        return Plan(layout, reads_of(replaced), kept=self._base_plan.kept)
+        merge = deltas(self.tensors, config, layout, settings, self.path)
+        self._deltas, self.casts = merge.deltas, (*self._base_plan.casts, *merge.casts)
+        return Plan(layout, reads_of(merge.replaced), merge.casts, kept=self._base_plan.kept)
 
     def read_into(
         self,
@@ -238,11 +244,13 @@ class Checkpoint:
         for number, fd in enumerate(self._fds):
             if identity(os.fstat(fd)) != identity(self._infos[number]):
                 raise self._changed()
-        if len(self._fds) > 1:  # shards that are replaced one after another are each whole, and together none
+        if self.parts.is_several:  # files that are replaced one after another are each whole, and together none
             parts = parts_of(self.path)
             if parts != self.parts or any(
                 not os.path.samestat(file.stat(), info) for file, info in zip(parts.files, self._infos, strict=True)
             ):
+                raise self._changed()
+            if parts.index and identity(parts.index.stat()) != identity(self._index[0]):
                 raise self._changed()
 
     def _changed(self) -> CheckpointChanged:
@@ -267,7 +275,7 @@ class Checkpoint:
                 f"{self.parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
                 "writers do best to write another name and rename it into place."
             )
-        told = len(writing) == 1 and None not in writing
+        told = not self.parts.is_several and None not in writing
         wanted = _TICK if told else max(settle, _TICK)
         for _ in range(3):
             infos = [os.fstat(fd) for fd in self._fds]

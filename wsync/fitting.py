@@ -20,7 +20,7 @@ from .layout import Layout, TensorEntry, describe
 CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 _WRAPPERS = ("module.", "_orig_mod.", "actor.", "policy.", "model.", "actor_network.", "base_model.model.")
-_FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
+FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
     for entry in layout.tensors:
         stored = [taken[name] for name in entry.names if name in taken]
         for tensor in stored:
-            castable = settings.cast and {tensor.dtype, entry.dtype} <= _FLOATS
+            castable = settings.cast and {tensor.dtype, entry.dtype} <= FLOATS
             if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
         if stored:
@@ -229,9 +229,7 @@ def _count(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -
     for entry in layout.tensors:
         stored = [taken[name] for name in entry.names if name in taken]
         fits = [
-            t
-            for t in stored
-            if t.shape == entry.shape and (t.dtype == entry.dtype or {t.dtype, entry.dtype} <= _FLOATS)
+            t for t in stored if t.shape == entry.shape and (t.dtype == entry.dtype or {t.dtype, entry.dtype} <= FLOATS)
         ]
         missing += not stored or len(fits) < len(stored)
         castable += any(t.dtype != entry.dtype for t in fits)

@@ -1,8 +1,8 @@
 """The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
 
 A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
-``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors``. What else lies
-there, stale shards of an older write included, is none of the checkpoint's.
+``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors`` with its
+``adapter_config.json``. What else lies there, stale shards of an older write included, is none of the checkpoint's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from .memory import read_at
 
 if TYPE_CHECKING:
     from .remote import RemotePath
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 MAX_INDEX = 100_000_000  # bytes, as for a header
 
 
@@ -55,14 +57,24 @@ class Parts:
     Attributes:
         path: the file or directory that is the checkpoint.
         files: the safetensors files to read.
-        index: its index file, where it is sharded.
-        names: the tensors that the index gives to each of ``files``; empty where there is no index.
+        index: the small file beside them that tells of them: a sharded one's index, an adapter's configuration; None
+            where there is none, or it has not come yet.
+        names: the tensors that the index gives to each of ``files``; empty where it is not sharded.
     """
 
     path: Path
     files: tuple[Path, ...]
     index: Path | None = None
     names: tuple[frozenset[str], ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.files[0].name == ADAPTER
+
+    @property
+    def is_several(self) -> bool:
+        """Whether its writer writes several files, one after another."""
+        return bool(self.names) or self.is_adapter
 
 
 def identity(info: os.stat_result) -> str:
@@ -93,16 +105,46 @@ def parts_of(path: Path) -> Parts:
     """
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
-            return Parts(path, (path,))
+            return _adapter(path, path) if path.name == ADAPTER else Parts(path, (path,))
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     for name in (SINGLE, INDEX, ADAPTER):
         if (path / name).exists():
-            return _sharded(path) if name == INDEX else Parts(path, (path / name,))
+            if name == INDEX:
+                return _sharded(path)
+            return _adapter(path, path / name) if name == ADAPTER else Parts(path, (path / name,))
     raise NoCheckpoint(
         f"{path} holds no checkpoint: neither {SINGLE}, nor {INDEX}, nor {ADAPTER}. Wait for its writer, or name "
         "another."
     )
+
+
+def read_small(file: Path, most: int) -> bytes:
+    """All of a small file beside a checkpoint, which is data from elsewhere, too.
+
+    Raises:
+        ValueError: it has more than ``most`` bytes, or is no regular file.
+        OSError: the system could not read it.
+    """
+    if remote(file):
+        if (size := file.stat().st_size) <= most:
+            return file.read_bytes()
+        raise ValueError(f"{size:,} bytes")
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # of a pipe, too, at once
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a regular file")
+        if info.st_size > most:
+            raise ValueError(f"{info.st_size:,} bytes")
+        return read_at(fd, info.st_size, 0)
+    finally:
+        os.close(fd)
+
+
+def _adapter(path: Path, file: Path) -> Parts:
+    config = file.parent / CONFIG
+    return Parts(path, (file,), config if config.exists() else None)
 
 
 def _sharded(path: Path) -> Parts:
@@ -142,10 +184,7 @@ def _is_file_name(shard: object) -> bool:
 
 def _weight_map(index: Path) -> dict[str, Any]:
     try:
-        size = index.stat().st_size
-        if size > MAX_INDEX or not index.is_file():
-            raise ValueError(f"{size:,} bytes")
-        table = json.loads(index.read_bytes())["weight_map"]
+        table = json.loads(read_small(index, MAX_INDEX))["weight_map"]
         if not isinstance(table, dict) or not table:
             raise ValueError("no weight_map")
         return table

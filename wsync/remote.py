@@ -195,7 +195,7 @@ class RemoteCheckpoint(Checkpoint):
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
         self._infos = [file.stat() for file in self.parts.files]
-        wanted = settle if len(self._infos) > 1 else 0.0  # one object is there whole, or not at all
+        wanted = settle if self.parts.is_several else 0.0  # one object is there whole, or not at all
         if cast(RemotePath, self.path).store.is_web:
             wanted = max(wanted, _WEB_TICK)
         now = time.time()

@@ -224,8 +224,7 @@ class Store:
 
     def _probe(self, prefix: str) -> dict[str, Stored]:
         """What a web server has of the one checkpoint that a directory may be; it lists nothing itself."""
-        from .adapter import CONFIG
-        from .parts import ADAPTER, INDEX, MAX_INDEX, SINGLE, shards_of
+        from .parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, shards_of
 
         folder = f"{prefix}/" if prefix else ""
         with ThreadPoolExecutor(_LOOKS) as pool:
