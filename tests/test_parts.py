@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from wsync.errors import (
 )
 from wsync.layout import Layout, layout_of
 from wsync.memory import being_written
-from wsync.parts import ADAPTER, INDEX, MAX_INDEX, SINGLE, identity, parts_of
+from wsync.parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, identity, parts_of
 from wsync.source import Candidate, Select, scan
 from wsync.weight_getter import CheckpointWeightGetter
 
@@ -367,6 +369,43 @@ def test_a_file_is_the_same_after_a_reboot(tmp_path: Path) -> None:
     info = path.stat()
     again = os.stat_result((*info[:2], info.st_dev + 1, *info[3:]), {"st_mtime_ns": info.st_mtime_ns})
     assert again.st_dev != info.st_dev and identity(again) == identity(info)
+
+
+@pytest.mark.parametrize("form", ["file", "single", "shards", "adapter"])
+def test_retention_at_any_moment_is_no_failure(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards each look, opening and read: a checkpoint that is removed there is gone (66) or changed (75), never 1."""
+    for moment in range(1000):
+        path = tmp_path / f"{moment}"
+        if form == "file":
+            write(path / "a.safetensors", policies.mlp(), 1.0)
+        elif form == "single":
+            single(path, 1.0)
+        elif form == "shards":
+            shard(path, tensors(1.0))
+        else:
+            save_file({"lora": torch.ones(3)}, single(path, 1.0) / ADAPTER)
+            (path / SINGLE).unlink()
+            (path / CONFIG).write_text("{}")
+        calls = 0
+
+        def count(real: Any, *arguments: Any, path: Path = path, moment: int = moment, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment + 1:
+                subprocess.run(["rm", "-r", str(path)], check=True)
+            return real(*arguments, **options)
+
+        with monkeypatch.context() as patched:
+            for name in ("open", "stat", "pread", "preadv"):
+                patched.setattr(os, name, partial(count, getattr(os, name)))
+            try:
+                read(path / "a.safetensors" if form == "file" else path)
+            except CheckpointError as exc:
+                assert exc.exit_code in (66, 75), (moment, exc)
+        if calls <= moment:
+            assert moment > 2
+            return
+    pytest.fail("it never ends")
 
 
 def test_each_rewrite_of_any_file_is_another_identity(tmp_path: Path) -> None:

@@ -413,6 +413,8 @@ def _open(path: Path) -> int:
 
 def _unreadable(path: Path, exc: OSError) -> CheckpointError:
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
+        return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
     if exc.errno in (errno.EACCES, errno.EPERM):
         try:
             info = path.stat()
