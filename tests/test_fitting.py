@@ -15,12 +15,16 @@ import policies
 import pytest
 import torch
 from conftest import write
+from hypothesis import given
+from hypothesis import settings as at_most
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from wsync import advice
 from wsync.casting import pieces
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, UsageError
-from wsync.fitting import Fit, Plan
+from wsync.fitting import Fit, Plan, fit
 from wsync.header import StoredTensor
 from wsync.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.publisher import publish, rehearse
@@ -434,6 +438,165 @@ def test_advice_adds_to_a_rename_that_is_there(tmp_path: Path) -> None:
     own["last.bias"] = own.pop("2.bias")
     layout = Layout.build({f"module.{e.name}": (e.dtype, e.shape) for e in LAYOUT.tensors}, {})
     follow(save(tmp_path / "a", own), layout, {"rename": {"last.bias": "2.bias"}})
+
+
+def named(**tensors: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {name.replace("__", "."): torch.ones(shape) for name, shape in tensors.items()}
+
+
+TIED = Layout.build({"embed.weight": ("F32", (3,)), "body.bias": ("F32", (2,))}, {"head.weight": "embed.weight"})
+DEEP = lay(net__0__weight=("F32", (3,)), net__0__bias=("F32", (2,)))
+COMBINATIONS: dict[str, tuple[Tensors, Layout, dict[str, Any], dict[str, Any]]] = {
+    "a prefix that nothing has": (state(), LAYOUT, {"prefix": "actor."}, {"prefix": ""}),
+    "a prefix and others below it": (
+        under("model.", state() | named(value_head__w=(1,))) | EXTRA,
+        LAYOUT,
+        {},
+        {"prefix": "model.", "exclude": ("value_head.*",)},
+    ),
+    "others below a prefix that is set, and a cast": (
+        under("actor.", {n: t.half() for n, t in state().items()} | named(value__w=(1,))),
+        LAYOUT,
+        {"prefix": "actor."},
+        {"exclude": ("value.*",), "cast": True},
+    ),
+    "others amid the policy's": (
+        named(net__0__weight=(3,), net__0__bias=(2,), net__0__scale=(1,), net__aux__w=(1,), net=(1,)),
+        DEEP,
+        {},
+        {"exclude": ("net", "net.0.scale", "net.aux.*")},
+    ),
+    "others whose names are like globs": (state() | {"a[0].w": torch.ones(1), "b*": torch.ones(1)}, LAYOUT, {},
+                                          {"exclude": ("a[[]0].*", "b[*]")}),
+    "many others": (state() | {f"o{n}.w": torch.ones(1) for n in range(99)}, LAYOUT, {}, {"include": ("0.*", "2.*")}),
+    "wrappers within": (
+        {name.replace(".", "._orig_mod."): tensor for name, tensor in state().items()},
+        LAYOUT,
+        {},
+        {"rename": {"/(?<![^.])(?:_orig_mod)\\./": ""}},
+    ),
+    "wrappers within and before": (
+        {f"actor.{name.replace('.', '._orig_mod.')}": tensor.double() for name, tensor in state().items()} | EXTRA,
+        LAYOUT,
+        {},
+        {"prefix": "actor.", "rename": {"/(?<![^.])(?:_orig_mod)\\./": ""}, "cast": True},
+    ),
+    "one wrapper for another": (
+        under("module.", named(weight=(3,), bias=(2,))),
+        DEEP,
+        {},
+        {"prefix": "module.", "rename": {"/^/": "net.0."}},
+    ),
+    "a rename that is set and a prefix": (
+        {f"model.layer{name}": tensor for name, tensor in state().items()},
+        LAYOUT,
+        {"rename": {"/^layer/": ""}},
+        {"prefix": "model."},
+    ),
+    "a tie under its other name": (named(m__head__weight=(3,), m__body__bias=(2,)), TIED, {}, {"prefix": "m."}),
+    "a part, cast": ({"0.weight": state()["0.weight"].half()}, LAYOUT, {"strict": False}, {"cast": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_advice_is_true_in_combinations(kind: str, tmp_path: Path) -> None:
+    """Guards that what is advised makes it fit where several settings are needed at once, and is the one expected."""
+    tensors, layout, settings, expected = COMBINATIONS[kind]
+    assert follow(save(tmp_path / "a", tensors), layout, settings)[0] == expected
+
+
+@at_most(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_advice_is_true_whatever_was_done_to_the_names(data: st.DataObject) -> None:
+    """Guards that no setting is ever promised that does not make it fit, and that single changes are always found."""
+    words = st.sampled_from(["actor.", "module.", "model.", "x.", "0.", "a.b.", "critic.", "_orig_mod."])
+    layout = layout_of(policies.mlp())
+    if data.draw(st.booleans()):
+        wrapper = data.draw(words)
+        layout = Layout.build({wrapper + e.name: (e.dtype, e.shape) for e in layout.tensors}, {})
+    held = {e.name: (e.dtype, e.shape) for e in layout.tensors}
+    done = data.draw(
+        st.lists(st.sampled_from(["prefix", "strip", "inner", "extra", "half", "lose", "twice"]), max_size=4)
+    )
+    for what in done:
+        if what == "prefix":
+            word = data.draw(words)
+            held = {word + name: about for name, about in held.items()}
+        elif what == "strip":
+            held = {name.partition(".")[2] or name: about for name, about in held.items()}
+        elif what == "inner":
+            held = {name.replace(".", "._orig_mod."): about for name, about in held.items()}
+        elif what == "extra":
+            held |= {data.draw(words) + name: ("F32", (1,)) for name in ("w", "0.bias")}
+        elif what == "half":
+            held = {name: ("F16", shape) for name, (_, shape) in held.items()}
+        elif what == "lose":
+            held = dict(list(held.items())[1:])
+        else:
+            held |= {data.draw(words) + name: about for name, about in held.items()}
+    stored = {name: StoredTensor(name, dtype, shape, 0, 0) for name, (dtype, shape) in held.items()}
+    given: dict[str, Any] = {
+        "prefix": data.draw(st.sampled_from(["", "", "actor.", "module."])),
+        "rename": data.draw(st.sampled_from([{}, {}, {"/^a\\./": "b."}, {"/^actor\\./": ""}])),
+        "exclude": data.draw(st.sampled_from([(), (), ("critic.*",)])),
+        "strict": data.draw(st.sampled_from([True, True, False])),
+    }
+    try:
+        fit(stored, layout, Fit(**given), Path("a"))
+    except CheckpointMismatch as exc:
+        if "fit with" in exc.message:
+            fit(stored, layout, Fit(**{**given, **advised(exc.message)}), Path("a"))
+        else:
+            alone = done in (["prefix"], ["half"], ["inner"])
+            assert not alone or not given["strict"] or any(given[name] for name in ("prefix", "rename", "exclude"))
+
+
+def test_advice_of_other_prefixes_is_told(tmp_path: Path) -> None:
+    """Guards that who has an actor and its target reads that either would fit."""
+    path = save(tmp_path / "a", under("actor.", state()) | under("target_actor.", state()) | EXTRA)
+    message = refusal(path, LAYOUT).message
+    assert advised(message) == {"prefix": "actor."} and 'So they do with prefix = "target_actor.".' in message
+
+
+def test_the_wrappers_maker_is_named(tmp_path: Path) -> None:
+    """Guards that a prefix nobody wrote by hand is explained."""
+    message = refusal(save(tmp_path / "a", under("module.", state())), LAYOUT).message
+    assert "module. is what DistributedDataParallel puts there." in message
+
+
+def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
+    """Guards that partial updates are named where they are possible, and only there."""
+    own = state()
+    del own["2.bias"]
+    path = save(tmp_path / "a", own)
+    assert "strict = false takes 3 of 4" in refusal(path, LAYOUT).message
+    assert "strict" not in refusal(path, LAYOUT, Fit(partial=False)).message
+    assert "Nothing is live" in refusal(path, LAYOUT, Fit(strict=False, partial=False)).message
+    own["0.weight"] = torch.ones(1)
+    assert "strict" not in refusal(save(path, own), LAYOUT).message
+
+
+def test_a_hostile_header_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a megabyte of names, each of which could be the policy's under another prefix."""
+    names = [f"{number:x}.{LAYOUT.tensors[0].name}" for number in range(20_000)]
+    stored = {name: StoredTensor(name, "F32", (0,), 0, 0) for name in names}
+    trials: list[Fit] = []
+    real = vars(advice)["match"]
+
+    def count(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Any:
+        trials.append(settings)
+        return real(tensors, layout, settings)
+
+    monkeypatch.setattr(advice, "match", count)
+    for settings in (Fit(), Fit(rename={"a": "b"}), Fit(prefix="x")):
+        with pytest.raises(CheckpointMismatch):
+            fit(stored, LAYOUT, settings, Path("a"))
+    assert len(trials) < 100
+    trials.clear()
+    monkeypatch.setattr(advice, "_WORK", 60_000)
+    with pytest.raises(CheckpointMismatch):
+        fit(stored, LAYOUT, Fit(rename={"a": "b"}), Path("a"))
+    assert len(trials) < 10
 
 
 def test_advice_counts_others_under_the_prefix(tmp_path: Path) -> None:

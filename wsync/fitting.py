@@ -19,7 +19,6 @@ from .layout import Layout, TensorEntry, describe
 
 CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
-_WRAPPERS = ("module.", "_orig_mod.", "actor.", "policy.", "model.", "actor_network.", "base_model.model.")
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
 
@@ -125,14 +124,40 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
     global _last
     if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
         return _last[3]
+    found = match(tensors, layout, settings)
+    if found.rows:
+        from .advice import advice
+
+        raise CheckpointMismatch(
+            f"{path} does not fit the policy: {len(found.rows)} of its tensors differ. "
+            + advice(tensors, layout, settings),
+            tuple(sorted(found.rows, key=lambda row: row.name)),
+        )
+    plan = Plan(layout, reads_of(found.chosen), tuple(found.casts), tuple(found.twins), tuple(found.kept))
+    _last = (tensors, layout, settings, plan)
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which tensor of a checkpoint becomes which of a layout, as stored or cast; and in ``rows`` what does not fit."""
+
+    rows: list[Difference]
+    chosen: list[tuple[StoredTensor, TensorEntry]]
+    casts: list[tuple[StoredTensor, TensorEntry]]
+    twins: list[tuple[StoredTensor, TensorEntry]]
+    kept: list[TensorEntry]
+    unknown: list[str]
+
+
+def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
+    """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have."""
     taken, rows = _names(tensors, settings)
-    wanted = {name: entry for entry in layout.tensors for name in entry.names}
+    found = Match(rows, [], [], [], [], [])
+    wanted = {name for entry in layout.tensors for name in entry.names}
     if settings.strict:
-        rows += [Difference(t.name, "absent", _say(t)) for name, t in taken.items() if name not in wanted]
-    chosen: list[tuple[StoredTensor, TensorEntry]] = []
-    casts: list[tuple[StoredTensor, TensorEntry]] = []
-    twins: list[tuple[StoredTensor, TensorEntry]] = []
-    kept: list[TensorEntry] = []
+        found.unknown.extend(name for name in taken if name not in wanted)
+        rows += [Difference(taken[name].name, "absent", _say(taken[name])) for name in found.unknown]
     for entry in layout.tensors:
         stored = [taken[name] for name in entry.names if name in taken]
         for tensor in stored:
@@ -140,23 +165,15 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
             if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
         if stored:
-            (chosen if stored[0].dtype == entry.dtype else casts).append((stored[0], entry))
-            twins += [(t, entry) for t in stored[1:]]
+            (found.chosen if stored[0].dtype == entry.dtype else found.casts).append((stored[0], entry))
+            found.twins.extend((t, entry) for t in stored[1:])
         elif settings.strict or not settings.partial:
             rows.append(Difference(entry.name, entry.describe(), "absent"))
         else:
-            kept.append(entry)
-    if not rows and len(kept) == len(layout.tensors):
-        rows = [Difference(entry.name, entry.describe(), "absent") for entry in kept]
-    if rows:
-        advice = _advice(tensors, layout, settings)
-        raise CheckpointMismatch(
-            f"{path} does not fit the policy: {len(rows)} of its tensors differ. {advice}",
-            tuple(sorted(rows, key=lambda row: row.name)),
-        )
-    plan = Plan(layout, reads_of(chosen), tuple(casts), tuple(twins), tuple(kept))
-    _last = (tensors, layout, settings, plan)
-    return plan
+            found.kept.append(entry)
+    if not rows and len(found.kept) == len(layout.tensors):
+        rows += [Difference(entry.name, entry.describe(), "absent") for entry in found.kept]
+    return found
 
 
 def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str, StoredTensor], list[Difference]]:
@@ -171,70 +188,6 @@ def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str
             rows.append(Difference(stored, "one tensor", f"{taken[name].name} is {name}, too"))
         taken[name] = tensor
     return taken, rows
-
-
-def _advice(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> str:
-    """The setting that would make all fit, or what else to do."""
-    for change, words in _changes(tensors, layout, settings):
-        missing, unknown, castable = _count(tensors, layout, change)
-        if missing or (unknown and change.strict):
-            continue
-        if castable and not change.cast:
-            words = [*words, "cast = true"]
-        if words:
-            noun = "setting" if len(words) == 1 else "settings"
-            many = f"All {len(layout.tensors)} tensors of the policy fit"
-            return f"{many} with the {noun} {' and '.join(words)} in [weights]."
-    return (
-        "It stays refused until it changes: write checkpoints of this policy's own state_dict, or name the spec that "
-        "fits."
-    )
-
-
-def _changes(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Iterable[tuple[Fit, list[str]]]:
-    """Settings to try, the smallest change first."""
-    from dataclasses import replace
-
-    yield settings, []
-    first = layout.tensors[0].name
-    prefixes = {name[: -len(first)] for name in tensors if name.endswith(first)}
-    for prefix in sorted({*prefixes, *_WRAPPERS} - {settings.prefix, ""}, key=lambda p: (len(p), p)):
-        yield replace(settings, prefix=prefix), [f"prefix = {_toml(prefix)}"]
-    for prefix in _WRAPPERS:  # the policy is the wrapped one
-        if all(entry.name.startswith(prefix) for entry in layout.tensors):
-            rename = {**settings.rename, "/^/": prefix}
-            pairs = ", ".join(f"{_toml(old)} = {_toml(new)}" for old, new in rename.items())
-            yield replace(settings, rename=rename), [f"rename = {{ {pairs} }}"]
-    known = {name.split(".")[0] for entry in layout.tensors for name in entry.names}
-    heads = {name.partition(".")[0]: "." in name for name in tensors}
-    globs = (
-        *settings.exclude,
-        *sorted(f"{head}.*" if deep else head for head, deep in heads.items() if head not in known),
-    )
-    if len(settings.exclude) < len(globs) <= 32:  # more is no advice
-        yield replace(settings, exclude=globs), [f"exclude = [{', '.join(map(_toml, globs))}]"]
-
-
-def _toml(text: str) -> str:
-    """A string as TOML writes it; JSON's way is one of TOML's."""
-    import json
-
-    return json.dumps(text)
-
-
-def _count(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> tuple[int, int, int]:
-    """Under these settings: tensors of the policy that do not come or do not fit, unknown ones, ones to cast."""
-    taken, twice = _names(tensors, settings)
-    missing, castable = len(twice), 0
-    for entry in layout.tensors:
-        stored = [taken[name] for name in entry.names if name in taken]
-        fits = [
-            t for t in stored if t.shape == entry.shape and (t.dtype == entry.dtype or {t.dtype, entry.dtype} <= FLOATS)
-        ]
-        missing += not stored or len(fits) < len(stored)
-        castable += any(t.dtype != entry.dtype for t in fits)
-    known = {name for entry in layout.tensors for name in entry.names}
-    return missing, len(taken.keys() - known), castable
 
 
 def _say(tensor: StoredTensor) -> str:
