@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -661,6 +662,33 @@ def test_the_temporaries_of_rsync_are_no_candidates(tmp_path: Path) -> None:
     assert scan(tmp_path) == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
+@pytest.mark.parametrize("what", ["the place", "a directory in it", "its shards"])
+def test_a_directory_that_is_not_for_us_says_whose_it_is(what: str, tmp_path: Path) -> None:
+    """Guards that what another user keeps to himself is told with owner and mode, and is not "no checkpoint yet"."""
+    path = shard(tmp_path / "runs" / "checkpoint-5", tensors())
+    for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        parent.chmod(0o755)
+    closed = {"the place": path.parent, "a directory in it": path, "its shards": path / INDEX}[what]
+    (path.parent / "lost+found").mkdir(mode=0o700)
+    closed.chmod(0o600 if closed.is_file() else 0o700)
+    os.seteuid(65534)
+    try:
+        for place in (path.parent, path):
+            with pytest.raises(CheckpointError, match=rf"{closed.name} belongs to root with mode 0[67]00") as caught:
+                CheckpointWeightGetter(place).open_newest()
+            assert caught.value.exit_code == 1
+    finally:
+        os.seteuid(0)
+    shutil.rmtree(path)
+    os.seteuid(65534)
+    try:
+        if what == "a directory in it":
+            assert scan(path.parent) == []  # a file system's own is no trouble
+    finally:
+        os.seteuid(0)
+
+
 # A marker
 
 
@@ -685,6 +713,19 @@ def test_a_file_waits_for_its_marker(marker: str, beside: str, tmp_path: Path) -
     assert scan(tmp_path, Select(marker=marker)) == []
     (tmp_path / beside).touch()
     assert names(scan(tmp_path, Select(marker=marker))) == ["step_5.safetensors"]
+
+
+@pytest.mark.parametrize("beside", ["step_5.safetensors.STABLE", "step_5.STABLE"])
+def test_a_named_file_waits_for_its_marker(beside: str, tmp_path: Path) -> None:
+    """Guards that the marker holds as well where the place is itself the file, and that its absence is told."""
+    path = write(tmp_path / "step_5.safetensors", policies.mlp())
+    getter = CheckpointWeightGetter(path, select=Select(marker="STABLE"))
+    with pytest.raises(NoCheckpoint, match='a marker "STABLE"'):
+        getter.open_newest()
+    (tmp_path / beside).touch()
+    assert [c.path for c in getter.candidates()] == [path]
+    (single(tmp_path / "checkpoint-7", 1.0) / "STABLE").touch()
+    assert len(scan(tmp_path / "checkpoint-7" / SINGLE, Select(marker="STABLE"))) == 1
 
 
 @pytest.mark.parametrize("form", ["single", pytest.param("shards")])

@@ -49,6 +49,7 @@ def candidate(name: str, mtime: int, state: str | None = None, place: str = "/ru
         "~step_1.safetensors",
         "step_1.tmp.safetensors",
         "step_1-tmp.safetensors",
+        "step_1.tmp8xk2.safetensors",
         "step_1_temp.safetensors",
         "step_1.PART.safetensors",
         "step_1.partial.safetensors",

@@ -11,9 +11,7 @@ finite check runs on each chunk while it is still in the processor's cache.
 
 from __future__ import annotations
 
-import errno
 import os
-import pwd
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +34,7 @@ from .fitting import Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, read_at, shut
-from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote
+from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
     from .adapter import Delta
@@ -91,7 +89,7 @@ class Checkpoint:
                 self._read_header(number, file)
         except OSError as exc:
             self.close()
-            raise _unreadable(self.path, exc) from exc
+            raise unreadable(self.path, exc) from exc
         except BaseException:
             self.close()
             raise
@@ -172,7 +170,7 @@ class Checkpoint:
         try:
             config = read_config(self.parts)
         except OSError as exc:
-            raise _unreadable(self.path, exc) from exc
+            raise unreadable(self.path, exc) from exc
         merge = deltas(self.tensors, config, layout, settings, self.path)
         self._deltas, self.casts = merge.deltas, (*self._base_plan.casts, *merge.casts)
         return Plan(layout, reads_of(merge.replaced), merge.casts, kept=self._base_plan.kept)
@@ -222,7 +220,7 @@ class Checkpoint:
                 self._compare(weights, twin, entry)
             self.check_unchanged()  # P5 verify
         except OSError as exc:
-            raise _unreadable(self.path, exc) from exc
+            raise unreadable(self.path, exc) from exc
         if not clean:
             raise self._non_finite(weights, plan.layout)
 
@@ -401,7 +399,7 @@ def _open(path: Path) -> int:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:
-        raise _unreadable(path, exc) from exc
+        raise unreadable(path, exc) from exc
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise malformed(path, "it is not a regular file")
@@ -409,25 +407,3 @@ def _open(path: Path) -> int:
         shut(fd)
         raise
     return fd
-
-
-def _unreadable(path: Path, exc: OSError) -> CheckpointError:
-    reason = os.strerror(exc.errno) if exc.errno else str(exc)
-    if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
-        return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
-    if exc.errno in (errno.EACCES, errno.EPERM):
-        try:
-            info = path.stat()
-        except OSError:
-            return CheckpointError(
-                f"{path} cannot be reached by uid {os.geteuid()} ({reason}). Give it access to the directories above."
-            )
-        try:
-            owner = pwd.getpwuid(info.st_uid).pw_name
-        except KeyError:
-            owner = str(info.st_uid)
-        return CheckpointError(
-            f"{path} belongs to {owner} with mode {stat.S_IMODE(info.st_mode):04o} and cannot be read by uid "
-            f"{os.geteuid()} ({reason}). Let the trainer make it readable, or run wsync as its owner."
-        )
-    return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")

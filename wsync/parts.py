@@ -7,8 +7,10 @@ A directory's form is told by the names that Hugging Face's libraries write: ``m
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pwd
 import stat
 import zlib
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from .errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from .memory import read_at
 
 if TYPE_CHECKING:
@@ -196,3 +198,36 @@ def _weight_map(index: Path) -> dict[str, Any]:
                 f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
             ) from exc
         raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
+
+
+def unreadable(path: Path, exc: OSError) -> CheckpointError:
+    """What the system refused of a checkpoint, as an error of ours; to whom it belongs where it is not for us."""
+    reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
+        return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return _forbidden(Path(exc.filename) if isinstance(exc.filename, str) else path, reason)
+    return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
+
+
+def _forbidden(path: Path, reason: str) -> CheckpointError:
+    closed, info = path, None
+    while info is None:
+        try:
+            info = closed.stat()
+        except OSError:
+            if closed == closed.parent:
+                return CheckpointError(f"{path} cannot be reached ({reason}). Give access to the directories above.")
+            closed = closed.parent
+    try:
+        owner = pwd.getpwuid(info.st_uid).pw_name
+    except KeyError:
+        owner = str(info.st_uid)
+    whose, user = f"{closed} belongs to {owner} with mode {stat.S_IMODE(info.st_mode):04o}", f"uid {os.geteuid()}"
+    if closed != path:
+        return CheckpointError(
+            f"{path} cannot be reached by {user} ({reason}): {whose}. Give it access to the directories above."
+        )
+    return CheckpointError(
+        f"{whose} and cannot be read by {user} ({reason}). Let the trainer make it readable, or run wsync as its owner."
+    )

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .errors import CheckpointError, NoCheckpoint, UsageError
-from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of, place_at, remote
+from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 
 SUFFIX = ".safetensors"
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
-    r"^\.|^~|~$|^tmp|\.(?:tmp|temp|part|partial|incomplete)(?:$|[.\-_])"
+    r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
     r"|[-_](?:tmp(?:[-_.]?\d+)?|temp|partial|incomplete)(?:\.safetensors)?$",
     re.IGNORECASE,
 )
+_OTHERS = "lost+found"  # of a file system, in its root directory
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 Place = tuple[int, int, list[tuple[int, int, str]]]
@@ -121,7 +122,9 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
             place, exists = place_at(away), away.has
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            return [Candidate(place.absolute(), info, _written(info))]
+            beside = [] if away or not settings.marker else os.listdir(place.parent)
+            waits = settings.marker and not away and not _marked(place.name, set(beside), settings.marker)
+            return [] if waits else [Candidate(place.absolute(), info, _written(info))]
         if away:
             listed = away.entries()
         else:
@@ -130,6 +133,8 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
     except OSError as exc:
+        if exc.errno == errno.EACCES:
+            raise unreadable(place, exc) from exc
         raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
     names = {entry.name for entry in listed}
     found: list[Candidate] = []
@@ -144,7 +149,7 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
         except CheckpointError as exc:
             trouble = exc
         except OSError as exc:
-            trouble = CheckpointError(f"{place} cannot be read ({exc.strerror}). It is tried again at the next pass.")
+            trouble = unreadable(place, exc)
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     for entry in listed:
         name = entry.name
@@ -162,10 +167,8 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
-            if name.endswith(SUFFIX) and exc.errno != errno.ELOOP:
-                trouble = trouble or CheckpointError(
-                    f"{entry.path} cannot be looked at ({exc.strerror}). Check its owner, its mode and the disk."
-                )
+            if exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
+                trouble = trouble or unreadable(Path(entry.path), exc)
         except CheckpointError:
             continue  # a directory that holds no checkpoint, or half of one
     if trouble and not found:

@@ -139,8 +139,11 @@ class CheckpointWeightGetter:
         return open_checkpoint(candidate.path, settle=self.select.settle)
 
     def nothing(self) -> NoCheckpoint:
+        wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
+        wanted += [f'a marker "{self.select.marker}"'] if self.select.marker else []
+        asked = f" (asked for are {' and '.join(wanted)})" if wanted else ""
         return NoCheckpoint(
-            f"there is no complete checkpoint in {self.checkpoints} yet. It is looked at again at the next pass."
+            f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
         )
 
 
