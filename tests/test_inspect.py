@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, write
+from conftest import TESTS, Cli, raw, write
 from policies import mlp
 from safetensors.torch import save_file
 
+from wsync.checkpoint import Checkpoint
+from wsync.fitting import Fit
+from wsync.inspect import inspect
 from wsync.segment import Segment
+from wsync.spec import Spec
 
 SPEC = "policies:mlp"
 
@@ -73,6 +77,88 @@ def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, cli: Cli) ->
     ):
         done = cli("inspect", *arguments)
         assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done.stderr)
+
+
+@pytest.mark.parametrize("cut", [None, 3, 100, 64])
+def test_a_scan_goes_in_parts(cut: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards bounded memory whatever a file claims, and that every tensor is looked at to its last element."""
+    if cut:
+        monkeypatch.setattr("wsync.inspect._AT_ONCE", 8 * cut)
+    state = {f"t{n}": torch.ones(n * 7, dtype=dtype) for n, dtype in enumerate([torch.float32, torch.float64] * 9)}
+    state |= {"i": torch.full((9,), -1), "e": torch.zeros(0), "s": torch.tensor(1.0)}
+    ill = {"t3", "t8", "t17", "s"}
+    for name in ill:
+        state[name].view(-1)[-1] = float("inf")
+    save_file(state, tmp_path / "a.safetensors")
+    looked = inspect(tmp_path / "a.safetensors", scan_values=True)
+    assert {t["name"] for t in looked["tensors"] if not t["finite"]} == ill
+
+
+def test_a_scan_of_what_claims_a_terabyte_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a sparse file, which costs its writer nothing."""
+    read: list[int] = []
+    monkeypatch.setattr(Checkpoint, "read_into", lambda _, weights, plan: read.append(len(weights)))
+    path = tmp_path / "a.safetensors"
+    raw(path, {"a": {"dtype": "F32", "shape": [1 << 36], "data_offsets": [0, 1 << 38]}})
+    os.truncate(path, path.stat().st_size + (1 << 38))
+    assert inspect(path, scan_values=True)["complete"] and {*read} == {64 << 20}
+
+
+def test_what_fits_says_how(tmp_path: Path, cli: Cli) -> None:
+    """Guards that casts, what keeps its values and what is left out can be read before anything is published."""
+    state = {f"actor.{name}": t.detach().half() for name, t in mlp().state_dict().items() if name != "2.bias"}
+    save_file({**state, "critic.weight": torch.zeros(3)}, tmp_path / "step_5.safetensors")
+    spec = tmp_path / "a.toml"
+    spec.write_text(f'policy = "{SPEC}"\n[weights]\nprefix = "actor."\ncast = true\nstrict = false\n')
+    looked = json.loads(cli("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec), "--json").stdout)
+    assert looked["fits"] and looked["kept"] == ["2.bias"] and looked["left_out"] == ["critic.weight"]
+    assert {"name": "actor.0.bias", "from": "F16", "to": "F32"} in looked["casts"] and looked["base"] is None
+    shown = cli("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec)).stdout
+    assert "3 tensors cast (F16 to F32); 1 tensor of the policy not in it; 1 of its own left out" in shown
+
+
+def test_checkpoints_in_a_checkpoint_are_told_as_well(tmp_path: Path, cli: Cli) -> None:
+    """Guards the output of a trainer that leaves its last weights in the directory of its checkpoints."""
+    write(tmp_path / "model.safetensors", mlp(), 1.0)
+    for step in (1, 2):
+        os.utime(write(tmp_path / f"checkpoint-{step}" / "model.safetensors", mlp(), float(step)), (step, step))
+    looked = json.loads(cli("inspect", str(tmp_path), "--json").stdout)
+    assert len(looked["tensors"]) == 4
+    assert [Path(c["path"]).name for c in looked["candidates"]] == ["checkpoint-2", "checkpoint-1"]
+    shown = cli("inspect", str(tmp_path)).stdout
+    assert "4 tensors" in shown and "2 other candidates" in shown
+
+
+def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a look at a directory while the trainer's retention is at work there."""
+
+    def open_checkpoint(path: Path) -> Checkpoint:
+        if path.name == "step_2.safetensors":
+            path.unlink()
+        return Checkpoint(path)
+
+    monkeypatch.setattr("wsync.inspect.open_checkpoint", open_checkpoint)
+    looked = inspect(runs)
+    assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
+
+
+def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path) -> None:
+    """Guards that what is missing beside a checkpoint is told as its verdict, and ends no look."""
+    lora = {f"base_model.model.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    (tmp_path / "adapter").mkdir()
+    save_file(lora, tmp_path / "adapter" / "adapter_model.safetensors")
+    spec = Spec(SPEC, "a", TESTS, weights=Fit(base=str(tmp_path / "nowhere")))
+    looked = inspect(tmp_path / "adapter", spec=spec)
+    assert looked["complete"] and not looked["fits"] and "base of the adapter" in looked["reason"]
+
+
+def test_names_of_a_file_do_not_move_the_cursor(tmp_path: Path, cli: Cli) -> None:
+    """Guards the terminal against what a hostile file calls its tensors, its metadata and itself."""
+    path = tmp_path / "a\x1b[2J.safetensors"
+    save_file({"w\x1b[31m": torch.ones(1)}, path, metadata={"k\x1b[1m": "v\x1b[1m\x07"})
+    raw(tmp_path / "b\x1b[2J.safetensors", b"garbage")
+    for place in (path, tmp_path, tmp_path / "b\x1b[2J.safetensors"):
+        assert "\x1b" not in (done := cli("inspect", str(place))).stdout + done.stderr
 
 
 def test_the_advice_of_a_refusal_works_as_options(tmp_path: Path, cli: Cli, runtime: Path) -> None:

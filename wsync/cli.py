@@ -242,7 +242,7 @@ def inspect(
     else:
         print_inspection(looked)
     bad = looked.get("complete") is False or looked.get("fits") is False
-    raise typer.Exit(65 if bad else 0)
+    raise typer.Exit((1 if looked["kind"] == "failed" else 65) if bad else 0)
 
 
 @app.command(epilog="Example: wsync rm cartpole")

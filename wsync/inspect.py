@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NoCheckpoint, WithDifferences
-from .finite import not_finite
-from .parts import parts_of, place_at
+from .errors import CheckpointError, NoCheckpoint, NonFiniteWeights, WithDifferences
+from .fitting import CHUNK, Plan, reads_of
+from .header import StoredTensor
+from .layout import DTYPE_BITS, Layout, TensorEntry
+from .parts import parts_of, place_at, unreadable
 from .source import Candidate, Select, scan, select
 from .spec import Spec
+
+_AT_ONCE = 8 * CHUNK  # bytes that a scan holds at most
 
 Fits = Callable[[Checkpoint], dict[str, Any]]
 
@@ -27,80 +31,139 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
 
     Returns:
         ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
-        "reason", "step", "bytes", "files", "metadata", "tensors"}``, and ``"fits"`` with a spec. Each tensor has
-        ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it was read, ``finite``.
+        "reason", "kind", "step", "bytes", "files", "metadata", "tensors"}``, with a spec ``"fits"``, and with
+        ``"candidates"`` where there are others in it.
+
+        Each tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
+        was read, ``finite``. What fits has ``casts`` (each ``name``, ``from``, ``to``), ``kept`` (the policy's tensors
+        that keep their live values), ``left_out`` (the checkpoint's that are not taken) and ``base`` (what an adapter
+        is merged into). ``kind`` is the reason in a word: ``incomplete``, ``malformed`` or ``failed``.
 
     Raises:
         NoCheckpoint: there is nothing at the path.
+        CheckpointError: a directory cannot be listed.
     """
     fits, path = _fitter(spec) if spec else None, place_at(path)
-    if path.is_dir():
+    settings = spec.select if spec else Select()
+    try:
+        if not path.is_dir():
+            return _look(path, fits, scan_values)
+        parts_of(path)
+    except NoCheckpoint:
+        return {"path": str(path), "candidates": _verdicts(scan(path, settings), settings, fits)}
+    except OSError as exc:
+        raise unreadable(path, exc) from exc
+    except CheckpointError:
+        pass  # told below, where it is opened
+    looked = _look(path, fits, scan_values)
+    try:
+        others = [candidate for candidate in scan(path, settings) if candidate.path != path]
+    except CheckpointError:
+        others = []
+    return {**looked, "candidates": _verdicts(others, settings, fits)} if others else looked
+
+
+def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> list[dict[str, Any]]:
+    kept = ("path", "complete", "step", "bytes", "reason", "kind", "fits")
+    verdicts = []
+    for candidate in select(found, order=settings.order):
         try:
-            parts_of(path)
+            looked = _look(candidate.path, fits, False)
         except NoCheckpoint:
-            settings = spec.select if spec else Select()
-            found = select(scan(path, settings), order=settings.order)
-            return {"path": str(path), "candidates": [_verdict(candidate, fits) for candidate in found]}
-        except CheckpointError:
-            pass  # told below, where it is opened
-    return _look(path, fits, scan_values)
-
-
-def _verdict(candidate: Candidate, fits: Fits | None) -> dict[str, Any]:
-    looked = _look(candidate.path, fits, False)
-    return {key: looked.get(key) for key in ("path", "complete", "step", "bytes", "reason", "fits") if key in looked}
+            continue  # retention was faster
+        verdicts.append({key: looked[key] for key in kept if key in looked})
+    return verdicts
 
 
 def _look(path: Path, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
         checkpoint = open_checkpoint(path)
+        with checkpoint:
+            broken = _not_finite(checkpoint) if scan_values else None
+            return _described(path, checkpoint, broken) | (fits(checkpoint) if fits else {})
     except NoCheckpoint:
         raise
     except CheckpointError as exc:
-        return {"path": str(path), "complete": False, "reason": str(exc), "step": None, "bytes": None}
-    with checkpoint:
-        broken = set(_not_finite(checkpoint)) if scan_values else None
-        looked: dict[str, Any] = {
-            "path": str(path),
-            "complete": True,
-            "reason": None,
-            "step": checkpoint.step,
-            "bytes": checkpoint.size,
-            "files": [file.name for file in checkpoint.parts.files],
-            "metadata": checkpoint.metadata,
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "bytes": tensor.nbytes,
-                    "file": checkpoint.parts.files[tensor.file].name,
-                    **({} if broken is None else {"finite": tensor.name not in broken}),
-                }
-                for tensor in checkpoint.tensors.values()
-            ],
-        }
-        if fits:
-            looked |= fits(checkpoint)
-    return looked
+        about = {"complete": False, "reason": str(exc), "kind": exc.kind, "step": None, "bytes": None}
+        return {"path": str(path), **about}
+
+
+def _described(path: Path, checkpoint: Checkpoint, broken: set[str] | None) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "complete": True,
+        "reason": None,
+        "kind": None,
+        "step": checkpoint.step,
+        "bytes": checkpoint.size,
+        "files": [file.name for file in checkpoint.parts.files],
+        "metadata": checkpoint.metadata,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bytes": tensor.nbytes,
+                "file": checkpoint.parts.files[tensor.file].name,
+                **({} if broken is None else {"finite": tensor.name not in broken}),
+            }
+            for tensor in checkpoint.tensors.values()
+        ],
+    }
 
 
 def _fitter(spec: Spec) -> Fits:
     """Tells of checkpoints whether they fit the policy, whose layout is read once."""
-    layout = spec.layout()
+    layout, settings = spec.layout(), spec.weights
+    known = {name for entry in layout.tensors for name in entry.names}
 
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:
         try:
-            checkpoint.plan(layout, spec.weights)
+            plan = checkpoint.plan(layout, settings)
         except WithDifferences as exc:
             return {"fits": False, "reason": exc.message, "differences": [asdict(row) for row in exc.differences]}
-        return {"fits": True}
+        except CheckpointError as exc:  # an adapter's base, or its configuration
+            return {"fits": False, "reason": str(exc), "differences": []}
+        left = [] if checkpoint.merged else [name for name in checkpoint.tensors if settings.name(name) not in known]
+        return {
+            "fits": True,
+            "casts": [{"name": t.name, "from": t.dtype, "to": entry.dtype} for t, entry in checkpoint.casts],
+            "kept": [entry.name for entry in plan.kept],
+            "left_out": left,
+            "base": settings.base if checkpoint.merged else None,
+        }
 
     return fits
 
 
-def _not_finite(checkpoint: Checkpoint) -> list[str]:
-    layout = checkpoint.layout
-    weights = memoryview(bytearray(layout.nbytes))
-    checkpoint.read_into(weights, checkpoint.plan(layout), finite=False)
-    return not_finite(weights, layout)
+def _not_finite(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that hold NaN or infinity, read a part at a time, however large they claim to be."""
+    weights = memoryview(bytearray(min(sum(t.nbytes for t in checkpoint.tensors.values()), _AT_ONCE)))
+    broken: set[str] = set()
+    for pairs in _parts(checkpoint.tensors.values()):
+        try:
+            checkpoint.read_into(weights, Plan(Layout(tuple(entry for _, entry in pairs)), reads_of(pairs)))
+        except NonFiniteWeights as exc:
+            broken |= {row.name for row in exc.differences}
+    return broken
+
+
+def _parts(tensors: Iterable[StoredTensor]) -> Iterator[list[tuple[StoredTensor, TensorEntry]]]:
+    """Pieces of tensors, each with its place in a buffer of ``_AT_ONCE`` bytes, as many as it holds."""
+    pairs: list[tuple[StoredTensor, TensorEntry]] = []
+    offset = 0
+    for tensor in tensors:
+        at = 0
+        while at < tensor.nbytes:
+            room = (_AT_ONCE - offset) & ~7  # so that no element is split
+            if not room:
+                yield pairs
+                pairs, offset = [], 0
+                continue
+            size = min(tensor.nbytes - at, room)
+            shape = (size * 8 // DTYPE_BITS[tensor.dtype],)
+            piece = StoredTensor(tensor.name, tensor.dtype, shape, tensor.start + at, size, tensor.file)
+            pairs.append((piece, TensorEntry(tensor.name, tensor.dtype, shape, offset)))
+            offset, at = offset + size, at + size
+    if pairs:
+        yield pairs

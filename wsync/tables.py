@@ -96,28 +96,41 @@ def reader_table(live: Publication | None, readers: list[ReaderRecord], segment:
 
 def print_inspection(looked: dict[str, Any]) -> None:
     """What ``wsync inspect`` found, as tables."""
+    console = stdout_console()
+    if "complete" in looked:
+        _print_checkpoint(console, looked)
+    if "candidates" in looked:
+        _print_candidates(console, looked)
+
+
+def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = stdout_console()
+    found = looked["candidates"]
+    others = "other " if "complete" in looked else ""
+    console.print(
+        f"{printable(looked['path'])}: {count(len(found), f'{others}candidate')}, newest first",
+        markup=False,
+        soft_wrap=True,
+    )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    if "candidates" in looked:
-        console.print(
-            f"{printable(looked['path'])}: {count(len(looked['candidates']), 'candidate')}, newest first",
-            markup=False,
-            soft_wrap=True,
-        )
-        for column in ("checkpoint", "step", "size", "verdict"):
-            table.add_column(column, overflow="fold")
-        for each in looked["candidates"]:
-            good = each["complete"] and each.get("fits", True)
-            verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
-            step = "" if each["step"] is None else str(each["step"])
-            weight = "" if each["bytes"] is None else size(each["bytes"])
-            verdict_text = Text(printable(verdict), "" if good else "red")
-            table.add_row(Text(printable(Path(each["path"]).name)), step, weight, verdict_text)
-        console.print(table)
-        return
+    for column in ("checkpoint", "step", "size", "verdict"):
+        table.add_column(column, overflow="fold")
+    for each in found:
+        good = each["complete"] and each.get("fits", True)
+        verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
+        step = "" if each["step"] is None else str(each["step"])
+        weight = "" if each["bytes"] is None else size(each["bytes"])
+        name = printable(Path(each["path"]).name)
+        table.add_row(Text(name), step, weight, Text(printable(verdict), "" if good else "red"))
+    console.print(table)
+
+
+def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     if not looked["complete"]:
         console.print(Text(harmless(looked["reason"]), "red"), soft_wrap=True)
         return
@@ -129,10 +142,11 @@ def print_inspection(looked: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for key, value in looked["metadata"].items():
-        console.print(printable(f"  {key} = {value}"), markup=False, soft_wrap=True)
+        console.print(f"  {printable(key)} = {printable(value)}", markup=False, soft_wrap=True)
     if "fits" in looked:
-        verdict = "fits the policy" if looked["fits"] else looked["reason"]
-        console.print(Text(harmless(verdict), "green" if looked["fits"] else "red"), soft_wrap=True)
+        verdict = _how_it_fits(looked) if looked["fits"] else printable(looked["reason"])
+        console.print(Text(verdict, "green" if looked["fits"] else "red"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("tensor", overflow="fold")
     for column in ("dtype", "shape", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
@@ -148,6 +162,18 @@ def print_inspection(looked: dict[str, Any]) -> None:
             *finite,
         )
     console.print(table)
+
+
+def _how_it_fits(looked: dict[str, Any]) -> str:
+    parts = [f"merged into {looked['base']}"] if looked["base"] else []
+    if casts := looked["casts"]:
+        kinds = sorted({f"{cast['from']} to {cast['to']}" for cast in casts})
+        parts.append(f"{count(len(casts), 'tensor')} cast ({', '.join(kinds)})")
+    if kept := looked["kept"]:
+        parts.append(f"{count(len(kept), 'tensor')} of the policy not in it")
+    if left := looked["left_out"]:
+        parts.append(f"{len(left):,} of its own left out")
+    return printable("; ".join(["fits the policy", *parts]))
 
 
 _LOG_COLUMNS = (("time", 14), ("event", 8), ("version", 7), ("step", 6), ("took", 7), ("checkpoint", 24))
