@@ -732,6 +732,8 @@ def test_finite_and_strict_of_the_toml_reach_the_pass(tmp_path: Path, runtime: P
         pytest.param("[weights]\nrename = { '/(a)/' = '\\2' }"),
         pytest.param("[weights]\nrename = { '/(a)/' = '\\g<x' }"),
         "[weights]\npartial = false",
+        '[weights]\nbase = "a\\u0000b"',
+        'checkpoints = "a\\u0000b"',
         "weights = []",
     ],
 )

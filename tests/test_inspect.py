@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -157,18 +159,30 @@ def test_names_of_a_file_do_not_move_the_cursor(tmp_path: Path, cli: Cli) -> Non
     path = tmp_path / "a\x1b[2J.safetensors"
     save_file({"w\x1b[31m": torch.ones(1)}, path, metadata={"k\x1b[1m": "v\x1b[1m\x07"})
     raw(tmp_path / "b\x1b[2J.safetensors", b"garbage")
-    for place in (path, tmp_path, tmp_path / "b\x1b[2J.safetensors"):
-        assert "\x1b" not in (done := cli("inspect", str(place))).stdout + done.stderr
+    broken = tmp_path / "b\x1b[2J.safetensors"
+    for command, *more in (
+        ("inspect",),
+        ("push", SPEC, "--retry"),
+        ("push", SPEC, "--retry", "--marker", "a\x1b[1m"),
+        ("inspect", "--spec", SPEC),
+    ):
+        for place in (path, tmp_path, broken, tmp_path / "\x1b[2J"):
+            done = cli(command, *more, str(place))
+            assert "\x1b" not in done.stdout + done.stderr and "\\x1b" in done.stdout + done.stderr, (command, place)
 
 
 def test_the_advice_of_a_refusal_works_as_options(tmp_path: Path, cli: Cli, runtime: Path) -> None:
-    """A wrapped, half-precision checkpoint with a critic beside it: the message names the settings, and they work."""
+    """A wrapped, half-precision checkpoint with a critic beside and a head below: what is advised works as it is."""
     state = {f"actor.{name}": torch.ones_like(t, dtype=torch.float16) for name, t in mlp().state_dict().items()}
-    save_file({**state, "critic.weight": torch.zeros(3)}, tmp_path / "step_5.safetensors")
+    state |= {name.replace(".", "._orig_mod.", 2): state.pop(name) for name in [*state]}
+    others = {"critic.weight": torch.zeros(3), "actor._orig_mod.v head.w": torch.zeros(1)}
+    save_file({**state, **others}, tmp_path / "step_5.safetensors")
     refused = cli("push", SPEC, str(tmp_path))
     assert refused.returncode == 65
-    assert 'prefix = "actor."' in refused.stderr and "cast = true" in refused.stderr
-    done = cli("push", SPEC, str(tmp_path), "--prefix", "actor.", "--cast")
+    assert 'prefix = "actor.' in refused.stderr and "cast = true" in refused.stderr
+    advised = re.search("As options: `(.*)`[.]", refused.stderr)
+    assert advised and "rename" in advised[1] and "exclude" in advised[1], refused.stderr
+    done = cli("push", SPEC, str(tmp_path), *shlex.split(advised[1]))
     assert done.returncode == 0, done.stderr
     assert Segment.open("policies.mlp").version == 1
 

@@ -80,7 +80,7 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
     names = [w for w in _WRAPPERS if _WRAPPERS[w] and any(w[:-1] in str(value) for value in change.values())]
     told += "".join(f" {name} is what {_WRAPPERS[name]} puts there." for name in names)
     options = _options(change)
-    return f"{told} As options: {options}" if options else told
+    return f"{told} As options: `{options}`." if options else told
 
 
 def _match(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> Match:

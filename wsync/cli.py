@@ -326,7 +326,7 @@ def _tell(outcome: Outcome) -> None:
 
     print(harmless(outcome_line(outcome)), file=sys.stderr)
     if outcome.differences:
-        print(differences_text(outcome.differences), file=sys.stderr)
+        print(harmless(differences_text(outcome.differences)), file=sys.stderr)
 
 
 def _print_json(data: dict[str, Any]) -> None:

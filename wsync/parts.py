@@ -186,13 +186,14 @@ def _is_file_name(shard: object) -> bool:
 
 def _weight_map(index: Path) -> dict[str, Any]:
     try:
-        table = json.loads(read_small(index, MAX_INDEX))["weight_map"]
+        held = json.loads(read_small(index, MAX_INDEX))
+        table = held.get("weight_map") if isinstance(held, dict) else None
         if not isinstance(table, dict) or not table:
             raise ValueError("no weight_map")
         return table
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+    except (ValueError, RecursionError) as exc:
         if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
             raise IncompleteCheckpoint(
                 f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
