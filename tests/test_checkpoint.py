@@ -282,6 +282,10 @@ def test_two_copies_that_differ_are_refused(at: int, tmp_path: Path, monkeypatch
         ("latest.safetensors", {}, None),
         ("latest.safetensors", {"step": ""}, None),
         ("9" * 40 + ".safetensors", {}, 10**18 - 1),
+        ("t1732536000123456789.safetensors", {}, 1732536000123456789),
+        ("step_12.safetensors", {"step": "1732536000123456789"}, 1732536000123456789),
+        ("step_12.safetensors", {"step": f"{2**63}"}, 12),
+        ("step_12.safetensors", {"step": f"-{2**63 - 1}"}, -(2**63 - 1)),
     ],
 )
 def test_the_step_is_the_producers(name: str, metadata: dict[str, str], step: int | None, tmp_path: Path) -> None:

@@ -387,10 +387,13 @@ def step_of(name: str, metadata: Mapping[str, str]) -> int | None:
     import re
 
     stated = metadata.get("step", "").strip()
-    if re.fullmatch(r"-?\d{1,18}", stated):
+    if re.fullmatch(r"-?\d{1,19}", stated) and abs(int(stated)) < 1 << 63:
         return int(stated)
     numbers = re.findall(r"\d+", name.removesuffix(".safetensors"))
-    return int(numbers[-1][-18:]) if numbers else None
+    if not numbers:
+        return None
+    number = int(numbers[-1])  # a time in nanoseconds has 19 digits
+    return number if number < 1 << 63 else int(numbers[-1][-18:])
 
 
 def _open(path: Path) -> int:
