@@ -19,6 +19,7 @@ from conftest import write
 from safetensors.torch import save_file
 
 from wsync import checkpoint as module
+from wsync import parts
 from wsync.checkpoint import Checkpoint
 from wsync.errors import (
     CheckpointChanged,
@@ -726,6 +727,38 @@ def test_a_named_file_waits_for_its_marker(beside: str, tmp_path: Path) -> None:
     assert [c.path for c in getter.candidates()] == [path]
     (single(tmp_path / "checkpoint-7", 1.0) / "STABLE").touch()
     assert len(scan(tmp_path / "checkpoint-7" / SINGLE, Select(marker="STABLE"))) == 1
+
+
+def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the price of a pass with nothing new among sharded checkpoints; and that a new index is seen at once."""
+    path = shard(tmp_path / "checkpoint-1", tensors())
+    reads: list[Path] = []
+    real = vars(parts)["read_small"]
+
+    def count(file: Path, most: int) -> Any:
+        reads.append(file)
+        return real(file, most)
+
+    monkeypatch.setattr(parts, "read_small", count)
+    clock = [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    for _ in range(3):
+        scan(tmp_path)
+    assert len(reads) == 3  # a write in the same tick would not show
+    clock[0] += 5
+    for _ in range(3):
+        assert len(scan(tmp_path)) == 1
+    assert len(reads) == 4
+    shard(path, tensors(1.0), 2)
+    clock[0] += 5
+    (found,) = scan(tmp_path)
+    assert found.identity == live(path).identity
+    assert parts_of(path).files == tuple(path / f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    monkeypatch.setattr(parts, "_KEPT", 10)
+    before = len(reads)
+    scan(tmp_path)
+    scan(tmp_path)
+    assert len(reads) == before + 2
 
 
 @pytest.mark.parametrize("form", ["single", pytest.param("shards")])

@@ -8,12 +8,14 @@ A directory's form is told by the names that Hugging Face's libraries write: ``m
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import pwd
 import stat
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +31,8 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 MAX_INDEX = 100_000_000  # bytes, as for a header
+_KEPT = 1 << 18  # bytes of an index that is remembered at most
+_STEADY = 1.0  # seconds after which a further write of an index shows in its times
 
 
 def place_at(place: str | os.PathLike[str]) -> Path:
@@ -151,13 +155,12 @@ def _adapter(path: Path, file: Path) -> Parts:
 
 def _sharded(path: Path) -> Parts:
     index = path / INDEX
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in _weight_map(index).items():
-        if not _is_file_name(shard):
-            raise MalformedCheckpoint(
-                f"{index} puts a tensor into {shard!a:.100}, which is no file beside it. Write it again."
-            )
-        shards.setdefault(shard, set()).add(tensor)
+    info = index.stat()
+    written = max(info.st_mtime, info.st_ctime)
+    if info.st_size <= _KEPT and written < time.time() - _STEADY:  # a pass with nothing new parses none
+        shards = _known(index, identity(info), info.st_ctime_ns)
+    else:
+        shards = _shards(index)
     for number, shard in enumerate(sorted(shards), 1):
         if not (path / shard).exists():
             raise IncompleteCheckpoint(
@@ -165,8 +168,25 @@ def _sharded(path: Path) -> Parts:
                 "writer to finish, or write it again."
             )
     ordered = sorted(shards)
-    names = tuple(frozenset(shards[shard]) for shard in ordered)
-    return Parts(path, tuple(path / shard for shard in ordered), index, names)
+    return Parts(path, tuple(path / shard for shard in ordered), index, tuple(shards[shard] for shard in ordered))
+
+
+def _shards(index: Path) -> Mapping[str, frozenset[str]]:
+    """The shards that an index names, with the tensors that it gives to each."""
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in _weight_map(index).items():
+        if not _is_file_name(shard):
+            raise MalformedCheckpoint(
+                f"{index} puts a tensor into {shard!a:.100}, which is no file beside it. Write it again."
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    return {shard: frozenset(names) for shard, names in shards.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]]:
+    """The same of an index in that state."""
+    return _shards(index)
 
 
 def shards_of(index: bytes) -> list[str]:
