@@ -429,6 +429,29 @@ def test_a_misspelt_variable_is_an_error(cli: Cli, runtime: Path) -> None:
     assert cli("status", env={**os.environ, **known}).returncode == 0
 
 
+def test_variables_of_a_service_say_nothing(cli: Cli, runs: Path) -> None:
+    """Guards against pods that cannot start beside a Kubernetes service named wsync; what is misspelt is still told."""
+    service = {
+        "WSYNC_SERVICE_HOST": "10.0.0.1",
+        "WSYNC_SERVICE_PORT": "9464",
+        "WSYNC_SERVICE_PORT_METRICS": "9464",
+        "WSYNC_PORT": "tcp://10.0.0.1:9464",
+        "WSYNC_PORT_9464_TCP": "tcp://10.0.0.1:9464",
+        "WSYNC_PORT_9464_TCP_PROTO": "tcp",
+        "WSYNC_PORT_9464_TCP_PORT": "9464",
+        "WSYNC_PORT_9464_TCP_ADDR": "10.0.0.1",
+        "WSYNC_METRICS_PORT": "tcp://10.0.0.2:9464",  # of a service wsync-metrics
+        "WSYNC_METRICS_SERVICE_HOST": "10.0.0.2",
+    }
+    done = cli("config", "policies:mlp", "--json", env={**os.environ, **service})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics.port"] == {"value": None, "origin": "default"}
+    misspelt = {"WSYNC_PORT": "9464", "WSYNC_METRIC_PORT": "9464", "WSYNC_SERVICE": "x", "WSYNC_PORT_TCP": "1"}
+    for name, value in misspelt.items():
+        done = cli("status", env={**os.environ, name: value})
+        assert done.returncode == 2 and name in done.stderr
+
+
 def test_every_variable_that_a_command_reads_is_known() -> None:
     """Guards the list against an option that is added later."""
     command = typer.main.get_command(app)
