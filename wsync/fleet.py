@@ -52,7 +52,7 @@ from .group import Group
 from .outcome import Outcome
 from .pace import Pace
 from .parts import remote
-from .publisher import Source, Staged, publish
+from .publisher import Source, Staged
 from .segment import Segment
 from .segment_files import Publication
 from .spec import Spec
@@ -338,32 +338,23 @@ class FleetSyncer(Syncer):
                 segment = self.updater.make_segment()
                 with segment.publishing():
                     self._check_unchanged(segment)
-                    self._before, self._fit, self._started = segment.live(), fit, started
-                    self.updater.published = publish(
-                        segment,
-                        source,
-                        fit=fit,
-                        spec=self.spec.fingerprint,
-                        progress=self._counter(segment.layout.nbytes),
-                        gate=lambda staged: self._agree(turn, staged, offer),
-                        last_version=offer["version"] - 1,
-                    )
-                    self._note()
+                    gate = lambda staged: self._agree(turn, staged, offer)  # noqa: E731
+                    published = self._store(segment, source, fit, started, gate, offer["version"] - 1)
             except OSError as exc:
                 raise refused(exc, self.updater.path) from exc
         except WsyncError as exc:
             turn.refuse(exc)
-        assert self._published and self.updater.published
         self._seen, self._last = offer["version"], (offer["version"], offer["identity"])
         self._declined = None
         publication = self.updater.published
+        assert publication
 
         def keep() -> dict[str, Any]:
             self.record.keep(segment, publication, self.spec.keep)
             return {}
 
         self.group.together(keep)  # a copy may take longer than a box may be silent
-        return self._published
+        return published
 
     def _check_unchanged(self, segment: Segment) -> None:
         if segment.version != self._seen:

@@ -29,9 +29,10 @@ from .errors import (
     WsyncError,
     refused,
 )
+from .fitting import Fit
 from .layout import Layout
 from .outcome import EXIT_CODES, Outcome, status_of
-from .publisher import Staged, publish, rehearse
+from .publisher import Gate, Source, Staged, publish, rehearse
 from .record import Record
 from .retry import Failures
 from .segment import Segment
@@ -395,6 +396,30 @@ class Syncer:
         finally:
             self.record.gate(result, staged.version, staged.checkpoint, staged.step)
 
+    def _store(
+        self,
+        segment: Segment,
+        source: Source,
+        fit: Fit,
+        started: float,
+        gate: Gate | None = None,
+        last_version: int = 0,
+    ) -> Outcome:
+        """Publishes what is given, by ``publish``; the caller holds the publisher's lock."""
+        self._before, self._fit, self._started = segment.live(), fit, started
+        self.updater.published = publish(
+            segment,
+            source,
+            fit=fit,
+            spec=self.spec.fingerprint,
+            progress=self._counter(segment.layout.nbytes),
+            gate=gate,
+            last_version=last_version,
+        )
+        self._note()
+        assert self._published
+        return self._published
+
     def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
         """Keeps what is pinned live, and makes it so where the segment was made anew or the operator named a file."""
         if dry_run or (live and live.identity == pin.identity and (pin.identity or live.version == pin.version)):
@@ -403,18 +428,8 @@ class Syncer:
         segment = self.updater.make_segment()
         checkpoint, fit = self.record.reopen(pin, self.spec.weights)
         with checkpoint, segment.publishing():
-            self._before, self._fit, self._started = segment.live(), fit, started
-            self.updater.published = publish(
-                segment,
-                checkpoint,
-                fit=fit,
-                spec=self.spec.fingerprint,
-                progress=self._counter(segment.layout.nbytes),
-                last_version=0 if self._before else self.record.last_version(),
-            )
-            self._note()
-        assert self._published
-        return replace(self._published, pin=pin.name)
+            last = 0 if segment.live() else self.record.last_version()
+            return replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
 
     def _pinned_outcome(self, pin: Pin, live: Publication | None, started: float) -> Outcome:
         return self._outcome(
