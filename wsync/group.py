@@ -8,8 +8,11 @@ and torchrun's agents form a new one.
 A watch is a box of a group where torchrun started it: ``TORCHELASTIC_RUN_ID`` is set, with RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT. One that a training script starts under torchrun must be started without that variable.
 
-torchrun shares one store among all rounds of its rendezvous unless ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` is set
-where it starts, and then can let nobody join later, nor form the group again (seen with torch 2.13).
+``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` has to be set where torchrun starts, and a watch cannot make up for it: without
+it (torch 2.13) the torchrun of rank 0 tells the address of a store in its first round alone, and takes it for told in
+all later ones. The torchrun of a box that joins, or comes back, waits for that address in vain, those of the others for
+that box, and after a minute all end (``DistStoreError``), before any of them has started a watch again. The variable is
+read by torchrun's own process, long before there is one of ours.
 """
 
 from __future__ import annotations
@@ -112,7 +115,8 @@ class Group:
             self.note(
                 "warning",
                 "group",
-                "torchrun cannot form this group again: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it starts",
+                "torchrun ends on all boxes where one joins late or comes back: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it starts",
             )
 
     def gather(self, mine: Any) -> list[Any]:
