@@ -72,7 +72,10 @@ class Stored:
 
     @classmethod
     def of(cls, meta: ObjectMeta, key: str) -> Stored:
-        return cls(key, meta["size"], meta["e_tag"] or "", int(meta["last_modified"].timestamp()))
+        etag = meta["e_tag"] or ""
+        if etag and not etag.endswith('"'):  # Azure's listings leave the quotes out, its answers do not
+            etag = f'"{etag}"'
+        return cls(key, meta["size"], etag, int(meta["last_modified"].timestamp()))
 
     def is_version(self, other: Stored) -> bool:
         """Whether this is the same version; only where there are no ETags its time has to tell."""

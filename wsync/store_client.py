@@ -8,13 +8,18 @@ the environment gives nothing. What credentials hold is passed on, and never loo
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,17 @@ def bucket(scheme: str, name: str, patience: Patience) -> Any:
     """
     from obstore import store
 
+    options = _options(patience, http=_endpoint(scheme).startswith("http://"))
     if scheme == "s3":
-        options = _options(patience, http=_endpoint().startswith("http://"))
         return store.S3Store(name, **options, **_profile())
-    return (store.GCSStore if scheme == "gs" else store.AzureStore)(name, **_options(patience))
+    if scheme == "az" and not (
+        os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or "AZURE_STORAGE_USE_EMULATOR" in os.environ
+    ):
+        raise UsageError(
+            f"az://{name} is a container of no account. Set AZURE_STORAGE_ACCOUNT_NAME, and give this process a key, a "
+            "token or an identity as Azure's own tools take them."
+        )
+    return (store.GCSStore if scheme == "gs" else store.AzureStore)(name, **options)
 
 
 def web(url: str, authorization: str, patience: Patience) -> Any:
@@ -67,9 +79,9 @@ def _options(patience: Patience, *, http: bool = False) -> dict[str, Any]:
     return {"client_options": {**client, "allow_http": http}, "retry_config": {"max_retries": 0}}
 
 
-def _endpoint(environment: Mapping[str, str] = os.environ) -> str:
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    return next((environment[name] for name in names if environment.get(name)), "")
+def _endpoint(scheme: str) -> str:
+    """Where the store is, if its own tools were told in the environment."""
+    return next((os.environ[name] for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
 
 
 def _profile() -> dict[str, Any]:
