@@ -317,6 +317,45 @@ def test_a_watch_takes_what_comes(spawn: Spawn, bucket: Bucket) -> None:
     assert SECRET not in "\n".join(lines.seen)
 
 
+@pytest.mark.parametrize("request_", ["list-type", r"GET \S*step_2[\s\S]*bytes=(?!0-)"], ids=["listing", "range"])
+def test_a_stop_waits_for_no_store(spawn: Spawn, cli: Cli, bucket: Bucket, segment: Segment, request_: str) -> None:
+    """A signal ends a watch while a store does not answer, without a word of failure; what is live stays live."""
+    bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
+    watch = spawn("-m", "wsync", "watch", SPEC, RUN, "--poll", "0.1")
+    lines = Lines(watch)
+    lines.until("version 1, step 1")
+    reached = threading.Event()
+
+    def hang() -> None:
+        reached.set()
+        bucket.proxy.closed.wait()
+
+    bucket.proxy.arm(request_, before=hang, times=1000)
+    bucket.save("run/step_2.safetensors", mlp(), 2.0, 2)
+    assert reached.wait(DEADLINE)
+    watch.send_signal(signal.SIGTERM)
+    lines.rest()
+    assert watch.returncode == 0 and "version 1 stays live" in lines.seen[-1]
+    assert not [line for line in lines.seen if "fail" in line or "error" in line]
+    assert '"failure"' not in cli("log", NAME, "--json").stdout
+
+
+def test_an_interrupt_ends_a_push_that_waits_for_a_store(spawn: Spawn, bucket: Bucket, segment: Segment) -> None:
+    """Ctrl-C is not held up by a store that does not answer."""
+    reached = threading.Event()
+
+    def hang() -> None:
+        reached.set()
+        bucket.proxy.closed.wait()
+
+    bucket.proxy.arm("list-type", before=hang, times=1000)
+    push = spawn("-m", "wsync", "push", SPEC, RUN)
+    assert reached.wait(DEADLINE)
+    push.send_signal(signal.SIGINT)
+    assert "Traceback" not in push.communicate(timeout=DEADLINE)[1]
+    assert push.returncode
+
+
 def test_a_terminal_shows_a_bar(spawn: Spawn, bucket: Bucket, segment: Segment) -> None:
     """A push of a URL on a terminal shows bytes and rate while it reads; without one stderr stays empty."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)

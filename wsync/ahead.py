@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from .errors import Stopped
+
+_LOOK = 0.25  # seconds between two looks whether to stop
 _J = TypeVar("_J")
 _R = TypeVar("_R")
 
 
-def ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int, *, join: bool = False) -> Iterator[tuple[_J, _R]]:
+def ahead(
+    jobs: Iterable[_J], work: Callable[[_J], _R], most: int, stop: threading.Event | None = None
+) -> Iterator[tuple[_J, _R]]:
     """Each job with its result, in their order, while up to ``most`` of them are under way.
 
     Args:
-        join: where it ends early, wait for those that are; else they go on, and their results are nobody's.
+        stop: once set, nothing is waited for any more. Jobs that are under way when this ends early go on, and their
+            results are nobody's; without it they are waited for.
+
+    Raises:
+        Stopped: ``stop`` is set.
     """
     pool = ThreadPoolExecutor(most)
     pending: deque[tuple[_J, Future[_R]]] = deque()
@@ -23,20 +33,33 @@ def ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int, *, join: bool
         for job in jobs:
             pending.append((job, pool.submit(work, job)))
             if len(pending) >= most:
-                yield _first(pending)
+                yield _first(pending, stop)
         while pending:
-            yield _first(pending)
+            yield _first(pending, stop)
     finally:
-        pool.shutdown(wait=join, cancel_futures=True)
+        pool.shutdown(wait=stop is None, cancel_futures=True)
 
 
-def _first(pending: deque[tuple[_J, Future[_R]]]) -> tuple[_J, _R]:
+def _first(pending: deque[tuple[_J, Future[_R]]], stop: threading.Event | None) -> tuple[_J, _R]:
     """Waits for the first of them; where any one fails, no longer than until then."""
     job, first = pending[0]
     while not first.done():
-        wait([future for _, future in pending if not future.done()], return_when=FIRST_COMPLETED)
+        wait_for_one([future for _, future in pending if not future.done()], stop)
         for _, future in pending:
             if future.done():
                 future.result()
     pending.popleft()
     return job, first.result()
+
+
+def wait_for_one(futures: Iterable[Future[Any]], stop: threading.Event | None) -> None:
+    """Returns once one of them is done.
+
+    Raises:
+        Stopped: ``stop`` is set.
+    """
+    pending = list(futures)
+    while stop is None or not stop.is_set():
+        if wait(pending, None if stop is None else _LOOK, FIRST_COMPLETED).done:
+            return
+    raise Stopped

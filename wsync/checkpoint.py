@@ -37,6 +37,8 @@ from .memory import being_written, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
+    import threading
+
     from .adapter import Delta
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
@@ -56,7 +58,7 @@ class Checkpoint:
         casts: the tensors that the last plan converts, each with what it becomes.
     """
 
-    _piece, _pieces_at_once, _pieces_joined = 2 << 20, 2, True  # bytes; still in the second cache when converted
+    _piece, _pieces_at_once = 2 << 20, 2  # bytes; still in the second cache when they are converted
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
@@ -125,6 +127,11 @@ class Checkpoint:
             shut(self._fds.pop())
         if self._base:
             self._base.close()
+
+    @property
+    def _stop(self) -> threading.Event | None:
+        """Once set, nothing that is read is waited for any more."""
+        return None
 
     @property
     def layout(self) -> Layout:
@@ -344,7 +351,7 @@ class Checkpoint:
             return
         from .ahead import ahead
 
-        for piece, data in ahead(listed, self._convert, self._pieces_at_once, join=self._pieces_joined):
+        for piece, data in ahead(listed, self._convert, self._pieces_at_once, self._stop):
             yield piece.offset, data
 
     def _convert(self, piece: Piece) -> memoryview:

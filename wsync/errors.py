@@ -184,6 +184,10 @@ class GroupBroken(WsyncError):
     """The group of boxes is none any more; torchrun forms another one."""
 
 
+class Stopped(Exception):
+    """This process was told to end, or to read its settings again: what it waits for is given up. No error."""
+
+
 class SegmentError(WsyncError):
     """Something about one segment."""
 

@@ -190,7 +190,11 @@ def open_url(url: str) -> RemotePath | Path:
 class RemoteCheckpoint(Checkpoint):
     """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
 
-    _piece, _pieces_at_once, _pieces_joined = CHUNK, AHEAD, False
+    _piece, _pieces_at_once = CHUNK, AHEAD
+
+    @property
+    def _stop(self) -> threading.Event:
+        return cast(RemotePath, self.path).store.stop
 
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
@@ -223,7 +227,8 @@ class RemoteCheckpoint(Checkpoint):
         files = [*self._stored, *([self._listed_as(self.parts.index)] if self.parts.index else [])]
         store = cast(RemotePath, self.path).store
         return all(
-            now and now.is_version(file) for file, now in ahead(files, lambda file: store.head(file.key), AT_ONCE)
+            now and now.is_version(file)
+            for file, now in ahead(files, lambda file: store.head(file.key), AT_ONCE, store.stop)
         )
 
     def _at(self, number: int, nbytes: int, start: int) -> bytes:
@@ -258,7 +263,7 @@ class RemoteCheckpoint(Checkpoint):
             self._fetch(read.file, read.nbytes, read.start, take)
 
         try:
-            for read, _ in ahead(reads, work, AT_ONCE):
+            for read, _ in ahead(reads, work, AT_ONCE, self._stop):
                 yield read
         finally:
             with lock:

@@ -2,8 +2,8 @@
 
 SIGTERM and SIGINT end it after the pass at hand. SIGHUP reads the TOML again, at once also while the loop waits: the
 new settings hold from the next pass on, those given on the command line still win, and a TOML that is broken leaves the
-old ones. The segment's name, and the port, address and file of the figures stay until a restart. A SIGHUP because the
-terminal was closed ends the watch.
+old ones. No signal waits for an object store: a pass that reads from one is given up. The segment's name, and the port,
+address and file of the figures stay until a restart. A SIGHUP because the terminal was closed ends the watch.
 """
 
 from __future__ import annotations

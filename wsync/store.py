@@ -14,16 +14,18 @@ from __future__ import annotations
 import os
 import re
 import stat
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
+from .ahead import wait_for_one
 from .errors import CheckpointError, UsageError
 from .store_client import Patience
 
@@ -106,11 +108,15 @@ class Store:
         scheme: one of ``SCHEMES``.
         root: the bucket or container, or the server's host and port.
         secret: what a web server's URL has for it alone: ``user:password`` and the query, in that order.
+
+    Attributes:
+        stop: once set, the main thread waits for nothing any more, and gets ``Stopped``.
     """
 
     def __init__(self, scheme: str, root: str, secret: tuple[str, str] = ("", "")) -> None:
         self.scheme, self.root, self._secret = scheme, root, secret
         self.small: dict[Stored, bytes] = {}  # indices, which each pass needs again
+        self.stop = threading.Event()
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.root}"
@@ -119,8 +125,8 @@ class Store:
     def is_web(self) -> bool:
         return self.scheme in ("http", "https")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"scheme": self.scheme, "root": self.root, "_secret": self._secret, "small": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.scheme, self.root, self._secret)
 
     def list(self, prefix: str) -> dict[str, Stored]:
         """The object of this name, or all that lie one or two names below it; empty where there is nothing.
@@ -130,7 +136,7 @@ class Store:
         """
         if prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
-        found = self._probe(prefix) if self.is_web else self._below(prefix)
+        found = self._beside(lambda: self._probe(prefix)) if self.is_web else self._below(prefix)
         if not found and prefix and not prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
         self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
@@ -237,8 +243,27 @@ class Store:
                 looked += pool.map(self.head, [folder + name for name in shards_of(self.read_whole(index))[:_SHARDS]])
         return {stored.key: stored for stored in looked if stored}
 
+    def _beside(self, work: Callable[[], _T]) -> _T:
+        """What the work gives. The main thread, which signals wait for, only waits beside it."""
+        if threading.current_thread() is not threading.main_thread():
+            return work()
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as exc:
+                future.set_exception(exc)
+
+        threading.Thread(target=run, daemon=True).start()
+        wait_for_one([future], self.stop)
+        return future.result()
+
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         """Tries until it works; what no second try changes, and what is no error of the store, is raised at once."""
+        return self._beside(lambda: self._try(key, attempt))
+
+    def _try(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         obstore = self._library()
         from obstore.exceptions import BaseError, PreconditionError
 

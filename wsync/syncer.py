@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, step_of
 from .errors import (
+    CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
     CheckpointRejected,
@@ -24,6 +26,7 @@ from .errors import (
     NoCheckpoint,
     RetryLater,
     SegmentBusy,
+    Stopped,
     UsageError,
     WithDifferences,
     WsyncError,
@@ -32,6 +35,7 @@ from .errors import (
 from .fitting import Fit
 from .layout import Layout
 from .outcome import EXIT_CODES, Outcome, status_of
+from .parts import remote
 from .publisher import Gate, Source, Staged, publish, rehearse
 from .record import Record
 from .retry import Failures
@@ -180,18 +184,33 @@ class Syncer:
             raise refused(exc, self.updater.path) from exc
 
     def _pass(
-        self, segment: Segment | None, live: Publication | None, started: float, *, force: bool, dry_run: bool
+        self,
+        segment: Segment | None,
+        live: Publication | None,
+        started: float,
+        *,
+        force: bool,
+        dry_run: bool,
+        last: bool = False,
     ) -> Outcome:
+        """Looks, and takes the newest; once more (``last``) where an object of a store was overwritten meanwhile.
+
+        On a disk its writer may still be at work, and a notification tells when it is done.
+        """
         if pin := self.record.pin():
             return self._pinned(pin, live, started, dry_run)
         todo, refusal = self._todo(live, force, started)
-        if todo and dry_run:
-            return self._try(todo, lambda c: self._rehearse(segment, c, live, started), live, started, remember=False)
-        if todo:
-            self.updater.spec = self.spec.fingerprint
-            target = self.updater.make_segment()
-            return self._try(todo, lambda c: self._publish(target, c, live, started, force), live, started)
-        return refusal or self._current(live, started)
+        if not todo:
+            return refusal or self._current(live, started)
+        again = None
+        if remote(self.getter.checkpoints) and not last:
+            again = partial(self._pass, segment, live, started, force=force, dry_run=dry_run, last=True)
+        if dry_run:
+            take = partial(self._rehearse, segment, live=live, started=started)
+            return self._try(todo, take, live, started, again, remember=False)
+        self.updater.spec = self.spec.fingerprint
+        target = self.updater.make_segment()
+        return self._try(todo, lambda c: self._publish(target, c, live, started, force), live, started, again)
 
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         """Passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
@@ -215,6 +234,8 @@ class Syncer:
         passed = False  # from then on a wrong setting is no longer one that the operator just made
         event: Outcome | WsyncError
         self._stop = stop
+        if away := remote(place):
+            away.store.stop = stop
         try:
             while not stop.is_set():
                 failures.before()
@@ -233,6 +254,8 @@ class Syncer:
                     failures.pause()
                 elif not changes.wait():
                     self.rest()
+        except Stopped:
+            pass
         finally:
             changes.close()
         return True
@@ -264,12 +287,14 @@ class Syncer:
         take: Callable[[Checkpoint], Outcome],
         live: Publication | None,
         started: float,
+        again: Callable[[], Outcome] | None,
         *,
         remember: bool = True,
     ) -> Outcome:
         """Goes down the list until one can be taken; tells of the newest if none can.
 
         Args:
+            again: gives the outcome in its place where one was overwritten while it was read.
             remember: that one is refused, so that no later pass, and no later run, tries it again.
         """
         refusals: list[Outcome] = []
@@ -280,6 +305,9 @@ class Syncer:
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
             except (CheckpointError, RetryLater) as exc:
+                if again and isinstance(exc, CheckpointChanged):
+                    outcome = again()
+                    return replace(outcome, passed_over=(*refusals, *outcome.passed_over))
                 named = candidate.path == self.getter.checkpoints
                 status = status_of(exc, named)
                 refusals.append(
