@@ -163,6 +163,18 @@ def test_a_folder_object_hides_nothing(bucket: Bucket, segment: Segment) -> None
     assert (outcome.status, outcome.checkpoint) == ("published", f"{RUN}/checkpoint-1")
 
 
+@pytest.mark.parametrize("key", ["run//x.safetensors", "run/%1B%5B31mx.safetensors"])
+def test_a_name_that_cannot_be_read_is_told(bucket: Bucket, segment: Segment, key: str) -> None:
+    """An object whose name nobody can ask for ends the listing: it is named, at once, and nothing moves the cursor."""
+    bucket.save("run/step_1.safetensors", mlp(), 1.0)
+    url = f"http://127.0.0.1:{bucket.port}/bucket/{key}"
+    urllib.request.urlopen(urllib.request.Request(url, method="PUT", data=b"x")).close()
+    with Syncer(load_spec(SPEC), RUN) as syncer:
+        outcome = syncer.once()
+    assert outcome.status == "failed" and outcome.reason and len(bucket.proxy.requests) == 1
+    assert "s3://bucket/run/" in outcome.reason and "x.safetensors" in outcome.reason and "\x1b" not in outcome.reason
+
+
 def test_odd_names_are_read(bucket: Bucket, segment: Segment) -> None:
     """Names with blanks, signs and letters of any kind are found, read and told as they are."""
     for name in ("epoch=3 step=7.safetensors", "a+b#c%20d.safetensors", "größe-雪.safetensors"):

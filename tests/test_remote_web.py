@@ -218,6 +218,9 @@ def test_a_file_url_is_a_path(runtime: Path, cli: Cli, tmp_path: Path) -> None:
         ("file://elsewhere/run", "another machine"),
         ("s3://key:pa55-in-the-url@bucket/run", "nothing secret"),
         ("gs://bucket/run?sig=pa55-in-the-url", "nothing secret"),
+        ("s3://bucket/run/../other", "names nothing that can be read"),
+        ("s3://bucket/run//x.safetensors", "names nothing that can be read"),
+        ("http://user:pa55-in-the-url@host/a%0Ab", "names nothing that can be read"),
     ],
 )
 def test_a_url_that_is_none_is_a_usage_error(cli: Cli, runtime: Path, url: str, why: str) -> None:

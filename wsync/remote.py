@@ -12,6 +12,7 @@ what was read is thrown away. A thread that is late writes nothing any more.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 import time
@@ -23,13 +24,14 @@ from urllib.parse import unquote, urlsplit
 
 from .ahead import ahead
 from .checkpoint import LONGEST_WAIT, Checkpoint
-from .errors import NoCheckpoint, UsageError
+from .errors import NoCheckpoint, UsageError, printable
 from .fitting import CHUNK, Read
 from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
 _WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
+_ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f]")  # what obstore takes for no name
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,13 @@ def open_url(url: str) -> RemotePath | Path:
         host, store = bucket, Store(scheme, bucket)
     if not host:
         raise UsageError(f"{scheme}:// alone names no {'host' if 'http' in scheme else 'bucket'}. Write it behind it.")
-    return RemotePath(store, key)
+    place = RemotePath(store, key)
+    if place.key and _ODD.search(f"/{place.key}/"):
+        raise UsageError(
+            f"{printable(str(place))} names nothing that can be read: a part of it is empty, . or .., or has control "
+            "characters in it. Write the name as the store lists it."
+        )
+    return place
 
 
 class RemoteCheckpoint(Checkpoint):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from .ahead import wait_for_one
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, UsageError, printable
 from .store_client import Patience
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class Store:
 
     def _try(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         obstore = self._library()
-        from obstore.exceptions import BaseError, PreconditionError
+        from obstore.exceptions import BaseError, InvalidPathError, PreconditionError
 
         patience = PATIENCE
         for number in range(1, patience.tries + 1):
@@ -275,6 +275,8 @@ class Store:
                 raise FileNotFoundError(2, os.strerror(2)) from None  # obstore's own has the URL in it
             except PreconditionError:
                 raise OtherVersion from None
+            except InvalidPathError as exc:
+                raise self._unnamed(exc) from None
             except (BaseError, Faulty) as exc:
                 reason = _reason(exc)
                 if reason.startswith(("401", "403", _NO_CREDENTIALS)):
@@ -290,6 +292,15 @@ class Store:
                     ) from None
             time.sleep(patience.pause * 2 ** (number - 1))
         raise AssertionError
+
+    def _unnamed(self, exc: Exception) -> CheckpointError:
+        """Tells of an object that has no name for obstore, which then gives nothing of the whole listing."""
+        named = re.search(r'Path "(.+?)"(?: contained|: Encountered)', str(exc), re.DOTALL)
+        what = f"{self}/{printable(named[1])}" if named else "an object there"
+        return CheckpointError(
+            f"{what:.300} cannot be read, nor what is listed with it: a part of its name is empty, . or .., or has "
+            "control characters in it. Rename or remove it, or name a place that does not hold it."
+        )
 
     def _library(self) -> Any:
         try:
