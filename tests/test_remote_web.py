@@ -106,7 +106,24 @@ def test_a_server_without_ranges_is_told(web: Web) -> None:
     with Syncer(load_spec(SPEC), f"http://{web.host}/x.safetensors") as syncer:
         outcome = syncer.once()
     assert outcome.status == "failed" and "it gives no ranges" in (outcome.reason or "")
-    assert len(web.paths) == 2
+    assert len(web.paths) == 1
+
+
+def test_a_url_that_is_signed_for_get_is_read(web: Web) -> None:
+    """Guards against looks by HEAD, for which a store's signed URL is refused."""
+    web.heads, web.query = False, f"X-Sig={SIGNATURE}"
+    os.utime(write(web.folder / "x.safetensors", mlp(), 1.0), (1e9, 1e9))
+    with Syncer(load_spec(SPEC), f"http://{web.host}/x.safetensors?{web.query}") as syncer:
+        assert [syncer.once().status for _ in range(2)] == ["published", "current"]
+
+
+def test_an_empty_file_on_a_web_server_is_incomplete(web: Web) -> None:
+    """A file of which there is no range is not whole yet, and no failure."""
+    (web.folder / "x.safetensors").touch()
+    os.utime(web.folder / "x.safetensors", (1e9, 1e9))
+    with Syncer(load_spec(SPEC), f"http://{web.host}/x.safetensors") as syncer:
+        outcome = syncer.once()
+    assert outcome.status != "failed" and "x.safetensors" in (outcome.reason or "")
 
 
 def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeypatch: Any) -> None:

@@ -21,6 +21,7 @@ class Web:
     Attributes:
         ranges: it gives ranges; else always all of a file.
         etags: it gives ETags, and heeds If-Match.
+        heads: it answers HEAD, which a signed URL is not good for.
         password: ``user:password`` that it asks for.
         query: that each request must have.
         paths: what was asked for, with the query.
@@ -29,6 +30,7 @@ class Web:
     folder: Path
     ranges: bool = True
     etags: bool = True
+    heads: bool = True
     password: str = ""
     query: str = ""
     port: int = 0
@@ -50,7 +52,10 @@ def serve(web: Web) -> Iterator[Web]:
             pass
 
         def do_HEAD(self) -> None:
-            self.answer(body=False)
+            if web.heads:
+                self.answer(body=False)
+            else:
+                self.send_error(403)
 
         def do_GET(self) -> None:
             self.answer(body=True)
@@ -75,6 +80,9 @@ def serve(web: Web) -> Iterator[Web]:
             size = len(data)
             if wanted:
                 start, end = int(wanted[1]), min(int(wanted[2]), size - 1)
+                if start >= size:
+                    self.send_error(416)
+                    return
                 data = data[start : end + 1]
             self.send_response(206 if wanted else 200)
             if wanted:

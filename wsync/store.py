@@ -39,7 +39,15 @@ _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"
 _NO_CREDENTIALS = "no valid credentials"
-_FINAL = re.compile(rf"4(?!08|25|29)\d\d|{_NO_RANGES}")  # what no second try changes
+_FINAL = re.compile(r"4(?!08|25|29)\d\d|it ")  # what no second try changes
+_WORDS = {
+    "kind: Connect": "no connection",
+    "kind: Timeout": "no answer in time",
+    "kind: Interrupted": "the connection was cut",
+    "following redirect": "it redirects again and again",
+    "MissingContentLength": "it tells no length",
+    "ContentRange": "it tells no range",
+}
 _T = TypeVar("_T")
 
 
@@ -148,8 +156,18 @@ class Store:
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
         """
+
+        def look(obstore: Any) -> Stored:
+            if self.is_web:  # whose signed URLs are often good for GET alone
+                try:
+                    return Stored.of(obstore.get(self._client, key, options={"range": (0, 1)}).meta, key)
+                except obstore.exceptions.GenericError as exc:
+                    if not _reason(exc).startswith("416"):  # else there is not one byte
+                        raise
+            return Stored.of(obstore.head(self._client, key), key)
+
         try:
-            return self._patiently(key, lambda obstore: Stored.of(obstore.head(self._client, key), key))
+            return self._patiently(key, look)
         except FileNotFoundError:
             return None
 
@@ -341,8 +359,7 @@ def _reason(exc: Exception) -> str:
         if (match := re.search(pattern, text))
     ]
     if not words:
-        kinds = {"Connect": "no connection", "Timeout": "no answer in time", "Interrupted": "the connection was cut"}
-        words = [kinds[kind] for kind in re.findall(r"kind: (\w+)", text) if kind in kinds][:1]
+        words = [word for sign, word in _WORDS.items() if sign in text][:1]
     if not words:
         known = {"NotSupportedError": _NO_RANGES, "UnauthenticatedError": _NO_CREDENTIALS}
         words = [known.get(type(exc).__name__, type(exc).__name__)]
