@@ -2,7 +2,8 @@
 
 FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is ``step how file``: at that
 step, once (the file tells), the worker, its agent, or both end by SIGKILL, or the worker stops. FLEET_PUSH is a
-checkpoint that is pushed here by hand when the box hears of one of step 2.
+checkpoint that is pushed here by hand when the box hears of one of step 2. To the file FLEET_BUSY a line is added each
+time that this box tells that it is at work.
 """
 
 from __future__ import annotations
@@ -77,11 +78,19 @@ def hearing(self: group.Group, rank: int) -> Any:
     return told
 
 
-hear = group.Group.hear
+def telling(self: group.Group, what: Any) -> None:
+    if what is None and (file := os.environ.get("FLEET_BUSY")):
+        with open(file, "a") as log:
+            log.write("busy\n")
+    tell(self, what)
+
+
+hear, tell = group.Group.hear, group.Group.tell
 
 
 def main() -> None:
     group.Group.hear = hearing  # type: ignore[method-assign]
+    group.Group.tell = telling  # type: ignore[method-assign]
     if "FLEET_BOX" in os.environ:
         socket.gethostname = lambda: os.environ["FLEET_BOX"]
     group.TIMEOUT = float(os.environ.get("FLEET_TIMEOUT", group.TIMEOUT))

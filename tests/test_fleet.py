@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 from conftest import DEADLINE, TESTS, Lines, write
+from faulty_proxy import Proxy
 from policies import mlp
 from safetensors.torch import load_file
+from web_server import Web, serve
 
 from wsync.errors import SegmentError
 from wsync.segment import Segment
@@ -445,6 +447,31 @@ def test_what_is_not_read_in_order_is_sent_when_it_is_whole(fleet: Callable[...,
         policy = mlp(600_000) if kind == "a store" else mlp(600_000).double()
         write(group.base / "runs" / f"step_{step}.safetensors", policy, step, step)
         group.until(step, step)
+
+
+@pytest.mark.parametrize("slow", ["bytes=0-0", "bytes=(?!0-)"], ids=["look", "read"])
+def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet], slow: str) -> None:
+    """However long the store takes to answer, the box that reads goes on telling the others that it lives."""
+    pytest.importorskip("obstore")
+    group = fleet("2")
+    busy = group.base / "busy"
+    os.utime(group.publish(1), (1e9, 1e9))
+    with serve(Web(group.base / "runs")) as web:
+        proxy = Proxy(web.port)
+
+        def before() -> None:
+            while not proxy.closed.wait(0.1) and (not busy.exists() or len(busy.read_text().splitlines()) < 3):
+                pass
+
+        proxy.arm(slow, before=before)
+        for name in "ab":
+            box = group.box(name)
+            box.source = f"{proxy.url}/step_1.safetensors"
+            box.start(FLEET_BUSY=str(busy))
+        try:
+            group.until(1, 1)
+        finally:
+            proxy.close()
 
 
 def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:

@@ -155,7 +155,6 @@ class Sent:
         outbox = Outbox(weights[: plan.layout.nbytes], group.stream(group.rank))
         whole = self._whole or bool(plan.casts)  # a cast comes in pieces, of which only the size is told
         filled = iter([] if whole else [read.slices for read in plan.reads])
-        objection = None
 
         def note(nbytes: int) -> None:
             for offset, size in next(filled, ()):
@@ -163,16 +162,23 @@ class Sent:
             if progress:
                 progress(nbytes)
 
-        try:
-            for entry in () if whole else plan.kept:
-                outbox.filled(entry.offset, entry.nbytes)
-            self._source.read_into(weights, plan, finite=finite, progress=note)
-        except GroupBroken:
-            raise
-        except WsyncError as exc:
-            objection = exc
+        def read() -> WsyncError | None:
+            try:
+                for entry in () if whole else plan.kept:
+                    outbox.filled(entry.offset, entry.nbytes)
+                self._source.read_into(weights, plan, finite=finite, progress=note)
+            except GroupBroken:
+                raise
+            except WsyncError as exc:
+                return exc
+            return None
+
+        objection = group.busy(read) if whole else None
+        group.tell(True)  # the pieces come now
+        if not whole:
+            objection = read()
         outbox.close()
-        group.tell(zlib.crc32(weights[: plan.layout.nbytes]))
+        group.tell(group.busy(lambda: zlib.crc32(weights[: plan.layout.nbytes])))
         self._turn.vote(objection)  # whole
 
 
@@ -220,14 +226,20 @@ class Received:
         self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
     ) -> None:
         self._turn.vote()  # ready
+        self._turn.group.hear(self._rank)
         stream = self._turn.group.stream(self._rank)
         for piece in pieces_of(weights[: plan.layout.nbytes]):
             stream.pass_on(piece)
             if progress:
                 progress(len(piece))
         stream.finish()
-        same = self._turn.group.hear(self._rank) == zlib.crc32(weights[: plan.layout.nbytes])
-        self._turn.vote(None if same else WsyncError(f"{self.path}: {_OTHERS}"))  # whole
+        sent = self._turn.group.hear(self._rank)
+
+        def compare() -> None:
+            if zlib.crc32(weights[: plan.layout.nbytes]) != sent:
+                raise WsyncError(f"{self.path}: {_OTHERS}")
+
+        self._turn.vote(work=compare)  # whole
 
 
 class Live:
@@ -252,14 +264,16 @@ def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None = Non
     stream = turn.group.stream(rank)
     scratch = memoryview(bytearray(min(nbytes, transport.PIECE)))
     if weights is not None:
+        turn.group.tell(True)
         for piece in pieces_of(weights):
             stream.pass_on(piece)
     else:
+        turn.group.hear(rank)
         for at in range(0, nbytes, transport.PIECE):
             stream.pass_on(scratch[: nbytes - at])
     stream.finish()
     if weights is not None:
-        turn.group.tell(zlib.crc32(weights))
+        turn.group.tell(turn.group.busy(lambda: zlib.crc32(weights)))
     else:
         turn.group.hear(rank)
     turn.vote()  # whole

@@ -44,6 +44,7 @@ from .errors import (
     Difference,
     GroupBroken,
     SegmentBusy,
+    Stopped,
     WsyncError,
     refused,
 )
@@ -55,6 +56,7 @@ from .parts import remote
 from .publisher import Source, Staged
 from .segment import Segment
 from .segment_files import Publication
+from .source import Candidate
 from .spec import Spec
 from .state import Pin
 from .syncer import Syncer
@@ -105,6 +107,8 @@ class FleetSyncer(Syncer):
         def rounds() -> None:
             try:
                 self._worked = self._run(ended, tell)
+            except Stopped:
+                pass
             except BaseException as exc:
                 self._error = exc
             finally:
@@ -117,6 +121,8 @@ class FleetSyncer(Syncer):
             self.group.thread.join()
         ended = threading.Event()
         self._stop = self.group.stop = ended
+        if away := remote(self.getter.checkpoints):
+            away.store.stop = ended
         self.group.thread = threading.Thread(target=rounds, name="wsync-group", daemon=True)
         self.group.thread.start()
         stop.wait()
@@ -133,10 +139,10 @@ class FleetSyncer(Syncer):
         pace = Pace(self.spec, self.getter.checkpoints, stop)
         try:
             while not stop.is_set():
-                mood = pace.mood() if self.group.rank == 0 else ""
+                report = lambda: asdict(self._report(pace.mood() if self.group.rank == 0 else ""))  # noqa: E731
+                self._reports = [Report(**each) for each in self.group.together(report)]
                 if stop.is_set():
                     break
-                self._reports = [Report(**each) for each in self.group.gather(asdict(self._report(mood)))]
                 head, change = self._reports[0].mood, change_of(self._reports)
                 if head != "due" and change in (None, self._failed):
                     continue
@@ -262,6 +268,12 @@ class FleetSyncer(Syncer):
         self.group.tell({"outcome": asdict(outcome)})
         return outcome
 
+    def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
+        return self.group.busy(lambda: Syncer._todo(self, live, force, started))  # a store may not answer
+
+    def _open(self, candidate: Candidate) -> Checkpoint:
+        return self.group.busy(lambda: Syncer._open(self, candidate))
+
     def _publish(
         self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
     ) -> Outcome:
@@ -275,7 +287,7 @@ class FleetSyncer(Syncer):
     def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
         if live and _is_live(pin, live):
             return self._pinned_outcome(pin, live, started)
-        checkpoint, fit = self.record.reopen(pin, self.spec.weights)
+        checkpoint, fit = self.group.busy(lambda: self.record.reopen(pin, self.spec.weights))
         with checkpoint:
             return replace(self._offer(checkpoint, fit, started, gated=False), pin=pin.name)
 

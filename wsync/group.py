@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
 from .errors import GroupBroken, UsageError
@@ -35,11 +35,14 @@ from .errors import GroupBroken, UsageError
 if TYPE_CHECKING:
     import torch
 
-TIMEOUT = 30.0  # seconds that a box may be silent; what takes longer (a gate, reading a layout) goes on beside the talk
+TIMEOUT = (
+    30.0  # seconds that a box may be silent; what takes longer (a gate, a store, a layout) goes on beside the talk
+)
 FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted them
 BEAT = 1.0  # seconds between two signs of life
 PIECE = 8 << 20  # bytes
 _WINDOW = 4  # pieces under way
+_T = TypeVar("_T")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -154,6 +157,18 @@ class Group:
                 if None not in answers:
                     return answers
 
+    def busy(self, work: Callable[[], _T]) -> _T:
+        """What this box's work gives; the others, who wait to ``hear``, are told meanwhile that it lives."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            while not wait([future], BEAT).done:
+                try:
+                    self.tell(None)
+                except GroupBroken:
+                    self.stop.set()
+                    raise
+            return future.result()
+
     def tell(self, what: Any) -> None:
         """Tells all others; they ``hear``."""
         text = _tensor(json.dumps(what).encode())
@@ -161,12 +176,15 @@ class Group:
         self._share(text, self.rank)
 
     def hear(self, rank: int) -> Any:
-        """What that box tells."""
-        size, text = _tensor(bytes(8)), bytearray()
-        self._share(size, rank)
-        text = bytearray(int.from_bytes(bytes(size.tolist()), "little"))
-        self._share(_tensor(text), rank)
-        return json.loads(text)
+        """What that box tells, once it is not ``busy`` any more."""
+        told = None
+        while told is None:
+            size = _tensor(bytes(8))
+            self._share(size, rank)
+            text = bytearray(int.from_bytes(bytes(size.tolist()), "little"))
+            self._share(_tensor(text), rank)
+            told = json.loads(text)
+        return told
 
     def stream(self, rank: int) -> Stream:
         """The way of weights from that box to all others."""

@@ -23,6 +23,7 @@ class Pace:
         self._changes = Changes(place, spec.poll, stop, spec.select.marker)
         self._failures = Failures(self._changes, self._listing, self._spec.poll, stop)
         self._next = 0.0  # when it is due, by the monotonic clock
+        self._look = 0.0  # when the place is listed again after a failure, which may be a request to a store
         self._tried: object = None
 
     def mood(self) -> str:
@@ -30,8 +31,9 @@ class Pace:
         failing = self._failures.pauses > 0
         left = self._next - time.monotonic()
         told = left > 0 and self._changes.wait(min(left, BEAT))
-        if failing and self._tried is not None:
+        if failing and self._tried is not None and (told or time.monotonic() >= self._look):
             told = self._listing() != self._tried
+            self._look = time.monotonic() + self._spec.poll
         if not told and time.monotonic() < self._next:
             return "failure" if failing else "idle"
         self._tried = self._listing() if failing else None

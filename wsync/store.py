@@ -118,7 +118,7 @@ class Store:
         secret: what a web server's URL has for it alone: ``user:password`` and the query, in that order.
 
     Attributes:
-        stop: once set, the main thread waits for nothing any more, and gets ``Stopped``.
+        stop: once set, nobody waits for an answer any more: who did gets ``Stopped``.
     """
 
     def __init__(self, scheme: str, root: str, secret: tuple[str, str] = ("", "")) -> None:
@@ -144,7 +144,7 @@ class Store:
         """
         if prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
-        found = self._beside(lambda: self._probe(prefix)) if self.is_web else self._below(prefix)
+        found = self._probe(prefix) if self.is_web else self._below(prefix)
         if not found and prefix and not prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
         self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
@@ -262,9 +262,7 @@ class Store:
         return {stored.key: stored for stored in looked if stored}
 
     def _beside(self, work: Callable[[], _T]) -> _T:
-        """What the work gives. The main thread, which signals wait for, only waits beside it."""
-        if threading.current_thread() is not threading.main_thread():
-            return work()
+        """What the work gives. Who asked waits beside it: the library may be silent for long, and heeds no stop."""
         future: Future[_T] = Future()
 
         def run() -> None:

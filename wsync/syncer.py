@@ -300,7 +300,7 @@ class Syncer:
         refusals: list[Outcome] = []
         for candidate in todo:
             try:
-                with self.getter.open(candidate) as checkpoint:
+                with self._open(candidate) as checkpoint:
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
@@ -330,6 +330,9 @@ class Syncer:
         if not refusals:
             raise self.getter.nothing()
         return refusals[0]
+
+    def _open(self, candidate: Candidate) -> Checkpoint:
+        return self.getter.open(candidate)
 
     def _publish(
         self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
