@@ -12,6 +12,7 @@ import torch
 from conftest import raw
 from safetensors.torch import save_file
 
+from wsync.badge import few
 from wsync.checkpoint import Checkpoint
 from wsync.convergence import Change, Report, change_of, holder_of, leader_of
 from wsync.delivery import Outbox, Sent, Turn, judge
@@ -119,6 +120,13 @@ def test_a_piece_goes_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fill(3, 1) == [b"xxxx", b"xxxx"]
     outbox.close()
     assert stream.sent[2:] == [b"\0\0"]
+
+
+def test_a_line_tells_a_few_names() -> None:
+    """Guards against lines of a thousand names, in each log and in status."""
+    assert few(["a", "b"]) == "a, b"
+    told = few([f"box-{n}" for n in range(1000)])
+    assert told.startswith("box-0, box-1") and told.endswith("box-7 and 992 more")
 
 
 class Counted(Turn):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .memory import shut, try_lock, write_at
 from .segment_files import Publication
 
 FILE = "group.json"
+_SHOWN = 8  # names of a group's boxes that a line tells
 
 
 class Badge:
@@ -69,6 +71,12 @@ def group_of(segment: Path) -> dict[str, Any] | None:
         return None
     finally:
         shut(fd)
+
+
+def few(boxes: Sequence[str]) -> str:
+    """The names of boxes in one line: of many the first ones, and how many more there are."""
+    more = len(boxes) - _SHOWN
+    return ", ".join(boxes[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _read(fd: int) -> dict[str, Any] | None:

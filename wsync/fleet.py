@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from .badge import Badge
+from .badge import Badge, few
 from .checkpoint import Checkpoint
 from .convergence import Change, Report, change_of, holder_of, leader_of
 from .delivery import Live, Received, Sent, Turn, judge, look_on
@@ -416,7 +416,7 @@ class FleetSyncer(Syncer):
             raise WsyncError(f"what is live in the group is refused: {exc}") from exc
         except WsyncError as exc:
             turn.refuse(exc)
-        names = ", ".join(self.group.names[each] for each in sorted(change.takers))
+        names = few([self.group.names[each] for each in sorted(change.takers)])
         self.group.note("info", "group", f"version {change.version} of {self.group.names[provider]} went to {names}")
         return self._outcome("current", live, started, step=live.step if live else None)
 

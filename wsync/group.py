@@ -30,6 +30,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import __version__
+from .badge import few
 from .errors import GroupBroken, UsageError
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Group:
             )
         self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
         self.joined = True
-        self.note("info", "group", f"rank {self.rank} of {self.size}: {', '.join(self.names)}")
+        self.note("info", "group", f"rank {self.rank} of {self.size}: {few(self.names)}")
         if self.shared_store:
             self.note(
                 "warning",
@@ -201,7 +202,7 @@ class Group:
     def _broken(self, exc: Exception) -> GroupBroken:
         said = str(exc).partition("\n")[0]
         why = (said.partition(".cc:")[2].partition("] ")[2] or said).partition(". ")[0]
-        boxes = f" ({', '.join(self.names)})" if self.names else ""
+        boxes = f" ({few(self.names)})" if self.names else ""
         return GroupBroken(
             f"the group of {self.size} boxes{boxes} broke: {why[:200]}. What is live stays live; this watch ends, so "
             "that torchrun forms the group again."

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 
-from .badge import group_of
+from .badge import few, group_of
 from .console import complain, duration, segment_json
 from .errors import SegmentError, StateError, UsageError, printable
 from .segment import Segment, segments
@@ -118,7 +118,7 @@ class Status:
         pin, failure = self._pin_and_failure(segment)
         notes = [f"pinned: {printable(pin)}"] if pin else []
         if group := group_of(segment.path):
-            notes.append(f"group: rank {group['rank']} of {group['size']}: {', '.join(group['boxes'])}")
+            notes.append(f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}")
         if failure:
             ago = duration(max(0.0, time.time() - failure.at))
             reason = " ".join((failure.reason or "").split())
