@@ -1,6 +1,25 @@
 """wsync keeps the weights of a running policy in step with the newest checkpoint on disk.
 
 Importing this package imports neither torch nor tensordict; each name below is loaded when it is first used.
+
+The rooms, from the ground up; what a room imports when it is imported stands before it:
+
+    ground          errors layout memory addresses ahead access notify transfer
+    checkpoints     header store_client store hub parts casting finite fitting advice adapter checkpoint remote source
+                    changes
+    segments        registry segment_files segment badge
+    writing side    publisher weights weight_getter updaters segment_updater
+    policy's side   attached renewal swap reader device device_weights device_reader attaching
+    the past        outcome state record rollback
+    settings        hooks metrics spec
+    what people see console tables status history inspect
+    gates, hooks    command gate hook_runner
+    one pass        retry syncer
+    many boxes      convergence group pace delivery fleet
+    a watch         exposition endpoint monitor service
+    measuring       bench bench_place bench_policy bench_by_hand bench_processes bench_staging bench_memory
+                    bench_watching bench_reading bench_growth bench_view bench_svg
+    command line    options cli_bench cli_history cli
 """
 
 from __future__ import annotations

@@ -1,0 +1,40 @@
+"""The map of the package in its docstring: every room is on it, and imports go the way that it says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import wsync
+
+PACKAGE = Path(wsync.__file__).parent
+
+
+def rooms() -> list[str]:
+    """The rooms as the map names them, from the ground up."""
+    assert wsync.__doc__
+    lines = [line for line in wsync.__doc__.splitlines() if line.startswith("    ")]
+    return [name for line in lines for name in re.findall(r"\w+", line[20:])]
+
+
+def imported(room: str) -> set[str]:
+    """What a room imports of the package when it is imported itself; not what it does within a function."""
+    found = set()
+    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+    for node in [inner for outer in tree.body for inner in (outer.body if isinstance(outer, ast.Try) else [outer])]:
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name for name in found if name and (PACKAGE / f"{name}.py").exists()}
+
+
+def test_every_room_is_on_the_map() -> None:
+    """Guards a map that the next reader can believe: each module once, and nothing that is not there."""
+    there = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+    assert sorted(rooms()) == there
+
+
+def test_imports_go_down_the_map() -> None:
+    """Guards against a knot of rooms: what a room imports stands before it, and nothing imports the command line."""
+    order = {room: place for place, room in enumerate(rooms())}
+    assert not [(room, low) for room in order for low in imported(room) if order[low] > order[room]]
