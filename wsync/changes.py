@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .parts import INDEX, remote
+from .parts import CONFIG, INDEX, remote
 from .source import SUFFIX, TEMPORARY
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ class Changes:
             return True
         if not name or TEMPORARY.search(name):
             return False
-        return is_directory or name.endswith((SUFFIX, INDEX)) or bool(self._marker and name.endswith(self._marker))
+        return (
+            is_directory or name.endswith((SUFFIX, INDEX, CONFIG)) or bool(self._marker and name.endswith(self._marker))
+        )
 
     def _begin(self) -> bool:
         """Whether watching began just now: the first time, and where another directory stands in the place."""

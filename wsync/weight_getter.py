@@ -142,7 +142,7 @@ class CheckpointWeightGetter:
     def nothing(self) -> NoCheckpoint:
         wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
         wanted += [f'a marker "{self.select.marker}"'] if self.select.marker else []
-        asked = f" (asked for are {' and '.join(wanted)})" if wanted else ""
+        asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
         return NoCheckpoint(
             f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
         )
