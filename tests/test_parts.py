@@ -802,6 +802,15 @@ def test_a_metadata_step_comes_before_the_name_and_is_read_once(
     assert len(opened) == 7
 
 
+def test_looking_for_steps_waits_for_nobody(tmp_path: Path, slept: list[float]) -> None:
+    """Guards the time of a pass among checkpoints that have still to stand still: it is waited for one, not for all."""
+    for number in range(20):
+        shard(tmp_path / f"checkpoint-{number}", tensors(), metadata={"step": str(100 - number)})
+    getter = CheckpointWeightGetter(tmp_path, select=Select(order="step", settle=1.0))
+    assert names(getter.candidates())[0] == "checkpoint-0"
+    assert sum(slept) < 1.0
+
+
 # Links
 
 

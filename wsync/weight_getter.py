@@ -129,7 +129,7 @@ class CheckpointWeightGetter:
         """A candidate's step; its header is opened once for each state of its file."""
         if candidate.identity not in self._steps:
             try:
-                with self.open(candidate) as checkpoint:
+                with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
                     self._steps[candidate.identity] = checkpoint.step
             except CheckpointError:  # told when it is tried; until then its name says what it is
                 return step_of(candidate.path.name, {})
