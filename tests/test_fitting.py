@@ -569,7 +569,7 @@ def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
     own = state()
     del own["2.bias"]
     path = save(tmp_path / "a", own)
-    assert "strict = false takes 3 of 4" in refusal(path, LAYOUT).message
+    assert "strict = false (--no-strict) takes 3 of 4" in refusal(path, LAYOUT).message
     assert "strict" not in refusal(path, LAYOUT, Fit(partial=False)).message
     assert "Nothing is live" in refusal(path, LAYOUT, Fit(strict=False, partial=False)).message
     own["0.weight"] = torch.ones(1)

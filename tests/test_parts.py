@@ -791,15 +791,16 @@ def test_a_metadata_step_comes_before_the_name_and_is_read_once(
         return header(read, size, path, number)
 
     monkeypatch.setattr(module, "read_header", count)
+    (tmp_path / "broken_0.safetensors").write_bytes(b"garbage, and more of it")
     getter = CheckpointWeightGetter(tmp_path, select=Select(order="step"))
     expected = ["checkpoint-1", "step_1.safetensors", "checkpoint-3", "step_3.safetensors", "checkpoint-2",
-                "step_2.safetensors"]  # fmt: skip
+                "step_2.safetensors", "broken_0.safetensors"]  # fmt: skip
     for _ in range(3):
         assert names(getter.candidates()) == expected
-    assert len(opened) == len(set(opened)) == 6
+    assert len(opened) == len(set(opened)) == 7
     age(write(tmp_path / "step_2.safetensors", policies.mlp(), step=99))
     assert names(getter.candidates())[0] == "step_2.safetensors"
-    assert len(opened) == 7
+    assert len(opened) == 8
 
 
 def test_looking_for_steps_waits_for_nobody(tmp_path: Path, slept: list[float]) -> None:

@@ -51,10 +51,8 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
         return "Nothing is live whose values the rest could keep. Publish a whole checkpoint first."
     other = "write checkpoints of this policy's own state_dict, or name the spec that fits."
     if takes_part and settings.partial:
-        few = len(layout.tensors) - len(part.kept)
-        other += (
-            f" If a part is meant, strict = false takes {few} of {len(layout.tensors)} and keeps the rest as it is."
-        )
+        few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"
+        other += f" If a part is meant, strict = false (--no-strict) takes {few} and keeps the rest as it is."
     return f"It stays refused until it changes: {other}"
 
 

@@ -232,14 +232,9 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
 
 
 def _forbidden(path: Path, reason: str) -> CheckpointError:
-    closed, info = path, None
-    while info is None:
-        try:
-            info = closed.stat()
-        except OSError:
-            if closed == closed.parent:
-                return CheckpointError(f"{path} cannot be reached ({reason}). Give access to the directories above.")
-            closed = closed.parent
+    path = path.absolute()
+    looks = ((each, _stat(each)) for each in (path, *path.parents))
+    closed, info = next((each, info) for each, info in looks if info)  # the root at last can be looked at by all
     try:
         owner = pwd.getpwuid(info.st_uid).pw_name
     except KeyError:
@@ -252,3 +247,10 @@ def _forbidden(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{whose} and cannot be read by {user} ({reason}). Let the trainer make it readable, or run wsync as its owner."
     )
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, open_checkpoint, step_of
-from .errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
+from .errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from .fitting import Fit
 from .layout import TORCH_DTYPES, Layout
 from .parts import place_at, remote
@@ -131,8 +131,11 @@ class CheckpointWeightGetter:
             try:
                 with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
                     self._steps[candidate.identity] = checkpoint.step
-            except CheckpointError:  # told when it is tried; until then its name says what it is
-                return step_of(candidate.path.name, {})
+            except CheckpointError as exc:  # told when it is tried; until then its name says what it is
+                step = step_of(candidate.path.name, {})
+                if not isinstance(exc, MalformedCheckpoint):
+                    return step
+                self._steps[candidate.identity] = step
         return self._steps[candidate.identity]
 
     def open(self, candidate: Candidate) -> Checkpoint:
