@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import policies
 import pytest
 import torch
-from conftest import write
+from conftest import TESTS, write
 from safetensors.torch import save_file
 
 from wsync import checkpoint as module
@@ -29,10 +30,14 @@ from wsync.errors import (
     MalformedCheckpoint,
     NoCheckpoint,
 )
+from wsync.inspect import inspect
 from wsync.layout import Layout, layout_of
 from wsync.memory import being_written
 from wsync.parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, identity, parts_of
+from wsync.segment import Segment
 from wsync.source import Candidate, Select, scan
+from wsync.spec import Spec
+from wsync.syncer import Syncer
 from wsync.weight_getter import CheckpointWeightGetter
 
 LONG_AGO = 1_000_000  # seconds; a time at which every file here stood still already
@@ -642,6 +647,31 @@ def test_an_unfinished_directory_is_no_candidate(tmp_path: Path) -> None:
     assert scan(tmp_path) == []
     (path / "aside").rename(path / "model-00003-of-00003.safetensors")
     assert names(scan(tmp_path)) == ["checkpoint-1"]
+
+
+def test_an_index_that_names_files_elsewhere_is_refused_once(tmp_path: Path, runtime: Path) -> None:
+    """Guards that a hostile index among the checkpoints is told as such, and then passed over until it changes."""
+    spec = Spec("policies:mlp", "a", TESTS)
+    with closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)):
+        runs = tmp_path / "runs"
+        index(runs / "checkpoint-7", {"0.weight": "../model.safetensors"})
+        with Syncer(spec, runs) as syncer:
+            first, second = syncer.once(), syncer.once()
+            assert (first.status, first.kind, second.status, second.kind) == ("rejected", "malformed", "rejected", "")
+            assert "no file beside it" in (first.reason or "")
+            shard(runs / "checkpoint-7", policies.mlp().state_dict())
+            syncer.getter.select = Select(settle=0.01)
+            assert syncer.once().status == "published"
+
+
+def test_halves_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Guards a look at a directory, which is to say why a checkpoint that is missing a shard is none."""
+    (shard(tmp_path / "checkpoint-1", tensors()) / "model-00003-of-00003.safetensors").unlink()
+    shard(tmp_path / "checkpoint-2", tensors())
+    assert names(scan(tmp_path)) == ["checkpoint-2"]
+    assert {*names(scan(tmp_path, halves=True))} == {"checkpoint-1", "checkpoint-2"}
+    verdicts = {Path(c["path"]).name: c["reason"] for c in inspect(tmp_path)["candidates"]}
+    assert verdicts["checkpoint-2"] is None and "shard 3 of 3" in verdicts["checkpoint-1"]
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,14 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
             return _look(path, fits, scan_values)
         parts_of(path)
     except NoCheckpoint:
-        return {"path": str(path), "candidates": _verdicts(scan(path, settings), settings, fits)}
+        return {"path": str(path), "candidates": _verdicts(scan(path, settings, halves=True), settings, fits)}
     except OSError as exc:
         raise unreadable(path, exc) from exc
     except CheckpointError:
         pass  # told below, where it is opened
     looked = _look(path, fits, scan_values)
     try:
-        others = [candidate for candidate in scan(path, settings) if candidate.path != path]
+        others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != path]
     except CheckpointError:
         others = []
     return {**looked, "candidates": _verdicts(others, settings, fits)} if others else looked

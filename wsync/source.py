@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import CheckpointError, NoCheckpoint, UsageError
+from .errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
 from .parts import ADAPTER, INDEX, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 
 SUFFIX = ".safetensors"
@@ -106,10 +106,13 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
+def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
     A directory that holds a sharded checkpoint of its own is a candidate, and so are the checkpoints beside it.
+
+    Args:
+        halves: list sharded ones, too, of which a part is missing; none of them can be opened.
 
     Raises:
         NoCheckpoint: there is no such place yet.
@@ -169,8 +172,9 @@ def scan(place: Path, settings: Select = Select()) -> list[Candidate]:
         except OSError as exc:
             if exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
                 trouble = trouble or unreadable(Path(entry.path), exc)
-        except CheckpointError:
-            continue  # a directory that holds no checkpoint, or half of one
+        except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
+            if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
+                found += _half(place / name if away else Path(entry.path))
     if trouble and not found:
         raise trouble
     return found
@@ -252,6 +256,15 @@ def _directory(path: Path) -> Candidate:
     parts = parts_of(path)
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
     return Candidate(path, identity_of(infos), max(map(_written, infos)))
+
+
+def _half(path: Path) -> list[Candidate]:
+    """A directory as a candidate by its index alone, for its opening to say what is wrong; none where that is gone."""
+    try:
+        info = (path / INDEX).stat()
+    except OSError:
+        return []
+    return [Candidate(path, identity(info), _written(info))]
 
 
 def _written(info: os.stat_result) -> int:
