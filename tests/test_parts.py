@@ -442,6 +442,22 @@ def told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("told")
+def test_a_named_file_that_is_being_written_is_not_refused(tmp_path: Path, runtime: Path) -> None:
+    """Guards a trainer that overwrites one file in place: not yet (66) while it writes, refused (65) if it stops."""
+    spec = Spec("policies:mlp", "a", TESTS)
+    path = write(tmp_path / "latest.safetensors", policies.mlp(), 1.0)
+    whole = path.read_bytes()
+    with closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)), Syncer(spec, path) as syncer:
+        with path.open("wb") as file:
+            file.write(whole[:300])
+            file.flush()
+            assert syncer.once().status == "empty"
+        assert syncer.once().status == "rejected"
+        path.write_bytes(whole)
+        assert syncer.once().status == "published"
+
+
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("form", ["file", "single", "shards"])
 def test_what_is_open_for_writing_is_not_taken(form: str, tmp_path: Path) -> None:
     """Guards that bytes that look whole are not taken while their writer may still change them."""

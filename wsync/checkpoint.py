@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from .casting import Pair, Piece, convert, pieces
 from .errors import (
+    BeingWritten,
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
@@ -272,11 +273,11 @@ class Checkpoint:
         tells whether a file is still open for writing: there the checkpoint must have stood still for ``settle``.
 
         Raises:
-            IncompleteCheckpoint: a file is still open for writing.
+            BeingWritten: a file is still open for writing, or does not stand still.
         """
         writing = [being_written(fd) for fd in self._fds]
         if True in writing:
-            raise IncompleteCheckpoint(
+            raise BeingWritten(
                 f"{self.parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
                 "writers do best to write another name and rename it into place."
             )
@@ -298,8 +299,8 @@ class Checkpoint:
                 return
         raise self._unsettled(wanted)
 
-    def _unsettled(self, wanted: float) -> IncompleteCheckpoint:
-        return IncompleteCheckpoint(
+    def _unsettled(self, wanted: float) -> BeingWritten:
+        return BeingWritten(
             f"{self.path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again "
             "at the next pass."
         )

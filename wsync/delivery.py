@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import group as transport
 from .errors import (
+    BeingWritten,
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
@@ -46,6 +47,7 @@ _KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxe
     CheckpointRejected,
     LayoutDiffers,
     CheckpointChanged,
+    BeingWritten,
     IncompleteCheckpoint,
     RetryLater,
     SegmentBusy,

@@ -14,6 +14,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
     │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says
+    │   │   └── BeingWritten        66  its writer is still at work
     │   ├── NoCheckpoint            66  there is none yet
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
@@ -155,6 +156,10 @@ class IncompleteCheckpoint(CheckpointError):
 
     exit_code = 66
     kind = "incomplete"
+
+
+class BeingWritten(IncompleteCheckpoint):
+    """Its writer is still at work on it, or was a moment ago."""
 
 
 class NoCheckpoint(CheckpointError):

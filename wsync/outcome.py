@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import CheckpointChanged, CheckpointError, CheckpointRejected, Difference, IncompleteCheckpoint, RetryLater
+from .errors import (
+    BeingWritten,
+    CheckpointChanged,
+    CheckpointError,
+    CheckpointRejected,
+    Difference,
+    IncompleteCheckpoint,
+    RetryLater,
+)
 
 EXIT_CODES = {
     "published": 0,
@@ -66,8 +74,9 @@ class Outcome:
 
 
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
-    """A half-written file in a directory is none yet; one that was named itself is refused as it is."""
-    if isinstance(exc, CheckpointRejected) or (named and isinstance(exc, IncompleteCheckpoint)):
+    """A half-written file in a directory is none yet; one that was named itself is refused, once its writer is done."""
+    half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten)
+    if isinstance(exc, CheckpointRejected) or (named and half):
         return "rejected"
     if isinstance(exc, IncompleteCheckpoint):
         return "empty"
