@@ -869,7 +869,7 @@ def link(at: Path, to: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["file", "single", "shards"])
-def test_a_link_that_moves_is_seen(form: str, tmp_path: Path) -> None:
+def test_a_link_that_moves_is_seen(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the usual `latest`: each place that it comes to point at is new, an older one as well."""
     ends = []
     for number in (1, 2):
@@ -892,6 +892,9 @@ def test_a_link_that_moves_is_seen(form: str, tmp_path: Path) -> None:
         link(latest, target)
         (after,) = getter.candidates(was)
         assert after.identity == live(tmp_path / target).identity
+        assert live(latest).step == live(tmp_path / target).step in (1, 2)
+    monkeypatch.setattr(os, "readlink", lambda _: os.stat(tmp_path / "no proc"))
+    assert live(latest).step is None
 
 
 def test_a_link_beside_its_checkpoint_is_no_news(tmp_path: Path) -> None:

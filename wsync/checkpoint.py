@@ -54,7 +54,8 @@ class Checkpoint:
         identity: of its files as they were opened.
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
-        step: the producer's number: metadata ``step``, else the last integer of the name, else None.
+        step: the producer's number: metadata ``step``, else the last integer of the name, or of the name that a link
+            leads to, else None.
         size: bytes of its files.
         casts: the tensors that the last plan converts, each with what it becomes.
     """
@@ -98,6 +99,18 @@ class Checkpoint:
             raise
         own = self.path.parent.name if self.path.name in (SINGLE, ADAPTER) else self.path.name
         self.step = step_of(own, self.metadata)
+        if self.step is None and self._fds:
+            self.step = step_of(self._linked_name(), {})
+
+    def _linked_name(self) -> str:
+        """The name of what a link, such as ``latest``, led to when it was opened; empty where the path is none."""
+        try:
+            if not self.path.is_symlink():
+                return ""
+            real = Path(os.readlink(f"/proc/self/fd/{self._fds[0]}"))
+        except OSError:
+            return ""
+        return (real if self.parts.files[0] == self.path else real.parent).name
 
     def _open_files(self, settle: float) -> None:
         """Opens the files, and takes down what they are."""
