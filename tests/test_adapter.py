@@ -288,6 +288,18 @@ def test_a_module_that_is_left_out_is_not_merged(tmp_path: Path) -> None:
         checkpoint.plan(layout_of(Net()), Fit(base=str(base), exclude=("*.weight",), strict=False))
 
 
+def test_halves_of_no_rank_are_refused(tmp_path: Path) -> None:
+    """Guards against a division by the rank of a hostile adapter."""
+    base, adapter = saved(trained(), tmp_path)
+    from safetensors.torch import save_file
+
+    root = "base_model.model.first.lora"
+    empty = {f"{root}_A.weight": torch.ones(0, 4), f"{root}_B.weight": torch.ones(5, 0)}
+    save_file(empty, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointMismatch, match="have no place"):
+        staged(adapter, Fit(base=str(base)))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "F4"])
 def test_halves_that_are_no_floats_are_refused(dtype: torch.dtype | str, tmp_path: Path) -> None:
     """Guards against a product of what a hostile file says are numbers."""

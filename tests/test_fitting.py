@@ -593,6 +593,11 @@ def test_a_hostile_header_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch)
             fit(stored, LAYOUT, settings, Path("a"))
     assert len(trials) < 100
     trials.clear()
+    stored = {f"{number:x}.w": StoredTensor(f"{number:x}.w", "F32", (number,), 0, 0) for number in range(20_000)}
+    with pytest.raises(CheckpointMismatch, match="fit with"):
+        fit(stored, lay(w=("F32", (3,))), Fit(), Path("a"))
+    assert len(trials) < 100
+    trials.clear()
     monkeypatch.setattr(advice, "_WORK", 60_000)
     with pytest.raises(CheckpointMismatch):
         fit(stored, LAYOUT, Fit(rename={"a": "b"}), Path("a"))
