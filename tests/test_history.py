@@ -169,6 +169,21 @@ def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, run
         assert live_marks() == {float(min(to, 2))}
 
 
+def test_what_is_pinned_is_kept(push: Push, runs: Path, state: State) -> None:
+    """Guards a pin over a reboot, with ``--keep``, though it is older than the last N and its file is gone since."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    for mark in (1, 2, 3):
+        push(mark, spec=spec)
+    rollback(NAME, 1, runtime=None, state=state)
+    assert push(spec=spec).status == "pinned"
+    assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
+    shutil.rmtree(runs)
+    for version in (5, 6):
+        Segment.open(NAME, write=True).remove()
+        again = push(spec=spec)
+        assert (again.status, again.version, live_marks()) == ("published", version, {1.0})
+
+
 def test_other_settings_make_another_copy(push: Push, runs: Path, state: State) -> None:
     """Guards a kept copy against standing for the same file with other tensors taken from it."""
     spec = replace(load_spec("policies:mlp"), keep=2)

@@ -156,9 +156,9 @@ class Record:
     # --- what was published before
 
     def keep(self, segment: Segment, publication: Publication, number: int) -> None:
-        """Keeps a copy of what is live, and of the last ``number`` in all."""
+        """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
         state = self._state
-        if state and number > 0:
+        if state and number > 0 and not copy_path(state, publication.version).exists():
             self._try(lambda: keep(state, segment, publication, number))
 
     def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
@@ -200,7 +200,7 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
     Raises:
         StateError: there is no room, or no access.
     """
-    target = state.kept / f"{publication.version}.safetensors"
+    target = copy_path(state, publication.version)
     temporary = target.with_suffix(".tmp")
     lease = segment.lease()
     if lease is None or lease.version != publication.version:  # another publisher was faster: it keeps its own
@@ -220,7 +220,7 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
         for version in kept_versions(state)[:-number]:
-            (state.kept / f"{version}.safetensors").unlink(missing_ok=True)
+            copy_path(state, version).unlink(missing_ok=True)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         raise StateError(
@@ -251,7 +251,11 @@ def copies(state: State, events: Iterable[Event]) -> dict[tuple[str, str], Path]
     """The kept copies, by what they are of."""
     kept = set(kept_versions(state))
     found = [event for event in events if event.version in kept and event.identity]
-    return {what(event): state.kept / f"{event.version}.safetensors" for event in found}
+    return {what(event): copy_path(state, event.version or 0) for event in found}
+
+
+def copy_path(state: State, version: int) -> Path:
+    return state.kept / f"{version}.safetensors"
 
 
 def kept_versions(state: State) -> list[int]:

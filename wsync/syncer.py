@@ -454,13 +454,18 @@ class Syncer:
     def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
         """Keeps what is pinned live, and makes it so where the segment was made anew or the operator named a file."""
         if dry_run or (live and live.identity == pin.identity and (pin.identity or live.version == pin.version)):
+            if live and live.source and not dry_run and (segment := self.updater.opened):
+                self.record.keep(segment, live, self.spec.keep)  # for the next reboot, whatever became of its file
             return self._pinned_outcome(pin, live, started)
         self.updater.spec = self.spec.fingerprint
         segment = self.updater.make_segment()
         checkpoint, fit = self.record.reopen(pin, self.spec.weights)
         with checkpoint, segment.publishing():
             last = 0 if segment.live() else self.record.last_version()
-            return replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
+            outcome = replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
+        if self.updater.published:
+            self.record.keep(segment, self.updater.published, self.spec.keep)
+        return outcome
 
     def _pinned_outcome(self, pin: Pin, live: Publication | None, started: float) -> Outcome:
         return self._outcome(
