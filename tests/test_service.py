@@ -494,3 +494,12 @@ def test_a_log_in_a_latin_1_locale_does_not_fail(spawn: Spawn, runs: Path) -> No
     assert r"\u2603" in log.until("version 1")
     end(log)
     assert sys.stdout.encoding
+
+
+def test_the_last_line_tells_what_is_live(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards who reads why a watch stopped: a rollback, by another process, put another version live since."""
+    with WatchLog("nets", Path("runs"), "plain", lambda: None) as log:
+        log.tell(Outcome("published", "nets", version=2))
+        log.tell(Outcome("pinned", "nets", version=3))
+        log.tell(WsyncError("the disk is gone"))
+    assert "stopped; version 3 stays live" in capsys.readouterr().out.splitlines()[-1]

@@ -195,6 +195,7 @@ class WatchLog:
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
         self._writing = threading.Lock()  # hooks report from threads of their own
         self._shown: Outcome | None = None
+        self._version = 0  # that was live after the last pass
         self._done = (0, 0)
         self._stage_began = 0.0
         self._live: Live | None = None
@@ -216,8 +217,7 @@ class WatchLog:
         if self._live:
             self._live.stop()
             self._live = None
-        version = self._shown.version if self._shown else 0
-        self._line("info", "stop", f"{self._name}: stopped; version {version} stays live")
+        self._line("info", "stop", f"{self._name}: stopped; version {self._version} stays live")
 
     def tell(self, event: Outcome | WsyncError) -> None:
         """An outcome of a pass, or why it failed; but for a publish, what was said last is not said again."""
@@ -228,6 +228,7 @@ class WatchLog:
                 text = event.message if isinstance(event, WithDifferences) else str(event)
                 self._line("error", "failure", f"{self._name}: {text}", differences=rows)
         else:
+            self._version = event.version
             for refused in event.passed_over:
                 self._refusal(refused)
             key = (event.status, event.identity or event.reason or "")
