@@ -169,6 +169,27 @@ def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, run
         assert live_marks() == {float(min(to, 2))}
 
 
+def test_copies_of_a_history_that_was_removed_are_no_others(push: Push, runs: Path, state: State) -> None:
+    """Guards rollback against weights of another time that had the same number, and --keep against keeping those."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    for mark in (1, 2, 3):
+        push(mark, spec=spec)
+    for file in (*runs.iterdir(), *state.directory.glob("*.sqlite*")):
+        file.unlink()
+    for mark in (4, 5):
+        Segment.open(NAME, write=True).remove()
+        push(mark, spec=spec)
+    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
+    Segment.open(NAME, write=True).remove()
+    (state.kept / "1.safetensors").unlink()
+    push(6, spec=spec)
+    shutil.copy(state.kept / "2.safetensors", state.kept / "1.safetensors")
+    (runs / "step_4.safetensors").unlink()
+    with pytest.raises(WsyncError, match="gone or was"):
+        rollback(NAME, 1, runtime=None, state=state)
+    assert rollback(NAME, 2, runtime=None, state=state)[0].step == 5 and live_marks() == {5.0}
+
+
 def test_what_is_pinned_is_kept(push: Push, runs: Path, state: State) -> None:
     """Guards a pin over a reboot, with ``--keep``, though it is older than the last N and its file is gone since."""
     spec = replace(load_spec("policies:mlp"), keep=2)

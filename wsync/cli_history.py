@@ -106,7 +106,7 @@ def rollback(
     file = printable(Path(live.source).name) if live.source else "weights from memory"
     if as_json:
         data = {"status": "published", "name": name, "version": live.version, "step": live.step}
-        print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.checkpoint}))
+        print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.name}))
     else:
         step = "" if live.step is None else f", step {live.step}"
         print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")

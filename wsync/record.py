@@ -158,7 +158,7 @@ class Record:
     def keep(self, segment: Segment, publication: Publication, number: int) -> None:
         """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
         state = self._state
-        if state and number > 0 and not copy_path(state, publication.version).exists():
+        if state and number > 0 and not _holds(copy_path(state, publication.version), publication.identity):
             self._try(lambda: keep(state, segment, publication, number))
 
     def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
@@ -210,7 +210,9 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         _sweep(target.parent)
         events = state.events(kinds=PUBLISHED)
         this = next((event for event in reversed(events) if event.version == publication.version), None)
-        if this and (same := copies(state, events).get(what(this))):
+        same = copies(state, events).get(what(this)) if this else None
+        if same and _holds(same, publication.identity):
+            os.utime(same)  # the newest again
             same.replace(target)
             return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
@@ -219,8 +221,10 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
             with open(lease.fileno(), "rb", closefd=False) as slot:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
-        for version in kept_versions(state)[:-number]:
-            copy_path(state, version).unlink(missing_ok=True)
+        paths = [copy_path(state, version) for version in kept_versions(state)]
+        written = sorted((path.stat().st_mtime_ns, path) for path in paths)
+        for _, path in written[:-number]:  # not by their numbers, which begin anew where the history was removed
+            path.unlink(missing_ok=True)
     except OSError as exc:
         temporary.unlink(missing_ok=True)
         raise StateError(
@@ -229,6 +233,15 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         ) from exc
     finally:
         lease.release()
+
+
+def _holds(copy: Path, identity: str) -> bool:
+    """Whether a kept copy is there, and by its own word of this checkpoint."""
+    try:
+        with Checkpoint(copy) as checkpoint:
+            return checkpoint.metadata.get("identity") == identity
+    except WsyncError:
+        return False
 
 
 def _sweep(kept: Path) -> None:
@@ -272,14 +285,11 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoi
     Args:
         kept: the ``copies``.
     """
-    if copy := kept.get(what(event)):
-        try:
-            checkpoint = Checkpoint(copy)
-        except WsyncError:
-            pass
-        else:
-            checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step)
-            return checkpoint, Fit(finite=False)
+    copy = kept.get(what(event))
+    if copy and _holds(copy, event.identity or ""):
+        checkpoint = Checkpoint(copy)
+        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step)
+        return checkpoint, Fit(finite=False)
     original = _same(event.checkpoint, event.identity)
     return (original, fit_from_json(event.settings)) if original else None
 
