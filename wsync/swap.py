@@ -134,9 +134,15 @@ class _Window:
     def used(self) -> int:
         return int(torch._C._storage_Use_Count(self.storage._cdata))
 
-    def holds_just(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether these tensors are where they were put, and nothing else points into the window."""
-        return self.used() == self.uses and tuple(map(torch.Tensor.data_ptr, tensors)) == self.addresses
+    def holds_just(self, policy: Attached) -> bool:
+        """Whether the policy's tensors are where they were put, and nothing else points into the window.
+
+        A tensor in the place of one of them is one more that points here, or lies elsewhere.
+        """
+        try:
+            return self.used() == self.uses and policy.addresses() == self.addresses
+        except TypeError:
+            return False
 
 
 class Swap:
@@ -157,10 +163,11 @@ class Swap:
         """
         window = self._window
         attached = self._attached
-        if window and window.homes.segment is segment and window.holds_just(attached.tensors) and attached.in_place():
+        if window and window.homes.segment is segment and window.holds_just(attached):
             written = self._move(window, lease)
         else:
             attached.check()  # all before the first: a mixture is no version
+            attached.look_again()
             written = self._point(segment, lease)
         self._since = time.time()
         return written
@@ -216,7 +223,7 @@ class Swap:
             for tensor, index in self._attached.targets:
                 tensor.data = tensors[index]  # R4 use
         del tensors
-        window.uses, window.addresses = window.used(), tuple(map(torch.Tensor.data_ptr, self._attached.tensors))
+        window.uses, window.addresses = window.used(), self._attached.addresses()
         self._window = window
         if old:
             written |= self._leave(old)
