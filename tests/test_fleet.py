@@ -463,7 +463,7 @@ def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet], sl
             while not proxy.closed.wait(0.1) and (not busy.exists() or len(busy.read_text().splitlines()) < 3):
                 pass
 
-        proxy.arm(slow, before=before)
+        proxy.arm(slow, before=before, times=1000)
         for name in "ab":
             box = group.box(name)
             box.source = f"{proxy.url}/step_1.safetensors"
