@@ -265,6 +265,26 @@ def test_refused_credentials_are_told_without_them(bucket: Bucket, cli: Cli) -> 
     assert SECRET not in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL", "not a url"),
+        ("AWS_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:99999"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:99999"),
+        ("AWS_SESSION_TOKEN", f"{SECRET}\n"),
+    ],
+)
+def test_settings_of_which_no_request_can_be_made_are_told(
+    bucket: Bucket, cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Guards against a panic of the library, and its words, where a variable has a blank or a line break in it."""
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    done = cli("push", SPEC, RUN)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert (name if "URL" in name else "environment") in done.stderr and SECRET not in done.stderr
+
+
 def test_a_profile_signs_requests(bucket: Bucket, cli: Cli, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without keys in the environment those of ~/.aws/credentials are taken, through boto3."""
     pytest.importorskip("boto3")

@@ -306,6 +306,13 @@ class Store:
                         f"{self}/{key} cannot be read ({reason}{tried}). It is tried again at the next pass; see that "
                         "the store is there, and what its name, region and endpoint are."
                     ) from None
+            except BaseException as exc:
+                if type(exc).__name__ != "PanicException":  # of Rust, which no exception of the library is
+                    raise
+                raise UsageError(
+                    f"{self} cannot be asked: no request can be made of the settings in the environment. See keys, "
+                    "tokens and the endpoint for blanks and line breaks."
+                ) from None
             time.sleep(patience.pause * 2 ** (number - 1))
         raise AssertionError
 

@@ -8,10 +8,12 @@ the environment gives nothing. What credentials hold is passed on, and never loo
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import UsageError
 
@@ -80,8 +82,24 @@ def _options(patience: Patience, *, http: bool = False) -> dict[str, Any]:
 
 
 def _endpoint(scheme: str) -> str:
-    """Where the store is, if its own tools were told in the environment."""
-    return next((os.environ[name] for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
+    """Where the store is, if its own tools were told in the environment.
+
+    Raises:
+        UsageError: it is no URL of a server, on which obstore would panic.
+    """
+    name = next((name for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
+    if not name:
+        return ""
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url := os.environ[name]) or _port(url) is None:
+        raise UsageError(f"{name} is no URL of a server. Write https://host, or http://host:port, and nothing secret.")
+    return url
+
+
+def _port(url: str) -> int | None:
+    try:
+        return urlsplit(url).port or 0
+    except ValueError:
+        return None
 
 
 def _profile() -> dict[str, Any]:
