@@ -31,7 +31,7 @@ from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
 _WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
-_ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f]")  # what obstore takes for no name
+_ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # what obstore takes for no name
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,10 @@ def open_url(url: str) -> RemotePath | Path:
             f"{scheme!r:.40} is no store that wsync reads. Write a path, or a URL of {', '.join(SCHEMES)} or file."
         )
     if scheme in ("http", "https"):
-        web = urlsplit(url)
+        try:
+            web = urlsplit(url)
+        except ValueError:
+            raise UsageError(f"a {scheme}:// URL names a host that is none. Write {scheme}://host/path.") from None
         user, _, host = web.netloc.rpartition("@")
         store, key = Store(scheme, host, (user, web.query)), unquote(web.path)
     elif scheme == "hf":
@@ -189,8 +192,8 @@ def open_url(url: str) -> RemotePath | Path:
     place = RemotePath(store, key)
     if place.key and _ODD.search(f"/{place.key}/"):
         raise UsageError(
-            f"{printable(str(place))} names nothing that can be read: a part of it is empty, . or .., or has control "
-            "characters in it. Write the name as the store lists it."
+            f"{printable(str(place))} names nothing that can be read: a part of it is empty, . or .., or has "
+            "characters in it that no name has. Write the name as the store lists it."
         )
     return place
 

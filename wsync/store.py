@@ -310,8 +310,8 @@ class Store:
                 if type(exc).__name__ != "PanicException":  # of Rust, which no exception of the library is
                     raise
                 raise UsageError(
-                    f"{self} cannot be asked: no request can be made of the settings in the environment. See keys, "
-                    "tokens and the endpoint for blanks and line breaks."
+                    f"{self} cannot be asked: no request can be made of its name and the settings in the environment. "
+                    "See both, keys and tokens too, for blanks and line breaks."
                 ) from None
             time.sleep(patience.pause * 2 ** (number - 1))
         raise AssertionError
