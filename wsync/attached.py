@@ -6,9 +6,7 @@ place, and ``.half()`` makes others of them. A reader that went on with those it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from itertools import chain
-from typing import Any
+from operator import call, is_
 
 import torch
 
@@ -16,7 +14,6 @@ from .errors import moved
 from .layout import Layout, named_tensors
 
 Targets = list[tuple[torch.Tensor, int]]
-_address: Any = torch.Tensor.data_ptr
 
 
 class Attached:
@@ -41,29 +38,13 @@ class Attached:
             for key, tensor in table.items()
             if tensor is not None and id(tensor) in seen
         ]
-        self.look_again()
+        self._looks = [table.get for _, table, _, _, _ in self._owners]
+        self._keys = [key for _, _, key, _, _ in self._owners]
+        self._owned = [tensor for _, _, _, tensor, _ in self._owners]
 
-    def look_again(self) -> None:
-        """Takes note of which of the policy's tables hold its tensors and nothing else."""
-        self._whole: list[Collection[torch.Tensor]] = []
-        self._some: list[tuple[Mapping[str, torch.Tensor | None], list[str]]] = []
-        keys: dict[int, list[str]] = {}
-        for _, table, key, _, _ in self._owners:
-            keys.setdefault(id(table), []).append(key)
-        for table in {id(table): table for _, table, _, _, _ in self._owners}.values():
-            if len(table) == len(keys[id(table)]):
-                self._whole.append(table.values())
-            else:
-                self._some.append((table, keys[id(table)]))
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the tensors lie that the policy has at this moment; takes some 0.1 us for each.
-
-        Raises:
-            TypeError: one is gone.
-        """
-        some = (map(table.get, keys) for table, keys in self._some)
-        return tuple(map(_address, chain(chain.from_iterable(self._whole), chain.from_iterable(some))))
+    def in_place(self) -> bool:
+        """Whether the policy's tensors are these very ones; takes some 0.05 us for each."""
+        return all(map(is_, map(call, self._looks, self._keys), self._owned))
 
     def check(self) -> None:
         """Raises UsageError where they are not these, or not of the devices, dtypes and shapes that they were."""

@@ -149,7 +149,8 @@ class Reader:
                 step = self._publication(lease).step
                 written = self._swap.take(self._segment, lease) if self._swap else self._copy(lease)
             except BaseException:
-                lease.release()
+                if not (self._swap and self._swap.holds(lease)):
+                    lease.release()
                 raise
             self._took(lease, step)
             if self._swap:

@@ -19,13 +19,16 @@ from .memory import renew
 class Renewal:
     """One private mapping of a slot on its way to show the file again."""
 
-    def __init__(self, stretch: Stretch, address: int, nbytes: int) -> None:
+    def __init__(self, stretch: Stretch, nbytes: int) -> None:
         self._stretch: Stretch | None = stretch  # until it is done
-        self._address, self._nbytes = address, nbytes
+        self._address, self._nbytes = stretch.start, nbytes
         self._done = threading.Event()
         self._written = False
-        self._error: OSError | None = None
-        _todo().put(self)
+        self._error: Exception | None = None
+        try:
+            _todo().put(self)
+        except RuntimeError:  # this process may have no more threads
+            self._run()
 
     def wait(self) -> bool:
         """Whether the policy had written there, once it is done.
@@ -41,7 +44,7 @@ class Renewal:
     def _run(self) -> None:
         try:
             self._written = renew(self._address, self._nbytes)
-        except OSError as exc:
+        except Exception as exc:  # whatever it is, somebody waits, and more may come
             self._error = exc
         self._stretch = None
         self._done.set()
@@ -54,8 +57,9 @@ def _todo() -> SimpleQueue[Renewal]:
     """What the one thread of this process takes its work from; it starts with the first."""
     global _queue
     if _queue is None:
-        _queue = SimpleQueue()
-        threading.Thread(target=_work, args=(_queue,), name="wsync-renewal", daemon=True).start()
+        queue: SimpleQueue[Renewal] = SimpleQueue()
+        threading.Thread(target=_work, args=(queue,), name="wsync-renewal", daemon=True).start()
+        _queue = queue
     return _queue
 
 

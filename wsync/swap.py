@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import sys
 import time
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +45,8 @@ class Homes:
         self.segment = segment
         self.nbytes = segment.data_offset + segment.layout.nbytes
         self.span = -(-self.nbytes // SPAN) * SPAN
-        self._stretch = Stretch(segment.slots * self.span)
+        self.kind: Any = type("_Window", (ctypes.c_uint8 * self.nbytes,), {})  # a subclass can carry attributes
+        self._stretches: dict[int, Stretch] = {}  # of the slots that were live so far: most segments' last never are
         self._renewals: dict[int, Renewal | None] = {}
         self._left: int | None = None
         self._moves = True  # before Linux 5.13 a window is mapped anew instead
@@ -56,15 +59,15 @@ class Homes:
         """
         if not self._moves:
             return False
-        written = False
-        if slot not in self._renewals:
-            self.segment.map_at(slot, self._at(slot), self.span)
-            populate(self._at(slot), self.nbytes)
-        else:
-            renewal = self._renewals[slot]
-            written = renewal.wait() if renewal else renew(self._at(slot), self.nbytes)
+        if slot in self._renewals:
+            renewal, self._renewals[slot] = self._renewals[slot], None  # one that failed is tried anew
+            return renewal.wait() if renewal else renew(self._at(slot), self.nbytes)
+        if slot not in self._stretches:
+            self._stretches[slot] = Stretch(self.span)
+        self.segment.map_at(slot, self._at(slot), self.span)
+        populate(self._at(slot), self.nbytes)
         self._renewals[slot] = None
-        return written
+        return False
 
     def show(self, slot: int, window: int) -> None:
         """Puts the pages of a slot that is prepared into a window.
@@ -99,7 +102,7 @@ class Homes:
         """Begins to drop what the policy wrote to the slot that it left last."""
         left, self._left = self._left, None
         if left is not None:
-            self._renewals[left] = Renewal(self._stretch, self._at(left), self.nbytes)
+            self._renewals[left] = Renewal(self._stretches[left], self.nbytes)
 
     def forget_renewals(self) -> None:
         """In a forked child, where nobody does them."""
@@ -107,7 +110,7 @@ class Homes:
         self._renewals = dict.fromkeys(self._renewals)
 
     def _at(self, slot: int) -> int:
-        return self._stretch.start + slot * self.span
+        return self._stretches[slot].start
 
 
 @dataclass(slots=True)
@@ -118,31 +121,29 @@ class _Window:
         homes: of the segment whose slots it shows.
         start: its first address.
         memory: what the storage is made of: torch keeps it for as long as a tensor points there, and it keeps the
-            addresses (``keep``) and owns the lease (``lease``).
+            addresses (``keep``) and owns the lease (``leases``), two of them where a move was cut short: then nobody
+            knows which slot it shows, nor what the homes show, and none of them is moved again.
         storage: the one storage of all that points there.
-        uses: of the storage by itself and the policy's tensors.
-        addresses: of the policy's tensors.
+        alone: its uses (see ``uses``) before anything points there.
+        held: its uses when just the policy's tensors do.
+        addresses: of the policy's tensors there.
     """
 
     homes: Homes
     start: int
     memory: Any
     storage: torch.UntypedStorage
-    uses: int = 0
+    alone: tuple[int, int] = (0, 0)
+    held: tuple[int, int] = (0, 0)
     addresses: tuple[int, ...] = ()
 
-    def used(self) -> int:
-        return int(torch._C._storage_Use_Count(self.storage._cdata))
+    def uses(self) -> tuple[int, int]:
+        """How many tensors point there, and who has the storage object, which is one and the same for all who ask."""
+        return int(torch._C._storage_Use_Count(self.storage._cdata)), sys.getrefcount(self.storage)
 
-    def holds_just(self, policy: Attached) -> bool:
-        """Whether the policy's tensors are where they were put, and nothing else points into the window.
-
-        A tensor in the place of one of them is one more that points here, or lies elsewhere.
-        """
-        try:
-            return self.used() == self.uses and policy.addresses() == self.addresses
-        except TypeError:
-            return False
+    def holds_just(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these tensors are where they were put, and nothing else points into the window."""
+        return self.uses() == self.held and _addresses(tensors) == self.addresses
 
 
 class Swap:
@@ -150,6 +151,8 @@ class Swap:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
+        shown = [(tensor, index) for tensor, index in attached.targets if tensor.numel()]  # who has no bytes stays
+        self._tensors, self._indices = [tensor for tensor, _ in shown], [index for _, index in shown]
         self._window: _Window | None = None
         self._since = 0.0  # when the window's version was taken
         self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
@@ -161,16 +164,21 @@ class Swap:
             OSError, WsyncError: the system refused it; the policy has what it had.
             UsageError: the policy's tensors are others than those that were attached, or of another form.
         """
-        window = self._window
-        attached = self._attached
-        if window and window.homes.segment is segment and window.holds_just(attached):
-            written = self._move(window, lease)
+        window, attached = self._window, self._attached
+        same = window and window.homes.segment is segment and len(window.memory.leases) == 1
+        homes = window.homes if window and same else Homes(segment)
+        written = homes.prepare(lease.slot)  # may wait: what points where is looked at afterwards
+        if window and same and window.holds_just(self._tensors) and attached.in_place():
+            written |= self._move(window, lease)
         else:
             attached.check()  # all before the first: a mixture is no version
-            attached.look_again()
-            written = self._point(segment, lease)
+            written |= self._point(homes, lease)
         self._since = time.time()
         return written
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the policy may point into this slot, also where a take was cut short."""
+        return self._window is not None and lease in self._window.memory.leases
 
     def renew(self) -> None:
         """What is left to do after a take, and need not hold the policy's step up."""
@@ -180,7 +188,7 @@ class Swap:
     def leases(self) -> tuple[tuple[int, ...], float]:
         """The slot that the policy points into and those that only a kept tensor still does; since when the oldest."""
         self._kept = [kept for kept in self._kept if kept[1]() is not None]
-        held = [(self._window.memory.lease.slot, self._since)] if self._window else []
+        held = [(lease.slot, self._since) for lease in self._window.memory.leases] if self._window else []
         leases = [*held, *((slot, since) for slot, _, since in self._kept)]
         return tuple(slot for slot, _ in leases), min((since for _, since in leases), default=0.0)
 
@@ -203,55 +211,62 @@ class Swap:
             self._window.homes.forget_renewals()
 
     def _move(self, window: _Window, lease: Lease) -> bool:
-        homes, old = window.homes, window.memory.lease
-        written = homes.prepare(lease.slot)
-        written |= homes.take_back(old.slot, window.start)  # the window still shows its file
-        homes.show(lease.slot, window.start)  # R4 use
-        window.memory.lease = lease
+        homes, (old,) = window.homes, window.memory.leases
+        window.memory.leases = (old, lease)  # so it stays where an interrupt, or a fork, comes in between
+        try:
+            written = homes.take_back(old.slot, window.start)  # the window still shows its file
+            homes.show(lease.slot, window.start)  # R4 use
+        except (OSError, WsyncError):
+            window.memory.leases = (old,)
+            raise
+        window.memory.leases = (lease,)
         old.release()
         return written
 
-    def _point(self, segment: Segment, lease: Lease) -> bool:
+    def _point(self, homes: Homes, lease: Lease) -> bool:
         """Makes a window for the slot and points the policy's tensors there; the one before is left as it is."""
-        old = self._window
-        homes = old.homes if old and old.homes.segment is segment else Homes(segment)
-        window, written = _open(homes), homes.prepare(lease.slot)
+        old, window = self._window, _open(homes)
         homes.show(lease.slot, window.start)
-        window.memory.lease = lease
+        window.memory.leases = (lease,)
         with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
-            tensors = views(segment.layout, window.storage, segment.data_offset)
-            for tensor, index in self._attached.targets:
-                tensor.data = tensors[index]  # R4 use
+            tensors = views(homes.segment.layout, window.storage, homes.segment.data_offset)
+            tensors = [tensors[index] for index in self._indices]
+            self._window = window
+            point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+            deque(map(point, self._tensors, tensors), 0)  # R4 use; no interrupt comes between two of them
         del tensors
-        window.uses, window.addresses = window.used(), self._attached.addresses()
-        self._window = window
-        if old:
-            written |= self._leave(old)
-        return written
+        window.held = window.alone[0] + len(self._tensors), window.uses()[1]  # another thread may hold a tensor already
+        window.addresses = _addresses(self._tensors)
+        return self._leave(old) if old else False
 
     def _leave(self, window: _Window) -> bool:
         """Releases the lease of a window that the policy left, or leaves it to the tensors that still point there."""
-        lease = window.memory.lease
-        if window.used() > 1:
-            self._kept.append((lease.slot, weakref.ref(window.memory), self._since))
-            window.homes.lose(lease.slot)
+        leases, written = window.memory.leases, False
+        if window.uses() != window.alone:
+            self._kept.extend((lease.slot, weakref.ref(window.memory), self._since) for lease in leases)
+            window.homes.lose(leases[0].slot)
             return False
-        try:
-            written = window.homes.take_back(lease.slot, window.start)
-        except (OSError, WsyncError):  # the pages go with the window
-            window.homes.lose(lease.slot)
-            written = False
-        window.memory.lease = None
-        lease.release()
+        if len(leases) == 1:
+            try:
+                written = window.homes.take_back(leases[0].slot, window.start)
+            except (OSError, WsyncError):  # the pages go with the window
+                window.homes.lose(leases[0].slot)
+        window.memory.leases = ()
+        for lease in leases:
+            lease.release()
         return written
+
+
+def _addresses(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(map(torch.Tensor.data_ptr, tensors))
 
 
 def _open(homes: Homes) -> _Window:
     """A window that shows nothing yet; torch copies nothing."""
     stretch = Stretch(homes.span)
-    kind: Any = type("_Window", (ctypes.c_uint8 * homes.nbytes,), {})  # a subclass can carry attributes
-    memory = kind.from_address(stretch.start)
-    memory.keep, memory.lease = stretch, None
+    memory = homes.kind.from_address(stretch.start)
+    memory.keep, memory.leases = stretch, ()
     with torch.inference_mode(False):
-        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    return _Window(homes, stretch.start, memory, storage)
+        window = _Window(homes, stretch.start, memory, torch.frombuffer(memory, dtype=torch.uint8).untyped_storage())
+    window.alone = window.uses()
+    return window
