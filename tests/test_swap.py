@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEADLINE, marks
+from conftest import DEADLINE, Spawn, marks
 from policies import mlp
 from test_reader import Trainer
 from test_reader_lifetime import leased
@@ -240,3 +241,77 @@ def test_a_renewal_that_failed_is_tried_anew(trainer: Trainer, monkeypatch: pyte
             if mark > 3:
                 trainer.push(mark)
             assert reader.refresh() and marks(policy) == {float(mark)}
+
+
+def ended_well(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_a_limit_that_was_lowered_costs_no_addresses(trainer: Trainer, spawn: Spawn) -> None:
+    """Guards addresses that mremap(2) frees before it looks at the limit, and that others would come to lie at."""
+    code = """
+import resource, wsync
+from conftest import marks
+from policies import mlp
+from test_reader import slot_ranges
+from wsync.errors import OutOfSharedMemory
+from wsync.segment import Segment
+
+policy = mlp()
+reader = wsync.attach(policy, "nets", mode="swap")
+segment = Segment.open("nets")
+print("ready", flush=True)
+input()
+assert reader.refresh()
+before = slot_ranges(segment)
+print("ready", flush=True)
+input()
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, -1))
+try:
+    reader.refresh()
+    print("taken")
+except OutOfSharedMemory as exc:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print("ulimit -v" in str(exc), slot_ranges(segment) == before, marks(policy))
+print(reader.refresh(), marks(policy))
+"""
+    process = spawn("-c", code, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    for mark in (2, 3):
+        assert process.stdout.readline() == "ready\n", ended_well(process)
+        trainer.push(mark)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert ended_well(process) == "True True {2.0}\nTrue {3.0}\n"
+
+
+def test_a_process_that_locks_its_memory_takes_versions(trainer: Trainer, spawn: Spawn) -> None:
+    """Guards a control loop that calls mlockall(2): pages of its own can be dropped all the same."""
+    code = """
+import ctypes, sys, wsync
+from conftest import marks
+from policies import mlp
+
+policy = mlp()
+reader = wsync.attach(policy, "nets", mode="swap")
+if ctypes.CDLL(None).mlockall(1):
+    sys.exit("not permitted")
+for mark in range(2, 9):
+    print("ready", flush=True)
+    input()
+    assert reader.refresh() and marks(policy) == {float(mark)}
+"""
+    process = spawn("-c", code, stdin=subprocess.PIPE)
+    assert process.stdin and process.stdout
+    for mark in range(2, 9):
+        if not process.stdout.readline():
+            _, err = process.communicate(timeout=DEADLINE)
+            if "not permitted" in err:
+                pytest.skip("this user may not lock so much memory")
+            pytest.fail(err)
+        trainer.push(mark)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ended_well(process)

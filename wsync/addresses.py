@@ -6,8 +6,10 @@ Python's ``mmap`` owns what it maps and would unmap it where it was; here it is 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import resource
 
 from .memory import no_memory
 
@@ -58,6 +60,9 @@ def move(source: int, target: int, nbytes: int) -> None:
         OutOfSharedMemory: this process may not have more mappings; both are as they were.
     """
     length = ctypes.c_size_t(nbytes)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _mapped():  # lowered since: what is at the target would be lost
+        raise no_memory(nbytes, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), -1)
     if _libc.mremap(ctypes.c_void_p(source), length, length, _MOVE, ctypes.c_void_p(target)) == _FAILED:
         raise no_memory(nbytes, _error(), -1)
 
@@ -67,6 +72,15 @@ def _map(address: int | None, nbytes: int, protection: int, flags: int, fd: int)
     if found == _FAILED:
         raise no_memory(nbytes, _error(), fd)
     return int(found)
+
+
+def _mapped() -> int:
+    """Bytes of addresses that this process has; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[0]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def _error() -> OSError:

@@ -26,7 +26,7 @@ PAGE = 4096
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
-_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h
+_MADV_POPULATE_READ, _MADV_DONTNEED_LOCKED = 22, 24  # asm-generic/mman-common.h
 _PAGEMAP_SCAN = 0xC0606610  # linux/fs.h, as the next three
 _PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
@@ -118,7 +118,7 @@ def no_memory(wanted: int, exc: OSError, fd: int) -> Exception:
         what = ""
     return OutOfSharedMemory(
         f"this process cannot map {wanted:,} bytes{what}: its own memory is limited. Raise the limit (`ulimit -v`; "
-        "LimitAS= of its systemd unit)."
+        "LimitAS= of its systemd unit), or that of mappings, if it has tens of thousands (`sysctl vm.max_map_count`)."
     )
 
 
@@ -197,7 +197,10 @@ def renew(address: int, size: int) -> bool:
     written = has_own_pages(address, size)
     if written is False:
         return False
-    if code := _advise(address, size, mmap.MADV_DONTNEED):
+    code = _advise(address, size, mmap.MADV_DONTNEED)
+    if code == errno.EINVAL:  # the process keeps all its memory from being swapped out (mlockall(2))
+        code = _advise(address, size, _MADV_DONTNEED_LOCKED)
+    if code:
         raise OSError(code, os.strerror(code))
     populate(address, size)
     return bool(written)
