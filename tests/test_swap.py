@@ -18,6 +18,9 @@ from torch import nn
 
 import wsync
 from wsync import addresses, renewal, swap
+from wsync.layout import layout_of, views
+from wsync.segment import Segment
+from wsync.segment_updater import SharedMemoryWeightUpdater
 
 
 @pytest.fixture
@@ -315,3 +318,43 @@ for mark in range(2, 9):
         process.stdin.write("go\n")
         process.stdin.flush()
     ended_well(process)
+
+
+def test_an_alias_that_was_there_when_the_policy_was_pointed_is_counted(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a tensor that another thread took amid the pointing: it is no use of the policy's own."""
+    kept: list[torch.Tensor] = []
+
+    def taken(*arguments: Any) -> list[torch.Tensor]:
+        tensors = views(*arguments)
+        kept.append(tensors[0].detach())
+        return tensors
+
+    policy = mlp()
+    with monkeypatch.context() as patched:
+        patched.setattr(swap, "views", taken)
+        reader = wsync.attach(policy, "nets", mode="swap")
+    with reader:
+        trainer.push(2)
+        assert reader.refresh() and marks(policy) == {2.0} and (kept[0] == 1).all()
+
+
+def test_a_segment_of_many_slots_takes_the_addresses_of_few(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a process under `ulimit -v`: slots that were never live, the last of most segments, cost it nothing."""
+    Segment.create("many", layout_of(mlp()), slots=64).close()
+    updater = SharedMemoryWeightUpdater("many", policy=mlp())
+    updater.push_weights(mlp().state_dict())
+    reserved: list[int] = []
+
+    def reserve(nbytes: int) -> addresses.Stretch:
+        reserved.append(nbytes)
+        return addresses.Stretch(nbytes)
+
+    monkeypatch.setattr(swap, "Stretch", reserve)
+    policy = mlp()
+    with wsync.attach(policy, "many", mode="swap") as reader:
+        for _ in range(5):
+            updater.push_weights(mlp().state_dict())
+            assert reader.refresh()
+        assert sum(reserved) <= 4 * addresses.SPAN
