@@ -48,6 +48,20 @@ def loader(path: str, nbytes: str, tensors: str) -> None:
     _stage("loaded")
 
 
+def giver(name: str, path: str) -> None:
+    """Publishes a checkpoint each time that it is asked to."""
+    from .checkpoint import Checkpoint
+    from .publisher import publish
+    from .segment import Segment
+
+    segment = Segment.open(name, write=True)
+    with Checkpoint(Path(path)) as checkpoint:
+        while True:
+            with segment.publishing():
+                publish(segment, checkpoint)
+            _stage("published")
+
+
 def publisher(name: str, path: str) -> None:
     """Publishes a checkpoint again and again, as fast as it can."""
     from .checkpoint import Checkpoint
@@ -75,5 +89,5 @@ def _stage(word: str) -> None:
 
 
 if __name__ == "__main__":
-    roles: dict[str, Callable[..., None]] = {"reader": reader, "loader": loader, "publisher": publisher}
+    roles: dict[str, Callable[..., None]] = {"reader": reader, "loader": loader, "giver": giver, "publisher": publisher}
     roles[sys.argv[1]](*sys.argv[2:])
