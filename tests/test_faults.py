@@ -29,6 +29,7 @@ from test_processes import SPEC
 from test_processes import mark_of as marks_of
 from test_retry import stop
 
+from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import SegmentError, SegmentUnsafe
 from wsync.fitting import Fit
@@ -170,13 +171,16 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str, str, float]] = {
 
 
 def Double() -> Any:
-    """The policy in float64, whose tensors are read and cast one by one, so that there is a middle."""
+    """The policy in float64, which is read and cast piece by piece, so that there is a middle."""
     return mlp().double()
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_source_that_changes_while_it_is_read(segment: Segment, runs: Path, change: str) -> None:
+def test_a_source_that_changes_while_it_is_read(
+    segment: Segment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards that only bytes of one state of a file go live, and that the next pass takes what is there then."""
+    monkeypatch.setattr(Checkpoint, "_piece", 64)
     act, status, afterwards, mark = CHANGES[change]
     spec = replace(load_spec(SPEC), weights=Fit(cast=True))
     write(runs / "step_1.safetensors", mlp(), 1.0)

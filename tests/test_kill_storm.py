@@ -186,9 +186,12 @@ def storm(
     made.close()
 
 
-def copies(line: Line) -> bool:
-    """Of the two lines that use a slot, the one that copies out of it."""
-    return "copy" in Path(line.file).read_text().split("\n")[line.number - 1]
+def used(line: Line) -> set[tuple[str, str]]:
+    """Of the three lines that use a slot: by which mode, and at which moment."""
+    text = Path(line.file).read_text().split("\n")[line.number - 1]
+    if "copy" in text:
+        return {("copy", "attach"), ("copy", "refresh")}
+    return {("swap", "refresh" if "show" in text else "attach")}
 
 
 PUBLISHER = [
@@ -203,7 +206,7 @@ READER = [
     for mode in ("swap", "copy")
     for moment in ("attach", "refresh")
     if line.step.startswith("R")
-    and (line.step != "R4 use" or copies(line) == (mode == "copy"))
+    and (line.step != "R4 use" or (mode, moment) in used(line))
     and (line.step, moment, mode) != ("R5 release", "attach", "swap")  # nothing to release yet
 ]
 

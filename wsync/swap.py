@@ -233,7 +233,8 @@ class Swap:
             tensors = [tensors[index] for index in self._indices]
             self._window = window
             point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-            deque(map(point, self._tensors, tensors), 0)  # R4 use; no interrupt comes between two of them
+            # One call, so that no interrupt comes between two tensors.
+            deque(map(point, self._tensors, tensors), 0)  # R4 use
         del tensors
         window.held = window.alone[0] + len(self._tensors), window.uses()[1]  # another thread may hold a tensor already
         window.addresses = _addresses(self._tensors)
