@@ -1,7 +1,8 @@
-"""Jobs done by threads, ahead of whoever takes their results one after another."""
+"""Jobs done by threads, for one who takes their results one after another: ahead of him, or side by side with him."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from .errors import Stopped
 
+_NICE = 10  # added to the niceness of who helps: it takes what others leave
 _LOOK = 0.25  # seconds between two looks whether to stop
 _J = TypeVar("_J")
 _R = TypeVar("_R")
@@ -63,3 +65,57 @@ def wait_for_one(futures: Iterable[Future[Any]], stop: threading.Event | None) -
         if wait(pending, None if stop is None else _LOOK, FIRST_COMPLETED).done:
             return
     raise Stopped
+
+
+def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple[_J, _R]]:
+    """Each job with its result, in their order; this thread does some of them, and a second one does others.
+
+    The second one gives way to other processes: where they need the processors, this thread does nearly all. When this
+    ends, early or not, no job is under way any more.
+    """
+    left, lock = iter(jobs), threading.Lock()
+    begun: deque[tuple[_J, Future[_R]]] = deque()
+
+    def do_one() -> bool:
+        with lock:
+            for job in left:
+                future: Future[_R] = Future()
+                begun.append((job, future))
+                break
+            else:
+                return False
+        try:
+            future.set_result(work(job))
+        except BaseException as exc:
+            future.set_exception(exc)
+        return True
+
+    def assist() -> None:
+        _give_way()
+        while do_one():
+            pass
+
+    helper = threading.Thread(target=assist, name="wsync-staging", daemon=True)
+    try:
+        helper.start()
+    except RuntimeError:  # this process may have no more threads
+        pass
+    try:
+        more = True
+        while more or begun:
+            more = more and do_one()
+            while begun and (not more or begun[0][1].done()):
+                job, future = begun.popleft()
+                yield job, future.result()
+    finally:
+        with lock:
+            left = iter(())
+        if helper.ident is not None:
+            helper.join()
+
+
+def _give_way() -> None:
+    try:  # of this thread alone: setpriority(2), "C library/kernel differences"
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + _NICE, 19))
+    except OSError:
+        pass

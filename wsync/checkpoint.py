@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .casting import Pair, Piece, convert, pieces
+from .casting import Converter, Pair, Piece, converter, pieces
 from .errors import (
     BeingWritten,
     CheckpointChanged,
@@ -38,11 +38,10 @@ from .memory import being_written, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
-    import threading
-
     from .adapter import Delta
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
+_WORTH_TWO = 16  # reads, of which a second thread takes some: 128 MiB
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
 
 
@@ -60,7 +59,7 @@ class Checkpoint:
         casts: the tensors that the last plan converts, each with what it becomes.
     """
 
-    _piece, _pieces_at_once = 2 << 20, 2  # bytes; still in the second cache when they are converted
+    _piece = 1 << 20  # bytes of what is converted; still in the second cache then
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
@@ -143,11 +142,6 @@ class Checkpoint:
             self._base.close()
 
     @property
-    def _stop(self) -> threading.Event | None:
-        """Once set, nothing that is read is waited for any more."""
-        return None
-
-    @property
     def layout(self) -> Layout:
         """The checkpoint's own tensors as a layout."""
         return Layout.build({t.name: (t.dtype, t.shape) for t in self.tensors.values()}, {})
@@ -222,8 +216,9 @@ class Checkpoint:
         try:
             if self._base and self._base_plan:
                 self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
-            for read in self._staged(weights, plan.reads):
-                clean = clean and all_finite(weights, regions, read.slices)
+            check = lambda read: all_finite(weights, regions, read.slices)  # noqa: E731
+            for read, finite_too in self._staged(weights, plan.reads, check):
+                clean = clean and finite_too
                 if progress:
                     progress(read.nbytes)
             for at, piece in self._converted(plan.casts):
@@ -318,26 +313,40 @@ class Checkpoint:
             "at the next pass."
         )
 
-    def _staged(self, weights: memoryview, reads: Iterable[Read]) -> Iterator[Read]:
-        """Reads into the weights; each read is given once its bytes are there.
+    def _staged(
+        self, weights: memoryview, reads: Sequence[Read], check: Callable[[Read], bool]
+    ) -> Iterator[tuple[Read, bool]]:
+        """Reads into the weights; each read is given once its bytes are there, with what the check says of them.
 
         Told that all comes in order, the kernel reads further ahead: a cold file comes at 1.4 times the speed, that of
-        the disk.
+        the disk. Of a file in the page cache one thread may get no more than half of what memory gives, and two get
+        0.9; less than ``_WORTH_TWO`` reads are not worth the policies' processors.
         """
         for fd in self._fds:
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             except OSError:  # advice, which a file system need not take
                 pass
-        for read in reads:
+
+        def work(read: Read) -> bool:
             self._read(weights, read)  # P4 stage
-            yield read
+            return check(read)
+
+        if len(reads) < _WORTH_TWO or len(os.sched_getaffinity(0)) < 2:
+            yield from ((read, work(read)) for read in reads)
+            return
+        from .ahead import side_by_side
+
+        yield from side_by_side(reads, work)
 
     def _read(self, weights: memoryview, read: Read) -> None:
-        buffers = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
-        start, missing = read.start, read.nbytes
+        slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
+        self._fill(read.file, slices, read.start, read.nbytes)
+
+    def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
+        """Reads into buffers of so many bytes together; a single call may give less."""
         while missing:
-            got = os.preadv(self._fds[read.file], buffers, start)
+            got = os.preadv(self._fds[file], buffers, start)
             if not got:
                 raise self._changed()
             start, missing = start + got, missing - got
@@ -358,21 +367,21 @@ class Checkpoint:
         return read_at(self._fds[number], nbytes, start)
 
     def _converted(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, memoryview]]:
-        """Tensors in the entries' dtypes, piece by piece, each piece with its offset into the weights."""
-        listed = list(pieces(pairs, self._piece))
-        if len(listed) < 2:
-            yield from ((piece.offset, self._convert(piece)) for piece in listed)
-            return
-        from .ahead import ahead
+        """Tensors in the entries' dtypes, each piece with its offset into the weights, and good until the next."""
+        converters: dict[tuple[str, str], Converter] = {}
+        for piece, data in self._pieces(list(pieces(pairs, self._piece))):
+            kinds = (piece.source, piece.target)
+            if kinds not in converters:
+                converters[kinds] = converter(*kinds)
+            yield piece.offset, converters[kinds](data)
 
-        for piece, data in ahead(listed, self._convert, self._pieces_at_once, self._stop):
-            yield piece.offset, data
-
-    def _convert(self, piece: Piece) -> memoryview:
-        data = self._at(piece.file, piece.nbytes, piece.start)
-        if len(data) != piece.nbytes:
-            raise self._changed()
-        return convert(memoryview(data), piece.source, piece.target)
+    def _pieces(self, listed: list[Piece]) -> Iterator[tuple[Piece, memoryview]]:
+        """Pieces as they are stored, each good until the next."""
+        buffer = memoryview(bytearray(max((piece.nbytes for piece in listed), default=0)))
+        for piece in listed:
+            data = buffer[: piece.nbytes]
+            self._fill(piece.file, [data], piece.start, piece.nbytes)
+            yield piece, data
 
     def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
         for at, piece in self._converted([(twin, entry)]):

@@ -16,13 +16,14 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
 from .ahead import ahead
+from .casting import Piece
 from .checkpoint import LONGEST_WAIT, Checkpoint
 from .errors import NoCheckpoint, UsageError, printable
 from .fitting import CHUNK, Read
@@ -201,7 +202,7 @@ def open_url(url: str) -> RemotePath | Path:
 class RemoteCheckpoint(Checkpoint):
     """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
 
-    _piece, _pieces_at_once = CHUNK, AHEAD
+    _piece = CHUNK
 
     @property
     def _stop(self) -> threading.Event:
@@ -261,7 +262,9 @@ class RemoteCheckpoint(Checkpoint):
         except FileNotFoundError:
             raise NoCheckpoint(f"{self.parts.files[number]} is gone. The next pass takes what is there.") from None
 
-    def _staged(self, weights: memoryview, reads: Iterable[Read]) -> Iterator[Read]:
+    def _staged(
+        self, weights: memoryview, reads: Sequence[Read], check: Callable[[Read], bool]
+    ) -> Iterator[tuple[Read, bool]]:
         lock, over = threading.Lock(), threading.Event()
 
         def work(read: Read) -> None:
@@ -275,10 +278,15 @@ class RemoteCheckpoint(Checkpoint):
 
         try:
             for read, _ in ahead(reads, work, AT_ONCE, self._stop):
-                yield read
+                yield read, check(read)
         finally:
             with lock:
                 over.set()
+
+    def _pieces(self, listed: list[Piece]) -> Iterator[tuple[Piece, memoryview]]:
+        work = lambda piece: self._at(piece.file, piece.nbytes, piece.start)  # noqa: E731
+        for piece, data in ahead(listed, work, AHEAD, self._stop):
+            yield piece, memoryview(data)
 
 
 class _Abandoned(Exception):

@@ -1,0 +1,106 @@
+"""Jobs side by side: their order, who does them, and that none is under way when it is over."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import DEADLINE, write
+from policies import mlp
+from safetensors.torch import load_file
+
+from wsync import checkpoint as module
+from wsync import fitting
+from wsync.ahead import side_by_side
+from wsync.checkpoint import Checkpoint
+from wsync.errors import CheckpointChanged
+from wsync.layout import layout_of
+
+
+def test_two_do_the_jobs_and_the_results_keep_their_order() -> None:
+    """Guards each job once, in the order given, with a second thread at work that gives way to others."""
+    both, threads, nice = threading.Barrier(2), set(), {}
+
+    def work(job: int) -> int:
+        if job < 2:
+            both.wait(DEADLINE)  # each of the two has one
+        threads.add(threading.get_ident())
+        nice[threading.get_ident()] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return job * job
+
+    assert list(side_by_side(range(50), work)) == [(job, job * job) for job in range(50)]
+    assert len(threads) == 2
+    mine = nice.pop(threading.get_ident())
+    assert list(nice.values()) == [min(mine + 10, 19)] and os.getpriority(os.PRIO_PROCESS, 0) == mine
+
+
+@pytest.mark.parametrize("ends", ["error", "consumer"])
+def test_none_is_under_way_when_it_ends_early(ends: str) -> None:
+    """Guards a slot that was given back against a thread that is late, and jobs that were not begun stay so."""
+    both, entered, late, done = threading.Barrier(2), threading.Event(), threading.Event(), []
+
+    def work(job: int) -> int:
+        if job < 2:
+            both.wait(DEADLINE)  # each of the two has one
+            if ends == "error" and threading.current_thread() is threading.main_thread():
+                assert entered.wait(DEADLINE)
+                threading.Timer(0.05, late.set).start()
+                raise ValueError("as asked")
+        elif threading.current_thread() is threading.main_thread():
+            assert entered.wait(DEADLINE)
+        else:
+            entered.set()
+            late.wait(DEADLINE)
+        done.append(job)
+        return job
+
+    found = side_by_side(range(1000), work)
+    with pytest.raises(ValueError, match="as asked") if ends == "error" else pytest.raises(GeneratorExit):
+        for _ in found:
+            if ends == "consumer":
+                assert entered.wait(DEADLINE)
+                threading.Timer(0.05, late.set).start()
+                found.close()  # type: ignore[attr-defined]
+                raise GeneratorExit
+    after = list(done)
+    assert late.is_set() and 0 < len(after) < 1000
+    assert not [thread for thread in threading.enumerate() if thread.name == "wsync-staging"]
+    assert done == after
+
+
+def test_without_a_second_thread_one_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may have no more threads stages alone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert [result for _, result in side_by_side(range(5), str)] == list("01234")
+
+
+def test_a_large_checkpoint_is_read_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards every byte in its place, the check of each, and a file that changes meanwhile, with two threads at it."""
+    monkeypatch.setattr(fitting, "CHUNK", 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    read_by = set()
+    real = os.preadv
+
+    def preadv(*arguments: object) -> int:
+        read_by.add(threading.current_thread().name)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    path, layout = write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5), layout_of(mlp(hidden=500))
+    weights = bytearray(layout.nbytes)
+    with Checkpoint(path) as checkpoint:
+        plan = checkpoint.plan(layout)
+        assert len(plan.reads) >= module._WORTH_TWO
+        checkpoint.read_into(memoryview(weights), plan)
+        assert read_by == {"MainThread", "wsync-staging"}
+        expected = load_file(path)
+        assert weights == b"".join(expected[entry.name].numpy().tobytes() for entry in layout.tensors)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(memoryview(weights), plan)
