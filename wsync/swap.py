@@ -12,6 +12,10 @@ Where that is not so (a detached alias, a ``state_dict``, a tensor that was give
 window of its own, to which the policy's tensors are pointed. The old one stays as it is, and leased, until nothing
 points there any more: the memory that torch wraps for it owns the lease.
 
+That look is most of what a version costs: 0.15 us a tensor while all is in the caches, and some 0.7 where a copy of 64
+MiB has just been through them, as is all else here several times slower then (0.5 ms for 200 tensors, 0.1 ms with warm
+caches). A move must interrupt the processors on which other threads of the process ran, which takes 0.1 ms of it.
+
 A mapping is private: what the policy writes in place hits pages of the process's own. They go home with the slot, and
 are dropped there before it comes back (see ``renewal``).
 """
