@@ -17,14 +17,13 @@ _J = TypeVar("_J")
 _R = TypeVar("_R")
 
 
-def ahead(
-    jobs: Iterable[_J], work: Callable[[_J], _R], most: int, stop: threading.Event | None = None
-) -> Iterator[tuple[_J, _R]]:
+def ahead(jobs: Iterable[_J], work: Callable[[_J], _R], most: int, stop: threading.Event) -> Iterator[tuple[_J, _R]]:
     """Each job with its result, in their order, while up to ``most`` of them are under way.
 
+    Jobs that are under way when this ends early go on, and their results are nobody's.
+
     Args:
-        stop: once set, nothing is waited for any more. Jobs that are under way when this ends early go on, and their
-            results are nobody's; without it they are waited for.
+        stop: once set, nothing is waited for any more.
 
     Raises:
         Stopped: ``stop`` is set.
@@ -39,10 +38,10 @@ def ahead(
         while pending:
             yield _first(pending, stop)
     finally:
-        pool.shutdown(wait=stop is None, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _first(pending: deque[tuple[_J, Future[_R]]], stop: threading.Event | None) -> tuple[_J, _R]:
+def _first(pending: deque[tuple[_J, Future[_R]]], stop: threading.Event) -> tuple[_J, _R]:
     """Waits for the first of them; where any one fails, no longer than until then."""
     job, first = pending[0]
     while not first.done():
@@ -54,15 +53,15 @@ def _first(pending: deque[tuple[_J, Future[_R]]], stop: threading.Event | None) 
     return job, first.result()
 
 
-def wait_for_one(futures: Iterable[Future[Any]], stop: threading.Event | None) -> None:
+def wait_for_one(futures: Iterable[Future[Any]], stop: threading.Event) -> None:
     """Returns once one of them is done.
 
     Raises:
         Stopped: ``stop`` is set.
     """
     pending = list(futures)
-    while stop is None or not stop.is_set():
-        if wait(pending, None if stop is None else _LOOK, FIRST_COMPLETED).done:
+    while not stop.is_set():
+        if wait(pending, _LOOK, FIRST_COMPLETED).done:
             return
     raise Stopped
 
