@@ -124,6 +124,20 @@ def end(log: Lines, number: signal.Signals = signal.SIGTERM) -> None:
     assert log.process.returncode == 0
 
 
+def test_a_signal_amid_a_wait(spawn: Spawn, runs: Path) -> None:
+    """A signal that interrupts the main thread as it holds the lock of what it waits for ends the wait all the same."""
+    code = (
+        "import signal\n"
+        "from wsync.service import Service\n"
+        "from wsync.spec import load_spec\n"
+        "service = Service(lambda: load_spec('actor.toml'), 'actor.toml')\n"
+        "with service._wake._cond:\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+        f"assert service._wake.wait({DEADLINE})\n"
+    )
+    assert spawn("-c", code).wait(DEADLINE) == 0
+
+
 def test_ready_comes_with_the_first_version(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
     """Ready is said once, when weights are live and not before; each event is a status, and the end is told."""
     log = watch(NOTIFY_SOCKET=manager.address)

@@ -50,7 +50,7 @@ class Changes:
             if self._begin():
                 return True  # what happened before this watch began was told to nobody
             if self._notify is None:
-                self._stop.wait(left)
+                self._stop.wait(min(left, _SLICE))
             elif self._told(min(left, _SLICE)):
                 return True
         return False

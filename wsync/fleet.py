@@ -49,7 +49,7 @@ from .errors import (
     refused,
 )
 from .fitting import Fit
-from .group import Group
+from .group import BEAT, Group
 from .outcome import Outcome
 from .pace import Pace
 from .parts import remote
@@ -125,7 +125,8 @@ class FleetSyncer(Syncer):
             away.store.stop = ended
         self.group.thread = threading.Thread(target=rounds, name="wsync-group", daemon=True)
         self.group.thread.start()
-        stop.wait()
+        while not stop.wait(BEAT):  # not for ever: a signal that another thread gets does not wake this one
+            pass
         ended.set()
         self.group.thread.join(_GRACE)
         if self._error:

@@ -8,6 +8,7 @@ address and file of the figures stay until a restart. A SIGHUP because the termi
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import stat
@@ -131,7 +132,10 @@ class Service:
             self._hup = True
         else:
             self._stopped = True
-        self._wake.set()
+        try:  # not here: the thread that this interrupts may hold the event's lock
+            _thread.start_new_thread(self._wake.set, ())
+        except RuntimeError:  # no thread is to be had, or the process is ending
+            self._wake.set()
 
     def _hang_up(self, log: Log, monitor: Monitor | None) -> None:
         if self._terminal and not _has_terminal():
