@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import pty
 import select
 import shutil
@@ -34,6 +36,8 @@ TESTS = Path(__file__).parent
 DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which ignores it, hands that on
+
+_TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
 
 Spawn = Callable[..., "subprocess.Popen[str]"]
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -76,6 +80,14 @@ class Lines:
         left = list(self._queue.queue)
         self.seen += left
         return left
+
+
+def signal_another_thread(pid: int, number: signal.Signals) -> None:
+    """Sends a signal to a thread of the process that is not its main one, as the kernel may choose."""
+    if _TGKILL is None:
+        pytest.skip(f"the number of tgkill(2) on {platform.machine()} is not known here")
+    others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
+    assert any(ctypes.CDLL(None).syscall(_TGKILL, pid, tid, number) == 0 for tid in others)
 
 
 @pytest.fixture

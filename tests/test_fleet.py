@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, TESTS, Lines, write
+from conftest import DEADLINE, TESTS, Lines, signal_another_thread, write
 from faulty_proxy import Proxy
 from policies import mlp
 from safetensors.torch import load_file
@@ -30,7 +28,6 @@ from wsync.segment_files import slot_name
 
 NAME = "nets"
 BOX = str(TESTS / "fleet_box.py")
-SYS_TGKILL = {"x86_64": 234, "aarch64": 131}[platform.machine()]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -43,12 +40,6 @@ def children(pid: int) -> list[int]:
         ]
     except OSError:
         return []
-
-
-def hang_up_by_another_thread(pid: int) -> None:
-    """Sends SIGHUP to a thread of the process that is not its main one, as the kernel may choose."""
-    tids = {int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()}
-    assert ctypes.CDLL(None).syscall(SYS_TGKILL, pid, max(tids - {pid}), signal.SIGHUP) == 0
 
 
 class Box:
@@ -287,7 +278,7 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     group.publish(3, float("nan"))
     for box in (a, b):
         box.lines.until("rejected", "NaN")
-    hang_up_by_another_thread(b.worker)
+    signal_another_thread(b.worker, signal.SIGHUP)
     b.lines.until("read again")
     group.publish(4)
     group.until(2, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEADLINE, Cli, Spawn, heard, marks, write
+from conftest import DEADLINE, Cli, Spawn, heard, marks, signal_another_thread, write
 from policies import Tied, mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -328,7 +328,7 @@ def test_stopped_ends_its_gate(
     write(runs / "step_2.safetensors", mlp(), 2.0)
     publisher = spawn("-m", "wsync", command, SPEC, "runs", "--gate", "exec > up; echo up; sleep 99")
     assert heard(up) == b"up\n"
-    publisher.send_signal(signal.SIGTERM)
+    signal_another_thread(publisher.pid, signal.SIGTERM)
     assert publisher.wait(DEADLINE) == code
     assert heard(up) == b"" and live.version == 1
 

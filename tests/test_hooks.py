@@ -18,7 +18,7 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Cli, Spawn, heard, write
+from conftest import DEADLINE, Cli, Spawn, heard, signal_another_thread, write
 from policies import mlp
 
 from wsync import command
@@ -203,7 +203,7 @@ def test_stopped_push_ends_its_hook(segment: Segment, runs: Path, spawn: Spawn, 
     write(runs / "step_1.safetensors", mlp(), 1.0)
     push = spawn("-m", "wsync", "push", SPEC, "runs", "--exec", "exec > up; echo up; sleep 99")
     assert heard(up) == b"up\n"
-    push.send_signal(signal.SIGTERM)
+    signal_another_thread(push.pid, signal.SIGTERM)
     assert push.wait(DEADLINE) == 143 and heard(up) == b"" and segment.version == 1
 
 

@@ -93,7 +93,7 @@ class Hook:
     def join(self) -> None:
         """Waits for what runs and what waits, each within its time; one that is interrupted is ended."""
         try:
-            self._ended.wait(2 * (self._timeout + 2 * command.GRACE))
+            command.wait_for(self._ended, 2 * (self._timeout + 2 * command.GRACE))
         finally:
             self.cancel()
             self._ended.wait(2 * command.GRACE + 1)
