@@ -1,9 +1,9 @@
 """``wsync`` on one box of a test's group: it has a name of its own, and can die at a chosen step.
 
-FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is ``step how file``: at that
-step, once (the file tells), the worker, its agent, or both end by SIGKILL, or the worker stops. FLEET_PUSH is a
-checkpoint that is pushed here by hand when the box hears of one of step 2. To the file FLEET_BUSY a line is added each
-time that this box tells that it is at work.
+FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is a file with ``step how``: at
+that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops. FLEET_PUSH is
+a checkpoint that is pushed here by hand when the box hears of one of step 2. To the file FLEET_BUSY a line is added
+each time that this box tells that it is at work.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from wsync.segment import Segment
 
 
 def die_at(step: str) -> None:
-    at, *rest = os.environ.get("FLEET_DIE", "never").split(maxsplit=2)
+    file = Path(os.environ["FLEET_DIE"])
+    if not file.exists():
+        return
+    at, how = file.read_text().split()
     if at != step:
         return
-    how, file = rest
-    if Path(file).exists():
-        return
-    Path(file).write_text(str(os.getpid()))
+    file.unlink()
     if how == "agent":
         os.kill(os.getppid(), signal.SIGKILL)
         signal.pause()  # its end ends us

@@ -24,7 +24,7 @@ from web_server import Web, serve
 
 from wsync.errors import SegmentError
 from wsync.segment import Segment
-from wsync.segment_files import slot_name
+from wsync.segment_files import WORD_OFFSET, slot_name
 
 NAME = "nets"
 BOX = str(TESTS / "fleet_box.py")
@@ -53,6 +53,7 @@ class Box:
         self.source = ""  # a URL in their place
         self.agent: subprocess.Popen[str] | None = None
         self.seen: list[tuple[int, int | None]] = []
+        self._looked_at: tuple[int, bytes] | None = None
         self.within: tuple[str, ...] = ()  # a command that starts others in a network of their own
         self.lines: Lines
 
@@ -61,10 +62,13 @@ class Box:
         source = self.source or self.checkpoints
         toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{source}"\n{settings}')
         environment = {**os.environ, **self.variables(), "FLEET_BOX": self.name, "FLEET_PIECE": "64", **variables}
+        environment["FLEET_DIE"] = str(self.deaths)
         command = [
             *self.within,
             *TORCHRUN,
             *self.fleet.arguments,
+            "--rdzv-conf",
+            f"last_call_timeout=1,keep_alive_interval=1,is_host={int(self is self.fleet.first)}",
             *options,
             *program,
             "watch",
@@ -87,6 +91,23 @@ class Box:
         (pid,) = children(self.agent.pid)
         return pid
 
+    @property
+    def deaths(self) -> Path:
+        """The file that tells where and how its watch is to die next; gone once it did."""
+        return self.fleet.base / f"{self.name}.dies"
+
+    def look(self) -> None:
+        """Adds what is live to ``seen``, where a WORD was stored since the last look."""
+        try:
+            with (self.runtime / NAME / "control").open("rb") as control:
+                word = os.fstat(control.fileno()).st_ino, os.pread(control.fileno(), 8, WORD_OFFSET)
+        except OSError:
+            return
+        if word != self._looked_at:
+            found, self._looked_at = self.live(), word
+            if found[0] and [found] != self.seen[-1:]:
+                self.seen.append(found)
+
     def live(self) -> tuple[int, int | None]:
         """The live version and its step; every weight in it is its step."""
         try:
@@ -98,7 +119,7 @@ class Box:
             if lease is None:
                 return 0, None
             live = load_file(self.runtime / NAME / slot_name(lease.slot))
-            values = {float(value) for tensor in live.values() for value in tensor.flatten().tolist()}
+            values = {float(bound) for tensor in live.values() for bound in tensor.aminmax()}
             said = segment.live()
             assert said is None or said.version != lease.version or values == {float(said.step or 0)}
             lease.release()
@@ -151,8 +172,7 @@ class Fleet:
             port = free.getsockname()[1]
         self.arguments = [
             *("--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "fleet"),
-            *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "last_call_timeout=1"),
-            *("--max-restarts", "100", "--monitor-interval", "0.1"),
+            *("--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "100", "--monitor-interval", "0.1"),
         ]
         self.boxes: dict[str, Box] = {}
         self._end = threading.Event()
@@ -162,6 +182,11 @@ class Fleet:
     def box(self, name: str) -> Box:
         self.boxes[name] = Box(self, name)
         return self.boxes[name]
+
+    @property
+    def first(self) -> Box:
+        """The box that holds torchrun's store, and, its torchrun being the oldest, has rank 0."""
+        return next(iter(self.boxes.values()))
 
     def publish(self, step: int, mark: float | None = None) -> Path:
         return write(self.base / "runs" / f"step_{step}.safetensors", mlp(), step if mark is None else mark, step)
@@ -182,9 +207,7 @@ class Fleet:
     def _look(self) -> None:
         while not self._end.wait(0.005):
             for box in list(self.boxes.values()):
-                found = box.live()
-                if found[0] and [found] != box.seen[-1:]:
-                    box.seen.append(found)
+                box.look()
 
     def close(self) -> None:
         self._end.set()
@@ -286,54 +309,51 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     assert b.command("log", NAME, "--json").stdout.count('"reject"') == 2
 
 
-@pytest.mark.parametrize(
-    ("step", "how", "victim"),
-    [
-        ("stage", "worker", "b"),
-        ("agree", "worker", "b"),
-        ("store", "worker", "b"),
-        ("stored", "worker", "b"),
-        ("agree", "agent", "b"),
-        ("stage", "worker", "a"),  # who reads
-        ("stored", "worker", "a"),
-    ],
+DEATHS = (
+    ("stage", "worker", "b"),
+    ("agree", "worker", "b"),
+    ("store", "worker", "b"),
+    ("stored", "worker", "b"),
+    ("agree", "agent", "b"),
+    ("stage", "worker", "a"),  # who reads
+    ("stored", "worker", "a"),
 )
-def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet], step: str, how: str, victim: str) -> None:
+
+
+def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet]) -> None:
     """Killed at any step, with its torchrun or without: the others go on, and it comes back to what they have."""
     group = fleet("1:2")
-    died = group.base / "died"
-    dies = f"{step} {how} {died}"
-    a = group.box("a").start(FLEET_DIE=dies if victim == "a" else "never")
-    a.lines.until("rank 0 of 1")  # it holds torchrun's store
-    b = group.box("b").start(FLEET_DIE=dies if victim == "b" else "never")
-    b.lines.until("rank")
-    a.lines.until("of 2")
-    group.publish(1)
-    if how == "agent":
-        assert b.agent
-        b.agent.wait(DEADLINE)
-        group.until(1, 1, a)
-        b.end()
-        b.start()
-    group.until(1, 1)
-    assert died.exists()
-    group.publish(2)
-    group.until(2, 2)
+    a, b = group.box("a").start(), group.box("b").start()
+    a.lines.until("rank 0 of 2")
+    for version, (step, how, victim) in enumerate(DEATHS, 1):
+        dies = group.boxes[victim].deaths
+        dies.write_text(f"{step} {how}")
+        group.publish(version)
+        if how == "agent":
+            assert b.agent
+            b.agent.wait(DEADLINE)
+            group.until(version, version, a)
+            b.end()
+            b.start()
+        group.until(version, version)
+        assert not dies.exists()
+        a.lines.until("rank 0 of 2")
+    group.publish(len(DEATHS) + 1)
+    group.until(len(DEATHS) + 1, len(DEATHS) + 1)
 
 
 def test_a_box_that_hangs_holds_nobody_for_long(fleet: Callable[..., Fleet]) -> None:
     """A stopped watch is given up after the bound; the others say so in one line, and go on without it."""
     group = fleet("1:2")
-    died = group.base / "died"
-    a = group.box("a").start(FLEET_TIMEOUT="4")
-    a.lines.until("rank 0 of 1")
-    b = group.box("b").start(FLEET_TIMEOUT="4", FLEET_DIE=f"agree stop {died}")
-    a.lines.until("of 2")
+    a, b = (group.box(name).start(FLEET_TIMEOUT="4") for name in "ab")
+    a.lines.until("rank 0 of 2")
+    hung = b.worker
+    b.deaths.write_text("agree stop")
     group.publish(1)
     line = a.lines.until("wsync: the group of 2 boxes")
     assert "torchrun forms the group again" in line
     assert not a.seen  # b was not asked to its end
-    os.kill(int(died.read_text()), signal.SIGCONT)
+    os.kill(hung, signal.SIGCONT)
     group.until(1, 1)
     assert not [line for box in (a, b) for line in box.lines.seen if "/wsync/" in line]
 
@@ -361,11 +381,9 @@ def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
 
 def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> None:
     """What is not what was sent goes live nowhere, the box where it came wrong is named, and it is sent again."""
-    group = fleet("1:2")
+    group = fleet("2")
     a = group.box("a").start()
-    a.lines.until("rank 0 of 1")
     group.box("b").start(FLEET_GARBLE="1")
-    a.lines.until("rank 0 of 2")
     group.publish(1)
     line = a.lines.until("other bytes came")
     assert "b: " in line
@@ -374,13 +392,10 @@ def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> N
 
 def test_a_push_by_hand_in_between_goes_first(fleet: Callable[..., Fleet]) -> None:
     """What goes live on one box while a checkpoint is on its way takes its number, on all boxes, and first."""
-    group = fleet("1:2")
+    group = fleet("2")
     (group.base / "own").mkdir()
     own = write(group.base / "own" / "step_7.safetensors", mlp(), 7, 7)
-    a = group.box("a").start()
-    a.lines.until("rank 0 of 1")
-    b = group.box("b").start(FLEET_PUSH=str(own))
-    a.lines.until("rank 0 of 2")
+    a, b = group.box("a").start(), group.box("b").start(FLEET_PUSH=str(own))
     group.publish(1)
     group.until(1, 1)
     group.publish(2)
@@ -522,7 +537,7 @@ def test_a_box_that_is_cut_off_comes_back(
     a, b = group.box("a"), group.box("b")
     for box, (name, address) in zip((a, b), networks, strict=True):
         box.within = ("ip", "netns", "exec", name)
-        place = ("--local-addr", address, "--rdzv-conf", f"last_call_timeout=1,is_host={int(box is a)}")
+        place = ("--local-addr", address)
         box.start(*place, FLEET_TIMEOUT="4", GLOO_SOCKET_IFNAME="box")
         box.lines.until("nets: rank")
     a.lines.until("of 2")
