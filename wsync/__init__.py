@@ -9,7 +9,7 @@ The rooms, from the ground up; what a room imports when it is imported stands be
                     changes
     segments        registry segment_files segment badge
     writing side    publisher weights weight_getter updaters segment_updater
-    policy's side   attached renewal swap reader device device_weights device_reader attaching
+    policy's side   attached renewal swap copying reader device device_weights device_reader attaching
     the past        outcome state record rollback
     settings        hooks metrics spec
     what people see console tables status history inspect

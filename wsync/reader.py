@@ -16,31 +16,21 @@ version, of which a warning tells once.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import Literal
 
 from .attached import Attached
-from .errors import (
-    SegmentError,
-    UsageError,
-    WsyncError,
-)
-from .layout import views
+from .copying import Copy
+from .errors import SegmentError, UsageError, WsyncError
 from .memory import read_at, sleep_on
 from .registry import Registration
 from .segment import Lease, Segment
 from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
 from .swap import Swap
-
-if TYPE_CHECKING:
-    pass
 
 Mode = Literal["auto", "swap", "copy"]
 
@@ -72,7 +62,7 @@ class Reader:
         self._told_of_writing = False
         self._attached = attached
         self._swap = Swap(attached) if mode == "swap" else None
-        self._sources: dict[int, list[torch.Tensor]] = {}  # by slot, what the policy's tensors are copied from
+        self._copy = Copy(attached)
         self._registration = self._take(segment)
         _readers.add(self)
 
@@ -125,7 +115,7 @@ class Reader:
                 self._give_own()
             finally:
                 self._registration.close()
-                self._sources.clear()
+                self._copy.forget()
                 self._words = _CLOSED
                 self._segment.close()
 
@@ -147,7 +137,12 @@ class Reader:
                 return False
             try:
                 step = self._publication(lease).step
-                written = self._swap.take(self._segment, lease) if self._swap else self._copy(lease)
+                if self._swap:
+                    written = self._swap.take(self._segment, lease)
+                else:
+                    written = False  # what the policy writes is its own
+                    self._copy.take(self._segment, lease)
+                    lease.release()
             except BaseException:
                 if not (self._swap and self._swap.holds(lease)):
                     lease.release()
@@ -198,19 +193,6 @@ class Reader:
                 self.name,
             )
 
-    def _copy(self, lease: Lease) -> bool:
-        """Copies a leased slot and lets go of it; False: what the policy writes is its own."""
-        attached = self._attached
-        attached.check()
-        if lease.slot not in self._sources:
-            with torch.inference_mode(False):
-                sources = _view_slot(self._segment, lease.slot)
-                self._sources[lease.slot] = [sources[index] for _, index in attached.targets]
-        with torch.inference_mode(any(tensor.is_inference() for tensor in attached.tensors)), torch.no_grad():
-            torch._foreach_copy_(attached.tensors, self._sources[lease.slot])  # R4 use
-        lease.release()
-        return False
-
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
         if self._swap:
@@ -259,7 +241,7 @@ class Reader:
             segment.close()
             return False
         self._registration.close()
-        self._sources.clear()
+        self._copy.forget()
         self._segment.close()
         self._registration = self._take(segment)
         self._next_look = 0.0
@@ -300,13 +282,3 @@ def _same_layout(one: Segment, other: Segment) -> bool:
         return one.layout.digest == other.layout.digest
     except SegmentError:  # it has none that can be read
         return False
-
-
-def _view_slot(segment: Segment, slot: int) -> list[torch.Tensor]:
-    """Tensors over a leased slot's memory, in the layout's order; torch copies nothing."""
-    mapped, address = segment.map_slot(slot)
-    kind: Any = type("_Slot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
-    memory = kind.from_address(address)
-    memory.keep = mapped
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    return views(segment.layout, storage, segment.data_offset)

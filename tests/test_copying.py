@@ -1,0 +1,131 @@
+"""Versions that are copied into a policy's own tensors: every byte of them, by two threads, and never half of them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEADLINE
+from policies import mlp
+from test_reader import Trainer
+from torch import nn
+
+import wsync
+from wsync import copying
+from wsync.layout import layout_of
+from wsync.publisher import publish_tensors
+from wsync.segment import Segment
+
+WIDE = copying._PIECE // 4 + 7  # float32 of more than one piece
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that has no bytes of its own, as sharded and quantized ones are."""
+
+    within: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, within: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, within.shape, dtype=within.dtype)
+        made.within = within
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return func(*(each.within if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+
+
+def varied() -> nn.Module:
+    """Large, small, empty and scalar tensors, and those that are no plain rows of bytes."""
+    policy = nn.Module()
+    shapes = [(WIDE,), (3, WIDE), (5,), (), (0, 4), (copying._LARGE // 4,)]
+    for number, shape in enumerate(shapes):
+        policy.register_parameter(f"p{number}", nn.Parameter(torch.zeros(shape)))
+    policy.register_parameter("transposed", nn.Parameter(torch.zeros(300, 200).t()))
+    policy.register_parameter(
+        "channels_last", nn.Parameter(torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last))
+    )
+    policy.register_buffer("wrapped", Wrapped(torch.zeros(11)))
+    policy.register_buffer("negated", torch._neg_view(torch.zeros(12)))
+    policy.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+    return policy.eval()
+
+
+@pytest.mark.parametrize("threads", ["two", "no second"])
+def test_every_tensor_is_copied_whole(runtime: Path, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
+    """Guards the pieces of large tensors, those that are left to torch, and a process that may have no more threads."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    policy = varied()
+    segment = Segment.create("nets", layout_of(policy))
+    generator = torch.Generator().manual_seed(7)
+    for version in (1, 2, 3):
+        new = {
+            name: (torch.randn(tensor.shape, generator=generator) * 1000).to(tensor.dtype)
+            for name, tensor in policy.state_dict().items()
+        }
+        with segment.publishing():
+            publish_tensors(segment, new)
+        if version == 1:
+            reader = wsync.attach(policy, "nets", mode="copy")
+            if threads != "two":
+                monkeypatch.setattr(threading.Thread, "start", refused)
+        else:
+            assert reader.refresh()
+        state = policy.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in new.items())
+    assert policy.get_parameter("transposed").stride() == (1, 200)
+    reader.close()
+    segment.close()
+
+
+def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -> None:
+    """Guards against gradients of a mixture: autograd refuses weights that were replaced since the forward pass."""
+    policy = mlp()
+    trainer = Trainer(mlp, tmp_path)
+    trainer.push(1)
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        loss = policy(torch.ones(1, 4)).sum()
+        trainer.push(2)
+        assert reader.refresh()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_an_interrupt_waits_for_what_is_under_way() -> None:
+    """Guards the lease, which ends when ``refresh`` does: Ctrl-C is raised once no thread reads the slot any more."""
+    awaited, interrupted = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Done(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            awaited.release()
+            return super().wait(timeout)
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupted.release()
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        for _ in range(2):
+            assert awaited.acquire(timeout=DEADLINE)
+            signal.pthread_kill(main, signal.SIGINT)
+            assert interrupted.acquire(timeout=DEADLINE)
+        done.set()
+
+    done, main, before = Done(), threading.get_ident(), signal.signal(signal.SIGINT, interrupt)
+    interrupting = threading.Thread(target=work)
+    try:
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            copying._wait(done)
+        assert done.is_set()
+    finally:
+        awaited.release(2)
+        interrupting.join()
+        signal.signal(signal.SIGINT, before)

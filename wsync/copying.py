@@ -1,0 +1,126 @@
+"""How the tensors of a policy get a version as bytes of their own: copied from the leased slot, to where they are.
+
+Two threads share the tensors, for one gets half of what memory gives. They are not torch's: its threads wait for each
+other at the end of each tensor, and where other processes have the processors, of two cores three, that was seen to
+take a hundred times as long. A tensor that is no plain row of bytes (strided, a subclass) is left to torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, compress, starmap
+from typing import Any
+
+import torch
+
+from .attached import Attached
+from .layout import views
+from .segment import Lease, Segment
+
+_PIECE = 4 << 20  # bytes that one thread copies at a time
+_LARGE = 1 << 17  # bytes; of less, two threads would spend their time on handing the interpreter to each other
+_WORTH_TWO = 8 << 20  # bytes; less is copied before a second thread has begun
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+Copied = tuple[int, int, int]
+"""Where to, where from, and how many bytes."""
+
+
+class Copy:
+    """The tensors of one policy, filled from the slots of a segment."""
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+        self._sources: dict[int, list[torch.Tensor]] = {}  # by slot, in the order of the policy's tensors
+
+    def take(self, segment: Segment, lease: Lease) -> None:
+        """Copies a leased slot; whoever uses a tensor's old values in a backward pass is told by autograd.
+
+        Raises:
+            OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
+            UsageError: the policy's tensors are others than those that were attached.
+        """
+        self._attached.check()
+        targets = self._attached.tensors
+        if lease.slot not in self._sources:
+            self._sources[lease.slot] = self._views(segment, lease.slot)
+        sources = self._sources[lease.slot]
+        plain = [type(tensor) in _PLAIN and _is_a_row(tensor) for tensor in targets]
+        rows = list(compress(targets, plain))
+        pieces = _pieces(rows, list(compress(sources, plain)))
+        others = [pair for pair, row in zip(zip(targets, sources, strict=True), plain, strict=True) if not row]
+        _copy(pieces)  # R4 use
+        with torch.inference_mode(any(tensor.is_inference() for tensor in targets)), torch.no_grad():
+            for target, source in others:
+                target.copy_(source)  # R4 use
+        torch.autograd.graph.increment_version([tensor for tensor in rows if not tensor.is_inference()])
+
+    def forget(self) -> None:
+        """Lets go of the slots, of a segment that is left."""
+        self._sources.clear()
+
+    def _views(self, segment: Segment, slot: int) -> list[torch.Tensor]:
+        """Tensors over a leased slot's memory; torch copies nothing."""
+        mapped, address = segment.map_slot(slot)
+        kind: Any = type("_Slot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
+        memory = kind.from_address(address)
+        memory.keep = mapped
+        with torch.inference_mode(False):
+            storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+            tensors = views(segment.layout, storage, segment.data_offset)
+            return [tensors[index] for _, index in self._attached.targets]
+
+
+def _is_a_row(tensor: torch.Tensor) -> bool:
+    """Whether its bytes are its values, in their order and with no gap."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Copied]:
+    return [
+        (target.data_ptr() + at, source.data_ptr() + at, min(_PIECE, target.nbytes - at))
+        for target, source in zip(targets, sources, strict=True)
+        for at in range(0, target.nbytes, _PIECE)
+    ]
+
+
+def _copy(pieces: list[Copied]) -> None:
+    """Copies all, in calls that no interrupt comes between; one that comes is raised when nothing is under way."""
+    large = iter([piece for piece in pieces if piece[2] >= _LARGE])
+    small = iter([piece for piece in pieces if piece[2] < _LARGE])
+    if sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO:
+        _work(chain(large, small))
+        return
+    done = threading.Event()
+
+    def assist() -> None:
+        _work(large)
+        done.set()
+
+    try:
+        threading.Thread(target=assist, name="wsync-copy", daemon=True).start()
+    except RuntimeError:  # this process may have no more threads
+        done.set()
+    try:
+        _work(chain(large, small))
+    finally:
+        _wait(done)
+
+
+def _work(pieces: Iterator[Copied]) -> None:
+    deque(starmap(ctypes.memmove, pieces), 0)
+
+
+def _wait(done: threading.Event) -> None:
+    """Not ``Thread.join``, which once interrupted takes a thread for ended that is not (Python 3.11)."""
+    interrupt: BaseException | None = None
+    while not done.is_set():
+        try:
+            done.wait()
+        except BaseException as exc:
+            interrupt = exc
+    if interrupt:
+        raise interrupt
