@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import ctypes
 import json
 import os
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
 
+compileall.compile_dir(TESTS.parent / "wsync", quiet=2)  # else all that is started does, under PYTHONDONTWRITEBYTECODE
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which ignores it, hands that on
 
 _TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
