@@ -57,8 +57,10 @@ def state(runtime: Path) -> Iterator[State]:
 
 
 @pytest.fixture
-def push(runs: Path) -> Push:
-    """One pass as cron makes it: a syncer of its own each time."""
+def push(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
+    """One pass as cron makes it: a syncer of its own each time; the layout is read here, where torch is already."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(Spec, "layout", Spec.read_layout)
 
     def once(mark: float | None = None, *, spec: Spec | None = None, **options: Any) -> Outcome:
         if mark is not None:
@@ -293,7 +295,7 @@ def test_a_watch_outlives_the_deletion_of_its_segment(runs: Path, spawn: Spawn, 
         assert reader.version == 2
 
 
-def test_a_running_watch_obeys_a_pin(runs: Path, spawn: Spawn, cli: Cli) -> None:
+def test_a_running_watch_obeys_a_pin(segment: Segment, runs: Path, spawn: Spawn, cli: Cli) -> None:
     """Guards that rollback holds against a watch, that the watch says so, and that unpin resumes."""
     for step in (1, 2):
         write(runs / f"step_{step}.safetensors", mlp(), float(step), step)
@@ -326,7 +328,7 @@ def test_pin_names_a_file_that_the_next_pass_puts_live(push: Push, cli: Cli, run
     assert cli("pin", NAME, "absent.safetensors").returncode == 66
 
 
-def test_a_rejection_is_told_once_and_stays(cli: Cli, runs: Path) -> None:
+def test_a_rejection_is_told_once_and_stays(cli: Cli, segment: Segment, runs: Path) -> None:
     """Guards cron's mails: one for a rejected file, 65 until something newer comes, ``--retry`` tries it again."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     assert cli("push", "policies:mlp", str(runs)).returncode == 0
@@ -343,7 +345,9 @@ def test_a_rejection_is_told_once_and_stays(cli: Cli, runs: Path) -> None:
     assert cli("push", "policies:mlp", str(runs)).returncode == 0
 
 
-def test_a_history_that_cannot_be_written_is_not_in_the_way(cli: Cli, runs: Path, tmp_path: Path) -> None:
+def test_a_history_that_cannot_be_written_is_not_in_the_way(
+    cli: Cli, segment: Segment, runs: Path, tmp_path: Path
+) -> None:
     """Guards that weights go live where the state directory is broken, and that it is said."""
     (tmp_path / "state").write_bytes(b"")
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -553,7 +557,7 @@ def test_the_shell_completes(push: Push, cli: Cli, typed: str, offered: set[str]
     assert set(cli(env=os.environ | asked).stdout.split()) == offered
 
 
-def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, runs: Path) -> None:
+def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, segment: Segment, runs: Path) -> None:
     """Guards against a push that says nothing because somebody looked before what it would do."""
     write(runs / "step_1.safetensors", mlp(), float("nan"))
     assert cli("push", "policies:mlp", str(runs), "--dry-run").returncode == 65
