@@ -12,12 +12,14 @@ import io
 import multiprocessing
 import os
 import resource
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import rich.cells
@@ -135,6 +137,27 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
             code = exc.exit_code
             print(f"wsync: {exc}", file=err)
     return code, out.getvalue(), err.getvalue()
+
+
+def run_main(*arguments: str) -> tuple[int, str, str]:
+    """All of the command line in a process forked from this one, which has torch and reads layouts without another."""
+    codes: list[int] = []
+    out, err = io.StringIO(), io.StringIO()
+
+    def work() -> tuple[int, str, str]:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.object(sys, "argv", ["wsync", *arguments]),
+            mock.patch.object(spec.Spec, "layout", spec.Spec.read_layout),
+            mock.patch.object(os, "_exit", codes.append),
+        ):
+            cli.main()
+        return codes[0], out.getvalue(), err.getvalue()
+
+    with forked(lambda: None, work) as step:
+        code, said, complained = step()
+    return code, said, complained
 
 
 run_cli("--help")  # typer loads parts of its own at the first command

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli, raw, write
+from others import run_main
 from policies import mlp
 from safetensors.torch import save_file
 from test_cli import NAME, SPEC, live, mark_of, report
@@ -73,15 +74,15 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_misfit_is_rejected_with_a_table(cli: Cli, live: Segment, kind: str) -> None:
+def test_misfit_is_rejected_with_a_table(live: Segment, kind: str) -> None:
     """A checkpoint of other tensors is 65, every difference is a row of a table, and what is live stays live."""
     change, row = MISFITS[kind]
     saved(change)(Path("runs/step_11.safetensors"))
-    result = cli("push", SPEC, "runs")
-    assert result.returncode == 65 and result.stdout == "" and "Traceback" not in result.stderr
-    rows = [line.split() for line in result.stderr.splitlines()]
-    assert ["tensor", "expected", "found"] in rows and row in rows, result.stderr
-    assert "step_11.safetensors" in result.stderr and "Version 1 stays live." in result.stderr
+    code, out, err = run_main("push", SPEC, "runs")
+    assert code == 65 and out == "" and "Traceback" not in err
+    rows = [line.split() for line in err.splitlines()]
+    assert ["tensor", "expected", "found"] in rows and row in rows, err
+    assert "step_11.safetensors" in err and "Version 1 stays live." in err
     assert (live.version, mark_of(live)) == (1, {1.0})
 
 
@@ -117,11 +118,11 @@ def test_good_one_behind_a_bad_one_is_published(cli: Cli, live: Segment, runs: P
     assert (data["status"], data["step"], mark_of(live)) == ("published", 11, {11.0})
 
 
-def test_rejected_first_push_publishes_nothing(cli: Cli, runs: Path) -> None:
+def test_rejected_first_push_publishes_nothing(runs: Path) -> None:
     """A bad first checkpoint leaves a segment without a version, which no policy takes for weights."""
     write(runs / "step_1.safetensors", mlp(), float("nan"))
-    result = cli("push", SPEC, "runs", "--json")
-    assert (result.returncode, report(result)["version"]) == (65, 0)
+    code, out, _ = run_main("push", SPEC, "runs", "--json")
+    assert (code, json.loads(out)["version"]) == (65, 0)
     assert Segment.open(NAME).live() is None
 
 
@@ -154,28 +155,29 @@ USAGE = {
 
 
 @pytest.mark.parametrize("kind", USAGE)
-def test_wrong_input_is_two(cli: Cli, runs: Path, runtime: Path, kind: str) -> None:
+def test_wrong_input_is_two(runs: Path, runtime: Path, kind: str) -> None:
     """Input that makes no sense is 2 with a message for people: no traceback, nothing on stdout, nothing made."""
     Path("broken.toml").write_text("policy = \n")
     Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
     Path("kind.toml").write_text('policy = "policies:mlp"\nslots = "three"\n')
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    result = cli(*USAGE[kind].split())
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    code, out, err = run_main(*USAGE[kind].split())
+    assert code == 2, out + err
+    assert "Traceback" not in err
     if kind == "no command":
-        assert "Usage" in result.stdout + result.stderr
+        assert "Usage" in out + err
     else:
-        assert result.stderr and result.stdout == ""
+        assert err and out == ""
     assert list(runtime.iterdir()) == []
 
 
 def test_messages_suggest_what_was_meant(cli: Cli, runs: Path) -> None:
-    """A near miss is answered with the word that was probably meant."""
+    """A near miss is answered with the word that was probably meant, also of what a process of its own looked for."""
     Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
     assert "policy_kwargs" in cli("push", "unknown.toml", "runs").stderr
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    assert "'mlp'" in cli("push", "policies:mpl", "runs").stderr
+    result = cli("push", "policies:mpl", "runs")
+    assert result.returncode == 2 and "'mlp'" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,14 +188,14 @@ def test_messages_suggest_what_was_meant(cli: Cli, runs: Path) -> None:
         "/proc/wsync-test",
     ],
 )
-def test_impossible_runtime_directory_is_no_traceback(cli: Cli, runs: Path, place: str) -> None:
+def test_impossible_runtime_directory_is_no_traceback(runs: Path, place: str) -> None:
     """Where no segment can be made the message says so: 1 for what lies there, and what to do."""
     Path("file").touch()
     Path("link").symlink_to("runs")
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    result = cli("push", SPEC, "runs", "--runtime-dir", place)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "--runtime-dir" in result.stderr
+    code, _, err = run_main("push", SPEC, "runs", "--runtime-dir", place)
+    assert code == 1 and "Traceback" not in err
+    assert "--runtime-dir" in err
 
 
 def test_users_own_error_is_told_with_its_line(cli: Cli, runs: Path) -> None:
@@ -221,7 +223,7 @@ def test_closed_outputs_are_no_error(cli: Cli, live: Segment) -> None:
         assert done.returncode == 0 and not done.stderr, done.stderr.decode()
 
 
-def test_no_word_of_a_file_moves_the_terminal(cli: Cli, runtime: Path, tmp_path: Path) -> None:
+def test_no_word_of_a_file_moves_the_terminal(runtime: Path, tmp_path: Path) -> None:
     """Guards every line that is printed: names of files, tensors and metadata are others', and may hold escapes."""
     place = tmp_path / "[/x]"  # also no markup of rich's
     place.mkdir(parents=True)
@@ -242,6 +244,6 @@ def test_no_word_of_a_file_moves_the_terminal(cli: Cli, runtime: Path, tmp_path:
         ("inspect", str(bad), "--spec", "policies:mlp"),
         ("rollback", "policies.mlp", "--to", "1"),
     ):
-        done = cli(*arguments)
-        said = done.stdout + done.stderr
+        _, out, err = run_main(*arguments)
+        said = out + err
         assert said and "\x1b" not in said and "\x07" not in said and "Traceback" not in said, arguments

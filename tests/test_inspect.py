@@ -7,10 +7,12 @@ import os
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import TESTS, Cli, raw, write
+from others import run_main
 from policies import mlp
 from safetensors.torch import save_file
 
@@ -69,7 +71,7 @@ def test_scan_tells_what_is_not_finite(tmp_path: Path, cli: Cli) -> None:
     assert {t["name"]: t["finite"] for t in scanned["tensors"]} == {"good": True, "bad": False}
 
 
-def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, cli: Cli) -> None:
+def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, runtime: Path) -> None:
     """65 for one that is broken or does not fit, 66 where there is none, no traceback."""
     for arguments, code in (
         ([str(runs / "step_3.safetensors")], 65),
@@ -77,8 +79,8 @@ def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, cli: Cli) ->
         ([str(runs / "step_2.safetensors"), "--spec", SPEC], 0),
         ([str(runs / "nowhere")], 66),
     ):
-        done = cli("inspect", *arguments)
-        assert done.returncode == code and "Traceback" not in done.stderr, (arguments, done.stderr)
+        ended, _, stderr = run_main("inspect", *arguments)
+        assert ended == code and "Traceback" not in stderr, (arguments, stderr)
 
 
 @pytest.mark.parametrize("cut", [None, 3, 100, 64])
@@ -106,16 +108,16 @@ def test_a_scan_of_what_claims_a_terabyte_takes_no_memory(tmp_path: Path, monkey
     assert inspect(path, scan_values=True)["complete"] and {*read} == {64 << 20}
 
 
-def test_what_fits_says_how(tmp_path: Path, cli: Cli) -> None:
+def test_what_fits_says_how(tmp_path: Path, runtime: Path) -> None:
     """Guards that casts, what keeps its values and what is left out can be read before anything is published."""
     state = {f"actor.{name}": t.detach().half() for name, t in mlp().state_dict().items() if name != "2.bias"}
     save_file({**state, "critic.weight": torch.zeros(3)}, tmp_path / "step_5.safetensors")
     spec = tmp_path / "a.toml"
     spec.write_text(f'policy = "{SPEC}"\n[weights]\nprefix = "actor."\ncast = true\nstrict = false\n')
-    looked = json.loads(cli("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec), "--json").stdout)
+    looked = json.loads(run_main("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec), "--json")[1])
     assert looked["fits"] and looked["kept"] == ["2.bias"] and looked["left_out"] == ["critic.weight"]
     assert {"name": "actor.0.bias", "from": "F16", "to": "F32"} in looked["casts"] and looked["base"] is None
-    shown = cli("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec)).stdout
+    _, shown, _ = run_main("inspect", str(tmp_path / "step_5.safetensors"), "--spec", str(spec))
     assert "3 tensors cast (F16 to F32); 1 tensor of the policy not in it; 1 of its own left out" in shown
 
 
@@ -144,8 +146,9 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 
 
-def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path) -> None:
+def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that what is missing beside a checkpoint is told as its verdict, and ends no look."""
+    monkeypatch.setattr(Spec, "layout", Spec.read_layout)
     lora = {f"base_model.model.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     (tmp_path / "adapter").mkdir()
     save_file(lora, tmp_path / "adapter" / "adapter_model.safetensors")
@@ -154,7 +157,7 @@ def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path) -> None:
     assert looked["complete"] and not looked["fits"] and "base of the adapter" in looked["reason"]
 
 
-def test_names_of_a_file_do_not_move_the_cursor(tmp_path: Path, cli: Cli) -> None:
+def test_names_of_a_file_do_not_move_the_cursor(tmp_path: Path, runtime: Path) -> None:
     """Guards the terminal against what a hostile file calls its tensors, its metadata and itself."""
     path = tmp_path / "a\x1b[2J.safetensors"
     save_file({"w\x1b[31m": torch.ones(1)}, path, metadata={"k\x1b[1m": "v\x1b[1m\x07"})
@@ -167,8 +170,8 @@ def test_names_of_a_file_do_not_move_the_cursor(tmp_path: Path, cli: Cli) -> Non
         ("inspect", "--spec", SPEC),
     ):
         for place in (path, tmp_path, broken, tmp_path / "\x1b[2J"):
-            done = cli(command, *more, str(place))
-            assert "\x1b" not in done.stdout + done.stderr and "\\x1b" in done.stdout + done.stderr, (command, place)
+            _, out, err = run_main(command, *more, str(place))
+            assert "\x1b" not in out + err and "\\x1b" in out + err, (command, place)
 
 
 def test_the_advice_of_a_refusal_works_as_options(tmp_path: Path, cli: Cli, runtime: Path) -> None:
@@ -177,11 +180,11 @@ def test_the_advice_of_a_refusal_works_as_options(tmp_path: Path, cli: Cli, runt
     state |= {name.replace(".", "._orig_mod.", 2): state.pop(name) for name in [*state]}
     others = {"critic.weight": torch.zeros(3), "actor._orig_mod.v head.w": torch.zeros(1)}
     save_file({**state, **others}, tmp_path / "step_5.safetensors")
-    refused = cli("push", SPEC, str(tmp_path))
-    assert refused.returncode == 65
-    assert 'prefix = "actor.' in refused.stderr and "cast = true" in refused.stderr
-    advised = re.search("As options: `(.*)`[.]", refused.stderr)
-    assert advised and "rename" in advised[1] and "exclude" in advised[1], refused.stderr
+    code, _, stderr = run_main("push", SPEC, str(tmp_path))
+    assert code == 65
+    assert 'prefix = "actor.' in stderr and "cast = true" in stderr
+    advised = re.search("As options: `(.*)`[.]", stderr)
+    assert advised and "rename" in advised[1] and "exclude" in advised[1], stderr
     done = cli("push", SPEC, str(tmp_path), *shlex.split(advised[1]))
     assert done.returncode == 0, done.stderr
     assert Segment.open("policies.mlp").version == 1
@@ -197,7 +200,7 @@ def test_wrong_settings_are_usage_errors(arguments: list[str], tmp_path: Path, c
     assert done.returncode == 2 and "Traceback" not in done.stderr and arguments[0].lstrip("-") in done.stderr
 
 
-def test_variables_and_the_toml_set_the_same(tmp_path: Path, cli: Cli, runtime: Path) -> None:
+def test_variables_and_the_toml_set_the_same(tmp_path: Path, runtime: Path) -> None:
     """Option before variable before TOML."""
     spec = tmp_path / "nets.toml"
     spec.write_text(f'policy = "{SPEC}"\ncheckpoints = "runs"\n[select]\norder = "name"\n')
@@ -205,8 +208,9 @@ def test_variables_and_the_toml_set_the_same(tmp_path: Path, cli: Cli, runtime: 
         os.utime(write(tmp_path / "runs" / f"step_{step}.safetensors", mlp(), float(step)), (age, age))
 
     def newest(*arguments: str, **variables: str) -> int:
-        done = cli("push", str(spec), "--dry-run", "--json", *arguments, env={**os.environ, **variables})
-        step: int = json.loads(done.stdout)["step"]
+        with mock.patch.dict(os.environ, variables):
+            _, out, _ = run_main("push", str(spec), "--dry-run", "--json", *arguments)
+        step: int = json.loads(out)["step"]
         return step
 
     assert newest() == 10
