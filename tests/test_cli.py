@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEADLINE, Cli, write
+from others import run_main
 from policies import mlp
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -182,11 +183,11 @@ def test_force_publishes_again(cli: Cli, live: Segment) -> None:
     assert (live.version, mark_of(live)) == (3, {1.0})
 
 
-def test_dry_run_makes_nothing(cli: Cli, runs: Path, runtime: Path) -> None:
+def test_dry_run_makes_nothing(runs: Path, runtime: Path) -> None:
     """A rehearsal without a segment checks the checkpoint and leaves shared memory as it was."""
     write(runs / "step_10.safetensors", mlp(), 1.0)
-    result = cli("push", SPEC, "runs", "--dry-run")
-    assert result.returncode == 0 and "would be published" in result.stdout
+    code, out, _ = run_main("push", SPEC, "runs", "--dry-run")
+    assert code == 0 and "would be published" in out
     assert list(runtime.iterdir()) == []
 
 
@@ -197,8 +198,8 @@ def test_dry_run_publishes_nothing(cli: Cli, live: Segment, runs: Path) -> None:
     data = report(cli("push", SPEC, "runs", "--json", env={**os.environ, "WSYNC_DRY_RUN": "1"}))
     assert (data["status"], data["version"], data["step"]) == ("checked", 1, 11)
     write(runs / "step_12.safetensors", mlp(), float("inf"))
-    result = cli("push", SPEC, "runs/step_12.safetensors", "--dry-run", "--json")
-    assert (result.returncode, report(result)["status"]) == (65, "rejected")
+    code, out, _ = run_main("push", SPEC, "runs/step_12.safetensors", "--dry-run", "--json")
+    assert (code, json.loads(out)["status"]) == (65, "rejected")
     assert [(live.path / f"slot-{slot}.safetensors").read_bytes() for slot in range(3)] == before
 
 
@@ -343,12 +344,12 @@ def test_help_lists_the_commands(cli: Cli, runs: Path) -> None:
     assert all(command in result.stdout for command in ("push", "watch", "status", "rm", "bench"))
 
 
-def test_toml_spec(cli: Cli, runs: Path) -> None:
+def test_toml_spec(runs: Path) -> None:
     """A TOML file gives policy, arguments, name and checkpoints, relative to itself; its own name is the default."""
     Path("sub").mkdir()
     Path("sub/actor.toml").write_text('policy = "policies:mlp"\ncheckpoints = "../runs"\n[policy_kwargs]\nhidden = 3\n')
     write(runs / "step_10.safetensors", mlp(hidden=3), 1.0)
-    data = report(cli("push", "sub/actor.toml", "--json"))
+    data = json.loads(run_main("push", "sub/actor.toml", "--json")[1])
     assert (data["status"], data["name"]) == ("published", "actor")
     assert Segment.open("actor").layout == layout_of(mlp(hidden=3))
 
@@ -362,15 +363,13 @@ def test_another_system_is_told_in_words() -> None:
     )
 
 
-def test_each_cast_is_told_once(cli: Cli, runtime: Path, tmp_path: Path) -> None:
+def test_each_cast_is_told_once(runtime: Path, tmp_path: Path) -> None:
     """Guards against floats that change their precision in silence, and against a line at every version."""
     half = {name: tensor.to(torch.float16) for name, tensor in mlp().state_dict().items()}
     save_file(half, tmp_path / "half.safetensors")
-    done = cli("push", "policies:mlp", str(tmp_path / "half.safetensors"), "--cast", "--name", "nets")
-    assert done.returncode == 0, done.stderr
-    assert [line.partition(" F32: ")[0] for line in done.stderr.splitlines()] == [
-        "nets: 4 tensors are cast from F16 to"
-    ]
+    code, _, err = run_main("push", "policies:mlp", str(tmp_path / "half.safetensors"), "--cast", "--name", "nets")
+    assert code == 0, err
+    assert [line.partition(" F32: ")[0] for line in err.splitlines()] == ["nets: 4 tensors are cast from F16 to"]
     with Syncer(replace(load_spec("policies:mlp", name="nets"), weights=Fit(cast=True)), tmp_path) as syncer:
         first = syncer.once(force=True)
         second = syncer.once(force=True)

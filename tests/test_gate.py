@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEADLINE, Cli, Spawn, heard, marks, signal_another_thread, write
+from others import run_main
 from policies import Tied, mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -270,7 +271,7 @@ def test_gate_may_call_wsync(
     assert not {line.partition("=")[0] for line in Path("seen.env").read_text().splitlines()} & OPTIONS
 
 
-def test_gate_and_hook_find_the_state(runs: Path, cli: Cli, tmp_path: Path) -> None:
+def test_gate_and_hook_find_the_state(segment: Segment, runs: Path, cli: Cli, tmp_path: Path) -> None:
     """Also where its directory was no variable: a hook may look at the log, pin, or roll back what it dislikes."""
     env = {name: value for name, value in os.environ.items() if name != "WSYNC_STATE_DIR"}
     env["XDG_STATE_HOME"] = str(tmp_path / "elsewhere")
@@ -291,6 +292,7 @@ def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:
         'policy = "policies:mlp"\ncheckpoints = "../runs"\n[hooks]\ngate = "sh gate.sh"\ngate_timeout = 50\n'
     )
     write(runs / "step_1.safetensors", mlp(), 1.0)
+    Segment.create("actor", layout_of(mlp()), spec=load_spec("box/actor.toml").fingerprint).close()
     assert cli("push", "box/actor.toml").returncode == 0
     assert Path("box/seen").read_text() == "actor\n"
 
@@ -456,11 +458,11 @@ def test_options_and_variables(live: Segment, runs: Path, cli: Cli) -> None:
     assert cli("push", "actor.toml", "--gate", "").returncode == 0
 
 
-def test_dry_run_says_that_it_did_not_ask(live: Segment, runs: Path, cli: Cli) -> None:
+def test_dry_run_says_that_it_did_not_ask(live: Segment, runs: Path) -> None:
     """A rehearsal has no slot to look at: it says that the gate was left out."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
-    result = cli("push", SPEC, "runs", "--gate", "touch asked; exit 1", "--dry-run")
-    assert result.returncode == 0 and "the gate was not asked" in result.stdout and not Path("asked").exists()
+    code, out, _ = run_main("push", SPEC, "runs", "--gate", "touch asked; exit 1", "--dry-run")
+    assert code == 0 and "the gate was not asked" in out and not Path("asked").exists()
 
 
 def test_publisher_with_a_function_imports_no_torch(live: Segment, runs: Path, cli: Cli) -> None:
