@@ -12,9 +12,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEADLINE, TESTS, Cli, Spawn, write
 
-from wsync.spec import load_spec
+from wsync.layout import layout_of
+from wsync.segment import Segment
+from wsync.spec import Spec, load_spec
 
 ROOT = TESTS.parent
 README = (ROOT / "README.md").read_text()
@@ -37,16 +40,28 @@ def setup_lines() -> list[str]:
     return [line.strip() for line in README.splitlines() if line.startswith("    python3 -m venv")]
 
 
+def built(spec: Spec) -> torch.nn.Module:
+    """The policy of a spec, of whose directory nothing stays imported."""
+    policy = spec.build()
+    sys.modules.pop("policy", None)
+    sys.path.remove(str(spec.directory))
+    return policy
+
+
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
     """A folder as the README's reader has it: the spec, its policy, and two checkpoints."""
     shutil.copytree(ROOT / "examples" / "cartpole", tmp_path, dirs_exist_ok=True)
-    policy = load_spec(str(tmp_path / "cartpole.toml")).build()
+    policy = built(load_spec(str(tmp_path / "cartpole.toml")))
     write(tmp_path / "best.safetensors", policy, 1.0, 1)
     write(tmp_path / "checkpoints" / "step_2.safetensors", policy, 2.0, 2)
-    sys.modules.pop("policy", None)
-    sys.path.remove(str(tmp_path))
     return tmp_path
+
+
+def stand(toml: Path) -> None:
+    """Makes a spec's segment here, where torch is already, before the first push does."""
+    spec = load_spec(str(toml))
+    Segment.create(spec.name, layout_of(built(spec)), spec=spec.fingerprint).close()
 
 
 def test_two_setup_lines_name_what_is_there() -> None:
@@ -66,6 +81,7 @@ def test_two_setup_lines_name_what_is_there() -> None:
 
 def test_six_lines_attach_a_policy(box: Path, cli: Cli) -> None:
     """The snippet runs as it stands in a policy process."""
+    stand(box / "cartpole.toml")
     assert cli("push", "cartpole.toml", cwd=box).returncode == 0
     snippet = blocks("python")[0]
     assert len(snippet.strip().splitlines()) <= 7
@@ -102,6 +118,7 @@ def test_the_shown_settings_are_settings(box: Path, cli: Cli) -> None:
     spec = load_spec(str(box / "all.toml"))
     assert spec.weights.name("actor.net.3.bias") == "3.bias" and spec.weights.name("actor.critic.bias") is None
     assert cli("push", "all.toml", cwd=box).returncode == 66
+    stand(box / "all.toml")
     (box / "checkpoints" / "step_2.STABLE").touch()
     assert cli("push", "all.toml", cwd=box).returncode == 65
     assert cli("push", "all.toml", "--prefix", "", cwd=box).returncode == 0
@@ -120,6 +137,7 @@ def test_the_shown_gate_and_hooks_run(box: Path, cli: Cli) -> None:
     pytest.importorskip("gymnasium")
     (shown,) = (block for block in blocks("toml") if "[hooks]" in block)
     (box / "gated.toml").write_text(shown)
+    stand(box / "gated.toml")
     refused = cli("push", "gated.toml", cwd=box)
     assert refused.returncode == 65 and "mean return" in refused.stderr
     assert cli("push", "gated.toml", "--gate", "", "--webhook", "", cwd=box).returncode == 0
@@ -132,6 +150,7 @@ def test_the_shown_figures_are_kept(box: Path, cli: Cli) -> None:
     with (box / "cartpole.toml").open("a") as spec:
         spec.write(next(block for block in blocks("toml") if "[metrics]" in block))
     assert load_spec(str(box / "cartpole.toml")).metrics.port == 9464
+    stand(box / "cartpole.toml")
     assert cli("push", str(box / "cartpole.toml"), cwd="/").returncode == 0
     assert 'wsync_version{name="cartpole"} 1.0' in (box / "wsync.prom").read_text()
 
@@ -157,6 +176,7 @@ def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
 def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Path) -> None:
     """cron's command publishes, is silent about a missing checkpoint, and fails where a person must look."""
     (line,) = blocks("crontab")
+    stand(box / "cartpole.toml")
     command = line.split(maxsplit=5)[5].replace("/opt/policy/.venv/bin/wsync", f"{sys.executable} -m wsync")
     command = command.replace("/opt/policy", str(box))
     environment = {
@@ -171,7 +191,7 @@ def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Pat
         return subprocess.run(["/bin/sh", "-c", command], env=environment, cwd="/", timeout=DEADLINE).returncode
 
     assert run() == 0
-    assert (runtime / "cartpole" / "control").exists()
+    assert Segment.open("cartpole").version == 1
     (box / "checkpoints").rename(box / "elsewhere")
     assert run() == 0
     (box / "cartpole.toml").write_text("nonsense")
