@@ -298,6 +298,7 @@ def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -
 def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -> None:
     """Who uses no URL pays nothing for them."""
     write(tmp_path / "x.safetensors", mlp(), 1.0)
+    Segment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
     program = (
         "import sys; from wsync.spec import load_spec; from wsync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "
