@@ -102,7 +102,7 @@ def test_nothing_there_is_empty(cli: Cli, runs: Path, place: str) -> None:
     assert Path(os.environ["WSYNC_RUNTIME_DIR"], NAME).exists() is False
 
 
-def test_only_a_half_written_one_is_empty(cli: Cli, runs: Path) -> None:
+def test_only_a_half_written_one_is_empty(cli: Cli, segment: Segment, runs: Path) -> None:
     """In a directory, what is incomplete may become whole: 66, not a rejection."""
     path = write(runs / "step_1.safetensors", mlp(), 1.0)
     path.write_bytes(path.read_bytes()[:-4])
@@ -235,16 +235,16 @@ def test_publishing_imports_no_torch(cli: Cli, live: Segment, runs: Path) -> Non
 
 
 @pytest.mark.parametrize("noticed", ["by its file", "by the checkpoint"])
-def test_changed_policy_is_told_from_a_wrong_checkpoint(cli: Cli, runs: Path, noticed: str) -> None:
+def test_changed_policy_is_told_from_a_wrong_checkpoint(runs: Path, noticed: str) -> None:
     """When the policy's code changed since its segment was made, the segment is named as stale, not the checkpoint."""
     Path("net.py").write_text("from torch import nn\nmake = lambda: nn.Linear(6, 2)\n")
     spec = "of another net.py" if noticed == "by its file" else load_spec("net:make").fingerprint
     segment = Segment.create("net.make", layout_of(nn.Linear(4, 2)), spec=spec)
     write(runs / "step_11.safetensors", nn.Linear(6, 2), 1.0)
-    result = cli("push", "net:make", "runs/step_11.safetensors")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "wsync rm net.make" in result.stderr
-    assert "F32 [2, 6]" in result.stderr and "F32 [2, 4]" in result.stderr
+    code, _, err = run_main("push", "net:make", "runs/step_11.safetensors")
+    assert code == 1 and "Traceback" not in err
+    assert "wsync rm net.make" in err
+    assert "F32 [2, 6]" in err and "F32 [2, 4]" in err
     assert segment.version == 0
 
 

@@ -37,6 +37,13 @@ pytest.importorskip("obstore")
 SPEC, NAME = "policies:mlp", "policies.mlp"
 PASSWORD, SIGNATURE = "pa55-in-the-url", "s1gn4ture"
 
+HASTY = """
+from dataclasses import replace
+from wsync import cli, store
+store.PATIENCE = replace(store.PATIENCE, tries=2, pause=0.01)
+cli.main()
+"""
+
 
 @pytest.fixture
 def web(runtime: Path, tmp_path: Path) -> Iterator[Web]:
@@ -163,15 +170,16 @@ def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
     url = f"http://me:{PASSWORD}@{web.host}/x.safetensors?X-Sig={SIGNATURE}"
     web.password, web.query = f"me:{PASSWORD}", f"X-Sig={SIGNATURE}"
     toml = tmp_path / "p.toml"
-    toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{url}"\n')
+    toml.write_text(f'policy = "policies:mlp"\ncheckpoints = "{url}"\n')
+    Segment.create("p", layout_of(mlp()), spec=load_spec(str(toml)).fingerprint).close()
     said = []
     for command in (
         ("push", str(toml), "--json"),
         ("push", str(toml)),
         ("config", str(toml)),
         ("config", str(toml), "--json"),
-        ("status", NAME, "--json"),
-        ("log", NAME, "--json"),
+        ("status", "p", "--json"),
+        ("log", "p", "--json"),
         ("inspect", url),
         ("inspect", url, "--json"),
     ):
@@ -181,9 +189,9 @@ def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
     web.password = "me:another"
     web_url = f"http://me:{PASSWORD}@{web.host}"
     for place in (url, f"{web_url}/nothing.safetensors?{SIGNATURE}", url.replace(str(web.port), "1")):
-        done = cli("push", SPEC, place, "--json")
-        assert done.returncode == 1
-        said.append(done.stdout + done.stderr)
+        hasty = spawn("-c", HASTY, "push", SPEC, place, "--json")
+        said += hasty.communicate(timeout=DEADLINE)
+        assert hasty.returncode == 1
     watch = spawn("-m", "wsync", "watch", str(toml), "--max-failures", "0")
     lines = Lines(watch)
     lines.until("watching", web.host)
@@ -216,7 +224,7 @@ def test_errors_of_the_library_hide_what_caused_them(web: Web, monkeypatch: Any)
     assert PASSWORD not in text and SIGNATURE not in text
 
 
-def test_a_file_url_is_a_path(runtime: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_file_url_is_a_path(segment: Segment, cli: Cli, tmp_path: Path) -> None:
     """file:// is the directory itself, with all that directories have."""
     write(tmp_path / "a run" / "step_1.safetensors", mlp(), 1.0, 1)
     url = f"file://{tmp_path}/a%20run"
