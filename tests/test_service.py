@@ -37,7 +37,8 @@ TOML = 'policy = "policies:mlp"\nname = "actor"\ncheckpoints = "runs"\n'
 NO_POLL = "86400"  # only a notification or a signal can be why something happens
 
 OWN_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which ignores it, hands that on
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "wsync", *sys.argv[1:]])
@@ -362,7 +363,7 @@ def test_figures_of_a_standing_port_change_as_far_as_they_can(watch: Callable[..
     log = watch("--poll", "0.05")
     address = log.until("figures on").partition("figures on ")[2].partition("/metrics")[0]
     log.until("version 1")
-    write(runs / "step_2.safetensors", mlp(hidden=3), 1.0)
+    write(runs / "step_2.safetensors", mlp(), float("nan"))
     log.until("rejected")
     assert healthy(address)
     Path("actor.toml").write_text(TOML + "[metrics]\nport = 1\nmax_staleness = 0.1\n")
@@ -418,9 +419,9 @@ def rest(ours: int) -> bytes:
 @pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}])
 def test_no_color_is_obeyed_on_a_terminal(spawn: Spawn, runs: Path, variables: dict[str, str]) -> None:
     """A terminal gets colours, and none where NO_COLOR is set."""
-    write(runs / "step_1.safetensors", mlp(hidden=3), 1.0)
+    write(runs / "step_1.safetensors", mlp(), float("nan"))
     process, ours = terminal(spawn, "actor.toml", **variables)
-    text = seen(ours, b"F32 [3, 4]")
+    text = seen(ours, b"NaN or infinity")
     process.send_signal(signal.SIGTERM)
     text += rest(ours)
     assert process.wait(DEADLINE) == 0
@@ -432,7 +433,7 @@ def test_a_name_cannot_steer_a_terminal(spawn: Spawn, runs: Path) -> None:
     """An escape sequence in a checkpoint's name is shown, not obeyed, by the log above the panel too."""
     process, ours = terminal(spawn, "actor.toml", NO_COLOR="1")
     seen(ours, b"empty")
-    write(runs / "step_1\x1b[2J.safetensors", mlp(hidden=3), 1.0)
+    write(runs / "step_1\x1b[2J.safetensors", mlp(), float("nan"))
     text = seen(ours, b"expected")
     assert b"\x1b[2J" not in text and rb"step_1\x1b[2J" in text
     process.send_signal(signal.SIGTERM)
