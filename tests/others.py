@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -155,7 +156,10 @@ def run_main(*arguments: str) -> tuple[int, str, str]:
             cli.main()
         return codes[0], out.getvalue(), err.getvalue()
 
-    with forked(lambda: None, work) as step:
+    with (
+        warnings.catch_warnings(action="ignore", category=DeprecationWarning),  # of a fork beside threads, since 3.12
+        forked(lambda: None, work) as step,
+    ):
         code, said, complained = step()
     return code, said, complained
 
