@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Iterator
 from itertools import chain, compress, starmap
 from typing import Any
 
@@ -52,10 +51,8 @@ class Copy:
         rows = list(compress(targets, plain))
         pieces = _pieces(rows, list(compress(sources, plain)))
         others = [pair for pair, row in zip(zip(targets, sources, strict=True), plain, strict=True) if not row]
-        _copy(pieces)  # R4 use
         with torch.inference_mode(any(tensor.is_inference() for tensor in targets)), torch.no_grad():
-            for target, source in others:
-                target.copy_(source)  # R4 use
+            _copy(pieces, others)  # R4 use
         torch.autograd.graph.increment_version([tensor for tensor in rows if not tensor.is_inference()])
 
     def forget(self) -> None:
@@ -87,31 +84,29 @@ def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Co
     ]
 
 
-def _copy(pieces: list[Copied]) -> None:
-    """Copies all, in calls that no interrupt comes between; one that comes is raised when nothing is under way."""
+def _copy(pieces: list[Copied], others: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies all, in one call that no interrupt divides; one that comes is raised when nothing is under way."""
     large = iter([piece for piece in pieces if piece[2] >= _LARGE])
-    small = iter([piece for piece in pieces if piece[2] < _LARGE])
+    small = [piece for piece in pieces if piece[2] < _LARGE]
+    rest = chain(starmap(ctypes.memmove, chain(large, small)), starmap(torch.Tensor.copy_, others))
     if sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO:
-        _work(chain(large, small))
+        deque(rest, 0)
         return
     done = threading.Event()
 
     def assist() -> None:
-        _work(large)
+        deque(starmap(ctypes.memmove, large), 0)
         done.set()
 
+    helper = threading.Thread(target=assist, name="wsync-copy", daemon=True)
     try:
-        threading.Thread(target=assist, name="wsync-copy", daemon=True).start()
+        helper.start()
     except RuntimeError:  # this process may have no more threads
-        done.set()
-    try:
-        _work(chain(large, small))
+        pass
     finally:
-        _wait(done)
-
-
-def _work(pieces: Iterator[Copied]) -> None:
-    deque(starmap(ctypes.memmove, pieces), 0)
+        deque(rest, 0)
+        if helper.ident is not None:  # else, should it still begin, nothing is left for it
+            _wait(done)
 
 
 def _wait(done: threading.Event) -> None:
