@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .casting import Converter, Pair, Piece, converter, pieces
+from .casting import Piece, convert, pieces
 from .errors import (
     BeingWritten,
     CheckpointChanged,
@@ -30,7 +31,7 @@ from .errors import (
     NoCheckpoint,
     NonFiniteWeights,
 )
-from .finite import all_finite, float_regions, not_finite
+from .finite import Region, all_finite, float_regions, not_finite
 from .fitting import Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
@@ -59,7 +60,7 @@ class Checkpoint:
         casts: the tensors that the last plan converts, each with what it becomes.
     """
 
-    _piece = 1 << 20  # bytes of what is converted; still in the second cache then
+    _piece = 1 << 18  # bytes of what is converted; still in the second cache then
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
@@ -221,11 +222,10 @@ class Checkpoint:
                 clean = clean and finite_too
                 if progress:
                     progress(read.nbytes)
-            for at, piece in self._converted(plan.casts):
-                weights[at : at + len(piece)] = piece
-                clean = clean and all_finite(weights, regions, ((at, len(piece)),))
+            for piece, finite_too in self._cast(weights, plan.casts, regions):
+                clean = clean and finite_too
                 if progress:
-                    progress(len(piece))
+                    progress(piece.becomes)
             if self._deltas:
                 from .adapter import add
             for delta in self._deltas:
@@ -366,26 +366,43 @@ class Checkpoint:
         """Bytes of one of the files; fewer where it ends."""
         return read_at(self._fds[number], nbytes, start)
 
-    def _converted(self, pairs: Iterable[Pair]) -> Iterator[tuple[int, memoryview]]:
-        """Tensors in the entries' dtypes, each piece with its offset into the weights, and good until the next."""
-        converters: dict[tuple[str, str], Converter] = {}
-        for piece, data in self._pieces(list(pieces(pairs, self._piece))):
-            kinds = (piece.source, piece.target)
-            if kinds not in converters:
-                converters[kinds] = converter(*kinds)
-            yield piece.offset, converters[kinds](data)
+    def _cast(
+        self, weights: memoryview, pairs: Sequence[tuple[StoredTensor, TensorEntry]], regions: Sequence[Region]
+    ) -> Iterator[tuple[Piece, bool]]:
+        """Tensors as their entries want them, into the weights; each piece is given once it is there, and checked."""
 
-    def _pieces(self, listed: list[Piece]) -> Iterator[tuple[Piece, memoryview]]:
-        """Pieces as they are stored, each good until the next."""
-        buffer = memoryview(bytearray(max((piece.nbytes for piece in listed), default=0)))
-        for piece in listed:
-            data = buffer[: piece.nbytes]
+        def work(piece: Piece, data: memoryview) -> bool:
+            there = weights[piece.offset : piece.offset + piece.becomes]
+            convert(data, piece.source, piece.target, there)
+            return all_finite(weights, regions, ((piece.offset, piece.becomes),))
+
+        yield from self._each(list(pieces(pairs, self._piece)), work)
+
+    def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
+        """Each piece with what comes of it, in their order; the work gets it as it is stored, good until it returns."""
+        buffers = threading.local()
+
+        def read(piece: Piece) -> bool:
+            if not hasattr(buffers, "own"):
+                buffers.own = memoryview(bytearray(self._piece))
+            data = buffers.own[: piece.nbytes]
             self._fill(piece.file, [data], piece.start, piece.nbytes)
-            yield piece, data
+            return work(piece, data)
+
+        if len(listed) < _WORTH_TWO or len(os.sched_getaffinity(0)) < 2:
+            yield from ((piece, read(piece)) for piece in listed)
+            return
+        from .ahead import side_by_side
+
+        yield from side_by_side(listed, read)
 
     def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
-        for at, piece in self._converted([(twin, entry)]):
-            if piece != weights[at : at + len(piece)]:
+        def work(piece: Piece, data: memoryview) -> bool:
+            there = weights[piece.offset : piece.offset + piece.becomes]
+            return convert(data, piece.source, piece.target) == there
+
+        for _, same in self._each(list(pieces([(twin, entry)], self._piece)), work):
+            if not same:
                 self.check_unchanged()
                 raise CheckpointMismatch(
                     f"{self.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "

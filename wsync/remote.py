@@ -283,10 +283,10 @@ class RemoteCheckpoint(Checkpoint):
             with lock:
                 over.set()
 
-    def _pieces(self, listed: list[Piece]) -> Iterator[tuple[Piece, memoryview]]:
-        work = lambda piece: self._at(piece.file, piece.nbytes, piece.start)  # noqa: E731
-        for piece, data in ahead(listed, work, AHEAD, self._stop):
-            yield piece, memoryview(data)
+    def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
+        fetch = lambda piece: self._at(piece.file, piece.nbytes, piece.start)  # noqa: E731
+        for piece, data in ahead(listed, fetch, AHEAD, self._stop):
+            yield piece, work(piece, memoryview(data))
 
 
 class _Abandoned(Exception):
