@@ -7,6 +7,7 @@ none is near infinity; so that is done first, until as much was looked at as pay
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -71,34 +72,36 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
 
 
 def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
-    """Whether the floats in these slices of the weights are finite; every other byte passes.
-
-    With numpy, one pass of a dot product with itself reads as fast as memory gives, and is NaN or infinite if any
-    element is; only where it is (it may also overflow) the bits are looked at: as unsigned integers the largest
-    negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
-    """
+    """Whether the floats in these slices of the weights are finite; every other byte passes."""
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
             if first >= last or _is_far_from_infinite(weights, first, last, dtype):
                 continue
-            import numpy as np
-
-            if dtype in _NAN_BYTE:
-                if (np.frombuffer(weights[first:last], "u1") == _NAN_BYTE[dtype]).any():
-                    return False
-                continue
-            width, limit = _NON_FINITE[dtype]
-            bits = np.frombuffer(weights[first:last], f"u{width}")
-            if dtype in ("F32", "F64"):
-                values = bits.view(f"f{width}")
-                with np.errstate(all="ignore"):
-                    if np.isfinite(np.dot(values, values)):
-                        continue
-            sign = 1 << (8 * int(width) - 1)
-            if int(bits.max()) >= sign | limit or int(bits.view(f"i{width}").max()) >= limit:
+            if not _is_finite(weights[first:last], dtype):
                 return False
     return True
+
+
+def _is_finite(floats: memoryview, dtype: str) -> bool:
+    """With numpy, one pass of a dot product with itself reads as fast as memory gives.
+
+    It is NaN or infinite if any element is; only where it is (it may also overflow) the bits are looked at: as unsigned
+    integers the largest negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
+    """
+    import numpy as np
+
+    if dtype in _NAN_BYTE:
+        return not (np.frombuffer(floats, "u1") == _NAN_BYTE[dtype]).any()
+    width, limit = _NON_FINITE[dtype]
+    if dtype in ("F32", "F64"):
+        values = np.frombuffer(floats, f"f{width}")
+        with np.errstate(all="ignore"):
+            if math.isfinite(values.dot(values)):
+                return True
+    bits = np.frombuffer(floats, f"u{width}")
+    sign = 1 << (8 * int(width) - 1)
+    return int(bits.max()) < sign | limit and int(bits.view(f"i{width}").max()) < limit
 
 
 def _is_far_from_infinite(weights: memoryview, first: int, last: int, dtype: str) -> bool:

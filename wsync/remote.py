@@ -26,6 +26,7 @@ from .ahead import ahead
 from .casting import Piece
 from .checkpoint import LONGEST_WAIT, Checkpoint
 from .errors import NoCheckpoint, UsageError, printable
+from .finite import Region, all_finite
 from .fitting import CHUNK, Read
 from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 
@@ -263,7 +264,7 @@ class RemoteCheckpoint(Checkpoint):
             raise NoCheckpoint(f"{self.parts.files[number]} is gone. The next pass takes what is there.") from None
 
     def _staged(
-        self, weights: memoryview, reads: Sequence[Read], check: Callable[[Read], bool]
+        self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
         lock, over = threading.Lock(), threading.Event()
 
@@ -278,7 +279,7 @@ class RemoteCheckpoint(Checkpoint):
 
         try:
             for read, _ in ahead(reads, work, AT_ONCE, self._stop):
-                yield read, check(read)
+                yield read, all_finite(weights, regions, read.slices)
         finally:
             with lock:
                 over.set()
