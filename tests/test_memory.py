@@ -337,7 +337,7 @@ def test_the_command_line_itself_may_run_out(cli: Cli, monkeypatch: pytest.Monke
     def exhausted(**_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("wsync.cli.app", exhausted)
+    monkeypatch.setattr("wsync.cli._just", lambda *_: exhausted)
     monkeypatch.setattr("os._exit", ended.append)
     from wsync.cli import main
 
