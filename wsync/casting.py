@@ -7,8 +7,7 @@ then finds. The eight-bit floats alone are left to torch: ml_dtypes makes anothe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .header import StoredTensor
 from .layout import DTYPE_BITS, TORCH_DTYPES, TensorEntry
@@ -18,8 +17,7 @@ Pair = tuple[StoredTensor, TensorEntry]
 _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8"}
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Whole elements of one dtype, in a row in a file and in the weights, that are read and converted together.
 
     Attributes:
@@ -50,7 +48,7 @@ def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
     for stored, entry in pairs:
         new = Piece(stored.file, stored.start, stored.nbytes, stored.dtype, entry.dtype, entry.offset)
         if row and _continues(row, new):
-            row = replace(row, nbytes=row.nbytes + new.nbytes)
+            row = row._replace(nbytes=row.nbytes + new.nbytes)
             continue
         if row:
             yield from _split(row, most)
@@ -66,8 +64,8 @@ def _continues(row: Piece, new: Piece) -> bool:
 
 def _split(row: Piece, most: int) -> Iterator[Piece]:
     for at in range(0, row.nbytes, most):
-        before, nbytes = replace(row, nbytes=at), min(most, row.nbytes - at)
-        yield replace(row, start=row.start + at, nbytes=nbytes, offset=row.offset + before.becomes)
+        before, nbytes = row._replace(nbytes=at), min(most, row.nbytes - at)
+        yield row._replace(start=row.start + at, nbytes=nbytes, offset=row.offset + before.becomes)
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import CheckpointMismatch, Difference, UsageError
 from .header import StoredTensor
@@ -80,8 +81,7 @@ class Fit:
         return re.compile(old[1:-1]) if len(old) > 2 and old[0] == old[-1] == "/" else None
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One system call: ``nbytes`` from ``start`` of a file into slices ``(offset, nbytes)`` of the weights."""
 
     file: int
@@ -90,8 +90,7 @@ class Read:
     slices: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """How a checkpoint's bytes reach a layout.
 
     Attributes:
@@ -138,8 +137,7 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
     return plan
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """Which tensor of a checkpoint becomes which of a layout, as stored or cast; and in ``rows`` what does not fit."""
 
     rows: list[Difference]

@@ -28,7 +28,7 @@ _SECRET = ("webhook",)
 
 def event_json(event: Event) -> dict[str, Any]:
     """One event; the fields that do not apply are None."""
-    data = {field.name: getattr(event, field.name) for field in fields(event) if field.name not in ("id", "settings")}
+    data = {name: value for name, value in event._asdict().items() if name not in ("id", "settings")}
     return {**data, "at": when(event.at)}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import Difference, SpecError
 
@@ -77,8 +77,7 @@ TORCH_DTYPES: dict[str, str] = {
 _FROM_TORCH = {f"torch.{attribute}": dtype for dtype, attribute in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a layout.
 
     Attributes:

@@ -18,9 +18,8 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .access import open_dir
 from .errors import SegmentUnsafe, printable
@@ -32,8 +31,7 @@ _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can p
 _encode = json.JSONEncoder(check_circular=False).encode  # a policy's step pays for each record
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderRecord:
+class ReaderRecord(NamedTuple):
     """What a reader says of itself.
 
     Attributes:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .access import Access, open_dir, open_file
 from .errors import SegmentUnsafe, UsageError
@@ -77,8 +77,7 @@ class Publication:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class About:
+class About(NamedTuple):
     """What ``layout.json`` says, checked but for the layout, which takes long to read and is not always needed."""
 
     slots: int
@@ -116,8 +115,7 @@ class About:
         return layout
 
 
-@dataclass(frozen=True, slots=True)
-class SpareSlot:
+class SpareSlot(NamedTuple):
     """A slot that is being staged: locked, mapped, not live."""
 
     number: int
