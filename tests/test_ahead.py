@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from wsync import checkpoint as module
 from wsync import fitting
-from wsync.ahead import side_by_side
+from wsync.ahead import outlast, side_by_side
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointChanged
 from wsync.layout import layout_of
@@ -104,3 +105,41 @@ def test_a_large_checkpoint_is_read_by_two(tmp_path: Path, monkeypatch: pytest.M
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(CheckpointChanged):
             checkpoint.read_into(memoryview(weights), plan)
+
+
+def test_an_interrupt_waits_for_what_is_under_way() -> None:
+    """Guards a slot that is given back: Ctrl-C, once or twice, is raised when no thread writes there any more."""
+    waits, interrupted, main = threading.Event(), threading.Semaphore(0), threading.get_ident()
+    left = [KeyboardInterrupt(), KeyboardInterrupt()]
+
+    class Done(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.set()
+            return super().wait(timeout)
+
+    def interrupt(number: int, frame: object) -> None:
+        if left:
+            interrupted.release()
+            raise left.pop()
+
+    def work() -> None:
+        try:
+            waits.wait(DEADLINE)
+            for _ in range(2):
+                tries = 0
+                while not interrupted.acquire(timeout=0.05) and tries < 20 * DEADLINE:
+                    signal.pthread_kill(main, signal.SIGINT)  # one that comes just before the wait does not end it
+                    tries += 1
+        finally:
+            done.set()
+
+    done, before = Done(), signal.signal(signal.SIGINT, interrupt)
+    interrupting = threading.Thread(target=work)
+    try:
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            outlast(done)
+        assert done.is_set() and not left
+    finally:
+        interrupting.join()
+        signal.signal(signal.SIGINT, before)

@@ -90,11 +90,14 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
         return True
 
     def assist() -> None:
-        _give_way()
-        while do_one():
-            pass
+        try:
+            _give_way()
+            while do_one():
+                pass
+        finally:
+            done.set()
 
-    helper = threading.Thread(target=assist, name="wsync-staging", daemon=True)
+    done, helper = threading.Event(), threading.Thread(target=assist, name="wsync-staging", daemon=True)
     try:
         helper.start()
     except RuntimeError:  # this process may have no more threads
@@ -110,7 +113,23 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
         with lock:
             left = iter(())
         if helper.ident is not None:
-            helper.join()
+            outlast(done)
+
+
+def outlast(done: threading.Event) -> None:
+    """Waits until it is set, however often that is interrupted; the first interrupt is raised then.
+
+    ``Thread.join`` once interrupted takes a thread for ended that is not (Python 3.11).
+    """
+    raised: BaseException | None = None
+    while True:
+        try:
+            done.wait()
+            break
+        except BaseException as exc:
+            raised = raised or exc
+    if raised:
+        raise raised
 
 
 def _give_way() -> None:

@@ -49,10 +49,9 @@ class Copy:
         sources = self._sources[lease.slot]
         plain = [type(tensor) in _PLAIN and _is_a_row(tensor) for tensor in targets]
         rows = list(compress(targets, plain))
-        pieces = _pieces(rows, list(compress(sources, plain)))
         others = [pair for pair, row in zip(zip(targets, sources, strict=True), plain, strict=True) if not row]
         with torch.inference_mode(any(tensor.is_inference() for tensor in targets)), torch.no_grad():
-            _copy(pieces, others)  # R4 use
+            _copy(rows, list(compress(sources, plain)), others)  # R4 use
         torch.autograd.graph.increment_version([tensor for tensor in rows if not tensor.is_inference()])
 
     def forget(self) -> None:
@@ -72,8 +71,9 @@ class Copy:
 
 
 def _is_a_row(tensor: torch.Tensor) -> bool:
-    """Whether its bytes are its values, in their order and with no gap."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    """Whether its bytes are its values, in this process's memory, in their order and with no gap."""
+    odd = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not odd
 
 
 def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Copied]:
@@ -84,38 +84,36 @@ def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Co
     ]
 
 
-def _copy(pieces: list[Copied], others: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copies all, in one call that no interrupt divides; one that comes is raised when nothing is under way."""
+def _copy(
+    targets: list[torch.Tensor], sources: list[torch.Tensor], others: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Copies all, and raises what comes in between, an interrupt or an error, when nothing is under way any more."""
+    pieces = _pieces(targets, sources)
     large = iter([piece for piece in pieces if piece[2] >= _LARGE])
     small = [piece for piece in pieces if piece[2] < _LARGE]
     rest = chain(starmap(ctypes.memmove, chain(large, small)), starmap(torch.Tensor.copy_, others))
-    if sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO:
-        deque(rest, 0)
-        return
     done = threading.Event()
 
-    def assist() -> None:
+    def assist(*held: list[torch.Tensor]) -> None:  # what it holds stays mapped for as long as it runs
         deque(starmap(ctypes.memmove, large), 0)
         done.set()
 
-    helper = threading.Thread(target=assist, name="wsync-copy", daemon=True)
-    try:
-        helper.start()
-    except RuntimeError:  # this process may have no more threads
-        pass
-    finally:
-        deque(rest, 0)
-        if helper.ident is not None:  # else, should it still begin, nothing is left for it
-            _wait(done)
-
-
-def _wait(done: threading.Event) -> None:
-    """Not ``Thread.join``, which once interrupted takes a thread for ended that is not (Python 3.11)."""
-    interrupt: BaseException | None = None
-    while not done.is_set():
+    helper = threading.Thread(target=assist, args=(targets, sources), name="wsync-copy", daemon=True)
+    alone = sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO
+    raised: BaseException | None = None
+    while True:
         try:
-            done.wait()
+            if not alone:
+                alone = True
+                try:
+                    helper.start()
+                except RuntimeError:  # this process may have no more threads
+                    pass
+            deque(rest, 0)
+            if helper.ident is not None:  # else, should it still begin, nothing is left for it
+                done.wait()
+            break
         except BaseException as exc:
-            interrupt = exc
-    if interrupt:
-        raise interrupt
+            raised = raised or exc
+    if raised:
+        raise raised
