@@ -97,6 +97,7 @@ def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -
             loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of one that comes in a finalizer
 def test_no_thread_uses_a_slot_when_an_interrupt_is_raised() -> None:
     """Guards the lease, which ends when ``refresh`` does: whenever Ctrl-C comes, what it divides is done first."""
 
