@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEADLINE, Cli, Lines, Spawn, marks, write
+from conftest import DEADLINE, Cli, Lines, Spawn, marks, signal_another_thread, write
 from object_stores import SECRET, Bucket
 from policies import Tied, mlp, normed
 from safetensors.torch import save_file
@@ -327,6 +328,26 @@ def test_a_watch_takes_what_comes(spawn: Spawn, bucket: Bucket) -> None:
     lines.rest()
     assert watch.returncode == 0
     assert SECRET not in "\n".join(lines.seen)
+
+
+def ticks_of(pid: int) -> int:
+    """The processor's time that it took, in hundredths of a second."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+def test_a_signal_that_another_thread_gets_ends_the_wait_for_the_clock(spawn: Spawn, bucket: Bucket) -> None:
+    """Guards a watch of a store, which nothing but its clock wakes, and that a day from now."""
+    bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
+    watch = spawn("-m", "wsync", "watch", SPEC, RUN, "--poll", "86400")
+    lines = Lines(watch)
+    lines.until("version 1, step 1")
+    used = -1
+    while (now := ticks_of(watch.pid)) != used:  # not yet at rest
+        used = now
+        time.sleep(0.5)
+    signal_another_thread(watch.pid, signal.SIGTERM)
+    lines.rest()
+    assert watch.returncode == 0
 
 
 @pytest.mark.parametrize("request_", ["list-type", r"GET \S*step_2[\s\S]*bytes=(?!0-)"], ids=["listing", "range"])
