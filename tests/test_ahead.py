@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from wsync import checkpoint as module
 from wsync import fitting
-from wsync.ahead import outlast, side_by_side
+from wsync.ahead import side_by_side, undivided
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointChanged
 from wsync.layout import layout_of
@@ -138,7 +138,7 @@ def test_an_interrupt_waits_for_what_is_under_way() -> None:
     try:
         interrupting.start()
         with pytest.raises(KeyboardInterrupt):
-            outlast(done)
+            undivided(done.wait)
         assert done.is_set() and not left
     finally:
         interrupting.join()

@@ -113,18 +113,19 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
         with lock:
             left = iter(())
         if helper.ident is not None:
-            outlast(done)
+            undivided(done.wait)
 
 
-def outlast(done: threading.Event) -> None:
-    """Waits until it is set, however often that is interrupted; the first interrupt is raised then.
+def undivided(work: Callable[[], object]) -> None:
+    """Calls it until it returns, however often that is interrupted, and raises the first that came in between.
 
-    ``Thread.join`` once interrupted takes a thread for ended that is not (Python 3.11).
+    Wait for an event so, and not for a thread: ``Thread.join`` once interrupted takes one for ended that is not
+    (Python 3.11).
     """
     raised: BaseException | None = None
     while True:
         try:
-            done.wait()
+            work()
             break
         except BaseException as exc:
             raised = raised or exc

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .ahead import undivided
 from .attached import Attached
 from .layout import views
 from .segment import Lease, Segment
@@ -99,21 +100,18 @@ def _copy(
         done.set()
 
     helper = threading.Thread(target=assist, args=(targets, sources), name="wsync-copy", daemon=True)
-    alone = sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO
-    raised: BaseException | None = None
-    while True:
-        try:
-            if not alone:
-                alone = True
-                try:
-                    helper.start()
-                except RuntimeError:  # this process may have no more threads
-                    pass
-            deque(rest, 0)
-            if helper.ident is not None:  # else, should it still begin, nothing is left for it
-                done.wait()
-            break
-        except BaseException as exc:
-            raised = raised or exc
-    if raised:
-        raise raised
+    left_alone = sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO
+
+    def work() -> None:
+        nonlocal left_alone
+        if not left_alone:
+            left_alone = True
+            try:
+                helper.start()
+            except RuntimeError:  # this process may have no more threads
+                pass
+        deque(rest, 0)
+        if helper.ident is not None:  # else, should it still begin, nothing is left for it
+            done.wait()
+
+    undivided(work)
