@@ -143,3 +143,26 @@ def test_an_interrupt_waits_for_what_is_under_way() -> None:
     finally:
         interrupting.join()
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_of_the_start_leaves_nobody_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a slot that is given back, also where Ctrl-C comes just as the second thread begins."""
+    start, done = threading.Thread.start, list[int]()
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        assert at_work.wait(DEADLINE)
+        start(threading.Timer(0.1, go_on.set))
+        raise KeyboardInterrupt
+
+    def work(job: int) -> None:
+        at_work.set()
+        assert go_on.wait(DEADLINE)
+        done.append(job)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(side_by_side(range(100), work))
+    assert done == [0]

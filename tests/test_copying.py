@@ -136,3 +136,15 @@ def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
     with wsync.attach(policy, "nets", mode="copy"):
         assert policy.get_parameter("0.weight").eq(3).all()
     segment.close()
+
+
+def test_a_tensor_without_bytes_is_left_to_torch(runtime: Path) -> None:
+    """Guards against an address that is none: torch says why such a tensor takes no values."""
+    policy = mlp()
+    segment = Segment.create("nets", layout_of(policy))
+    with segment.publishing():
+        publish_tensors(segment, policy.state_dict())
+    policy.get_parameter("2.bias").data = torch._efficientzerotensor(2)
+    with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+        wsync.attach(policy, "nets", mode="copy")
+    segment.close()

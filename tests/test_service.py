@@ -135,6 +135,12 @@ def test_a_signal_amid_a_wait(spawn: Spawn, runs: Path) -> None:
         "with service._wake._cond:\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
         f"assert service._wake.wait({DEADLINE})\n"
+        "service._wake.clear()\n"
+        "import _thread\n"
+        "def none(*_): raise RuntimeError('no thread is to be had')\n"
+        "_thread.start_new_thread = none\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+        "assert service._wake.is_set()\n"
     )
     assert spawn("-c", code).wait(DEADLINE) == 0
 

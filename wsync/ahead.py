@@ -99,10 +99,10 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
 
     done, helper = threading.Event(), threading.Thread(target=assist, name="wsync-staging", daemon=True)
     try:
-        helper.start()
-    except RuntimeError:  # this process may have no more threads
-        pass
-    try:
+        try:
+            helper.start()
+        except RuntimeError:  # this process may have no more threads
+            pass
         more = True
         while more or begun:
             more = more and do_one()
@@ -112,7 +112,7 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
     finally:
         with lock:
             left = iter(())
-        if helper.ident is not None:
+        if helper.ident is not None:  # else, should it still begin, nothing is left for it
             undivided(done.wait)
 
 
