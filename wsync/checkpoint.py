@@ -61,7 +61,7 @@ class Checkpoint:
         casts: the tensors that the last plan converts, each with what it becomes.
     """
 
-    _piece = 1 << 18  # bytes of what is converted; still in the second cache then
+    _piece = 1 << 20  # bytes of what is converted; still in the second cache then
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
