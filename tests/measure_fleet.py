@@ -1,8 +1,8 @@
 """Four boxes of one group on loopback, beside four watches that each read the file: ``python tests/measure_fleet.py``.
 
-From the rename of a checkpoint until it is live on the last box, and the bytes that all of them read from files. Then,
-from what a round and a piece cost here, what groups of other sizes would take on a network of their own. Times jitter:
-nothing is asserted. Takes about a minute on two cores; a size in MiB may be given.
+From the rename of a checkpoint until it is live on the last box. Then, from what a round and a piece cost here, what
+groups of other sizes would take on a network of their own. Times jitter: nothing is asserted. Takes about a minute on
+two cores; a size in MiB may be given.
 """
 
 from __future__ import annotations
@@ -69,10 +69,6 @@ class Watches:
                     break
                 threading.Event().wait(0.001)
 
-    def read(self) -> int:
-        """Bytes that the watches read so far; what gloo receives is not among them."""
-        return sum(_figure(pid, "io", "rchar") for pid in self._watches())
-
     def cpu(self) -> float:
         return sum(_cpu(pid) for pid in self._watches())
 
@@ -94,8 +90,8 @@ class Watches:
             shutil.rmtree(box)
 
 
-def measure(base: Path, number: int, nbytes: int, *, group: bool) -> tuple[float, int, float]:
-    """Seconds until the last box is live, bytes read and seconds of processor for one checkpoint: medians."""
+def measure(base: Path, number: int, nbytes: int, *, group: bool) -> tuple[float, float]:
+    """Seconds until the last box is live, and seconds of processor, for one checkpoint: medians."""
     for old in (base / "runs").iterdir():
         old.unlink()
     (base / "policy.toml").write_text(
@@ -110,15 +106,15 @@ def measure(base: Path, number: int, nbytes: int, *, group: bool) -> tuple[float
         for step in range(2, 2 + ROUNDS):
             place = save(base, step, nbytes)
             threading.Event().wait(0.5)
-            read, cpu, began = watches.read(), watches.cpu(), time.perf_counter()
+            cpu, began = watches.cpu(), time.perf_counter()
             place.rename(base / "runs" / place.name)
             watches.until_live(step)
-            rows.append((time.perf_counter() - began, watches.read() - read, watches.cpu() - cpu))
+            rows.append((time.perf_counter() - began, watches.cpu() - cpu))
             (base / "runs" / place.name).with_name(f"step_{step - 1}.safetensors").unlink()
     finally:
         watches.close()
-    seconds, read_, cpu_ = (statistics.median(column) for column in zip(*rows, strict=True))
-    return seconds, int(read_), cpu_
+    seconds, cpu_ = (statistics.median(column) for column in zip(*rows, strict=True))
+    return seconds, cpu_
 
 
 def save(base: Path, step: int, nbytes: int) -> Path:
@@ -142,13 +138,13 @@ def main() -> None:
         together = measure(base, BOXES, nbytes, group=True)
         one = measure(base, 1, nbytes, group=True)
         small = [measure(base, number, 1 << 20, group=True)[0] for number in (1, BOXES)]
-        for what, (seconds, read, cpu) in (
+        for what, (seconds, cpu) in (
             (f"{BOXES} boxes, each reads {size}", alone),
             (f"{BOXES} boxes, one reads {size}", together),
             ("a group of 1 box", one),
         ):
-            print(f"{what}: {seconds:.2f} s, read {read / nbytes:.2f} times its size, {cpu:.2f} s of processor")
-        reckon((together[2] - one[2]) / (BOXES - 1) / nbytes, max(small[1] - small[0], 0) / (BOXES - 1) / GATHERS)
+            print(f"{what}: {seconds:.2f} s, {cpu:.2f} s of processor")
+        reckon((together[1] - one[1]) / (BOXES - 1) / nbytes, max(small[1] - small[0], 0) / (BOXES - 1) / GATHERS)
     finally:
         shutil.rmtree(base)
 
@@ -167,11 +163,6 @@ def reckon(cpu: float, hop: float) -> None:
             f"{boxes:5} boxes, 1 GB, links of 10 Gb/s: {tree + GATHERS * (boxes - 1) * hop:.1f} s and 1 GB from the "
             f"store, beside {boxes * 1e9 / NETWORK:.0f} s and {boxes} GB where each reads"
         )
-
-
-def _figure(pid: int, file: str, name: str) -> int:
-    text = Path(f"/proc/{pid}/{file}").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(name))
 
 
 def _cpu(pid: int) -> float:

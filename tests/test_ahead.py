@@ -5,19 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
-from conftest import DEADLINE, write
-from policies import mlp
-from safetensors.torch import load_file
+from conftest import DEADLINE
 
-from wsync import checkpoint as module
-from wsync import fitting
 from wsync.ahead import side_by_side, undivided
-from wsync.checkpoint import Checkpoint
-from wsync.errors import CheckpointChanged
-from wsync.layout import layout_of
 
 
 def test_two_do_the_jobs_and_the_results_keep_their_order() -> None:
@@ -79,32 +71,6 @@ def test_without_a_second_thread_one_does_all(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     assert [result for _, result in side_by_side(range(5), str)] == list("01234")
-
-
-def test_a_large_checkpoint_is_read_by_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards every byte in its place, the check of each, and a file that changes meanwhile, with two threads at it."""
-    monkeypatch.setattr(fitting, "CHUNK", 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    read_by = set()
-    real = os.preadv
-
-    def preadv(*arguments: object) -> int:
-        read_by.add(threading.current_thread().name)
-        return real(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    path, layout = write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5), layout_of(mlp(hidden=500))
-    weights = bytearray(layout.nbytes)
-    with Checkpoint(path) as checkpoint:
-        plan = checkpoint.plan(layout)
-        assert len(plan.reads) >= module._WORTH_TWO
-        checkpoint.read_into(memoryview(weights), plan)
-        assert read_by == {"MainThread", "wsync-staging"}
-        expected = load_file(path)
-        assert weights == b"".join(expected[entry.name].numpy().tobytes() for entry in layout.tensors)
-        os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(CheckpointChanged):
-            checkpoint.read_into(memoryview(weights), plan)
 
 
 def test_an_interrupt_waits_for_what_is_under_way() -> None:

@@ -141,14 +141,21 @@ class Counted(Turn):
         self.objection = self.objection or objection
 
 
+@pytest.mark.parametrize("row", [8, 24, 1 << 20])
 @pytest.mark.parametrize("form", ["plain", "cast", "reversed", "part", "adapter", "nan"])
-def test_what_is_sent_is_what_is_staged(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early."""
+def test_what_is_sent_is_what_is_staged(form: str, row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early.
+
+    It may come in smaller or larger rows than it is planned in.
+    """
+    monkeypatch.setattr("wsync.fitting.CHUNK", 16)
+    monkeypatch.setattr("wsync.staging._ROW", row)
     monkeypatch.setattr("wsync.group.PIECE", 8)
     stream = Recorder()
     monkeypatch.setattr(Group, "stream", lambda *_: stream)
     monkeypatch.setattr(Group, "tell", lambda _, what: told.append(what))
     told: list[object] = []
+    early: list[int] = []
     names = ["a", "b", "c.weight"]
     layout = Layout.build(dict.fromkeys(names, ("F32", (4, 4))), {})
     tensors = {name: torch.full((4, 4), 1.0 + n) for n, name in enumerate(names)}
@@ -178,8 +185,10 @@ def test_what_is_sent_is_what_is_staged(form: str, tmp_path: Path, monkeypatch: 
     with Checkpoint(place) as checkpoint:
         plan = checkpoint.plan(layout, settings)
         sent = Sent(checkpoint, turn, whole=checkpoint.merged)
-        sent.read_into(memoryview(weights), plan, finite=True, progress=None)
+        sent.read_into(memoryview(weights), plan, finite=True, progress=lambda _: early.append(len(stream.sent)))
     assert b"".join(stream.sent) == weights and told == [True, zlib.crc32(weights)]
+    if form in ("plain", "reversed"):
+        assert early[-1] == len(stream.sent)  # each as soon as it was there, not when all was checked
     assert isinstance(turn.objection, NonFiniteWeights) == (form == "nan")
     assert turn._cast == 2
     if form == "adapter":

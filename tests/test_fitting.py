@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -227,11 +227,11 @@ def test_what_the_policys_dtype_cannot_hold_is_refused(value: float, source: str
     assert [row.name for row in caught.value.differences] == ["w"]
 
 
-def test_a_cast_goes_on_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cast_goes_on_across_pieces(tmp_path: Path, in_pieces: Callable[[int], None]) -> None:
     """Guards that tensors larger than one read are converted as a whole, also where their sizes differ."""
     values = {"a": torch.randn(1001, dtype=torch.float64), "b": torch.randn(333).bfloat16(), "c": torch.randn(500)}
     path = save(tmp_path / "a", values)
-    monkeypatch.setattr(Checkpoint, "_piece", 64)
+    in_pieces(64)
     found = read(path, lay(a=("F32", (1001,)), b=("F32", (333,)), c=("F32", (500,))), Fit(cast=True))
     assert same(found, {name: value.float() for name, value in values.items()})
 

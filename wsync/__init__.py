@@ -4,9 +4,9 @@ Importing this package imports neither torch nor tensordict; each name below is 
 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
-    ground          errors layout memory addresses ahead access notify transfer
-    checkpoints     header store_client store hub parts casting finite fitting advice adapter checkpoint remote source
-                    changes
+    ground          errors layout memory mapped addresses ahead access notify transfer
+    checkpoints     header store_client store hub parts casting finite fitting staging advice adapter checkpoint
+                    remote source changes
     segments        registry segment_files segment badge
     writing side    publisher weights weight_getter updaters segment_updater
     policy's side   attached renewal swap copying reader device device_weights device_reader attaching

@@ -26,6 +26,7 @@ from .bench_staging import slot_for
 from .finite import all_finite
 from .fitting import CHUNK
 
+_AROUND = 1 << 16  # bytes of a file that is mapped which one fault brings (fault_around_bytes)
 _OVERHEAD = 8 * MIB  # of one process, for mapping and swapping
 
 
@@ -97,7 +98,7 @@ def counts(place: Place, case: Case) -> Iterator[Result]:
     for name, value, unit, bound in (
         ("staging, read calls", taken[0], "calls", -(-size // CHUNK) + 8),
         ("staging, bytes read", taken[1], "B", file + CHUNK // 128),  # none twice
-        ("staging, page faults", max(taken[2], 0), "faults", 256),  # none of the slot's own
+        ("staging, page faults", max(taken[2], 0), "faults", 256 + size // _AROUND),  # none of the slot's own
         ("staging, most allocated", allocated, "B", MIB),
     ):
         yield case.result(unit, value, name=name, aims=(Aim("<=", bound, "value"),))

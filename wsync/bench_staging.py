@@ -111,13 +111,13 @@ def large_size(place: Place, case: Case) -> Iterator[Result]:
 def _warm(place: Place, case: Case, slot: Slot, copy: Aim | None, load: Aim) -> Iterator[Result]:
     """A file in the page cache."""
     nbytes = slot.layout.nbytes
-    besides = []
-    if copy:
+    if copy:  # not in turn with torch, whose threads keep a processor for some milliseconds after their work
         source, target = np.ones(nbytes, "u1"), np.frombuffer(slot.weights, "u1", nbytes)
-        besides = [Beside("memory copy, 1 thread", timed(partial(np.copyto, target, source)), (copy,))]
+        beside = Beside("memory copy, 1 thread", timed(partial(np.copyto, target, source)), (copy,))
+        yield from case.compare(place, timed(slot.stage), beside, nbytes=nbytes, rounds=Rounds(20))
     shared = shared_tensors(slot.path)
-    besides.append(Beside("load_file and copy_", timed(lambda: load_and_copy(slot.path, shared)), (load,)))
-    yield from case.compare(place, timed(slot.stage), *besides, nbytes=nbytes, rounds=Rounds(20))
+    beside = Beside("load_file and copy_", timed(lambda: load_and_copy(slot.path, shared)), (load,))
+    yield from case.compare(place, timed(slot.stage), beside, nbytes=nbytes, rounds=Rounds(20))
 
 
 def _cold(place: Place, case: Case, slot: Slot) -> Iterator[Result]:

@@ -51,10 +51,10 @@ def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
             row = row._replace(nbytes=row.nbytes + new.nbytes)
             continue
         if row:
-            yield from _split(row, most)
+            yield from split(row, most)
         row = new
     if row:
-        yield from _split(row, most)
+        yield from split(row, most)
 
 
 def _continues(row: Piece, new: Piece) -> bool:
@@ -62,7 +62,8 @@ def _continues(row: Piece, new: Piece) -> bool:
     return new == Piece(row.file, stands, new.nbytes, row.source, row.target, goes)
 
 
-def _split(row: Piece, most: int) -> Iterator[Piece]:
+def split(row: Piece, most: int) -> Iterator[Piece]:
+    """A piece in pieces of at most so many bytes."""
     for at in range(0, row.nbytes, most):
         before, nbytes = row._replace(nbytes=at), min(most, row.nbytes - at)
         yield row._replace(start=row.start + at, nbytes=nbytes, offset=row.offset + before.becomes)

@@ -2,19 +2,14 @@
 
 The format is safetensors (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON
 header that gives dtype, shape and byte range of each tensor, then the bytes without gaps. A checkpoint is data from
-elsewhere: nothing in it is believed before it is checked against the file's real size. It is read through one
-descriptor and never mapped, because a mapped file that is truncated kills its reader.
-
-A pass over a 64 MiB file of the layout's own order takes one read for the header and one for each ``CHUNK``; the
-finite check runs on each chunk while it is still in the processor's third cache. By quarters of a MiB, in the second
-one, it would cost half of that, and two hundred calls.
+elsewhere: nothing in it is believed before it is checked against the file's real size. It is used through one
+descriptor, and looked at again when all is read; how its bytes come into the weights is staging.py.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -33,17 +28,17 @@ from .errors import (
     NonFiniteWeights,
 )
 from .finite import Region, all_finite, float_regions, not_finite
-from .fitting import Fit, Plan, Read, fit, reads_of
+from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
+from .staging import Files
 
 if TYPE_CHECKING:
     from .adapter import Delta
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
-_WORTH_TWO = 16  # reads, of which a second thread takes some: 128 MiB; and pieces of what is converted: 16 MiB
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
 
 
@@ -61,7 +56,7 @@ class Checkpoint:
         casts: the tensors that the last plan converts, each with what it becomes.
     """
 
-    _piece = 1 << 20  # bytes of what is converted; still in the second cache then
+    _piece = CHUNK  # bytes of what is converted at once
 
     def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
         """Opens a checkpoint.
@@ -119,6 +114,7 @@ class Checkpoint:
             self._fds.append(_open(file))
         self._let_settle(settle)
         self._infos = [os.fstat(fd) for fd in self._fds]
+        self._files = Files(self._fds, self._changed)
 
     def _read_header(self, number: int, file: Path) -> None:
         tensors, metadata = read_header(partial(self._at, number), self._infos[number].st_size, file, number)
@@ -316,46 +312,8 @@ class Checkpoint:
     def _staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
-        """Reads into the weights; each read is given once its bytes are there, with whether these regions are finite.
-
-        Told that all comes in order, the kernel reads further ahead: a cold file comes at 1.4 times the speed, that of
-        the disk. Of a file in the page cache one thread may get no more than half of what memory gives, and two get
-        0.9; but then both of two processors are taken: while 64 MiB are published flat out a policy's 99th step was 1.2
-        times as long with one thread, 1.3 to 2.1 with two. Less than ``_WORTH_TWO`` reads are not worth that.
-        """
-        for fd in self._fds:
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            except OSError:  # advice, which a file system need not take
-                pass
-
-        def work(read: Read) -> bool:
-            self._read(weights, read)  # P4 stage
-            return all_finite(weights, regions, read.slices)
-
-        if len(reads) < _WORTH_TWO or len(os.sched_getaffinity(0)) < 2:
-            yield from ((read, work(read)) for read in reads)
-            return
-        from .ahead import side_by_side
-
-        yield from side_by_side(reads, work)
-
-    def _read(self, weights: memoryview, read: Read) -> None:
-        slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
-        self._fill(read.file, slices, read.start, read.nbytes)
-
-    def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
-        """Reads into buffers of so many bytes together; a single call may give less."""
-        while missing:
-            got = os.preadv(self._fds[file], buffers, start)
-            if not got:
-                raise self._changed()
-            start, missing = start + got, missing - got
-            while got and missing:
-                if got >= len(buffers[0]):
-                    got -= len(buffers.pop(0))
-                else:
-                    buffers[0], got = buffers[0][got:], 0
+        """Each read once its bytes are in the weights, with whether these regions are finite there."""
+        return self._files.staged(weights, reads, regions)
 
     def _whole(self, tensor: StoredTensor) -> memoryview:
         data = self._at(tensor.file, tensor.nbytes, tensor.start)
@@ -381,21 +339,7 @@ class Checkpoint:
 
     def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
         """Each piece with what comes of it, in their order; the work gets it as it is stored, good until it returns."""
-        buffers = threading.local()
-
-        def read(piece: Piece) -> bool:
-            if not hasattr(buffers, "own"):
-                buffers.own = memoryview(bytearray(self._piece))
-            data = buffers.own[: piece.nbytes]
-            self._fill(piece.file, [data], piece.start, piece.nbytes)
-            return work(piece, data)
-
-        if len(listed) < _WORTH_TWO or len(os.sched_getaffinity(0)) < 2:
-            yield from ((piece, read(piece)) for piece in listed)
-            return
-        from .ahead import side_by_side
-
-        yield from side_by_side(listed, read)
+        return self._files.converted(listed, work)
 
     def _compare(self, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
         def work(piece: Piece, data: memoryview) -> bool:

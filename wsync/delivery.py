@@ -9,6 +9,7 @@ of all that was staged follows the pieces.
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -156,11 +157,16 @@ class Sent:
         group = self._turn.group
         outbox = Outbox(weights[: plan.layout.nbytes], group.stream(group.rank))
         whole = self._whole or bool(plan.casts)  # a cast comes in pieces, of which only the size is told
-        filled = iter([] if whole else [read.slices for read in plan.reads])
+        reads, arrived = deque(() if whole else plan.reads), 0
 
-        def note(nbytes: int) -> None:
-            for offset, size in next(filled, ()):
-                outbox.filled(offset, size)
+        def note(nbytes: int) -> None:  # they come in their order, joined or split
+            nonlocal arrived
+            arrived += nbytes
+            while reads and arrived >= reads[0].nbytes:
+                read = reads.popleft()
+                arrived -= read.nbytes
+                for offset, size in read.slices:
+                    outbox.filled(offset, size)
             if progress:
                 progress(nbytes)
 

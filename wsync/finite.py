@@ -71,15 +71,19 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
     return _last[1]
 
 
-def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
-    """Whether the floats in these slices of the weights are finite; every other byte passes."""
+def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]], at: int = 0) -> bool:
+    """Whether the floats in these slices of the weights are finite; every other byte passes.
+
+    Args:
+        at: the byte of the weights that ``weights`` begins with.
+    """
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
-            if first >= last or _is_far_from_infinite(weights, first, last, dtype):
-                continue
-            if not _is_finite(weights[first:last], dtype):
-                return False
+            if first < last:
+                floats = weights[first - at : last - at]
+                if not (_is_far_from_infinite(floats, dtype) or _is_finite(floats, dtype)):
+                    return False
     return True
 
 
@@ -104,15 +108,15 @@ def _is_finite(floats: memoryview, dtype: str) -> bool:
     return int(bits.max()) < sign | limit and int(bits.view(f"i{width}").max()) < limit
 
 
-def _is_far_from_infinite(weights: memoryview, first: int, last: int, dtype: str) -> bool:
+def _is_far_from_infinite(floats: memoryview, dtype: str) -> bool:
     """True where a quick look without numpy shows it; False says nothing."""
     global _looked_at
     if "numpy" in sys.modules or _looked_at > _PAYS:
         return False
-    _looked_at += last - first
+    _looked_at += len(floats)
     width, suspects = _SUSPECT[dtype]
-    for at in range(first, last, _PIECE):
-        tops = bytes(weights[at : min(at + _PIECE, last)])[width - 1 :: width]
+    for at in range(0, len(floats), _PIECE):
+        tops = bytes(floats[at : at + _PIECE])[width - 1 :: width]
         if any(suspect in tops for suspect in suspects):
             return False
     return True

@@ -169,23 +169,58 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None where the system does not tell.
 
-    Asks for a read lease (fcntl(2), F_SETLEASE), which is only given on a file that nobody writes, and only to the
-    file's owner or root. A writer that opens it in that moment waits until the lease is given back, in the next line.
+    A writer that opens it in that moment waits until the lease is given back, in the next line.
+    """
+    leased = take_read_lease(fd)
+    if leased:
+        give_read_lease_back(fd)
+    return None if leased is None else not leased
+
+
+def take_read_lease(fd: int) -> bool | None:
+    """Whether nobody has a file open for writing, nor can until the lease is given back; None: the system has none.
+
+    See fcntl(2), F_SETLEASE: it is only given to the file's owner or root. After /proc/sys/fs/lease-break-time, 45
+    seconds, who waits to write is let in all the same.
     """
     try:
         fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)  # what a broken lease sends, ignored by default; SIGIO would end us
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
-        return True
+        return False
     except OSError:
         return None
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+    return True
 
 
-def populate(address: int, size: int) -> None:
-    """Maps the pages of a private mapping for reading, so that the first use of each costs no fault."""
-    _advise(address, size, _MADV_POPULATE_READ)  # refused before Linux 5.14
+def give_read_lease_back(fd: int) -> None:
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:  # it is gone: who waited was let in
+        pass
+
+
+def file_system(fd: int) -> int:
+    """The number of the kind of file system that a file is on (statfs(2)); 0 where the system does not tell."""
+    import ctypes
+
+    info = (ctypes.c_long * 32)()
+    return int(info[0]) if not ctypes.CDLL(None).fstatfs(fd, info) else 0
+
+
+def copy(target: memoryview, source: memoryview) -> None:
+    """Copies bytes, of as many as the source has, without the interpreter's lock."""
+    import ctypes
+
+    ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), address_of(source), len(source))
+
+
+def populate(address: int, size: int) -> bool:
+    """Maps the pages of a private or read-only mapping, so that the first use of each costs no fault.
+
+    False where that failed: before Linux 5.14, or pages cannot be had, whose use would be a fault that ends a process.
+    """
+    return not _advise(address, size, _MADV_POPULATE_READ)
 
 
 def renew(address: int, size: int) -> bool:
@@ -250,7 +285,7 @@ def has_own_pages(address: int, size: int) -> bool | None:
         os.close(fd)
 
 
-def address_of(mapped: mmap.mmap) -> int:
+def address_of(mapped: mmap.mmap | memoryview) -> int:
     """Where a mapping lies, read-only ones included, for which ctypes alone has no answer."""
     import ctypes
 

@@ -27,7 +27,7 @@ from .casting import Piece
 from .checkpoint import LONGEST_WAIT, Checkpoint
 from .errors import NoCheckpoint, UsageError, printable
 from .finite import Region, all_finite
-from .fitting import CHUNK, Read
+from .fitting import Read
 from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
@@ -202,8 +202,6 @@ def open_url(url: str) -> RemotePath | Path:
 
 class RemoteCheckpoint(Checkpoint):
     """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
-
-    _piece = CHUNK
 
     @property
     def _stop(self) -> threading.Event:

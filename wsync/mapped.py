@@ -1,0 +1,85 @@
+"""A file's bytes where they are, in the page cache, for as long as nobody can change them.
+
+A copy of many MiB from memory to memory goes past the processor's caches; read(2) does not, and takes twice as long: 64
+MiB from the page cache took 12.4 ms by reads, and 6.9 mapped (2 cores, in a VM). But a mapped file that is cut kills
+whoever reads on, and what was checked where it lies could be another thing afterwards. So a part is mapped under a read
+lease (fcntl(2), F_SETLEASE) alone, and only of a file system that no other machine writes to: whoever wants to write,
+or to cut, waits until that one part is copied, some milliseconds. All else is read. What is left is what kill -9 would
+do, too: a disk that fails, or a process that was stopped for 45 seconds (lease-break-time), within those milliseconds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from .memory import address_of, file_system, give_read_lease_back, populate, take_read_lease
+
+_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010}  # ext, xfs, btrfs, tmpfs, f2fs: linux/magic.h
+
+
+class Mapped:
+    """Parts of one open file; several threads may have one each."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._users, self._lock = fd, 0, threading.Lock()
+
+    @contextmanager
+    def part(self, start: int, nbytes: int) -> Iterator[memoryview | None]:
+        """These bytes, good within the block; None where they can be had by reads alone."""
+        if not self._begin():
+            yield None
+            return
+        try:
+            yield self._map(start, nbytes)
+        finally:
+            self._end()
+
+    def is_cached(self, start: int, nbytes: int) -> bool:
+        """Whether memory has these bytes, by the first, the middle and the last: a disk gives them faster to reads."""
+        try:
+            for at in (start + nbytes - 1, start + nbytes // 2, start):
+                os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:  # this file system does not tell
+            pass
+        return True
+
+    @cached_property
+    def _is_local(self) -> bool:
+        return file_system(self._fd) in _LOCAL
+
+    def _begin(self) -> bool:
+        """Whether nobody can write until the end; who waits to write is not kept waiting by part after part."""
+        if not self._is_local:
+            return False
+        with self._lock:
+            ours = self._is_leased() if self._users else take_read_lease(self._fd) is True
+            self._users += ours
+        return ours
+
+    def _end(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                give_read_lease_back(self._fd)
+
+    def _is_leased(self) -> bool:
+        return fcntl.fcntl(self._fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+
+    def _map(self, start: int, nbytes: int) -> memoryview | None:
+        page = start - start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapped = mmap.mmap(self._fd, start + nbytes - page, prot=mmap.PROT_READ, offset=page)
+        except (OSError, ValueError):  # this process may not have so much, or the file has not
+            return None
+        # That may have taken a slow disk a while; and what cannot be had here would end us at its first use.
+        if not populate(address_of(mapped), len(mapped)) or not self._is_leased():
+            return None
+        return memoryview(mapped)[start - page :]
