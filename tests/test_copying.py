@@ -50,6 +50,7 @@ def varied() -> nn.Module:
     )
     policy.register_buffer("wrapped", Wrapped(torch.zeros(11)))
     policy.register_buffer("negated", torch._neg_view(torch.zeros(12)))
+    policy.register_buffer("conjugated", torch.zeros(6, dtype=torch.complex64).conj())
     policy.register_buffer("count", torch.zeros(3, dtype=torch.int64))
     return policy.eval()
 
@@ -66,7 +67,9 @@ def test_every_tensor_is_copied_whole(runtime: Path, monkeypatch: pytest.MonkeyP
     generator = torch.Generator().manual_seed(7)
     for version in (1, 2, 3):
         new = {
-            name: (torch.randn(tensor.shape, generator=generator) * 1000).to(tensor.dtype)
+            name: (torch.randn(tensor.shape, generator=generator) * (1000 + 7j if tensor.is_complex() else 1000)).to(
+                tensor.dtype
+            )
             for name, tensor in policy.state_dict().items()
         }
         with segment.publishing():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from itertools import chain, compress, starmap
+from itertools import chain, compress, filterfalse, starmap
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from .segment import Lease, Segment
 _PIECE = 4 << 20  # bytes that one thread copies at a time
 _LARGE = 1 << 17  # bytes; of less, two threads would spend their time on handing the interpreter to each other
 _WORTH_TWO = 8 << 20  # bytes; less is copied before a second thread has begun
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+# Called for all tensors in one go: with cold caches, a loop over 200 of them takes a millisecond of a step.
+_is_cpu, _nbytes = torch.Tensor.is_cpu.__get__, torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
+_data_ptr = torch.Tensor.data_ptr
 
 Copied = tuple[int, int, int]
 """Where to, where from, and how many bytes."""
@@ -48,12 +51,12 @@ class Copy:
         if lease.slot not in self._sources:
             self._sources[lease.slot] = self._views(segment, lease.slot)
         sources = self._sources[lease.slot]
-        plain = [type(tensor) in _PLAIN and _is_a_row(tensor) for tensor in targets]
+        plain = [True] * len(targets) if _are_rows(targets) else [_are_rows([tensor]) for tensor in targets]
         rows = list(compress(targets, plain))
         others = [pair for pair, row in zip(zip(targets, sources, strict=True), plain, strict=True) if not row]
-        with torch.inference_mode(any(tensor.is_inference() for tensor in targets)), torch.no_grad():
+        with torch.inference_mode(any(map(torch.Tensor.is_inference, targets))), torch.no_grad():
             _copy(rows, list(compress(sources, plain)), others)  # R4 use
-        torch.autograd.graph.increment_version([tensor for tensor in rows if not tensor.is_inference()])
+        torch.autograd.graph.increment_version(list(filterfalse(torch.Tensor.is_inference, rows)))
 
     def forget(self) -> None:
         """Lets go of the slots, of a segment that is left."""
@@ -71,17 +74,24 @@ class Copy:
             return [tensors[index] for _, index in self._attached.targets]
 
 
-def _is_a_row(tensor: torch.Tensor) -> bool:
-    """Whether its bytes are its values, in this process's memory, in their order and with no gap."""
-    odd = tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor()
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not odd
+def _are_rows(tensors: list[torch.Tensor]) -> bool:
+    """Whether the bytes of each are its values, in this process's memory, in their order and with no gap."""
+    return (
+        all(map(_PLAIN.__contains__, map(type, tensors)))
+        and all(map(_is_cpu, tensors))
+        and all(map(torch.Tensor.is_contiguous, tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor._is_zerotensor, tensors))
+    )
 
 
 def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Copied]:
+    where = zip(map(_data_ptr, targets), map(_data_ptr, sources), map(_nbytes, targets), strict=True)
     return [
-        (target.data_ptr() + at, source.data_ptr() + at, min(_PIECE, target.nbytes - at))
-        for target, source in zip(targets, sources, strict=True)
-        for at in range(0, target.nbytes, _PIECE)
+        (target + at, source + at, min(_PIECE, nbytes - at))
+        for target, source, nbytes in where
+        for at in range(0, nbytes, _PIECE)
     ]
 
 
