@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 from conftest import DEADLINE
 
-from wsync.ahead import side_by_side, undivided
+from wsync import ahead as module
+from wsync.ahead import Done, side_by_side, undivided
 
 
 def test_two_do_the_jobs_and_the_results_keep_their_order() -> None:
@@ -109,6 +113,43 @@ def test_an_interrupt_waits_for_what_is_under_way() -> None:
     finally:
         interrupting.join()
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("moment", range(60))
+def test_an_interrupt_at_any_moment_of_a_wait_leaves_it_whole(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a wait for ever, of both: raised after any one instruction, Ctrl-C leaves no lock held."""
+    monkeypatch.setattr(module, "_LOOK", 0.001)
+    done, left = Done(), moment
+
+    def interrupt(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in (module.__file__, threading.__file__):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+        return interrupt
+
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            done.wait()
+    finally:
+        sys.settrace(before)
+    teller = threading.Thread(target=done.tell, daemon=True)
+    teller.start()
+    teller.join(DEADLINE)
+    assert not teller.is_alive() and done
+    done.wait()
+
+
+def test_who_never_begins_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a wait for ever: an interrupt of its start can leave a thread that has a number and never runs."""
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: setattr(thread, "_ident", 4711))
+    assert [result for _, result in side_by_side(range(5), str)] == list("01234")
 
 
 def test_an_interrupt_of_the_start_leaves_nobody_at_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import Stopped
 
@@ -66,6 +66,49 @@ def wait_for_one(futures: Iterable[Future[Any]], stop: threading.Event) -> None:
     raise Stopped
 
 
+class Done:
+    """Told once by one thread, and awaited by another that a signal may interrupt anywhere.
+
+    ``threading.Event`` is not for that: an interrupt in it can leave its lock held, and who is to tell waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._told, self._lock = False, threading.Lock()
+        self._lock.acquire()
+
+    def __bool__(self) -> bool:
+        return self._told
+
+    def tell(self) -> None:
+        self._told = True
+        self._lock.release()
+
+    def wait(self) -> None:
+        while not self._told:
+            self._lock.acquire(timeout=_LOOK)
+
+
+class _Work(Generic[_J, _R]):
+    """A job that somebody has begun, and what comes of it."""
+
+    def __init__(self, job: _J) -> None:
+        self.job, self.done = job, Done()
+        self._result: tuple[_R] | BaseException
+
+    def do(self, work: Callable[[_J], _R]) -> None:
+        try:
+            self._result = (work(self.job),)
+        except BaseException as exc:
+            self._result = exc
+        self.done.tell()
+
+    def result(self) -> _R:
+        self.done.wait()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result[0]
+
+
 def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple[_J, _R]]:
     """Each job with its result, in their order; this thread does some of them, and a second one does others.
 
@@ -73,31 +116,30 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
     ends, early or not, no job is under way any more.
     """
     left, lock = iter(jobs), threading.Lock()
-    begun: deque[tuple[_J, Future[_R]]] = deque()
+    begun: deque[_Work[_J, _R]] = deque()
 
     def do_one() -> bool:
         with lock:
             for job in left:
-                future: Future[_R] = Future()
-                begun.append((job, future))
+                mine = _Work[_J, _R](job)
+                begun.append(mine)
                 break
             else:
                 return False
-        try:
-            future.set_result(work(job))
-        except BaseException as exc:
-            future.set_exception(exc)
+        mine.do(work)
         return True
 
     def assist() -> None:
+        helped.append(done)
         try:
             _give_way()
             while do_one():
                 pass
         finally:
-            done.set()
+            done.tell()
 
-    done, helper = threading.Event(), threading.Thread(target=assist, name="wsync-staging", daemon=True)
+    done, helped = Done(), list[Done]()
+    helper = threading.Thread(target=assist, name="wsync-staging", daemon=True)
     try:
         try:
             helper.start()
@@ -106,20 +148,20 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
         more = True
         while more or begun:
             more = more and do_one()
-            while begun and (not more or begun[0][1].done()):
-                job, future = begun.popleft()
-                yield job, future.result()
+            while begun and (not more or begun[0].done):
+                first = begun.popleft()
+                yield first.job, first.result()
     finally:
         with lock:
             left = iter(())
-        if helper.ident is not None:  # else, should it still begin, nothing is left for it
+        if helped:  # else, should it still begin, nothing is left for it
             undivided(done.wait)
 
 
 def undivided(work: Callable[[], object]) -> None:
     """Calls it until it returns, however often that is interrupted, and raises the first that came in between.
 
-    Wait for an event so, and not for a thread: ``Thread.join`` once interrupted takes one for ended that is not
+    Wait so for ``Done``, and not for a thread: ``Thread.join`` once interrupted takes one for ended that is not
     (Python 3.11).
     """
     raised: BaseException | None = None

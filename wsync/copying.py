@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .ahead import undivided
+from .ahead import Done, undivided
 from .attached import Attached
 from .layout import views
 from .segment import Lease, Segment
@@ -103,11 +103,12 @@ def _copy(
     large = iter([piece for piece in pieces if piece[2] >= _LARGE])
     small = [piece for piece in pieces if piece[2] < _LARGE]
     rest = chain(starmap(ctypes.memmove, chain(large, small)), starmap(torch.Tensor.copy_, others))
-    done = threading.Event()
+    done, helped = Done(), list[Done]()
 
     def assist(*held: list[torch.Tensor]) -> None:  # what it holds stays mapped for as long as it runs
+        helped.append(done)
         deque(starmap(ctypes.memmove, large), 0)
-        done.set()
+        done.tell()
 
     helper = threading.Thread(target=assist, args=(targets, sources), name="wsync-copy", daemon=True)
     left_alone = sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO
@@ -121,7 +122,7 @@ def _copy(
             except RuntimeError:  # this process may have no more threads
                 pass
         deque(rest, 0)
-        if helper.ident is not None:  # else, should it still begin, nothing is left for it
+        if helped:  # else, should it still begin, nothing is left for it
             done.wait()
 
     undivided(work)

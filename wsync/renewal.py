@@ -13,6 +13,7 @@ import threading
 from queue import SimpleQueue
 
 from .addresses import Stretch
+from .ahead import Done
 from .memory import renew
 
 
@@ -22,7 +23,7 @@ class Renewal:
     def __init__(self, stretch: Stretch, nbytes: int) -> None:
         self._stretch: Stretch | None = stretch  # until it is done
         self._address, self._nbytes = stretch.start, nbytes
-        self._done = threading.Event()
+        self._done = Done()
         self._written = False
         self._error: Exception | None = None
         try:
@@ -47,7 +48,7 @@ class Renewal:
         except Exception as exc:  # whatever it is, somebody waits, and more may come
             self._error = exc
         self._stretch = None
-        self._done.set()
+        self._done.tell()
 
 
 _queue: SimpleQueue[Renewal] | None = None
