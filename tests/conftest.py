@@ -26,7 +26,7 @@ import torch
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync import fitting, staging
+from wsync import fitting, memory, staging
 from wsync.checkpoint import Checkpoint
 from wsync.layout import layout_of
 from wsync.mapped import Mapped
@@ -119,6 +119,7 @@ def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, t
         pytest.skip("this file system grants no leases")
 
     def of(nbytes: int) -> None:
+        monkeypatch.setattr(memory, "alone", True)
         monkeypatch.setattr(Checkpoint, "_piece", nbytes)
         monkeypatch.setattr(fitting, "CHUNK", nbytes)
         monkeypatch.setattr(staging, "_ROW", nbytes)
@@ -133,8 +134,10 @@ def leases(place: Path) -> bool:
     (place / "probe").write_bytes(b"probe")
     fd = os.open(place / "probe", os.O_RDONLY)
     try:
-        with Mapped(fd).part(0, 1) as data:
-            return data is not None
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(memory, "alone", True)
+            with Mapped(fd).part(0, 1) as data:
+                return data is not None
     finally:
         os.close(fd)
         (place / "probe").unlink()

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import DEADLINE, Cli, Spawn, leases
 
-from wsync import bench, cli_bench, header
+from wsync import bench, cli_bench, header, memory
 from wsync.bench import Aim, Beside, Case, Result, Rounds, Settings, Skip, in_turn, parse_size
 from wsync.bench_growth import exponent
 from wsync.bench_place import Place
@@ -174,12 +174,16 @@ def test_no_room_is_a_reason(settings: Settings, runtime: Path, tmp_path: Path) 
     assert told["refresh-idle"] == ""
 
 
-def test_a_staged_file_costs_few_calls_and_no_memory(runtime: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_staged_file_costs_few_calls_and_no_memory(
+    alone: bool, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counts do not jitter: 64 MiB of the policy's own layout in at most 16 read calls, and less than 1 MiB."""
+    monkeypatch.setattr(memory, "alone", alone)
     settings = Settings(quick=True, only=("counts",), directory=tmp_path, runtime=runtime)
     counted = {result.name.removeprefix("staging, "): result.value or 0 for result in bench.run(settings)}
     assert 2 <= counted["read calls"] <= 16
-    mapped = leases(tmp_path)
+    mapped = alone and leases(tmp_path)
     assert counted["bytes read"] < 1 << 17 if mapped else 64 << 20 < counted["bytes read"] < 65 << 20  # each once
     assert counted["page faults"] < 2048  # of 16,384 pages, sixteen at a time where they are mapped
     assert 0 < counted["most allocated"] < 1 << 20

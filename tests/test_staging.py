@@ -28,10 +28,11 @@ from wsync.mapped import Mapped
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[int]:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A descriptor of three pages and a byte, the pages numbered, at ``tmp_path / "file"``; skips without leases."""
     if not leases(tmp_path):
         pytest.skip("this file system grants no leases")
+    monkeypatch.setattr(memory, "alone", True)
     (tmp_path / "file").write_bytes(b"".join(bytes([n]) * 4096 for n in range(3)) + b"\xff")
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     yield fd
@@ -43,6 +44,7 @@ def mapping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     """Has small files mapped like large ones, and tells by which thread, and how many bytes."""
     if not leases(tmp_path):
         pytest.skip("this file system grants no leases")
+    monkeypatch.setattr(memory, "alone", True)
     monkeypatch.setattr(staging, "_LARGE", 1)
     seen: list[tuple[str, int]] = []
     real = Mapped._map
@@ -124,11 +126,14 @@ def test_a_part_beyond_the_end_is_none(file: int, tmp_path: Path) -> None:
     assert can_be_written(tmp_path / "file")
 
 
-@pytest.mark.parametrize("why", ["shared", "old kernel", "waited for"])
+@pytest.mark.parametrize("why", ["shared", "exported", "a hole", "others' code", "old kernel", "waited for"])
 def test_what_is_not_certain_is_not_mapped(
     file: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards file systems that others write to, pages that cannot be had, and a lease that was lost meanwhile."""
+    """Guards files that others can write to, holes, pages that cannot be had, and a lease that was lost meanwhile.
+
+    And threads and signal handlers of one's own, which may wait for the lease while they keep who is to give it back.
+    """
 
     def wait_at_the_door(address: int, size: int) -> bool:
         assert not can_be_written(tmp_path / "file")
@@ -136,6 +141,13 @@ def test_what_is_not_certain_is_not_mapped(
 
     if why == "shared":
         monkeypatch.setattr(mapped, "file_system", lambda _: 0x6969)  # NFS
+    elif why == "exported":
+        (tmp_path / "exports").touch()
+        monkeypatch.setattr(mapped, "_EXPORTS", tmp_path / "exports")
+    elif why == "a hole":
+        os.truncate(tmp_path / "file", 1 << 20)
+    elif why == "others' code":
+        monkeypatch.setattr(memory, "alone", False)
     else:
         monkeypatch.setattr(mapped, "populate", wait_at_the_door if why == "waited for" else lambda *_: False)
     with Mapped(file).part(0, 4096) as data:
@@ -186,6 +198,12 @@ def test_a_file_is_cached_where_all_of_it_is(there: set[int], monkeypatch: pytes
 
 
 # Rows
+
+
+def test_a_copy_is_of_equally_many_bytes() -> None:
+    """Guards the memory behind a target that is too small."""
+    with pytest.raises(ValueError, match="8 bytes do not fill 7"):
+        memory.copy(memoryview(bytearray(7)), memoryview(bytes(8)))
 
 
 @given(st.data())
@@ -351,10 +369,11 @@ def test_a_second_thread_takes_an_idle_processor(
 
 STAGE = """
 import sys, threading
-from wsync import staging
+from wsync import memory, staging
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointError
 
+memory.alone = True
 staging._LARGE = staging._WORTH_TWO = 1
 staging._ROW = 1 << 23
 staging._has_second_processor = lambda idle: True

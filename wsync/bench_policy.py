@@ -12,6 +12,8 @@ from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import memory
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -97,4 +99,5 @@ def _stage(word: str) -> None:
 
 if __name__ == "__main__":
     roles: dict[str, Callable[..., None]] = {"reader": reader, "loader": loader, "giver": giver, "publisher": publisher}
+    memory.alone = True  # as on the command line
     roles[sys.argv[1]](*sys.argv[2:])

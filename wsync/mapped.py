@@ -3,9 +3,13 @@
 A copy of many MiB from memory to memory goes past the processor's caches; read(2) does not, and takes twice as long: 64
 MiB from the page cache took 12.4 ms by reads, and 6.9 mapped (2 cores, in a VM). But a mapped file that is cut kills
 whoever reads on, and what was checked where it lies could be another thing afterwards. So a part is mapped under a read
-lease (fcntl(2), F_SETLEASE) alone, and only of a file system that no other machine writes to: whoever wants to write,
-or to cut, waits until that one part is copied, some milliseconds. All else is read. What is left is what kill -9 would
-do, too: a disk that fails, or a process that was stopped for 45 seconds (lease-break-time), within those milliseconds.
+lease (fcntl(2), F_SETLEASE) alone: whoever opens the file to write, or cuts it, waits until that one part is copied.
+That takes milliseconds, on a busy box some hundred of them; who will not wait (O_NONBLOCK) is refused.
+
+All else is read: in a process that runs code of others, which may wait for its own lease; where none is given; and
+where a lease does not bind all who write, as on file systems that other machines share, by themselves or by an NFS
+server here. What is left kills a publisher as kill -9 does: a file under an overlay that is cut through it, a process
+that stands still for as long as a lease holds (45 s by default), or a disk that fails, all within those milliseconds.
 """
 
 from __future__ import annotations
@@ -18,9 +22,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+from . import memory
 from .memory import address_of, file_system, give_read_lease_back, populate, take_read_lease
 
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010}  # ext, xfs, btrfs, tmpfs, f2fs: linux/magic.h
+_EXPORTS = "/proc/fs/nfsd/exports"  # there where a server for NFS runs
 
 
 class Mapped:
@@ -52,15 +58,18 @@ class Mapped:
         return True
 
     @cached_property
-    def _is_local(self) -> bool:
-        return file_system(self._fd) in _LOCAL
+    def _is_trusted(self) -> bool:
+        if not memory.alone or file_system(self._fd) not in _LOCAL or os.path.exists(_EXPORTS):
+            return False
+        info = os.fstat(self._fd)
+        return info.st_blocks * 512 >= info.st_size  # in a hole of tmpfs a look would take memory
 
     def _begin(self) -> bool:
-        """Whether nobody can write until the end; who waits to write is not kept waiting by part after part."""
-        if not self._is_local:
+        """Whether nobody can write until the end."""
+        if not self._is_trusted:
             return False
         with self._lock:
-            ours = self._is_leased() if self._users else take_read_lease(self._fd) is True
+            ours = self._users > 0 or take_read_lease(self._fd) is True
             self._users += ours
         return ours
 
@@ -79,7 +88,8 @@ class Mapped:
             mapped = mmap.mmap(self._fd, start + nbytes - page, prot=mmap.PROT_READ, offset=page)
         except (OSError, ValueError):  # this process may not have so much, or the file has not
             return None
-        # That may have taken a slow disk a while; and what cannot be had here would end us at its first use.
+        # What cannot be had here would end us at its first use. And who waits to write, since this took a slow disk a
+        # while or since another thread has a part, is not kept waiting by one part after another.
         if not populate(address_of(mapped), len(mapped)) or not self._is_leased():
             return None
         return memoryview(mapped)[start - page :]

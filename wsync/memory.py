@@ -22,6 +22,9 @@ from pathlib import Path
 from .errors import OutOfSharedMemory, UsageError
 
 PAGE = 4096
+alone = False
+"""Whether no other code than wsync's own runs in this process, none that could open a file while a lease on it is held:
+the command line says so."""
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -169,12 +172,20 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None where the system does not tell.
 
-    A writer that opens it in that moment waits until the lease is given back, in the next line.
+    A writer that opens it in that moment waits until the lease is given back, in the next line. It may be a thread of
+    this process that opens it and keeps the interpreter's lock (safetensors' ``save_file`` did): so do we.
     """
-    leased = take_read_lease(fd)
-    if leased:
-        give_read_lease_back(fd)
-    return None if leased is None else not leased
+    import ctypes
+
+    ask = ctypes.PyDLL(None, use_errno=True).fcntl  # unlike fcntl.fcntl it keeps that lock
+    try:
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    except OSError:
+        return None
+    if ask(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK):
+        return True if ctypes.get_errno() == errno.EAGAIN else None
+    ask(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
 
 
 def take_read_lease(fd: int) -> bool | None:
@@ -209,9 +220,15 @@ def file_system(fd: int) -> int:
 
 
 def copy(target: memoryview, source: memoryview) -> None:
-    """Copies bytes, of as many as the source has, without the interpreter's lock."""
+    """Copies bytes without the interpreter's lock.
+
+    Raises:
+        ValueError: these are not equally many.
+    """
     import ctypes
 
+    if len(target) != len(source):
+        raise ValueError(f"{len(source):,} bytes do not fill {len(target):,}")
     ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), address_of(source), len(source))
 
 

@@ -27,7 +27,7 @@ from .memory import copy
 
 _ROW = 32 << 20  # bytes of one copy at most; from 20 on, on many machines, the C library's copy goes past the caches
 _LARGE = 4 << 20  # bytes; less is read as fast
-_BUFFER = 1 << 20  # bytes of a piece that are read and then converted; still in the second cache then
+_BUFFER = 1 << 20  # bytes that are converted at once; still in the second cache then
 _WORTH_TWO = 16 << 20  # bytes, of which a second thread takes some
 _J = TypeVar("_J", Read, Piece)
 
@@ -70,22 +70,27 @@ class Files:
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
-        """Each piece with what comes of it; the work gets it, or parts of it, as stored, good until it returns."""
+        """Each piece with what comes of it; the work gets its parts as they are stored, good until it returns."""
         buffers, cached = threading.local(), self._are_cached(listed)
 
         def convert(piece: Piece) -> bool:
             if cached and piece.nbytes >= _LARGE:
                 with self._mapped[piece.file].part(piece.start, piece.nbytes) as data:
                     if data is not None:
-                        return work(piece, data)
+                        there = data
+                        return convert_parts(piece, lambda part: there[part.start - piece.start :][: part.nbytes])
+            return convert_parts(piece, read)
+
+        def read(part: Piece) -> memoryview:
             if not hasattr(buffers, "own"):
                 buffers.own = memoryview(bytearray(_BUFFER))
-            return all(list(map(read, split(piece, _BUFFER))))
-
-        def read(part: Piece) -> bool:
-            data = buffers.own[: part.nbytes]
+            data: memoryview = buffers.own[: part.nbytes]
             self._fill(part.file, [data], part.start, part.nbytes)
-            return work(part, data)
+            return data
+
+        def convert_parts(piece: Piece, stored: Callable[[Piece], memoryview]) -> bool:
+            good = [work(part, stored(part)) for part in split(piece, _BUFFER)]  # each, whatever the others are
+            return all(good)
 
         return _each(listed, convert, idle=False)
 
@@ -135,7 +140,7 @@ def _each(jobs: Sequence[_J], work: Callable[[_J], bool], *, idle: bool) -> Iter
 
 
 def _has_second_processor(idle: bool) -> bool:
-    """Whether this process may use more than one; if so wished, one that nobody uses at this moment."""
+    """Whether this process may use more than one; if so wished, whether the machine has one that is idle right now."""
     if len(os.sched_getaffinity(0)) < 2:
         return False
     if not idle:
