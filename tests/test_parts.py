@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -440,6 +442,25 @@ def told(tmp_path: Path) -> None:
         os.close(fd)
     if known is None:
         pytest.skip("this file system grants no leases, or the file is another user's")
+
+
+@pytest.mark.usefixtures("told")
+def test_a_thread_that_opens_the_file_with_the_interpreter_locked_waits_for_nobody(tmp_path: Path) -> None:
+    """Guards a trainer in the same process, as torch and older safetensors write: else both wait for 45 s."""
+    (tmp_path / "file").touch()
+    fd, name, locked = os.open(tmp_path / "file", os.O_RDONLY), os.fsencode(tmp_path / "file"), ctypes.PyDLL(None)
+
+    def open_again_and_again() -> None:
+        for _ in range(3000):
+            os.close(locked.open(name, os.O_RDWR))
+
+    opens = threading.Thread(target=open_again_and_again)
+    began = time.monotonic()
+    opens.start()
+    while opens.is_alive():
+        being_written(fd)
+    os.close(fd)
+    assert time.monotonic() - began < 30  # a lease is waited for 45 s, and the work takes less than one
 
 
 @pytest.mark.usefixtures("told")

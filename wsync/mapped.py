@@ -69,7 +69,7 @@ class Mapped:
         if not self._is_trusted:
             return False
         with self._lock:
-            ours = self._users > 0 or take_read_lease(self._fd) is True
+            ours = take_read_lease(self._fd) is True
             self._users += ours
         return ours
 
