@@ -273,6 +273,17 @@ def test_what_is_not_cached_is_read(tmp_path: Path, mapping: list[tuple[str, int
     assert weights_of(path) == expected and not mapping
 
 
+def test_a_library_reads_in_pieces_as_planned(
+    tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the finite check of what is read, which is to come while a piece is still in the processor's cache."""
+    monkeypatch.setattr(memory, "alone", False)
+    monkeypatch.setattr("wsync.fitting.CHUNK", 800)
+    got: list[int] = []
+    weights = weights_of(write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5), progress=got.append)
+    assert max(got) == 800 and sum(got) == len(weights) and not mapping
+
+
 @pytest.mark.parametrize("shift", range(8))
 @pytest.mark.parametrize("bad", [None, 0, 700, 999])
 def test_floats_that_lie_askew_are_checked(
@@ -365,6 +376,17 @@ def test_a_second_thread_takes_an_idle_processor(
     monkeypatch.setattr(Path, "read_text", lambda path: f"0.50 0.40 0.30 {runnable} 4711\n")
     assert staging._has_second_processor(False) is second
     assert staging._has_second_processor(True) is idle
+
+
+def test_where_nobody_tells_how_busy_the_box_is_one_thread_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a system without that file: no error, and no guess at a policy's cost."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def refuse(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert not staging._has_second_processor(True) and staging._has_second_processor(False)
 
 
 STAGE = """

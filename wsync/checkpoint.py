@@ -31,7 +31,7 @@ from .finite import Region, all_finite, float_regions, not_finite
 from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
-from .memory import being_written, read_at, shut
+from .memory import being_written, kept, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 from .staging import Files
 
@@ -395,10 +395,7 @@ def _open(path: Path) -> int:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:
         raise unreadable(path, exc) from exc
-    try:
+    with kept(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise malformed(path, "it is not a regular file")
-    except BaseException:
-        shut(fd)
-        raise
     return fd

@@ -58,7 +58,8 @@ class Mapped:
         return True
 
     @cached_property
-    def _is_trusted(self) -> bool:
+    def is_trusted(self) -> bool:
+        """Whether a lease keeps out all who could write; where not, there are no parts."""
         if not memory.alone or file_system(self._fd) not in _LOCAL or os.path.exists(_EXPORTS):
             return False
         info = os.fstat(self._fd)
@@ -66,7 +67,7 @@ class Mapped:
 
     def _begin(self) -> bool:
         """Whether nobody can write until the end."""
-        if not self._is_trusted:
+        if not self.is_trusted:
             return False
         with self._lock:
             ours = take_read_lease(self._fd) is True

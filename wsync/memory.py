@@ -172,20 +172,12 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None where the system does not tell.
 
-    A writer that opens it in that moment waits until the lease is given back, in the next line. It may be a thread of
-    this process that opens it and keeps the interpreter's lock (safetensors' ``save_file`` did): so do we.
+    A writer that opens it in that moment waits until the lease is given back, in the next line.
     """
-    import ctypes
-
-    ask = ctypes.PyDLL(None, use_errno=True).fcntl  # unlike fcntl.fcntl it keeps that lock
-    try:
-        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
-    except OSError:
-        return None
-    if ask(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK):
-        return True if ctypes.get_errno() == errno.EAGAIN else None
-    ask(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return False
+    leased = take_read_lease(fd)
+    if leased:
+        give_read_lease_back(fd)
+    return None if leased is None else not leased
 
 
 def take_read_lease(fd: int) -> bool | None:
@@ -196,19 +188,26 @@ def take_read_lease(fd: int) -> bool | None:
     """
     try:
         fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)  # what a broken lease sends, ignored by default; SIGIO would end us
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except BlockingIOError:
-        return False
     except OSError:
         return None
-    return True
+    code = _set_lease(fd, fcntl.F_RDLCK)
+    return not code if code in (0, errno.EAGAIN) else None
 
 
 def give_read_lease_back(fd: int) -> None:
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:  # it is gone: who waited was let in
-        pass
+    _set_lease(fd, fcntl.F_UNLCK)  # it may be gone: who waited was let in
+
+
+def _set_lease(fd: int, lease: int) -> int:
+    """The error's number, 0 for none.
+
+    Unlike ``fcntl.fcntl`` it keeps the interpreter's lock. Else a thread of this process that opens the file with that
+    lock held, as safetensors' ``save_file`` did, would come in between and wait for what only this process gives back.
+    """
+    import ctypes
+
+    libc = ctypes.PyDLL(None, use_errno=True)
+    return ctypes.get_errno() if libc.fcntl(fd, fcntl.F_SETLEASE, lease) else 0
 
 
 def file_system(fd: int) -> int:

@@ -54,10 +54,10 @@ class Files:
             except OSError:  # advice, which a file system need not take
                 pass
         rows = list(rows_of(reads, _ROW))
-        cached = self._are_cached(rows)
+        can_map = self._can_map(rows)
 
         def work(read: Read) -> bool:
-            if cached and _is_large(read):
+            if can_map and _is_large(read):
                 with self._mapped[read.file].part(read.start, read.nbytes) as data:
                     if data is not None:
                         return _copied(weights, read, data, regions)
@@ -65,16 +65,16 @@ class Files:
             self._fill(read.file, slices, read.start, read.nbytes)  # P4 stage
             return all_finite(weights, regions, read.slices)
 
-        return _each(rows if cached else reads, work, idle=True)
+        return _each(rows if can_map else reads, work, idle=True)
 
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
         """Each piece with what comes of it; the work gets its parts as they are stored, good until it returns."""
-        buffers, cached = threading.local(), self._are_cached(listed)
+        buffers, can_map = threading.local(), self._can_map(listed)
 
         def convert(piece: Piece) -> bool:
-            if cached and piece.nbytes >= _LARGE:
+            if can_map and piece.nbytes >= _LARGE:
                 with self._mapped[piece.file].part(piece.start, piece.nbytes) as data:
                     if data is not None:
                         there = data
@@ -94,10 +94,10 @@ class Files:
 
         return _each(listed, convert, idle=False)
 
-    def _are_cached(self, listed: Sequence[Read] | Sequence[Piece]) -> bool:
-        return all(
-            self._mapped[part.file].is_cached(part.start, part.nbytes) for part in listed if part.nbytes >= _LARGE
-        )
+    def _can_map(self, listed: Sequence[Read] | Sequence[Piece]) -> bool:
+        """Whether that is worth a try; what is read anyway is read in pieces that stay in the third cache."""
+        maps = [(self._mapped[part.file], part) for part in listed if part.nbytes >= _LARGE]
+        return all(mapped.is_trusted and mapped.is_cached(part.start, part.nbytes) for mapped, part in maps)
 
     def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
         """Reads into buffers of so many bytes together; a single call may give less."""
