@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -454,13 +455,28 @@ def test_a_thread_that_opens_the_file_with_the_interpreter_locked_waits_for_nobo
         for _ in range(3000):
             os.close(locked.open(name, os.O_RDWR))
 
-    opens = threading.Thread(target=open_again_and_again)
+    interval, opens = sys.getswitchinterval(), threading.Thread(target=open_again_and_again)
     began = time.monotonic()
+    sys.setswitchinterval(1e-6)  # the threads take turns wherever they can
     opens.start()
     while opens.is_alive():
         being_written(fd)
+    sys.setswitchinterval(interval)
     os.close(fd)
     assert time.monotonic() - began < 30  # a lease is waited for 45 s, and the work takes less than one
+
+
+@pytest.mark.usefixtures("told")
+def test_the_system_is_asked_who_writes_a_file(tmp_path: Path) -> None:
+    """Guards the three answers: a writer, none, and that a file of this kind has no leases."""
+    with (tmp_path / "file").open("wb") as writer:
+        fd = os.open(writer.name, os.O_RDONLY)
+        assert being_written(fd) is True
+    assert being_written(fd) is False
+    os.close(fd)
+    fd = os.open(tmp_path, os.O_RDONLY)
+    assert being_written(fd) is None
+    os.close(fd)
 
 
 @pytest.mark.usefixtures("told")

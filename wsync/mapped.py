@@ -70,7 +70,7 @@ class Mapped:
         if not self.is_trusted:
             return False
         with self._lock:
-            ours = take_read_lease(self._fd) is True
+            ours = take_read_lease(self._fd)
             self._users += ours
         return ours
 

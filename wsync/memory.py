@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
+import operator
 import os
 import platform
 import signal
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import starmap
 from pathlib import Path
 
 from .errors import OutOfSharedMemory, UsageError
@@ -172,42 +174,49 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None where the system does not tell.
 
-    A writer that opens it in that moment waits until the lease is given back, in the next line.
+    A writer that opens it in that moment waits until the lease is given back, in the same breath: between the two calls
+    no other thread runs Python. Else one that opens the file with the interpreter's lock held, as safetensors'
+    ``save_file`` did, would come in between and wait for what only this process gives back.
     """
-    leased = take_read_lease(fd)
-    if leased:
-        give_read_lease_back(fd)
-    return None if leased is None else not leased
+    import ctypes
+
+    if not _prepare_lease(fd):
+        return None
+    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first tells why
+    calls = [(take.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), (give.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)]
+    taken, _ = starmap(operator.call, calls)  # nothing is interpreted from the first call to the second
+    return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
 
 
-def take_read_lease(fd: int) -> bool | None:
-    """Whether nobody has a file open for writing, nor can until the lease is given back; None: the system has none.
+def take_read_lease(fd: int) -> bool:
+    """Whether nobody has a file open for writing, nor can until the lease is given back; False also if it is not told.
 
     See fcntl(2), F_SETLEASE: it is only given to the file's owner or root. After /proc/sys/fs/lease-break-time, 45
     seconds, who waits to write is let in all the same.
     """
     try:
-        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)  # what a broken lease sends, ignored by default; SIGIO would end us
+        if _prepare_lease(fd):
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            return True
     except OSError:
-        return None
-    code = _set_lease(fd, fcntl.F_RDLCK)
-    return not code if code in (0, errno.EAGAIN) else None
+        pass
+    return False
 
 
 def give_read_lease_back(fd: int) -> None:
-    _set_lease(fd, fcntl.F_UNLCK)  # it may be gone: who waited was let in
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:  # it is gone: who waited was let in
+        pass
 
 
-def _set_lease(fd: int, lease: int) -> int:
-    """The error's number, 0 for none.
-
-    Unlike ``fcntl.fcntl`` it keeps the interpreter's lock. Else a thread of this process that opens the file with that
-    lock held, as safetensors' ``save_file`` did, would come in between and wait for what only this process gives back.
-    """
-    import ctypes
-
-    libc = ctypes.PyDLL(None, use_errno=True)
-    return ctypes.get_errno() if libc.fcntl(fd, fcntl.F_SETLEASE, lease) else 0
+def _prepare_lease(fd: int) -> bool:
+    """Chooses what a broken lease sends: a signal that is ignored by default; SIGIO would end us."""
+    try:
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    except OSError:
+        return False
+    return True
 
 
 def file_system(fd: int) -> int:
