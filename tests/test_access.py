@@ -525,7 +525,7 @@ def test_names_of_others_are_harmless_to_print(shared: Segment, cli: Cli, tmp_pa
     registrations = [Registration(shared.path, "swap") for _ in range(2)]
     leases = []
     for number, registration in enumerate(registrations):
-        registration._self["process"] = evil
+        registration._always = json.dumps({**json.loads(registration._always + "}"), "process": evil}).rstrip("}")
         leases.append(shared.lease())
         registration.update(1, (number,))
         push(shared, tmp_path, 2.0)

@@ -51,6 +51,9 @@ def varied() -> nn.Module:
     policy.register_buffer("wrapped", Wrapped(torch.zeros(11)))
     policy.register_buffer("negated", torch._neg_view(torch.zeros(12)))
     policy.register_buffer("conjugated", torch.zeros(6, dtype=torch.complex64).conj())
+    with torch.inference_mode():
+        policy.register_buffer("frozen", torch.zeros(7))
+        policy.register_buffer("frozen_transposed", torch.zeros(20, 30).t())
     policy.register_buffer("count", torch.zeros(3, dtype=torch.int64))
     return policy.eval()
 
@@ -87,6 +90,20 @@ def test_every_tensor_is_copied_whole(runtime: Path, monkeypatch: pytest.MonkeyP
     segment.close()
 
 
+def test_a_tensor_that_is_laid_out_anew_is_copied_by_its_strides(runtime: Path, tmp_path: Path) -> None:
+    """Guards against a parameter that was a plain row of bytes when it was attached, and is none any more."""
+    policy, trainer = mlp(), Trainer(mlp, tmp_path)
+    trainer.push(1)
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        weight = policy.get_parameter("0.weight")
+        weight.data = torch.zeros(weight.shape[::-1]).t()
+        new = {name: torch.rand(tensor.shape) for name, tensor in policy.state_dict().items()}
+        with trainer.segment.publishing():
+            publish_tensors(trainer.segment, new)
+        assert reader.refresh()
+        assert all(torch.equal(tensor, new[name]) for name, tensor in policy.state_dict().items())
+
+
 def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -> None:
     """Guards against gradients of a mixture: autograd refuses weights that were replaced since the forward pass."""
     policy = mlp()
@@ -111,6 +128,8 @@ def test_no_thread_uses_a_slot_when_an_interrupt_is_raised() -> None:
         raise Interrupt
 
     source, target = torch.ones(1 << 24), torch.zeros(1 << 24)
+    addresses = [range(each.data_ptr(), each.data_ptr() + each.nbytes, copying._PIECE) for each in (target, source)]
+    pieces = [(to, of, copying._PIECE) for to, of in zip(*addresses, strict=True)]
     before = signal.signal(signal.SIGALRM, interrupt)
     raised = 0
     try:
@@ -118,7 +137,7 @@ def test_no_thread_uses_a_slot_when_an_interrupt_is_raised() -> None:
             target.zero_()
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.0002 * (1 + attempt))
-                copying._copy([target], [source], [])
+                copying._copy(pieces, [], [], held=(target, source))
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
                 raised += 1

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import Spawn, write
+from hypothesis import given
+from hypothesis import strategies as st
 from policies import mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,7 +29,7 @@ from wsync.layout import layout_of
 from wsync.publisher import publish
 from wsync.registry import Registration
 from wsync.segment import Segment, segments
-from wsync.segment_files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication
+from wsync.segment_files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
 
 LAYOUT = layout_of(mlp())
 Push = Callable[..., Publication]
@@ -98,6 +100,22 @@ def test_version_grows_by_one(segment: Segment, push: Push) -> None:
         assert live and (live.version, live.step) == (version, step)
         assert (segment.version, segment.word >> 8) == (version, version)
         assert Publication.from_header(slot_file(segment, segment.word & 0xFF).read_bytes()[:METADATA_END]) == live
+
+
+@given(step=st.none() | st.integers(-(1 << 63), 1 << 63), source=st.text(max_size=50), spec=st.text(max_size=50))
+def test_the_step_alone_is_read_as_with_all_the_rest(step: int | None, source: str, spec: str) -> None:
+    """Guards the short way to a version's step, whatever else the header says."""
+    publication = Publication(3, step, source, "id", 1.0, spec)
+    head = bytes(8) + metadata_block(publication.to_metadata())
+    assert Publication.step_from_header(head) == step == Publication.from_header(head).step
+
+
+@pytest.mark.parametrize("reason", ["step", "version", "__metadata__"])
+def test_a_step_that_is_none_is_no_step(reason: str) -> None:
+    """Guards against a header that was written over: what does not say a step is refused, in the short way, too."""
+    head = bytes(8) + metadata_block(Publication(3, 7, "file", "id", 1.0, "").to_metadata())
+    with pytest.raises(ValueError):
+        Publication.step_from_header(head.replace(reason.encode(), b"x" * len(reason)))
 
 
 def test_live_is_never_what_is_only_staged(segment: Segment, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:

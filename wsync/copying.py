@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from itertools import chain, compress, filterfalse, starmap
-from typing import Any
+from collections.abc import Iterable
+from itertools import chain, compress, starmap
+from operator import itemgetter, not_
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,11 +27,24 @@ _LARGE = 1 << 17  # bytes; of less, two threads would spend their time on handin
 _WORTH_TWO = 8 << 20  # bytes; less is copied before a second thread has begun
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 # Called for all tensors in one go: with cold caches, a loop over 200 of them takes a millisecond of a step.
-_is_cpu, _nbytes = torch.Tensor.is_cpu.__get__, torch.Tensor.nbytes.__get__  # type: ignore[attr-defined]
-_data_ptr = torch.Tensor.data_ptr
+_is_cpu = torch.Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
 Copied = tuple[int, int, int]
 """Where to, where from, and how many bytes."""
+
+
+class _Slot(NamedTuple):
+    """A slot's weights, for the tensors of the policy in their order.
+
+    Attributes:
+        addresses: of those that are plain rows of bytes.
+        tensors: over the others.
+        memory: what keeps it mapped.
+    """
+
+    addresses: list[int]
+    tensors: list[torch.Tensor]
+    memory: Any
 
 
 class Copy:
@@ -37,7 +52,7 @@ class Copy:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
-        self._sources: dict[int, list[torch.Tensor]] = {}  # by slot, in the order of the policy's tensors
+        self._divide()
 
     def take(self, segment: Segment, lease: Lease) -> None:
         """Copies a leased slot; whoever uses a tensor's old values in a backward pass is told by autograd.
@@ -47,31 +62,46 @@ class Copy:
             UsageError: the policy's tensors are others than those that were attached.
         """
         self._attached.check()
-        targets = self._attached.tensors
-        if lease.slot not in self._sources:
-            self._sources[lease.slot] = self._views(segment, lease.slot)
-        sources = self._sources[lease.slot]
-        plain = [True] * len(targets) if _are_rows(targets) else [_are_rows([tensor]) for tensor in targets]
-        rows = list(compress(targets, plain))
-        others = [pair for pair, row in zip(zip(targets, sources, strict=True), plain, strict=True) if not row]
-        with torch.inference_mode(any(map(torch.Tensor.is_inference, targets))), torch.no_grad():
-            _copy(rows, list(compress(sources, plain)), others)  # R4 use
-        torch.autograd.graph.increment_version(list(filterfalse(torch.Tensor.is_inference, rows)))
+        if not _are_rows(self._rows):
+            self._divide()
+        if lease.slot not in self._slots:
+            self._slots[lease.slot] = self._map(segment, lease.slot)
+        slot, places = self._slots[lease.slot], list(map(torch.Tensor.data_ptr, self._rows))
+        large, small = (
+            [(places[of] + at, slot.addresses[of] + at, size) for of, at, size in pieces]
+            for pieces in (self._large, self._small)
+        )
+        torch.autograd.graph.increment_version(self._rows)
+        with torch.inference_mode(any(map(torch.Tensor.is_inference, self._others))), torch.no_grad():
+            _copy(large, small, zip(self._others, slot.tensors, strict=True), held=(self._rows, slot))  # R4 use
 
     def forget(self) -> None:
         """Lets go of the slots, of a segment that is left."""
-        self._sources.clear()
+        self._slots.clear()
 
-    def _views(self, segment: Segment, slot: int) -> list[torch.Tensor]:
-        """Tensors over a leased slot's memory; torch copies nothing."""
+    def _divide(self) -> None:
+        """Tells the tensors that are plain rows of bytes from those that are left to torch."""
+        tensors = self._attached.tensors
+        self._plain = [True] * len(tensors) if _are_rows(tensors) else [_are_rows([tensor]) for tensor in tensors]
+        self._rows = list(compress(tensors, self._plain))
+        self._others = list(compress(tensors, map(not_, self._plain)))
+        sizes = enumerate(tensor.nbytes for tensor in self._rows)
+        pieces = [(of, at, min(_PIECE, size - at)) for of, size in sizes for at in range(0, size, _PIECE)]
+        self._large = [piece for piece in pieces if piece[2] >= _LARGE]
+        self._small = [piece for piece in pieces if piece[2] < _LARGE]
+        self._slots: dict[int, _Slot] = {}
+
+    def _map(self, segment: Segment, slot: int) -> _Slot:
         mapped, address = segment.map_slot(slot)
         kind: Any = type("_Slot", (ctypes.c_uint8 * len(mapped),), {})  # a subclass can carry attributes
         memory = kind.from_address(address)
         memory.keep = mapped
         with torch.inference_mode(False):
-            storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+            storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()  # nothing is copied
             tensors = views(segment.layout, storage, segment.data_offset)
-            return [tensors[index] for _, index in self._attached.targets]
+        tensors = [tensors[index] for _, index in self._attached.targets]
+        addresses = [tensor.data_ptr() for tensor in compress(tensors, self._plain)]
+        return _Slot(addresses, list(compress(tensors, map(not_, self._plain))), memory)
 
 
 def _are_rows(tensors: list[torch.Tensor]) -> bool:
@@ -86,32 +116,27 @@ def _are_rows(tensors: list[torch.Tensor]) -> bool:
     )
 
 
-def _pieces(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[Copied]:
-    where = zip(map(_data_ptr, targets), map(_data_ptr, sources), map(_nbytes, targets), strict=True)
-    return [
-        (target + at, source + at, min(_PIECE, nbytes - at))
-        for target, source, nbytes in where
-        for at in range(0, nbytes, _PIECE)
-    ]
-
-
 def _copy(
-    targets: list[torch.Tensor], sources: list[torch.Tensor], others: list[tuple[torch.Tensor, torch.Tensor]]
+    large: list[Copied], small: list[Copied], others: Iterable[tuple[torch.Tensor, torch.Tensor]], held: object
 ) -> None:
-    """Copies all, and raises what comes in between, an interrupt or an error, when nothing is under way any more."""
-    pieces = _pieces(targets, sources)
-    large = iter([piece for piece in pieces if piece[2] >= _LARGE])
-    small = [piece for piece in pieces if piece[2] < _LARGE]
-    rest = chain(starmap(ctypes.memmove, chain(large, small)), starmap(torch.Tensor.copy_, others))
+    """Copies all, and raises what comes in between, an interrupt or an error, when nothing is under way any more.
+
+    Args:
+        large: what two threads may share.
+        others: pairs, of a target and its source, that torch copies.
+        held: what the pieces are of; it stays mapped for as long as a thread copies.
+    """
+    shared = starmap(ctypes.memmove, large)
+    rest = chain(shared, starmap(ctypes.memmove, small), starmap(torch.Tensor.copy_, others))
     done, helped = Done(), list[Done]()
 
-    def assist(*held: list[torch.Tensor]) -> None:  # what it holds stays mapped for as long as it runs
+    def assist(held: object) -> None:
         helped.append(done)
-        deque(starmap(ctypes.memmove, large), 0)
+        deque(shared, 0)
         done.tell()
 
-    helper = threading.Thread(target=assist, args=(targets, sources), name="wsync-copy", daemon=True)
-    left_alone = sum(nbytes for *_, nbytes in pieces if nbytes >= _LARGE) < _WORTH_TWO
+    helper = threading.Thread(target=assist, args=(held,), name="wsync-copy", daemon=True)
+    left_alone = sum(map(itemgetter(2), large)) < _WORTH_TWO
 
     def work() -> None:
         nonlocal left_alone

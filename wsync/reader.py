@@ -26,10 +26,10 @@ from typing import Literal
 from .attached import Attached
 from .copying import Copy
 from .errors import SegmentError, UsageError, WsyncError
-from .memory import read_at, sleep_on
+from .memory import sleep_on
 from .registry import Registration
 from .segment import Lease, Segment
-from .segment_files import METADATA_END, REMOVED, WORD_OFFSET, Publication
+from .segment_files import REMOVED, WORD_OFFSET
 from .swap import Swap
 
 Mode = Literal["auto", "swap", "copy"]
@@ -136,7 +136,7 @@ class Reader:
             if lease is None:
                 return False
             try:
-                step = self._publication(lease).step
+                step = self._segment.step_of(lease)
                 if self._swap:
                     written = self._swap.take(self._segment, lease)
                 else:
@@ -201,9 +201,6 @@ class Reader:
     def _leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that this reader leases, and since when the oldest of them."""
         return self._swap.leases() if self._swap else ((), 0.0)
-
-    def _publication(self, lease: Lease) -> Publication:
-        return self._segment.publication_of(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
 
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""

@@ -46,9 +46,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
@@ -71,6 +72,8 @@ from .segment_files import (
     slot_name,
     sweep,
 )
+
+_T = TypeVar("_T")
 
 
 class Segment:
@@ -243,6 +246,9 @@ class Segment:
         """What is live, or None before the first version.
 
         Needs no lease: a live slot is not written, so that a header read between two equal WORDs is whole.
+
+        Raises:
+            SegmentUnsafe: the slot's header does not say.
         """
         while (word := self.word) & 0xFF < NO_SLOT:
             try:
@@ -254,17 +260,20 @@ class Segment:
             finally:
                 shut(fd)
             if self.word == word:
-                return self.publication_of(head, word & 0xFF)
+                return self._told(Publication.from_header, head, word & 0xFF)
         return None
 
-    def publication_of(self, head: bytes, slot: int) -> Publication:
-        """What the first ``METADATA_END`` bytes of a slot say.
+    def step_of(self, lease: Lease) -> int | None:
+        """The producer's number for a leased version, None where it gave none.
 
         Raises:
-            SegmentUnsafe: they say nothing.
+            SegmentUnsafe: the slot's header does not say.
         """
+        return self._told(Publication.step_from_header, read_at(lease.fileno(), METADATA_END, 0), lease.slot)
+
+    def _told(self, by: Callable[[bytes], _T], head: bytes, slot: int) -> _T:
         try:
-            return Publication.from_header(head)
+            return by(head)
         except ValueError as exc:
             raise SegmentUnsafe(
                 f"{self.path / slot_name(slot)} is live, and its header was damaged ({exc!s:.100}). Remove the segment "

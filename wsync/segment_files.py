@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
+_STEP = re.compile(rb'.{8}\{"__metadata__":\{"version": "\d+", "step": "(-?\d{1,18}|)", "', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,14 @@ class Publication:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
             raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
         return found
+
+    @classmethod
+    def step_from_header(cls, header: bytes) -> int | None:
+        """The step alone, as ``from_header`` has it, in a quarter of the time, which a policy's step pays."""
+        found = _STEP.match(header)  # as to_metadata and metadata_block write it
+        if found is None:
+            return cls.from_header(header).step
+        return int(found[1]) if found[1] else None
 
 
 class About(NamedTuple):
