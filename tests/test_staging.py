@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from wsync import finite, mapped, memory, staging
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointChanged, NonFiniteWeights
-from wsync.fitting import Read, rows_of
+from wsync.fitting import Fit, Read, rows_of
 from wsync.layout import layout_of
 from wsync.mapped import Mapped
 
@@ -183,9 +184,9 @@ def test_what_the_disk_has_yet_to_give_is_not_taken_for_cached(tmp_path: Path) -
         os.close(fd)
 
 
-@pytest.mark.parametrize("there", [{0, 500}, {0, 999}, {500, 999}, {0, 500, 999}])
+@pytest.mark.parametrize("there", [set(), {0}, {0, 500}, {0, 999}, {500, 999}])
 def test_a_file_is_cached_where_all_of_it_is(there: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a look at the beginning alone, which the kernel may have read ahead."""
+    """Guards against a look at the beginning, which came with the header, or at one place alone."""
 
     def preadv(fd: int, buffers: list[bytearray], at: int, flags: int) -> int:
         assert flags == os.RWF_NOWAIT
@@ -194,7 +195,15 @@ def test_a_file_is_cached_where_all_of_it_is(there: set[int], monkeypatch: pytes
         raise BlockingIOError
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert Mapped(-1).is_cached(0, 1000) is (len(there) == 3)
+    assert Mapped(-1).is_cached(0, 1000) is (there == {500, 999})
+
+
+def test_some_file_systems_do_not_tell_what_is_cached() -> None:
+    """Guards tmpfs, which has all in memory, and a network's, which may have nothing, against a guess."""
+    fd = os.memfd_create("file")
+    os.truncate(fd, 1000)
+    assert Mapped(fd).is_cached(0, 1000) is None
+    os.close(fd)
 
 
 # Rows
@@ -252,11 +261,22 @@ def test_a_file_of_one_row_is_split_evenly() -> None:
 # Checkpoints
 
 
+@pytest.mark.parametrize("told", [True, False])
 def test_a_large_file_is_copied_from_where_it_is(
-    tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    told: bool, tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards every byte in its place, and that nobody is kept from writing afterwards."""
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at, flags=0: 1 if flags else pytest.fail("read"))
+    """Guards every byte in its place, also where a file system does not tell what is in memory, as tmpfs does not.
+
+    And that nobody is kept from writing afterwards.
+    """
+
+    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        assert flags == os.RWF_NOWAIT
+        if told:
+            return 1
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "preadv", preadv)
     path = write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5)
     layout, expected = layout_of(mlp(hidden=500)), load_file(path)
     assert weights_of(path) == b"".join(expected[entry.name].numpy().tobytes() for entry in layout.tensors)
@@ -271,6 +291,52 @@ def test_what_is_not_cached_is_read(tmp_path: Path, mapping: list[tuple[str, int
     mapping.clear()
     monkeypatch.setattr(Mapped, "is_cached", lambda *_: False)
     assert weights_of(path) == expected and not mapping
+
+
+@pytest.mark.parametrize("cached", [False, None, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_may_not_be_in_memory_is_asked_for_before_it_is_read(
+    cached: bool | None, cast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts what a disk is asked for: each byte once, some time before its read and not all at once; or nothing."""
+    policy = mlp(hidden=500)
+    path = write(tmp_path / "a.safetensors", policy, 1.5)
+    expected, asked, ahead = weights_of(path), list[range](), list[int]()
+    for name, nbytes in {"_LARGE": 1, "_AHEAD": 2400, "_ASK": 160, "_BUFFER": 80}.items():
+        monkeypatch.setattr(staging, name, nbytes)
+    monkeypatch.setattr("wsync.fitting.CHUNK", 800)
+    monkeypatch.setattr(Checkpoint, "_piece", 800)
+    monkeypatch.setattr(Mapped, "is_cached", lambda *_: cached)
+    read, advise = os.preadv, os.posix_fadvise
+
+    def note_advice(fd: int, start: int, nbytes: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            assert 0 < nbytes <= 160
+            asked.append(range(start, start + nbytes))
+        advise(fd, start, nbytes, advice)
+
+    def note_read(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        got = read(fd, buffers, at, flags)
+        if asked:
+            ahead.append(asked[-1].stop - at - got)
+        return got
+
+    monkeypatch.setattr(os, "posix_fadvise", note_advice)
+    monkeypatch.setattr(os, "preadv", note_read)
+    if cast:
+        with Checkpoint(path) as checkpoint:
+            layout = layout_of(mlp(hidden=500).bfloat16())
+            weights = bytearray(layout.nbytes)
+            checkpoint.read_into(memoryview(weights), checkpoint.plan(layout, Fit(cast=True)))
+    else:
+        assert weights_of(path) == expected
+    if cached:
+        assert not asked
+    else:
+        end = path.stat().st_size
+        bytes_asked = [byte for part in asked for byte in part]
+        assert bytes_asked == list(range(end - len(expected), end))
+        assert min(ahead) >= 0 and 1600 < max(ahead) <= 2400 + 800
 
 
 def test_a_library_reads_in_pieces_as_planned(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -150,17 +151,24 @@ def drop_cache(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for part in range(4):
-            try:
-                os.preadv(fd, [bytearray(4096)], os.fstat(fd).st_size * part // 4, os.RWF_NOWAIT)
-            except BlockingIOError:  # not in the cache, which is what we want
-                continue
-            except OSError as exc:
-                raise Skip(f"{path.parent} does not tell what is cached ({exc.strerror}); --dir names a disk") from exc
-            raise Skip(f"the page cache of {path.parent} cannot be dropped (tmpfs?); --dir names a disk")
+        for _ in range(20):  # what somebody uses in that moment, the system itself too, stays
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not any(_is_cached(fd, os.fstat(fd).st_size * part // 4) for part in range(4)):
+                return
+            time.sleep(0.05)
+    except OSError as exc:
+        raise Skip(f"{path.parent} does not tell what is cached ({exc.strerror}); --dir names a disk") from exc
     finally:
         os.close(fd)
+    raise Skip(f"the page cache of {path.parent} cannot be dropped (tmpfs?); --dir names a disk")
+
+
+def _is_cached(fd: int, at: int) -> bool:
+    try:
+        os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _dd(command: list[str]) -> Timed | None:

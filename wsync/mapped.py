@@ -46,15 +46,18 @@ class Mapped:
         finally:
             self._end()
 
-    def is_cached(self, start: int, nbytes: int) -> bool:
-        """Whether memory has these bytes, by the first, the middle and the last: a disk gives them faster to reads."""
+    def is_cached(self, start: int, nbytes: int) -> bool | None:
+        """Whether memory has these bytes, by the last and the middle: the first came with what is before it.
+
+        None where the file system does not tell: it has them itself, as tmpfs, or fetches them over a network.
+        """
         try:
-            for at in (start + nbytes - 1, start + nbytes // 2, start):
+            for at in (start + nbytes - 1, start + nbytes // 2):
                 os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT)
         except BlockingIOError:
             return False
-        except OSError:  # this file system does not tell
-            pass
+        except OSError:
+            return None
         return True
 
     @cached_property
