@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import subprocess
 import threading
@@ -69,6 +70,15 @@ def can_be_written(path: Path) -> bool:
     return True
 
 
+def pages(path: Path) -> int:
+    """How many pages of a file this process has mapped, so that to look at them is no fault."""
+    blocks = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    sizes = [
+        line.split()[1] for block in blocks if f" {path}\n" in block for line in block.splitlines() if "Rss:" in line
+    ]
+    return sum(map(int, sizes)) * 1024 // mmap.PAGESIZE
+
+
 def weights_of(path: Path, **options: Any) -> bytes:
     with Checkpoint(path) as checkpoint:
         weights = bytearray(checkpoint.layout.nbytes)
@@ -108,6 +118,23 @@ def test_who_waits_to_write_waits_for_no_further_part(file: int, tmp_path: Path)
     assert can_be_written(path)
     with parts.part(4096, 4096) as again:
         assert again is not None
+
+
+def test_what_is_copied_is_let_go_of(file: int, tmp_path: Path) -> None:
+    """Counts the pages that a process has of a file: those of the parts that it has, and after the last not even one.
+
+    Those that a part shares with a neighbour stay as long as that.
+    """
+    with (tmp_path / "file").open("wb") as grown:
+        grown.write(bytes(96 * 4096))
+    parts = Mapped(file)
+    with parts.part(100, 32 * 4096) as first:
+        assert first is not None and pages(tmp_path / "file") >= 33
+        with parts.part(32 * 4096 + 100, 63 * 4096) as second:
+            assert second is not None and pages(tmp_path / "file") == 96
+        assert pages(tmp_path / "file") == 33 + 1
+    del first, second
+    assert pages(tmp_path / "file") == 0
 
 
 def test_what_somebody_writes_is_not_mapped(file: int, tmp_path: Path) -> None:

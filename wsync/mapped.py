@@ -6,6 +6,9 @@ whoever reads on, and what was checked where it lies could be another thing afte
 lease (fcntl(2), F_SETLEASE) alone: whoever opens the file to write, or cuts it, waits until that one part is copied.
 That takes milliseconds, on a busy box some hundred of them; who will not wait (O_NONBLOCK) is refused.
 
+The parts are of one mapping of the whole file: a thread that makes or ends a mapping waits until no other one fills the
+process's page tables, and two with mappings of their own took 9.4 ms for 64 MiB, so 7.1.
+
 All else is read: in a process that runs code of others, which may wait for its own lease; where none is given; and
 where a lease does not bind all who write, as on file systems that other machines share, by themselves or by an NFS
 server here. What is left kills a publisher as kill -9 does: a file under an overlay that is cut through it, a process
@@ -21,9 +24,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from mmap import PAGESIZE
 
 from . import memory
-from .memory import address_of, file_system, give_read_lease_back, populate, take_read_lease
+from .memory import address_of, file_system, give_read_lease_back, populate, take_read_lease, unmap
 
 _LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010}  # ext, xfs, btrfs, tmpfs, f2fs: linux/magic.h
 _EXPORTS = "/proc/fs/nfsd/exports"  # there where a server for NFS runs
@@ -34,6 +38,7 @@ class Mapped:
 
     def __init__(self, fd: int) -> None:
         self._fd, self._users, self._lock = fd, 0, threading.Lock()
+        self._whole: mmap.mmap | None = None  # one mapping for all parts, there while there are any
 
     @contextmanager
     def part(self, start: int, nbytes: int) -> Iterator[memoryview | None]:
@@ -44,7 +49,7 @@ class Mapped:
         try:
             yield self._map(start, nbytes)
         finally:
-            self._end()
+            self._end(start, nbytes)
 
     def is_cached(self, start: int, nbytes: int) -> bool | None:
         """Whether memory has these bytes, by the last and the middle: the first came with what is before it.
@@ -77,23 +82,32 @@ class Mapped:
             self._users += ours
         return ours
 
-    def _end(self) -> None:
+    def _end(self, start: int, nbytes: int) -> None:
+        if self._whole and self._users > 1:  # else all of it goes
+            first, last = -(-start // PAGESIZE) * PAGESIZE, (start + nbytes) // PAGESIZE * PAGESIZE
+            unmap(address_of(self._whole) + first, max(last - first, 0))
         with self._lock:
             self._users -= 1
             if not self._users:
+                self._whole = None
                 give_read_lease_back(self._fd)
 
     def _is_leased(self) -> bool:
         return fcntl.fcntl(self._fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
     def _map(self, start: int, nbytes: int) -> memoryview | None:
-        page = start - start % mmap.ALLOCATIONGRANULARITY
         try:
-            mapped = mmap.mmap(self._fd, start + nbytes - page, prot=mmap.PROT_READ, offset=page)
-        except (OSError, ValueError):  # this process may not have so much, or the file has not
+            with self._lock:
+                whole = self._whole = self._whole or mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
+        except (OSError, ValueError):  # this process may not have so much, or the file has nothing
             return None
+        page = start // PAGESIZE * PAGESIZE
         # What cannot be had here would end us at its first use. And who waits to write, since this took a slow disk a
         # while or since another thread has a part, is not kept waiting by one part after another.
-        if not populate(address_of(mapped), len(mapped)) or not self._is_leased():
+        if (
+            start + nbytes > len(whole)
+            or not populate(address_of(whole) + page, start + nbytes - page)
+            or not self._is_leased()
+        ):
             return None
-        return memoryview(mapped)[start - page :]
+        return memoryview(whole)[start : start + nbytes]

@@ -248,6 +248,11 @@ def populate(address: int, size: int) -> bool:
     return not _advise(address, size, _MADV_POPULATE_READ)
 
 
+def unmap(address: int, size: int) -> None:
+    """Takes pages of a mapped file out of this process's tables; the next use of each is a fault that maps it again."""
+    _advise(address, size, mmap.MADV_DONTNEED)
+
+
 def renew(address: int, size: int) -> bool:
     """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
 
