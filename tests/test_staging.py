@@ -331,6 +331,7 @@ def test_what_may_not_be_in_memory_is_asked_for_before_it_is_read(
     expected, asked, ahead = weights_of(path), list[range](), list[int]()
     for name, nbytes in {"_LARGE": 1, "_AHEAD": 2400, "_ASK": 160, "_BUFFER": 80}.items():
         monkeypatch.setattr(staging, name, nbytes)
+    monkeypatch.setattr(memory, "alone", False)
     monkeypatch.setattr("wsync.fitting.CHUNK", 800)
     monkeypatch.setattr(Checkpoint, "_piece", 800)
     monkeypatch.setattr(Mapped, "is_cached", lambda *_: cached)

@@ -28,7 +28,12 @@ METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
-_STEP = re.compile(rb'.{8}\{"__metadata__":\{"version": "\d+", "step": "(-?\d{1,18}|)", "', re.DOTALL)
+_TEXT = rb'"[ !#-\[\]-~]*"'
+_USUAL = re.compile(  # what metadata_block writes, within the bounds of from_header
+    rb'.{8}\{"__metadata__":\{"version": "\d{1,16}", "step": "(-?\d{1,18}|)", "source": %b, "identity": %b, '
+    rb'"published_at": "\d{1,11}\.\d{1,9}", "spec": %b\} *' % (_TEXT, _TEXT, _TEXT),
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +85,11 @@ class Publication:
 
     @classmethod
     def step_from_header(cls, header: bytes) -> int | None:
-        """The step alone, as ``from_header`` has it, in a quarter of the time, which a policy's step pays."""
-        found = _STEP.match(header)  # as to_metadata and metadata_block write it
-        if found is None:
+        """The step of what ``from_header`` gives, in a quarter of the time where all is as usual: a policy waits."""
+        usual = _USUAL.fullmatch(header)
+        if usual is None:
             return cls.from_header(header).step
-        return int(found[1]) if found[1] else None
+        return int(usual[1]) if usual[1] else None
 
 
 class About(NamedTuple):
