@@ -340,12 +340,12 @@ def filled(path: Path, dtype: str, count: int, fill: int, at: int | None = None,
 
 @pytest.fixture(params=["with numpy", "without numpy"])
 def numpy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether numpy is imported already; where it is not, a quick look comes first, a few bytes at a time."""
+    """Whether numpy is imported already; where it is not, a quick look comes first; each a few bytes at a time."""
     without = bool(request.param == "without numpy")
+    monkeypatch.setattr(finite, "_PIECE", 16)
     if without:
         monkeypatch.setattr(finite, "sys", SimpleNamespace(modules={}))
         monkeypatch.setattr(finite, "_looked_at", 0)
-        monkeypatch.setattr(finite, "_PIECE", 16)
     return not without
 
 

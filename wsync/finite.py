@@ -105,8 +105,9 @@ def _is_finite(floats: memoryview, dtype: str) -> bool:
             if math.isfinite(values[:half].dot(values[half : 2 * half])) and math.isfinite(values[-1]):
                 return True
     bits = np.frombuffer(floats, f"u{width}")
-    sign = 1 << (8 * int(width) - 1)
-    return int(bits.max()) < sign | limit and int(bits.view(f"i{width}").max()) < limit
+    sign, step = 1 << (8 * int(width) - 1), _PIECE // int(width)
+    pieces = (bits[at : at + step] for at in range(0, len(bits), step))  # the second look finds them in the cache
+    return all(int(piece.max()) < sign | limit and int(piece.view(f"i{width}").max()) < limit for piece in pieces)
 
 
 def _is_far_from_infinite(floats: memoryview, dtype: str) -> bool:
