@@ -152,6 +152,25 @@ def test_who_never_begins_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert [result for _, result in side_by_side(range(5), str)] == list("01234")
 
 
+def test_a_thread_that_dies_is_no_end_of_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against weights of which a part is missing: a job that was taken and lost is an error, whoever lost it."""
+    taken, real = threading.Event(), module._Work.__init__
+
+    def begin(self: module._Work[int, str], job: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            taken.set()
+            raise MemoryError
+        real(self, job)
+
+    def work(job: int) -> str:
+        assert taken.wait(DEADLINE)
+        return str(job)
+
+    monkeypatch.setattr(module._Work, "__init__", begin)
+    with pytest.raises(MemoryError):
+        list(side_by_side(range(5), work))
+
+
 def test_an_interrupt_of_the_start_leaves_nobody_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a slot that is given back, also where Ctrl-C comes just as the second thread begins."""
     start, done = threading.Thread.start, list[int]()

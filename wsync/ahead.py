@@ -135,10 +135,12 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
             _give_way()
             while do_one():
                 pass
+        except BaseException as exc:  # of no job's own: a job may be lost
+            died.append(exc)
         finally:
             done.tell()
 
-    done, helped = Done(), list[Done]()
+    done, helped, died = Done(), list[Done](), list[BaseException]()
     helper = threading.Thread(target=assist, name="wsync-staging", daemon=True)
     try:
         try:
@@ -156,6 +158,8 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
             left = iter(())
         if helped:  # else, should it still begin, nothing is left for it
             undivided(done.wait)
+    if died:
+        raise died[0]
 
 
 def undivided(work: Callable[[], object]) -> None:

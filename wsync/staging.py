@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -113,28 +112,32 @@ class Files:
             idle: there has to be a processor that nobody uses; else the second thread takes what others leave.
             ask: tell the system of those that come next.
         """
-        todo = self._asked_for(jobs) if ask else iter(jobs)
+        if ask:
+            work = self._asking(jobs, work)
         if len(jobs) < 2 or sum(job.nbytes for job in jobs) < _WORTH_TWO or not _has_second_processor(idle):
-            return ((job, work(job)) for job in todo)
+            return ((job, work(job)) for job in jobs)
         from .ahead import side_by_side
 
-        return side_by_side(todo, work)
+        return side_by_side(jobs, work)
 
-    def _asked_for(self, jobs: Iterable[_J]) -> Iterator[_J]:
-        """The jobs, while the disk is at work on those that come next."""
+    def _asking(self, jobs: Iterable[_J], work: Callable[[_J], bool]) -> Callable[[_J], bool]:
+        """The same work, done while the disk is at work on the jobs that come next."""
         for fd in self._fds:
             _advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        waiting, asked = deque[_J](), 0
-        for job in jobs:
-            end = job.start + job.nbytes
-            for start in range(job.start, end, _ASK):
-                _advise(self._fds[job.file], start, min(_ASK, end - start), os.POSIX_FADV_WILLNEED)
-            waiting.append(job)
-            asked += job.nbytes
-            while asked > _AHEAD:
-                asked -= waiting[0].nbytes
-                yield waiting.popleft()
-        yield from waiting
+        coming, room, lock = iter(jobs), _AHEAD, threading.Lock()
+
+        def ask_and_work(job: _J) -> bool:
+            nonlocal room
+            with lock:
+                room += job.nbytes
+                while room > 0 and (later := next(coming, None)):
+                    room -= later.nbytes
+                    end = later.start + later.nbytes
+                    for start in range(later.start, end, _ASK):
+                        _advise(self._fds[later.file], start, min(_ASK, end - start), os.POSIX_FADV_WILLNEED)
+            return work(job)
+
+        return ask_and_work
 
     def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
         """Reads into buffers of so many bytes together; a single call may give less."""
