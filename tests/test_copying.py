@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEADLINE
 from policies import mlp
 from test_reader import Trainer
 from torch import nn
@@ -146,6 +148,22 @@ def test_no_thread_uses_a_slot_when_an_interrupt_is_raised() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert raised
+
+
+def test_a_piece_that_a_thread_loses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a mixture that is taken for a version, and a wait for a thread that is no more."""
+    begun = threading.Event()
+
+    def memmove(target: int, source: int, nbytes: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert begun.wait(DEADLINE)
+        else:
+            begun.set()
+            raise MemoryError
+
+    monkeypatch.setattr(ctypes, "memmove", memmove)
+    with pytest.raises(MemoryError):
+        copying._copy([(0, 0, copying._WORTH_TWO)] * 3, [], [], held=())
 
 
 def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:

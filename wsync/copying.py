@@ -128,12 +128,16 @@ def _copy(
     """
     shared = starmap(ctypes.memmove, large)
     rest = chain(shared, starmap(ctypes.memmove, small), starmap(torch.Tensor.copy_, others))
-    done, helped = Done(), list[Done]()
+    done, helped, died = Done(), list[Done](), list[BaseException]()
 
     def assist(held: object) -> None:
         helped.append(done)
-        deque(shared, 0)
-        done.tell()
+        try:
+            deque(shared, 0)
+        except BaseException as exc:  # a piece is lost
+            died.append(exc)
+        finally:
+            done.tell()
 
     helper = threading.Thread(target=assist, args=(held,), name="wsync-copy", daemon=True)
     left_alone = sum(map(itemgetter(2), large)) < _WORTH_TWO
@@ -151,3 +155,5 @@ def _copy(
             done.wait()
 
     undivided(work)
+    if died:
+        raise died[0]
