@@ -137,6 +137,50 @@ def test_what_is_copied_is_let_go_of(file: int, tmp_path: Path) -> None:
     assert pages(tmp_path / "file") == 0
 
 
+def test_an_interrupt_at_the_end_of_a_part_ends_it(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a trainer, who would wait 45 s for a lease that nobody needs any more."""
+
+    def interrupted(address: int, size: int) -> None:
+        raise KeyboardInterrupt
+
+    parts = Mapped(file)
+    monkeypatch.setattr(mapped, "unmap", interrupted)
+    with parts.part(0, 4096) as first:
+        with pytest.raises(KeyboardInterrupt), parts.part(4096, 4096) as second:
+            assert first is not None and second is not None
+        assert not can_be_written(tmp_path / "file")
+    assert can_be_written(tmp_path / "file")
+
+
+def test_a_checkpoint_that_is_closed_keeps_no_lease(
+    tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a trainer where an interrupt came so that a part was not ended: its mapping keeps the file open."""
+
+    def interrupted(self: Mapped, start: int, nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mapped, "_end", interrupted)
+    path = write(tmp_path / "a.safetensors", mlp(), 1.5)
+    checkpoint = Checkpoint(path)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.read_into(memoryview(bytearray(checkpoint.layout.nbytes)), checkpoint.plan(checkpoint.layout))
+    assert mapping and not can_be_written(path)
+    checkpoint.close()
+    assert can_be_written(path)
+
+
+@pytest.mark.parametrize("looks", [[None, False], [False, None], [True, False]])
+def test_one_cold_shard_makes_a_cold_checkpoint(looks: list[bool | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a checkpoint on several file systems, of which one does not tell what is in memory."""
+    files = staging.Files([-1, -1], CheckpointChanged)
+    for each, look in zip(files._mapped, looks, strict=True):
+        monkeypatch.setattr(each, "is_cached", lambda *_, look=look: look)
+        monkeypatch.setattr(each, "is_trusted", True)
+    reads = [Read(file, 0, 8 << 20, ((0, 8 << 20),)) for file in range(2)]
+    assert files._how(reads) == (False, True)
+
+
 def test_what_somebody_writes_is_not_mapped(file: int, tmp_path: Path) -> None:
     """Guards against a writer who was there before."""
     with (tmp_path / "file").open("r+b"), Mapped(file).part(0, 4096) as data:

@@ -73,6 +73,7 @@ class Checkpoint:
         """
         self.path = place_at(path)
         self._fds: list[int] = []
+        self._files = Files((), self._changed)
         self._base: Checkpoint | None = None  # of an adapter that is merged
         self._base_plan: Plan | None = None
         self._deltas: list[Delta] = []
@@ -134,6 +135,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
+        self._files.close()
         while self._fds:
             shut(self._fds.pop())
         if self._base:

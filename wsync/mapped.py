@@ -3,16 +3,17 @@
 A copy of many MiB from memory to memory goes past the processor's caches; read(2) does not, and takes twice as long: 64
 MiB from the page cache took 12.4 ms by reads, and 6.9 mapped (2 cores, in a VM). But a mapped file that is cut kills
 whoever reads on, and what was checked where it lies could be another thing afterwards. So a part is mapped under a read
-lease (fcntl(2), F_SETLEASE) alone: whoever opens the file to write, or cuts it, waits until that one part is copied.
-That takes milliseconds, on a busy box some hundred of them; who will not wait (O_NONBLOCK) is refused.
+lease (fcntl(2), F_SETLEASE) alone: whoever opens the file to write, or cuts it, waits until that one part is copied, or
+two that are under way. That takes milliseconds, on a busy box some hundred; who will not wait (O_NONBLOCK) is refused.
 
 The parts are of one mapping of the whole file: a thread that makes or ends a mapping waits until no other one fills the
 process's page tables, and two with mappings of their own took 9.4 ms for 64 MiB, so 7.1.
 
-All else is read: in a process that runs code of others, which may wait for its own lease; where none is given; and
-where a lease does not bind all who write, as on file systems that other machines share, by themselves or by an NFS
-server here. What is left kills a publisher as kill -9 does: a file under an overlay that is cut through it, a process
-that stands still for as long as a lease holds (45 s by default), or a disk that fails, all within those milliseconds.
+All else is read: in a process that runs code of others, which may wait for its own lease, or that may not have so many
+addresses; where no lease is given; and where one does not bind all who write, as on file systems that other machines
+share, by themselves or by an NFS server here. What is left kills a publisher as kill -9 does: a file under an overlay
+that is cut through it, a process that stands still for as long as a lease holds (45 s by default), or a disk that
+fails, all within those milliseconds.
 """
 
 from __future__ import annotations
@@ -51,8 +52,15 @@ class Mapped:
         finally:
             self._end(start, nbytes)
 
+    def close(self) -> None:
+        """Before the descriptor is: the mapping has one of its own, and would keep a lease that an interrupt left."""
+        with self._lock:
+            if self._users or self._whole:
+                self._users, self._whole = 0, None
+                give_read_lease_back(self._fd)
+
     def is_cached(self, start: int, nbytes: int) -> bool | None:
-        """Whether memory has these bytes, by the last and the middle: the first came with what is before it.
+        """Whether memory has these bytes, by the last and the middle: the first mostly came with what is before it.
 
         None where the file system does not tell: it has them itself, as tmpfs, or fetches them over a network.
         """
@@ -83,14 +91,16 @@ class Mapped:
         return ours
 
     def _end(self, start: int, nbytes: int) -> None:
-        if self._whole and self._users > 1:  # else all of it goes
-            first, last = -(-start // PAGESIZE) * PAGESIZE, (start + nbytes) // PAGESIZE * PAGESIZE
-            unmap(address_of(self._whole) + first, max(last - first, 0))
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._whole = None
-                give_read_lease_back(self._fd)
+        try:
+            if self._whole and self._users > 1:  # else all of it goes with the last
+                first, last = -(-start // PAGESIZE) * PAGESIZE, (start + nbytes) // PAGESIZE * PAGESIZE
+                unmap(address_of(self._whole) + first, max(last - first, 0))
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._whole = None
+                    give_read_lease_back(self._fd)
 
     def _is_leased(self) -> bool:
         return fcntl.fcntl(self._fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK

@@ -47,6 +47,11 @@ class Files:
         self._fds, self._changed = fds, changed
         self._mapped = [Mapped(fd) for fd in fds]
 
+    def close(self) -> None:
+        """Before the descriptors are."""
+        for mapped in self._mapped:
+            mapped.close()
+
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
@@ -98,10 +103,14 @@ class Files:
         What is read anyway is read in pieces that stay in the third cache.
         """
         large = [(self._mapped[part.file], part) for part in listed if part.nbytes >= _LARGE]
-        looks = (mapped.is_cached(part.start, part.nbytes) for mapped, part in large)
-        cached = next((look for look in looks if look is not True), True)
-        can_map = cached is not False and all(mapped.is_trusted for mapped, _ in large)
-        return can_map, not can_map and cached is not True
+        unknown = False
+        for mapped, part in large:
+            look = mapped.is_cached(part.start, part.nbytes)
+            if look is False:
+                return False, True
+            unknown |= look is None
+        can_map = all(mapped.is_trusted for mapped, _ in large)
+        return can_map, unknown and not can_map
 
     def _each(
         self, jobs: Sequence[_J], work: Callable[[_J], bool], *, idle: bool, ask: bool
