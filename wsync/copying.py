@@ -3,6 +3,9 @@
 Two threads share the tensors, for one gets half of what memory gives. They are not torch's: its threads wait for each
 other at the end of each tensor, and where other processes have the processors, of two cores three, that was seen to
 take a hundred times as long. A tensor that is no plain row of bytes (strided, a subclass) is left to torch.
+
+Of the 8 ms that 64 MiB in 200 tensors take, looking at the tensors is one: each question put to all of them costs 0.03
+to 0.15 ms with cold caches. So where a slot's tensors are, and how they are cut into pieces, is found out once.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[
 
 
 def _is_finite(floats: memoryview, dtype: str) -> bool:
-    """With numpy, the dot product of one half with the other reads as fast as memory gives, which two streams need.
+    """With numpy, the dot product of one half with the other: a core reads two streams faster than one.
 
     It is NaN or infinite if any element is; only where it is (it may also overflow) the bits are looked at: as unsigned
     integers the largest negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
