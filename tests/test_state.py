@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import stat
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,31 @@ def test_many_processes_write_one_history(tmp_path: Path, spawn: Spawn) -> None:
         assert worker.wait(DEADLINE) == 0
     with State("nets", tmp_path) as state:
         assert len(state.events()) == 200
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_history_that_another_process_just_makes_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    """Guards the first event of cron and watch that start together: SQLite says at once that the database is locked."""
+    other = sqlite3.connect(tmp_path / "nets.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if ends:
+            other.execute("ROLLBACK")
+
+    monkeypatch.setattr("wsync.state.time.sleep", sleep)
+    if not ends:
+        monkeypatch.setattr("wsync.state._PATIENCE", 0.0)
+    with State("nets", tmp_path) as state:
+        with nullcontext() if ends else pytest.raises(StateError, match="database is locked"):
+            state.record("publish", version=1)
+        assert len(slept) == ends
+        assert not ends or len(state.events()) == 1
+    other.close()
 
 
 def test_where_the_state_lies(monkeypatch: pytest.MonkeyPatch) -> None:

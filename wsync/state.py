@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS rejections (
 """
 _KEEP_EVENTS = 100_000  # about 30 MB; a publish a minute for two months
 _KEEP_REJECTIONS = 1_000
+_PATIENCE = 10.0  # seconds that another process may be at work on the database
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +265,8 @@ class State:
                 fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 self._opened = os.fstat(fd)
                 os.close(fd)
-                self._connection = sqlite3.connect(self._file, timeout=10.0, check_same_thread=False)
-                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection = sqlite3.connect(self._file, timeout=_PATIENCE, check_same_thread=False)
+                _write_ahead(self._connection)
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._connection.executescript(_SCHEMA)
             with self._connection as database:
@@ -286,3 +287,22 @@ class State:
             f"the history of {self.name!r} in {self.directory} cannot be kept ({exc}). Mend its access or make room, "
             "or name another place with --state-dir; a broken database can be removed."
         )
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Has readers and a writer not wait for each other.
+
+    The database of a new history is made so once. Where two processes do that at the same time, SQLite tells one of
+    them at once that it is locked, however patient it was asked to be.
+    """
+    import sqlite3
+
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
