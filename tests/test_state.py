@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import unittest.mock
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from conftest import DEADLINE, Spawn
 
 from wsync.errors import StateError
-from wsync.state import Pin, State, state_dir
+from wsync.state import Pin, State, _write_ahead, state_dir
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")
 
@@ -167,6 +168,16 @@ def test_a_history_that_another_process_just_makes_is_waited_for(
         assert len(slept) == ends
         assert not ends or len(state.events()) == 1
     other.close()
+
+
+def test_a_history_that_cannot_be_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a pass on a disk that fails: it goes on without a history at once, not in ten seconds."""
+    broken = sqlite3.OperationalError("disk I/O error")
+    broken.sqlite_errorname = "SQLITE_IOERR"
+    connection = unittest.mock.Mock(**{"execute.side_effect": broken})
+    monkeypatch.setattr("wsync.state.time.sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(sqlite3.OperationalError, match="disk"):
+        _write_ahead(connection)
 
 
 def test_where_the_state_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,39 @@ class Done:
             self._lock.acquire(timeout=_LOOK)
 
 
+class Helper:
+    """A second thread that does a part of the work of one whom a signal may interrupt anywhere."""
+
+    def __init__(self, work: Callable[[], object], name: str) -> None:
+        self._work, self._name, self._begun, self._done = work, name, False, Done()
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except RuntimeError:  # this process may have no more threads
+            pass
+
+    def wait(self) -> None:
+        """Until it has done its part; one that has not begun is not waited for, and is to find nothing left."""
+        if self._begun:
+            self._done.wait()
+
+    def check(self) -> None:
+        """Raises what ended it: something of its part may be lost."""
+        if self._error:
+            raise self._error
+
+    def _run(self) -> None:
+        self._begun = True
+        try:
+            self._work()
+        except BaseException as exc:
+            self._error = exc
+        finally:
+            self._done.tell()
+
+
 class _Work(Generic[_J, _R]):
     """A job that somebody has begun, and what comes of it."""
 
@@ -130,23 +163,13 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
         return True
 
     def assist() -> None:
-        helped.append(done)
-        try:
-            _give_way()
-            while do_one():
-                pass
-        except BaseException as exc:  # of no job's own: a job may be lost
-            died.append(exc)
-        finally:
-            done.tell()
-
-    done, helped, died = Done(), list[Done](), list[BaseException]()
-    helper = threading.Thread(target=assist, name="wsync-staging", daemon=True)
-    try:
-        try:
-            helper.start()
-        except RuntimeError:  # this process may have no more threads
+        _give_way()
+        while do_one():
             pass
+
+    helper = Helper(assist, "wsync-staging")
+    try:
+        helper.start()
         more = True
         while more or begun:
             more = more and do_one()
@@ -156,10 +179,8 @@ def side_by_side(jobs: Iterable[_J], work: Callable[[_J], _R]) -> Iterator[tuple
     finally:
         with lock:
             left = iter(())
-        if helped:  # else, should it still begin, nothing is left for it
-            undivided(done.wait)
-    if died:
-        raise died[0]
+        undivided(helper.wait)
+    helper.check()
 
 
 def undivided(work: Callable[[], object]) -> None:

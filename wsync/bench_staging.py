@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .finite import all_finite, float_regions
 from .fitting import Fit
 from .layout import Layout
+from .mapped import Mapped
 from .segment import Segment
 
 _CHUNK = 8 * MIB  # bytes of one read of dd
@@ -151,24 +152,18 @@ def drop_cache(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        parts, size = Mapped(fd), os.fstat(fd).st_size
         for _ in range(20):  # what somebody uses in that moment, the system itself too, stays
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            if not any(_is_cached(fd, os.fstat(fd).st_size * part // 4) for part in range(4)):
+            looks = {parts.is_cached(size * part // 4, 1) for part in range(4)}
+            if None in looks:
+                raise Skip(f"{path.parent} does not tell what is cached; --dir names a disk")
+            if True not in looks:
                 return
             time.sleep(0.05)
-    except OSError as exc:
-        raise Skip(f"{path.parent} does not tell what is cached ({exc.strerror}); --dir names a disk") from exc
     finally:
         os.close(fd)
-    raise Skip(f"the page cache of {path.parent} cannot be dropped (tmpfs?); --dir names a disk")
-
-
-def _is_cached(fd: int, at: int) -> bool:
-    try:
-        os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    return True
+    raise Skip(f"the page cache of {path.parent} cannot be dropped; --dir names a disk")
 
 
 def _dd(command: list[str]) -> Timed | None:

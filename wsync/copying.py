@@ -11,7 +11,6 @@ to 0.15 ms with cold caches. So where a slot's tensors are, and how they are cut
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain, compress, starmap
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .ahead import Done, undivided
+from .ahead import Helper, undivided
 from .attached import Attached
 from .layout import views
 from .segment import Lease, Segment
@@ -127,36 +126,24 @@ def _copy(
     Args:
         large: what two threads may share.
         others: pairs, of a target and its source, that torch copies.
-        held: what the pieces are of; it stays mapped for as long as a thread copies.
+        held: what the pieces are of.
     """
     shared = starmap(ctypes.memmove, large)
     rest = chain(shared, starmap(ctypes.memmove, small), starmap(torch.Tensor.copy_, others))
-    done, helped, died = Done(), list[Done](), list[BaseException]()
 
-    def assist(held: object) -> None:
-        helped.append(done)
-        try:
-            deque(shared, 0)
-        except BaseException as exc:  # a piece is lost
-            died.append(exc)
-        finally:
-            done.tell()
+    def assist(held: object = held) -> None:  # which stays mapped for as long as it runs
+        deque(shared, 0)
 
-    helper = threading.Thread(target=assist, args=(held,), name="wsync-copy", daemon=True)
+    helper = Helper(assist, "wsync-copy")
     left_alone = sum(map(itemgetter(2), large)) < _WORTH_TWO
 
     def work() -> None:
         nonlocal left_alone
         if not left_alone:
             left_alone = True
-            try:
-                helper.start()
-            except RuntimeError:  # this process may have no more threads
-                pass
+            helper.start()
         deque(rest, 0)
-        if helped:  # else, should it still begin, nothing is left for it
-            done.wait()
+        helper.wait()
 
     undivided(work)
-    if died:
-        raise died[0]
+    helper.check()

@@ -29,10 +29,10 @@ MAX_SLOTS = 64
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 _TEXT = rb'"[ !#-\[\]-~]*"'
-_USUAL = re.compile(  # what metadata_block writes, within the bounds of from_header
-    rb'.{8}\{"__metadata__":\{"version": "\d{1,16}", "step": "(-?\d{1,18}|)", "source": %b, "identity": %b, '
-    rb'"published_at": "\d{1,11}\.\d{1,9}", "spec": %b\} *' % (_TEXT, _TEXT, _TEXT),
-    re.DOTALL,
+# What metadata_block writes, within the bounds of from_header; compiled at its first use, which a push does not make.
+_USUAL = (
+    rb'(?s).{8}\{"__metadata__":\{"version": "\d{1,16}", "step": "(-?\d{1,18}|)", "source": %b, "identity": %b, '
+    rb'"published_at": "\d{1,11}\.\d{1,9}", "spec": %b\} *' % (_TEXT, _TEXT, _TEXT)
 )
 
 
@@ -86,7 +86,7 @@ class Publication:
     @classmethod
     def step_from_header(cls, header: bytes) -> int | None:
         """The step of what ``from_header`` gives, in a quarter of the time where all is as usual: a policy waits."""
-        usual = _USUAL.fullmatch(header)
+        usual = re.fullmatch(_USUAL, header)
         if usual is None:
             return cls.from_header(header).step
         return int(usual[1]) if usual[1] else None
