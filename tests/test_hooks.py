@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -18,10 +19,10 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Cli, Spawn, heard, signal_another_thread, write
+from conftest import DEADLINE, Cli, Spawn, heard, interrupted_at, signal_another_thread, write
 from policies import mlp
 
-from wsync import command
+from wsync import command, helper
 from wsync.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.hook_runner import Hook, News, request
@@ -216,6 +217,24 @@ def test_an_interrupt_does_not_wait_for_hooks(make: MakeBox, fifo: Callable[[str
         assert heard(up) == b"up\n"
         raise KeyboardInterrupt
     assert heard(up) == b"" and "was stopped" in box.next()[2]
+
+
+@pytest.mark.parametrize("moment", range(0, 90, 3))
+def test_an_interrupt_of_the_wait_ends_the_command(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a wait for ever, of both: whenever Ctrl-C comes, the command is ended at once."""
+    started, began = list[subprocess.Popen[bytes]](), time.monotonic()
+
+    class Recorded(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            started.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(helper, "_LOOK", 0.001)
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    with interrupted_at(moment, helper.Done.wait.__code__):
+        command.run(["sleep", "99"], timeout=99, environment=os.environ)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
+    assert time.monotonic() - began < command.GRACE
 
 
 def test_watch_goes_on_beside_a_failing_hook(segment: Segment, runs: Path, spawn: Spawn) -> None:

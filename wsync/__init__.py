@@ -4,7 +4,7 @@ Importing this package imports neither torch nor tensordict; each name below is 
 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
-    ground          errors layout memory mapped addresses ahead access notify transfer
+    ground          errors layout memory mapped addresses helper ahead access notify transfer
     checkpoints     header store_client store hub parts casting finite fitting staging advice adapter checkpoint
                     remote source changes
     segments        registry segment_files segment badge

@@ -8,7 +8,6 @@ may hold the pipe of the output. Only the end of the output is kept.
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import signal
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import WsyncError, printable
+from .helper import Done
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
 _LOOK = 0.05  # seconds between two looks whether it ended, where its output does not tell
-_SLICE = 0.25  # seconds of waiting at most, after which a signal is heard that another thread got
 _CHUNK = 65_536
 
 
@@ -79,7 +78,7 @@ def run(
     Raises:
         WsyncError: it could not be started.
     """
-    over, given_up = threading.Event(), threading.Event()
+    over, given_up = Done(), threading.Event()
     results: list[Ended | Exception] = []
 
     def work() -> None:
@@ -89,11 +88,11 @@ def run(
         except Exception as exc:
             results.append(exc)
         finally:
-            over.set()
+            over.tell()
 
     try:
         threading.Thread(target=work, daemon=True).start()
-        wait_for(over)
+        over.wait()
     except BaseException:
         given_up.set()
         over.wait(2 * GRACE + 1)
@@ -101,14 +100,6 @@ def run(
     if isinstance(results[0], Exception):
         raise results[0]
     return results[0]
-
-
-def wait_for(event: threading.Event, seconds: float = math.inf) -> bool:
-    """Whether it is set in that time. Waits bit by bit: a signal that another thread gets does not wake this one."""
-    deadline = time.monotonic() + seconds
-    while not event.is_set() and (left := deadline - time.monotonic()) > 0:
-        event.wait(min(left, _SLICE))
-    return event.is_set()
 
 
 def _run(

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .ahead import Helper, undivided
 from .attached import Attached
+from .helper import Helper, undivided
 from .layout import views
 from .segment import Lease, Segment
 

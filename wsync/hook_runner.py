@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from . import command
 from .errors import WsyncError
+from .helper import Done
 from .hooks import Hooks, environment
 from .segment_files import Publication
 from .spec import Spec
@@ -75,7 +76,7 @@ class Hook:
         self._waiting: News | None = None
         self._closing = False
         self._cancel = threading.Event()
-        self._ended = threading.Event()  # a join that a signal interrupts forgets that its thread still runs
+        self._ended = Done()  # a join that a signal interrupts forgets that its thread still runs
         threading.Thread(target=self._begin, name=f"wsync-{kind}", daemon=True).start()
 
     def send(self, news: News) -> None:
@@ -93,7 +94,7 @@ class Hook:
     def join(self) -> None:
         """Waits for what runs and what waits, each within its time; one that is interrupted is ended."""
         try:
-            command.wait_for(self._ended, 2 * (self._timeout + 2 * command.GRACE))
+            self._ended.wait(2 * (self._timeout + 2 * command.GRACE))
         finally:
             self.cancel()
             self._ended.wait(2 * command.GRACE + 1)
@@ -106,7 +107,7 @@ class Hook:
         try:
             self._work()
         finally:
-            self._ended.set()
+            self._ended.tell()
 
     def _work(self) -> None:
         news: News | None = None  # what failed, and is to be tried again

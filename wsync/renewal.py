@@ -13,7 +13,7 @@ import threading
 from queue import SimpleQueue
 
 from .addresses import Stretch
-from .ahead import Done
+from .helper import Done
 from .memory import renew
 
 

@@ -125,7 +125,7 @@ class Files:
             work = self._asking(jobs, work)
         if len(jobs) < 2 or sum(job.nbytes for job in jobs) < _WORTH_TWO or not _has_second_processor(idle):
             return ((job, work(job)) for job in jobs)
-        from .ahead import side_by_side
+        from .helper import side_by_side
 
         return side_by_side(jobs, work)
 

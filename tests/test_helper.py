@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
-from types import FrameType
-from typing import Any
 
 import pytest
-from conftest import DEADLINE
+from conftest import DEADLINE, interrupted_at
 
-from wsync import ahead as module
-from wsync.ahead import Done, side_by_side, undivided
+from wsync import helper as module
+from wsync.helper import Done, side_by_side, undivided
 
 
 def test_two_do_the_jobs_and_the_results_keep_their_order() -> None:
@@ -115,35 +112,26 @@ def test_an_interrupt_waits_for_what_is_under_way() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("moment", range(60))
+@pytest.mark.parametrize("moment", range(90))
 def test_an_interrupt_at_any_moment_of_a_wait_leaves_it_whole(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a wait for ever, of both: raised after any one instruction, Ctrl-C leaves no lock held."""
     monkeypatch.setattr(module, "_LOOK", 0.001)
-    done, left = Done(), moment
-
-    def interrupt(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename not in (module.__file__, threading.__file__):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-        return interrupt
-
-    before = sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            done.wait()
-    finally:
-        sys.settrace(before)
+    done = Done()
+    with interrupted_at(moment, Done.wait.__code__):
+        done.wait()
     teller = threading.Thread(target=done.tell, daemon=True)
     teller.start()
     teller.join(DEADLINE)
     assert not teller.is_alive() and done
     done.wait()
+
+
+def test_a_wait_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a hook that nobody can end, which would hold up the end of a watch."""
+    done = Done()
+    assert not done.wait(0.01)
+    done.tell()
+    assert done.wait(0)
 
 
 def test_who_never_begins_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
