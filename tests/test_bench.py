@@ -8,10 +8,12 @@ import math
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -148,7 +150,7 @@ def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: py
     """Guards a long run: what a case cannot do is its result, and the next one is measured."""
 
     def fails(place: Place, case: Case) -> Iterator[Result]:
-        raise OSError(5, "Input/output error")
+        raise RuntimeError("unable to allocate")  # of torch, say
 
     def skips(place: Place, case: Case) -> Iterator[Result]:
         raise Skip("there is none")
@@ -158,15 +160,16 @@ def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: py
 
     made_up = tuple(Case(name, name, run) for name, run in (("a", fails), ("b", skips), ("c", works)))
     monkeypatch.setattr(bench, "cases", lambda: made_up)
-    failed, skipped, measured = bench.run(settings)
-    assert "failed: " in failed.skipped and "Input/output error" in failed.skipped
+    failed, skipped, measured = bench.run(bench.chosen(settings), settings)
+    assert [result.failed for result in (failed, skipped, measured)] == [True, False, False]
+    assert "failed: " in failed.skipped and "unable to allocate" in failed.skipped
     assert skipped.skipped == "there is none" and measured.value == 1.0
 
 
 def test_no_room_is_a_reason(settings: Settings, runtime: Path, tmp_path: Path) -> None:
     """Guards against a box that is driven out of memory: what does not fit is not begun."""
     huge = Settings(1 << 49, 8, 2, True, ("staging", "refresh", "push"), directory=tmp_path, runtime=runtime)
-    results = list(bench.run(huge))
+    results = list(bench.run(bench.chosen(huge), huge))
     told = {result.case: result.skipped for result in results}
     assert all("are free" in told[case] for case in ("push", "staging", "refresh", "refresh-many", "refresh-copy")), (
         told
@@ -181,10 +184,12 @@ def test_a_staged_file_costs_few_calls_and_no_memory(
     """Counts do not jitter: 64 MiB of the policy's own layout in at most 16 read calls, and less than 1 MiB."""
     monkeypatch.setattr(memory, "alone", alone)
     settings = Settings(quick=True, only=("counts",), directory=tmp_path, runtime=runtime)
-    counted = {result.name.removeprefix("staging, "): result.value or 0 for result in bench.run(settings)}
+    results = bench.run(bench.chosen(settings), settings)
+    counted = {result.name.removeprefix("staging, "): result.value or 0 for result in results}
     assert 2 <= counted["read calls"] <= 16
     mapped = alone and leases(tmp_path)
-    assert counted["bytes read"] < 1 << 17 if mapped else 64 << 20 < counted["bytes read"] < 65 << 20  # each once
+    read = counted["bytes by read calls"]
+    assert read < 1 << 17 if mapped else 64 << 20 < read < 65 << 20  # each once
     assert counted["page faults"] < 2048  # of 16,384 pages, sixteen at a time where they are mapped
     assert 0 < counted["most allocated"] < 1 << 20
 
@@ -209,6 +214,41 @@ def test_a_pass_is_not_searched_for_garbage(settings: Settings) -> None:
         finally:
             gc.callbacks.remove(note)
         assert len(collected) <= 4  # before and after the pass
+
+
+def test_what_runs_on_ends_with_a_killed_run(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:
+    """Guards a processor against a publisher whose bench was killed outright, before anybody could end it."""
+    run = spawn("-c", ENDLESS, str(tmp_path), str(runtime))
+    assert run.stdout
+    end = os.pidfd_open(int(run.stdout.readline()))
+    try:
+        run.kill()
+        assert select.select([end], [], [], DEADLINE)[0]
+    finally:
+        os.close(end)
+
+
+def test_a_place_may_be_named_from_here(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against children, which run elsewhere, that do not find what lies in a relative directory."""
+    monkeypatch.chdir(tmp_path)
+    with Place(replace(settings, directory=Path())) as place:
+        (place.files / "there.py").write_text("")
+        place.run(place.files / "there.py")
+
+
+def test_a_runtime_directory_need_not_be_there_yet(settings: Settings, runtime: Path) -> None:
+    """Guards a box on which nothing was published: segments are made where its directory would be."""
+    with Place(replace(settings, runtime=runtime / "later")) as place:
+        assert place.runtime.parent == runtime
+
+
+def test_a_signal_waits_for_imports() -> None:
+    """Guards against an interrupt in the midst of a library's own start, which turns it into another error."""
+    imported = False
+    with pytest.raises(KeyboardInterrupt), bench.uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        imported = True
+    assert imported
 
 
 def test_what_a_killed_run_left_is_removed(settings: Settings, runtime: Path) -> None:
@@ -249,6 +289,32 @@ cli.main()
 """
 
 
+ENDLESS = """
+import signal, sys
+from pathlib import Path
+from wsync.bench import Settings
+from wsync.bench_place import Place
+place = Place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2])))
+print(place.start("-c", "import signal; signal.pause()").pid, flush=True)
+signal.pause()
+"""
+BROKEN = """
+from wsync import bench_memory, cli
+def fail(*_):
+    raise ArithmeticError("as asked")
+bench_memory._counters = fail
+cli.main()
+"""
+HUNG_UP = """
+import os, signal
+from wsync import bench_memory, cli
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+count = bench_memory._counters
+bench_memory._counters = lambda: os.kill(os.getpid(), signal.SIGHUP) or count()
+cli.main()
+"""
+
+
 def test_a_quick_run(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:
     """The real thing, a round of each: every case gives figures or a reason, the picture is XML, nothing is left."""
     (tmp_path / "files").mkdir()
@@ -282,6 +348,22 @@ def test_a_table_of_80_columns(cli: Cli, runtime: Path, tmp_path: Path) -> None:
         assert shown and max(map(len, shown.splitlines())) <= 80 and "\x1b" not in shown, shown
     assert all(word in table for word in ("refresh(), nothing new", "█", "met", "calls", "--quick leaves out")), table
     assert "a pass against files, 1 to 1,000" in curve and "n^" in curve and "█" in curve, curve
+
+
+def test_a_failed_case_is_told_by_the_exit_code(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:
+    """Guards a script that asks for figures: it hears of a case that should have been measured and was not."""
+    places = ("--dir", str(tmp_path), "--runtime-dir", str(runtime))
+    told = spawn("-c", BROKEN, "bench", "--quick", "--only", "counts", *places, "--json")
+    stdout, _ = told.communicate(timeout=DEADLINE)
+    assert told.returncode == 1 and json.loads(stdout)["results"][0]["skipped"] == "failed: as asked"
+
+
+def test_nohup_is_heeded(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:
+    """A hangup that whoever started it ignores does not end it."""
+    places = ("--dir", str(tmp_path), "--runtime-dir", str(runtime))
+    run = spawn("-c", HUNG_UP, "bench", "--quick", "--only", "counts", *places, "--json")
+    stdout, stderr = run.communicate(timeout=DEADLINE)
+    assert run.returncode == 0 and json.loads(stdout)["results"], stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -117,7 +117,13 @@ def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime
     assert 'wsync_rejected_total{name="cartpole",reason="non_finite"} 1.0' in figures.read_text()
     (box / "cartpole.toml").write_text("nonsense")
     code, mail = run()
-    assert code and "not TOML" in mail
+    assert code and "not TOML" in mail and "(exit 2)" in mail
+    program.write_text("#!/bin/sh\nkill -9 $$\n")  # as the system does where memory runs out
+    code, mail = run()
+    assert code and "(exit 137)" in mail
+    program.unlink()
+    code, mail = run()
+    assert code and "not found" in mail and "(exit 127)" in mail
 
 
 def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:

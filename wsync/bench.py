@@ -9,14 +9,16 @@ apart. Times jitter, ratios less: quote the ratios.
 from __future__ import annotations
 
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .errors import UsageError, WsyncError
+from .errors import UsageError
 
 if TYPE_CHECKING:
     from .bench_place import Place
@@ -149,9 +151,14 @@ class Result:
             return None
         return all(aim.met_by(figure) for aim, figure in figures if figure is not None)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it was not measured, and should have been."""
+        return self.skipped.startswith("failed:")
+
 
 class Skip(Exception):
-    """A case cannot be measured on this box; the text is the reason."""
+    """A case cannot be measured on this box; the text is the reason, and begins with ``failed:`` where it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +261,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals wait meanwhile: what one raises in a library's import, that may turn into another error, or into none."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def cases() -> tuple[Case, ...]:
     """All cases of the table, in its order."""
     from . import bench_memory, bench_processes, bench_reading, bench_staging, bench_watching
@@ -268,7 +285,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def chosen(settings: Settings) -> tuple[Case, ...]:
-    """The cases that the settings ask for.
+    """The cases that the settings ask for; all that they need is imported then.
 
     Raises:
         UsageError: there is none of such a name.
@@ -283,10 +300,11 @@ def chosen(settings: Settings) -> tuple[Case, ...]:
     return tuple(case for case in known if not settings.only or case.name.startswith(settings.only))
 
 
-def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Iterator[Result]:
+def run(wanted: Iterable[Case], settings: Settings, say: Callable[[str], None] = lambda _: None) -> Iterator[Result]:
     """Measures case by case, in places of their own that are removed afterwards, also on an interrupt.
 
     Args:
+        wanted: see ``chosen``.
         say: called with a case's title before it is measured.
 
     Raises:
@@ -295,7 +313,6 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Iter
     """
     from .bench_place import Place
 
-    wanted = chosen(settings)
     with Place(settings) as place:
         for case in wanted:
             say(case.title)
@@ -303,7 +320,7 @@ def run(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Iter
                 yield from case.run(place, case)
             except Skip as exc:
                 yield case.result("", skipped=str(exc))
-            except (WsyncError, OSError, MemoryError) as exc:  # one case's trouble is not the others'
+            except Exception as exc:  # one case's trouble is not the others', whatever a library raises
                 reason = (str(exc) or type(exc).__name__).splitlines()[0]
                 yield case.result("", skipped=f"failed: {reason}")
             finally:

@@ -42,6 +42,7 @@ def _curve(numbers: tuple[int, ...], measure: Measure) -> Callable[[Place, Case]
     def run(place: Place, case: Case) -> Iterator[Result]:
         quick = place.settings.quick
         points: list[tuple[float, float]] = []
+        rounds = _ROUNDS.number
         left_out = ""
         for number in numbers[:4] if quick else numbers:
             try:
@@ -54,13 +55,12 @@ def _curve(numbers: tuple[int, ...], measure: Measure) -> Callable[[Place, Case]
             finally:
                 place.clear()
             points.append((number, min(column)))  # of a pass that nothing disturbed
+            rounds = min(rounds, len(column))
         if len(points) < 3:
             raise Skip(left_out)
         last, _ = points[-1]
         name = f"{case.title}, {points[0][0]:,} to {last:,}"
-        yield case.result(
-            "exponent", exponent(points), name=name, points=tuple(points), aims=(_LINEAR,), rounds=_ROUNDS.number
-        )
+        yield case.result("exponent", exponent(points), name=name, points=tuple(points), aims=(_LINEAR,), rounds=rounds)
 
     return run
 
@@ -118,9 +118,10 @@ def _bytes(place: Place, number: int, undo: ExitStack) -> Timed:
 def _readers(place: Place, number: int, undo: ExitStack) -> Timed:
     """Readers of this process, each with a record and a lease of its own, which all take each version."""
     work = _publishing(place, MIB, 16, undo)
-    readers = [attach(make(MIB, 16), "policy", mode="swap", runtime_dir=place.runtime) for _ in range(number)]
-    for reader in readers:
-        undo.callback(reader.close)
+    readers = [
+        undo.enter_context(attach(make(MIB, 16), "policy", mode="swap", runtime_dir=place.runtime))
+        for _ in range(number)
+    ]
 
     def run() -> float:
         taken = work()

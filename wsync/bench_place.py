@@ -2,11 +2,13 @@
 
 Segments lie in shared memory, checkpoints in the temporary directory or the one that is named. A run that was killed
 outright leaves them; the next run finds their lock free and removes them. Every process that is started gets a session
-of its own, so that an interrupt reaches the measurement alone, which ends them all.
+of its own, so that an interrupt reaches the measurement alone, which ends them all; what goes on until it is ended is
+killed with the measurement.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -19,11 +21,12 @@ from typing import Any, Self
 from .bench import MIB, Settings, Skip, Timed, timed
 from .console import size
 from .errors import UsageError
-from .memory import free_bytes, no_room, shut, try_lock
+from .memory import TMPFS, file_system, free_bytes, no_room, shut, try_lock
 
 BY_HAND = Path(__file__).with_name("bench_by_hand.py")
 _PREFIX = "wsync-bench-"
 _ROOM = 64 * MIB  # that is left to others
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Place:
@@ -42,13 +45,14 @@ class Place:
         self.started: list[subprocess.Popen[str]] = []
         self._made: list[Path] = []
         try:
-            self.runtime = self._make(settings.runtime or Path("/dev/shm"), "--runtime-dir")
+            self.runtime = self._make(_shared_memory(settings.runtime or Path("/dev/shm")), "--runtime-dir")
             self.files = self._make(settings.directory or Path(tempfile.gettempdir()), "--dir")
         except BaseException:
             self.close()
             raise
 
     def _make(self, base: Path, option: str) -> Path:
+        base = base.absolute()  # processes run elsewhere
         if not base.is_dir():
             raise UsageError(f"{base} is no directory. Name one that is there with {option}.")
         for left in base.glob(f"{_PREFIX}*"):
@@ -183,7 +187,9 @@ class Place:
 
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """Starts the interpreter, with pipes; it is ended with the case."""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        prctl = ctypes.CDLL(None).prctl
+        pipes["preexec_fn"] = lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         process = subprocess.Popen([sys.executable, *map(str, arguments)], **self._options(**pipes))
         self.started.append(process)
         return process
@@ -200,6 +206,18 @@ class Place:
         while self.started:
             with self.started.pop() as process:
                 process.wait()
+
+
+def _shared_memory(runtime: Path) -> Path:
+    """A runtime directory, or the one above where it would be made; on a box on which nothing was published yet."""
+    above = runtime.absolute().parent
+    if runtime.exists() or not above.is_dir():
+        return runtime
+    fd = os.open(above, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return above if file_system(fd) == TMPFS else runtime
+    finally:
+        shut(fd)
 
 
 def heard(process: subprocess.Popen[str]) -> str:

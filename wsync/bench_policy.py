@@ -72,7 +72,7 @@ def giver(name: str, path: str) -> None:
 
 
 def publisher(name: str, path: str) -> None:
-    """Publishes a checkpoint again and again, as fast as it can."""
+    """Publishes a checkpoint again and again, as fast as it can, until it is ended."""
     from .checkpoint import Checkpoint
     from .errors import SegmentBusy
     from .publisher import publish

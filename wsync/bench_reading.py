@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .attaching import attach
-from .bench import MIB, Aim, Beside, Case, Result, Rounds, Timed, timed
+from .bench import MIB, Aim, Beside, Case, Result, Rounds, Timed, timed, uninterrupted
 from .bench_place import Place, heard
 from .bench_policy import layers, make
 from .bench_watching import percentile
@@ -109,10 +109,11 @@ def _torchrl(place: Place, nbytes: int, tensors: int) -> Beside:
     if place.settings.quick:
         return Beside(name, None, aims, "--quick leaves out what takes seconds to import")
     try:
-        from torchrl.collectors.weight_update import VanillaWeightUpdater
+        with uninterrupted():
+            from tensordict import TensorDict
+            from torchrl.collectors.weight_update import VanillaWeightUpdater
     except ImportError:
         return Beside(name, None, aims, "torchrl is not installed")
-    from tensordict import TensorDict
 
     weights = TensorDict.from_module(make(nbytes, tensors).requires_grad_(False))
     updater = VanillaWeightUpdater.from_policy(make(nbytes, tensors).requires_grad_(False))

@@ -6,6 +6,7 @@ do the same by hand.
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import time
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from .bench import GIB, MIB, Aim, Beside, Case, Result, Rounds, Skip, Timed, timed
+from .bench import GIB, MIB, Aim, Beside, Case, Result, Rounds, Skip, Timed, timed, uninterrupted
 from .bench_place import Place
 from .checkpoint import Checkpoint
+from .console import size as shown
 from .finite import all_finite, float_regions
 from .fitting import Fit
 from .layout import Layout
 from .mapped import Mapped
+from .memory import reserve
 from .segment import Segment
 
 _CHUNK = 8 * MIB  # bytes of one read of dd
@@ -46,16 +49,18 @@ class Slot:
 
 
 @contextmanager
-def slot_for(place: Place, nbytes: int, tensors: int, *, dtype: str = "", memory: int = 0) -> Iterator[Slot]:
+def slot_for(
+    place: Place, nbytes: int, tensors: int, *, dtype: str = "", memory: int = 0, shared: int = 0
+) -> Iterator[Slot]:
     """A checkpoint on the disk and in the page cache, and a slot of its layout; in ``dtype`` where one is given.
 
     Args:
-        memory: bytes that the caller takes besides.
+        memory, shared: bytes that the caller takes besides.
 
     Raises:
         Skip: there is not so much.
     """
-    place.need(memory=nbytes + memory, shared=2 * nbytes, disk=nbytes)
+    place.need(memory=nbytes + memory, shared=2 * nbytes + shared, disk=nbytes)
     path = place.save("staging.safetensors", nbytes, tensors)
     with Checkpoint(path) as checkpoint:
         layout = checkpoint.layout
@@ -69,11 +74,17 @@ def slot_for(place: Place, nbytes: int, tensors: int, *, dtype: str = "", memory
         segment.close()
 
 
-def shared_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors in shared memory as torch has them, their pages there."""
-    shared = {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
-    for tensor in shared.values():
-        tensor.share_memory_()  # type: ignore[no-untyped-call]
+def shared_tensors(place: Place, path: Path) -> dict[str, torch.Tensor]:
+    """Tensors in shared memory, as ``share_memory_`` makes them, their pages there; in the place, not in /dev/shm."""
+    tensors = load_file(path)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    with open(place.runtime / "shared", "w+b") as file:
+        reserve(file.fileno(), nbytes)
+        mapped = mmap.mmap(file.fileno(), nbytes)
+    shared, at = {}, 0
+    for name, tensor in tensors.items():
+        whole = torch.frombuffer(mapped, dtype=tensor.dtype, count=tensor.numel(), offset=at)
+        shared[name], at = whole.view(tensor.shape).zero_(), at + tensor.nbytes
     return shared
 
 
@@ -84,13 +95,13 @@ def load_and_copy(path: Path, shared: dict[str, torch.Tensor]) -> None:
 
 def usual_size(place: Place, case: Case) -> Iterator[Result]:
     size = place.settings.size
-    with slot_for(place, size, place.settings.tensors, memory=2 * size) as slot:
+    with slot_for(place, size, place.settings.tensors, memory=size, shared=size) as slot:
         yield from _warm(place, case, slot, Aim(">=", 0.92), Aim(">=", 1.4))
 
 
 def many_tensors(place: Place, case: Case) -> Iterator[Result]:
     size = 2000 * 4096
-    with slot_for(place, size, 2000, memory=2 * size) as slot:
+    with slot_for(place, size, 2000, memory=size, shared=size) as slot:
         yield from _warm(place, case, slot, None, Aim(">=", 8))
 
 
@@ -98,12 +109,12 @@ def large_size(place: Place, case: Case) -> Iterator[Result]:
     """More than the processor's caches hold: from the page cache, then from the disk."""
     quick, size = place.settings.quick, place.settings.size
     nbytes = min(size, 64 * MIB) if quick else max(size, GIB)
-    cold = replace(case, title="staging, cold file")
-    with slot_for(place, nbytes, place.settings.tensors, memory=2 * nbytes) as slot:
+    warm, cold = (replace(case, title=f"staging {shown(nbytes)}, {how} file") for how in ("warm", "cold"))
+    with slot_for(place, nbytes, place.settings.tensors, memory=nbytes, shared=nbytes) as slot:
         if quick:
             yield case.result("", skipped="--quick leaves out what takes a GiB")
         else:
-            yield from _warm(place, case, slot, Aim(">=", 0.92), Aim(">=", 1.0))
+            yield from _warm(place, warm, slot, Aim(">=", 0.92), Aim(">=", 1.0))
         try:
             yield from _cold(place, cold, slot)
         except Skip as exc:
@@ -117,7 +128,7 @@ def _warm(place: Place, case: Case, slot: Slot, copy: Aim | None, load: Aim) -> 
         source, target = np.ones(nbytes, "u1"), np.frombuffer(slot.weights, "u1", nbytes)
         beside = Beside("memory copy, 1 thread", timed(partial(np.copyto, target, source)), (copy,))
         yield from case.compare(place, timed(slot.stage), beside, nbytes=nbytes, rounds=Rounds(20))
-    shared = shared_tensors(slot.path)
+    shared = shared_tensors(place, slot.path)
     beside = Beside("load_file and copy_", timed(lambda: load_and_copy(slot.path, shared)), (load,))
     yield from case.compare(place, timed(slot.stage), beside, nbytes=nbytes, rounds=Rounds(20))
 
@@ -125,7 +136,7 @@ def _warm(place: Place, case: Case, slot: Slot, copy: Aim | None, load: Aim) -> 
 def _cold(place: Place, case: Case, slot: Slot) -> Iterator[Result]:
     """A file that is on the disk alone; dd reads past the page cache, the others through it."""
     drop_cache(slot.path)
-    shared = shared_tensors(slot.path)
+    shared = shared_tensors(place, slot.path)
 
     def dropped(work: Callable[[], object]) -> Timed:
         def run() -> float:
@@ -136,7 +147,7 @@ def _cold(place: Place, case: Case, slot: Slot) -> Iterator[Result]:
 
     dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", f"bs={_CHUNK}"]
     besides = [
-        Beside("dd, direct I/O", _dd(dd), (Aim(">=", 0.9),), "dd cannot read there directly"),
+        _dd(dd),
         Beside("load_file and copy_", dropped(lambda: load_and_copy(slot.path, shared)), (Aim(">=", 1.0),)),
         _streamer(slot.path, shared, dropped),
     ]
@@ -166,20 +177,23 @@ def drop_cache(path: Path) -> None:
     raise Skip(f"the page cache of {path.parent} cannot be dropped; --dir names a disk")
 
 
-def _dd(command: list[str]) -> Timed | None:
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def _dd(command: list[str]) -> Beside:
+    name, aims = "dd, direct I/O", (Aim(">=", 0.9),)
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     try:
         works = subprocess.run(command, **quiet).returncode == 0
     except FileNotFoundError:
-        return None
-    return timed(partial(subprocess.run, command, **quiet)) if works else None
+        return Beside(name, None, aims, "there is no dd")
+    work = timed(partial(subprocess.run, command, **quiet)) if works else None
+    return Beside(name, work, aims, "dd cannot read there directly")
 
 
 def _streamer(path: Path, shared: dict[str, torch.Tensor], dropped: Callable[[Callable[[], object]], Timed]) -> Beside:
     name, aims = "runai-model-streamer", (Aim(">=", 1.0),)
     os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")
     try:
-        from runai_model_streamer import SafetensorsStreamer
+        with uninterrupted():
+            from runai_model_streamer import SafetensorsStreamer
     except ImportError:
         return Beside(name, None, aims, "runai-model-streamer is not installed")
 
@@ -211,7 +225,7 @@ def finite(place: Place, case: Case) -> Iterator[Result]:
     with slot_for(place, place.settings.size, place.settings.tensors) as slot:
         nbytes = slot.layout.nbytes
         slot.stage()
-        regions, words = float_regions(slot.layout), np.frombuffer(slot.weights, "u8", nbytes // 8)
+        regions, words = float_regions(slot.layout), np.frombuffer(slot.weights, "u4", nbytes // 4)
         check = timed(lambda: all_finite(slot.weights, regions, ((0, nbytes),)))
         alone = Beside("one read of the memory", timed(words.max))
         yield from case.compare(place, check, alone, nbytes=nbytes, rounds=Rounds(20))

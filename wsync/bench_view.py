@@ -68,7 +68,8 @@ def ratio(value: float) -> str:
 def aim(wanted: Aim, unit: str) -> str:
     if wanted.of == "ratio":
         return f"{wanted.sense} {ratio(wanted.bound)}"
-    return f"{wanted.sense} {amount(wanted.bound, unit)}"
+    known = unit in ("s", "B/s", "B", "share", "exponent")  # what is counted stands beside it already
+    return f"{wanted.sense} {amount(wanted.bound, unit if known else '').strip()}"
 
 
 def verdict(met: bool) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .options import JsonOption, RuntimeOption
+from .options import JsonOption
 
 bench_command = typer.Typer()
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,26 +54,39 @@ def bench(
         ),
     ] = None,
     as_json: JsonOption = False,
-    runtime_dir: RuntimeOption = None,
+    runtime_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--runtime-dir",
+            envvar="WSYNC_RUNTIME_DIR",
+            help="Where segments are made meanwhile: shared memory. (default: /dev/shm)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """What this box can do, beside the machine's limit and the usual ways; takes a minute or two.
 
     Everything is measured in private directories, which are removed, and against nothing that runs. Leave the box alone
-    meanwhile. Ratios are wsync by the other: of times less is better, of speeds more. Exits with 0 whatever they are.
+    meanwhile. Ratios are wsync by the other: of times less is better, of speeds more. Exits with 0 whatever they are,
+    with 1 where a case failed.
     """
-    from .bench import Settings, parse_size, run
+    from .bench import Settings, chosen, parse_size, run, uninterrupted
     from .bench_view import as_json as view_json
     from .bench_view import box, headline, print_results
 
-    for number in _ENDING:
-        signal.signal(number, _end)
     settings = Settings(parse_size(size), tensors, readers, quick, tuple(only or ()), growth, directory, runtime_dir)
     if plot and (plot.is_dir() or not plot.absolute().parent.is_dir()):
-        raise UsageError(f"{plot} cannot be written: its directory is not there. Name another file with --plot.")
+        why = "it is a directory" if plot.is_dir() else "its directory is not there"
+        raise UsageError(f"{plot} cannot be written: {why}. Name another file with --plot.")
     about = box()
     say = (lambda title: print(f"measuring: {title}", file=sys.stderr)) if sys.stderr.isatty() else (lambda _: None)
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+            signal.signal(number, _end)
     try:
-        results = list(run(settings, say))
+        with uninterrupted():
+            wanted = chosen(settings)
+        results = list(run(wanted, settings, say))
     except KeyboardInterrupt:
         print("wsync: stopped; what was measured is thrown away, and nothing is left behind.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -85,3 +98,5 @@ def bench(
         from .bench_svg import write_svg
 
         write_svg(plot, headline(settings, about), results)
+    if any(result.failed for result in results):
+        raise typer.Exit(1)

@@ -28,9 +28,9 @@ from functools import cached_property
 from mmap import PAGESIZE
 
 from . import memory
-from .memory import address_of, file_system, give_read_lease_back, populate, take_read_lease, unmap
+from .memory import TMPFS, address_of, file_system, give_read_lease_back, populate, take_read_lease, unmap
 
-_LOCAL = {0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010}  # ext, xfs, btrfs, tmpfs, f2fs: linux/magic.h
+_LOCAL = {0xEF53, 0x58465342, 0x9123683E, TMPFS, 0xF2F52010}  # ext, xfs, btrfs, tmpfs, f2fs: linux/magic.h
 _EXPORTS = "/proc/fs/nfsd/exports"  # there where a server for NFS runs
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from .errors import OutOfSharedMemory, UsageError
 
 PAGE = 4096
+TMPFS = 0x01021994  # linux/magic.h
 alone = False
 """Whether no other code than wsync's own runs in this process, none that could open a file while a lease on it is held:
 the command line says so."""
