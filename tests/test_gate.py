@@ -24,10 +24,11 @@ from wsync import SharedMemoryWeightUpdater, command, gate
 from wsync.errors import GateRejected, RetryLater, SpecError, UsageError
 from wsync.hooks import VARIABLES, Hooks
 from wsync.layout import layout_of
+from wsync.outcome import Outcome
 from wsync.publisher import Staged
 from wsync.segment import Segment
 from wsync.spec import load_spec
-from wsync.syncer import Outcome, Syncer
+from wsync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 OPTIONS = {f"WSYNC_{name.upper()}" for name in Hooks.__dataclass_fields__}

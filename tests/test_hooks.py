@@ -27,9 +27,10 @@ from wsync.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.hook_runner import Hook, News, request
 from wsync.hooks import VARIABLES, Hooks
+from wsync.outcome import Outcome
 from wsync.segment import Segment
 from wsync.spec import load_spec
-from wsync.syncer import Outcome, Syncer
+from wsync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 

@@ -21,10 +21,11 @@ from wsync.checkpoint import Checkpoint
 from wsync.errors import OutOfSharedMemory, SegmentBusy, WsyncError
 from wsync.layout import Layout, layout_of
 from wsync.memory import PAGE
+from wsync.outcome import Outcome
 from wsync.publisher import publish
 from wsync.segment import Segment, remove
 from wsync.spec import Spec, load_spec
-from wsync.syncer import Outcome, Syncer
+from wsync.syncer import Syncer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LAYOUT = layout_of(mlp())

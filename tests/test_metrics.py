@@ -23,10 +23,11 @@ import wsync
 from wsync.errors import UsageError, WsyncError
 from wsync.layout import layout_of
 from wsync.metrics import FAMILIES, MAX_READERS, STATUSES, Figures, Metrics, reasons
+from wsync.outcome import EXIT_CODES, Outcome
 from wsync.registry import Registration
 from wsync.segment import Segment
 from wsync.spec import load_spec
-from wsync.syncer import EXIT_CODES, Outcome, Syncer
+from wsync.syncer import Syncer
 
 parser = pytest.importorskip("prometheus_client.parser")
 
@@ -298,7 +299,7 @@ def test_pushes_at_once_lose_no_count(runs: Path, spawn: Spawn) -> None:
     """Processes that add to one file at the same time each count."""
     code = (
         "import sys\nfrom wsync.exposition import TextFile\nfrom wsync.metrics import Figures\n"
-        "from wsync.syncer import Outcome\n"
+        "from wsync.outcome import Outcome\n"
         f"figures = Figures({NAME!r})\nfile = TextFile('wsync.prom', figures)\n"
         "print('ready', flush=True)\nsys.stdin.readline()\n"
         f"for _ in range(50):\n    figures.tell(Outcome('busy', {NAME!r}))\n    file.save()\n"

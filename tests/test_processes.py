@@ -24,10 +24,11 @@ from wsync import CheckpointWeightGetter
 from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import WsyncError
+from wsync.outcome import Outcome
 from wsync.segment import Segment
 from wsync.source import Candidate
 from wsync.spec import load_spec
-from wsync.syncer import Outcome, Syncer
+from wsync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 LAST = 30

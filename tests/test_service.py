@@ -27,10 +27,10 @@ from wsync.console import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.layout import layout_of
 from wsync.notify import Notifier
+from wsync.outcome import Outcome
 from wsync.segment import Segment
 from wsync.service import changes
 from wsync.spec import Spec, load_spec
-from wsync.syncer import Outcome
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 TOML = 'policy = "policies:mlp"\nname = "actor"\ncheckpoints = "runs"\n'

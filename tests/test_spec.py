@@ -16,7 +16,8 @@ from torch import nn
 
 from wsync.errors import SpecError, UsageError, WsyncError
 from wsync.layout import layout_of
-from wsync.spec import POLL, SLOTS, Spec, load_spec
+from wsync.segment_files import SLOTS
+from wsync.spec import POLL, Spec, load_spec
 
 NETS = '''
 import torch

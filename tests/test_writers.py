@@ -26,11 +26,12 @@ from wsync.checkpoint import Checkpoint
 from wsync.errors import WsyncError
 from wsync.fitting import Fit
 from wsync.layout import layout_of, named_tensors
+from wsync.outcome import Outcome
 from wsync.parts import ADAPTER, INDEX, SINGLE
 from wsync.segment import Segment
 from wsync.source import Select, scan
 from wsync.spec import Spec
-from wsync.syncer import Outcome, Syncer
+from wsync.syncer import Syncer
 
 HIDDEN = 50_000  # units: 1.4 MB of weights, so that a copy takes a while
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .errors import UsageError, WsyncError
 from .metrics import BUCKETS, FAMILIES, HEALTHY, Counted, Figures
-from .syncer import Outcome
+from .outcome import Outcome
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest

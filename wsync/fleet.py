@@ -41,7 +41,6 @@ from .delivery import Live, Received, Sent, Turn, judge, look_on
 from .errors import (
     CheckpointMismatch,
     CheckpointRejected,
-    Difference,
     GroupBroken,
     SegmentBusy,
     Stopped,
@@ -178,7 +177,7 @@ class FleetSyncer(Syncer):
             self._last = (version, identity)
         known = self._badge is not None and live is not None and self._badge.came_from_group(live)
         ours = live is None or known or (self._settled and self._declined is None)
-        held = pin is not None and live is not None and _is_live(pin, live)
+        held = pin is not None and live is not None and pin.holds(live)
         return Report(version, identity, *self._last, ours, pin.name if pin else "", held, self._declined, mood)
 
     def _wear(self, segment: Segment) -> None:
@@ -286,7 +285,7 @@ class FleetSyncer(Syncer):
         return replace(outcome, casts=self._new_casts(checkpoint))
 
     def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
-        if live and _is_live(pin, live):
+        if live and pin.holds(live):
             return self._pinned_outcome(pin, live, started)
         checkpoint, fit = self.group.busy(lambda: self.record.reopen(pin, self.spec.weights))
         with checkpoint:
@@ -323,7 +322,7 @@ class FleetSyncer(Syncer):
                 raise
             except WsyncError:  # the leader tells what comes of it
                 pass
-        said = _outcome_of(told["outcome"])
+        said = Outcome.from_dict(told["outcome"])
         rejected = [each for each in (said, *said.passed_over) if each.status == "rejected" and not each.known]
         told_of = self.record.refusals(each.identity for each in rejected)
         for each in rejected:
@@ -420,19 +419,3 @@ class FleetSyncer(Syncer):
         names = few([self.group.names[each] for each in sorted(change.takers)])
         self.group.note("info", "group", f"version {change.version} of {self.group.names[provider]} went to {names}")
         return self._outcome("current", live, started, step=live.step if live else None)
-
-
-def _is_live(pin: Pin, live: Publication) -> bool:
-    return live.identity == pin.identity and bool(pin.identity or live.version == pin.version)
-
-
-def _outcome_of(told: dict[str, Any]) -> Outcome:
-    """An outcome as another box told it."""
-    return Outcome(
-        **{
-            **told,
-            "differences": tuple(Difference(**row) for row in told["differences"]),
-            "passed_over": tuple(_outcome_of(each) for each in told["passed_over"]),
-            "casts": tuple(told["casts"]),
-        }
-    )

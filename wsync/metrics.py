@@ -19,7 +19,7 @@ from .errors import CheckpointRejected, SpecError, WsyncError
 from .segment import Segment
 
 if TYPE_CHECKING:
-    from .syncer import Outcome
+    from .outcome import Outcome
 
 STATUSES = ("published", "current", "pinned", "rejected", "empty", "busy", "failed")
 HEALTHY = ("published", "current", "pinned")

@@ -12,7 +12,7 @@ from .endpoint import Endpoint
 from .errors import WsyncError
 from .exposition import TextFile
 from .metrics import Figures, Metrics
-from .syncer import Outcome
+from .outcome import Outcome
 
 
 class Monitor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import (
     BeingWritten,
@@ -71,6 +72,18 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.status]
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Outcome:
+        """What ``asdict`` made of one."""
+        return cls(
+            **{
+                **told,
+                "differences": tuple(Difference(**row) for row in told["differences"]),
+                "passed_over": tuple(cls.from_dict(each) for each in told["passed_over"]),
+                "casts": tuple(told["casts"]),
+            }
+        )
 
 
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:

@@ -129,9 +129,6 @@ class RemotePath:
     def is_dir(self) -> bool:
         return self.exists() and stat.S_ISDIR(self.stat().st_mode)
 
-    def is_file(self) -> bool:
-        return self.stored() is not None
-
     def has(self, path: str) -> bool:
         """Whether the listing has an object at this path, in full."""
         return path.removeprefix(f"{self.store}/") in self._listing().objects

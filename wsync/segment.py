@@ -61,6 +61,7 @@ from .segment_files import (
     METADATA_END,
     NO_SLOT,
     REMOVED,
+    SLOTS,
     WORD_OFFSET,
     About,
     Publication,
@@ -138,7 +139,7 @@ class Segment:
         layout: Layout,
         runtime: str | os.PathLike[str] | None = None,
         *,
-        slots: int = 3,
+        slots: int = SLOTS,
         spec: str = "",
         access: Access = Access(),  # noqa: B008  (frozen)
     ) -> Segment:
@@ -162,15 +163,18 @@ class Segment:
             sweep(base)
             make(path, layout, slots, spec, access)
         segment = cls(name, path, write=True)
-        if segment.layout.digest != layout.digest:
-            differences = layout.differences(segment.layout)
+        try:
+            if segment.layout.digest != layout.digest:
+                differences = layout.differences(segment.layout)
+                raise LayoutDiffers(
+                    f"segment {name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
+                    f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
+                    differences,
+                )
+            segment.share(access)
+        except BaseException:
             segment.close()
-            raise LayoutDiffers(
-                f"segment {name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
-                f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
-                differences,
-            )
-        segment.share(access)
+            raise
         return segment
 
     def share(self, access: Access) -> None:
@@ -311,12 +315,13 @@ class Segment:
                 fd = self._open_slot(word & 0xFF, os.O_RDONLY)
             except FileNotFoundError:  # the segment is being removed
                 return None
+            lease = Lease(word >> 8, word & 0xFF, word, fd)  # before the lock is had: an interrupt leaves none behind
             if (
                 try_lock(fd, shared=True)  # R2 lease
                 and self.word == word  # R3 recheck
             ):
-                return Lease(word >> 8, word & 0xFF, word, fd)
-            shut(fd)
+                return lease
+            lease.release()
         return None
 
     # --- the publisher's steps

@@ -26,6 +26,7 @@ WORD_OFFSET = 64  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
+SLOTS = 3
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 _END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 _TEXT = rb'"[ !#-\[\]-~]*"'

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import SpecError, WsyncError
 from .notify import Notifier
+from .outcome import Outcome
 from .retry import LONGEST
 from .spec import Spec
 from .state import State
-from .syncer import Outcome, Syncer
+from .syncer import Syncer
 
 if TYPE_CHECKING:
     from .group import Group

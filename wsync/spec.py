@@ -24,6 +24,7 @@ from .hooks import Hooks
 from .layout import Layout, layout_of
 from .metrics import Metrics
 from .parts import place_at, remote
+from .segment_files import MAX_SLOTS, SLOTS
 from .source import Select
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ POLL = 1.0
 REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money
 MAX_POLL = 86_400.0
 MAX_FAILURES = -1
-MAX_SLOTS = 64
 MAX_KEEP = 1000
-SLOTS = 3
 
 _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] = {
     "policy": str,

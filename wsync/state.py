@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Iterator
 
+    from .segment_files import Publication
+
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _FIELDS = ("version", "step", "checkpoint", "identity", "bytes", "seconds", "lag", "reason", "settings")
 _SCHEMA = f"""
@@ -63,6 +65,10 @@ class Pin:
     def name(self) -> str:
         """What is pinned, in words: its path, or the version of weights that came from memory."""
         return self.checkpoint or f"version {self.version}"
+
+    def holds(self, live: Publication) -> bool:
+        """Whether this is what is live."""
+        return live.identity == self.identity and bool(self.identity or live.version == self.version)
 
 
 class Event(NamedTuple):

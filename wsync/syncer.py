@@ -34,7 +34,7 @@ from .errors import (
 )
 from .fitting import Fit
 from .layout import Layout
-from .outcome import EXIT_CODES, Outcome, status_of
+from .outcome import Outcome, status_of
 from .parts import remote
 from .publisher import Gate, Source, Staged, publish, rehearse
 from .record import Record
@@ -49,8 +49,6 @@ from .weight_getter import CheckpointWeightGetter, place_of
 if TYPE_CHECKING:
     from .hook_runner import HookRunner
     from .state import Pin, State
-
-__all__ = ["EXIT_CODES", "Outcome", "Syncer"]
 
 
 class Syncer:
@@ -453,7 +451,7 @@ class Syncer:
 
     def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
         """Keeps what is pinned live, and makes it so where the segment was made anew or the operator named a file."""
-        if dry_run or (live and live.identity == pin.identity and (pin.identity or live.version == pin.version)):
+        if dry_run or (live and pin.holds(live)):
             if live and live.source and not dry_run and (segment := self.updater.opened):
                 self.record.keep(segment, live, self.spec.keep)  # for the next reboot, whatever became of its file
             return self._pinned_outcome(pin, live, started)
