@@ -401,6 +401,34 @@ def test_log_follows(push: Push, spawn: Spawn, state: State) -> None:
     assert json.loads(following.stdout.readline())["version"] == 2
 
 
+def test_log_follows_a_history_that_is_begun_anew(push: Push, spawn: Spawn, state: State) -> None:
+    """Guards a person at a screen where a broken database was removed, as the messages advise."""
+    for mark in (1, 2, 3):
+        push(mark)
+    following = spawn("-m", "wsync", "log", NAME, "--follow", "--json", "-n", "1")
+    assert following.stdout
+    assert json.loads(following.stdout.readline())["version"] == 3
+    for file in state.directory.glob(f"{NAME}.sqlite*"):
+        file.unlink()
+    push(4)
+    assert json.loads(following.stdout.readline())["version"] == 4
+
+
+def test_a_broken_history_hides_no_pin_and_undoes_nothing(push: Push, cli: Cli, state: State) -> None:
+    """What an operator asked for is done, and told so, whether or not its line can be written."""
+    for mark in (1, 2):
+        push(mark)
+    state.close()
+    for file in state.directory.glob(f"{NAME}.sqlite*"):
+        file.unlink()
+    (state.directory / f"{NAME}.sqlite").write_bytes(b"no database" * 1000)
+    pinned = cli("pin", NAME)
+    assert pinned.returncode == 0 and "is pinned" in pinned.stdout and "cannot be kept" in pinned.stderr
+    assert json.loads(cli("status", NAME, "--json").stdout)["pin"].endswith("step_2.safetensors")
+    unpinned = cli("unpin", NAME)
+    assert unpinned.returncode == 0 and "no longer pinned" in unpinned.stdout and state.pin() is None
+
+
 def test_log_follows_only_what_is_asked_for(push: Push, spawn: Spawn, state: State) -> None:
     """Guards ``--since`` with ``--follow``: where nothing is so new, what is older is not told after all."""
     push(1)

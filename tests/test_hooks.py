@@ -199,14 +199,17 @@ def test_push_runs_its_hooks_once(segment: Segment, runs: Path, cli: Cli, server
     assert (again.returncode, again.stderr, Path("ran").read_text()) == (0, "", "x")
 
 
-def test_stopped_push_ends_its_hook(segment: Segment, runs: Path, spawn: Spawn, fifo: Callable[[str], int]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_push_ends_its_hook(
+    segment: Segment, runs: Path, spawn: Spawn, fifo: Callable[[str], int], number: signal.Signals
+) -> None:
     """A push that is stopped while its command runs ends that, with all it started; the version stays live."""
     up = fifo("up")
     write(runs / "step_1.safetensors", mlp(), 1.0)
     push = spawn("-m", "wsync", "push", SPEC, "runs", "--exec", "exec > up; echo up; sleep 99")
     assert heard(up) == b"up\n"
-    signal_another_thread(push.pid, signal.SIGTERM)
-    assert push.wait(DEADLINE) == 143 and heard(up) == b"" and segment.version == 1
+    signal_another_thread(push.pid, number)
+    assert push.wait(DEADLINE) == 128 + number and heard(up) == b"" and segment.version == 1
 
 
 def test_an_interrupt_does_not_wait_for_hooks(make: MakeBox, fifo: Callable[[str], int]) -> None:

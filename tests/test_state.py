@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import sqlite3
 import stat
 import unittest.mock
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from conftest import DEADLINE, Spawn
 
-from wsync.errors import StateError
+from wsync.errors import StateError, UsageError
 from wsync.state import Pin, State, _write_ahead, state_dir
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")
@@ -78,13 +79,52 @@ def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:
 def test_old_rejections_and_events_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a record that grows for as long as the box runs."""
     monkeypatch.setattr("wsync.state._KEEP_EVENTS", 3)
+    monkeypatch.setattr("wsync.state._TRIM", 1)
     monkeypatch.setattr("wsync.state._KEEP_REJECTIONS", 2)
     with State("nets", tmp_path) as state:
         for number in range(6):
             state.record("publish", version=number)
             state.reject(str(number), "", "why")
         assert [event.version for event in state.events()] == [3, 4, 5]
+        for _ in range(6):
+            state.record("gate", version=6)
+        assert [event.version for event in state.events()] == [3, 4, 5, 6, 6, 6] and state.version() == 5
         assert len(state.rejections("")) <= 3 and "5" in state.rejections("")
+
+
+def test_what_was_accepted_is_rejected_no_more(tmp_path: Path) -> None:
+    """Guards the start after a reboot against a refusal that `--retry` has overcome; under other settings it stands."""
+    with State("nets", tmp_path) as state:
+        state.reject("1", "strict", "why")
+        state.reject("1", "lax", "why")
+        state.reject("2", "strict", "why")
+        state.record("publish", version=1, identity="1", accepted="strict")
+        assert (state.rejections("strict"), state.rejections("lax")) == ({"2": "why"}, {"1": "why"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "1"}, {"checkpoint": None}, {"since": "now"}, {"more": 1}, {"step": []}]
+)
+def test_what_is_no_pin_is_told(change: dict[str, object], tmp_path: Path) -> None:
+    """Guards what the operator holds, and against a traceback: a pin that cannot be read is an error, and no pin."""
+    state = State("nets", tmp_path)
+    state.set_pin(PIN)
+    (tmp_path / "nets.pin").write_text(json.dumps({**asdict(PIN), **change}))
+    with pytest.raises(StateError, match="unpin"):
+        state.pin()
+    (tmp_path / "nets.pin").write_text("[" * 100_000)
+    with pytest.raises(StateError, match="unpin"):
+        state.pin()
+
+
+def test_who_has_no_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a container's user, whom no file of the system knows, against a traceback."""
+    for name in ("WSYNC_STATE_DIR", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UsageError, match="--state-dir"):
+        state_dir()
 
 
 def test_a_pin_is_there_until_it_is_taken_away(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from .options import (
     SlotsOption,
     SpecArgument,
     StateOption,
+    check_format,
     names,
     read_spec,
     with_settings,
@@ -93,7 +94,9 @@ def push(
     from .syncer import Syncer
 
     loaded = read_spec(spec, name, settings, slots=slots, keep=keep)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a gate or hook ends with us
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
     try:
         state = State(loaded.name, state_dir)
@@ -158,8 +161,7 @@ def watch(
     from .console import WatchLog, default_format
     from .service import Service
 
-    if log_format not in (None, "rich", "plain", "json"):
-        raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
+    check_format(log_format)
     toml = spec if os.path.isfile(spec) else None
     given = {"slots": slots, "keep": keep, "poll": poll, "max_failures": max_failures}
     load = lambda: read_spec(spec, name, settings, checkpoints, **given)  # noqa: E731

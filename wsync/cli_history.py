@@ -24,6 +24,7 @@ from .options import (
     SlotsOption,
     SpecArgument,
     StateOption,
+    check_format,
     read_spec,
     with_settings,
 )
@@ -35,7 +36,7 @@ history = typer.Typer()
 def log(
     name: NameArgument,
     number: Annotated[
-        int, typer.Option("-n", "--number", envvar="WSYNC_NUMBER", min=1, help="Events, the last ones.")
+        int, typer.Option("-n", "--number", envvar="WSYNC_NUMBER", min=1, max=1_000_000, help="Events, the last ones.")
     ] = 20,
     since: Annotated[
         str | None,
@@ -95,7 +96,7 @@ def rollback(
 ) -> None:
     """Put an earlier version live again, as a new version, and pin it until `wsync unpin`.
 
-    It is what it was: no gate is asked, no hook runs.
+    It is what it was: no gate is asked, and no hook runs.
     """
     from .access import check_name
     from .rollback import rollback as go_back
@@ -122,7 +123,10 @@ def pin(
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
 ) -> None:
-    """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on."""
+    """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on.
+
+    Who pins has looked: its values are checked, and no gate is asked.
+    """
     from .access import check_name
     from .rollback import pin_checkpoint
     from .state import State
@@ -169,6 +173,7 @@ def config(
     from .state import state_dir as state_place
     from .tables import print_config
 
+    check_format(log_format)
     loaded = read_spec(spec, name, settings, poll=poll, max_failures=max_failures, slots=slots, keep=keep)
     words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}
     sources = {name: context.get_parameter_source(name) for name in context.params}

@@ -48,8 +48,11 @@ def moment(text: str) -> float:
 
 
 def follow_events(state: State, after: int) -> Iterator[Event]:
-    """Events as they come, until interrupted."""
+    """Events as they come, until interrupted; all of a history that was begun anew."""
     while True:
+        last = state.events(limit=1)
+        if not last or last[-1].id < after:
+            after = 0
         for event in state.events(after=after):
             after = event.id
             yield event

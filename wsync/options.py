@@ -238,3 +238,9 @@ def _value(name: str, value: Any) -> Any:
             raise UsageError(f"--rename {pair!r} is no OLD=NEW. Write the old name, =, and the new one.")
         table[old] = new
     return table
+
+
+def check_format(log_format: str | None) -> None:
+    """Raises UsageError where this is no form of a watch's log."""
+    if log_format not in (None, "rich", "plain", "json"):
+        raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")

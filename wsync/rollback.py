@@ -6,6 +6,7 @@ the file that it came from, if that was not changed since.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .segment import Segment
 from .segment_files import Publication
 from .state import Event, Pin, State
 
+_log = logging.getLogger("wsync")
 _PATIENCE = 3.0  # seconds that another publisher may hold the segment
 _LOOK = 0.05
 
@@ -83,6 +85,21 @@ def _publishing(segment: Segment) -> Iterator[None]:
 
 
 def _note(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
+    """It is live, whatever becomes of its line in the history."""
+    with _told():
+        _record(state, publication, pin, nbytes)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is done is done: a history that cannot be written is told of, and is no failure."""
+    try:
+        yield
+    except StateError as exc:
+        _log.warning("%s", exc)
+
+
+def _record(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
     event = next((e for e in reversed(state.events(kinds=("publish",))) if e.identity == publication.identity), None)
     state.record(
         "rollback",
@@ -184,7 +201,10 @@ def pin_checkpoint(
             version = live.version if live and live.identity == opened.identity else 0
             pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
     state.set_pin(pin)
-    state.record("pin", version=pin.version or None, step=pin.step, checkpoint=pin.checkpoint, identity=pin.identity)
+    with _told():
+        state.record(
+            "pin", version=pin.version or None, step=pin.step, checkpoint=pin.checkpoint, identity=pin.identity
+        )
     return pin, live is not None and live.identity == pin.identity
 
 
@@ -200,7 +220,8 @@ def unpin(state: State) -> Pin | None:
         pin = None
     state.set_pin(None)
     if pin:
-        state.record("unpin", version=pin.version or None, checkpoint=pin.checkpoint)
+        with _told():
+            state.record("unpin", version=pin.version or None, checkpoint=pin.checkpoint)
     return pin
 
 

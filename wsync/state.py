@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import StateError
+from .errors import StateError, UsageError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -36,7 +36,9 @@ CREATE TABLE IF NOT EXISTS rejections (
     identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (identity, settings));
 """
-_KEEP_EVENTS = 100_000  # about 30 MB; a publish a minute for two months
+_PUBLISHED = "kind IN ('publish', 'rollback')"
+_KEEP_EVENTS = 100_000  # of what went live, and as many of all else; 30 MB each, at one a minute in two months
+_TRIM = 100  # events, of which one looks whether there are too many
 _KEEP_REJECTIONS = 1_000
 _PATIENCE = 10.0  # seconds that another process may be at work on the database
 
@@ -70,6 +72,20 @@ class Pin:
         """Whether this is what is live."""
         return live.identity == self.identity and bool(self.identity or live.version == self.version)
 
+    @classmethod
+    def from_json(cls, text: bytes) -> Pin:
+        """Raises ValueError or TypeError where this is no pin."""
+        try:
+            pin = cls(**json.loads(text))
+        except RecursionError as exc:
+            raise ValueError("it is nested too deeply") from exc
+        numbers = (pin.version, pin.since, 0 if pin.step is None else pin.step)
+        if not all(isinstance(text, str) for text in (pin.checkpoint, pin.identity, pin.reason)) or not all(
+            isinstance(number, kind) for number, kind in zip(numbers, (int, int | float, int), strict=True)
+        ):
+            raise TypeError("a value is of another type")
+        return pin
+
 
 class Event(NamedTuple):
     """One line of the history.
@@ -102,12 +118,22 @@ def _text(value: Any) -> Any:
 
 
 def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
-    """``path``, else ``WSYNC_STATE_DIR``, else ``/var/lib/wsync`` for root, else ``$XDG_STATE_HOME/wsync``."""
+    """``path``, else ``WSYNC_STATE_DIR``, else ``/var/lib/wsync`` for root, else ``$XDG_STATE_HOME/wsync``.
+
+    Raises:
+        UsageError: none of these is set, and this user has no home directory.
+    """
     chosen = path or os.environ.get("WSYNC_STATE_DIR")
     if not chosen:
         if os.geteuid() == 0:
             return Path("/var/lib/wsync")
-        chosen = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wsync"
+        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        if home.startswith("~"):
+            raise UsageError(
+                "this user has no home directory in which history and pins could be kept. Name a place with "
+                "--state-dir, or WSYNC_STATE_DIR."
+            )
+        chosen = Path(home) / "wsync"
     return Path(chosen).absolute()
 
 
@@ -152,7 +178,7 @@ class State:
             StateError: it cannot be read; taking it for none would let go what the operator holds.
         """
         try:
-            return Pin(**json.loads(self._pin_file.read_bytes()))
+            return Pin.from_json(self._pin_file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as exc:
@@ -186,8 +212,11 @@ class State:
 
     # --- the history
 
-    def record(self, kind: str, **fields: Any) -> None:
+    def record(self, kind: str, *, accepted: str | None = None, **fields: Any) -> None:
         """Adds an event; see ``Event`` for its fields.
+
+        Args:
+            accepted: under these settings this checkpoint is rejected no more.
 
         Raises:
             StateError: it cannot be written.
@@ -195,11 +224,19 @@ class State:
         columns = [name for name in _FIELDS if fields.get(name) is not None]
         marks = ", ".join("?" * (len(columns) + 2))
         with self._database() as database:
-            database.execute(
+            added = database.execute(
                 f"INSERT INTO events ({', '.join(['at', 'kind', *columns])}) VALUES ({marks})",
                 (time.time(), kind, *(_text(fields[name]) for name in columns)),
-            )
-            database.execute("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", (_KEEP_EVENTS,))
+            ).lastrowid
+            assert added
+            if not added % _TRIM:  # what fails again and again pushes nothing out that a rollback needs
+                database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - _KEEP_EVENTS,))
+                last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"
+                database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (_KEEP_EVENTS,))
+            if accepted is not None:
+                database.execute(
+                    "DELETE FROM rejections WHERE identity = ? AND settings = ?", (fields.get("identity"), accepted)
+                )
 
     def events(
         self, *, kinds: Iterable[str] = (), since: float = 0.0, after: int = 0, limit: int | None = None
@@ -227,7 +264,7 @@ class State:
         if not self._file.exists():
             return 0
         with self._database() as database:
-            row = database.execute("SELECT max(version) FROM events WHERE kind IN ('publish', 'rollback')").fetchone()
+            row = database.execute(f"SELECT max(version) FROM events WHERE {_PUBLISHED}").fetchone()
         return row[0] or 0
 
     # --- what was rejected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -70,6 +71,7 @@ class Status:
         from .tables import status_view, stdout_console
 
         console = stdout_console()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cursor is shown again
         with suppress(KeyboardInterrupt), ExitStack() as stack:
             view = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
             while True:
@@ -104,13 +106,16 @@ class Status:
     def _pin_and_failure(self, segment: Segment) -> tuple[str | None, Event | None]:
         """What is pinned, and the last failure where nothing was published since."""
         live = segment.live()
+        pin, failures = None, list[Event]()
         with State(segment.name, self._state) as state:
             try:
                 pin = state.pin()
+            except StateError as exc:
+                complain(exc)
+            try:
                 failures = state.events(kinds=("failure", "reject"), limit=1)
             except StateError as exc:
                 complain(exc)
-                return None, None
         failure = failures[-1] if failures and (live is None or failures[-1].at > live.published_at) else None
         return pin.name if pin else None, failure
 
