@@ -329,6 +329,48 @@ def test_a_base_that_cannot_be_used_does_not_refuse_the_adapter(tmp_path: Path) 
         assert not isinstance(caught.value, CheckpointRejected)
 
 
+@pytest.mark.parametrize("fault", ["shape", "names", "NaN", "NaN elsewhere", "NaN, cast", "tied apart", "lacks"])
+def test_a_fault_of_the_base_is_not_the_adapters(fault: str, runtime: Path, tmp_path: Path) -> None:
+    """Guards that a base that does not fit, or is not finite, is named itself, and that its mend is enough."""
+    from safetensors.torch import save_file
+
+    base, adapter = saved(trained(), tmp_path)
+    net = Net()
+    if fault == "tied apart":
+        net.again = net.last
+    right = {name: tensor.double() if "cast" in fault else tensor for name, tensor in net.state_dict().items()}
+    wrong = {name: tensor.clone() for name, tensor in right.items()}
+    if fault == "shape":
+        wrong["first.weight"] = torch.ones(5, 3)
+    elif fault == "names":
+        wrong = {f"model.{name}": tensor for name, tensor in wrong.items()}
+    elif fault == "tied apart":
+        wrong["again.weight"] += 1
+    elif fault == "lacks":
+        del wrong["first.weight"]
+    else:
+        wrong["last.weight" if "elsewhere" in fault else "first.weight"][0, 0] = float("nan")
+    save_file(wrong, base)
+    wsync.SharedMemoryWeightUpdater("net", policy=net).make_segment()
+    fit = Fit(base=str(base), cast="cast" in fault, strict=fault != "lacks")
+    (tmp_path / "runs").mkdir()
+    if fault == "lacks":
+        save_file(right, tmp_path / "runs" / "step_1.safetensors")
+    spec = Spec("nets:Net", "net", tmp_path, weights=fit, select=Select(order="step", settle=0.01))
+    with Syncer(spec, tmp_path / "runs") as syncer:
+        syncer._check_layout = lambda *_: None  # type: ignore[method-assign]  # the policy is this test's own class
+        before = syncer.once().version if fault == "lacks" else 0
+        adapter.rename(tmp_path / "runs" / adapter.name)
+        for _ in range(2):
+            outcome = syncer.once()
+            assert (outcome.status, outcome.version) == ("failed", before)
+            assert f"base of the adapter {tmp_path / 'runs' / adapter.name}" in (outcome.reason or "")
+            assert str(base) in (outcome.reason or "") and outcome.differences
+        save_file({name: tensor.clone() for name, tensor in right.items()}, base)
+        outcome = syncer.once()
+        assert (outcome.status, outcome.step) == ("published", 5), outcome.reason
+
+
 def test_an_adapter_of_another_net_is_refused(tmp_path: Path) -> None:
     """Guards shapes and names: nothing is broadcast, nothing is passed over."""
     base, adapter = saved(trained(), tmp_path)
@@ -349,5 +391,5 @@ def test_a_merge_that_is_not_finite_is_refused(tmp_path: Path) -> None:
             if "lora" in name:
                 parameter.fill_(1e30)
     base, adapter = saved(model, tmp_path)
-    with pytest.raises(NonFiniteWeights, match="NaN or infinity"):
+    with pytest.raises(NonFiniteWeights, match=r"adapter-5 holds NaN or infinity"):
         staged(adapter, Fit(base=str(base)))

@@ -18,6 +18,7 @@ from typing import Any
 
 from .casting import convert
 from .errors import CheckpointMismatch, Difference, IncompleteCheckpoint, MalformedCheckpoint
+from .finite import all_finite
 from .fitting import FLOATS, Fit
 from .header import StoredTensor
 from .layout import Layout, TensorEntry, describe
@@ -76,6 +77,11 @@ class Merge:
     deltas: list[Delta]
     replaced: list[tuple[StoredTensor, TensorEntry]]
     casts: tuple[tuple[StoredTensor, TensorEntry], ...]
+
+    @property
+    def names(self) -> set[str]:
+        """Of the weights to which it adds, or which it replaces."""
+        return {delta.entry.name for delta in self.deltas} | {entry.name for _, entry in (*self.replaced, *self.casts)}
 
 
 def deltas(tensors: Mapping[str, StoredTensor], config: Config, layout: Layout, settings: Fit, path: Path) -> Merge:
@@ -193,17 +199,19 @@ def _expression(key: str) -> re.Pattern[str]:
         raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc
 
 
-def add(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> None:
-    """Adds a delta to its weight in place; ``a`` and ``b`` are the bytes of its halves."""
+def add(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> bool:
+    """Adds a delta to its weight in place, and tells whether that was finite; ``a`` and ``b`` are its halves' bytes."""
     import numpy as np
 
     entry = delta.entry
     part = slice(entry.offset, entry.offset + entry.nbytes)
+    finite = all_finite(weights[part], ((0, entry.nbytes, entry.dtype),), ((0, entry.nbytes),))
     weight = np.frombuffer(convert(weights[part], entry.dtype, "F32"), "f4").reshape(entry.shape)
     with np.errstate(all="ignore"):  # what overflows is found by the finite check
         product = (_single(b, delta.b) @ _single(a, delta.a)) * np.float32(delta.scale)
         summed = np.ascontiguousarray(weight + (product.T if delta.transposed else product), "f4")
     weights[part] = convert(memoryview(summed.reshape(-1).view("u1").data), "F32", entry.dtype)
+    return finite
 
 
 def _single(data: memoryview, tensor: StoredTensor) -> Any:

@@ -26,6 +26,8 @@ from .errors import (
     IncompleteCheckpoint,
     NoCheckpoint,
     NonFiniteWeights,
+    UnusableBase,
+    WithDifferences,
 )
 from .finite import Region, all_finite, float_regions, not_finite
 from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
@@ -77,6 +79,7 @@ class Checkpoint:
         self._base: Checkpoint | None = None  # of an adapter that is merged
         self._base_plan: Plan | None = None
         self._deltas: list[Delta] = []
+        self._own: set[str] = set()  # what an adapter adds to or replaces
         self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
@@ -181,13 +184,22 @@ class Checkpoint:
                 f"the base of the adapter {self.path}, {self._base.path}, is an adapter itself. Name the weights that "
                 "both were trained on."
             )
-        self._base_plan = self._base.plan(layout, settings)
+        try:
+            self._base_plan = self._base.plan(layout, settings)
+        except CheckpointMismatch as exc:
+            raise self._unusable(exc) from exc
         try:
             config = read_config(self.parts)
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
         merge = deltas(self.tensors, config, layout, settings, self.path)
+        kept = {entry.name: entry for entry in self._base_plan.kept}
+        if lacking := [kept[delta.entry.name] for delta in merge.deltas if delta.entry.name in kept]:
+            rows = tuple(Difference(entry.name, entry.describe(), "absent") for entry in lacking)
+            held = f"{self._base.path} lacks {len(rows)} of the weights that the adapter adds to."
+            raise self._unusable(WithDifferences(held, rows))
         self._deltas, self.casts = merge.deltas, (*self._base_plan.casts, *merge.casts)
+        self._own = merge.names
         return Plan(layout, reads_of(merge.replaced), merge.casts, kept=self._base_plan.kept)
 
     def read_into(
@@ -215,7 +227,7 @@ class Checkpoint:
         clean = True
         try:
             if self._base and self._base_plan:
-                self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
+                self._read_base(self._base, weights, self._base_plan, progress)
             for read, finite_too in self._staged(weights, plan.reads, regions):
                 clean = clean and finite_too
                 if progress:
@@ -224,10 +236,7 @@ class Checkpoint:
                 clean = clean and finite_too
                 if progress:
                     progress(piece.becomes)
-            if self._deltas:
-                from .adapter import add
-            for delta in self._deltas:
-                add(weights, delta, self._whole(delta.a), self._whole(delta.b))
+            odd = self._add(weights)
             if self._base:
                 clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
             for twin, entry in plan.twins:
@@ -236,7 +245,36 @@ class Checkpoint:
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
         if not clean:
-            raise self._non_finite(weights, plan.layout)
+            raise self._non_finite(weights, plan, odd)
+
+    def _read_base(
+        self, base: Checkpoint, weights: memoryview, plan: Plan, progress: Callable[[int], None] | None
+    ) -> None:
+        try:
+            base.read_into(weights, plan, finite=False, progress=progress)
+        except CheckpointChanged:
+            raise
+        except CheckpointMismatch as exc:
+            raise self._unusable(exc) from exc
+        except CheckpointError as exc:
+            raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {exc}") from exc
+
+    def _add(self, weights: memoryview) -> set[str]:
+        """Adds what an adapter adds; gives the names of those of its weights that were not finite before."""
+        if self._deltas:
+            from .adapter import add
+        return {
+            delta.entry.name
+            for delta in self._deltas
+            if not add(weights, delta, self._whole(delta.a), self._whole(delta.b))
+        }
+
+    def _unusable(self, exc: WithDifferences) -> UnusableBase:
+        return UnusableBase(
+            f"the base of the adapter {self.path} cannot be used: {exc.message} The adapter is tried again at the next "
+            "pass.",
+            exc.differences,
+        )
 
     @property
     def merged(self) -> bool:
@@ -357,8 +395,13 @@ class Checkpoint:
                     (Difference(twin.name, f"equal to {entry.name}", "different"),),
                 )
 
-    def _non_finite(self, weights: memoryview, layout: Layout) -> NonFiniteWeights:
-        rows = [Difference(name, "finite", "NaN or infinity") for name in not_finite(weights, layout)]
+    def _non_finite(self, weights: memoryview, plan: Plan, odd: set[str]) -> WithDifferences:
+        """Tells who brought what is not finite: ``odd`` was so in a base, whatever an adapter adds to it."""
+        rows = [Difference(name, "finite", "NaN or infinity") for name in not_finite(weights, plan.layout)]
+        own = (self._own | {entry.name for entry in plan.kept}) - odd
+        if self._base and (of_base := tuple(row for row in rows if row.name not in own)):
+            held = f"{self._base.path} holds NaN or infinity in {len(of_base)} of its tensors. Name one that is finite."
+            return self._unusable(WithDifferences(held, of_base))
         return NonFiniteWeights(
             f"{self.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
             "trainer, which has probably diverged.",

@@ -30,6 +30,7 @@ from .errors import (
     NonFiniteWeights,
     RetryLater,
     SegmentBusy,
+    UnusableBase,
     WithDifferences,
     WsyncError,
 )
@@ -52,6 +53,7 @@ _KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxe
     IncompleteCheckpoint,
     RetryLater,
     SegmentBusy,
+    UnusableBase,
     CheckpointError,
     WsyncError,
 )

@@ -16,6 +16,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   ├── IncompleteCheckpoint    66  it ends before its header says
     │   │   └── BeingWritten        66  its writer is still at work
     │   ├── NoCheckpoint            66  there is none yet
+    │   ├── UnusableBase            1   what an adapter is merged into does not fit, or is not finite
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
     ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
@@ -166,6 +167,10 @@ class NoCheckpoint(CheckpointError):
     """There is no complete checkpoint yet."""
 
     exit_code = 66
+
+
+class UnusableBase(WithDifferences, CheckpointError):
+    """What an adapter is merged into does not fit the policy, or is not finite; the adapter is not refused for it."""
 
 
 class CheckpointChanged(CheckpointError):

@@ -44,6 +44,7 @@ from .errors import (
     GroupBroken,
     SegmentBusy,
     Stopped,
+    UnusableBase,
     WsyncError,
     refused,
 )
@@ -279,7 +280,7 @@ class FleetSyncer(Syncer):
     ) -> Outcome:
         try:
             outcome = self._offer(checkpoint, self.spec.weights, started, gated=True)
-        except CheckpointMismatch:
+        except (CheckpointMismatch, UnusableBase):
             self._check_layout(segment)
             raise
         return replace(outcome, casts=self._new_casts(checkpoint))

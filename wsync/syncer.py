@@ -27,6 +27,7 @@ from .errors import (
     RetryLater,
     SegmentBusy,
     Stopped,
+    UnusableBase,
     UsageError,
     WithDifferences,
     WsyncError,
@@ -357,7 +358,7 @@ class Syncer:
                     if pin := self.record.pin():
                         return self._pinned_outcome(pin, before, started)
                     raise
-        except CheckpointMismatch:
+        except (CheckpointMismatch, UnusableBase):
             self._check_layout(segment)
             raise
         assert self._published is not None and self.updater.published is not None
