@@ -164,6 +164,11 @@ def test_a_missing_base_is_no_missing_checkpoint(tmp_path: Path) -> None:
         {"alora_invocation_tokens": [1, 2]},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
+        {"lora_bias": True},
+        {"trainable_token_indices": {"embed": [1, 2]}},
+        {"monteclora_config": {"num_samples": 8}},
+        {"target_parameters": ["first.weight", "first.gate"]},
+        {"target_parameters": "first.weight"},
         {"lora_alpha": "much"},
         {"lora_alpha": None},
         {"lora_alpha": True},
@@ -183,8 +188,78 @@ def test_what_cannot_be_merged_is_refused(change: dict[str, Any], tmp_path: Path
     base, adapter = saved(trained(), tmp_path)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(MalformedCheckpoint, match="adapter_config"):
-        staged(adapter, Fit(base=str(base)))
+    for strict in (True, False):
+        with pytest.raises(MalformedCheckpoint, match="adapter_config"):
+            staged(adapter, Fit(base=str(base), strict=strict))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first.lora_B.bias",
+        "first.lora_magnitude_vector",
+        "embed.token_adapter.trainable_tokens_delta",
+        "other.lora_diag",
+        "first.lora_A",
+    ],
+)
+def test_a_part_that_is_not_merged_is_never_dropped(name: str, tmp_path: Path) -> None:
+    """Guards that strict = false passes over whole modules that the policy lacks, and over no part of an adapter."""
+    base, adapter = saved(trained(), tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    elsewhere = {"base_model.model.other.lora_A.weight": torch.ones(2, 4)}
+    elsewhere["base_model.model.other.lora_B.weight"] = torch.ones(5, 2)
+    tensors = load_file(file) | elsewhere | {"base_model.model.more.weight": torch.ones(1)}
+    lax = Fit(base=str(base), strict=False)
+    save_file(tensors, file)
+    assert not torch.equal(staged(adapter, lax)["first.weight"], Net().state_dict()["first.weight"])
+    save_file({**tensors, f"base_model.model.{name}": torch.ones(5)}, file)
+    for settings in (lax, Fit(base=str(base), strict=False, include=("*.weight",))):
+        with pytest.raises(CheckpointMismatch, match=name):
+            staged(adapter, settings)
+
+
+def test_an_adapter_of_a_module_without_a_weight_is_never_dropped(tmp_path: Path) -> None:
+    """Guards the attention of torch, whose one weight has another name, where strict = false takes a part."""
+    model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 1)), peft.LoraConfig(target_modules=["0"]))
+    plain = nn.Sequential(nn.MultiheadAttention(4, 1))
+    from safetensors.torch import save_file
+
+    save_file(plain.state_dict(), tmp_path / "base.safetensors")
+    model.save_pretrained(tmp_path / "adapter")
+    with Checkpoint(tmp_path / "adapter") as checkpoint, pytest.raises(CheckpointMismatch, match=r"0\.weight"):
+        checkpoint.plan(layout_of(plain), Fit(base=str(tmp_path / "base.safetensors"), strict=False))
+
+
+@pytest.mark.parametrize("second", [0.0, 1.0, "adapted", "base layer"])
+def test_a_tied_weight_becomes_one(second: float | str, tmp_path: Path) -> None:
+    """Guards that two names of one tensor bring it the same: none of two values, and none of two deltas, wins."""
+    from safetensors.torch import save_file
+
+    net = Net()
+    net.again = net.embed
+    base, adapter = saved(trained(), tmp_path)
+    weight, root = torch.rand(6, 4), "base_model.model."
+    tensors = {f"{root}embed.weight": weight, f"{root}again.weight": weight + (second if second == 1 else 0)}
+    halves = {f"{root}embed.lora_embedding_A": torch.ones(1, 6), f"{root}embed.lora_embedding_B": torch.ones(4, 1)}
+    if second == "adapted":
+        tensors = {f"{root}again.weight": weight, **halves}
+    elif second == "base layer":  # as PEFT saves an embedding that is adapted
+        tensors = {f"{root}embed.base_layer.weight": weight, **halves}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    layout = layout_of(net)
+    memory = bytearray(layout.nbytes)
+    with Checkpoint(adapter) as checkpoint:
+        if second in (1, "adapted"):
+            with pytest.raises(CheckpointMismatch, match=r"again\.weight"):
+                checkpoint.read_into(memoryview(memory), checkpoint.plan(layout, Fit(base=str(base))))
+            return
+        checkpoint.read_into(memoryview(memory), checkpoint.plan(layout, Fit(base=str(base))))
+    entry = next(entry for entry in layout.tensors if "embed.weight" in entry.names)
+    got = torch.frombuffer(memory, dtype=torch.float32, offset=entry.offset, count=24).view(6, 4)
+    assert torch.equal(got, weight + (3 if second == "base layer" else 0))
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"peft_type": "LO'])

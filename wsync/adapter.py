@@ -27,11 +27,14 @@ from .parts import CONFIG, Parts, read_small
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000
 _ROOT = "base_model.model."
+_BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_MORE = re.compile(r"(.*?)\.(?:lora_|token_adapter\.)")  # a part of a module that PEFT has beside its weight
 _PLAIN = re.compile(r"[\w.^$|\\\-]+")  # an expression without repetition costs no more than its length
 _KINDS = (
     *("use_dora", "use_qalora", "use_bdlora", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "kasa_config"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("lora_bias", "trainable_token_indices"),
 )
 """What makes of an adapter one that is more, or elsewhere, than W + scale · B A."""
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -72,11 +75,15 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """What an adapter adds to which weights, and which it replaces (``modules_to_save``, biases), as stored or cast."""
+    """What an adapter adds to which weights, and which it replaces (``modules_to_save``, biases), as stored or cast.
+
+    ``twins`` are further copies of what it replaces, of weights that are tied in the policy.
+    """
 
     deltas: list[Delta]
     replaced: list[tuple[StoredTensor, TensorEntry]]
-    casts: tuple[tuple[StoredTensor, TensorEntry], ...]
+    casts: list[tuple[StoredTensor, TensorEntry]]
+    twins: list[tuple[StoredTensor, TensorEntry]]
 
     @property
     def names(self) -> set[str]:
@@ -92,37 +99,19 @@ def deltas(tensors: Mapping[str, StoredTensor], config: Config, layout: Layout, 
     """
     entries = {name: entry for entry in layout.tensors for name in entry.names}
     halves: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
-    added: list[Delta] = []
-    replaced: list[tuple[StoredTensor, TensorEntry]] = []
-    casts: list[tuple[StoredTensor, TensorEntry]] = []
+    others: dict[str, StoredTensor] = {}
     rows: list[Difference] = []
     for stored, tensor in tensors.items():
-        match = _LORA.fullmatch(stored)
-        if match:
-            halves.setdefault((match[1], bool(match[2])), {})[match[3]] = tensor
-            continue
-        name = settings.name(stored.removeprefix(_ROOT).replace(".base_layer.", "."))  # a bias that was trained
-        entry = entries.get(name) if name is not None else None
-        if entry and tensor.shape == entry.shape and tensor.dtype == entry.dtype:
-            replaced.append((tensor, entry))
-        elif entry and tensor.shape == entry.shape and settings.cast and {tensor.dtype, entry.dtype} <= FLOATS:
-            casts.append((tensor, entry))
-        elif _is_missed(name, entry, settings):
-            expected = entry.describe() if entry else "absent"
-            rows.append(Difference(stored, expected, describe(tensor.dtype, tensor.shape)))
-    for (module, embedding), half in halves.items():
-        module = module.removeprefix(_ROOT)
-        name = settings.name(f"{module}.weight")
-        entry = entries.get(name) if name is not None else None
-        transposed = embedding or config.transposed
-        if entry and half.keys() == {"A", "B"} and _multiplies(half["A"], half["B"], entry, transposed):
-            scale = config.scale(module, half["A"].shape[0])
-            added.append(Delta(entry, half["A"], half["B"], scale, transposed))
-        elif _is_missed(name, entry, settings):
-            found = " and ".join(f"{key} {describe(half[key].dtype, half[key].shape)}" for key in sorted(half))
-            expected = entry.describe() if entry else "absent"
-            rows.append(Difference(f"{module}.weight", expected, f"an adapter of {found}"))
-    if not (rows or added or replaced or casts):
+        name = stored.removeprefix(_ROOT)
+        match = _LORA.fullmatch(name)
+        half = halves.setdefault((match[1], bool(match[2])), {}) if match else others
+        if (key := match[3] if match else name) in half:
+            rows.append(Difference(stored, "one tensor", f"{half[key].name} is the same, too"))
+        half[key] = tensor
+    merge = Merge([], [], [], [])
+    rows += _replace(merge, others, entries, settings)
+    rows += _add(merge, halves, entries, config, settings)
+    if not (rows or merge.names):
         rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in tensors.values()]
     if rows:
         raise CheckpointMismatch(
@@ -130,12 +119,69 @@ def deltas(tensors: Mapping[str, StoredTensor], config: Config, layout: Layout, 
             "Check that the spec's base is the one that it was trained on.",
             tuple(sorted(rows, key=lambda row: row.name)),
         )
-    return Merge(added, replaced, tuple(casts))
+    return merge
 
 
-def _is_missed(name: str | None, entry: TensorEntry | None, settings: Fit) -> bool:
-    """Whether a tensor that has no place is one that the settings want."""
-    return name is not None and (entry is not None or settings.strict)
+def _replace(
+    merge: Merge, tensors: Mapping[str, StoredTensor], entries: Mapping[str, TensorEntry], settings: Fit
+) -> list[Difference]:
+    """Puts what an adapter replaces into its merge; gives what has no place."""
+    rows: list[Difference] = []
+    taken: dict[str, StoredTensor] = {}
+    for bare, tensor in tensors.items():
+        name = settings.name(bare.replace(_BASE, "."))  # what was trained, or saved, of an adapted module
+        entry = entries.get(name) if name is not None else None
+        more = None if entry else _MORE.match(bare)
+        if more:  # it belongs to a weight, and is left out with it alone
+            name = settings.name(f"{more[1]}.weight")
+        castable = settings.cast and entry and {tensor.dtype, entry.dtype} <= FLOATS
+        if name is None or not (entry or more or settings.strict):
+            continue
+        if entry is None or tensor.shape != entry.shape or not (tensor.dtype == entry.dtype or castable):
+            rows.append(_unplaced(tensor, entry))
+        elif name in taken:
+            rows.append(Difference(tensor.name, "one tensor", f"{taken[name].name} is {name}, too"))
+        elif taken.keys() & set(entry.names):
+            merge.twins.append((tensor, entry))
+        else:
+            (merge.replaced if tensor.dtype == entry.dtype else merge.casts).append((tensor, entry))
+        taken[name] = tensor
+    return rows
+
+
+def _add(
+    merge: Merge,
+    halves: Mapping[tuple[str, bool], dict[str, StoredTensor]],
+    entries: Mapping[str, TensorEntry],
+    config: Config,
+    settings: Fit,
+) -> list[Difference]:
+    """Puts what an adapter adds into its merge; gives what has no place."""
+    rows: list[Difference] = []
+    modules = {name.rpartition(".")[0] for name in entries}
+    added: dict[str, str] = {}  # one tensor gets one delta: of tied modules with one each, none has the other's
+    added |= {e.name: t.name for t, e in (*merge.replaced, *merge.casts, *merge.twins) if _BASE not in t.name}
+    for (module, embedding), half in halves.items():
+        name = settings.name(f"{module}.weight")
+        entry = entries.get(name) if name is not None else None
+        if name is None or not (entry or settings.strict or name.rpartition(".")[0] in modules):
+            continue
+        transposed = embedding or config.transposed
+        if entry is None or half.keys() != {"A", "B"} or not _multiplies(half["A"], half["B"], entry, transposed):
+            found = " and ".join(f"{key} {describe(half[key].dtype, half[key].shape)}" for key in sorted(half))
+            expected = entry.describe() if entry else "absent"
+            rows.append(Difference(f"{module}.weight", expected, f"an adapter of {found}"))
+        elif entry.name in added:
+            rows.append(Difference(f"{module}.weight", "one tensor", f"{added[entry.name]} is the same in the policy"))
+        else:
+            scale = config.scale(module, half["A"].shape[0])
+            merge.deltas.append(Delta(entry, half["A"], half["B"], scale, transposed))
+            added[entry.name] = half["A"].name
+    return rows
+
+
+def _unplaced(tensor: StoredTensor, entry: TensorEntry | None) -> Difference:
+    return Difference(tensor.name, entry.describe() if entry else "absent", describe(tensor.dtype, tensor.shape))
 
 
 def read_config(parts: Parts) -> Config:
@@ -172,6 +218,9 @@ def _config(table: Any) -> Config:
     start = table.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
         raise ValueError(f"{start:.40} changed the base that it was trained on")
+    parameters = table.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(f".{name}".endswith(".weight") for name in parameters):
+        raise ValueError("its target_parameters are not weights alone")
     patterns = table.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
         raise ValueError("its alpha_pattern is no short table")

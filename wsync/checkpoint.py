@@ -200,7 +200,7 @@ class Checkpoint:
             raise self._unusable(WithDifferences(held, rows))
         self._deltas, self.casts = merge.deltas, (*self._base_plan.casts, *merge.casts)
         self._own = merge.names
-        return Plan(layout, reads_of(merge.replaced), merge.casts, kept=self._base_plan.kept)
+        return Plan(layout, reads_of(merge.replaced), tuple(merge.casts), tuple(merge.twins), self._base_plan.kept)
 
     def read_into(
         self,
@@ -236,11 +236,11 @@ class Checkpoint:
                 clean = clean and finite_too
                 if progress:
                     progress(piece.becomes)
+            for twin, entry in plan.twins:
+                self._compare(weights, twin, entry)
             odd = self._add(weights)
             if self._base:
                 clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
-            for twin, entry in plan.twins:
-                self._compare(weights, twin, entry)
             self.check_unchanged()  # P5 verify
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
