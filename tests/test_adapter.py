@@ -350,6 +350,86 @@ def test_a_module_saved_whole_is_cast_only_where_that_is_asked_for(tmp_path: Pat
     assert torch.equal(got["last.bias"], tensors["base_model.model.last.bias"].float())
 
 
+@pytest.mark.parametrize("piece", [8, 24, 1 << 20])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("float64", "float64"), ("bfloat16", "float32")]
+)
+@pytest.mark.parametrize("config", [{}, {"target_modules": ["embed", "first"]}], ids=["linear", "embedding"])
+def test_a_merge_is_rounded_once(
+    config: dict[str, Any], stored: str, dtype: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards that the sum is made of the base as it is stored, whatever the policy's dtype and the pieces of it."""
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(Checkpoint, "_piece", piece)
+    model = trained(**config)
+    base, adapter = saved(model, tmp_path)
+    wide = getattr(torch, stored)
+    plain = {name: tensor.to(wide) for name, tensor in Net().state_dict().items()}
+    plain["first.weight"] = torch.rand(5, 4, dtype=wide)
+    plain["embed.weight"] = torch.rand(6, 4, dtype=wide)
+    save_file(plain, base)
+    layout = layout_of(Net().to(getattr(torch, dtype)))
+    memory, told = bytearray(layout.nbytes), 0
+
+    def count(nbytes: int) -> None:
+        nonlocal told
+        told += nbytes
+
+    with Checkpoint(adapter) as checkpoint:
+        plan = checkpoint.plan(layout, Fit(base=str(base), cast=True))
+        checkpoint.read_into(memoryview(memory), plan, progress=count)
+    assert told == sum(entry.nbytes for entry in layout.tensors)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    got = {e.name: t for e, t in zip(layout.tensors, views(layout, storage, 0), strict=True)}
+    for name in ("first", "embed"):
+        module = getattr(model.base_model.model, name)
+        delta = module.get_delta_weight("default") if hasattr(module, "get_delta_weight") else 0
+        expected = (plain[f"{name}.weight"].to(torch.promote_types(wide, torch.float32)) + delta).detach()
+        torch.testing.assert_close(got[f"{name}.weight"], expected.to(getattr(torch, dtype)), rtol=1e-6, atol=0)
+
+
+def test_an_adapter_can_bring_the_weight_that_it_adds_to(tmp_path: Path) -> None:
+    """Guards an adapted embedding that PEFT saves with its adapter, in another dtype than the base's, and cast."""
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = saved(trained(), tmp_path)
+    file, own = adapter / "adapter_model.safetensors", torch.rand(5, 4)
+    delta = trained().base_model.model.first.get_delta_weight("default").detach()
+    for stored, dtype in (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float64", "float32")):
+        brought = own.to(getattr(torch, stored))
+        save_file(load_file(file) | {"base_model.model.first.base_layer.weight": brought}, file)
+        layout = layout_of(Net().to(getattr(torch, dtype)))
+        memory = bytearray(layout.nbytes)
+        with Checkpoint(adapter) as checkpoint:
+            plan = checkpoint.plan(layout, Fit(base=str(base), cast=True))
+            checkpoint.read_into(memoryview(memory), plan)
+        storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+        got = {e.name: t for e, t in zip(layout.tensors, views(layout, storage, 0), strict=True)}
+        expected = (brought.double() + delta.double()).float().to(getattr(torch, dtype))
+        torch.testing.assert_close(got["first.weight"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rank", [4096, 1 << 22])
+def test_the_rank_of_a_small_weight_is_bounded(rank: int, tmp_path: Path) -> None:
+    """Guards the memory of who merges: a sparse file of some bytes can claim any rank for a weight of a few."""
+    base, adapter = saved(trained(), tmp_path)
+    root, half = "base_model.model.first.lora", rank * 16
+    header = {
+        f"{root}_A.weight": {"dtype": "F32", "shape": [rank, 4], "data_offsets": [0, half]},
+        f"{root}_B.weight": {"dtype": "F32", "shape": [5, rank], "data_offsets": [half, half + rank * 20]},
+    }
+    raw(adapter / "adapter_model.safetensors", header, b"")
+    with (adapter / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(file.tell() + rank * 36)
+    with Checkpoint(adapter) as checkpoint:
+        if rank == 4096:  # more than the weight can have, and yet what PEFT takes
+            checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
+            return
+        with pytest.raises(CheckpointMismatch, match="a rank of"):
+            checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
+
+
 def test_a_module_that_is_left_out_is_not_merged(tmp_path: Path) -> None:
     """Guards exclude for adapters; and that one of which nothing is left is no merge."""
     base, adapter = saved(trained(target_modules=["first", "last"]), tmp_path)

@@ -1,4 +1,4 @@
-"""A PEFT adapter merged into its base weights: W + scale · B A, in float32.
+"""A PEFT adapter merged into its base weights: W + scale · B A, in float32, from the base as it is stored, then cast.
 
 The layout of the files and the scale are those of PEFT (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
 ``base_model.model.<module>.lora_A.weight`` of shape (r, in), its ``lora_B`` of shape (out, r), and the adapter's
@@ -11,21 +11,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .casting import convert
+from .casting import Piece, convert
 from .errors import CheckpointMismatch, Difference, IncompleteCheckpoint, MalformedCheckpoint
 from .finite import all_finite
-from .fitting import FLOATS, Fit
+from .fitting import FLOATS, Fit, Plan
 from .header import StoredTensor
-from .layout import Layout, TensorEntry, describe
+from .layout import DTYPE_BITS, Layout, TensorEntry, describe
 from .parts import CONFIG, Parts, read_small
 
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000
+_SMALL = 1 << 24  # elements of both halves, whatever their rank; a hostile file of 4 KiB can claim any
 _ROOT = "base_model.model."
 _BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -64,13 +65,22 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so."""
+    """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so.
+
+    Attributes:
+        of_base: whether it is the base's weight that gets it, and not one that the adapter brings itself.
+        stored: that weight in its file, where it is cast; None where it stands in the weights as it was.
+        late: whether it is only read then.
+    """
 
     entry: TensorEntry
     a: StoredTensor
     b: StoredTensor
     scale: float
     transposed: bool
+    of_base: bool = True
+    stored: StoredTensor | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,22 @@ class Merge:
     def names(self) -> set[str]:
         """Of the weights to which it adds, or which it replaces."""
         return {delta.entry.name for delta in self.deltas} | {entry.name for _, entry in (*self.replaced, *self.casts)}
+
+    def onto(self, base: Plan) -> tuple[Merge, Plan]:
+        """The same with what is added to weights that are cast added before that; and what else to read of the base."""
+        own = {entry.name: stored for stored, entry in self.casts}
+        brought = own.keys() | {entry.name for _, entry in self.replaced}
+        of_base = {entry.name: stored for stored, entry in base.casts if entry.name not in brought}
+        cast = of_base | own
+        late = of_base.keys() - {entry.name for _, entry in base.twins}  # which are compared with what is read
+        deltas = [
+            replace(delta, of_base=name not in brought, stored=cast.get(name), late=name in late)
+            for delta in self.deltas
+            for name in (delta.entry.name,)
+        ]
+        late &= {delta.entry.name for delta in deltas}
+        casts = tuple(pair for pair in base.casts if pair[1].name not in late)
+        return replace(self, deltas=deltas), base._replace(casts=casts)
 
 
 def deltas(tensors: Mapping[str, StoredTensor], config: Config, layout: Layout, settings: Fit, path: Path) -> Merge:
@@ -171,10 +197,12 @@ def _add(
             found = " and ".join(f"{key} {describe(half[key].dtype, half[key].shape)}" for key in sorted(half))
             expected = entry.describe() if entry else "absent"
             rows.append(Difference(f"{module}.weight", expected, f"an adapter of {found}"))
+        elif (rank := half["A"].shape[0]) > _highest(entry):
+            rows.append(Difference(f"{module}.weight", f"a rank of {_highest(entry):,} at most", f"{rank:,}"))
         elif entry.name in added:
             rows.append(Difference(f"{module}.weight", "one tensor", f"{added[entry.name]} is the same in the policy"))
         else:
-            scale = config.scale(module, half["A"].shape[0])
+            scale = config.scale(module, rank)
             merge.deltas.append(Delta(entry, half["A"], half["B"], scale, transposed))
             added[entry.name] = half["A"].name
     return rows
@@ -248,25 +276,48 @@ def _expression(key: str) -> re.Pattern[str]:
         raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc
 
 
-def add(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> bool:
-    """Adds a delta to its weight in place, and tells whether that was finite; ``a`` and ``b`` are its halves' bytes."""
+def adding(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> Callable[[Piece, memoryview], bool]:
+    """What puts pieces of a weight, given as they are stored, and what is added to them into the weights, cast once.
+
+    It tells of each whether it was finite before.
+
+    Args:
+        a: with ``b`` the bytes of the delta's halves.
+    """
     import numpy as np
 
-    entry = delta.entry
-    part = slice(entry.offset, entry.offset + entry.nbytes)
-    finite = all_finite(weights[part], ((0, entry.nbytes, entry.dtype),), ((0, entry.nbytes),))
-    weight = np.frombuffer(convert(weights[part], entry.dtype, "F32"), "f4").reshape(entry.shape)
-    with np.errstate(all="ignore"):  # what overflows is found by the finite check
-        product = (_single(b, delta.b) @ _single(a, delta.a)) * np.float32(delta.scale)
-        summed = np.ascontiguousarray(weight + (product.T if delta.transposed else product), "f4")
-    weights[part] = convert(memoryview(summed.reshape(-1).view("u1").data), "F32", entry.dtype)
-    return finite
+    entry, scale = delta.entry, np.float32(delta.scale)
+    left, right = _single(b, delta.b), _single(a, delta.a)
+    if delta.transposed:
+        left, right = right.T, left.T
+    width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
+
+    def product(first: int, number: int) -> Any:
+        """So many elements of the product, by rows, from ``first`` on."""
+        top, begin = divmod(first, columns)
+        if begin + number <= columns:
+            return left[top] @ right[:, begin : begin + number]
+        rows = left[top : -(-(first + number) // columns)] @ right
+        return rows.reshape(-1)[begin : begin + number]
+
+    def work(piece: Piece, data: memoryview) -> bool:
+        finite = all_finite(data, ((0, piece.nbytes, piece.source),), ((0, piece.nbytes),))
+        wide = "F64" if "F64" in (piece.source, piece.target) else "F32"
+        summed = convert(data, piece.source, wide)
+        values = np.frombuffer(summed, "f8" if wide == "F64" else "f4")
+        with np.errstate(all="ignore"):  # what overflows is found by the finite check
+            values += product((piece.offset - entry.offset) // width, len(values)) * scale
+        convert(summed, wide, piece.target, weights[piece.offset : piece.offset + piece.becomes])
+        return finite
+
+    return work
 
 
 def _single(data: memoryview, tensor: StoredTensor) -> Any:
     import numpy as np
 
-    return np.frombuffer(convert(data, tensor.dtype, "F32"), "f4").reshape(tensor.shape)
+    floats = data if tensor.dtype == "F32" else convert(data, tensor.dtype, "F32")
+    return np.frombuffer(floats, "f4").reshape(tensor.shape)
 
 
 def _multiplies(a: StoredTensor, b: StoredTensor, entry: TensorEntry, transposed: bool) -> bool:
@@ -276,3 +327,8 @@ def _multiplies(a: StoredTensor, b: StoredTensor, entry: TensorEntry, transposed
         return False
     product = (b.shape[0], a.shape[1])
     return a.shape[0] == b.shape[1] and entry.shape == (product[::-1] if transposed else product)
+
+
+def _highest(entry: TensorEntry) -> int:
+    """The highest rank that is taken: one that a weight can have, and any other while the halves stay small."""
+    return max(min(entry.shape), _SMALL // sum(entry.shape))

@@ -12,11 +12,12 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .casting import Piece, convert, pieces
+from .casting import Piece, convert, pieces, split
 from .errors import (
     BeingWritten,
     CheckpointChanged,
@@ -193,13 +194,14 @@ class Checkpoint:
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
         merge = deltas(self.tensors, config, layout, settings, self.path)
-        kept = {entry.name: entry for entry in self._base_plan.kept}
-        if lacking := [kept[delta.entry.name] for delta in merge.deltas if delta.entry.name in kept]:
+        self.casts = (*self._base_plan.casts, *merge.casts)
+        merge, self._base_plan = merge.onto(self._base_plan)
+        kept = {entry.name for entry in self._base_plan.kept}
+        if lacking := [d.entry for d in merge.deltas if d.of_base and d.entry.name in kept]:
             rows = tuple(Difference(entry.name, entry.describe(), "absent") for entry in lacking)
             held = f"{self._base.path} lacks {len(rows)} of the weights that the adapter adds to."
             raise self._unusable(WithDifferences(held, rows))
-        self._deltas, self.casts = merge.deltas, (*self._base_plan.casts, *merge.casts)
-        self._own = merge.names
+        self._deltas, self._own = merge.deltas, merge.names
         return Plan(layout, reads_of(merge.replaced), tuple(merge.casts), tuple(merge.twins), self._base_plan.kept)
 
     def read_into(
@@ -227,7 +229,8 @@ class Checkpoint:
         clean = True
         try:
             if self._base and self._base_plan:
-                self._read_base(self._base, weights, self._base_plan, progress)
+                with self._blaming_base(self._base):
+                    self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
             for read, finite_too in self._staged(weights, plan.reads, regions):
                 clean = clean and finite_too
                 if progress:
@@ -238,7 +241,7 @@ class Checkpoint:
                     progress(piece.becomes)
             for twin, entry in plan.twins:
                 self._compare(weights, twin, entry)
-            odd = self._add(weights)
+            odd = self._add(weights, progress)
             if self._base:
                 clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
             self.check_unchanged()  # P5 verify
@@ -247,27 +250,56 @@ class Checkpoint:
         if not clean:
             raise self._non_finite(weights, plan, odd)
 
-    def _read_base(
-        self, base: Checkpoint, weights: memoryview, plan: Plan, progress: Callable[[int], None] | None
-    ) -> None:
+    @contextmanager
+    def _blaming_base(self, base: Checkpoint) -> Iterator[None]:
+        """Tells what befalls the base as such; that it changed is nobody's fault."""
         try:
-            base.read_into(weights, plan, finite=False, progress=progress)
+            yield
         except CheckpointChanged:
             raise
         except CheckpointMismatch as exc:
             raise self._unusable(exc) from exc
-        except CheckpointError as exc:
-            raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {exc}") from exc
+        except (CheckpointError, OSError) as exc:
+            told = unreadable(base.path, exc) if isinstance(exc, OSError) else exc
+            raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {told}") from exc
 
-    def _add(self, weights: memoryview) -> set[str]:
-        """Adds what an adapter adds; gives the names of those of its weights that were not finite before."""
-        if self._deltas:
-            from .adapter import add
-        return {
-            delta.entry.name
-            for delta in self._deltas
-            if not add(weights, delta, self._whole(delta.a), self._whole(delta.b))
-        }
+    def _add(self, weights: memoryview, progress: Callable[[int], None] | None) -> set[str]:
+        """Adds what an adapter adds; gives the names of the base's weights that were not finite before."""
+        odd: set[str] = set()
+        for delta in self._deltas:
+            from .adapter import adding
+
+            work = adding(weights, delta, self._whole(delta.a), self._whole(delta.b))
+            finite = self._add_one(weights, delta, work, progress)
+            if delta.of_base and not finite:
+                odd.add(delta.entry.name)
+        if self._base and self._deltas:
+            with self._blaming_base(self._base):
+                self._base.check_unchanged()  # what is cast was read since
+        return odd
+
+    def _add_one(
+        self,
+        weights: memoryview,
+        delta: Delta,
+        work: Callable[[Piece, memoryview], bool],
+        progress: Callable[[int], None] | None,
+    ) -> bool:
+        """Has the work done on all of a weight; whether that was finite before."""
+        entry, base = delta.entry, self._base
+        if delta.stored is None:
+            row = Piece(0, entry.offset, entry.nbytes, entry.dtype, entry.dtype, entry.offset)
+            found = [work(part, weights[part.offset :][: part.nbytes]) for part in split(row, self._piece)]
+            return all(found)
+        parts = list(pieces([(delta.stored, entry)], self._piece))
+        if not (base and delta.of_base):
+            found = [finite for _, finite in self._each(parts, work)]
+            return all(found)
+        with self._blaming_base(base):
+            found = [finite for _, finite in base._each(parts, work)]
+        if progress and delta.late:
+            progress(entry.nbytes)
+        return all(found)
 
     def _unusable(self, exc: WithDifferences) -> UnusableBase:
         return UnusableBase(
