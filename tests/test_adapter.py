@@ -333,6 +333,21 @@ def test_a_named_file_of_an_adapter_is_the_adapter(tmp_path: Path) -> None:
         assert torch.equal(tensor, by_file[name])
 
 
+def test_a_named_file_of_an_adapter_is_current_and_changes(runtime: Path, tmp_path: Path) -> None:
+    """Guards that it is known again by both its files: published once, and tried again once one of them is mended."""
+    base, adapter = saved(trained(), tmp_path)
+    config = adapter / "adapter_config.json"
+    whole = json.loads(config.read_text())
+    wsync.SharedMemoryWeightUpdater("net", policy=Net()).make_segment()
+    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
+    with Syncer(spec, adapter / "adapter_model.safetensors") as syncer:
+        syncer._check_layout = lambda *_: None  # type: ignore[method-assign]  # the policy is this test's own class
+        for change, found in (({"use_dora": True}, "rejected"), ({}, "published"), ({"lora_alpha": 77}, "published")):
+            config.write_text(json.dumps({**whole, **change}))
+            again = "current" if found == "published" else found
+            assert [syncer.once().status for _ in range(2)] == [found, again]
+
+
 def test_a_module_saved_whole_is_cast_only_where_that_is_asked_for(tmp_path: Path) -> None:
     """Guards cast = true for an adapter, whose halves are always floats of any kind, and that no other is promised."""
     base, adapter = saved(trained(modules_to_save=["last"]), tmp_path)

@@ -467,11 +467,13 @@ def test_an_adapter_is_merged_from_a_store(bucket: Bucket, tmp_path: Path) -> No
     for place, base in (
         (folder, str(tmp_path / "base.safetensors")),
         (f"{RUN}/adapter", "s3://bucket/base.safetensors"),
+        (f"{RUN}/adapter/adapter_model.safetensors", "s3://bucket/base.safetensors"),
     ):
-        checkpoint = CheckpointWeightGetter(place).open_newest()
-        assert checkpoint
+        getter = CheckpointWeightGetter(place)
+        checkpoint = getter.open_newest()
+        assert checkpoint and [c.identity for c in getter.candidates()] == [checkpoint.identity]
         with checkpoint:
             weights = bytearray(layout.nbytes)
             checkpoint.read_into(memoryview(weights), checkpoint.plan(layout, Fit(base=base)))
             results.append(bytes(weights))
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]

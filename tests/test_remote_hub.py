@@ -6,16 +6,20 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 from conftest import marks, write
 from policies import mlp
+from safetensors.torch import save
 
 import wsync
+from wsync.fitting import Fit
 from wsync.layout import layout_of
 from wsync.segment import Segment
 from wsync.spec import load_spec
@@ -183,6 +187,18 @@ def test_a_commit_in_the_middle_of_the_read_is_seen(hub: Repository, tmp_path: P
         assert done.is_set() and (outcome.status, live_marks()) == ("published", {2.0}), outcome.reason
         commits = [path.split("/")[4] for _, path, _ in hub.asked if "/resolve/" in path]
         assert commits == sorted(commits) and {*commits} == {"commit0", "commit1"}
+
+
+def test_a_named_adapter_of_a_repository_has_its_configuration(hub: Repository, tmp_path: Path) -> None:
+    """The URL of an adapter's file leads to what lies beside it, and the two together are known again."""
+    halves = {"0.lora_A.weight": torch.ones(1, 4), "0.lora_B.weight": torch.ones(8, 1)}
+    adapter = save({f"base_model.model.{name}": half for name, half in halves.items()})
+    hub.commit(**{"base.safetensors": data(tmp_path, 1.0), "run__adapter_model.safetensors": adapter})
+    hub.commit(**{"run__adapter_config.json": b'{"peft_type": "LORA", "lora_alpha": 1, "r": 1}'})
+    spec = replace(load_spec("policies:mlp"), weights=Fit(base="hf://owner/net/base.safetensors"))
+    with Syncer(spec, "hf://owner/net/run/adapter_model.safetensors") as syncer:
+        assert [syncer.once().status for _ in range(2)] == ["published", "current"]
+    assert live_marks() == {1.0, 2.0}
 
 
 def test_a_repository_that_is_not_there_is_told(hub: Repository) -> None:

@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import DEADLINE, Cli, Lines, Spawn, marks, raw, write
 from measure_remote import PEAK, Sender, Server
 from policies import mlp
+from safetensors.torch import save_file
 from test_remote import shards
 from web_server import Web, serve
 
 import wsync
 from wsync.errors import CheckpointError
+from wsync.fitting import Fit
 from wsync.layout import Layout, layout_of
 from wsync.parts import place_at
 from wsync.segment import Segment
@@ -78,6 +81,21 @@ def test_a_sharded_directory_on_a_web_server_goes_live(web: Web) -> None:
     with Syncer(replace(load_spec(SPEC), select=Select(settle=0)), f"http://{web.host}/run/") as syncer:
         assert [syncer.once().status for _ in range(2)] == ["published", "current"]
     assert live_marks() == {5.0}
+
+
+def test_a_named_adapter_on_a_web_server_has_its_configuration(web: Web) -> None:
+    """The URL of an adapter's file leads to what lies beside it, and the two together are known again."""
+    write(web.folder / "base.safetensors", mlp(), 1.0)
+    halves = {f"base_model.model.0.lora_{half}.weight": torch.ones(s) for half, s in (("A", (1, 4)), ("B", (8, 1)))}
+    save_file(halves, web.folder / "adapter_model.safetensors")
+    (web.folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 1, "r": 1}')
+    for file in web.folder.iterdir():
+        os.utime(file, (1e9, 1e9))
+    fit = Fit(base=f"http://{web.host}/base.safetensors")
+    spec = replace(load_spec(SPEC), weights=fit, select=Select(settle=0))
+    with Syncer(spec, f"http://{web.host}/adapter_model.safetensors") as syncer:
+        assert [syncer.once().status for _ in range(2)] == ["published", "current"]
+    assert live_marks() == {1.0, 2.0}
 
 
 def test_a_file_of_this_moment_is_waited_for(web: Web, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from . import store
 from .errors import UsageError
-from .store import DEPTH, Faulty, Store, Stored
+from .store import DEPTH, Faulty, Store, Stored, beside
 from .store_client import web
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ class Hub(Store):
     def list(self, prefix: str) -> dict[str, Stored]:
         def work(api: Any, where: dict[str, Any]) -> dict[str, Stored]:
             where["revision"] = commit = api.repo_info(**where).sha
-            if prefix.endswith(".safetensors") and (files := api.get_paths_info(paths=[prefix], expand=True, **where)):
-                return {prefix: _stored(files[0], commit)}
+            if prefix.endswith(".safetensors"):
+                files = api.get_paths_info(paths=[prefix, *beside(prefix)], expand=True, **where)
+                named = {file.path: _stored(file, commit) for file in files if hasattr(file, "size")}
+                if prefix in named:
+                    return named
             tree = api.list_repo_tree(path_in_repo=prefix or None, recursive=True, expand=True, **where)
             skip = len(prefix) + 1 if prefix else 0
             near = (file for file in tree if file.path[skip:].count("/") < DEPTH and hasattr(file, "size"))

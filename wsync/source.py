@@ -127,7 +127,11 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
         if not stat.S_ISDIR(info.st_mode):
             beside = [] if away or not settings.marker else os.listdir(place.parent)
             waits = settings.marker and not away and not _marked(place.name, set(beside), settings.marker)
-            return [] if waits else [Candidate(place.absolute(), info, _written(info))]
+            if waits:
+                return []
+            if place.name == ADAPTER:
+                return [_directory(place.absolute())]  # its configuration, too, tells which it is
+            return [Candidate(place.absolute(), info, _written(info))]
         if away:
             listed = away.entries()
         else:
@@ -252,7 +256,7 @@ class SetBack:
 
 
 def _directory(path: Path) -> Candidate:
-    """A directory as a candidate."""
+    """A directory as a candidate, or an adapter that is named by its file."""
     parts = parts_of(path)
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
     return Candidate(path, identity_of(infos), max(map(_written, infos)))

@@ -27,6 +27,7 @@ from urllib.parse import unquote_to_bytes
 
 from .ahead import wait_for_one
 from .errors import CheckpointError, UsageError, printable
+from .parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, shards_of
 from .store_client import Patience
 
 if TYPE_CHECKING:
@@ -137,14 +138,15 @@ class Store:
         return type(self), (self.scheme, self.root, self._secret)
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """The object of this name, or all that lie one or two names below it; empty where there is nothing.
+        """The object of this name and what belongs to it, or all that lie one or two names below it; else nothing.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
         """
         if prefix.endswith(".safetensors") and (single := self.head(prefix)):
-            return {prefix: single}
-        found = self._probe(prefix) if self.is_web else self._below(prefix)
+            found = {prefix: single} | {key: more for key in beside(prefix) if (more := self.head(key))}
+        else:
+            found = self._probe(prefix) if self.is_web else self._below(prefix)
         if not found and prefix and not prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
         self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
@@ -251,8 +253,6 @@ class Store:
 
     def _probe(self, prefix: str) -> dict[str, Stored]:
         """What a web server has of the one checkpoint that a directory may be; it lists nothing itself."""
-        from .parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, shards_of
-
         folder = f"{prefix}/" if prefix else ""
         with ThreadPoolExecutor(_LOOKS) as pool:
             looked = list(pool.map(self.head, [folder + name for name in (SINGLE, INDEX, ADAPTER, CONFIG)]))
@@ -351,6 +351,12 @@ class Store:
             raise UsageError(
                 f"{self} cannot be opened ({_reason(exc)}). See its name, and the store's settings in the environment."
             ) from None
+
+
+def beside(key: str) -> list[str]:
+    """The names of what belongs to a named file: an adapter's configuration, which lies beside it."""
+    folder, slash, name = key.rpartition("/")
+    return [f"{folder}{slash}{CONFIG}"] if name == ADAPTER else []
 
 
 def _reason(exc: Exception) -> str:
