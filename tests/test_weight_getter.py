@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,6 +232,20 @@ def test_a_shape_that_torch_cannot_hold_is_refused(shape: list[int], tmp_path: P
     raw(tmp_path / "a.safetensors", header("F32", shape, 0))
     with pytest.raises(CheckpointError):
         CheckpointWeightGetter(tmp_path)()
+
+
+def test_weights_that_memory_cannot_hold_are_told_as_such(tmp_path: Path) -> None:
+    """Guards that a sparse file of terabytes ends in an error of ours, which names it."""
+    header = {"w": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}
+    path = raw(tmp_path / "x.safetensors", header)
+    os.truncate(path, path.stat().st_size + (1 << 40))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 39, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"x\.safetensors holds 1,099,511,627,776 bytes"):
+            CheckpointWeightGetter(path)()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_a_file_without_tensors_gives_an_empty_tensordict(tmp_path: Path) -> None:

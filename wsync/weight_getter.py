@@ -167,7 +167,13 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
 
     named = ((settings.name(stored), tensor) for stored, tensor in checkpoint.tensors.items())
     layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
-    memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    try:
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    except RuntimeError as exc:  # as torch has it for memory that is not given
+        raise CheckpointError(
+            f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, for which this process gets no memory. Take "
+            "fewer of its tensors (include, exclude), or raise the limit of this process."
+        ) from exc
     plan = checkpoint.plan(layout, replace(settings, strict=False))
     checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
     nested: dict[str, Any] = {}
