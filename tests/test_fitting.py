@@ -14,7 +14,7 @@ import numpy as np
 import policies
 import pytest
 import torch
-from conftest import write
+from conftest import TESTS, write
 from hypothesis import given
 from hypothesis import settings as at_most
 from hypothesis import strategies as st
@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 from wsync import advice
 from wsync.casting import pieces
 from wsync.checkpoint import Checkpoint
-from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, UsageError
+from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
 from wsync.fitting import Fit, Plan, fit
 from wsync.header import StoredTensor
 from wsync.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.publisher import publish, rehearse
 from wsync.segment import Segment
-from wsync.spec import load_spec
+from wsync.spec import Spec, load_spec
+from wsync.state import State
 from wsync.syncer import Syncer
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
@@ -327,11 +328,30 @@ def test_a_part_with_nothing_live_is_refused(tmp_path: Path, runtime: Path) -> N
     own = state()
     path = save(tmp_path / "a", {"0.weight": own["0.weight"]})
     with closing(Segment.create("part", LAYOUT)) as segment, segment.publishing(), Checkpoint(path) as checkpoint:
-        with pytest.raises(CheckpointMismatch, match="2.bias"):
+        with pytest.raises(PartialCheckpoint, match="2.bias"):
             publish(segment, checkpoint, fit=Fit(strict=False))
-        with pytest.raises(CheckpointMismatch, match="2.bias"):
+        with pytest.raises(PartialCheckpoint, match="2.bias"):
             rehearse(LAYOUT, checkpoint, None, fit=Fit(strict=False))
         assert segment.version == 0
+
+
+def test_a_part_waits_for_a_whole_one(tmp_path: Path, runtime: Path) -> None:
+    """Guards that a part which came before anything was live is not refused for ever, and is no complete checkpoint."""
+    spec = Spec("policies:mlp", "part", TESTS, weights=Fit(strict=False))
+    (tmp_path / "runs").mkdir()
+    part = save(tmp_path / "runs" / "step_2.safetensors", {"2.bias": torch.ones(2)})
+    with closing(Segment.create("part", LAYOUT, spec=spec.fingerprint)), State("part") as state:
+        with Syncer(spec, part.parent, state=state) as syncer:
+            alone = syncer.once()
+            assert (alone.status, alone.exit_code, len(alone.differences)) == ("empty", 66, 3)
+            whole = write(part.with_name("step_1.safetensors"), policies.mlp())
+            os.utime(whole, (1e9, 1e9))
+            first = syncer.once()
+            assert (first.step, [each.step for each in first.passed_over]) == (1, [2])
+        with Syncer(spec, part.parent, state=state) as again:
+            assert [again.once().status, again.once().status] == ["published", "current"]
+            assert again.segment and torch.equal(live(again.segment)["2.bias"], torch.ones(2))
+        assert [event.kind for event in state.events()] == ["publish", "publish"]
 
 
 def test_a_whole_one_with_others_beside_fits_without_strict(tmp_path: Path, runtime: Path) -> None:
@@ -571,9 +591,11 @@ def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
     path = save(tmp_path / "a", own)
     assert "strict = false (--no-strict) takes 3 of 4" in refusal(path, LAYOUT).message
     assert "strict" not in refusal(path, LAYOUT, Fit(partial=False)).message
-    assert "Nothing is live" in refusal(path, LAYOUT, Fit(strict=False, partial=False)).message
+    with pytest.raises(PartialCheckpoint, match="1 of 4 tensors do not come. Nothing is live"):
+        plan(path, LAYOUT, Fit(strict=False, partial=False))
     own["0.weight"] = torch.ones(1)
     assert "strict" not in refusal(save(path, own), LAYOUT).message
+    refusal(path, LAYOUT, Fit(strict=False, partial=False))  # what comes does not fit, whatever is live
 
 
 def test_a_hostile_header_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,6 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
             return told
     part = match(tensors, layout, replace(settings, strict=False, partial=True))
     takes_part = part.kept and not part.rows
-    if takes_part and not settings.partial and not settings.strict:
-        return "Nothing is live whose values the rest could keep. Publish a whole checkpoint first."
     other = "write checkpoints of this policy's own state_dict, or name the spec that fits."
     if takes_part and settings.partial:
         few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"

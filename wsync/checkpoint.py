@@ -27,6 +27,7 @@ from .errors import (
     IncompleteCheckpoint,
     NoCheckpoint,
     NonFiniteWeights,
+    PartialCheckpoint,
     UnusableBase,
     WithDifferences,
 )
@@ -155,13 +156,14 @@ class Checkpoint:
 
         Raises:
             CheckpointMismatch: tensors do not fit; all of them are listed.
+            PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
         """
         try:
             plan = fit(self.tensors, layout, settings, self.path)
             self.casts = plan.casts
             return plan
-        except CheckpointMismatch as exc:
-            if not self.parts.is_adapter:
+        except (CheckpointMismatch, PartialCheckpoint) as exc:
+            if not self.parts.is_adapter or (isinstance(exc, PartialCheckpoint) and not settings.base):
                 raise
             if not settings.base:
                 raise CheckpointMismatch(

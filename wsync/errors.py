@@ -14,7 +14,8 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
     │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says
-    │   │   └── BeingWritten        66  its writer is still at work
+    │   │   ├── BeingWritten        66  its writer is still at work
+    │   │   └── PartialCheckpoint   66  the rest is to keep its live values, and nothing is live
     │   ├── NoCheckpoint            66  there is none yet
     │   ├── UnusableBase            1   what an adapter is merged into does not fit, or is not finite
     │   └── CheckpointChanged       75  it changed while it was read
@@ -161,6 +162,12 @@ class IncompleteCheckpoint(CheckpointError):
 
 class BeingWritten(IncompleteCheckpoint):
     """Its writer is still at work on it, or was a moment ago."""
+
+
+class PartialCheckpoint(WithDifferences, IncompleteCheckpoint):
+    """It holds a part of the weights; what does not come is to keep its live values, and nothing is live yet."""
+
+    kind = "partial"
 
 
 class NoCheckpoint(CheckpointError):

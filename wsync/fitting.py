@@ -9,12 +9,12 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import CheckpointMismatch, Difference, UsageError
+from .errors import CheckpointMismatch, Difference, PartialCheckpoint, UsageError
 from .header import StoredTensor
 from .layout import Layout, TensorEntry, describe
 
@@ -119,18 +119,25 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
     Raises:
         CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
             setting that would make them fit where there is one.
+        PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
     """
     global _last
     if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
         return _last[3]
     found = match(tensors, layout, settings)
     if found.rows:
+        rows = tuple(sorted(found.rows, key=lambda row: row.name))
+        if not settings.strict and not match(tensors, layout, replace(settings, partial=True)).rows:
+            raise PartialCheckpoint(
+                f"{path} holds a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors do not "
+                "come. Nothing is live whose values they could keep. Publish a whole checkpoint first.",
+                rows,
+            )
         from .advice import advice
 
         raise CheckpointMismatch(
-            f"{path} does not fit the policy: {len(found.rows)} of its tensors differ. "
-            + advice(tensors, layout, settings),
-            tuple(sorted(found.rows, key=lambda row: row.name)),
+            f"{path} does not fit the policy: {len(rows)} of its tensors differ. " + advice(tensors, layout, settings),
+            rows,
         )
     plan = Plan(layout, reads_of(found.chosen), tuple(found.casts), tuple(found.twins), tuple(found.kept))
     _last = (tensors, layout, settings, plan)

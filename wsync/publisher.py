@@ -86,6 +86,7 @@ def publish(
 
     Raises:
         CheckpointRejected: it does not fit, is not finite, or the gate does not want it.
+        PartialCheckpoint: the rest is to keep its live values, and nothing is live.
         CheckpointChanged: it changed while it was read.
         RetryLater: the gate cannot tell yet.
         SegmentBusy: every spare slot is leased.
