@@ -888,6 +888,18 @@ def test_a_metadata_step_comes_before_the_name_and_is_read_once(
     assert len(opened) == 8
 
 
+def test_a_step_of_the_name_goes_with_the_name(tmp_path: Path) -> None:
+    """Guards a checkpoint that a watch saw under a temporary name before it was renamed into place."""
+    write(tmp_path / "step_1.safetensors", policies.mlp())
+    new = write(tmp_path / "new.safetensors", policies.mlp())
+    getter = CheckpointWeightGetter(tmp_path, select=Select(order="step"))
+    assert [c.step for c in getter.candidates()] == [1, None]
+    new.rename(tmp_path / "step_2.safetensors")
+    assert [c.step for c in getter.candidates()] == [2, 1]
+    os.link(tmp_path / "step_2.safetensors", tmp_path / "step_3.safetensors")
+    assert [c.step for c in getter.candidates()] == [3, 2, 1]
+
+
 def test_looking_for_steps_waits_for_nobody(tmp_path: Path, slept: list[float]) -> None:
     """Guards the time of a pass among checkpoints that have still to stand still: it is waited for one, not for all."""
     for number in range(20):

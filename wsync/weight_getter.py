@@ -56,7 +56,7 @@ class CheckpointWeightGetter:
     ) -> None:
         self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
-        self._steps: dict[str, int | None] = {}
+        self._steps: dict[tuple[str | Path, str], int | None] = {}
         self._set_back = SetBack()
         self.path: Path | None = None
         self.step: int | None = None
@@ -108,7 +108,7 @@ class CheckpointWeightGetter:
         found = scan(self.checkpoints, self.select)
         if self.select.order == "step":
             found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
-            listed = {candidate.identity for candidate in found}
+            listed = {(candidate.location, candidate.identity) for candidate in found}
             self._steps = {state: step for state, step in self._steps.items() if state in listed}
         if [c.path for c in found] == [self.checkpoints]:
             return [c for c in found if live is None or c.identity != live.identity]
@@ -126,17 +126,18 @@ class CheckpointWeightGetter:
         return ahead(found, self._step, AT_ONCE, away.store.stop)  # each is a request
 
     def _step(self, candidate: Candidate) -> int | None:
-        """A candidate's step; its header is opened once for each state of its file."""
-        if candidate.identity not in self._steps:
+        """A candidate's step; its header is opened once for each name and state of its file."""
+        state = (candidate.location, candidate.identity)  # a step may come from the name, which a rename changes
+        if state not in self._steps:
             try:
                 with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
-                    self._steps[candidate.identity] = checkpoint.step
+                    self._steps[state] = checkpoint.step
             except CheckpointError as exc:  # told when it is tried; until then its name says what it is
                 step = step_of(candidate.path.name, {})
                 if not isinstance(exc, MalformedCheckpoint):
                     return step
-                self._steps[candidate.identity] = step
-        return self._steps[candidate.identity]
+                self._steps[state] = step
+        return self._steps[state]
 
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
