@@ -948,6 +948,42 @@ def test_a_link_that_moves_is_seen(form: str, tmp_path: Path, monkeypatch: pytes
     assert live(latest).step is None
 
 
+@pytest.mark.parametrize("wrong", ["values", "header"])
+def test_a_refusal_is_of_what_was_opened(wrong: str, tmp_path: Path, runtime: Path) -> None:
+    """Guards a good checkpoint against being refused for a bad one to which the link moved before it was opened."""
+    spec = Spec("policies:mlp", "a", TESTS)
+    write(tmp_path / "1", policies.mlp())
+    bad = write(tmp_path / "2", policies.mlp(), float("nan"))
+    if wrong == "header":
+        bad.write_bytes(bad.read_bytes().replace(b"F32", b'F"2'))
+    latest = tmp_path / "latest.safetensors"
+    link(latest, "1")
+    segment = closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint))
+    with segment, Syncer(spec, latest) as syncer:
+        opens = syncer.getter.open
+
+        def moved(candidate: Candidate) -> Checkpoint:
+            link(latest, "2")
+            return opens(candidate)
+
+        syncer.getter.open = moved  # type: ignore[method-assign]
+        assert syncer.once().status == "rejected"
+        syncer.getter.open = opens  # type: ignore[method-assign]
+        refused = syncer.once()
+        assert (refused.status, refused.kind) == ("rejected", "")  # remembered
+        link(latest, "1")
+        assert syncer.once().status == "published"
+
+
+def test_a_named_adapter_is_known_by_both_its_files(tmp_path: Path) -> None:
+    """Guards that an adapter's file that is named itself is live, or refused, as it was opened."""
+    write(tmp_path / ADAPTER, policies.mlp())
+    (tmp_path / CONFIG).write_text("{}")
+    (candidate,) = scan(tmp_path / ADAPTER)
+    with Checkpoint(tmp_path / ADAPTER) as checkpoint:
+        assert candidate.identity == checkpoint.identity
+
+
 def test_a_link_beside_its_checkpoint_is_no_news(tmp_path: Path) -> None:
     """Guards that the newest checkpoint is not published a second time under the name of the link to it."""
     for number in (1, 2):

@@ -82,6 +82,7 @@ class Checkpoint:
         self._base_plan: Plan | None = None
         self._deltas: list[Delta] = []
         self._own: set[str] = set()  # what an adapter adds to or replaces
+        self.identity = ""
         self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
@@ -96,7 +97,9 @@ class Checkpoint:
         except OSError as exc:
             self.close()
             raise unreadable(self.path, exc) from exc
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, CheckpointError):
+                exc.identity = self.identity
             self.close()
             raise
         own = self.path.parent.name if self.path.name in (SINGLE, ADAPTER) else self.path.name

@@ -298,8 +298,10 @@ class Syncer:
         """
         refusals: list[Outcome] = []
         for candidate in todo:
+            opened = ""  # a link may have moved since it was listed
             try:
                 with self._open(candidate) as checkpoint:
+                    opened = checkpoint.identity
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
@@ -307,6 +309,9 @@ class Syncer:
                 if again and isinstance(exc, CheckpointChanged):
                     outcome = again()
                     return replace(outcome, passed_over=(*refusals, *outcome.passed_over))
+                if isinstance(exc, CheckpointError):
+                    opened = opened or exc.identity
+                identity = opened or candidate.identity
                 named = candidate.path == self.getter.checkpoints
                 status = status_of(exc, named)
                 refusals.append(
@@ -318,12 +323,12 @@ class Syncer:
                         checkpoint=str(candidate.path),
                         reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
                         differences=exc.differences if isinstance(exc, WithDifferences) else (),
-                        identity=candidate.identity,
+                        identity=identity,
                         kind=exc.kind,
                     )
                 )
                 if remember and isinstance(exc, CheckpointRejected):
-                    self.record.refuse(candidate.identity, exc.message, refusals[-1])
+                    self.record.refuse(identity, exc.message, refusals[-1])
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
                     return replace(refusals.pop(), passed_over=tuple(refusals))
         if not refusals:
