@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import torch
 import typer
 from conftest import DEADLINE, Cli, Spawn, marks, write
 from policies import mlp
+from safetensors.torch import save_file
 
 import wsync
 from wsync import rollback as way_back
@@ -214,6 +216,74 @@ def test_other_settings_make_another_copy(push: Push, runs: Path, state: State) 
     for prefix in ("a.", "b."):
         assert push(spec=replace(spec, weights=Fit(prefix=prefix)), force=True).status == "published"
     assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
+
+
+def mixture() -> tuple[float, float]:
+    """Of the live weights, the value of the part that comes alone below, and that of the rest."""
+    policy = mlp()
+    with wsync.attach(policy, NAME, timeout=DEADLINE):
+        (part,), (rest,) = ({*policy.state_dict()[name].flatten().tolist()} for name in ("2.bias", "0.weight"))
+        return part, rest
+
+
+@pytest.fixture
+def parts(push: Push, runs: Path) -> Callable[..., Outcome]:
+    """Publishes a whole checkpoint of one value, then a part of the value 9, always the same file, beside it."""
+    spec = replace(load_spec("policies:mlp"), weights=Fit(strict=False))
+
+    def once(mark: float, keep: int = 0) -> Outcome:
+        push(mark, spec=replace(spec, keep=keep))
+        part = runs / "part.safetensors"
+        if not part.exists():
+            save_file({"2.bias": torch.full_like(mlp().state_dict()["2.bias"], 9.0)}, part)
+        with Syncer(replace(spec, keep=keep), part, state=State(NAME)) as syncer:
+            return syncer.once()
+
+    return once
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_part_is_not_gone_back_to_by_its_file(parts: Callable[..., Outcome], state: State, known: bool) -> None:
+    """Guards against a mixture that never was live, also where the history is one that did not tell of parts."""
+    parts(1)
+    assert parts(2).version == 4 and mixture() == (9.0, 2.0)
+    parts(3)
+    parts(4)
+    if not known:
+        with sqlite3.connect(state.directory / f"{NAME}.sqlite") as database:
+            database.execute("UPDATE events SET settings = replace(settings, ', \"kept\": 2', '')")
+        database.close()
+    with pytest.raises(WsyncError, match="kept live values that are in no file") as caught:
+        rollback(NAME, 2, runtime=None, state=state)
+    assert "\n  3  step 2" in str(caught.value) and ("\n  2  " in str(caught.value)) is not known
+    assert mixture() == (9.0, 4.0) and state.pin() is None
+
+
+def test_a_part_is_gone_back_to_by_its_slot(parts: Callable[..., Outcome], push: Push, state: State) -> None:
+    """Guards that what a version kept comes back with it."""
+    parts(1)
+    push(2)
+    assert rollback(NAME, 2, runtime=None, state=state)[0].version == 4 and mixture() == (9.0, 1.0)
+
+
+def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Push, state: State) -> None:
+    """Guards that copies of one part beside other weights are not taken for each other, over reboots, too."""
+    for mark in (1, 2, 3):
+        parts(mark, keep=20)
+    spec = replace(load_spec("policies:mlp"), keep=20)
+    for to, mark in ((2, 1.0), (4, 2.0)):
+        rollback(NAME, to, runtime=None, state=state)
+        assert mixture() == (9.0, mark)
+        for _ in range(2):
+            Segment.open(NAME, write=True).remove()
+            assert push(spec=spec).status == "published" and mixture() == (9.0, mark)
+        state.set_pin(None)
+    rollback(NAME, 2, runtime=None, state=state)
+    for copy in state.kept.iterdir():
+        copy.unlink()
+    Segment.open(NAME, write=True).remove()
+    lost = push(spec=spec)
+    assert lost.status == "failed" and "in no file, and no copy" in (lost.reason or "")
 
 
 def test_half_a_copy_is_removed_once_nobody_writes_it(push: Push, state: State) -> None:

@@ -58,6 +58,7 @@ class Checkpoint:
             leads to, else None.
         size: bytes of its files.
         casts: the tensors that the last plan converts, each with what it becomes.
+        kept: whether the last plan leaves live values of others beside its own.
     """
 
     _piece = CHUNK  # bytes of what is converted at once
@@ -83,6 +84,7 @@ class Checkpoint:
         self._deltas: list[Delta] = []
         self._own: set[str] = set()  # what an adapter adds to or replaces
         self.identity = ""
+        self.kept = False
         self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
@@ -163,7 +165,7 @@ class Checkpoint:
         """
         try:
             plan = fit(self.tensors, layout, settings, self.path)
-            self.casts = plan.casts
+            self.casts, self.kept = plan.casts, bool(plan.kept)
             return plan
         except (CheckpointMismatch, PartialCheckpoint) as exc:
             if not self.parts.is_adapter or (isinstance(exc, PartialCheckpoint) and not settings.base):
@@ -174,7 +176,9 @@ class Checkpoint:
                     'into: base = "…" in [weights].',
                     exc.differences,
                 ) from None
-        return self._merged(layout, settings)
+        plan = self._merged(layout, settings)
+        self.kept = bool(plan.kept)
+        return plan
 
     def _merged(self, layout: Layout, settings: Fit) -> Plan:
         """An adapter's plan: the base, then what the adapter replaces; what it adds is kept beside the plan."""

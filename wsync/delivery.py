@@ -151,6 +151,10 @@ class Sent:
         self.path, self.step, self.identity = source.path, source.step, source.identity
         self._source, self._turn, self._whole = source, turn, whole
 
+    @property
+    def kept(self) -> bool:
+        return self._source.kept
+
     def plan(self, layout: Layout, settings: Fit) -> Plan:
         return self._source.plan(layout, settings)
 
@@ -227,6 +231,8 @@ class Outbox:
 class Received:
     """What another box sends, as it goes into this box's slot."""
 
+    kept = False
+
     def __init__(self, offer: dict[str, Any], rank: int, turn: Turn) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
         self._turn, self._rank = turn, rank
@@ -256,6 +262,8 @@ class Received:
 
 class Live:
     """This box's own live weights, which go live again under another number; the publisher's lock keeps them."""
+
+    kept = False
 
     def __init__(self, weights: memoryview, offer: dict[str, Any]) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]

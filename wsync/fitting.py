@@ -49,6 +49,7 @@ class Fit:
     finite: bool = True
     base: str = ""
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
+    kept: int = field(default=0, repr=False)  # the version that kept live values, which is no file's; for the record
 
     def __post_init__(self) -> None:
         for old, new in self.rename.items():

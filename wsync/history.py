@@ -110,7 +110,7 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
             value = getattr(table, name)
             if isinstance(table, Hooks) and name in _SECRET and value:
                 value = "(set; may hold a secret)"
-            if name != "partial":
+            if name not in ("partial", "kept"):
                 rows.append(Setting(name if top else f"{field.name}.{name}", value, where))
     return rows
 

@@ -54,6 +54,9 @@ class Source(Protocol):
     @property
     def identity(self) -> str: ...
 
+    @property
+    def kept(self) -> bool: ...
+
     def plan(self, layout: Layout, settings: Fit) -> Plan: ...
 
     def read_into(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PUBLISHED = ("publish", "rollback")
 """Kinds of events after which a version is live."""
+IN_NO_FILE = "kept live values that are in no file"
 
 
 class Record:
@@ -169,21 +170,25 @@ class Record:
         """
         assert self._state
         events = [e for e in self._state.events(kinds=PUBLISHED) if e.identity == pin.identity]
+        pinned = next((e for e in reversed(events) if pin.version in (0, e.version)), None)
+        mixed = fit_from_json(pinned.settings).kept if pinned else 0
         kept = copies(self._state, events)
         for event in reversed(events):
-            if again := reopen(event, kept):
+            if fit_from_json(event.settings).kept == mixed and (again := reopen(event, kept)):
                 return again
-        checkpoint = _same(pin.checkpoint, pin.identity)
+        checkpoint = None if mixed and pin.version else _same(pin.checkpoint, pin.identity)
         if checkpoint is None:
             raise CheckpointError(
-                f"{pin.name}, which is pinned, is gone or was changed, and no copy of it was kept. `wsync unpin "
-                f"{self._state.name}` goes on with the newest; `wsync rollback` lists what is still there."
+                f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and no copy of it "
+                f"was kept. `wsync unpin {self._state.name}` goes on with the newest; `wsync rollback` lists what is "
+                "still there."
             )
         return checkpoint, fit
 
 
 def fit_to_json(fit: Fit) -> str:
-    return json.dumps({name: value for name, value in asdict(fit).items() if name != "partial"})
+    left_out = ("partial",) if fit.kept else ("partial", "kept")
+    return json.dumps({name: value for name, value in asdict(fit).items() if name not in left_out})
 
 
 def fit_from_json(text: str | None) -> Fit:
@@ -282,16 +287,19 @@ def kept_versions(state: State) -> list[int]:
 def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoint, Fit] | None:
     """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
 
+    Weights that kept live values beside what their checkpoint holds are had from a copy alone.
+
     Args:
         kept: the ``copies``.
     """
+    fit = fit_from_json(event.settings)
     copy = kept.get(what(event))
     if copy and _holds(copy, event.identity or ""):
         checkpoint = Checkpoint(copy)
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step)
-        return checkpoint, Fit(finite=False)
-    original = _same(event.checkpoint, event.identity)
-    return (original, fit_from_json(event.settings)) if original else None
+        return checkpoint, Fit(finite=False, kept=fit.kept)
+    original = None if fit.kept else _same(event.checkpoint, event.identity)
+    return (original, fit) if original else None
 
 
 def _same(path: str | None, identity: str | None) -> Checkpoint | None:

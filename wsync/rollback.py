@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import NoCheckpoint, SegmentBusy, StateError, UsageError
+from .errors import NoCheckpoint, PartialCheckpoint, SegmentBusy, StateError, UsageError
 from .publisher import publish
-from .record import PUBLISHED, copies, reopen, what
+from .record import IN_NO_FILE, PUBLISHED, copies, fit_from_json, reopen, what
 from .segment import Segment
 from .segment_files import Publication
 from .state import Event, Pin, State
@@ -62,7 +62,7 @@ def rollback(
             except BaseException:
                 state.set_pin(before)
                 raise
-            _note(state, publication, pin, segment.layout.nbytes)
+            _note(state, publication, pin, segment.layout.nbytes, event.settings)
             return publication, pin, event.version
     finally:
         segment.close()
@@ -84,12 +84,6 @@ def _publishing(segment: Segment) -> Iterator[None]:
         yield
 
 
-def _note(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
-    """It is live, whatever becomes of its line in the history."""
-    with _told():
-        _record(state, publication, pin, nbytes)
-
-
 @contextmanager
 def _told() -> Iterator[None]:
     """What is done is done: a history that cannot be written is told of, and is no failure."""
@@ -99,19 +93,19 @@ def _told() -> Iterator[None]:
         _log.warning("%s", exc)
 
 
-def _record(state: State, publication: Publication, pin: Pin, nbytes: int) -> None:
-    event = next((e for e in reversed(state.events(kinds=("publish",))) if e.identity == publication.identity), None)
-    state.record(
-        "rollback",
-        version=publication.version,
-        step=publication.step,
-        checkpoint=publication.source,
-        identity=publication.identity,
-        bytes=nbytes,
-        seconds=round(time.time() - pin.since, 6),
-        reason=pin.reason,
-        settings=event.settings if event else None,
-    )
+def _note(state: State, publication: Publication, pin: Pin, nbytes: int, settings: str | None) -> None:
+    with _told():
+        state.record(
+            "rollback",
+            version=publication.version,
+            step=publication.step,
+            checkpoint=publication.source,
+            identity=publication.identity,
+            bytes=nbytes,
+            seconds=round(time.time() - pin.since, 6),
+            reason=pin.reason,
+            settings=settings,
+        )
 
 
 def _target(state: State, live: Publication | None, to: int | None) -> Event:
@@ -146,16 +140,21 @@ def _again(segment: Segment, last: int, event: Event, state: State) -> Publicati
         return publication
     events = state.events(kinds=PUBLISHED)
     again = reopen(event, copies(state, events))
-    if again is None:
-        raise NoCheckpoint(
-            f"version {event.version} of {state.name!r} came from {event.checkpoint or 'memory'}, which is gone or was "
-            f"changed, and no copy was kept (--keep). {_choices(state, events)}"
-        )
-    checkpoint, fit = again
-    with checkpoint:
-        live = segment.live()
-        spec = (live.spec if live else "") or segment.spec
-        return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
+    why = f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
+    if again:
+        checkpoint, fit = again
+        try:
+            with checkpoint:
+                live = segment.live()
+                spec = (live.spec if live else "") or segment.spec
+                return publish(segment, checkpoint, fit=replace(fit, partial=False), spec=spec, last_version=last)
+        except PartialCheckpoint:  # by a history that does not say so
+            why = IN_NO_FILE
+    elif fit_from_json(event.settings).kept:
+        why = IN_NO_FILE
+    raise NoCheckpoint(
+        f"version {event.version} of {state.name!r} {why}, and no copy was kept (--keep). {_choices(state, events)}"
+    )
 
 
 def _choices(state: State, events: list[Event]) -> str:

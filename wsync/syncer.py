@@ -98,7 +98,8 @@ class Syncer:
         self.hooks: HookRunner | None = None
         self._stop: threading.Event | None = None
         self._before: Publication | None = None
-        self._fit = spec.weights  # of what is being published
+        self._source: Source | None = None  # of what is being published, with how it fits
+        self._fit = spec.weights
         self._started = 0.0
         self._published: Outcome | None = None
         self.record = Record(state, spec.digest)
@@ -356,7 +357,8 @@ class Syncer:
                     newer, _ = self._todo(before, force, started)
                     if checkpoint.identity not in {candidate.identity for candidate in newer}:
                         return self._current(before, started)
-                self._before, self._fit, self._started = before, self.spec.weights, started
+                self._before, self._started = before, started
+                self._source, self._fit = checkpoint, self.spec.weights
                 try:
                     self.updater.push_weights(checkpoint)
                 except RetryLater:
@@ -405,7 +407,8 @@ class Syncer:
             identity=publication.identity,
         )
         lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
-        self.record.published(self._published, lag, self._fit)
+        fit, mixed = self._fit, self._source is not None and self._source.kept
+        self.record.published(self._published, lag, replace(fit, kept=publication.version) if mixed else fit)
         if self.spec.hooks.exec or self.spec.hooks.webhook:
             from .hook_runner import HookRunner
 
@@ -441,7 +444,8 @@ class Syncer:
         last_version: int = 0,
     ) -> Outcome:
         """Publishes what is given, by ``publish``; the caller holds the publisher's lock."""
-        self._before, self._fit, self._started = segment.live(), fit, started
+        self._before, self._started = segment.live(), started
+        self._source, self._fit = source, fit
         self.updater.published = publish(
             segment,
             source,
