@@ -280,6 +280,25 @@ def test_a_kept_tensor_keeps_its_bytes(trainer: Trainer, device: LateDevice) -> 
         assert len(device.buffers) == 3
 
 
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_backward_pass_over_a_refresh_is_told(
+    runtime: Path, tmp_path: Path, device: LateDevice, mode: reading.Mode
+) -> None:
+    """Guards against gradients of a mixture: autograd refuses weights that were replaced since the forward pass."""
+
+    def make() -> nn.Module:
+        return nn.LayerNorm(4).eval()
+
+    trainer, policy = Trainer(make, tmp_path), make()
+    trainer.push(1)
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        loss = policy(torch.arange(4.0).requires_grad_()).sum()
+        trainer.push(2)
+        assert reader.refresh(wait=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_wait_sleeps_until_the_copy_is_done(trainer: Trainer, device: LateDevice) -> None:
     """wait is False while a version is under way and time is up, and True when refresh would take it."""
     policy = mlp()

@@ -41,6 +41,24 @@ class Hollow(nn.Module):
         self.eval()
 
 
+def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -> None:
+    """Guards against gradients of a mixture: a graph saves a parameter as it is, which nothing else shows."""
+
+    def make() -> nn.Module:
+        return nn.LayerNorm(4).eval()
+
+    trainer, policy = Trainer(make, tmp_path), make()
+    trainer.push(1)
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark, kept in ((2, None), (3, policy.state_dict())):  # what is kept has the policy pointed elsewhere
+            loss = policy(torch.arange(4.0).requires_grad_()).sum()
+            trainer.push(mark)
+            assert reader.refresh()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            del kept
+
+
 def test_a_storage_object_keeps_its_bytes(trainer: Trainer) -> None:
     """Guards a storage that was asked for: torch gives the one object that there is to all who ask, and counts none."""
     policy = mlp()

@@ -241,6 +241,7 @@ class DeviceWeights:
                     torch._foreach_copy_(mine, new)
             return
         before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
+        torch.autograd.graph.increment_version([tensor for tensor, _ in self._targets])  # for graphs that saved one
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
         if before is None:
