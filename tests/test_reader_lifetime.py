@@ -478,6 +478,87 @@ def test_parameters_that_were_replaced_are_told_of(trainer: Trainer, mode: readi
         assert marks(policy) == {1.0}
 
 
+def put_another_layer(policy: nn.Sequential) -> None:
+    policy[2] = nn.Linear(8, 2)
+
+
+def put_a_layer_without_parameters(policy: nn.Sequential) -> None:  # as torch's quantize_dynamic(inplace=True) does
+    policy[2] = nn.Identity()
+
+
+def add_a_layer(policy: nn.Sequential) -> None:
+    policy.append(nn.Linear(2, 2))
+
+
+def add_a_parameter(policy: nn.Sequential) -> None:
+    policy[0].register_parameter("scale", nn.Parameter(torch.ones(())))
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put_another_layer, "2.weight is another tensor"),
+        (put_a_layer_without_parameters, "2.weight .* now gone"),
+        (add_a_layer, "3.weight is another tensor"),
+        (add_a_parameter, "0.scale is another tensor"),
+    ],
+)
+def test_modules_that_were_replaced_are_told_of(
+    trainer: Trainer, mode: reading.Mode, change: Callable[[nn.Sequential], None], named: str
+) -> None:
+    """Guards against versions that reach a part of the policy alone, while another part is old for ever."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        trainer.push(2)
+        change(policy)
+        before = [tensor.tolist() for tensor in policy.parameters()]
+        for _ in range(2):
+            with pytest.raises(UsageError, match=f"{named}.*attach again"):
+                reader.refresh()
+        assert reader.version == 1 and [tensor.tolist() for tensor in policy.parameters()] == before
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def wrap(policy: nn.Sequential) -> None:  # as torch.compile does
+    policy[2] = nn.Sequential(policy[2])
+
+
+def parametrize(policy: nn.Sequential) -> None:
+    nn.utils.parametrize.register_parametrization(policy[0], "weight", Doubled())
+
+
+def put_another_activation(policy: nn.Sequential) -> None:
+    policy[1] = nn.ReLU()
+
+
+def add_what_has_no_weights(policy: nn.Sequential) -> None:
+    policy[0].add_module("observer", nn.Identity())
+    policy[0].register_buffer("seen", torch.zeros(()), persistent=False)
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+@pytest.mark.parametrize("change", [wrap, parametrize, put_another_activation, add_what_has_no_weights])
+def test_modules_that_hold_the_same_tensors_are_the_same_policy(
+    trainer: Trainer, mode: reading.Mode, change: Callable[[nn.Sequential], None]
+) -> None:
+    """Guards against a false alarm: where every tensor is still there, and none is new, each gets its version."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        change(policy)
+        for mark in (2, 3, 4):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+        policy[2] = nn.Linear(8, 2)
+        trainer.push(5)
+        with pytest.raises(UsageError, match="2.weight is another tensor"):
+            reader.refresh()
+
+
 def test_a_policy_is_pointed_at_memory_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts what makes a swap cost the same for any number of tensors: none is touched after the first version."""
     made = itertools.count()

@@ -1,11 +1,13 @@
 """The tensors of a policy as they were when it was attached, and whether they still are.
 
-``.to()`` to another device, ``load_state_dict(assign=True)`` and whoever sets an attribute put other tensors in their
-place, and ``.half()`` makes others of them. A reader that went on with those it knew would leave the policy behind.
+``.to()`` to another device, ``load_state_dict(assign=True)``, another submodule and whoever sets an attribute put other
+tensors in their place, and ``.half()`` makes others of them. A reader that went on with those it knew would leave the
+policy behind. What a policy may do is to gain and lose modules without tensors, and to have its own wrapped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from operator import call, is_
 from typing import Any
 
@@ -29,34 +31,55 @@ class Attached:
     def __init__(self, policy: torch.nn.Module, layout: Layout) -> None:
         index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
         seen: dict[int, tuple[torch.Tensor, int]] = {}
+        self._names: dict[int, str] = {}
         for name, tensor in named_tensors(policy):
             seen.setdefault(id(tensor), (tensor, index[name]))
+            self._names.setdefault(id(tensor), name)
         self.targets: Targets = list(seen.values())
         self.tensors = [tensor for tensor, _ in self.targets]
-        self._owners = [
-            (f"{prefix}.{key}".lstrip("."), table, key, tensor, (tensor.device, tensor.dtype, tensor.shape))
-            for prefix, module in policy.named_modules()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-            if tensor is not None and id(tensor) in seen
-        ]
-        self._looks = [table.get for _, table, _, _, _ in self._owners]
-        self._keys = [key for _, _, key, _, _ in self._owners]
-        self._owned = [tensor for _, _, _, tensor, _ in self._owners]
+        self._policy = policy
         self._forms = self._forms_now()
+        self._note()
 
     def in_place(self) -> bool:
-        """Whether the policy's tensors are these very ones; takes some 0.05 us for each."""
-        return all(map(is_, map(call, self._looks, self._keys), self._owned))
+        """Whether the policy's modules and tensors are these very ones; takes some 0.05 us for each."""
+        return list(map(len, self._tables)) == self._sizes and all(
+            map(is_, map(call, self._looks, self._keys), self._held)
+        )
 
     def check(self) -> None:
-        """Raises UsageError where they are not these, or not of the devices, dtypes and shapes that they were."""
+        """Raises UsageError where the tensors are not these, or not of the device, dtype and shape that they were."""
         if self.in_place() and self._forms_now() == self._forms:
             return
-        for name, table, key, tensor, form in self._owners:
-            now = table.get(key)
-            if now is not tensor or (now.device, now.dtype, now.shape) != form:
-                raise moved(name, "gone" if now is None else f"{now.dtype} {[*now.shape]} on {now.device}")
+        forms = dict(zip(map(id, self.tensors), zip(*self._forms, strict=True), strict=True))
+        gone = self._names.copy()
+        for name, now in named_tensors(self._policy):
+            if forms.get(id(now)) != (now.device, now.dtype, now.shape):
+                raise moved(name, f"{now.dtype} {[*now.shape]} on {now.device}")
+            gone.pop(id(now), None)
+        for name in gone.values():
+            raise moved(name, "gone")
+        self._note()
+
+    def _note(self) -> None:
+        """Where the policy has its modules and tensors: the same ones may be elsewhere by now, in another module."""
+        modules = list(self._policy.modules())
+        self._tables = [table for each in modules for table in (each._modules, each._parameters, each._buffers)]
+        self._sizes = list(map(len, self._tables))
+        places = [
+            (_look(table), key, held)
+            for table in self._tables
+            for key, held in table.items()
+            if isinstance(held, torch.nn.Module) or id(held) in self._names
+        ]
+        self._looks = [look for look, _, _ in places]
+        self._keys = [key for _, key, _ in places]
+        self._held = [held for _, _, held in places]
 
     def _forms_now(self) -> list[list[Any]]:
-        return [list(map(form, self._owned)) for form in _FORMS]
+        return [list(map(form, self.tensors)) for form in _FORMS]
+
+
+def _look(table: Mapping[str, Any]) -> Callable[[str], Any]:
+    """``table.get``, which the tables of TorchScript have not."""
+    return table.get if isinstance(table, dict) else lambda key: dict(table.items()).get(key)

@@ -85,7 +85,7 @@ class SpecError(UsageError):
 def moved(name: str, now: str) -> UsageError:
     """A policy that is not where, or what, it was when it was attached."""
     return UsageError(
-        f"{name} is another tensor than the one that was attached, or was moved (.to(), .half() …): it is now {now}. "
+        f"{name} is another tensor than those that were attached, or was moved (.to(), .half() …): it is now {now}. "
         "The policy keeps what it has. Close this reader, and attach again after such a change."
     )
 
