@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEADLINE, marks, write
@@ -35,6 +36,42 @@ def test_a_trainers_weights_reach_a_policy_with_no_file(runtime: Path) -> None:
         assert torch.equal(running.get_parameter("0.weight"), trained.get_parameter("0.weight"))
         updater.push_weights(filled(2.0))
         assert reader.refresh() and marks(running) == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("step", "plain"),
+    [(np.int64(500), 500), (torch.tensor(500), 500), (torch.tensor([-3]), -3), ((1 << 63) - 1, (1 << 63) - 1)],
+)
+def test_a_step_is_stored_as_a_plain_number(step: Any, plain: int, runtime: Path) -> None:
+    """Guards that a trainer may give the counter that it has: what is live can be read by all, to the bounds."""
+    updater = SharedMemoryWeightUpdater("steps", policy=mlp())
+    updater.step = step
+    updater.push_weights(filled(1.0))
+    assert updater.published and type(updater.published.step) is int
+    live = Segment.open("steps").live()
+    assert live and live.step == plain == updater.published.step
+    with wsync.attach(mlp(), "steps", timeout=DEADLINE) as reader:
+        assert reader.step == plain
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(True, TypeError), (1.5, TypeError), (np.float32(2), TypeError), (np.True_, TypeError),
+     (torch.tensor(1.5), TypeError), (torch.tensor([1, 2]), TypeError), ("7", TypeError), (1 << 63, ValueError),
+     (-1 << 63, ValueError)],
+)  # fmt: skip
+def test_a_step_that_no_reader_could_read_is_refused(step: Any, error: type[Exception], runtime: Path) -> None:
+    """Guards against a live version whose header says no step: every reader would take its segment for damaged."""
+    updater = SharedMemoryWeightUpdater("steps", policy=mlp())
+    updater.push_weights(filled(1.0))
+    with wsync.attach(policy := mlp(), "steps", timeout=DEADLINE) as reader:
+        updater.step = step
+        with pytest.raises(error, match="step"):
+            updater.push_weights(filled(2.0))
+        assert not reader.refresh() and reader.version == 1 and marks(policy) == {1.0}
+        updater.step = 2
+        updater.push_weights(filled(2.0))
+        assert reader.refresh() and (reader.version, reader.step) == (2, 2)
 
 
 def test_tied_policies_and_buffers_are_published_whole(runtime: Path) -> None:

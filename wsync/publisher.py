@@ -6,6 +6,7 @@ wrong before the WORD is stored leaves the live version as it was.
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -95,6 +96,7 @@ def publish(
         SegmentBusy: every spare slot is leased.
     """
     plan = _plan(segment, checkpoint, fit)
+    step = _whole(checkpoint.step)
     with segment.spare_slot() as slot:
         with slot.weights as weights:
             live = segment.live_weights() if plan.kept else None
@@ -105,7 +107,7 @@ def publish(
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
         publication = Publication(
             version=max(segment.version, last_version) + 1,
-            step=checkpoint.step,
+            step=step,
             source=str(checkpoint.path),
             identity=checkpoint.identity,
             published_at=time.time(),
@@ -132,14 +134,14 @@ def publish_tensors(
         tensors: by dotted name, on any device; another float dtype is cast to the segment's.
         strict: every tensor must come; else what does not come keeps its live values.
         finite: refuse NaN and infinity, also those that a cast made.
-        step: recorded with the version.
+        step: recorded with the version: a whole number, also one of numpy or in a tensor.
         spec: fingerprint of the policy spec, recorded with the version.
         gate: as for ``publish``.
 
     Raises:
         KeyError: a name is unknown, or missing.
-        ValueError: a shape is another, or a value is not finite.
-        TypeError: the segment's dtype cannot hold a tensor's values.
+        ValueError: a shape is another, a value is not finite, or the step is beyond 64 bits.
+        TypeError: the segment's dtype cannot hold a tensor's values, or the step is no whole number.
         SegmentBusy: every spare slot is leased.
     """
     import torch
@@ -147,6 +149,7 @@ def publish_tensors(
     from .weights import check, copy
 
     layout = segment.layout
+    step = _whole(step)
     sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
     missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
     kept = None if strict else segment.live_weights()
@@ -174,6 +177,21 @@ def publish_tensors(
         publication = _describe(segment, slot, publication, gate)
     segment.store(publication.version, slot.number)
     return publication
+
+
+def _whole(step: int | None) -> int | None:
+    """A step as the plain number that a slot's header holds, and that every reader can read there."""
+    if step is None:
+        return None
+    try:
+        number = None if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"step = {step!r} is no whole number. Nothing was published: give an int, or None.")
+    if abs(number) >= 1 << 63:
+        raise ValueError(f"step = {number} is beyond 64 bits. Nothing was published: give a smaller one, or None.")
+    return number
 
 
 def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
