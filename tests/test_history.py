@@ -26,6 +26,7 @@ from policies import mlp
 from safetensors.torch import save_file
 
 import wsync
+from wsync import gate
 from wsync import rollback as way_back
 from wsync.cli import app
 from wsync.errors import SegmentBusy, WsyncError
@@ -35,7 +36,7 @@ from wsync.hooks import Hooks
 from wsync.layout import layout_of
 from wsync.options import VARIABLES
 from wsync.outcome import Outcome
-from wsync.rollback import rollback
+from wsync.rollback import pin_checkpoint, rollback
 from wsync.segment import Segment
 from wsync.spec import Spec, load_spec
 from wsync.state import State
@@ -271,12 +272,12 @@ def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Pus
     for mark in (1, 2, 3):
         parts(mark, keep=20)
     spec = replace(load_spec("policies:mlp"), keep=20)
-    for to, mark in ((2, 1.0), (4, 2.0)):
+    for to, rest in ((2, 1.0), (4, 2.0)):
         rollback(NAME, to, runtime=None, state=state)
-        assert mixture() == (9.0, mark)
+        assert mixture() == (9.0, rest)
         for _ in range(2):
             Segment.open(NAME, write=True).remove()
-            assert push(spec=spec).status == "published" and mixture() == (9.0, mark)
+            assert push(spec=spec).status == "published" and mixture() == (9.0, rest)
         state.set_pin(None)
     rollback(NAME, 2, runtime=None, state=state)
     for copy in state.kept.iterdir():
@@ -469,6 +470,85 @@ def test_log_follows(push: Push, spawn: Spawn, state: State) -> None:
     assert json.loads(following.stdout.readline())["version"] == 1
     push(2)
     assert json.loads(following.stdout.readline())["version"] == 2
+
+
+def test_a_pinned_copy_is_kept_once_over_reboots(push: Push, runs: Path, state: State) -> None:
+    """Guards the other copies: what is put live again from a copy is recorded as what that is a copy of."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    for mark in (1, 2):
+        push(mark, spec=spec)
+    pin_checkpoint(NAME, None, runtime=None, state=state)
+    for file in runs.iterdir():
+        file.unlink()
+    Segment.open(NAME, write=True).remove()
+    assert push(spec=spec).status == "published" and live_marks() == {2.0}
+    assert len({event.settings for event in state.events(kinds=("publish",))}) == 1
+    live, _, was = rollback(NAME, 1, runtime=None, state=state)
+    assert (was, live.step) == (1, 1) and live_marks() == {1.0}
+
+
+def test_a_clock_that_was_set_back_takes_no_new_copy(push: Push, state: State) -> None:
+    """Guards what was kept last: copies with times ahead of the clock go before it."""
+    spec = replace(load_spec("policies:mlp"), keep=2)
+    for mark in (1, 2):
+        push(mark, spec=spec)
+    for copy in state.kept.iterdir():
+        os.utime(copy, (time.time() + 3600,) * 2)
+    for mark in (3, 4):
+        push(mark, spec=spec)
+    assert {copy.name for copy in state.kept.iterdir()} == {"3.safetensors", "4.safetensors"}
+
+
+def test_what_was_tried_again_with_success_is_taken_after_a_reboot(push: Push, state: State) -> None:
+    """Guards a box that starts anew against a refusal that was overcome: it would have nothing live."""
+    spec = load_spec("policies:mlp")
+    refusing = replace(spec, hooks=replace(spec.hooks, gate="test -e allowed"))
+    assert push(1, spec=refusing).status == "rejected"
+    Path("allowed").touch()
+    assert push(spec=refusing).status == "rejected"
+    with Syncer(refusing, "runs", state=State(NAME)) as syncer:
+        syncer.record.forget()
+        assert syncer.once().status == "published"
+    Segment.open(NAME, write=True).remove()
+    assert push(spec=refusing).status == "published"
+
+
+def test_the_newest_stays_rejected_beside_half_a_file(push: Push, runs: Path) -> None:
+    """Guards cron's exit code: that something older is of no use either makes the newest no better."""
+    push(3)
+    half = write(runs / "step_4.safetensors", mlp(), 4.0)
+    os.truncate(half, half.stat().st_size // 2)
+    os.utime(half, (time.time() - 60,) * 2)
+    nan = float("nan")
+    assert push(nan).status == "rejected"
+    again = push()
+    assert (again.status, again.known, again.passed_over) == ("rejected", True, ())
+
+
+def test_a_pin_that_cannot_go_live_is_told_as_one(push: Push, runs: Path, cli: Cli, state: State) -> None:
+    """Guards programs and people: which pin it is, what does not fit, and a failure in the status."""
+    push(1)
+    bad = runs / "bad.safetensors"
+    save_file({"0.weight": torch.zeros(3)}, bad)
+    assert cli("pin", NAME, str(bad)).returncode == 0
+    told = push()
+    assert (told.status, told.version, told.pin, told.checkpoint) == ("rejected", 1, str(bad), str(bad))
+    assert told.differences and "┃" not in (told.reason or "")
+    push()
+    assert [event.kind for event in state.events()].count("failure") == 1
+
+
+def test_a_gate_that_is_interrupted_has_accepted_nothing(push: Push, state: State, monkeypatch: Any) -> None:
+    """Guards the history: what ended a push in the midst of its gate is no word of the gate's."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gate, "ask", interrupted)
+    spec = load_spec("policies:mlp")
+    with pytest.raises(KeyboardInterrupt):
+        push(1, spec=replace(spec, hooks=replace(spec.hooks, gate="true")))
+    assert state.events() == []
 
 
 def test_log_follows_a_history_that_is_begun_anew(push: Push, spawn: Spawn, state: State) -> None:

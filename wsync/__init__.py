@@ -5,7 +5,7 @@ Importing this package imports neither torch nor tensordict; each name below is 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
     ground          errors layout memory mapped addresses helper ahead access notify transfer
-    checkpoints     header store_client store hub parts casting finite fitting staging advice adapter checkpoint
+    checkpoints     header parts store_client store hub casting finite fitting staging advice adapter checkpoint
                     remote source changes
     segments        registry segment_files segment badge
     writing side    publisher weights weight_getter updaters segment_updater

@@ -85,6 +85,7 @@ class Checkpoint:
         self._own: set[str] = set()  # what an adapter adds to or replaces
         self.identity = ""
         self.kept = False
+        self.fitted: Fit | None = None
         self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
@@ -322,9 +323,9 @@ class Checkpoint:
         """Whether it is an adapter that is merged into a base: what was read is not yet what it becomes."""
         return self._base is not None
 
-    def is_copy_of(self, path: str, identity: str, step: int | None) -> None:
-        """Goes by the name of what it is a copy of, where it is recorded."""
-        self.path, self.identity, self.step = Path(path), identity, step
+    def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit) -> None:
+        """Goes by the name of what it is a copy of, and by how that was fitted, where it is recorded."""
+        self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
 
     def check_unchanged(self) -> None:
         """Whether the open file is still the one whose header was read.

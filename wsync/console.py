@@ -217,7 +217,10 @@ class WatchLog:
         if self._live:
             self._live.stop()
             self._live = None
-        self._line("info", "stop", f"{self._name}: stopped; version {self._version} stays live")
+        segment = self._segment()
+        version = segment.version if segment else self._version
+        live = f"version {version} stays live" if version else "nothing is live"
+        self._line("info", "stop", f"{self._name}: stopped; {live}")
 
     def tell(self, event: Outcome | WsyncError) -> None:
         """An outcome of a pass, or why it failed; but for a publish, what was said last is not said again."""

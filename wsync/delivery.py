@@ -155,6 +155,10 @@ class Sent:
     def kept(self) -> bool:
         return self._source.kept
 
+    @property
+    def fitted(self) -> Fit | None:
+        return self._source.fitted
+
     def plan(self, layout: Layout, settings: Fit) -> Plan:
         return self._source.plan(layout, settings)
 
@@ -231,7 +235,7 @@ class Outbox:
 class Received:
     """What another box sends, as it goes into this box's slot."""
 
-    kept = False
+    kept, fitted = False, None
 
     def __init__(self, offer: dict[str, Any], rank: int, turn: Turn) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
@@ -263,7 +267,7 @@ class Received:
 class Live:
     """This box's own live weights, which go live again under another number; the publisher's lock keeps them."""
 
-    kept = False
+    kept, fitted = False, None
 
     def __init__(self, weights: memoryview, offer: dict[str, Any]) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]

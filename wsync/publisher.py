@@ -58,6 +58,9 @@ class Source(Protocol):
     @property
     def kept(self) -> bool: ...
 
+    @property
+    def fitted(self) -> Fit | None: ...
+
     def plan(self, layout: Layout, settings: Fit) -> Plan: ...
 
     def read_into(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +112,8 @@ class Record:
     # --- events
 
     def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
-        self._add("publish", outcome, bytes=outcome.bytes, lag=lag, settings=fit_to_json(fit))
+        more = {"bytes": outcome.bytes, "lag": lag, "settings": fit_to_json(fit)}
+        self._add("publish", outcome, accepted=self._settings, **more)
 
     def gate(self, result: str, publication_version: int, checkpoint: str, step: int | None) -> None:
         self._event("gate", version=publication_version, checkpoint=checkpoint, step=step, reason=result)
@@ -217,8 +220,8 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         this = next((event for event in reversed(events) if event.version == publication.version), None)
         same = copies(state, events).get(what(this)) if this else None
         if same and _holds(same, publication.identity):
-            os.utime(same)  # the newest again
             same.replace(target)
+            _make_newest(target)
             return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
             try_lock(copy.fileno())  # who sweeps sees that it is being written
@@ -226,18 +229,27 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
             with open(lease.fileno(), "rb", closefd=False) as slot:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
+        _make_newest(target)
         paths = [copy_path(state, version) for version in kept_versions(state)]
         written = sorted((path.stat().st_mtime_ns, path) for path in paths)
         for _, path in written[:-number]:  # not by their numbers, which begin anew where the history was removed
             path.unlink(missing_ok=True)
     except OSError as exc:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise StateError(
             f"version {publication.version} of {state.name!r} could not be kept in {state.kept} ({exc.strerror}). Make "
             "room, lower --keep, or name another place with --state-dir."
         ) from exc
     finally:
         lease.release()
+
+
+def _make_newest(copy: Path) -> None:
+    """Gives a copy a time after all others', also where the clock was set back."""
+    others = [path.stat().st_mtime_ns for path in copy.parent.glob("*.safetensors") if path != copy]
+    last = max([time.time_ns(), *(other + 1 for other in others)])
+    os.utime(copy, ns=(last, last))
 
 
 def _holds(copy: Path, identity: str) -> bool:
@@ -296,7 +308,7 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoi
     copy = kept.get(what(event))
     if copy and _holds(copy, event.identity or ""):
         checkpoint = Checkpoint(copy)
-        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step)
+        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
         return checkpoint, Fit(finite=False, kept=fit.kept)
     original = None if fit.kept else _same(event.checkpoint, event.identity)
     return (original, fit) if original else None

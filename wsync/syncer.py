@@ -210,7 +210,16 @@ class Syncer:
             return self._try(todo, take, live, started, again, remember=False)
         self.updater.spec = self.spec.fingerprint
         target = self.updater.make_segment()
-        return self._try(todo, lambda c: self._publish(target, c, live, started, force), live, started, again)
+        take = partial(self._publish, target, live=live, started=started, force=force)
+        try:
+            outcome = self._try(todo, take, live, started, again)
+        except NoCheckpoint:
+            if refusal:
+                return refusal
+            raise
+        if refusal and outcome.status in ("rejected", "empty"):  # what is older makes the newest no better
+            return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
+        return outcome
 
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         """Passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
@@ -408,6 +417,8 @@ class Syncer:
         )
         lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
         fit, mixed = self._fit, self._source is not None and self._source.kept
+        if self._source and self._source.fitted:  # a copy of what came of that
+            fit = self._source.fitted
         self.record.published(self._published, lag, replace(fit, kept=publication.version) if mixed else fit)
         if self.spec.hooks.exec or self.spec.hooks.webhook:
             from .hook_runner import HookRunner
@@ -425,14 +436,13 @@ class Syncer:
     def _gate(self, staged: Staged) -> None:
         from .gate import ask
 
-        result = "accepted"
+        about = staged.version, staged.checkpoint, staged.step
         try:
             ask(self.spec, staged, self._stop, self.record.directory)
         except WsyncError as exc:
-            result = str(exc)
+            self.record.gate(str(exc), *about)
             raise
-        finally:
-            self.record.gate(result, staged.version, staged.checkpoint, staged.step)
+        self.record.gate("accepted", *about)
 
     def _store(
         self,
@@ -467,12 +477,32 @@ class Syncer:
             return self._pinned_outcome(pin, live, started)
         self.updater.spec = self.spec.fingerprint
         segment = self.updater.make_segment()
-        checkpoint, fit = self.record.reopen(pin, self.spec.weights)
-        with checkpoint, segment.publishing():
-            last = 0 if segment.live() else self.record.last_version()
-            outcome = replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
+        try:
+            checkpoint, fit = self.record.reopen(pin, self.spec.weights)
+            with checkpoint, segment.publishing():
+                last = 0 if segment.live() else self.record.last_version()
+                outcome = replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
+        except CheckpointError as exc:
+            return self._unusable(pin, exc, live, started)
         if self.updater.published:
             self.record.keep(segment, self.updater.published, self.spec.keep)
+        return outcome
+
+    def _unusable(self, pin: Pin, exc: CheckpointError, live: Publication | None, started: float) -> Outcome:
+        """What is pinned cannot go live."""
+        outcome = self._outcome(
+            status_of(exc, True),
+            live,
+            started,
+            step=pin.step,
+            checkpoint=pin.checkpoint or None,
+            reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
+            differences=exc.differences if isinstance(exc, WithDifferences) else (),
+            identity=pin.identity,
+            kind=exc.kind,
+            pin=pin.name,
+        )
+        self.record.failed(outcome.version, outcome.reason or "")
         return outcome
 
     def _pinned_outcome(self, pin: Pin, live: Publication | None, started: float) -> Outcome:
