@@ -329,8 +329,10 @@ def test_what_came_before_the_wait_is_told(parents: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "act", ["a file in it", "a marker in it", "itself renamed", "made", "its file's mode", "a configuration"]
-)
+    "act",
+    ["a file in it", "a marker in it", "a hidden marker", "itself renamed", "made", "a link to it", "its file's mode",
+     "a configuration"],
+)  # fmt: skip
 def test_a_checkpoint_that_is_a_directory_wakes(act: str, waiter: Start, tmp_path: Path) -> None:
     """Guards checkpoints of several files: what happens in their directories, old or new, is told as well."""
     place, inner = tmp_path / "runs", tmp_path / "runs" / "checkpoint-500"
@@ -344,6 +346,11 @@ def test_a_checkpoint_that_is_a_directory_wakes(act: str, waiter: Start, tmp_pat
                 put(inner / "model-00001-of-00002.safetensors")
             case "a marker in it":
                 (inner / f"all.{next(number)}.STABLE").touch()
+            case "a hidden marker":
+                (inner / f".{next(number)}.STABLE").touch()
+            case "a link to it":
+                (place / ".next").symlink_to(inner.name)
+                (place / ".next").rename(place / "latest")
             case "a configuration":
                 (inner / "adapter_config.json").touch()
             case "itself renamed":

@@ -69,20 +69,26 @@ class Changes:
         for event in self._notify.read(max(1, int(seconds * 1000))):
             if event.mask & (flags.Q_OVERFLOW | flags.UNMOUNT | flags.DELETE_SELF | flags.MOVE_SELF):
                 self._watched = None  # what is there is looked at anew, and watched anew
-            elif event.mask & flags.ISDIR and event.mask & (flags.CREATE | flags.MOVED_TO):
+            is_new = bool(event.mask & (flags.CREATE | flags.MOVED_TO))
+            is_directory = bool(event.mask & flags.ISDIR) or (is_new and self._leads_to_directory(event.name))
+            if is_new and is_directory:
                 self._add(self._directory / event.name)
-            told = told or self._concerns(event.name, bool(event.mask & flags.ISDIR))
+            told = told or self._concerns(event.name, is_directory)
         return told
+
+    def _leads_to_directory(self, name: str) -> bool:
+        """Whether it is a link, such as ``latest``, to a directory: its notification does not say so."""
+        return bool(name) and not TEMPORARY.search(name) and (self._directory / name).is_dir()
 
     def _concerns(self, name: str, is_directory: bool) -> bool:
         """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
         if name == self._place.name:
             return True
+        if self._marker and name.endswith(self._marker):  # which may be hidden, as a temporary is
+            return True
         if not name or TEMPORARY.search(name):
             return False
-        return (
-            is_directory or name.endswith((SUFFIX, INDEX, CONFIG)) or bool(self._marker and name.endswith(self._marker))
-        )
+        return is_directory or name.endswith((SUFFIX, INDEX, CONFIG))
 
     def _begin(self) -> bool:
         """Whether watching began just now: the first time, and where another directory stands in the place."""
