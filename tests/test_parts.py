@@ -748,6 +748,32 @@ def test_the_temporaries_of_rsync_are_no_candidates(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
+def test_a_newer_directory_that_is_not_for_us_is_told_while_another_is_live(tmp_path: Path) -> None:
+    """Guards that a policy does not stay behind in silence because its trainer's umask is another one."""
+    runs = tmp_path / "runs"
+    for parent in runs.parents:
+        if parent.is_relative_to(Path(tempfile.gettempdir())) and parent != Path(tempfile.gettempdir()):
+            parent.chmod(0o755)
+    older = age(write(runs / "step_1.safetensors", policies.mlp()))
+    older.chmod(0o644)
+    closed = single(runs / "checkpoint-2", 2.0)
+    closed.chmod(0o700)
+    getter = CheckpointWeightGetter(runs)
+    os.seteuid(65534)
+    try:
+        (newer,) = getter.candidates(live(older))
+        with pytest.raises(CheckpointError, match="checkpoint-2 belongs to root with mode 0700"):
+            getter.open(newer)
+        assert getter.candidates(newer) == []
+        os.seteuid(0)
+        age(closed, LONG_AGO - 1)
+        os.seteuid(65534)
+        assert getter.candidates(live(older)) == []
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
 @pytest.mark.parametrize("what", ["the place", "a directory in it", "its shards"])
 def test_a_directory_that_is_not_for_us_says_whose_it_is(what: str, tmp_path: Path) -> None:
     """Guards that what another user keeps to himself is told with owner and mode, and is not "no checkpoint yet"."""

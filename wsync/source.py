@@ -174,7 +174,9 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
-            if exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
+            if exc.errno == errno.EACCES and name != _OTHERS and (closed := _closed(entry.path)):
+                found.append(closed)
+            elif exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
                 trouble = trouble or unreadable(Path(entry.path), exc)
         except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
             if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
@@ -269,6 +271,15 @@ def _half(path: Path) -> list[Candidate]:
     except OSError:
         return []
     return [Candidate(path, identity(info), _written(info))]
+
+
+def _closed(path: str) -> Candidate | None:
+    """A directory that is not for us as a candidate by itself, for its opening to say whose it is."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return Candidate(path, info, _written(info))
 
 
 def _written(info: os.stat_result) -> int:
