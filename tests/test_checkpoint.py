@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -778,12 +779,14 @@ def test_a_message_stays_short(header: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 5000
 
 
-@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "zero", "link to a directory"])
+@pytest.mark.parametrize("kind", ["fifo", "socket", "directory", "device", "zero", "link to a directory"])
 def test_what_is_no_regular_file_is_refused(kind: str, tmp_path: Path) -> None:
     """Guards that opening never blocks on a pipe, reads a device or lists a directory."""
     path = tmp_path / "a.safetensors"
     if kind == "fifo":
         os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, stat.S_IFSOCK | 0o600)
     elif kind == "directory":
         path.mkdir()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -187,6 +188,20 @@ def test_a_closed_checkpoint_holds_none_of_its_descriptors(tmp_path: Path) -> No
     with pytest.raises(IncompleteCheckpoint):
         Checkpoint(broken)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_more_shards_than_may_be_open_are_told_with_the_limit(tmp_path: Path) -> None:
+    """Guards that the reason names what has to be raised, and by which means."""
+    path = age(shard(tmp_path / "checkpoint", tensors()))
+    free = os.open(tmp_path, os.O_RDONLY)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 2, hard))
+        with pytest.raises(CheckpointError, match=rf"no more than {free + 2} files open.*ulimit -n"):
+            Checkpoint(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_empty_directory_is_no_checkpoint(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ descriptor, and looked at again when all is read; how its bytes come into the we
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -481,6 +482,8 @@ def _open(path: Path) -> int:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:
+        if exc.errno == errno.ENXIO:  # a socket
+            raise malformed(path, "it is not a regular file") from exc
         raise unreadable(path, exc) from exc
     with kept(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pwd
+import resource
 import stat
 import time
 import zlib
@@ -228,6 +229,13 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
         return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
     if exc.errno in (errno.EACCES, errno.EPERM):
         return _forbidden(Path(exc.filename) if isinstance(exc.filename, str) else path, reason)
+    if exc.errno == errno.EMFILE:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return CheckpointError(
+            f"{path} cannot be read: this process may have no more than {most:,} files open, of which a checkpoint in "
+            "several takes one for each. Raise the limit (`ulimit -n`; LimitNOFILE= of its systemd unit), or write "
+            "larger shards."
+        )
     return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
 
 
