@@ -571,6 +571,19 @@ def test_shards_must_have_stood_still(seconds: float, waited: float, tmp_path: P
     assert sum(slept[1:]) == pytest.approx(waited, abs=0.04)
 
 
+@pytest.mark.parametrize(("seconds", "waited"), [(0.0, 1.01), (0.75, 0.26), (1.0, 0.01), (1.5, 0.0), (100.0, 0.0)])
+def test_a_clock_of_whole_seconds_is_waited_out(
+    seconds: float, waited: float, tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a mixture, and a file that is never seen, where a file system's times have whole seconds."""
+    second = int(time.time()) + 1
+    path = age(write(tmp_path / "a.safetensors", policies.mlp()), second)
+    slept.append(second + seconds - time.time())
+    monkeypatch.setattr(module, "being_written", lambda _: False)
+    Checkpoint(path).close()
+    assert sum(slept[1:]) == pytest.approx(waited, abs=0.001)
+
+
 def test_the_newest_of_the_shards_counts(tmp_path: Path, slept: list[float]) -> None:
     """Guards that one young shard among old ones is waited for."""
     path = age(shard(tmp_path / "checkpoint", tensors()))
@@ -595,8 +608,8 @@ def test_a_file_waits_only_where_the_system_does_not_tell(
 
 def test_a_write_while_settling_begins_the_wait_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that a writer that goes on during the wait is not taken for one that is done."""
-    path = age(shard(tmp_path / "checkpoint", tensors()))
-    now = [float(LONG_AGO)]
+    now = [LONG_AGO + 0.5]
+    path = age(shard(tmp_path / "checkpoint", tensors()), now[0])
     asked: list[float] = []
 
     def sleep(seconds: float) -> None:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
+_SECOND = 1.0 + _TICK  # the same where its times have whole seconds, as on ext3, and NFS from there
 
 
 class Checkpoint:
@@ -355,9 +356,10 @@ class Checkpoint:
     def _let_settle(self, settle: float) -> None:
         """Waits until a further write would show in a file's modification time, or its writer is likely done.
 
-        A file system's clock may stand still for some milliseconds: of a write in the same tick as the last one before
-        the file was opened, nothing would be seen. Several files are written one after another, and not every system
-        tells whether a file is still open for writing: there the checkpoint must have stood still for ``settle``.
+        A file system's clock may stand still for some milliseconds, or for a second: of a write in the same tick as the
+        last one before the file was opened, nothing would be seen. Several files are written one after another, and not
+        every system tells whether a file is still open for writing: there the checkpoint must have stood still for
+        ``settle``.
 
         Raises:
             BeingWritten: a file is still open for writing, or does not stand still.
@@ -375,8 +377,9 @@ class Checkpoint:
             # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
             # more than a second says nothing.
             now = time.time()
-            times = [t for info in infos for t in ((info.st_mtime,) if told else (info.st_mtime, info.st_ctime))]
-            left = wanted - (now - max((t for t in times if t <= now + 1), default=0.0))
+            times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
+            ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
+            left = max(ends, default=now) - now
             if left <= 0:
                 return
             if left > LONGEST_WAIT:
