@@ -169,13 +169,29 @@ def test_a_segment_needs_somebody_who_knows_its_layout(runtime: Path, tmp_path: 
     assert updater.published and updater.published.version == 1
 
 
-def test_a_removed_segment_is_made_again(runtime: Path) -> None:
-    """A trainer that pushes on after `wsync rm` publishes into a new segment."""
+def test_a_removed_segment_is_made_again(runtime: Path, tmp_path: Path) -> None:
+    """A trainer that pushes on after `wsync rm` publishes into a new segment, whose versions go on from its last."""
     updater = SharedMemoryWeightUpdater("again", policy=mlp())
-    updater.push_weights(filled(1.0))
+    for mark in (1.0, 2.0, 3.0):
+        updater.push_weights(filled(mark))
+    running = mlp()
+    with wsync.attach(running, "again", timeout=DEADLINE) as reader:
+        Segment.open("again", write=True).remove()
+        updater.push_weights(filled(4.0))
+        assert Segment.open("again").version == 4
+        assert reader.wait(DEADLINE) and reader.refresh() and reader.version == 4 and marks(running) == {4.0}
     Segment.open("again", write=True).remove()
-    updater.push_weights(filled(2.0))
-    assert Segment.open("again").version == 1
+    updater.weight_getter = CheckpointWeightGetter(write(tmp_path / "step_5.safetensors", mlp(), 5.0, 5))
+    updater.push_weights()
+    assert Segment.open("again").version == 5
+
+
+def test_the_first_version_follows_the_last_on_record(runtime: Path) -> None:
+    """Guards that ``last_version`` holds for weights from memory as it does for checkpoints."""
+    updater = SharedMemoryWeightUpdater("after", policy=mlp())
+    updater.last_version = 41
+    updater.push_weights(filled(1.0))
+    assert updater.published and updater.published.version == 42 == Segment.open("after").version
 
 
 def test_a_checkpoint_goes_into_the_slot_without_torch(runtime: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def publish(
         SegmentBusy: every spare slot is leased.
     """
     plan = _plan(segment, checkpoint, fit)
-    step = _whole(checkpoint.step)
+    version, step = _next_version(segment, last_version), _whole(checkpoint.step)
     with segment.spare_slot() as slot:
         with slot.weights as weights:
             live = segment.live_weights() if plan.kept else None
@@ -109,7 +109,7 @@ def publish(
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
         publication = Publication(
-            version=max(segment.version, last_version) + 1,
+            version=version,
             step=step,
             source=str(checkpoint.path),
             identity=checkpoint.identity,
@@ -130,6 +130,7 @@ def publish_tensors(
     step: int | None = None,
     spec: str = "",
     gate: Gate | None = None,
+    last_version: int = 0,
 ) -> Publication:
     """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
 
@@ -139,7 +140,7 @@ def publish_tensors(
         finite: refuse NaN and infinity, also those that a cast made.
         step: recorded with the version: a whole number, also one of numpy or in a tensor.
         spec: fingerprint of the policy spec, recorded with the version.
-        gate: as for ``publish``.
+        gate, last_version: as for ``publish``.
 
     Raises:
         KeyError: a name is unknown, or missing.
@@ -152,7 +153,7 @@ def publish_tensors(
     from .weights import check, copy
 
     layout = segment.layout
-    step = _whole(step)
+    version, step = _next_version(segment, last_version), _whole(step)
     sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
     missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
     kept = None if strict else segment.live_weights()
@@ -175,11 +176,15 @@ def publish_tensors(
         if finite and (wrong := not_finite(slot.weights, layout)):  # P5 verify
             raise ValueError(f"{wrong[0]!r} holds NaN or infinity. Nothing was published.")
         publication = Publication(
-            version=segment.version + 1, step=step, source="", identity="", published_at=time.time(), spec=spec
+            version=version, step=step, source="", identity="", published_at=time.time(), spec=spec
         )
         publication = _describe(segment, slot, publication, gate)
     segment.store(publication.version, slot.number)
     return publication
+
+
+def _next_version(segment: Segment, last_version: int) -> int:
+    return max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
 
 
 def _whole(step: int | None) -> int | None:

@@ -185,8 +185,9 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     step=self.step,
                     spec=self.spec,
                     gate=self.gate,
+                    last_version=self.last_version,
                 )
-        self.published, self._news = publication, True
+        self.published, self.last_version, self._news = publication, publication.version, True
 
     def _fit(self) -> Fit:
         """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""
