@@ -20,6 +20,7 @@ from torch import nn
 
 from wsync import CheckpointWeightGetter
 from wsync.errors import CheckpointError, CheckpointRejected, MalformedCheckpoint, NoCheckpoint, NonFiniteWeights
+from wsync.source import Select
 
 
 def put(path: Path, mark: float, mtime: int, policy: nn.Module | None = None) -> Path:
@@ -182,6 +183,21 @@ def test_only_new_gives_each_checkpoint_once(tmp_path: Path) -> None:
     assert mark_of(getter()) == 2.0
     assert getter() is None
     put(tmp_path / "step_2.safetensors", 3.0, 30)
+    assert mark_of(getter()) == 3.0
+
+
+@pytest.mark.parametrize("order", ["mtime", "step", "name"])
+def test_only_new_never_goes_back(order: Any, tmp_path: Path) -> None:
+    """Guards that where the last one given was removed, or is written anew, the one before it is not given again."""
+    getter = CheckpointWeightGetter(tmp_path, only_new=True, select=Select(order=order))
+    put(tmp_path / "step_1.safetensors", 1.0, 10)
+    newest = put(tmp_path / "step_2.safetensors", 2.0, 20)
+    assert mark_of(getter()) == 2.0
+    os.truncate(newest, newest.stat().st_size - 1)
+    assert getter() is None
+    newest.unlink()
+    assert getter() is None and (getter.path, getter.step) == (newest, 2)
+    put(tmp_path / "step_3.safetensors", 3.0, 30)
     assert mark_of(getter()) == 3.0
 
 

@@ -8,6 +8,7 @@ imported.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ class CheckpointWeightGetter:
 
     Args:
         checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file; or the URL of one.
-        only_new: a call gives None where the newest checkpoint is the one that the last call gave.
+        only_new: a call gives None where no checkpoint is newer than the one that the last call gave.
         select: which entries are checkpoints, and which is newest.
         fit: which tensors are taken, and under which names.
 
@@ -60,7 +61,7 @@ class CheckpointWeightGetter:
         self._set_back = SetBack()
         self.path: Path | None = None
         self.step: int | None = None
-        self._last: str | None = None
+        self._last: Candidate | None = None
 
     def __call__(self) -> TensorDict | None:
         """The newest weights: names nested at their dots, the file's shapes and dtypes, on the CPU, a copy of our own.
@@ -70,14 +71,13 @@ class CheckpointWeightGetter:
             CheckpointRejected: the newest one is broken, or holds NaN or infinity.
             CheckpointError: it cannot be read, or changed while it was read.
         """
-        checkpoint = self.open_newest()
+        checkpoint = self.open_newest(self._last if self.only_new else None)
         if checkpoint is None:
-            raise self.nothing()
+            return None
         with checkpoint:
-            if self.only_new and checkpoint.identity == self._last:
-                return None
             weights = _to_tensordict(checkpoint, self.fit)
-            self._last, self.path, self.step = checkpoint.identity, checkpoint.path, checkpoint.step
+            self._last = _place(str(checkpoint.path), checkpoint.identity, checkpoint.step, time.time())
+            self.path, self.step = checkpoint.path, checkpoint.step
             return weights
 
     def open_newest(self, live: Candidate | None = None) -> Checkpoint | None:
@@ -156,10 +156,14 @@ def place_of(live: Publication | None) -> Candidate | None:
     """Where the live version came from, as a candidate to compare with; None where it came from memory."""
     if live is None or not live.source:
         return None
-    written = int(live.identity.rpartition("-")[2])
-    if written > (live.published_at + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
-        written = int(live.published_at * 1e9)
-    return Candidate(live.source, live.identity, written, live.step)
+    return _place(live.source, live.identity, live.step, live.published_at)
+
+
+def _place(source: str, identity: str, step: int | None, taken: float) -> Candidate:
+    written = int(identity.rpartition("-")[2])
+    if written > (taken + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
+        written = int(taken * 1e9)
+    return Candidate(source, identity, written, step)
 
 
 def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
