@@ -216,10 +216,11 @@ def test_casts_of_eight_bits_are_those_of_torch(source: str, target: str, tmp_pa
 @pytest.mark.parametrize(
     ("value", "source", "target"),
     [(70_000.0, "F32", "F16"), (-1e300, "F64", "F32"), (3.4e38, "F32", "F16"), (1e300, "F64", "BF16"),
-     (torch.finfo(torch.float32).max, "F32", "BF16"), (3e38, "BF16", "F16")],
+     (torch.finfo(torch.float32).max, "F32", "BF16"), (3e38, "BF16", "F16"), (1e30, "F32", "F8_E5M2"),
+     (float("inf"), "F32", "F8_E4M3"), (-float("inf"), "F64", "F8_E4M3"), (float("inf"), "F8_E5M2", "F8_E4M3")],
 )  # fmt: skip
 def test_what_the_policys_dtype_cannot_hold_is_refused(value: float, source: str, target: str, tmp_path: Path) -> None:
-    """Guards that an overflow in a cast never goes live as infinity, and that its tensor is named."""
+    """Guards that an overflow in a cast, or an infinity, never goes live as anything, and that its tensor is named."""
     values = torch.full((3,), value, dtype=getattr(torch, TORCH_DTYPES[source]))
     path = save(tmp_path / "a", {"w": values, "v": torch.zeros(3)})
     layout = lay(w=(target, (3,)), v=("F32", (3,)))

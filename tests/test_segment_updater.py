@@ -131,6 +131,18 @@ def test_what_does_not_fit_is_refused_and_what_was_live_stays(
         assert marks(running) == {1.0}
 
 
+@pytest.mark.parametrize("source", [torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_an_infinity_does_not_hide_in_a_dtype_that_has_none(source: torch.dtype, runtime: Path) -> None:
+    """Guards that infinity, which torch casts to the largest number of this eight-bit float, is refused as itself."""
+    policy = torch.nn.Module()
+    policy.register_buffer("w", torch.ones(3).to(torch.float8_e4m3fn))
+    updater = SharedMemoryWeightUpdater("eight", policy=policy)
+    with pytest.raises(ValueError, match="'w' holds NaN or infinity"):
+        updater.push_weights({"w": torch.tensor([1.0, 2.0, float("-inf")]).to(source)})
+    updater.push_weights({"w": torch.tensor([1.0, 2.0, 3.0]).to(source)})
+    assert updater.published and updater.published.version == 1
+
+
 def test_a_partial_update_keeps_the_live_values(runtime: Path) -> None:
     """Without strict, what does not come is what is live, also when the spare slot held an older version."""
     updater = SharedMemoryWeightUpdater("part", policy=mlp(), strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
 import threading
@@ -189,6 +190,20 @@ def test_strict_and_finite_are_there_on_demand() -> None:
     tight.push_weights(filled(2.0))
     loose.push_weights({"2.bias": torch.tensor([1.0, float("inf")])})
     assert values(policy) == {2.0, 1.0, float("inf")}
+
+
+@pytest.mark.parametrize("target", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_finite_looks_at_what_a_cast_makes(value: float, target: torch.dtype) -> None:
+    """Guards that neither what comes nor what is written is NaN or infinity, in dtypes of eight bits too."""
+    policy = nn.Module()
+    policy.register_buffer("w", torch.ones(2).to(target))
+    updater = VanillaWeightUpdater.from_policy(policy)
+    updater.finite = True
+    held = value == 1e30 and target == torch.float8_e4m3fn  # as its largest number
+    with contextlib.nullcontext() if held else pytest.raises(ValueError, match="'w' holds NaN"):
+        updater.push_weights({"w": torch.tensor([2.0, value])})
+    assert policy.get_buffer("w").float().tolist() == ([2.0, 448.0] if held else [1.0, 1.0])
 
 
 def test_tied_weights_move_together_and_must_agree() -> None:

@@ -2,6 +2,7 @@
 
 Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
 then finds. The eight-bit floats alone are left to torch: ml_dtypes makes another value of what is too large for them.
+Of those ``F8_E4M3`` has no infinity: what is too large becomes its largest number, as in torch, and an infinity NaN.
 """
 
 from __future__ import annotations
@@ -103,4 +104,7 @@ def _with_torch(data: memoryview, source: str, target: str) -> memoryview:
     import torch
 
     values = torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_DTYPES[source]))
-    return memoryview(values.to(getattr(torch, TORCH_DTYPES[target])).view(torch.uint8).numpy().data)
+    cast = values.to(getattr(torch, TORCH_DTYPES[target])).view(torch.uint8)
+    if target == "F8_E4M3":
+        cast[values.isinf()] = 0x7F  # torch makes 448 of it, in which the finite check would find nothing
+    return memoryview(cast.numpy().data)

@@ -62,7 +62,7 @@ def check(
 
     Args:
         strict: every target must have a source.
-        finite: no source may hold NaN or infinity.
+        finite: no source may hold NaN or infinity, nor what a cast to its target's dtype makes of it.
 
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
@@ -83,7 +83,7 @@ def check(
                 f"{dotted(path)!r} is {source.dtype}, the policy's is {target.dtype}, which cannot hold its values. "
                 "Nothing was written."
             )
-        if finite and not bool(torch.isfinite(source.detach()).all()):
+        if finite and not _is_finite(source, target.dtype):
             raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
     missing = targets.keys() - sources.keys()
     if strict and missing:
@@ -108,6 +108,16 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
     if pairs:
         with torch.no_grad():
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether its values are, and what a cast to this dtype makes of them."""
+    for values in (tensor.detach().to(each) for each in {tensor.dtype, dtype}):
+        if values.is_floating_point() and values.element_size() == 1:  # which torch.isfinite does not know
+            values = values.float()
+        if not bool(torch.isfinite(values).all()):
+            return False
+    return True
 
 
 def _leaves(weights: object, prefix: Path) -> Iterator[tuple[Path, torch.Tensor]]:
