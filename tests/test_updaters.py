@@ -154,6 +154,44 @@ def test_a_wrong_tensor_is_named_before_anything_is_written(
     assert values(policy) == {1.0} and not hooks
 
 
+ODD: dict[str, Callable[[], torch.Tensor]] = {
+    "meta": lambda: torch.ones(2, device="meta"),
+    "sparse": lambda: torch.ones(2).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about what it will leave out one day
+@pytest.mark.parametrize("kind", ODD)
+def test_what_cannot_be_copied_is_named_before_anything_is_written(kind: str) -> None:
+    """Guards all or nothing against a source on which the copy itself would fail, after the tensors before it."""
+    policy = as_module(1.0)
+    with pytest.raises(TypeError, match=f"given is a '2.bias' that is .*{kind}"):
+        VanillaWeightUpdater.from_policy(policy).push_weights({**filled(2.0), "2.bias": ODD[kind]()})
+    assert values(policy) == {1.0}
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(1).expand(2), torch.zeros(2, device="meta")])
+def test_a_policys_tensor_that_cannot_be_written_is_named(bias: torch.Tensor) -> None:
+    """Guards the same where the policy's own tensor has no place for each value."""
+    policy = as_module(1.0)
+    first = policy.get_parameter("0.weight")
+    policy[2].bias = nn.Parameter(bias)  # type: ignore[index]
+    with pytest.raises(TypeError, match="policy has a '2.bias'"):
+        VanillaWeightUpdater.from_policy(policy).push_weights(filled(2.0))
+    assert values_of(first) == {1.0}
+
+
+def test_a_policy_made_in_inference_mode_is_written_whole() -> None:
+    """Guards against a push that stops at the first tensor that is written in inference mode alone."""
+    policy = as_module(1.0)
+    with torch.inference_mode():
+        policy[2].bias = nn.Parameter(torch.zeros(2))  # type: ignore[index]
+    VanillaWeightUpdater.from_policy(policy).push_weights(filled(2.0))
+    assert values(policy) == {2.0}
+
+
 def test_a_float_for_an_int_is_refused() -> None:
     """A float in the place of a counter would be cut off."""
     updater = VanillaWeightUpdater.from_policy(Tied())

@@ -67,12 +67,13 @@ def check(
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
         ValueError: another shape; not finite; two different sources for tied targets.
-        TypeError: a dtype whose values the target's cannot hold, such as a float for an int.
+        TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int.
     """
     for path, source in sources.items():
         target = targets.get(path)
         if target is None:
             raise KeyError(f"{dotted(path)!r} is unknown: the policy has no such tensor. Known are {_some(targets)}.")
+        _check_plain(path, source, target)
         if source.shape != target.shape:
             raise ValueError(
                 f"{dotted(path)!r} has shape {list(source.shape)}, the policy's has {list(target.shape)}. Nothing was "
@@ -106,8 +107,25 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
             source = source.detach().clone()
         pairs.append((target, source))
     if pairs:
-        with torch.no_grad():
+        with torch.inference_mode(any(target.is_inference() for target, _ in pairs)), torch.no_grad():
             torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+
+
+def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Whether there are values to copy, and a place for each of them: a copy that fails has written some already."""
+    for tensor in (source, target):
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "on the meta device" if tensor.is_meta else "sparse, nested or quantised"
+            raise TypeError(
+                f"{'the policy has' if tensor is target else 'given is'} a {dotted(path)!r} that is {kind}. Nothing "
+                "was written: weights are plain tensors with values, as of to_dense() or dequantize()."
+            )
+    strides = () if target.is_contiguous() else zip(target.shape, target.stride(), strict=True)
+    if any(size > 1 and not stride for size, stride in strides):
+        raise TypeError(
+            f"the policy has a {dotted(path)!r} that is expanded: several of its elements are one in memory. Nothing "
+            "was written; clone() it in the policy first."
+        )
 
 
 def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
