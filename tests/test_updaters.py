@@ -201,6 +201,22 @@ def test_a_float_for_an_int_is_refused() -> None:
     assert updater.policy_weights["norm", "num_batches_tracked"].tolist() == 3
 
 
+INTS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("source", INTS)
+@pytest.mark.parametrize("target", INTS)
+def test_integers_never_wrap(source: torch.dtype, target: torch.dtype) -> None:
+    """Guards against a counter that becomes another number: each value of the dtype that comes has to fit."""
+    policy = nn.Module()
+    policy.register_buffer("count", torch.zeros(2, dtype=target))
+    ends = torch.iinfo(source).min, torch.iinfo(source).max
+    fits = torch.iinfo(target).min <= ends[0] and ends[1] <= torch.iinfo(target).max
+    with contextlib.nullcontext() if fits else pytest.raises(TypeError, match="'count'"):
+        VanillaWeightUpdater.from_policy(policy).push_weights({"count": torch.tensor(ends, dtype=source)})
+    assert tuple(policy.get_buffer("count").tolist()) == (ends if fits else (0, 0))
+
+
 @pytest.mark.parametrize("given", ["weights", 3, [torch.ones(2)], torch.ones(2)])
 def test_a_wrong_kind_says_what_is_taken(given: Any) -> None:
     """The message names TensorDict, not an attribute that is missing somewhere."""

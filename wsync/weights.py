@@ -15,6 +15,16 @@ from tensordict import TensorDict, TensorDictBase
 Path = tuple[str, ...]
 Weights = torch.nn.Module | TensorDictBase | Mapping[Any, Any]
 
+_INTS = {
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.uint64,
+    torch.int64,
+}
 TAKEN = "an nn.Module, a TensorDict, a dict of tensors (nested, or with dotted names), or None"
 
 
@@ -67,7 +77,8 @@ def check(
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
         ValueError: another shape; not finite; two different sources for tied targets.
-        TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int.
+        TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int, or a
+            wider int. Floats are cast to any float, and to what they become there.
     """
     for path, source in sources.items():
         target = targets.get(path)
@@ -79,7 +90,7 @@ def check(
                 f"{dotted(path)!r} has shape {list(source.shape)}, the policy's has {list(target.shape)}. Nothing was "
                 "written."
             )
-        if source.dtype != target.dtype and not torch.can_cast(source.dtype, target.dtype):
+        if source.dtype != target.dtype and not _holds(target.dtype, source.dtype):
             raise TypeError(
                 f"{dotted(path)!r} is {source.dtype}, the policy's is {target.dtype}, which cannot hold its values. "
                 "Nothing was written."
@@ -126,6 +137,14 @@ def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None
             f"the policy has a {dotted(path)!r} that is expanded: several of its elements are one in memory. Nothing "
             "was written; clone() it in the policy first."
         )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype can hold the values of another: torch casts integers to any, and they wrap."""
+    if {dtype, other} <= _INTS:
+        mine, theirs = torch.iinfo(dtype), torch.iinfo(other)
+        return mine.min <= theirs.min and theirs.max <= mine.max
+    return torch.can_cast(other, dtype)
 
 
 def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
