@@ -272,6 +272,22 @@ def test_tied_weights_move_together_and_must_agree() -> None:
     assert values_of(policy.embedding.weight) == {4.0}
 
 
+@pytest.mark.parametrize("weights", [TensorDict.from_module, lambda policy: TensorDict.from_module(policy).data])
+def test_one_name_of_a_tie_is_all_of_it(weights: Callable[[nn.Module], TensorDict]) -> None:
+    """Guards that strict takes what ``save_model`` writes, which leaves the other names out; a tie is one of memory."""
+    policy = Tied()
+    updater = VanillaWeightUpdater(policy_weights=weights(policy), strict=True)
+    given = {**filled(3.0, policy), "scratch": torch.ones(2)}
+    del given["head.weight"]
+    updater.push_weights(given)
+    assert values(policy) == {3.0} and policy.head.weight is policy.embedding.weight
+    with pytest.raises(ValueError, match="embedding.weight"):
+        updater.push_weights({**given, "head.weight": torch.zeros(5, 3)})
+    del given["embedding.weight"]
+    with pytest.raises(KeyError, match=r"2 tensors did not come: embedding\.weight, head\.weight"):
+        updater.push_weights(given)
+
+
 def test_the_policys_own_tensors_may_be_the_source() -> None:
     """Swapping two of a policy's own tensors reads each before it is overwritten."""
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)

@@ -71,7 +71,7 @@ def check(
     """Whether every source fits its target.
 
     Args:
-        strict: every target must have a source.
+        strict: every target must have a source; of tied ones, one of them.
         finite: no source may hold NaN or infinity, nor what a cast to its target's dtype makes of it.
 
     Raises:
@@ -97,9 +97,12 @@ def check(
             )
         if finite and not _is_finite(source, target.dtype):
             raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
-    missing = targets.keys() - sources.keys()
-    if strict and missing:
-        raise KeyError(f"{len(missing)} tensors did not come: {_some(missing)}. Give all of them, or set strict=False.")
+    if strict and targets.keys() - sources.keys():
+        given = {_where(targets[path]) for path in sources}
+        if missing := [path for path, target in targets.items() if path not in sources and _where(target) not in given]:
+            raise KeyError(
+                f"{len(missing)} tensors did not come: {_some(missing)}. Give all of them, or set strict=False."
+            )
     _check_ties(targets, sources)
 
 
@@ -176,14 +179,20 @@ def _names(key: object) -> Path:
 
 
 def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> None:
-    first: dict[int, Path] = {}
+    first: dict[object, Path] = {}
     for path in sources:
-        other = first.setdefault(id(targets[path]), path)
+        other = first.setdefault(_where(targets[path]), path)
         if other != path and not torch.equal(sources[path], sources[other]):
             raise ValueError(
                 f"{dotted(other)!r} and {dotted(path)!r} are one tensor in the policy and two different ones in what "
                 "was given. Nothing was written."
             )
+
+
+def _where(target: torch.Tensor) -> object:
+    """The same for tensors that are tied, whichever objects stand for them, as in ``layout_of_tensors``."""
+    place = target.data_ptr(), target.shape, target.stride(), target.dtype
+    return place if place[0] else id(target)  # of an empty one there is no address
 
 
 def _some(paths: Iterable[Path]) -> str:
