@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +19,15 @@ def mlp(hidden: int = 8) -> nn.Sequential:
 def normed() -> nn.Sequential:
     """With buffers that training mode writes to, floats all of them."""
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=True)).eval()
+
+
+def scripted(how: str = "script") -> nn.Module:
+    """``mlp`` as TorchScript."""
+    make: Any = torch.jit.script if how == "script" else torch.jit.trace
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of all that torch.jit makes, in newer torch
+        policy: nn.Module = make(mlp(), *([torch.ones(1, 4)] if how == "trace" else []))
+    return policy
 
 
 class Tied(nn.Module):

@@ -17,8 +17,10 @@ from torch import nn
 
 import wsync
 from wsync import copying
+from wsync.attached import Attached
 from wsync.layout import layout_of
 from wsync.publisher import publish_tensors
+from wsync.reader import Reader
 from wsync.segment import Segment
 
 WIDE = copying._PIECE // 4 + 7  # float32 of more than one piece
@@ -173,9 +175,8 @@ def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
     with segment.publishing():
         publish_tensors(segment, {name: torch.full_like(each, 3) for name, each in policy.state_dict().items()})
     policy.get_submodule("2").bias = nn.Parameter(torch.zeros(2, device="meta"))
-    with wsync.attach(policy, "nets", mode="copy"):
-        assert policy.get_parameter("0.weight").eq(3).all()
-    segment.close()
+    with Reader(Attached(policy, segment.layout), segment, "copy") as reader:
+        assert reader.refresh() and policy.get_parameter("0.weight").eq(3).all()
 
 
 def test_a_tensor_without_bytes_is_left_to_torch(runtime: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEADLINE, Spawn, marks, write
-from policies import Counting, Tied, mlp
+from policies import Counting, Tied, mlp, scripted
 from safetensors.torch import save_file
 from torch import nn
 
@@ -51,6 +52,13 @@ def noncontiguous() -> nn.Module:
     policy = nn.Linear(3, 5).eval()
     policy.weight = nn.Parameter(torch.zeros(3, 5).t())
     return policy
+
+
+def parametrized() -> nn.Module:
+    """``Counting`` as an instance of a class that torch.nn makes of it."""
+    policy = Counting()
+    policy.scale = nn.Parameter(torch.ones(1))
+    return nn.utils.parametrize.register_parametrization(policy, "scale", nn.ReLU()).eval()
 
 
 def slot_ranges(segment: Segment, name: str = "slot-") -> list[range]:
@@ -135,8 +143,9 @@ def test_several_versions_behind_takes_the_newest(trainer: Trainer) -> None:
         (Tied, "copy"),
         (Counting, "copy"),
         (noncontiguous, "copy"),
+        (lambda: nn.Sequential(scripted()).eval(), "copy"),
     ],
-    ids=["eval", "training", "tied eval", "tied training", "writes its buffer", "transposed"],
+    ids=["eval", "training", "tied eval", "tied training", "writes its buffer", "transposed", "scripted part"],
 )
 def test_auto_takes_swap_only_where_it_is_safe(
     runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: str
@@ -160,9 +169,10 @@ def test_auto_takes_swap_only_where_it_is_safe(
         (lambda: mlp().train(), "training mode"),
         (Counting, "'calls'"),
         (noncontiguous, "weight is not contiguous"),
-        (lambda: mlp().to("meta"), "meta"),
+        (parametrized, "'calls'"),
+        (scripted, "TorchScript"),
     ],
-    ids=["training", "writes its buffer", "transposed", "another device"],
+    ids=["training", "writes its buffer", "transposed", "parametrized", "scripted"],
 )
 def test_unsafe_swap_is_refused(runtime: Path, make: Callable[[], nn.Module], reason: str) -> None:
     """Asked for where a write would end the process, swap is refused with the reason before anything is made."""
@@ -170,6 +180,88 @@ def test_unsafe_swap_is_refused(runtime: Path, make: Callable[[], nn.Module], re
         wsync.attach(make(), "nets", mode="swap", timeout=0)
     assert 'mode="copy"' in str(caught.value)
     assert list(runtime.iterdir()) == []
+
+
+def keeping_a_view() -> nn.Module:
+    """With a part that is not persistent, and shows its weights."""
+    policy = nn.Embedding(3, 2).eval()
+    policy.register_buffer("table", policy.weight.detach().t(), persistent=False)
+    return policy
+
+
+def flat() -> nn.Module:
+    """A parameter that has the memory of all, and parts of it."""
+    policy = nn.Module().eval()
+    policy.all = nn.Parameter(torch.zeros(6))
+    policy.first, policy.last = nn.Parameter(policy.all.data[:2]), nn.Parameter(policy.all.data[2:])
+    return policy
+
+
+def halves() -> nn.Module:
+    """Parameters that lie in one storage side by side."""
+    policy, all_of_them = nn.Module().eval(), torch.zeros(6)
+    policy.first, policy.last = nn.Parameter(all_of_them[:2]), nn.Parameter(all_of_them[2:])
+    return policy
+
+
+@pytest.mark.parametrize(("make", "mode"), [(keeping_a_view, "copy"), (flat, "copy"), (halves, "swap")])
+def test_auto_leaves_no_view_of_the_weights_behind(
+    runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: str
+) -> None:
+    """Guards what a policy computes from views of its weights: where there are any, its memory stays what it was."""
+    trainer = Trainer(make, tmp_path)
+    trainer.push(1)
+    policy = make()
+    with wsync.attach(policy, "nets") as reader:
+        assert reader.mode == mode
+        trainer.push(2)
+        assert reader.refresh() and marks(policy) == {2.0}
+        assert all(buffer.eq(2).all() for buffer in policy.buffers())
+
+
+def test_auto_swaps_the_policy_of_another_reader(trainer: Trainer) -> None:
+    """Guards against a second reader that takes the first one's hold on the memory for a view."""
+    trainer.push(1)
+    policy = mlp()
+    with wsync.attach(policy, "nets"), wsync.attach(policy, "nets") as reader:
+        assert reader.mode == "swap"
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_is_copied_into(trainer: Trainer, how: str) -> None:
+    """Guards modules whose tables of tensors are not Python's, and code that was compiled before the version came."""
+    trainer.push(1)
+    policy, given = scripted(how), torch.ones(1, 4)
+    with wsync.attach(policy, "nets") as reader:
+        assert reader.mode == "copy"
+        for mark in (2, 3, 4):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            usual = mlp()
+            usual.load_state_dict(policy.state_dict())
+            assert torch.equal(policy(given), usual(given))
+
+
+@pytest.mark.parametrize("mode", ["auto", "swap", "copy"])
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda last: last.to("meta"), "2.weight is on the meta device.*to_empty"),
+        (lambda last: setattr(last, "bias", nn.Parameter(torch.zeros(1).expand(2))), "2.bias is an expanded tensor"),
+    ],
+    ids=["meta", "expanded"],
+)
+def test_tensors_without_memory_of_their_own_are_refused(
+    trainer: Trainer, mode: reading.Mode, spoil: Callable[[nn.Module], object], told: str
+) -> None:
+    """Guards against a version that reaches some of the tensors alone: it is refused before the first is written."""
+    trainer.push(1)
+    policy = mlp()
+    spoil(policy.get_submodule("2"))
+    before = policy.get_parameter("0.weight").tolist()
+    with pytest.raises(UsageError, match=told):
+        wsync.attach(policy, "nets", mode=mode)
+    assert policy.get_parameter("0.weight").tolist() == before
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
@@ -290,10 +382,11 @@ def test_timeout_is_its_own_error(trainer: Trainer) -> None:
     assert trainer.segment.readers() == []
 
 
-@pytest.mark.parametrize("argument", ["mode", "policy", "name"])
-def test_wrong_arguments_are_usage_errors(runtime: Path, argument: str) -> None:
+@pytest.mark.parametrize("wrong", ["../x", math.nan])
+@pytest.mark.parametrize("argument", ["mode", "policy", "name", "timeout"])
+def test_wrong_arguments_are_usage_errors(runtime: Path, argument: str, wrong: object) -> None:
     """What cannot be right is said at once, before a segment is made for it."""
-    arguments = {"policy": mlp(), "name": "nets", "mode": "auto"} | {argument: "../x"}
+    arguments = {"policy": mlp(), "name": "nets", "mode": "auto"} | {argument: wrong}
     with pytest.raises(UsageError):
         wsync.attach(**arguments)  # type: ignore[arg-type]
     assert list(runtime.iterdir()) == []
@@ -382,6 +475,8 @@ def test_wait_ends_at_its_timeout(trainer: Trainer) -> None:
         assert reader.wait(0.03) is False
         assert time.monotonic() - started >= 0.03
         assert reader.wait(0) is False
+        with pytest.raises(UsageError, match="timeout=nan"):
+            reader.wait(math.nan)
 
 
 def test_lease_that_fails_leaves_the_policy(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ policy behind. What a policy may do is to gain and lose modules without tensors,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from operator import call, is_
 from typing import Any
 
@@ -60,6 +61,20 @@ class Attached:
         for name in gone.values():
             raise moved(name, "gone")
         self._note()
+
+    def are_shared(self) -> bool:
+        """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous."""
+        storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
+        for target in self.targets:
+            storage = target[0].untyped_storage()
+            storages.setdefault(storage._cdata, (storage, []))[1].append(target)
+        for storage, targets in storages.values():
+            if torch._C._storage_Use_Count(storage._cdata) > len(targets) + 1:  # the storage object is one, too
+                return True
+            spans = sorted({(tensor.data_ptr(), tensor.nbytes, index) for tensor, index in targets})
+            if any(at + nbytes > after for (at, nbytes, _), (after, _, _) in pairwise(spans)):
+                return True
+        return False
 
     def _note(self) -> None:
         """Where the policy has its modules and tensors: the same ones may be elsewhere by now, in another module."""

@@ -17,7 +17,7 @@ from .attached import Attached
 from .errors import AttachTimeout, LayoutDiffers, SegmentMissing, SwapRefused, UsageError
 from .layout import Layout, layout_of, named_tensors
 from .memory import trim
-from .reader import Mode, Reader
+from .reader import Mode, Reader, deadline_of
 from .segment import Segment
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def attach(
         name: of the segment.
         timeout: seconds to wait for the first version; None waits for ever.
         mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
-            policy's own, whose addresses stay (training mode, CUDA graphs, any device), ``"auto"`` swaps where that is
-            safe and copies elsewhere. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
+            policy's own, whose addresses stay (training mode, CUDA graphs, TorchScript, any device), ``"auto"`` swaps
+            where that is safe and copies elsewhere; so it does where other tensors lie in the policy's memory as it is
+            attached (a view that it keeps of its own weights, somebody's ``state_dict``), which swap leaves with the
+            weights that they have. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
             CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
             What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers alignments, too.
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
@@ -60,19 +62,22 @@ def attach(
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
         OutOfDeviceMemory: the GPU has no room for that copy.
-        UsageError: the mode, the staging or the name is none.
+        UsageError: the mode, the staging, the name or the timeout is none; a tensor of the policy has no memory that
+            could be written.
     """
     if not isinstance(policy, torch.nn.Module):
         raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
+    if not isinstance(name, str):
+        raise UsageError(f"name={name!r} is no segment's name. Give the one that its publisher has, a string.")
     if mode not in ("auto", "swap", "copy"):
         raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
     if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
         raise UsageError(
             f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
         )
+    deadline = deadline_of(timeout)
     reader = _make(policy, name, mode, staging, runtime_dir)
     try:
-        deadline = None if timeout is None else time.monotonic() + timeout
         while not reader.refresh(wait=True):
             left = None if deadline is None else deadline - time.monotonic()
             if not reader.wait(left) or (left is not None and left <= 0):
@@ -94,17 +99,19 @@ def attach(
 def _make(
     policy: torch.nn.Module, name: str, mode: Mode, staging: Staging, runtime: str | os.PathLike[str] | None
 ) -> Reader:
+    layout = layout_of(policy)
     device = _device_of(policy)
+    _check_memory(policy, device)
     hindrance = None if mode == "copy" else _hindrance(policy, device)
     if mode == "swap" and hindrance:
         raise SwapRefused(
             f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
             'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
-    layout = layout_of(policy)
     attached = Attached(policy, layout)
     if device is None:
-        return Reader(attached, _open(name, layout, runtime), "copy" if mode == "copy" or hindrance else "swap")
+        copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared())
+        return Reader(attached, _open(name, layout, runtime), "copy" if copies else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -114,6 +121,21 @@ def _make(
         check_contiguous(policy)
     weights = DeviceWeights(attached, device, chosen, staged=staged)
     return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
+
+
+def _check_memory(policy: torch.nn.Module, device: Device | None) -> None:
+    """Raises UsageError where a version of a tensor could not be written."""
+    for name, tensor in named_tensors(policy):
+        if tensor.is_meta and device is None:
+            raise UsageError(
+                f"{name} is on the meta device, where no weights can be. Give the policy memory with "
+                'policy.to_empty(device="cpu"), then attach: the first version fills it.'
+            )
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise UsageError(
+                f"{name} is an expanded tensor: several of its elements are one place in memory, which cannot have "
+                "the values of each. Make it one of its own (.contiguous()), then attach."
+            )
 
 
 def _device_of(policy: torch.nn.Module) -> Device | None:
@@ -152,10 +174,13 @@ def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
     """Why the policy's tensors must not point at a slot, or None."""
     for name, module in policy.named_modules():
         where = f"{name or 'the policy'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{where} is TorchScript, whose code cannot be seen to leave its tensors alone"
         if module.training:
             return f"{where} is in training mode (policy.eval() leaves it)"
         own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
-        if own and not type(module).__module__.startswith("torch.nn."):
+        kinds = type(module).__mro__[:-1]  # all of them: torch.nn makes a subclass of what it parametrizes
+        if own and not all(kind.__module__.startswith("torch.nn.") for kind in kinds):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
     split = len(_places(policy)) > 1
     for name, tensor in named_tensors(policy):

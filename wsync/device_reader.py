@@ -16,7 +16,7 @@ from typing import Literal
 from .attached import Attached
 from .device_weights import DeviceWeights
 from .errors import OutOfDeviceMemory, UsageError
-from .reader import _CLOSED, Reader
+from .reader import _CLOSED, Reader, deadline_of
 from .segment import Lease, Segment
 
 _log = logging.getLogger("wsync")
@@ -43,7 +43,7 @@ class DeviceReader(Reader):
 
     def wait(self, timeout: float | None = None) -> bool:
         """As a reader on the CPU does; where a version is under way, until it has arrived."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             with self._lock:
                 self._check_open()

@@ -17,6 +17,7 @@ version, of which a warning tells once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -91,8 +92,11 @@ class Reader:
 
         Args:
             timeout: seconds; None waits for ever.
+
+        Raises:
+            UsageError: this reader is closed, or the timeout is none.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_of(timeout)
         while True:
             with self._lock:
                 self._check_open()
@@ -260,6 +264,20 @@ class Reader:
                 self._registration.update(self.version, *self._leases())
             except (OSError, WsyncError) as exc:
                 _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """When so many seconds are over, by the monotonic clock; None for never.
+
+    Raises:
+        UsageError: it is no number of seconds.
+    """
+    try:
+        if timeout is None or not math.isnan(timeout):
+            return None if timeout is None else time.monotonic() + timeout
+    except TypeError:
+        pass
+    raise UsageError(f"timeout={timeout!r} is no number of seconds. Give one, or None to wait for ever.")
 
 
 _CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")
