@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import pickle
 import threading
@@ -400,6 +401,32 @@ def test_init_does_nothing_and_a_base_without_a_sync_says_so() -> None:
     assert WeightUpdaterBase.from_policy(mlp()) is None
     with pytest.raises(NotImplementedError, match="WeightUpdaterBase"):
         WeightUpdaterBase().push_weights({"a": torch.ones(1)})
+
+
+def test_a_subclass_has_no_init_to_call() -> None:
+    """Guards those that were written for torchrl, whose bases work without: hooks, collector, pushes and pickling."""
+
+    class Plain(WeightUpdaterBase):
+        def __init__(self, synced: list[object]) -> None:
+            self.synced = synced
+
+        def _sync_weights_with_worker(self, *, worker_id: Any = None, server_weights: Any) -> None:
+            self.synced.append(server_weights)
+
+    class InPlace(VanillaWeightUpdater):
+        def __init__(self, policy: nn.Module) -> None:
+            self.weight_getter, self.policy_weights = None, TensorDict.from_module(policy)
+
+    policy, seen = as_module(1.0), []
+    synced: list[object] = []
+    plain, in_place, collector = Plain(synced), InPlace(policy), Collector()
+    for updater in (plain, in_place):
+        assert updater.post_hooks == [] and updater.collector is None
+        updater.register_collector(collector)
+        updater.register_post_hook(lambda: seen.append(1))
+        updater.push_weights(filled(2.0))
+        assert copy.copy(updater).collector is None
+    assert len(synced) == 1 and values(policy) == {2.0} and len(seen) == 2
 
 
 def test_pushes_from_two_threads_do_not_mix() -> None:

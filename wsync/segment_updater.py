@@ -68,7 +68,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         finite: bool = True,
         runtime_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        WeightUpdaterBase.__init__(self)
         self.name, self.weight_getter = name, weight_getter
         self.strict, self.finite, self.slots, self.runtime_dir = strict, finite, slots, runtime_dir
         self.step: int | None = None

@@ -32,13 +32,18 @@ class WeightUpdaterBase:
 
     A subclass implements ``_sync_weights_with_worker`` and may override ``_get_server_weights`` (where weights come
     from when none are given), ``_maybe_map_weights`` (what is done to them on the way), ``_get_local_weights`` and
-    ``all_worker_ids``. Pushes from several threads go one after the other.
+    ``all_worker_ids``; as with torchrl's, its ``__init__`` has nothing to call. Pushes from several threads go one
+    after the other.
     """
 
-    def __init__(self) -> None:
-        self._post_hooks: list[Hook] = []
-        self._collector: weakref.ref[Any] | None = None
-        self._pushing = threading.RLock()
+    _post_hooks: list[Hook]
+    _collector: weakref.ref[Any] | None
+    _pushing: threading.RLock
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        self._post_hooks, self._collector, self._pushing = [], None, threading.RLock()
+        return self
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -202,6 +207,8 @@ class VanillaWeightUpdater(WeightUpdaterBase):
     Either all tensors of a push are written or none. Another float dtype is cast to the target's.
     """
 
+    strict = finite = False  # of a subclass whose own __init__ sets neither
+
     def __init__(
         self,
         *,
@@ -217,7 +224,6 @@ class VanillaWeightUpdater(WeightUpdaterBase):
                 f"policy_weights is a TensorDict of the policy's tensors, not a {type(policy_weights).__name__}. Use "
                 "TensorDict.from_module(policy), or VanillaWeightUpdater.from_policy(policy)."
             )
-        WeightUpdaterBase.__init__(self)
         self.weight_getter, self.policy_weights = weight_getter, policy_weights
         self.strict, self.finite = strict, finite
 
