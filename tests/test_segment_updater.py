@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from policies import Tied, mlp
 import wsync
 from wsync import CheckpointWeightGetter, SharedMemoryWeightUpdater
 from wsync.errors import NoCheckpoint, NonFiniteWeights, SegmentMissing
+from wsync.layout import layout_of
 from wsync.segment import Segment
 
 
@@ -252,3 +254,15 @@ def test_a_push_that_failed_half_way_leaves_no_hook_for_the_next(runtime: Path) 
             updater.push_weights(mlp(), worker_ids=[0, 1])
         updater.push_weights()
         assert told == []
+
+
+def test_an_updater_can_be_pickled_with_its_policy(runtime: Path) -> None:
+    """Guards those that are sent to another process: the twin makes the segment, and goes on with the versions."""
+    updater = SharedMemoryWeightUpdater("sent", policy=Tied())
+    twin = pickle.loads(pickle.dumps(updater))
+    twin.push_weights(filled(1.0, Tied()))
+    assert Segment.open("sent").layout.digest == layout_of(Tied()).digest
+    later = pickle.loads(pickle.dumps(twin))
+    Segment.open("sent", write=True).remove()
+    later.push_weights(filled(2.0, Tied()))
+    assert Segment.open("sent").version == 2

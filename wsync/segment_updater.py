@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.gate: Gate | None = None
         self.last_version = 0
         self.published: Publication | None = None
-        self._layout = layout if policy is None else lambda: layout_of(policy)
+        self._layout = layout if policy is None else partial(layout_of, policy)
         self._segment: Segment | None = None
         self._news = False
 
