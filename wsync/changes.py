@@ -78,7 +78,7 @@ class Changes:
 
     def _leads_to_directory(self, name: str) -> bool:
         """Whether it is a link, such as ``latest``, to a directory: its notification does not say so."""
-        return bool(name) and not TEMPORARY.search(name) and (self._directory / name).is_dir()
+        return bool(name) and not TEMPORARY.search(name) and os.path.isdir(self._directory / name)
 
     def _concerns(self, name: str, is_directory: bool) -> bool:
         """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
