@@ -96,6 +96,18 @@ def test_nothing_there_is_empty(cli: Cli, bucket: Bucket, place: str) -> None:
     assert (done.returncode, report(done.stdout)["status"]) == (66, "empty")
 
 
+@pytest.mark.parametrize("beside", ["step_5.safetensors.STABLE", "step_5.STABLE"])
+def test_a_named_object_waits_for_its_marker(bucket: Bucket, segment: Segment, beside: str) -> None:
+    """Guards that the marker holds for an object that is named itself, as for a file."""
+    bucket.save("run/step_5.safetensors", mlp(), 5.0)
+    bucket.put("run/step_50.STABLE", b"")
+    spec = replace(load_spec(SPEC), select=Select(marker="STABLE"))
+    with Syncer(spec, f"{RUN}/step_5.safetensors") as syncer:
+        assert syncer.once().status == "empty"
+        bucket.put(f"run/{beside}", b"")
+        assert syncer.once().status == "published"
+
+
 def test_a_bucket_that_is_not_there_is_told(cli: Cli, bucket: Bucket) -> None:
     """A wrong bucket fails with the store's own word for it, and is not tried again and again."""
     done = cli("push", SPEC, "s3://no-such-bucket/run")

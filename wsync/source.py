@@ -125,12 +125,10 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             place, exists = place_at(away), away.has
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            beside = [] if away or not settings.marker else os.listdir(place.parent)
-            waits = settings.marker and not away and not _marked(place.name, set(beside), settings.marker)
-            if waits:
+            if settings.marker and not any(_is_there(place.parent / m) for m in _markers(place.name, settings.marker)):
                 return []
             if place.name == ADAPTER:
-                return [_directory(place.absolute())]  # its configuration, too, tells which it is
+                return [_directory(place.absolute())]  # it is two files, too
             return [Candidate(place.absolute(), info, _written(info))]
         if away:
             listed = away.entries()
@@ -303,6 +301,17 @@ def _suspect(name: str) -> bool:
 
 
 def _marked(name: str, names: set[str], marker: str) -> bool:
-    stem = name.removesuffix(SUFFIX)
+    return any(each in names for each in _markers(name, marker))
+
+
+def _markers(name: str, marker: str) -> tuple[str, ...]:
+    """The names, beside a file, of which one tells that it is whole."""
     dotted = marker if marker.startswith(".") else f".{marker}"
-    return f"{name}{dotted}" in names or f"{stem}{dotted}" in names or (name == SINGLE and marker in names)
+    own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
+    return (*own, marker) if name == SINGLE else own
+
+
+def _is_there(file: Path) -> bool:
+    """Whether there is such a file, or object: the listing of a named object has none of those beside it."""
+    away = remote(file)
+    return away.store.head(away.key) is not None if away else os.path.lexists(file)
