@@ -102,6 +102,27 @@ def test_nothing_there_is_empty(cli: Cli, runs: Path, place: str) -> None:
     assert Path(os.environ["WSYNC_RUNTIME_DIR"], NAME).exists() is False
 
 
+@pytest.mark.parametrize("options", [("elsewhere",), ("elsewhere/a.safetensors", "--marker", "STABLE"),
+                                     ("elsewhere/a.safetensors", "--marker", "STABLE", "--force")])  # fmt: skip
+def test_a_place_with_nothing_for_us_is_empty_whatever_is_live(
+    cli: Cli, live: Segment, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """A script that waits for a place's first checkpoint is not told that it is there already: 66."""
+    (tmp_path / "elsewhere").mkdir()
+    if "--marker" in options:
+        write(tmp_path / "elsewhere" / "a.safetensors", mlp(), 5.0)
+    result = cli("push", SPEC, *options, "--json")
+    assert result.returncode == 66 and report(result)["version"] == live.version == 1
+
+
+def test_a_place_that_retention_emptied_is_current(cli: Cli, live: Segment, runs: Path) -> None:
+    """What came from there is live still, and nothing is newer."""
+    for file in runs.iterdir():
+        file.unlink()
+    result = cli("push", SPEC, "runs", "--json")
+    assert result.returncode == 0 and report(result)["status"] == "current"
+
+
 def test_only_a_half_written_one_is_empty(cli: Cli, segment: Segment, runs: Path) -> None:
     """In a directory, what is incomplete may become whole: 66, not a rejection."""
     path = write(runs / "step_1.safetensors", mlp(), 1.0)

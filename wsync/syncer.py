@@ -201,6 +201,8 @@ class Syncer:
             return self._pinned(pin, live, started, dry_run)
         todo, refusal = self._todo(live, force, started)
         if not todo:
+            if not refusal and self._has_nothing_for(live):
+                raise self.getter.nothing()
             return refusal or self._current(live, started)
         again = None
         if remote(self.getter.checkpoints) and not last:
@@ -268,6 +270,12 @@ class Syncer:
         finally:
             changes.close()
         return True
+
+    def _has_nothing_for(self, live: Publication | None) -> bool:
+        """Whether nothing is in the place, and never was anything that is live: retention alone empties a place."""
+        place = os.fspath(self.getter.checkpoints)
+        here = live is not None and place in (live.source, os.path.dirname(live.source))
+        return not here and not self.getter.candidates()
 
     def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
         """What to try; and, where the newest was refused as it is, that refusal once more."""
