@@ -287,6 +287,19 @@ def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Pus
     assert lost.status == "failed" and "in no file, and no copy" in (lost.reason or "")
 
 
+def test_odd_names_are_gone_back_to_and_listed(push: Push, runs: Path, state: State) -> None:
+    """Guards a file whose name is no UTF-8, which is on record escaped; and the list against a name of two lines."""
+    push(1)
+    for number, name in enumerate((b"step_\xff2.safetensors", b"step\n3.safetensors"), 2):
+        write(runs / os.fsdecode(name), mlp(), float(number))
+        assert push().status == "published"
+    Segment.open(NAME, write=True).remove()
+    assert push(4).version == 4
+    with pytest.raises(WsyncError, match=r"\n  3  step 3  .*/step\\n3\.safetensors\n  2  step 2  "):
+        rollback(NAME, 9, runtime=None, state=state)
+    assert rollback(NAME, 2, runtime=None, state=state)[0].version == 5 and live_marks() == {2.0}
+
+
 def test_half_a_copy_is_removed_once_nobody_writes_it(push: Push, state: State) -> None:
     """Guards the disk against what a publisher that was killed left behind, as large as the weights."""
     spec = replace(load_spec("policies:mlp"), keep=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -318,7 +319,8 @@ def _same(path: str | None, identity: str | None) -> Checkpoint | None:
     if not path or not identity:
         return None
     try:
-        checkpoint = open_checkpoint(path)
+        # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
+        checkpoint = open_checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None
     if checkpoint.identity == identity:

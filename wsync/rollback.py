@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import NoCheckpoint, PartialCheckpoint, SegmentBusy, StateError, UsageError
+from .errors import NoCheckpoint, PartialCheckpoint, SegmentBusy, StateError, UsageError, printable
 from .publisher import publish
 from .record import IN_NO_FILE, PUBLISHED, copies, fit_from_json, reopen, what
 from .segment import Segment
@@ -168,7 +168,7 @@ def _choices(state: State, events: list[Event]) -> str:
         if again:
             where = "kept copy" if what(event) in kept else event.checkpoint
             again[0].close()
-            lines.append(f"  {event.version}  step {event.step}  {where}")
+            lines.append(f"  {event.version}  step {event.step}  {printable(where or '')}")
         if len(lines) == 10:
             break
     return "These can be had (--to):\n" + "\n".join(lines) if lines else "None other can be had any more."
