@@ -224,9 +224,15 @@ def test_what_the_policys_dtype_cannot_hold_is_refused(value: float, source: str
     values = torch.full((3,), value, dtype=getattr(torch, TORCH_DTYPES[source]))
     path = save(tmp_path / "a", {"w": values, "v": torch.zeros(3)})
     layout = lay(w=(target, (3,)), v=("F32", (3,)))
-    with pytest.raises(NonFiniteWeights) as caught:
+    with pytest.raises(NonFiniteWeights, match="too large for the dtype") as caught:
         read(path, layout, Fit(cast=True))
-    assert [row.name for row in caught.value.differences] == ["w"]
+    assert [(row.name, row.found) for row in caught.value.differences] == [("w", f"beyond it, as {source}")]
+    save(path, {"w": values, "v": torch.tensor([0.0, 0.0, torch.nan])})
+    with pytest.raises(NonFiniteWeights, match="holds NaN or infinity in 2 of its tensors"):
+        read(path, layout, Fit(cast=True))
+    save(path, {"w": values * torch.nan, "v": torch.zeros(3)})
+    with pytest.raises(NonFiniteWeights, match="holds NaN or infinity in 1 of its tensors"):
+        read(path, layout, Fit(cast=True))
 
 
 def test_a_cast_goes_on_across_pieces(tmp_path: Path, in_pieces: Callable[[int], None]) -> None:

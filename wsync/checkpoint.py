@@ -443,16 +443,33 @@ class Checkpoint:
 
     def _non_finite(self, weights: memoryview, plan: Plan, odd: set[str]) -> WithDifferences:
         """Tells who brought what is not finite: ``odd`` was so in a base, whatever an adapter adds to it."""
-        rows = [Difference(name, "finite", "NaN or infinity") for name in not_finite(weights, plan.layout)]
+        casts = {entry.name: (stored, entry) for stored, entry in plan.casts}
+        rows = []
+        for name in not_finite(weights, plan.layout):
+            stored, entry = casts.get(name, (None, None))
+            if stored and entry and self._is_finite(stored):
+                rows.append(Difference(name, f"within the range of {entry.dtype}", f"beyond it, as {stored.dtype}"))
+            else:
+                rows.append(Difference(name, "finite", "NaN or infinity"))
         own = (self._own | {entry.name for entry in plan.kept}) - odd
         if self._base and (of_base := tuple(row for row in rows if row.name not in own)):
             held = f"{self._base.path} holds NaN or infinity in {len(of_base)} of its tensors. Name one that is finite."
             return self._unusable(WithDifferences(held, of_base))
+        if any(row.expected == "finite" for row in rows):
+            return NonFiniteWeights(
+                f"{self.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
+                "trainer, which has probably diverged.",
+                tuple(rows),
+            )
         return NonFiniteWeights(
-            f"{self.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
-            "trainer, which has probably diverged.",
+            f"{self.path} holds values in {len(rows)} of its tensors that are too large for the dtype that they are "
+            "cast to. It is never published; give the policy a dtype of a wider range, or look at the trainer.",
             tuple(rows),
         )
+
+    def _is_finite(self, tensor: StoredTensor) -> bool:
+        region = (0, tensor.nbytes, tensor.dtype)
+        return all_finite(self._whole(tensor), (region,), ((0, tensor.nbytes),))
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:
