@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import stat
@@ -521,6 +522,20 @@ def test_a_file_that_changes_while_it_is_read(
         with pytest.raises(CheckpointChanged):
             checkpoint.read_into(memoryview(bytearray(plan.layout.nbytes)), plan, progress=progress)
     assert len(reads) >= at
+
+
+def test_a_writer_through_a_mapping_is_seen_in_shared_memory(runtime: Path) -> None:
+    """Guards against a mixture on tmpfs, where what is written through a mapping changes no time of the file."""
+    runtime.mkdir(exist_ok=True)
+    path = write(runtime / "a.safetensors", policies.mlp(), 1.0)
+    with Checkpoint(path) as checkpoint:
+        plan, before = checkpoint.plan(checkpoint.layout), identity(path.stat())
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            assert mapped[-4:]  # a page that was read before it is written to
+            mapped[-4:] = b"\0" * 4
+            assert identity(path.stat()) == before
+            with pytest.raises(CheckpointChanged):
+                checkpoint.read_into(memoryview(bytearray(plan.layout.nbytes)), plan)
 
 
 def test_a_change_comes_before_nan(tmp_path: Path) -> None:

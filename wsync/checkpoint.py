@@ -330,13 +330,15 @@ class Checkpoint:
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
 
     def check_unchanged(self) -> None:
-        """Whether the open file is still the one whose header was read.
+        """Whether the open file is still the one whose header was read, and nobody has it open for writing by now.
+
+        On tmpfs what is written through a mapping shows in no time; who writes so is seen while the mapping stands.
 
         Raises:
             CheckpointChanged: it is not.
         """
         for number, fd in enumerate(self._fds):
-            if identity(os.fstat(fd)) != identity(self._infos[number]):
+            if identity(os.fstat(fd)) != identity(self._infos[number]) or being_written(fd):
                 raise self._changed()
         if self.parts.is_several:  # files that are replaced one after another are each whole, and together none
             parts = parts_of(self.path)
