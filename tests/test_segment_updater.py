@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import DEADLINE, marks, write
 from policies import Tied, mlp
+from tensordict import TensorDict
 
 import wsync
 from wsync import CheckpointWeightGetter, SharedMemoryWeightUpdater
@@ -83,6 +84,22 @@ def test_tied_policies_and_buffers_are_published_whole(runtime: Path) -> None:
     SharedMemoryWeightUpdater("tied", policy=trained).push_weights(trained)
     with wsync.attach(running, "tied", timeout=DEADLINE):
         assert marks(running) == {3.0} and running.head.weight is running.embedding.weight
+
+
+@pytest.mark.parametrize("standing", [True, False])
+def test_scratch_buffers_of_a_tensordict_stay_at_home_too(standing: bool, runtime: Path) -> None:
+    """Guards that TensorDict.from_module(policy), which collectors push, is taken as the policy itself is."""
+    trained, running = Tied().eval(), Tied().eval()
+    trained.load_state_dict(filled(3.0, trained))
+    updater = SharedMemoryWeightUpdater("scratch", policy=trained)
+    if standing:
+        updater.make_segment()
+    for weights in (TensorDict.from_module(trained), TensorDict.from_module(trained).data):
+        updater.push_weights(weights)
+    with wsync.attach(running, "scratch", timeout=DEADLINE) as reader:
+        assert reader.version == 2 and marks(running) == {3.0}
+    with pytest.raises(KeyError, match=r"'norm\.scratch' is unknown"):
+        updater.push_weights({**filled(3.0, trained), "norm.scratch": torch.zeros(2)})
 
 
 def test_hooks_run_only_when_a_version_was_published(runtime: Path, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         name: of the segment.
         weight_getter: gives the weights of a push without any; None from it publishes nothing.
         policy: makes the segment's layout, with its tied weights, where there is no segment yet; else weights that are
-            given make it as they come.
+            given make it as they come. It also tells which buffers do not persist, and stay at home: a TensorDict has
+            those too, and says nothing of it.
         layout: the same for those who know the layout without the policy.
         slots: buffers of a segment that is made.
         strict: every tensor must come; else what does not come keeps its live values.
@@ -78,6 +79,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.gate: Gate | None = None
         self.last_version = 0
         self.published: Publication | None = None
+        self._policy = policy
         self._layout = layout if policy is None else partial(layout_of, policy)
         self._segment: Segment | None = None
         self._news = False
@@ -172,7 +174,8 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         else:
             from .weights import dotted, flatten
 
-            tensors = {dotted(path): tensor for path, tensor in flatten(server_weights).items()}
+            named, scratch = flatten(server_weights), self._scratch()
+            tensors = {name: tensor for path, tensor in named.items() if (name := dotted(path)) not in scratch}
             if not tensors:
                 return
             segment = self.make_segment(lambda: layout_of_tensors(tensors.items()))
@@ -188,6 +191,15 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     last_version=self.last_version,
                 )
         self.published, self.last_version, self._news = publication, publication.version, True
+
+    def _scratch(self) -> set[str]:
+        """The names of the policy's buffers that do not persist, where it is known."""
+        owners = self._policy.named_modules(remove_duplicate=False) if self._policy is not None else ()
+        return {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, owner in owners
+            for name in owner._non_persistent_buffers_set
+        }
 
     def _fit(self) -> Fit:
         """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""
