@@ -330,21 +330,7 @@ class Syncer:
                 if isinstance(exc, CheckpointError):
                     opened = opened or exc.identity
                 identity = opened or candidate.identity
-                named = candidate.path == self.getter.checkpoints
-                status = status_of(exc, named)
-                refusals.append(
-                    self._outcome(
-                        status,
-                        live,
-                        started,
-                        step=step_of(candidate.path.name, {}),
-                        checkpoint=str(candidate.path),
-                        reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
-                        differences=exc.differences if isinstance(exc, WithDifferences) else (),
-                        identity=identity,
-                        kind=exc.kind,
-                    )
-                )
+                refusals.append(self._refusal(candidate, identity, exc, live, started))
                 if remember and isinstance(exc, CheckpointRejected):
                     self.record.refuse(identity, exc.message, refusals[-1])
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
@@ -352,6 +338,26 @@ class Syncer:
         if not refusals:
             raise self.getter.nothing()
         return refusals[0]
+
+    def _refusal(
+        self,
+        candidate: Candidate,
+        identity: str,
+        exc: CheckpointError | RetryLater,
+        live: Publication | None,
+        started: float,
+    ) -> Outcome:
+        return self._outcome(
+            status_of(exc, candidate.path == self.getter.checkpoints),
+            live,
+            started,
+            step=step_of(candidate.path.name, {}),
+            checkpoint=str(candidate.path),
+            reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
+            differences=exc.differences if isinstance(exc, WithDifferences) else (),
+            identity=identity,
+            kind=exc.kind,
+        )
 
     def _open(self, candidate: Candidate) -> Checkpoint:
         return self.getter.open(candidate)
