@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import os
 import pickle
 import shutil
 import subprocess
@@ -283,3 +285,17 @@ def test_an_updater_can_be_pickled_with_its_policy(runtime: Path) -> None:
     Segment.open("sent", write=True).remove()
     later.push_weights(filled(2.0, Tied()))
     assert Segment.open("sent").version == 2
+
+
+def test_an_updater_that_is_dropped_keeps_no_descriptor(runtime: Path) -> None:
+    """Guards a trainer that makes an updater for each push: a process has a thousand descriptors."""
+
+    def push() -> None:
+        SharedMemoryWeightUpdater("dropped", policy=mlp()).push_weights(filled(1.0))
+        gc.collect()
+
+    push()
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        push()
+    assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -80,6 +80,8 @@ _T = TypeVar("_T")
 class Segment:
     """An open segment; the publisher's handle when opened with ``write=True``, else a reader's."""
 
+    _dir = -1
+
     def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
         self.name, self.path, self.write = name, path, write
         try:
@@ -93,7 +95,7 @@ class Segment:
             self._about = About.read(self._dir)
             shut(open_readers(path))
         except BaseException as exc:
-            shut(self._dir)
+            self._let_go()
             if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
                 raise refused(exc, path) from exc
             if not isinstance(
@@ -206,9 +208,14 @@ class Segment:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
         self.unmap()
         self._words.release()
+        self._let_go()
+
+    def _let_go(self) -> None:
         directory, self._dir = self._dir, -1
         if directory >= 0:
             shut(directory)
+
+    __del__ = _let_go  # of one that was dropped without a close; its memory goes by itself
 
     def is_current(self) -> bool:
         """Whether the name still leads to this very segment; raises OSError where the system does not tell."""
