@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -698,3 +699,18 @@ def test_refresh_notices_a_segment_that_was_deleted_by_hand(trainer: Trainer, ca
         while not reader.refresh() and time.monotonic() < deadline:
             pass
         assert marks(policy) == {5.0}
+
+
+def test_a_slow_policy_notices_a_segment_that_was_deleted_by_hand(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a policy that steps now and then: what takes a fast one a second must not take it many minutes."""
+    clock = itertools.count(step=10)
+    monkeypatch.setattr(reading, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), time=time.time))
+    with wsync.attach(mlp(), "nets") as reader:
+        assert not any(reader.refresh() for _ in range(100))
+        shutil.rmtree(trainer.segment.path)
+        trainer.segment.close()
+        trainer.segment = Segment.create("nets", layout_of(mlp()))
+        trainer.push(5)
+        assert reader.refresh() and reader.step == 5

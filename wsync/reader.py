@@ -37,7 +37,7 @@ Mode = Literal["auto", "swap", "copy"]
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
-_SELDOM, _SELDOM_SECONDS = 63, 1.0  # calls, and seconds, between two looks at the segment's directory
+_SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
 _WORD = WORD_OFFSET // 8
 
 
@@ -58,7 +58,8 @@ class Reader:
         self._seen, self._taken = -1, 0
         self._lock = threading.Lock()
         self._closed = False
-        self._calls, self._looked = 0, 0.0
+        self._calls = self._calls_left = 1  # without a look at the clock
+        self._clock = self._looked = 0.0
         self._next_look = 0.0
         self._told_of_writing = False
         self._attached = attached
@@ -83,8 +84,8 @@ class Reader:
                 while a CUDA graph is captured, and in a forked child.
         """
         if self._words[_WORD] == self._seen:
-            self._calls += 1
-            return not self._calls & _SELDOM and self._look_around()
+            self._calls_left -= 1
+            return not self._calls_left and self._look_around()
         return self._refresh(wait)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -177,8 +178,14 @@ class Reader:
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self) -> bool:
-        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
+        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at.
+
+        A look at the clock would double what an idle call costs: so many calls do without as took no second before.
+        """
         now = time.monotonic()
+        took, self._clock = max(now - self._clock, 1e-9), now
+        self._calls = max(1, min(_SELDOM, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
+        self._calls_left = self._calls
         if now - self._looked < _SELDOM_SECONDS:
             return False
         self._looked = now
