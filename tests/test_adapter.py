@@ -119,6 +119,12 @@ def test_a_policy_with_adapters_takes_them_as_they_are(tmp_path: Path) -> None:
     memory = bytearray(layout.nbytes)
     with Checkpoint(adapter) as checkpoint:
         checkpoint.read_into(memoryview(memory), checkpoint.plan(layout))
+    from safetensors.torch import load_file
+
+    stored = load_file(adapter / "adapter_model.safetensors")
+    for entry in layout.tensors:
+        got = torch.frombuffer(memory, dtype=torch.float32, count=entry.nbytes // 4, offset=entry.offset)
+        assert torch.equal(got.view(entry.shape), stored[entry.name])
 
 
 def test_a_merged_adapter_reaches_a_policy(runtime: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Reader:
         """
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
-            return not self._calls_left and self._look_around()
+            return self._calls_left <= 0 and self._look_around()
         return self._refresh(wait)
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -330,7 +330,13 @@ class Syncer:
                 if isinstance(exc, CheckpointError):
                     opened = opened or exc.identity
                 identity = opened or candidate.identity
-                refusals.append(self._refusal(candidate, identity, exc, live, started))
+                about = {
+                    "step": step_of(candidate.path.name, {}),
+                    "checkpoint": str(candidate.path),
+                    "identity": identity,
+                }
+                named = candidate.path == self.getter.checkpoints
+                refusals.append(self._refusal(exc, live, started, named=named, **about))
                 if remember and isinstance(exc, CheckpointRejected):
                     self.record.refuse(identity, exc.message, refusals[-1])
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
@@ -341,22 +347,27 @@ class Syncer:
 
     def _refusal(
         self,
-        candidate: Candidate,
-        identity: str,
         exc: CheckpointError | RetryLater,
         live: Publication | None,
         started: float,
+        *,
+        named: bool,
+        **about: object,
     ) -> Outcome:
+        """What a checkpoint was refused for, or a pass put off.
+
+        Args:
+            named: it was named itself, and not found in a directory.
+            about: step, path and identity of the checkpoint.
+        """
         return self._outcome(
-            status_of(exc, candidate.path == self.getter.checkpoints),
+            status_of(exc, named),
             live,
             started,
-            step=step_of(candidate.path.name, {}),
-            checkpoint=str(candidate.path),
             reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
             differences=exc.differences if isinstance(exc, WithDifferences) else (),
-            identity=identity,
             kind=exc.kind,
+            **about,
         )
 
     def _open(self, candidate: Candidate) -> Checkpoint:
@@ -504,18 +515,8 @@ class Syncer:
 
     def _unusable(self, pin: Pin, exc: CheckpointError, live: Publication | None, started: float) -> Outcome:
         """What is pinned cannot go live."""
-        outcome = self._outcome(
-            status_of(exc, True),
-            live,
-            started,
-            step=pin.step,
-            checkpoint=pin.checkpoint or None,
-            reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
-            differences=exc.differences if isinstance(exc, WithDifferences) else (),
-            identity=pin.identity,
-            kind=exc.kind,
-            pin=pin.name,
-        )
+        about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
+        outcome = self._refusal(exc, live, started, named=True, **about)
         self.record.failed(outcome.version, outcome.reason or "")
         return outcome
 
