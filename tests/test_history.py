@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +30,7 @@ import wsync
 from wsync import gate
 from wsync import rollback as way_back
 from wsync.cli import app
-from wsync.errors import SegmentBusy, WsyncError
+from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting import Fit
 from wsync.history import moment, sparkline
 from wsync.hooks import Hooks
@@ -41,6 +42,7 @@ from wsync.segment import Segment
 from wsync.spec import Spec, load_spec
 from wsync.state import State
 from wsync.syncer import Syncer
+from wsync.weight_getter import CheckpointWeightGetter
 
 NAME = "policies.mlp"
 Push = Callable[..., Outcome]
@@ -536,6 +538,25 @@ def test_the_newest_stays_rejected_beside_half_a_file(push: Push, runs: Path) ->
     assert push(nan).status == "rejected"
     again = push()
     assert (again.status, again.known, again.passed_over) == ("rejected", True, ())
+
+
+def test_the_newest_stays_rejected_where_the_rest_is_gone(push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the same against a trainer's retention, which takes what is older between the listing and the read."""
+    nan, gone = float("nan"), NoCheckpoint("retention was faster")
+    push(nan)
+    write(Path("runs/step_1.safetensors"), mlp(), 1.0)
+    os.utime("runs/step_1.safetensors", (time.time() - 60,) * 2)
+    monkeypatch.setattr(CheckpointWeightGetter, "open", unittest.mock.Mock(side_effect=gone))
+    assert (push().status, push().known) == ("rejected", True)
+
+
+def test_a_followed_status_ends_as_it_is_asked_to(spawn: Spawn, push: Push) -> None:
+    """Guards a terminal: SIGTERM lets the view put the cursor back."""
+    push(1)
+    following = spawn("-m", "wsync", "status", "--watch")
+    assert following.stdout and NAME in following.stdout.readline()
+    following.terminate()
+    assert following.wait(DEADLINE) == 128 + signal.SIGTERM
 
 
 def test_a_pin_that_cannot_go_live_is_told_as_one(push: Push, runs: Path, cli: Cli, state: State) -> None:
