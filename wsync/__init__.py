@@ -1,6 +1,6 @@
 """wsync keeps the weights of a running policy in step with the newest checkpoint on disk.
 
-Importing this package imports neither torch nor tensordict; each name below is loaded when it is first used.
+Importing this package imports neither torch nor tensordict; what may need them is loaded when it is first used.
 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
@@ -27,22 +27,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .errors import (
+    AttachTimeout,
+    CheckpointError,
+    CheckpointRejected,
+    LayoutDiffers,
+    NoCheckpoint,
+    RetryLater,
+    SegmentError,
+    SpecError,
+    SwapRefused,
+    UsageError,
+    WsyncError,
+)
+
 if TYPE_CHECKING:
     from .access import Access
     from .attaching import attach
-    from .errors import (
-        AttachTimeout,
-        CheckpointError,
-        CheckpointRejected,
-        LayoutDiffers,
-        NoCheckpoint,
-        RetryLater,
-        SegmentError,
-        SpecError,
-        SwapRefused,
-        UsageError,
-        WsyncError,
-    )
     from .reader import Reader
     from .segment_updater import SharedMemoryWeightUpdater
     from .updaters import VanillaWeightUpdater, WeightUpdaterBase
@@ -52,22 +53,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Access": "access",
-    "AttachTimeout": "errors",
-    "CheckpointError": "errors",
-    "CheckpointRejected": "errors",
     "CheckpointWeightGetter": "weight_getter",
-    "LayoutDiffers": "errors",
-    "NoCheckpoint": "errors",
     "Reader": "reader",
-    "RetryLater": "errors",
-    "SegmentError": "errors",
     "SharedMemoryWeightUpdater": "segment_updater",
-    "SpecError": "errors",
-    "SwapRefused": "errors",
-    "UsageError": "errors",
     "VanillaWeightUpdater": "updaters",
     "WeightUpdaterBase": "updaters",
-    "WsyncError": "errors",
     "attach": "attaching",
 }
 
