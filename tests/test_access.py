@@ -347,7 +347,7 @@ def test_a_stranger_gets_nowhere(shared: Segment) -> None:
 
     def attempt() -> None:
         for use in uses:
-            with pytest.raises(SegmentUnsafe, match="may not be entered"):
+            with pytest.raises(SegmentUnsafe, match="may not be opened"):
                 use()
 
     as_person(STRANGER, attempt, group=None)
@@ -525,7 +525,7 @@ def test_names_of_others_are_harmless_to_print(shared: Segment, cli: Cli, tmp_pa
     registrations = [Registration(shared.path, "swap") for _ in range(2)]
     leases = []
     for number, registration in enumerate(registrations):
-        registration._always = json.dumps({**json.loads(registration._always + "}"), "process": evil}).rstrip("}")
+        registration._record = registration._record._replace(process=evil)
         leases.append(shared.lease())
         registration.update(1, (number,))
         push(shared, tmp_path, 2.0)

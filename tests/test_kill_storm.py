@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -352,7 +353,7 @@ def test_maker_killed_at_every_line(storm: Storm) -> None:
 def test_remover_killed_at_every_line(storm: Storm) -> None:
     """Killed anywhere a remover leaves a segment that works as before or none, and the next maker sweeps the rest."""
     functions = [(segment_module, name) for name in ("remove", "Segment.remove")]
-    functions += [(segment_files, name) for name in ("discard", "_clear", "_remove_empty")]
+    functions += [(segment_files, "discard"), (shutil, "rmtree"), (shutil, "_rmtree_safe_fd")]
     lines = places(storm, "remove", NAME, functions=functions)
     assert len(lines) > 10 and os.listdir(storm.runtime) == []
     path = write(Path("runs/step_1.safetensors"), POLICY, 1.0)

@@ -7,7 +7,7 @@ The rooms, from the ground up; what a room imports when it is imported stands be
     ground          errors layout memory mapped addresses helper ahead access notify transfer
     checkpoints     header parts store_client store hub casting finite fitting staging advice adapter checkpoint
                     remote source changes
-    segments        registry segment_files segment badge
+    segments        segment_files registry segment badge
     writing side    publisher weights weight_getter updaters segment_updater
     policy's side   attached renewal swap copying reader device device_weights device_reader attaching
     the past        outcome state record rollback

@@ -24,6 +24,8 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,30 +160,7 @@ def open_dir(path: str | Path, owner: int | None = None, *, dir_fd: int | None =
         SegmentUnsafe: a symbolic link, another user's, writable by others, not to be entered, or no directory.
     """
     owner = os.geteuid() if owner is None else owner
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags, dir_fd=dir_fd)
-    except PermissionError as exc:
-        raise SegmentUnsafe(
-            f"{path} may not be entered by uid {os.geteuid()}. Its owner can share it (wsync push --mode 0640 --group "
-            "GROUP), or name another place with --runtime-dir."
-        ) from exc
-    except OSError as exc:
-        if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG):
-            raise
-        raise SegmentUnsafe(
-            f"{path} is not a directory of its own ({os.strerror(exc.errno or 0)}). "
-            "Remove what lies there, or name another with --runtime-dir."
-        ) from exc
-    with kept(fd):
-        info = os.fstat(fd)
-        writable = stat.S_IMODE(info.st_mode) & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
-        if info.st_uid != owner or writable:
-            raise SegmentUnsafe(
-                f"{path} belongs to uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):04o}; wsync needs a "
-                f"directory of uid {owner} that nobody else may write. Remove it, or name another with --runtime-dir."
-            )
-    return fd
+    return _open(path, os.O_RDONLY | os.O_DIRECTORY, owner, dir_fd, sticky)
 
 
 def open_file(name: str, flags: int, dir_fd: int) -> int:
@@ -191,27 +170,41 @@ def open_file(name: str, flags: int, dir_fd: int) -> int:
         FileNotFoundError: there is none.
         SegmentUnsafe: it is something else, another user's, writable by others, or not ours to open.
     """
+    return _open(name, flags, os.fstat(dir_fd).st_uid, dir_fd)
+
+
+def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> int:
+    kind = "directory" if flags & os.O_DIRECTORY else "regular file"
+    way_out = "Remove it (`wsync rm` removes a segment), or name another place with --runtime-dir."
     try:
-        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600, dir_fd=dir_fd)
-    except OSError as exc:
-        if exc.errno in (errno.EACCES, errno.EPERM) and os.fstat(dir_fd).st_uid != os.geteuid():
-            raise SegmentUnsafe(
-                f"{name} in a segment may not be opened by uid {os.geteuid()}. Its owner can share it: wsync push "
-                "--mode 0640 --group GROUP."
-            ) from exc
-        if exc.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+    except PermissionError as exc:
         raise SegmentUnsafe(
-            f"{name} in a segment is not a regular file ({exc.strerror}). Remove the segment with wsync rm."
+            f"{path} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync push --mode 0640 "
+            "--group GROUP), or name another place with --runtime-dir."
         ) from exc
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG):
+            raise
+        raise SegmentUnsafe(f"{path} is not a {kind} ({exc.strerror}). {way_out}") from exc
     with kept(fd):
-        info, owner = os.fstat(fd), os.fstat(dir_fd).st_uid
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != owner or info.st_mode & 0o022:
+        info = os.fstat(fd)
+        shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
+        if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
             raise SegmentUnsafe(
-                f"{name} in a segment is not a regular file of uid {owner} that nobody else may write. Remove the "
-                "segment with wsync rm."
+                f"{path} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must be a {kind} "
+                f"of uid {owner} that nobody else may write. {way_out}"
             )
     return fd
+
+
+@contextmanager
+def opened(fd: int) -> Iterator[int]:
+    """Closes a descriptor when the block is left."""
+    try:
+        yield fd
+    finally:
+        shut(fd)
 
 
 def base_owner(base: Path, *, write: bool) -> int:
@@ -263,12 +256,10 @@ def make_base(base: Path, access: Access) -> None:
         raise no_room(exc, base.parent) or SegmentUnsafe(
             f"{base} cannot be made ({exc.strerror}). Name another place with --runtime-dir."
         ) from exc
-    fd = open_dir(base)
-    try:
-        if access.given:
-            access.grant(fd, access.directory_bits)
-    except BaseException:
-        os.rmdir(base)
-        raise
-    finally:
-        shut(fd)
+    with opened(open_dir(base)) as fd:
+        try:
+            if access.given:
+                access.grant(fd, access.directory_bits)
+        except BaseException:
+            os.rmdir(base)
+            raise

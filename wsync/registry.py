@@ -17,17 +17,17 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .access import open_dir
+from .access import open_dir, opened
 from .errors import SegmentUnsafe, printable
 from .memory import kept, shut, try_lock
+from .segment_files import END_OF_TIME, MAX_SLOTS, parsed
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in
-_END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 
 
 class ReaderRecord(NamedTuple):
@@ -53,32 +53,31 @@ class ReaderRecord(NamedTuple):
 
     @classmethod
     def parse(cls, text: bytes) -> ReaderRecord:
-        """Raises ValueError, TypeError, KeyError or RecursionError where it is no record."""
-        data: Any = json.loads(text)
-        pid, process, version, since, mode = (data[key] for key in ("pid", "process", "version", "since", "mode"))
-        slots = data["slots"]
-        if not isinstance(process, str) or mode not in ("swap", "copy") or not isinstance(slots, list):
-            raise TypeError("a field is of another kind")
-        bounded = ((pid, 1 << 32), (version, 1 << 56), *((slot, 64) for slot in slots))
-        if not all(type(number) is int and 0 <= number < most for number, most in bounded):
-            raise ValueError("a number is beyond its bounds")
-        oldest = data.get("oldest", 0)
-        if not all(type(moment) in (int, float) and 0 <= moment < _END_OF_TIME for moment in (since, oldest)):
-            raise ValueError("a time is beyond its bounds")
-        return cls(pid, printable(process)[:64], version, float(since), mode, tuple(slots), float(oldest))
+        """Raises ValueError where it is no record."""
+        with parsed():
+            said = cls(**json.loads(text))
+            if not isinstance(said.process, str) or said.mode not in ("swap", "copy"):
+                raise TypeError("a field is of another kind")
+            bounded = ((said.pid, 1 << 32), (said.version, 1 << 56), *((slot, MAX_SLOTS) for slot in said.slots))
+            if not all(type(number) is int and 0 <= number < most for number, most in bounded):
+                raise ValueError("a number is beyond its bounds")
+            times = said.since, said.oldest
+            if not all(type(moment) in (int, float) and 0 <= moment < END_OF_TIME for moment in times):
+                raise ValueError("a time is beyond its bounds")
+            return said._replace(process=printable(said.process)[:64], slots=tuple(said.slots))
 
 
 class Registration:
     """A reader's own record, there as long as this object is open, where one can be made."""
 
     def __init__(self, segment: Path, mode: str) -> None:
-        self._always = json.dumps({"pid": os.getpid(), "process": _process_name(), "mode": mode}).rstrip("}")
+        self._record = ReaderRecord(os.getpid(), _process_name(), 0, 0.0, mode, ())
         self._dir = self._fd = -1
         self._name = ""
         try:
             self._dir = open_readers(segment)
             self._fd = self._make()
-            self._write(0, ())
+            self.update(0, ())
         except (OSError, SegmentUnsafe) as exc:
             import logging
 
@@ -88,8 +87,9 @@ class Registration:
             self.close()
 
     def update(self, version: int, slots: tuple[int, ...], oldest: float = 0.0) -> None:
+        self._record = self._record._replace(version=version, since=time.time(), slots=slots, oldest=oldest)
         if self._fd >= 0:
-            self._write(version, slots, oldest)
+            os.pwrite(self._fd, json.dumps(self._record._asdict()).encode().ljust(_SIZE), 0)
 
     def close(self, *, unlink: bool = True) -> None:
         if self._fd >= 0 and unlink:
@@ -114,11 +114,6 @@ class Registration:
             shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
         raise SegmentUnsafe("its records are locked by somebody as soon as they are made")
 
-    def _write(self, version: int, slots: tuple[int, ...], oldest: float = 0.0) -> None:
-        # JSON by hand, for a policy's step pays for it.
-        now = f'"version": {version}, "since": {time.time()}, "slots": {[*slots]}, "oldest": {oldest}'
-        os.pwrite(self._fd, f"{self._always}, {now}}}".encode().ljust(_SIZE), 0)
-
 
 def open_readers(segment: Path) -> int:
     """The directory of a segment's records, whose owner must be the segment's.
@@ -130,45 +125,31 @@ def open_readers(segment: Path) -> int:
     return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
 
 
-def readers(segment: Path) -> Iterator[ReaderRecord]:
+def readers(segment: Path) -> list[ReaderRecord]:
     """The living readers of a segment; the files of dead ones are removed on the way."""
     try:
         directory = open_readers(segment)
     except FileNotFoundError:
-        return
-    try:
-        with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in itertools.islice(entries, _MOST))
-        for name in names:
-            record = _look(name, directory)
-            if record is not None:
-                yield record
-    finally:
-        shut(directory)
+        return []
+    with opened(directory), os.scandir(directory) as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, _MOST))
+        return [record for name in names if (record := _look(name, directory))]
 
 
 def _look(name: str, directory: int) -> ReaderRecord | None:
-    try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    except OSError:  # gone, a link, a socket, or closed to us: no record
-        return None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
-            return None
-        if try_lock(fd):
-            os.unlink(name, dir_fd=directory)
-            return None
-        for _ in range(8):  # a record that is just being replaced may not parse
-            try:
-                return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
-        return None
-    except OSError:  # gone, or another's to remove
-        return None
-    finally:
-        shut(fd)
+    with suppress(OSError):  # gone, a link, a socket, closed to us, or another's to remove: no record
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with opened(os.open(name, flags, dir_fd=directory)) as fd:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
+                return None
+            if try_lock(fd):
+                os.unlink(name, dir_fd=directory)
+                return None
+            for _ in range(8):  # a record that is just being replaced may not parse
+                with suppress(ValueError):
+                    return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
+    return None
 
 
 def _process_name() -> str:

@@ -46,15 +46,17 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file
+from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
 from .layout import Layout
-from .memory import address_of, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
+from .memory import address_of, kept, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
 from .registry import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
@@ -78,9 +80,11 @@ _T = TypeVar("_T")
 
 
 class Segment:
-    """An open segment; the publisher's handle when opened with ``write=True``, else a reader's."""
+    """An open segment; the publisher's handle when opened with ``write=True``, else a reader's.
 
-    _dir = -1
+    Attributes:
+        words: the control page as u64s; the WORD is at ``WORD_OFFSET // 8``.
+    """
 
     def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
         self.name, self.path, self.write = name, path, write
@@ -90,29 +94,21 @@ class Segment:
             raise self._missing() from None
         except OSError as exc:
             raise refused(exc, path) from exc
-        try:
-            self._control = map_control(self._dir, write=write)
-            self._about = About.read(self._dir)
-            shut(open_readers(path))
-        except BaseException as exc:
-            self._let_go()
-            if isinstance(exc, OSError) and not isinstance(exc, FileNotFoundError):
+        with kept(self._dir):
+            try:
+                self._control = map_control(self._dir, write=write)
+                self._about = About.read(self._dir)
+                shut(open_readers(path))
+            except FileNotFoundError as exc:
+                raise (self._broken(f"has no {exc.filename}") if self.is_current() else self._missing()) from exc
+            except ValueError as exc:
+                raise self._broken(f"cannot be read by this wsync ({exc})") from exc
+            except OSError as exc:
                 raise refused(exc, path) from exc
-            if not isinstance(
-                exc, FileNotFoundError | ValueError | KeyError | TypeError | RecursionError | SegmentUnsafe
-            ):
-                raise
-            if not os.path.lexists(path):
-                raise self._missing() from None
-            reason = str(exc).removesuffix(" Remove the segment with wsync rm.").rstrip(".")
-            raise SegmentUnsafe(
-                f"{path} is not a segment that this wsync can read ({type(exc).__name__}: {reason}). Remove it with "
-                f"`wsync rm {name}`."
-            ) from exc
+        self._shut = weakref.finalize(self, shut, self._dir)  # also of one that was dropped without a close
         self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
-        self._layout: Layout | None = None
+        self.words = memoryview(self._control).cast("Q")
         self._publishing = False
-        self._words = memoryview(self._control).cast("Q")
         self._slot_maps: dict[int, mmap.mmap] = {}
 
     def _missing(self) -> SegmentMissing:
@@ -201,21 +197,14 @@ class Segment:
 
     def tell_removed(self) -> None:
         """Tells the readers that this segment is none any more; also where it was deleted by hand."""
-        self._words[WORD_OFFSET // 8] = self.word | REMOVED
+        self.words[WORD_OFFSET // 8] = self.word | REMOVED
         self.wake()
 
     def close(self) -> None:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
         self.unmap()
-        self._words.release()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        directory, self._dir = self._dir, -1
-        if directory >= 0:
-            shut(directory)
-
-    __del__ = _let_go  # of one that was dropped without a close; its memory goes by itself
+        self.words.release()
+        self._shut()
 
     def is_current(self) -> bool:
         """Whether the name still leads to this very segment; raises OSError where the system does not tell."""
@@ -230,23 +219,16 @@ class Segment:
         """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe where that is broken."""
         _ = self.live(), self.layout, self.readers()
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
-        if self._layout is None:
-            try:
-                self._layout = self._about.layout()
-            except ValueError as exc:
-                raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
-        return self._layout
-
-    @property
-    def words(self) -> memoryview:
-        """The control page as u64s; the WORD is at ``WORD_OFFSET // 8``."""
-        return self._words
+        try:
+            return self._about.layout()
+        except ValueError as exc:
+            raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
 
     @property
     def word(self) -> int:
-        return int(self._words[WORD_OFFSET // 8])
+        return int(self.words[WORD_OFFSET // 8])
 
     @property
     def version(self) -> int:
@@ -263,13 +245,9 @@ class Segment:
         """
         while (word := self.word) & 0xFF < NO_SLOT:
             try:
-                fd = self._open_slot(word & 0xFF, os.O_RDONLY)
+                head = self._head(word & 0xFF)
             except FileNotFoundError:  # the segment is being removed
                 return None
-            try:
-                head = read_at(fd, METADATA_END, 0)
-            finally:
-                shut(fd)
             if self.word == word:
                 return self._told(Publication.from_header, head, word & 0xFF)
         return None
@@ -295,20 +273,16 @@ class Segment:
         """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
         versions = set()
         for slot in reader.slots:
-            try:
-                fd = self._open_slot(slot, os.O_RDONLY)
-            except (OSError, SegmentUnsafe):
-                continue
-            try:
-                versions.add(Publication.from_header(read_at(fd, METADATA_END, 0)).version)
-            except (OSError, ValueError):  # its record is older than what it says
-                pass
-            finally:
-                shut(fd)
+            with suppress(OSError, SegmentUnsafe, ValueError):  # its record is older than what it says
+                versions.add(Publication.from_header(self._head(slot)).version)
         return sorted(versions - {reader.version})
 
+    def _head(self, slot: int) -> bytes:
+        with opened(self._open_slot(slot, os.O_RDONLY)) as fd:
+            return read_at(fd, METADATA_END, 0)
+
     def readers(self) -> list[ReaderRecord]:
-        return list(readers(self.path))
+        return readers(self.path)
 
     # --- the reader's steps
 
@@ -425,7 +399,7 @@ class Segment:
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: this slot is live from here on."""
         _ = self.word_address  # whatever can fail in waking, an import included, fails before the store
-        self._words[WORD_OFFSET // 8] = version << 8 | slot  # P7 store
+        self.words[WORD_OFFSET // 8] = version << 8 | slot  # P7 store
         self.wake()  # P8 wake
 
     def wake(self) -> None:
@@ -447,12 +421,9 @@ class Segment:
 
         It is the caller's, and nothing may be written there: ``write`` is for those who must be able to.
         """
-        fd = self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)
-        try:
+        with opened(self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)) as fd:
             info = os.fstat(fd)
             return map_file(fd, self._size(slot, info), write=write), (info.st_dev, info.st_ino)
-        finally:
-            shut(fd)
 
     def map_at(self, slot: int, address: int, nbytes: int) -> None:
         """Maps a slot's pages privately over addresses of a ``Stretch``, of which a part may lie beyond its end.
@@ -480,13 +451,10 @@ class Segment:
     def _slot_map(self, slot: int) -> mmap.mmap:
         if slot not in self._slot_maps:
             # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
-            fd = self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)
-            try:
+            with opened(self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)) as fd:
                 size = self._size(slot, os.fstat(fd))
                 kind = mmap.MAP_SHARED | mmap.MAP_POPULATE if self.write else mmap.MAP_PRIVATE
                 mapped = map_file(fd, size, write=True, flags=kind)
-            finally:
-                shut(fd)
             if not self.write:
                 populate(address_of(mapped), size)
             self._slot_maps[slot] = mapped
@@ -546,11 +514,8 @@ def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
     """
     base = runtime_dir(runtime)
     try:
-        segment = Segment.open(name, runtime, write=True)
-        try:
+        with closing(Segment.open(name, runtime, write=True)) as segment:
             segment.remove()
-        finally:
-            segment.close()
     except SegmentUnsafe:
         base_owner(base, write=True)
         shut(open_dir(base / check_name(name)))
@@ -564,20 +529,6 @@ def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:
         SegmentUnsafe: the runtime directory is not to be believed.
     """
     base = runtime_dir(runtime)
-    owner = base_owner(base, write=False)
-    try:
-        directory = open_dir(base, owner)
-    except FileNotFoundError:
-        return []
-    try:
-        return sorted(name for name in os.listdir(directory) if is_name(name) and _is_segment(name, directory))
-    finally:
-        shut(directory)
-
-
-def _is_segment(name: str, directory: int) -> bool:
-    try:
-        os.stat(f"{name}/control", dir_fd=directory, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+    base_owner(base, write=False)
+    names = os.listdir(base) if base.exists() else []
+    return sorted(name for name in names if is_name(name) and os.path.exists(base / name / "control"))

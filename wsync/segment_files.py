@@ -10,15 +10,16 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .access import Access, open_dir, open_file
+from .access import Access, open_dir, open_file, opened
 from .errors import SegmentUnsafe, UsageError
 from .layout import Layout
-from .memory import PAGE, free_bytes, map_file, no_room, read_at, reserve, shut, try_lock, write_at
+from .memory import PAGE, free_bytes, map_file, no_room, read_at, reserve, try_lock, write_at
 
 FORMAT = 1
 MAGIC = b"WSYNC\0\0" + bytes([FORMAT])
@@ -28,13 +29,22 @@ METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
 SLOTS = 3
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
-_END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
+END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 _TEXT = rb'"[ !#-\[\]-~]*"'
 # What metadata_block writes, within the bounds of from_header; compiled at its first use, which a push does not make.
 _USUAL = (
     rb'(?s).{8}\{"__metadata__":\{"version": "\d{1,16}", "step": "(-?\d{1,18}|)", "source": %b, "identity": %b, '
     rb'"published_at": "\d{1,11}\.\d{1,9}", "spec": %b\} *' % (_TEXT, _TEXT, _TEXT)
 )
+
+
+@contextmanager
+def parsed() -> Iterator[None]:
+    """Makes a ValueError of whatever data raise that are not what they should be."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
+        raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,7 @@ class Publication:
         Raises:
             ValueError: they say no such thing.
         """
-        try:
+        with parsed():
             data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
             texts = {key: data[key] for key in ("source", "identity", "spec")}
             found = cls(
@@ -78,11 +88,9 @@ class Publication:
             )
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("a text is none")
-            if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < _END_OF_TIME):
+            if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
-            raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
-        return found
+            return found
 
     @classmethod
     def step_from_header(cls, header: bytes) -> int | None:
@@ -103,22 +111,23 @@ class About(NamedTuple):
 
     @classmethod
     def read(cls, directory: int) -> About:
-        """Raises ValueError, KeyError, TypeError or RecursionError where it is not what ``make`` wrote."""
-        with open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
+        """Raises ValueError where it is not what ``make`` wrote."""
+        with parsed(), open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_TABLE:
                 raise ValueError(f"its layout.json has {size:,} bytes, over the bound of {MAX_TABLE:,}")
             data = json.loads(file.read(size))
-        slots, data_offset, spec = data["slots"], data["data_offset"], data["spec"]
-        if type(slots) is not int or not 2 <= slots <= MAX_SLOTS or not isinstance(spec, str):
-            raise ValueError("its layout.json tells no possible number of slots")
-        if type(data_offset) is not int or data_offset % PAGE or not METADATA_END <= data_offset <= MAX_TABLE + PAGE:
-            raise ValueError("its layout.json tells no possible place of the weights")
-        return cls(slots, data_offset, spec, data["layout"])
+            slots, data_offset, spec = data["slots"], data["data_offset"], data["spec"]
+            if type(slots) is not int or not 2 <= slots <= MAX_SLOTS or not isinstance(spec, str):
+                raise ValueError("its layout.json tells no possible number of slots")
+            least, most = METADATA_END, MAX_TABLE + PAGE
+            if type(data_offset) is not int or data_offset % PAGE or not least <= data_offset <= most:
+                raise ValueError("its layout.json tells no possible place of the weights")
+            return cls(slots, data_offset, spec, data["layout"])
 
     def layout(self) -> Layout:
         """Raises ValueError where it is none."""
-        try:
+        with parsed():
             layout = Layout.from_json(self.table)
             sizes = [size for entry in layout.tensors for size in entry.shape]
             names = [name for entry in layout.tensors for name in entry.names]
@@ -126,9 +135,7 @@ class About(NamedTuple):
                 raise TypeError("a name is no text, or there is none")
             if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes) or layout.nbytes >= 1 << 63:
                 raise ValueError("a size is beyond its bounds")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-            raise ValueError(f"{type(exc).__name__}: {str(exc)[:100]}") from exc
-        return layout
+            return layout
 
 
 class SpareSlot(NamedTuple):
@@ -155,13 +162,10 @@ class SpareSlot(NamedTuple):
 
 def map_control(directory: int, *, write: bool) -> mmap.mmap:
     """The control page of a segment; raises ValueError where it is not of this format."""
-    fd = open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)
-    try:
+    with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
         if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
             raise ValueError("its control page is not of this format")
         return map_file(fd, PAGE, write=write)
-    finally:
-        shut(fd)
 
 
 def slot_name(slot: int) -> str:
@@ -210,145 +214,76 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
         "digest": layout.digest,
         "layout": layout.to_json(),
     }
-    files = [("control", _control_page(), PAGE), ("layout.json", json.dumps(about).encode(), 0)]
+    files = [("publisher.lock", b"", PAGE), ("control", _control_page(), PAGE)]
+    files += [("layout.json", json.dumps(about).encode(), 0)]
     files += [(slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)]
     wanted = PAGE + sum(max(size, len(content)) for _, content, size in files)
     free = free_bytes(path.parent)
-    temporary, directory, lock = None, -1, -1
-    try:
-        temporary, directory, lock = _claim(path.parent)
-        reserve(lock, PAGE)
-        os.mkdir("readers", 0o700, dir_fd=directory)
-        for name, content, size in files:
-            _write(directory, name, content, size)
-        if access.given:
-            share(directory, slots, access)
-        os.rename(temporary, path)
-    except BaseException as exc:
-        told = no_room(exc, path.parent, wanted, free) if isinstance(exc, OSError) else None  # before there is room
-        if temporary:
-            _clear(temporary)
-        if told:
-            raise told from exc
-        if not (isinstance(exc, OSError) and os.path.lexists(path)):  # else another maker was first
-            raise
-    finally:
-        for fd in (lock, directory):
-            if fd >= 0:
-                shut(fd)
-
-
-def _write(directory: int, name: str, content: bytes, size: int) -> None:
-    fd = open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)
-    try:
-        reserve(fd, max(size, len(content)))
-        write_at(fd, content, 0)
-    finally:
-        shut(fd)
+    with ExitStack() as stack:
+        try:
+            temporary, directory = _claim(path.parent, stack)
+            os.mkdir("readers", 0o700, dir_fd=directory)
+            for name, content, size in files:
+                with opened(open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)) as fd:
+                    reserve(fd, max(size, len(content)))
+                    write_at(fd, content, 0)
+            if access.given:
+                share(directory, slots, access)
+            os.rename(temporary, path)
+        except OSError as exc:
+            if told := no_room(exc, path.parent, wanted, free):
+                raise told from exc
+            if not os.path.lexists(path):  # else another maker was first
+                raise
 
 
 def share(directory: int, slots: int, access: Access) -> None:
     """Gives the files of a segment their group and mode; its directory last, so that what was cut short shows there."""
     for name in ("control", "layout.json", *map(slot_name, range(slots))):
-        fd = open_file(name, os.O_RDONLY, directory)
-        try:
+        with opened(open_file(name, os.O_RDONLY, directory)) as fd:
             access.grant(fd, access.bits)
-        finally:
-            shut(fd)
-    readers = open_dir("readers", dir_fd=directory, sticky=True)
-    try:
+    with opened(open_dir("readers", dir_fd=directory, sticky=True)) as readers:
         access.grant(readers, access.readers_bits)
-    finally:
-        shut(readers)
     access.grant(directory, access.directory_bits)
 
 
 def discard(path: Path) -> None:
     """Removes a segment's directory: first its name, then what is in it, so that nobody opens half of it."""
+    import shutil
+
     doomed = path.with_name(f".removed-{os.getpid()}-{os.urandom(4).hex()}")
     os.rename(path, doomed)
-    _clear(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what stays is the next sweeper's
 
 
 def sweep(base: Path) -> None:
-    """Removes what makers and removers that were killed left behind: their lock is free, or there is none."""
+    """Removes what makers and removers that were killed left behind; a living maker locks its directory."""
+    import shutil
+
     for path in (*base.glob(".new-*"), *base.glob(".removed-*")):
         try:
             directory = open_dir(path)
         except (OSError, SegmentUnsafe):
             continue
-        try:
-            lock = open_file("publisher.lock", os.O_RDWR, directory)
-        except SegmentUnsafe:
-            continue
-        except OSError:
-            if path.name.startswith(".new-"):
-                _remove_empty(path)  # a maker's that died before it had its lock; a living one makes another
-            else:
-                _clear(path)
-            continue
-        finally:
-            shut(directory)
-        try:
-            if try_lock(lock):
-                _clear(path)
-        finally:
-            shut(lock)
+        with opened(directory):
+            if try_lock(directory):
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _clear(path: Path) -> None:
-    """Removes a directory of ours, its lock last: as long as anything is in it, a sweeper can tell whether it is left.
-
-    What cannot be removed stays for the next sweeper.
-    """
+def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
+    """A new hidden directory, locked so that nobody sweeps it away; it is removed with the stack."""
     import shutil
-
-    if path.is_symlink():
-        return
-    try:
-        entries = [entry.name for entry in os.scandir(path)]
-    except OSError:
-        return
-    for name in sorted(entries, key="publisher.lock".__eq__):
-        try:
-            os.unlink(path / name)
-        except IsADirectoryError:
-            shutil.rmtree(path / name, ignore_errors=True)
-        except OSError:
-            continue
-    _remove_empty(path)
-
-
-def _remove_empty(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError:
-        pass
-
-
-def _claim(base: Path) -> tuple[Path, int, int]:
-    """A new hidden directory whose lock is held, so that nobody sweeps it away as a dead maker's."""
-    import contextlib
     import tempfile
 
     while True:
         temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
-        with contextlib.ExitStack() as undo:
-            undo.callback(_clear, temporary)
-            try:
-                directory = open_dir(temporary)
-                undo.callback(shut, directory)
-                lock = open_file("publisher.lock", os.O_RDWR | os.O_CREAT, directory)
-                undo.callback(shut, lock)
-            except FileNotFoundError:  # a sweeper took it for a dead maker's
-                continue
-            except OSError as exc:
-                if told := no_room(exc, base):
-                    raise told from exc
-                raise
-            if try_lock(lock) and os.fstat(lock).st_nlink:
-                undo.pop_all()
-                return temporary, directory, lock
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        try:
+            directory = stack.enter_context(opened(open_dir(temporary)))
+        except FileNotFoundError:  # a sweeper was faster
+            continue
+        if try_lock(directory) and os.fstat(directory).st_nlink:
+            return temporary, directory
 
 
 def _control_page() -> bytes:
