@@ -33,7 +33,7 @@ from .errors import SegmentUnsafe, UsageError, refused
 from .memory import default_runtime_dir, kept, no_room, shut
 
 _NAME = re.compile(r"[^\W_][\w.+@=-]*")
-_MODES = {"0600": 0o600, "0640": 0o640, "0644": 0o644}
+_MODES = ("0600", "0640", "0644")
 
 
 def is_name(name: str) -> bool:
@@ -82,7 +82,7 @@ class Access:
     @property
     def bits(self) -> int:
         """Of a file."""
-        return _MODES["0600" if self.group is None else "0640"] if self.mode is None else _MODES[f"{self.mode:0>4}"]
+        return int(self.mode or ("0600" if self.group is None else "0640"), 8)
 
     @property
     def directory_bits(self) -> int:

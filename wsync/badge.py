@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .access import opened
 from .memory import shut, try_lock, write_at
 from .segment_files import Publication
 
@@ -38,10 +40,9 @@ class Badge:
     def is_at(self, segment: Path) -> bool:
         """Whether it still lies in the segment of that path, which may have been made anew."""
         try_lock(self._fd)  # again and again: a look at it in that moment may have been in the way
-        try:
+        with suppress(OSError):
             return os.path.samestat(self.info, os.stat(segment / FILE))
-        except OSError:
-            return False
+        return False
 
     def came_from_group(self, live: Publication) -> bool:
         return [live.version, live.identity] in self._given
@@ -60,17 +61,11 @@ class Badge:
 
 def group_of(segment: Path) -> dict[str, Any] | None:
     """The living group of a segment's watch: ``rank`` and ``size``, and ``boxes`` by rank; None where there is none."""
-    try:
-        fd = os.open(segment / FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(KeyError, OSError), opened(os.open(segment / FILE, flags)) as fd:
         said = None if try_lock(fd, shared=True) else _read(fd)
         return {key: said[key] for key in ("rank", "size", "boxes")} if said else None
-    except (KeyError, OSError):
-        return None
-    finally:
-        shut(fd)
+    return None
 
 
 def few(boxes: Sequence[str]) -> str:

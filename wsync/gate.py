@@ -171,12 +171,12 @@ def load(policy: torch.nn.Module, path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from .layout import layout_of, layout_of_tensors, named_tensors
+    from .layout import layout_of, named_tensors
 
     weights, targets = load_file(path), dict(named_tensors(policy))
-    entries = {entry.name: entry for entry in layout_of(policy).tensors}
-    found = {entry.name: entry for entry in layout_of_tensors(weights.items()).tensors}
-    if {name: (e.dtype, e.shape) for name, e in entries.items()} != {n: (e.dtype, e.shape) for n, e in found.items()}:
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    expected = {e.name: (targets[e.name].dtype, targets[e.name].shape) for e in layout_of(policy).tensors}
+    if found != expected:
         raise SpecError(
             "the policy that was built for the gate has other tensors than the segment. It must be the same each time "
             "that it is built; where it changed since, `wsync rm` its segment."

@@ -98,25 +98,17 @@ def publish(
         RetryLater: the gate cannot tell yet.
         SegmentBusy: every spare slot is leased.
     """
-    plan = _plan(segment, checkpoint, fit)
+    plan = _plan(checkpoint, segment.layout, fit, segment)
     version, step = _next_version(segment, last_version), _whole(checkpoint.step)
     with segment.spare_slot() as slot:
         with slot.weights as weights:
-            live = segment.live_weights() if plan.kept else None
-            if live is not None:
+            if plan.kept and (live := segment.live_weights()):
                 for entry in plan.kept:
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
-        publication = Publication(
-            version=version,
-            step=step,
-            source=str(checkpoint.path),
-            identity=checkpoint.identity,
-            published_at=time.time(),
-            spec=spec,
-        )
-        publication = _describe(segment, slot, publication, gate)
+        about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec)
+        publication = _describe(segment, slot, about, gate)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -179,10 +171,7 @@ def publish_tensors(
         copy(targets, sources)  # P4 stage
         if finite and (wrong := not_finite(slot.weights, layout)):  # P5 verify
             raise ValueError(f"{wrong[0]!r} holds NaN or infinity. Nothing was published.")
-        publication = Publication(
-            version=version, step=step, source="", identity="", published_at=time.time(), spec=spec
-        )
-        publication = _describe(segment, slot, publication, gate)
+        publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -212,28 +201,18 @@ def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate:
     What is published is told with the time after the gate, which may take its own.
     """
     slot.describe(publication)
-    if gate is None:
-        return publication
-    gate(
-        Staged(
-            path=segment.path / slot_name(slot.number),
-            name=segment.name,
-            version=publication.version,
-            step=publication.step,
-            checkpoint=publication.source,
-        )
-    )
-    publication = replace(publication, published_at=time.time())
-    slot.describe(publication)
+    if gate:
+        place = segment.path / slot_name(slot.number)
+        gate(Staged(place, segment.name, publication.version, publication.step, publication.source))
+        publication = replace(publication, published_at=time.time())
+        slot.describe(publication)
     return publication
 
 
-def _plan(segment: Segment | None, checkpoint: Source, settings: Fit, layout: Layout | None = None) -> Plan:
+def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: Segment | None) -> Plan:
     """The plan; a part alone needs live values beside which it can go."""
     if segment is None or not segment.version:
         settings = replace(settings, partial=False)
-    layout = layout or (segment.layout if segment else None)
-    assert layout is not None
     return checkpoint.plan(layout, settings)
 
 
@@ -251,8 +230,7 @@ def rehearse(
         CheckpointRejected: it does not fit, or is not finite.
         CheckpointChanged: it changed while it was read.
     """
-    plan = _plan(segment, checkpoint, fit, layout)
-    memory = map_file(
-        -1, max(layout.nbytes, 1), write=True
-    )  # given back with the last view of it, which an error may hold
+    plan = _plan(checkpoint, layout, fit, segment)
+    # Given back with the last view of it, which an error may hold.
+    memory = map_file(-1, max(layout.nbytes, 1), write=True)
     checkpoint.read_into(memoryview(memory), plan, finite=fit.finite, progress=progress)

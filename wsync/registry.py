@@ -72,11 +72,9 @@ class Registration:
 
     def __init__(self, segment: Path, mode: str) -> None:
         self._record = ReaderRecord(os.getpid(), _process_name(), 0, 0.0, mode, ())
-        self._dir = self._fd = -1
-        self._name = ""
+        self._fd = -1
         try:
-            self._dir = open_readers(segment)
-            self._fd = self._make()
+            self._fd = self._make(segment / "readers")
             self.update(0, ())
         except (OSError, SegmentUnsafe) as exc:
             import logging
@@ -92,26 +90,24 @@ class Registration:
             os.pwrite(self._fd, json.dumps(self._record._asdict()).encode().ljust(_SIZE), 0)
 
     def close(self, *, unlink: bool = True) -> None:
-        if self._fd >= 0 and unlink:
-            try:
-                os.unlink(self._name, dir_fd=self._dir)
-            except OSError:  # it is gone, or no longer ours to remove; whoever looks sees that it is free
-                pass
-        for fd in (self._fd, self._dir):
-            if fd >= 0:
-                shut(fd)
-        self._fd = self._dir = -1
+        if self._fd >= 0:
+            if unlink:
+                with suppress(OSError):  # gone, or no longer ours to remove; whoever looks sees that it is free
+                    self._path.unlink()
+            shut(self._fd)
+            self._fd = -1
 
-    def _make(self) -> int:
-        for _ in range(100):
-            self._name = f"{os.getpid()}-{os.urandom(8).hex()}"
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(self._name, flags, 0o600, dir_fd=self._dir)
-            with kept(fd):
-                os.fchmod(fd, 0o600 | os.fstat(self._dir).st_mode & 0o044)
-                if try_lock(fd) and os.fstat(fd).st_nlink:
-                    return fd
-            shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
+    def _make(self, place: Path) -> int:
+        with opened(open_readers(place.parent)) as directory:
+            for _ in range(100):
+                self._path = place / f"{os.getpid()}-{os.urandom(8).hex()}"
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(self._path.name, flags, 0o600, dir_fd=directory)
+                with kept(fd):
+                    os.fchmod(fd, 0o600 | os.fstat(directory).st_mode & 0o044)
+                    if try_lock(fd) and os.fstat(fd).st_nlink:
+                        return fd
+                shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
         raise SegmentUnsafe("its records are locked by somebody as soon as they are made")
 
 
@@ -137,18 +133,18 @@ def readers(segment: Path) -> list[ReaderRecord]:
 
 
 def _look(name: str, directory: int) -> ReaderRecord | None:
-    with suppress(OSError):  # gone, a link, a socket, closed to us, or another's to remove: no record
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with opened(os.open(name, flags, dir_fd=directory)) as fd:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
-                return None
-            if try_lock(fd):
-                os.unlink(name, dir_fd=directory)
-                return None
-            for _ in range(8):  # a record that is just being replaced may not parse
-                with suppress(ValueError):
-                    return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    # An OSError: it is gone, a link, a socket, closed to us, or another's to remove.
+    with suppress(OSError), opened(os.open(name, flags, dir_fd=directory)) as fd:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
+            return None
+        if try_lock(fd):
+            os.unlink(name, dir_fd=directory)
+            return None
+        for _ in range(8):  # a record that is just being replaced may not parse
+            with suppress(ValueError):
+                return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
     return None
 
 

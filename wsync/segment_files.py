@@ -21,8 +21,7 @@ from .errors import SegmentUnsafe, UsageError
 from .layout import Layout
 from .memory import PAGE, free_bytes, map_file, no_room, read_at, reserve, try_lock, write_at
 
-FORMAT = 1
-MAGIC = b"WSYNC\0\0" + bytes([FORMAT])
+MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
 WORD_OFFSET = 64  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
@@ -206,17 +205,13 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
         UsageError: its group is not ours to give to.
     """
     header = slot_header(layout)
-    about = {
-        "format": FORMAT,
-        "slots": slots,
-        "data_offset": len(header),
-        "spec": spec,
-        "digest": layout.digest,
-        "layout": layout.to_json(),
-    }
-    files = [("publisher.lock", b"", PAGE), ("control", _control_page(), PAGE)]
-    files += [("layout.json", json.dumps(about).encode(), 0)]
-    files += [(slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)]
+    about = {"slots": slots, "data_offset": len(header), "spec": spec, "layout": layout.to_json()}
+    files = [
+        ("publisher.lock", b"", PAGE),
+        ("control", MAGIC.ljust(WORD_OFFSET, b"\0") + NO_SLOT.to_bytes(8, "little"), PAGE),
+        ("layout.json", json.dumps(about).encode(), 0),
+        *((slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)),
+    ]
     wanted = PAGE + sum(max(size, len(content)) for _, content, size in files)
     free = free_bytes(path.parent)
     with ExitStack() as stack:
@@ -284,10 +279,3 @@ def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
             continue
         if try_lock(directory) and os.fstat(directory).st_nlink:
             return temporary, directory
-
-
-def _control_page() -> bytes:
-    page = bytearray(PAGE)
-    page[: len(MAGIC)] = MAGIC
-    page[WORD_OFFSET : WORD_OFFSET + 8] = NO_SLOT.to_bytes(8, "little")
-    return bytes(page)
