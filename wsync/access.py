@@ -179,23 +179,29 @@ def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: 
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
     except PermissionError as exc:
+        if owner == os.geteuid():
+            raise
         raise SegmentUnsafe(
-            f"{path} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync push --mode 0640 "
-            "--group GROUP), or name another place with --runtime-dir."
+            f"{_named(path, dir_fd)} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync "
+            "push --mode 0640 --group GROUP), or name another place with --runtime-dir."
         ) from exc
     except OSError as exc:
         if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG):
             raise
-        raise SegmentUnsafe(f"{path} is not a {kind} ({exc.strerror}). {way_out}") from exc
+        raise SegmentUnsafe(f"{_named(path, dir_fd)} is not a {kind} ({exc.strerror}). {way_out}") from exc
     with kept(fd):
         info = os.fstat(fd)
         shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
         if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
             raise SegmentUnsafe(
-                f"{path} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must be a {kind} "
-                f"of uid {owner} that nobody else may write. {way_out}"
+                f"{_named(path, dir_fd)} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must "
+                f"be a {kind} of uid {owner} that nobody else may write. {way_out}"
             )
     return fd
+
+
+def _named(path: str | Path, dir_fd: int | None) -> Path:
+    return Path("" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}"), path)
 
 
 @contextmanager
@@ -214,19 +220,16 @@ def base_owner(base: Path, *, write: bool) -> int:
         SegmentUnsafe: it is another user's, and is to be written, or lies at our own default place, where it was not
             named; or it is unsafe in itself.
     """
+    me = os.geteuid()
     try:
         owner = os.stat(base, follow_symlinks=False).st_uid
-    except OSError:  # what is wrong, is told below
-        owner = os.geteuid()
-    if owner != os.geteuid() and write:
+    except OSError:  # open_dir tells what is wrong
+        owner = me
+    if owner != me and (write or base == default_runtime_dir()):
+        why = "only that user publishes there" if write else f"it is the place of uid {me}'s own segments"
         raise SegmentUnsafe(
-            f"{base} belongs to uid {owner}: only that user makes, publishes to and removes segments there. Do so as "
-            "that user, or name another place with --runtime-dir."
-        )
-    if owner != os.geteuid() and base == default_runtime_dir():
-        raise SegmentUnsafe(
-            f"{base} belongs to uid {owner}, and it is the place of uid {os.geteuid()}'s own segments. Have it "
-            "removed, or name another with --runtime-dir."
+            f"{base} belongs to uid {owner}, and {why}. Publish as that user, have it removed, or name another place "
+            "with --runtime-dir."
         )
     try:
         shut(open_dir(base, owner))

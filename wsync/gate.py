@@ -52,7 +52,9 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
     asks = _ask_function if spec.hooks.gate_is_function else _ask_command
-    verdict, why = asks(spec, staged, stop, _environment(staged, state_dir))
+    place, about = staged.path, {"name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
+    variables = environment(state_dir, staged=place, runtime_dir=place.parent.parent, **about)
+    verdict, why = asks(spec, staged, stop, variables)
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
@@ -109,17 +111,6 @@ def _ask_function(
 
 def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
     return ended.code is None and stop is not None and stop.is_set()
-
-
-def _environment(staged: Staged, state_dir: Path | None) -> dict[str, str]:
-    return environment(
-        state_dir,
-        staged=staged.path,
-        name=staged.name,
-        step=staged.step,
-        checkpoint=staged.checkpoint,
-        runtime_dir=staged.path.parent.parent,
-    )
 
 
 # --- in the child

@@ -29,19 +29,12 @@ class Notifier:
     def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
         self.patience = 1.0
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        self._socket = None
-        if address[:1] in ("/", "@"):
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            self._socket.settimeout(_SEND)
         self._ready = False
         self._turned = time.monotonic()
         self._extended = 0.0
-        self._watchdog = watchdog
         self._end = threading.Event()
-        self._thread: threading.Thread | None = None
-        if self._socket and watchdog:
-            self._thread = threading.Thread(target=self._beat, name="wsync-watchdog", daemon=True)
-            self._thread.start()
+        if self._address and watchdog:
+            threading.Thread(target=self._beat, args=(watchdog,), name="wsync-watchdog", daemon=True).start()
 
     @classmethod
     def from_environment(cls) -> Notifier:
@@ -84,21 +77,18 @@ class Notifier:
     def close(self) -> None:
         self._send("STOPPING=1")
         self._end.set()
-        if self._thread:
-            self._thread.join()
-        if self._socket:
-            self._socket.close()
-            self._socket = None
 
-    def _beat(self) -> None:
-        while not self._end.wait(self._watchdog / 2):
-            if time.monotonic() - self._turned <= self.patience + self._watchdog:
+    def _beat(self, watchdog: float) -> None:
+        while not self._end.wait(watchdog / 2):
+            if time.monotonic() - self._turned <= self.patience + watchdog:
                 self._send("WATCHDOG=1")
 
     def _send(self, *lines: str) -> None:
-        if self._socket is None:
+        if not self._address:
             return
         try:
-            self._socket.sendto("\n".join(lines).encode(errors="replace"), self._address)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as way:
+                way.settimeout(_SEND)
+                way.sendto("\n".join(lines).encode(errors="replace"), self._address)
         except OSError:  # a manager that is gone or busy changes nothing for the weights
             pass

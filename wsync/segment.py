@@ -56,7 +56,7 @@ from typing import TypeVar
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
 from .layout import Layout
-from .memory import address_of, kept, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
+from .memory import address_of, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
 from .registry import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
@@ -88,24 +88,20 @@ class Segment:
 
     def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
         self.name, self.path, self.write = name, path, write
+        self._dir = -1
         try:
             self._dir = open_dir(path, owner)
-        except FileNotFoundError:
-            raise self._missing() from None
+            self._shut = weakref.finalize(self, shut, self._dir)  # also of one that is dropped without a close
+            self._control = map_control(self._dir, write=write)
+            self._about = About.read(self._dir)
+            shut(open_readers(path))
+        except FileNotFoundError as exc:
+            there = self._dir >= 0 and self.is_current()
+            raise (self._broken(f"has no {exc.filename}") if there else self._missing()) from exc
+        except ValueError as exc:
+            raise self._broken(f"cannot be read by this wsync ({exc})") from exc
         except OSError as exc:
             raise refused(exc, path) from exc
-        with kept(self._dir):
-            try:
-                self._control = map_control(self._dir, write=write)
-                self._about = About.read(self._dir)
-                shut(open_readers(path))
-            except FileNotFoundError as exc:
-                raise (self._broken(f"has no {exc.filename}") if self.is_current() else self._missing()) from exc
-            except ValueError as exc:
-                raise self._broken(f"cannot be read by this wsync ({exc})") from exc
-            except OSError as exc:
-                raise refused(exc, path) from exc
-        self._shut = weakref.finalize(self, shut, self._dir)  # also of one that was dropped without a close
         self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
         self.words = memoryview(self._control).cast("Q")
         self._publishing = False
@@ -161,18 +157,14 @@ class Segment:
             sweep(base)
             make(path, layout, slots, spec, access)
         segment = cls(name, path, write=True)
-        try:
-            if segment.layout.digest != layout.digest:
-                differences = layout.differences(segment.layout)
-                raise LayoutDiffers(
-                    f"segment {name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
-                    f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
-                    differences,
-                )
-            segment.share(access)
-        except BaseException:
-            segment.close()
-            raise
+        if segment.layout.digest != layout.digest:
+            differences = layout.differences(segment.layout)
+            raise LayoutDiffers(
+                f"segment {name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
+                f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
+                differences,
+            )
+        segment.share(access)
         return segment
 
     def share(self, access: Access) -> None:

@@ -187,12 +187,11 @@ BLANK = metadata_block({})
 
 def slot_header(layout: Layout) -> bytes:
     """A safetensors header without metadata that ends on a page, so that the weights begin on one."""
-    table = "".join(
-        f',{json.dumps(e.name)}:{{"dtype":"{e.dtype}","shape":{list(e.shape)},'
-        f'"data_offsets":[{e.offset},{e.offset + e.nbytes}]}}'
+    table = {
+        e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.offset, e.offset + e.nbytes)}
         for e in layout.tensors
-    )
-    header = metadata_block({}) + table.encode() + b"}"
+    }
+    header = BLANK + b"," + json.dumps(table).encode().removeprefix(b"{")
     header = header.ljust(-(-(len(header) + 8) // PAGE) * PAGE - 8)
     return len(header).to_bytes(8, "little") + header
 
