@@ -238,7 +238,7 @@ class Segment:
         while (word := self.word) & 0xFF < NO_SLOT:
             try:
                 head = self._head(word & 0xFF)
-            except FileNotFoundError:  # the segment is being removed
+            except SegmentBusy:  # the segment is being removed
                 return None
             if self.word == word:
                 return self._told(Publication.from_header, head, word & 0xFF)
@@ -265,7 +265,7 @@ class Segment:
         """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
         versions = set()
         for slot in reader.slots:
-            with suppress(OSError, SegmentUnsafe, ValueError):  # its record is older than what it says
+            with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is older than what it says
                 versions.add(Publication.from_header(self._head(slot)).version)
         return sorted(versions - {reader.version})
 
@@ -286,9 +286,9 @@ class Segment:
                 return None
             try:
                 fd = self._open_slot(word & 0xFF, os.O_RDONLY)
-            except FileNotFoundError:  # the segment is being removed
+            except SegmentBusy:  # the segment is being removed
                 return None
-            lease = Lease(word >> 8, word & 0xFF, word, fd)  # before the lock is had: an interrupt leaves none behind
+            lease = Lease(word, fd)  # before the lock is had: an interrupt leaves none behind
             if (
                 try_lock(fd, shared=True)  # R2 lease
                 and self.word == word  # R3 recheck
@@ -309,10 +309,7 @@ class Segment:
         if self._publishing:  # by this very object: a block within a block
             yield
             return
-        try:
-            fd = open_file("publisher.lock", os.O_RDWR, self._dir)
-        except FileNotFoundError:
-            raise (self._broken("has no publisher.lock") if self.is_current() else self._removed()) from None
+        fd = self._open_file("publisher.lock", os.O_RDWR)
         try:
             if not try_lock(fd):  # P1 lock
                 holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
@@ -375,10 +372,7 @@ class Segment:
         for slot in range(self.slots):
             if slot == self.word & 0xFF:  # never locked, not even for a moment
                 continue
-            try:
-                fd = self._open_slot(slot, os.O_RDWR)
-            except FileNotFoundError:
-                raise self._removed() from None
+            fd = self._open_slot(slot, os.O_RDWR)
             try:
                 if (
                     try_lock(fd)  # P2 pick
@@ -413,9 +407,12 @@ class Segment:
 
         It is the caller's, and nothing may be written there: ``write`` is for those who must be able to.
         """
-        with opened(self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)) as fd:
+        fd = self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)
+        try:
             info = os.fstat(fd)
             return map_file(fd, self._size(slot, info), write=write), (info.st_dev, info.st_ino)
+        finally:
+            shut(fd)
 
     def map_at(self, slot: int, address: int, nbytes: int) -> None:
         """Maps a slot's pages privately over addresses of a ``Stretch``, of which a part may lie beyond its end.
@@ -443,10 +440,13 @@ class Segment:
     def _slot_map(self, slot: int) -> mmap.mmap:
         if slot not in self._slot_maps:
             # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
-            with opened(self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)) as fd:
+            fd = self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)
+            try:
                 size = self._size(slot, os.fstat(fd))
                 kind = mmap.MAP_SHARED | mmap.MAP_POPULATE if self.write else mmap.MAP_PRIVATE
                 mapped = map_file(fd, size, write=True, flags=kind)
+            finally:
+                shut(fd)
             if not self.write:
                 populate(address_of(mapped), size)
             self._slot_maps[slot] = mapped
@@ -459,15 +459,16 @@ class Segment:
         return size
 
     def _open_slot(self, slot: int, flags: int) -> int:
-        """Raises FileNotFoundError only where the segment is being removed."""
         if slot >= self.slots:
             raise self._broken(f"says that slot {slot} of {self.slots} is live")
+        return self._open_file(slot_name(slot), flags)
+
+    def _open_file(self, name: str, flags: int) -> int:
+        """Raises SegmentBusy where the segment is being removed."""
         try:
-            return open_file(slot_name(slot), flags, self._dir)
+            return open_file(name, flags, self._dir)
         except FileNotFoundError:
-            if self.is_current():
-                raise self._broken(f"has no {slot_name(slot)}") from None
-            raise
+            raise (self._broken(f"has no {name}") if self.is_current() else self._removed()) from None
 
     def _broken(self, how: str) -> SegmentUnsafe:
         return SegmentUnsafe(f"segment {self.name!r} {how}. Remove it with `wsync rm {self.name}`, and publish again.")
@@ -482,8 +483,8 @@ class Lease:
 
     __slots__ = ("_fd", "slot", "version", "word")
 
-    def __init__(self, version: int, slot: int, word: int, fd: int) -> None:
-        self.version, self.slot, self.word, self._fd = version, slot, word, fd
+    def __init__(self, word: int, fd: int) -> None:
+        self.version, self.slot, self.word, self._fd = word >> 8, word & 0xFF, word, fd
 
     def fileno(self) -> int:
         return self._fd
