@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Spawn
@@ -14,7 +15,7 @@ from policies import mlp
 from wsync import segment_files
 from wsync.errors import OutOfSharedMemory
 from wsync.layout import Layout, layout_of
-from wsync.registry import Registration
+from wsync.registry import ReaderRecord, Registration
 from wsync.segment import Segment
 
 LAYOUT = layout_of(mlp())
@@ -103,6 +104,24 @@ def test_remains_of_killed_makers_are_swept(runtime: Path, spawn: Spawn) -> None
     assert sorted(os.listdir(runtime)) == ["first", "second"]
 
 
+@pytest.mark.parametrize("step", ["open_dir", "try_lock"])
+def test_maker_whose_directory_is_swept_makes_another(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A sweeper that comes before the maker has its lock takes the directory for a dead maker's: no harm is done."""
+    real, due = getattr(segment_files, step), [True]
+
+    def late(*arguments: Any, **more: Any) -> Any:
+        if due and due.pop():
+            (swept,) = runtime.glob(".new-*")
+            swept.rmdir()
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(segment_files, step, late)
+    Segment.create("nets", LAYOUT).close()
+    assert os.listdir(runtime) == ["nets"]
+
+
 def test_remains_of_a_killed_remover_are_swept(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A removal that was cut short after its rename is finished by the next maker."""
     segment = Segment.create("nets", LAYOUT)
@@ -145,7 +164,7 @@ def test_killed_reader_is_not_listed(runtime: Path, spawn: Spawn) -> None:
     segment = Segment.create("nets", LAYOUT)
     script = (
         "import pathlib, sys\n"
-        "from wsync.registry import Registration\n"
+        "from wsync.registry import ReaderRecord, Registration\n"
         "r = Registration(pathlib.Path(sys.argv[1]), 'copy'); print('listed', flush=True); sys.stdin.read()\n"
     )
     process = spawn("-c", script, str(segment.path), stdin=-1)
@@ -165,3 +184,12 @@ def test_unreadable_record_stops_nobody(runtime: Path) -> None:
     assert [r.mode for r in segment.readers()] == ["copy"]
     strange.close()
     good.close()
+
+
+def test_record_of_slots_that_hold_nothing_holds_nothing_back(runtime: Path) -> None:
+    """A record may name an empty slot, one that is not there, or a segment that is gone: none of it is a version."""
+    segment = Segment.create("nets", LAYOUT)
+    record = ReaderRecord(1, "x", 1, 1.0, "swap", (0, 63))
+    assert segment.held_back(record) == []
+    segment.remove()
+    assert segment.held_back(record) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 from policies import mlp
 from test_segment import LAYOUT, Push, push, segment, slot_file
 
+from wsync import segment as protocol
 from wsync.errors import LayoutDiffers, SegmentMissing, SegmentUnsafe, UsageError
 from wsync.layout import layout_of
 from wsync.segment import Segment, segments
+from wsync.segment_files import map_control
 
 __all__ = ["push", "segment"]  # fixtures
 
@@ -57,6 +60,20 @@ def test_missing_segment_is_said_to_be_missing(runtime: Path) -> None:
     with pytest.raises(SegmentMissing):
         Segment.open("nets", runtime / "no" / "where")
     assert segments(runtime / "no" / "where") == []
+
+
+def test_segment_that_is_removed_while_it_is_opened_is_missing(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vanishes between its directory and its first file was removed, and is not called broken."""
+
+    def late(directory: int, *, write: bool) -> mmap.mmap:
+        segment.remove()
+        return map_control(directory, write=write)
+
+    monkeypatch.setattr(protocol, "map_control", late)
+    with pytest.raises(SegmentMissing):
+        Segment.open("nets")
 
 
 @pytest.mark.parametrize("kind", ["link", "writable by others", "file"])

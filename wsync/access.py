@@ -179,8 +179,6 @@ def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: 
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
     except PermissionError as exc:
-        if owner == os.geteuid():
-            raise
         raise SegmentUnsafe(
             f"{_named(path, dir_fd)} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync "
             "push --mode 0640 --group GROUP), or name another place with --runtime-dir."
