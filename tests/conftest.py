@@ -29,10 +29,9 @@ import torch
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync import fitting, memory, staging
+from wsync import fitting, staging
 from wsync.checkpoint import Checkpoint
 from wsync.layout import layout_of
-from wsync.mapped import Mapped
 from wsync.segment import Segment
 from wsync.spec import load_spec
 
@@ -140,35 +139,20 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(state, ignore_errors=True)
 
 
-@pytest.fixture(params=["read", "mapped"])
-def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
-    """Has files come in pieces of so many bytes, by reads or from where the page cache has them."""
-    if request.param == "mapped" and not leases(tmp_path):
-        pytest.skip("this file system grants no leases")
+@pytest.fixture(params=["cached", "cold"])
+def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has files come in pieces of so many bytes: from the page cache, or past it by two threads."""
 
     def of(nbytes: int) -> None:
-        monkeypatch.setattr(memory, "alone", True)
         monkeypatch.setattr(Checkpoint, "_piece", nbytes)
         monkeypatch.setattr(fitting, "CHUNK", nbytes)
-        monkeypatch.setattr(staging, "_ROW", nbytes)
         monkeypatch.setattr(staging, "_BUFFER", max(nbytes // 16, 1) * 8)
-        monkeypatch.setattr(staging, "_LARGE", 1 if request.param == "mapped" else 1 << 40)
+        if request.param == "cold":
+            monkeypatch.setattr(staging, "_LARGE", 1)
+            monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
+            monkeypatch.setattr(staging, "_is_cached", lambda fd, at: False)
 
     return of
-
-
-def leases(place: Path) -> bool:
-    """Whether files there may be mapped: whether the system tells who writes them, and that nobody else may."""
-    (place / "probe").write_bytes(b"probe")
-    fd = os.open(place / "probe", os.O_RDONLY)
-    try:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(memory, "alone", True)
-            with Mapped(fd).part(0, 1) as data:
-                return data is not None
-    finally:
-        os.close(fd)
-        (place / "probe").unlink()
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is a file with ``step how``: at
 that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops. FLEET_PUSH is
 a checkpoint that is pushed here by hand when the box hears of one of step 2. To the file FLEET_BUSY a line is added
-each time that this box tells that it is at work. With FLEET_READS files are read, which the system counts, and never
-mapped.
+each time that this box tells that it is at work.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from wsync import badge, cli, delivery, group
-from wsync import staging as files
 from wsync.segment import Segment
 
 
@@ -97,8 +95,6 @@ def main() -> None:
         socket.gethostname = lambda: os.environ["FLEET_BOX"]
     group.TIMEOUT = float(os.environ.get("FLEET_TIMEOUT", group.TIMEOUT))
     group.PIECE = int(os.environ.get("FLEET_PIECE", group.PIECE))
-    if "FLEET_READS" in os.environ:
-        files._LARGE = sys.maxsize
     around(group.Stream, "pass_on", staging)
     if "FLEET_GARBLE" in os.environ:  # the first piece that ever comes here comes wrong
         around(group.Stream, "finish", lambda _: None, garble)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -340,21 +339,16 @@ def filled(path: Path, dtype: str, count: int, fill: int, at: int | None = None,
     return raw(path, header, b"\xff" * 3 + data + b"\x7f" * 9)
 
 
-@pytest.fixture(params=["with numpy", "without numpy"])
-def numpy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether numpy is imported already; where it is not, a quick look comes first; each a few bytes at a time."""
-    without = bool(request.param == "without numpy")
+@pytest.fixture
+def small_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the finite check look at a few bytes at a time."""
     monkeypatch.setattr(finite, "_PIECE", 16)
-    if without:
-        monkeypatch.setattr(finite, "sys", SimpleNamespace(modules={}))
-        monkeypatch.setattr(finite, "_looked_at", 0)
-    return not without
 
 
 @pytest.mark.parametrize(
     ("dtype", "value"), [(dtype, value) for dtype, values in NON_FINITE.items() for value in values]
 )
-@pytest.mark.usefixtures("numpy")
+@pytest.mark.usefixtures("small_looks")
 def test_nan_and_infinity_are_refused_wherever_they_are(
     dtype: str, value: int, tmp_path: Path, in_pieces: Callable[[int], None]
 ) -> None:
@@ -370,16 +364,8 @@ def test_nan_and_infinity_are_refused_wherever_they_are(
         read(path, finite=False)
 
 
-def test_numpy_is_imported_where_it_pays(numpy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards both ways: a push of common weights spares the import, gigabytes do not crawl without it."""
-    weights = memoryview(bytes(64))
-    assert finite._is_far_from_infinite(weights, "F32") is not numpy
-    monkeypatch.setattr(finite, "_PAYS", 63)
-    assert not finite._is_far_from_infinite(weights, "F32")
-
-
 @pytest.mark.parametrize("dtype", NON_FINITE)
-@pytest.mark.usefixtures("numpy")
+@pytest.mark.usefixtures("small_looks")
 def test_the_largest_values_are_finite(dtype: str, tmp_path: Path) -> None:
     """Guards that values whose squares overflow, subnormals and -0 pass, also as the only element."""
     top = 1 << (8 * WIDTH[dtype] - 1)
@@ -389,7 +375,7 @@ def test_the_largest_values_are_finite(dtype: str, tmp_path: Path) -> None:
             read(filled(tmp_path / "a.safetensors", dtype, count, value))
 
 
-@pytest.mark.usefixtures("numpy")
+@pytest.mark.usefixtures("small_looks")
 def test_nan_among_the_largest_values_is_found(tmp_path: Path) -> None:
     """Guards that the overflow of the quick check does not excuse a real NaN or infinity beside it."""
     for value in NON_FINITE["F32"]:

@@ -141,15 +141,11 @@ class Counted(Turn):
         self.objection = self.objection or objection
 
 
-@pytest.mark.parametrize("row", [8, 24, 1 << 20])
+@pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
 @pytest.mark.parametrize("form", ["plain", "cast", "reversed", "part", "adapter", "nan"])
-def test_what_is_sent_is_what_is_staged(form: str, row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early.
-
-    It may come in smaller or larger rows than it is planned in.
-    """
-    monkeypatch.setattr("wsync.fitting.CHUNK", 16)
-    monkeypatch.setattr("wsync.staging._ROW", row)
+def test_what_is_sent_is_what_is_staged(form: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early."""
+    monkeypatch.setattr("wsync.fitting.CHUNK", chunk)
     monkeypatch.setattr("wsync.group.PIECE", 8)
     stream = Recorder()
     monkeypatch.setattr(Group, "stream", lambda *_: stream)

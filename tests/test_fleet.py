@@ -493,7 +493,7 @@ def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:
     """All that the watches of a group read from files for one checkpoint is its bytes, once."""
     group = fleet("2")
     settings = "[policy_kwargs]\nhidden = 600000\n"
-    boxes = [group.box(name).start(settings=settings, FLEET_PIECE=str(1 << 20), FLEET_READS="1") for name in "ab"]
+    boxes = [group.box(name).start(settings=settings, FLEET_PIECE=str(1 << 20)) for name in "ab"]
     file = group.publish_large(1, 600_000)
     group.until(1, 1)
     before = [read_by(box.worker) for box in boxes]

@@ -1,82 +1,33 @@
-"""How bytes of files come into the weights: mapped where nobody can write them, else read; by one thread or by two."""
+"""How bytes of local files come into the weights: from the page cache or past it, by one thread or by several."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
+import signal
 import subprocess
 import threading
-import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEADLINE, Lines, Spawn, leases, raw, write
-from hypothesis import given
-from hypothesis import settings as at_most
-from hypothesis import strategies as st
+import torch
+from conftest import DEADLINE, Lines, Spawn, raw, write
 from policies import mlp
 from safetensors.torch import load_file
 
-from wsync import finite, mapped, memory, staging
+from wsync import finite, staging
 from wsync.checkpoint import Checkpoint
-from wsync.errors import CheckpointChanged, NonFiniteWeights
-from wsync.fitting import Fit, Read, rows_of
+from wsync.errors import CheckpointChanged, CheckpointError, NonFiniteWeights
+from wsync.fitting import Fit
 from wsync.layout import layout_of
-from wsync.mapped import Mapped
 
-
-@pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """A descriptor of three pages and a byte, the pages numbered, at ``tmp_path / "file"``; skips without leases."""
-    if not leases(tmp_path):
-        pytest.skip("this file system grants no leases")
-    monkeypatch.setattr(memory, "alone", True)
-    (tmp_path / "file").write_bytes(b"".join(bytes([n]) * 4096 for n in range(3)) + b"\xff")
-    fd = os.open(tmp_path / "file", os.O_RDONLY)
-    yield fd
-    os.close(fd)
-
-
-@pytest.fixture
-def mapping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, int]]:
-    """Has small files mapped like large ones, and tells by which thread, and how many bytes."""
-    if not leases(tmp_path):
-        pytest.skip("this file system grants no leases")
-    monkeypatch.setattr(memory, "alone", True)
-    monkeypatch.setattr(staging, "_LARGE", 1)
-    seen: list[tuple[str, int]] = []
-    real = Mapped._map
-
-    def note(self: Mapped, start: int, nbytes: int) -> memoryview | None:
-        data = real(self, start, nbytes)
-        if data is not None:
-            seen.append((threading.current_thread().name, nbytes))
-        return data
-
-    monkeypatch.setattr(Mapped, "_map", note)
-    return seen
-
-
-def can_be_written(path: Path) -> bool:
-    """Whether a writer would be let in at once; if not, it stands at the door from now on."""
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def pages(path: Path) -> int:
-    """How many pages of a file this process has mapped, so that to look at them is no fault."""
-    blocks = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    sizes = [
-        line.split()[1] for block in blocks if f" {path}\n" in block for line in block.splitlines() if "Rss:" in line
-    ]
-    return sum(map(int, sizes)) * 1024 // mmap.PAGESIZE
+HIDDEN = 500
 
 
 def weights_of(path: Path, **options: Any) -> bytes:
@@ -86,457 +37,281 @@ def weights_of(path: Path, **options: Any) -> bytes:
         return bytes(weights)
 
 
-# Parts of a file
+def as_stored(path: Path) -> bytes:
+    """What the official reader finds, in the order of the layout."""
+    stored = load_file(path)
+    return b"".join(stored[entry.name].numpy().tobytes() for entry in layout_of(mlp(hidden=HIDDEN)).tensors)
 
 
-@pytest.mark.parametrize(("start", "nbytes"), [(0, 12289), (0, 1), (4095, 2), (8192, 4096), (12288, 1), (5000, 7000)])
-def test_a_part_is_those_bytes(file: int, start: int, nbytes: int) -> None:
-    """Guards each border: pages are mapped whole, and what was asked for is given."""
-    with Mapped(file).part(start, nbytes) as data:
-        assert data is not None and bytes(data) == os.pread(file, nbytes, start)
-        assert data.readonly
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write(tmp_path / "a.safetensors", mlp(hidden=HIDDEN), 1.5)
 
 
-def test_nobody_writes_to_a_part(file: int, tmp_path: Path) -> None:
-    """Guards against SIGBUS, and against bytes that become others after they were checked: a writer waits."""
-    path, parts = tmp_path / "file", Mapped(file)
-    assert can_be_written(path)
-    with parts.part(0, 4096) as first, parts.part(4096, 4096) as second:
-        assert first is not None and second is not None
-        assert not can_be_written(path)
-    assert can_be_written(path)
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has a small file come in many parts, like a large one, by as many threads as so many processors allow."""
+
+    def of(processors: int) -> None:
+        monkeypatch.setattr("wsync.fitting.CHUNK", 800)
+        monkeypatch.setattr(staging, "_LARGE", 1)
+        monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
+
+    return of
 
 
-def test_who_waits_to_write_waits_for_no_further_part(file: int, tmp_path: Path) -> None:
-    """Guards a trainer that writes the file anew: what is under way is finished, and nothing more begun."""
-    path, parts = tmp_path / "file", Mapped(file)
-    with parts.part(0, 4096) as first:
-        assert first is not None and not can_be_written(path)
-        with parts.part(4096, 4096) as second:
-            assert second is None
-        assert not can_be_written(path)
-    assert can_be_written(path)
-    with parts.part(4096, 4096) as again:
-        assert again is not None
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch, in_parts: Callable[[int], None]) -> list[int]:
+    """Has small files taken for large ones that are not in the page cache; collects the direct reads' offsets."""
+    in_parts(1)
+    monkeypatch.setattr(staging, "_is_cached", lambda fd, at: False)
+    seen: list[int] = []
+    real = staging._read_direct
+
+    def note(fd: int, pages: memoryview, start: int) -> int:
+        seen.append(start)
+        return real(fd, pages, start)
+
+    monkeypatch.setattr(staging, "_read_direct", note)
+    return seen
 
 
-def test_what_is_copied_is_let_go_of(file: int, tmp_path: Path) -> None:
-    """Counts the pages that a process has of a file: those of the parts that it has, and after the last not even one.
-
-    Those that a part shares with a neighbour stay as long as that.
-    """
-    with (tmp_path / "file").open("wb") as grown:
-        grown.write(bytes(96 * 4096))
-    parts = Mapped(file)
-    with parts.part(100, 32 * 4096) as first:
-        assert first is not None and pages(tmp_path / "file") >= 33
-        with parts.part(32 * 4096 + 100, 63 * 4096) as second:
-            assert second is not None and pages(tmp_path / "file") == 96
-        assert pages(tmp_path / "file") == 33 + 1
-    del first, second
-    assert pages(tmp_path / "file") == 0
+# Past the page cache
 
 
-def test_an_interrupt_at_the_end_of_a_part_ends_it(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a trainer, who would wait 45 s for a lease that nobody needs any more."""
-
-    def interrupted(address: int, size: int) -> None:
-        raise KeyboardInterrupt
-
-    parts = Mapped(file)
-    monkeypatch.setattr(mapped, "unmap", interrupted)
-    with parts.part(0, 4096) as first:
-        with pytest.raises(KeyboardInterrupt), parts.part(4096, 4096) as second:
-            assert first is not None and second is not None
-        assert not can_be_written(tmp_path / "file")
-    assert can_be_written(tmp_path / "file")
-
-
-def test_a_checkpoint_that_is_closed_keeps_no_lease(
-    tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("buffer", [8, 4096, 1 << 20])
+def test_a_cold_file_is_read_to_the_bit(
+    buffer: int, path: Path, cold: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards a trainer where an interrupt came so that a part was not ended: its mapping keeps the file open."""
-
-    def interrupted(self: Mapped, start: int, nbytes: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Mapped, "_end", interrupted)
-    path = write(tmp_path / "a.safetensors", mlp(), 1.5)
-    checkpoint = Checkpoint(path)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.read_into(memoryview(bytearray(checkpoint.layout.nbytes)), checkpoint.plan(checkpoint.layout))
-    assert mapping and not can_be_written(path)
-    checkpoint.close()
-    assert can_be_written(path)
+    """Guards the first and last page of each part, which hold bytes of others, and the end of the file."""
+    monkeypatch.setattr(staging, "_BUFFER", buffer)
+    assert weights_of(path) == as_stored(path)
+    assert cold and all(at % mmap.PAGESIZE == 0 for at in cold)
 
 
-@pytest.mark.parametrize("looks", [[None, False], [False, None], [True, False]])
-def test_one_cold_shard_makes_a_cold_checkpoint(looks: list[bool | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a checkpoint on several file systems, of which one does not tell what is in memory."""
-    files = staging.Files([-1, -1], CheckpointChanged)
-    for each, look in zip(files._mapped, looks, strict=True):
-        monkeypatch.setattr(each, "is_cached", lambda *_, look=look: look)
-        monkeypatch.setattr(each, "is_trusted", True)
-    reads = [Read(file, 0, 8 << 20, ((0, 8 << 20),)) for file in range(2)]
-    assert files._how(reads) == (False, True)
+def test_a_cold_file_is_cast(path: Path, cold: list[int]) -> None:
+    """Guards what is converted on the way, which comes by the same reads."""
+    layout = layout_of(mlp(hidden=HIDDEN).bfloat16())
+    weights = bytearray(layout.nbytes)
+    with Checkpoint(path) as checkpoint:
+        checkpoint.read_into(memoryview(weights), checkpoint.plan(layout, Fit(cast=True)))
+    stored = load_file(path)
+    expected = [stored[entry.name].bfloat16().view(torch.uint8).numpy().tobytes() for entry in layout.tensors]
+    assert cold and weights == b"".join(expected)
 
 
-def test_what_somebody_writes_is_not_mapped(file: int, tmp_path: Path) -> None:
-    """Guards against a writer who was there before."""
-    with (tmp_path / "file").open("r+b"), Mapped(file).part(0, 4096) as data:
-        assert data is None
-    with Mapped(file).part(0, 4096) as data:
-        assert data is not None
-
-
-def test_a_part_beyond_the_end_is_none(file: int, tmp_path: Path) -> None:
-    """Guards a file that was cut since: its read tells what happened."""
-    os.truncate(tmp_path / "file", 5000)
-    for start, nbytes in ((0, 8192), (8192, 4096)):
-        with Mapped(file).part(start, nbytes) as data:
-            assert data is None
-    assert can_be_written(tmp_path / "file")
-
-
-@pytest.mark.parametrize("why", ["shared", "exported", "a hole", "others' code", "old kernel", "waited for"])
-def test_what_is_not_certain_is_not_mapped(
-    file: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refused", ["open", "read", "a part"])
+def test_where_direct_reads_are_refused_it_is_read_all_the_same(
+    refused: str, path: Path, cold: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards files that others can write to, holes, pages that cannot be had, and a lease that was lost meanwhile.
+    """Guards file systems without direct reads, those that refuse the first one, and reads that give less."""
+    expected, opened, real = as_stored(path), os.open, os.preadv
 
-    And threads and signal handlers of one's own, which may wait for the lease while they keep who is to give it back.
-    """
+    def open_refused(name: Any, flags: int, *more: Any, **also: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(name, flags, *more, **also)
 
-    def wait_at_the_door(address: int, size: int) -> bool:
-        assert not can_be_written(tmp_path / "file")
-        return True
+    def read_refused(fd: int, pages: memoryview, start: int) -> int:
+        cold.append(start)
+        if refused == "read":
+            return 0
+        return real(fd, [pages[: len(pages) // 2 or 1]], start)
 
-    if why == "shared":
-        monkeypatch.setattr(mapped, "file_system", lambda _: 0x6969)  # NFS
-    elif why == "exported":
-        (tmp_path / "exports").touch()
-        monkeypatch.setattr(mapped, "_EXPORTS", tmp_path / "exports")
-    elif why == "a hole":
-        os.truncate(tmp_path / "file", 1 << 20)
-    elif why == "others' code":
-        monkeypatch.setattr(memory, "alone", False)
+    if refused == "open":
+        monkeypatch.setattr(os, "open", open_refused)
     else:
-        monkeypatch.setattr(mapped, "populate", wait_at_the_door if why == "waited for" else lambda *_: False)
-    with Mapped(file).part(0, 4096) as data:
-        assert data is None
-    assert can_be_written(tmp_path / "file")
+        monkeypatch.setattr(staging, "_read_direct", read_refused)
+    assert weights_of(path) == expected
+    assert bool(cold) == (refused != "open")
 
 
-def test_the_kind_of_file_system_is_told(tmp_path: Path) -> None:
-    """Guards the list of those that are trusted: the system's own numbers."""
-    kinds = {}
-    for place in (Path("/proc/self/status"), Path("/dev/shm"), tmp_path):
-        fd = os.open(place, os.O_RDONLY)
-        kinds[place] = memory.file_system(fd)
-        os.close(fd)
-    assert kinds[Path("/proc/self/status")] == 0x9FA0 and kinds[Path("/dev/shm")] == 0x01021994
-    told = subprocess.run(["stat", "-f", "-c", "%t", tmp_path], capture_output=True, text=True, check=True).stdout
-    assert kinds[tmp_path] == int(told, 16)
-
-
-def test_what_the_disk_has_yet_to_give_is_not_taken_for_cached(tmp_path: Path) -> None:
-    """Guards cold files, which come faster by reads."""
-    path = tmp_path / "file"
-    path.write_bytes(bytes(1 << 20))
-    fd = os.open(path, os.O_RDWR)
+def test_a_direct_read_that_the_system_refuses_is_no_bytes(tmp_path: Path) -> None:
+    """Guards the buffered read that follows EINVAL, here of an address that no direct read takes."""
+    (tmp_path / "file").write_bytes(bytes(8192))
+    fd = os.open(tmp_path / "file", os.O_RDONLY | os.O_DIRECT)
     try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if Mapped(fd).is_cached(0, 1 << 20):
-            pytest.skip("the page cache cannot be dropped here, or does not tell")
-        os.pread(fd, 1 << 20, 0)
-        assert Mapped(fd).is_cached(0, 1 << 20)
+        assert staging._read_direct(fd, memoryview(mmap.mmap(-1, 8192))[1:4097], 0) == 0
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            staging._read_direct(-1, memoryview(bytearray(1)), 0)
     finally:
         os.close(fd)
 
 
-@pytest.mark.parametrize("there", [set(), {0}, {0, 500}, {0, 999}, {500, 999}])
-def test_a_file_is_cached_where_all_of_it_is(there: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a look at the beginning, which came with the header, or at one place alone."""
-
-    def preadv(fd: int, buffers: list[bytearray], at: int, flags: int) -> int:
-        assert flags == os.RWF_NOWAIT
-        if at in there:
-            return 1
-        raise BlockingIOError
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    assert Mapped(-1).is_cached(0, 1000) is (there == {500, 999})
+def cached_pages(path: Path) -> int:
+    """How many pages of a file the system has in memory; to look with a read would have it fetch more of them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages)
+    return sum(page & 1 for page in pages)
 
 
-def test_some_file_systems_do_not_tell_what_is_cached() -> None:
-    """Guards tmpfs, which has all in memory, and a network's, which may have nothing, against a guess."""
-    fd = os.memfd_create("file")
-    os.truncate(fd, 1000)
-    assert Mapped(fd).is_cached(0, 1000) is None
-    os.close(fd)
-
-
-# Rows
-
-
-def test_a_copy_is_of_equally_many_bytes() -> None:
-    """Guards the memory behind a target that is too small."""
-    with pytest.raises(ValueError, match="8 bytes do not fill 7"):
-        memory.copy(memoryview(bytearray(7)), memoryview(bytes(8)))
-
-
-@given(st.data())
-@at_most(max_examples=200, deadline=None)
-def test_rows_are_the_same_bytes(data: st.DataObject) -> None:
-    """Guards every byte in its place once, whatever is joined and split, and that no element of 8 bytes is split."""
-    reads, start = [], 0
-    for _ in range(data.draw(st.integers(0, 8))):
-        file, gap = data.draw(st.integers(0, 1)), data.draw(st.sampled_from([0, 0, 8]))
-        sizes = data.draw(st.lists(st.sampled_from([8, 16, 80]), min_size=1, max_size=2))
-        start += gap
-        slices, at = [], start + data.draw(st.sampled_from([0, 0, 1000]))
-        for size in sizes:
-            slices.append((at, size))
-            at += size + 8
-        reads.append(Read(file, start, sum(sizes), tuple(slices)))
-        start += sum(sizes)
-
-    def bytes_of(listed: list[Read]) -> list[tuple[int, int, int]]:
-        found = []
-        for read in listed:
-            at = read.start
-            for offset, nbytes in read.slices:
-                found += [(read.file, at + n, offset + n) for n in range(nbytes)]
-                at += nbytes
-            assert at == read.start + read.nbytes
-        return found
-
-    most = data.draw(st.sampled_from([24, 64, 1 << 20]))
-    rows = list(rows_of(reads, most))
-    assert bytes_of(rows) == bytes_of(reads)
-    assert all(row.nbytes <= most for row in rows if len(row.slices) == 1)
-    assert all((row.start - read.start) % 8 == 0 for row in rows for read in reads[:1])
-
-
-def test_a_file_of_one_row_is_split_evenly() -> None:
-    """Counts the copies of 64 MiB and a little: three alike, none of a few bytes."""
-    size = (64 << 20) + 800
-    chunks = [
-        Read(0, 8 + at, min(8 << 20, size - at), ((at, min(8 << 20, size - at)),)) for at in range(0, size, 8 << 20)
-    ]
-    rows = list(rows_of(chunks, 32 << 20))
-    assert len(rows) == 3 and max(row.nbytes for row in rows) - min(row.nbytes for row in rows) <= 24
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_large_file_is_copied_from_where_it_is(
-    told: bool, tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards every byte in its place, also where a file system does not tell what is in memory, as tmpfs does not.
-
-    And that nobody is kept from writing afterwards.
-    """
-
-    def preadv(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
-        assert flags == os.RWF_NOWAIT
-        if told:
-            return 1
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    path = write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5)
-    layout, expected = layout_of(mlp(hidden=500)), load_file(path)
-    assert weights_of(path) == b"".join(expected[entry.name].numpy().tobytes() for entry in layout.tensors)
-    assert mapping == [("MainThread", layout.nbytes)]
-    assert can_be_written(path)
-
-
-def test_what_is_not_cached_is_read(tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: Any) -> None:
-    """Guards cold files against faults one after another."""
-    path = write(tmp_path / "a.safetensors", mlp(), 1.5)
-    expected = weights_of(path)
-    mapping.clear()
-    monkeypatch.setattr(Mapped, "is_cached", lambda *_: False)
-    assert weights_of(path) == expected and not mapping
-
-
-@pytest.mark.parametrize("cached", [False, None, True])
-@pytest.mark.parametrize("cast", [False, True])
-def test_what_may_not_be_in_memory_is_asked_for_before_it_is_read(
-    cached: bool | None, cast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counts what a disk is asked for: each byte once, some time before its read and not all at once; or nothing."""
-    policy = mlp(hidden=500)
-    path = write(tmp_path / "a.safetensors", policy, 1.5)
-    expected, asked, ahead = weights_of(path), list[range](), list[int]()
-    for name, nbytes in {"_LARGE": 1, "_AHEAD": 2400, "_ASK": 160, "_BUFFER": 80}.items():
-        monkeypatch.setattr(staging, name, nbytes)
-    monkeypatch.setattr(memory, "alone", False)
-    monkeypatch.setattr("wsync.fitting.CHUNK", 800)
-    monkeypatch.setattr(Checkpoint, "_piece", 800)
-    monkeypatch.setattr(Mapped, "is_cached", lambda *_: cached)
-    read, advise = os.preadv, os.posix_fadvise
-
-    def note_advice(fd: int, start: int, nbytes: int, advice: int) -> None:
-        if advice == os.POSIX_FADV_WILLNEED:
-            assert 0 < nbytes <= 160
-            asked.append(range(start, start + nbytes))
-        advise(fd, start, nbytes, advice)
-
-    def note_read(fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
-        got = read(fd, buffers, at, flags)
-        if asked:
-            ahead.append(asked[-1].stop - at - got)
-        return got
-
-    monkeypatch.setattr(os, "posix_fadvise", note_advice)
-    monkeypatch.setattr(os, "preadv", note_read)
-    if cast:
-        with Checkpoint(path) as checkpoint:
-            layout = layout_of(mlp(hidden=500).bfloat16())
-            weights = bytearray(layout.nbytes)
-            checkpoint.read_into(memoryview(weights), checkpoint.plan(layout, Fit(cast=True)))
-    else:
-        assert weights_of(path) == expected
-    if cached:
-        assert not asked
-    else:
-        end = path.stat().st_size
-        bytes_asked = [byte for part in asked for byte in part]
-        assert bytes_asked == list(range(end - len(expected), end))
-        assert min(ahead) >= 0 and 1600 < max(ahead) <= 2400 + 800
-
-
-def test_a_library_reads_in_pieces_as_planned(
-    tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards the finite check of what is read, which is to come while a piece is still in the processor's cache."""
-    monkeypatch.setattr(memory, "alone", False)
-    monkeypatch.setattr("wsync.fitting.CHUNK", 800)
-    got: list[int] = []
-    weights = weights_of(write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5), progress=got.append)
-    assert max(got) == 800 and sum(got) == len(weights) and not mapping
-
-
-@pytest.mark.parametrize("shift", range(8))
-@pytest.mark.parametrize("bad", [None, 0, 700, 999])
-def test_floats_that_lie_askew_are_checked(
-    shift: int, bad: int | None, tmp_path: Path, mapping: list[tuple[str, int]]
-) -> None:
-    """Guards headers of any length: what is copied is right, and what is not finite is found, wherever it begins."""
-    values = np.arange(1000, dtype="<f4")
-    if bad is not None:
-        values[bad] = np.nan
-    header = {"__metadata__": {"x": "x" * shift}, "w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}
-    path = raw(tmp_path / "a.safetensors", header, values.tobytes())
-    assert weights_of(path, finite=False) == values.tobytes()
-    if bad is None:
-        weights_of(path)
-    else:
-        with pytest.raises(NonFiniteWeights, match="1 of its tensors"):
-            weights_of(path)
-    assert len(mapping) == 2
-
-
-@pytest.mark.parametrize("shift", [0, 4])
-def test_floats_that_lie_askew_are_not_copied_once_more(
-    shift: int, tmp_path: Path, mapping: list[tuple[str, int]]
-) -> None:
-    """Counts memory: numpy takes as much again for floats that do not begin at a multiple of their size."""
-    size = 1 << 20
-    header = {
-        "__metadata__": {"x": "x" * shift},
-        "w": {"dtype": "F64", "shape": [size // 8], "data_offsets": [0, size]},
-    }
-    path = raw(tmp_path / "a.safetensors", header, bytes(size))
+def test_what_the_disk_has_yet_to_give_is_read_past_the_page_cache(path: Path) -> None:
+    """Counts the pages that the system has cached afterwards: of a large cold file none but the header's."""
+    path = write(path, mlp(hidden=200_000), 1.5)  # 5.6 MB
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    pages = path.stat().st_size // mmap.PAGESIZE
+    if cached_pages(path):
+        pytest.skip("this file system keeps its pages")
     with Checkpoint(path) as checkpoint:
-        weights, plan = bytearray(size), checkpoint.plan(checkpoint.layout)
+        weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
         checkpoint.read_into(memoryview(weights), plan)
-        tracemalloc.start()
-        try:
-            checkpoint.read_into(memoryview(weights), plan)
-            assert tracemalloc.get_traced_memory()[1] < size // 4
-        finally:
-            tracemalloc.stop()
-    assert len(mapping) == 2
+        assert checkpoint._files._direct
+    assert cached_pages(path) < pages // 4  # what was read ahead beside the header
+    assert bytes(weights) == weights_of(path)
 
 
-@pytest.mark.parametrize("way", ["read", "mapped"])
-def test_two_threads_share_a_large_file(
-    way: str, tmp_path: Path, mapping: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+def test_a_file_in_the_page_cache_is_read_from_there(path: Path, in_parts: Callable[[int], None]) -> None:
+    """Guards the warm file, which a direct read would fetch from the disk."""
+    in_parts(1)
+    path.read_bytes()
+    with Checkpoint(path) as checkpoint:
+        weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
+        checkpoint.read_into(memoryview(weights), plan)
+        assert not checkpoint._files._direct
+
+
+def test_a_closed_checkpoint_leaves_no_descriptor(path: Path, cold: list[int]) -> None:
+    """Guards a watch of months against a descriptor left at each cold file."""
+    before = os.listdir("/proc/self/fd")
+    weights_of(path)
+    assert cold and os.listdir("/proc/self/fd") == before
+
+
+# The copies that a processor makes slowly
+
+
+@pytest.mark.parametrize("early", [8, 16, 24, 32])
+def test_a_slow_distance_is_gone_round(early: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts reads by the distance of target and source: none is 8, 16 or 24 bytes, where AMD's cores copy slowly."""
+    values = np.arange(100_000, dtype="<f4")
+    header: dict[str, Any] = {"w": {"dtype": "F32", "shape": [100_000], "data_offsets": [0, 400_000]}}
+    header["__metadata__"] = {"x": ""}
+    for length in range(8200):
+        header["__metadata__"]["x"] = "x" * length
+        path = raw(tmp_path / "a.safetensors", header, b"")
+        if path.stat().st_size % mmap.PAGESIZE == mmap.PAGESIZE - early:
+            break
+    path = raw(path, header, values.tobytes())
+    weights = mmap.mmap(-1, 400_000)
+    distances, real = [], os.preadv
+
+    def note(fd: int, buffers: list[Any], at: int, flags: int = 0) -> int:
+        if not flags:
+            target = np.frombuffer(buffers[0], "u1").ctypes.data
+            distances.append((target - at) % mmap.PAGESIZE)
+        return real(fd, buffers, at, flags)
+
+    with Checkpoint(path) as checkpoint:
+        monkeypatch.setattr(os, "preadv", note)
+        checkpoint.read_into(memoryview(weights), checkpoint.plan(checkpoint.layout))
+    assert weights[:] == values.tobytes()
+    assert distances and not set(distances) & {8, 16, 24}
+    assert (32 in distances) == (early == 32)  # and nothing takes two copies that need not
+
+
+# Threads
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (100, 8)])
+def test_a_quarter_of_the_processors_stages(
+    processors: int, threads: int, path: Path, in_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards every byte in its place, the check of each, and a file that is cut meanwhile, with two threads at it."""
-    read_by, both, real = set(), threading.Barrier(2), finite.all_finite
+    """Guards the steps of a policy that has the other processors, and that all of that quarter has work."""
+    in_parts(processors)
+    expected, names, real = as_stored(path), set(), finite.all_finite
+    all_there = threading.Barrier(threads)
 
     def check(*arguments: Any) -> bool:
-        if threading.current_thread().name not in read_by:
-            read_by.add(threading.current_thread().name)
-            both.wait(DEADLINE)  # each of the two has one
+        if threading.current_thread() not in names:
+            names.add(threading.current_thread())
+            all_there.wait(DEADLINE)
         return real(*arguments)
 
     monkeypatch.setattr(staging, "all_finite", check)
-    monkeypatch.setattr(staging, "_ROW", 800)
-    monkeypatch.setattr(staging, "_WORTH_TWO", 1)
-    monkeypatch.setattr(staging, "_has_second_processor", lambda idle: idle)
-    if way == "read":
-        monkeypatch.setattr(staging, "_LARGE", 1 << 30)
-    path, layout = write(tmp_path / "a.safetensors", mlp(hidden=500), 1.5), layout_of(mlp(hidden=500))
-    expected, weights = load_file(path), bytearray(layout.nbytes)
-    with Checkpoint(path) as checkpoint:
-        plan = checkpoint.plan(layout)
-        checkpoint.read_into(memoryview(weights), plan)
-        assert read_by == {"MainThread", "wsync-staging"}
-        assert {name for name, _ in mapping} == (read_by if way == "mapped" else set())
-        assert weights == b"".join(expected[entry.name].numpy().tobytes() for entry in layout.tensors)
-        assert can_be_written(path)
-        os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(CheckpointChanged):
-            checkpoint.read_into(memoryview(weights), plan)
-    write(path, mlp(hidden=500), float("nan"))
-    with pytest.raises(NonFiniteWeights):
-        weights_of(path)
+    assert weights_of(path) == expected
+    assert len(names) == threads and (threads > 1 or names == {threading.current_thread()})
 
 
-@pytest.mark.parametrize(
-    ("may_use", "runnable", "second", "idle"),
-    [({0, 1}, "1/99", True, True), ({0, 1}, "2/99", True, False), ({1}, "1/99", False, False)],
-)
-def test_a_second_thread_takes_an_idle_processor(
-    may_use: set[int], runnable: str, second: bool, idle: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_small_checkpoint_takes_no_second_thread(
+    path: Path, in_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the steps of a policy that has the other processor: two, of which one is ours and one is busy."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: may_use)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(Path, "read_text", lambda path: f"0.50 0.40 0.30 {runnable} 4711\n")
-    assert staging._has_second_processor(False) is second
-    assert staging._has_second_processor(True) is idle
+    """Guards the start of a push: threads cost more than a few MiB do."""
+    in_parts(64)
+    monkeypatch.setattr(staging, "_WORTH_THREADS", 1 << 20)
+    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor", None)
+    assert weights_of(path) == as_stored(path)
 
 
-def test_where_nobody_tells_how_busy_the_box_is_one_thread_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a system without that file: no error, and no guess at a policy's cost."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+@pytest.mark.parametrize("processors", [1, 8])
+def test_what_is_wrong_in_any_part_is_found(
+    processors: int, path: Path, in_parts: Callable[[int], None], tmp_path: Path
+) -> None:
+    """Guards the check of each part, and a file that is cut meanwhile, by one thread and by two."""
+    in_parts(processors)
+    with Checkpoint(path) as checkpoint:
+        plan = checkpoint.plan(checkpoint.layout)
+        os.truncate(path, path.stat().st_size - 4)
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(memoryview(bytearray(plan.layout.nbytes)), plan)
+    header = {"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}
+    for bad in (0, 199, 200, 700, 999):
+        values = np.arange(1000, dtype="<f4")
+        values[bad] = np.nan
+        with pytest.raises(NonFiniteWeights, match="1 of its tensors"):
+            weights_of(raw(tmp_path / "b.safetensors", header, values.tobytes()))
 
-    def refuse(path: Path) -> str:
-        raise FileNotFoundError(path)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert not staging._has_second_processor(True) and staging._has_second_processor(False)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "Input/output error")])
+def test_nothing_is_written_once_it_was_given_up(
+    error: Any, path: Path, in_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a slot that is given back after Ctrl-C or an error: no thread writes to it any more, nor goes on."""
+    in_parts(16)
+    started, given_up, real, shutdown = [], threading.Event(), os.preadv, ThreadPoolExecutor.shutdown
+
+    def slow(fd: int, buffers: Any, at: int, flags: int = 0) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            started.append(at)
+            if len(started) > 1:  # the first one comes through, and with it the end
+                given_up.wait(DEADLINE)
+        return real(fd, buffers, at, flags)
+
+    def end(self: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        shutdown(self, wait=False, cancel_futures=cancel_futures)
+        given_up.set()
+        shutdown(self, wait=wait)
+
+    def give_up(nbytes: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "preadv", slow)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", end)
+    with Checkpoint(path) as checkpoint:
+        plan = checkpoint.plan(checkpoint.layout)
+        weights = bytearray(plan.layout.nbytes)
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
+            checkpoint.read_into(memoryview(weights), plan, progress=give_up)
+        assert len(started) < len(plan.reads)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("wsync-staging")]
+
+
+# Real files
 
 
 STAGE = """
 import sys, threading
-from wsync import memory, staging
+from wsync import staging
 from wsync.checkpoint import Checkpoint
 from wsync.errors import CheckpointError
 
-memory.alone = True
-staging._LARGE = staging._WORTH_TWO = 1
-staging._ROW = 1 << 23
-staging._has_second_processor = lambda idle: True
 over = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), over.set()), daemon=True).start()
 while not over.is_set():
@@ -554,10 +329,8 @@ while not over.is_set():
 """
 
 
-def test_a_file_that_is_cut_while_it_is_mapped_kills_nobody(tmp_path: Path, spawn: Spawn) -> None:
+def test_a_file_that_is_cut_while_it_is_read_kills_nobody(tmp_path: Path, spawn: Spawn) -> None:
     """Guards against SIGBUS and torn weights: a trainer truncates and writes one file again and again, amid staging."""
-    if not leases(tmp_path):
-        pytest.skip("this file system grants no leases")
     path, policy = tmp_path / "a.safetensors", mlp(hidden=400_000)  # 18 MB
     contents = [write(path, policy, mark).read_bytes() for mark in (1.0, 2.0)]
     process = spawn("-c", STAGE, str(path), stdin=subprocess.PIPE)
@@ -578,3 +351,13 @@ def test_a_file_that_is_cut_while_it_is_mapped_kills_nobody(tmp_path: Path, spaw
         <= {*said.seen, *said.rest()}
         <= {*("begun", "whole", "CheckpointChanged", "BeingWritten", "IncompleteCheckpoint")}
     )
+
+
+def test_ctrl_c_amid_staging_ends_promptly(tmp_path: Path, spawn: Spawn) -> None:
+    """Guards the operator's Ctrl-C: the process ends by it while bytes still come, and no thread holds it up."""
+    path = write(tmp_path / "a.safetensors", mlp(hidden=2_000_000), 1.0)  # 90 MB
+    more = "staging.os.sched_getaffinity = lambda pid: range(16)\n"
+    process = spawn("-c", STAGE.replace("over =", f"{more}over =", 1), str(path), stdin=subprocess.PIPE)
+    Lines(process).until("begun")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE) in (-signal.SIGINT, 1, 130)

@@ -191,10 +191,6 @@ def trap(file: str, number: int, when: str, times: int = 1) -> None:
     """Ends this process by SIGKILL just before, or just after, a line runs for the given time."""
     armed: list[FrameType] = []
     left = times
-    if "copy(" in Path(file).read_text().split("\n")[number - 1]:  # large checkpoints alone come there
-        from wsync import staging
-
-        staging._LARGE = 1
 
     def line(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal left

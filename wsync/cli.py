@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import __version__, memory
+from . import __version__
 from .cli_bench import bench_command
 from .cli_history import check_variables, history
 from .errors import UsageError, WsyncError, harmless
@@ -362,7 +362,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    memory.alone = True
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (who closed it wants to hear nothing)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115

@@ -1,14 +1,8 @@
-"""Whether weights are finite, at the speed of one read of the memory and without torch.
-
-numpy reads 64 MiB in 3 ms, and takes 60 ms to import, a third of a push of that size. Looking at the bytes that hold
-the exponents' upper bits takes 14 ms and needs no more than Python, and shows for all weights that anybody trains that
-none is near infinity; so that is done first, until as much was looked at as pays for the import.
-"""
+"""Whether weights are finite, at the speed of one read of the memory and without torch."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 
 from .layout import Layout
@@ -31,26 +25,7 @@ _NAN_BYTE = {
     "F8_E5M2FNUZ": 0x80,
     "F8_E8M0": 0xFF,
 }  # these have one NaN and no infinity
-_INFINITE_F16 = bytes((*range(0x7C, 0x80), *range(0xFC, 0x100)))
-# Of each float dtype: its width in bytes, and what the last of them is in all values that are not finite, and in few
-# others: from 1e38 on where the exponent has eight bits.
-_SUSPECT = {
-    "F64": (8, b"\x7f\xff"),
-    "F32": (4, b"\x7f\xff"),
-    "C64": (4, b"\x7f\xff"),
-    "F16": (2, _INFINITE_F16),
-    "BF16": (2, b"\x7f\xff"),
-    "F8_E5M2": (1, _INFINITE_F16),
-    "F8_E4M3": (1, b"\x7f\xff"),
-    "F8_E4M3FNUZ": (1, b"\x80"),
-    "F8_E5M2FNUZ": (1, b"\x80"),
-    "F8_E8M0": (1, b"\xff"),
-}
 _PIECE = 1 << 18  # bytes at once; they stay in the processor's cache
-_PAYS = 128 << 20  # bytes after which to have imported numpy would have been faster
-
-_looked_at = 0  # bytes, by this process and without numpy
-
 
 _last: tuple[Layout, tuple[Region, ...]] | None = None  # one segment has one layout
 
@@ -71,19 +46,13 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
     return _last[1]
 
 
-def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]], at: int = 0) -> bool:
-    """Whether the floats in these slices of the weights are finite; every other byte passes.
-
-    Args:
-        at: the byte of the weights that ``weights`` begins with.
-    """
+def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
+    """Whether the floats in these slices of the weights are finite; every other byte passes."""
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
-            if first < last:
-                floats = weights[first - at : last - at]
-                if not (_is_far_from_infinite(floats, dtype) or _is_finite(floats, dtype)):
-                    return False
+            if first < last and not _is_finite(weights[first:last], dtype):
+                return False
     return True
 
 
@@ -108,20 +77,6 @@ def _is_finite(floats: memoryview, dtype: str) -> bool:
     sign, step = 1 << (8 * int(width) - 1), _PIECE // int(width)
     pieces = (bits[at : at + step] for at in range(0, len(bits), step))  # the second look finds them in the cache
     return all(int(piece.max()) < sign | limit and int(piece.view(f"i{width}").max()) < limit for piece in pieces)
-
-
-def _is_far_from_infinite(floats: memoryview, dtype: str) -> bool:
-    """True where a quick look without numpy shows it; False says nothing."""
-    global _looked_at
-    if "numpy" in sys.modules or _looked_at > _PAYS:
-        return False
-    _looked_at += len(floats)
-    width, suspects = _SUSPECT[dtype]
-    for at in range(0, len(floats), _PIECE):
-        tops = bytes(floats[at : at + _PIECE])[width - 1 :: width]
-        if any(suspect in tops for suspect in suspects):
-            return False
-    return True
 
 
 def not_finite(weights: memoryview, layout: Layout) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -227,40 +227,3 @@ def reads_of(chosen: Iterable[tuple[StoredTensor, TensorEntry]]) -> tuple[Read, 
             end, at = here + size, at + size
     flush()
     return tuple(reads)
-
-
-def rows_of(reads: Iterable[Read], most: int) -> Iterator[Read]:
-    """The same bytes in as few reads as may be: neighbours that are one row in the file and in the weights as one.
-
-    Args:
-        most: bytes of one that is joined; a longer row is split evenly.
-    """
-    row: Read | None = None
-    for read in reads:
-        if row and _continues(row, read):
-            offset, nbytes = row.slices[0]
-            row = row._replace(nbytes=row.nbytes + read.nbytes, slices=((offset, nbytes + read.nbytes),))
-            continue
-        if row:
-            yield from _split(row, most)
-        row = read
-    if row:
-        yield from _split(row, most)
-
-
-def _continues(row: Read, read: Read) -> bool:
-    if len(row.slices) != 1 or len(read.slices) != 1:
-        return False
-    return (row.file, row.start + row.nbytes, sum(row.slices[0])) == (read.file, read.start, read.slices[0][0])
-
-
-def _split(row: Read, most: int) -> Iterator[Read]:
-    number = -(-row.nbytes // most)
-    if number <= 1 or len(row.slices) != 1:
-        yield row
-        return
-    size = -(-row.nbytes // number // 8) * 8  # so that no element is split
-    offset = row.slices[0][0]
-    for at in range(0, row.nbytes, size):
-        nbytes = min(size, row.nbytes - at)
-        yield Read(row.file, row.start + at, nbytes, ((offset + at, nbytes),))

@@ -25,9 +25,6 @@ from .errors import OutOfSharedMemory, UsageError
 
 PAGE = 4096
 TMPFS = 0x01021994  # linux/magic.h
-alone = False
-"""Whether no other code than wsync's own runs in this process, none that could open a file while a lease on it is held:
-the command line says so."""
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
@@ -189,28 +186,6 @@ def being_written(fd: int) -> bool | None:
     return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
 
 
-def take_read_lease(fd: int) -> bool:
-    """Whether nobody has a file open for writing, nor can until the lease is given back; False also if it is not told.
-
-    See fcntl(2), F_SETLEASE: it is only given to the file's owner or root. After /proc/sys/fs/lease-break-time, 45
-    seconds, who waits to write is let in all the same.
-    """
-    try:
-        if _prepare_lease(fd):
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-            return True
-    except OSError:
-        pass
-    return False
-
-
-def give_read_lease_back(fd: int) -> None:
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError:  # it is gone: who waited was let in
-        pass
-
-
 def _prepare_lease(fd: int) -> bool:
     """Chooses what a broken lease sends: a signal that is ignored by default; SIGIO would end us."""
     try:
@@ -228,30 +203,12 @@ def file_system(fd: int) -> int:
     return int(info[0]) if not ctypes.CDLL(None).fstatfs(fd, info) else 0
 
 
-def copy(target: memoryview, source: memoryview) -> None:
-    """Copies bytes without the interpreter's lock.
-
-    Raises:
-        ValueError: these are not equally many.
-    """
-    import ctypes
-
-    if len(target) != len(source):
-        raise ValueError(f"{len(source):,} bytes do not fill {len(target):,}")
-    ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(target)), address_of(source), len(source))
-
-
 def populate(address: int, size: int) -> bool:
     """Maps the pages of a private or read-only mapping, so that the first use of each costs no fault.
 
     False where that failed: before Linux 5.14, or pages cannot be had, whose use would be a fault that ends a process.
     """
     return not _advise(address, size, _MADV_POPULATE_READ)
-
-
-def unmap(address: int, size: int) -> None:
-    """Takes pages of a mapped file out of this process's tables; the next use of each is a fault that maps it again."""
-    _advise(address, size, mmap.MADV_DONTNEED)
 
 
 def renew(address: int, size: int) -> bool:

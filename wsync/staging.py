@@ -1,37 +1,37 @@
-"""How the bytes of files on this machine come into the weights: few large copies or reads, checked as they come.
+"""Reads the bytes of local files into the weights.
 
-What the page cache has is copied from there (mapped.py), and the finite check looks at it there: the copy that it has
-just become is in no cache. What a disk has yet to give is read, ``CHUNK`` by ``CHUNK``, and asked for long before: by
-the kernel's own reading ahead, which waits for us and lets us wait in turn, a GiB came at 0.5 to 0.9 GB/s, so at 1.1
-to 1.4, as fast as with four threads, or past the page cache.
+A file that the page cache has is read straight into the slot, one ``preadv`` for each planned read, and the finite
+check looks at those bytes while they are in a cache. A file that the disk has yet to give is read past the page cache
+(O_DIRECT) by two threads: one waits for the disk while the other copies and checks what came. Where a file system takes
+no direct reads, all reads are buffered.
 
-A second thread takes half of a large file where a processor has nothing to do: 64 MiB, checked, then take 9 ms and not
-15 (18 by reads). Where a policy has the other processor it would cost the policy's steps: their 99th percentile, 1.2
-times as long beside one thread that stages without a pause, was 1.3 to 2.1 times as long beside two. What is converted
-is shared by two in any case, the second one at a niceness of its own: that takes processors, not memory.
+A warm file takes a quarter of the processors that this process may use, at least one thread and at most eight: on two
+cores the policy's steps keep theirs.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from .casting import Piece, split
 from .errors import CheckpointChanged
 from .finite import Region, all_finite
-from .fitting import Read, rows_of
-from .mapped import Mapped
-from .memory import copy
+from .fitting import Read
+from .memory import PAGE, shut
 
-_ROW = 32 << 20  # bytes of one copy at most; from 20 on, on many machines, the C library's copy goes past the caches
-_LARGE = 4 << 20  # bytes; less is read as fast
-_BUFFER = 1 << 20  # bytes that are converted at once; still in the second cache then
-_WORTH_TWO = 16 << 20  # bytes, of which a second thread takes some
-_AHEAD = 32 << 20  # bytes that a disk is asked for before they are read
-_ASK = 1 << 18  # bytes: the kernel takes no more of one request than it reads ahead of reads that come in order
+_BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; they stay in its second cache
+_LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
+_WORTH_THREADS = 16 << 20  # bytes; fewer are staged before a second thread has begun
+_MOST_THREADS = 8
+# read(2) copies with `rep movsb`. Where (target - source) mod 4096 is one of these, AMD's cores take two to four times
+# as long for it; two copies, by way of a buffer that lies elsewhere in its page, take half of that.
+_SLOW_DISTANCES = {8, 16, 24}
+_ELSEWHERE = 1024
 _J = TypeVar("_J", Read, Piece)
 
 
@@ -40,113 +40,91 @@ class Files:
 
     Args:
         fds: one descriptor for each; the caller closes them.
-        changed: makes the error of a file that is not what it was.
+        changed: makes the error of a file that ends early.
     """
 
     def __init__(self, fds: Sequence[int], changed: Callable[[], CheckpointChanged]) -> None:
         self._fds, self._changed = fds, changed
-        self._mapped = [Mapped(fd) for fd in fds]
+        self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
+        self._own = threading.local()
 
     def close(self) -> None:
-        """Before the descriptors are."""
-        for mapped in self._mapped:
-            mapped.close()
+        while self._direct:
+            shut(self._direct.popitem()[1])
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
-        """Each read, or several that are joined, once its bytes are there, with whether these regions are finite."""
-        rows = list(rows_of(reads, _ROW))
-        can_map, ask = self._how(rows)
+        """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
 
-        def work(read: Read) -> bool:
-            if can_map and _is_large(read):
-                with self._mapped[read.file].part(read.start, read.nbytes) as data:
-                    if data is not None:
-                        return _copied(weights, read, data, regions)
-            slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]
-            self._fill(read.file, slices, read.start, read.nbytes)  # P4 stage
+        def stage(read: Read) -> bool:
+            slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]  # P4 stage
+            if read.file in self._direct or (read.slices[0][0] - read.start) % PAGE in _SLOW_DISTANCES:
+                for data in self._pieces(read.file, read.start, read.nbytes):
+                    _scatter(data, slices)
+            else:
+                self._fill(read.file, slices, read.start, read.nbytes)
             return all_finite(weights, regions, read.slices)
 
-        return self._each(rows if can_map else reads, work, idle=True, ask=ask)
+        return self._each(reads, stage)
 
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
-        """Each piece with what comes of it; the work gets its parts as they are stored, good until it returns."""
-        buffers, (can_map, ask) = threading.local(), self._how(listed)
-
-        def convert(piece: Piece) -> bool:
-            if can_map and piece.nbytes >= _LARGE:
-                with self._mapped[piece.file].part(piece.start, piece.nbytes) as data:
-                    if data is not None:
-                        there = data
-                        return convert_parts(piece, lambda part: there[part.start - piece.start :][: part.nbytes])
-            return convert_parts(piece, read)
-
-        def read(part: Piece) -> memoryview:
-            if not hasattr(buffers, "own"):
-                buffers.own = memoryview(bytearray(_BUFFER))
-            data: memoryview = buffers.own[: part.nbytes]
-            self._fill(part.file, [data], part.start, part.nbytes)
-            return data
-
-        def convert_parts(piece: Piece, stored: Callable[[Piece], memoryview]) -> bool:
-            good = [work(part, stored(part)) for part in split(piece, _BUFFER)]  # each, whatever the others are
-            return all(good)
-
-        return self._each(listed, convert, idle=False, ask=ask)
-
-    def _how(self, listed: Sequence[Read] | Sequence[Piece]) -> tuple[bool, bool]:
-        """Whether mapping is worth a try, and, where it is not, whether to ask for what may not be in memory yet.
-
-        What is read anyway is read in pieces that stay in the third cache.
-        """
-        large = [(self._mapped[part.file], part) for part in listed if part.nbytes >= _LARGE]
-        unknown = False
-        for mapped, part in large:
-            look = mapped.is_cached(part.start, part.nbytes)
-            if look is False:
-                return False, True
-            unknown |= look is None
-        can_map = all(mapped.is_trusted for mapped, _ in large)
-        return can_map, unknown and not can_map
-
-    def _each(
-        self, jobs: Sequence[_J], work: Callable[[_J], bool], *, idle: bool, ask: bool
-    ) -> Iterator[tuple[_J, bool]]:
-        """Each job with what comes of it, in their order; two threads share them where that pays.
+        """Yields each piece with whether ``work`` returned True for all of it.
 
         Args:
-            idle: there has to be a processor that nobody uses; else the second thread takes what others leave.
-            ask: tell the system of those that come next.
+            work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
         """
-        if ask:
-            work = self._asking(jobs, work)
-        if len(jobs) < 2 or sum(job.nbytes for job in jobs) < _WORTH_TWO or not _has_second_processor(idle):
-            return ((job, work(job)) for job in jobs)
-        from .helper import side_by_side
 
-        return side_by_side(jobs, work)
+        def convert(piece: Piece) -> bool:
+            parts = split(piece, _BUFFER)
+            stored = self._pieces(piece.file, piece.start, piece.nbytes)
+            results = [work(part, data) for part, data in zip(parts, stored, strict=True)]  # of every part
+            return all(results)
 
-    def _asking(self, jobs: Iterable[_J], work: Callable[[_J], bool]) -> Callable[[_J], bool]:
-        """The same work, done while the disk is at work on the jobs that come next."""
-        for fd in self._fds:
-            _advise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        coming, room, lock = iter(jobs), _AHEAD, threading.Lock()
+        return self._each(listed, convert)
 
-        def ask_and_work(job: _J) -> bool:
-            nonlocal room
-            with lock:
-                room += job.nbytes
-                while room > 0 and (later := next(coming, None)):
-                    room -= later.nbytes
-                    end = later.start + later.nbytes
-                    for start in range(later.start, end, _ASK):
-                        _advise(self._fds[later.file], start, min(_ASK, end - start), os.POSIX_FADV_WILLNEED)
-            return work(job)
+    def _each(self, jobs: Sequence[_J], work: Callable[[_J], bool]) -> Iterator[tuple[_J, bool]]:
+        """Yields each job with its result, in order."""
+        cold = self._open_direct(jobs)
+        threads = max(2 if cold else 1, min(len(os.sched_getaffinity(0)) // 4, _MOST_THREADS))
+        if threads == 1 or sum(job.nbytes for job in jobs) < _WORTH_THREADS:
+            yield from ((job, work(job)) for job in jobs)
+            return
+        from concurrent.futures import ThreadPoolExecutor  # 8 ms, which a small checkpoint need not take
 
-        return ask_and_work
+        # Left early, it drops the jobs that have not begun and waits for the others: the slot is not ours afterwards.
+        with ThreadPoolExecutor(threads, "wsync-staging") as pool:
+            yield from zip(jobs, pool.map(work, jobs), strict=True)
+
+    def _open_direct(self, jobs: Sequence[_J]) -> bool:
+        """Opens the large files that are not in the page cache for direct reads; returns whether there are any."""
+        for file, fd in enumerate(self._fds):
+            mine = [job for job in jobs if job.file == file]
+            if file in self._direct or sum(job.nbytes for job in mine) < _LARGE:
+                continue
+            if not all(_is_cached(fd, job.start + job.nbytes - 1) for job in (mine[len(mine) // 2], mine[-1])):
+                try:
+                    self._direct[file] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                except OSError:  # this file system has no direct reads, or there is no /proc
+                    pass
+        return bool(self._direct)
+
+    def _pieces(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
+        """Yields bytes of a file, up to ``_BUFFER`` at a time, in memory of this thread, good until the next."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(mmap.mmap(-1, _BUFFER + 2 * PAGE))
+        buffer, direct = self._own.buffer, self._direct.get(file)
+        for at in range(start, start + nbytes, _BUFFER):
+            size = min(_BUFFER, start + nbytes - at)
+            first, got = (at + _ELSEWHERE) % PAGE, 0
+            if direct is not None:  # takes whole pages of the file into whole pages of memory
+                first = at % PAGE
+                pages = buffer[: -(-(first + size) // PAGE) * PAGE]
+                got = min(max(_read_direct(direct, pages, at - first) - first, 0), size)
+            self._fill(file, [buffer[first + got : first + size]], at + got, size - got)
+            yield buffer[first : first + size]
 
     def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
         """Reads into buffers of so many bytes together; a single call may give less."""
@@ -162,34 +140,31 @@ class Files:
                     buffers[0], got = buffers[0][got:], 0
 
 
-def _is_large(read: Read) -> bool:
-    return read.nbytes >= _LARGE and len(read.slices) == 1
-
-
-def _copied(weights: memoryview, read: Read, data: memoryview, regions: Sequence[Region]) -> bool:
-    """Copies a row, and looks whether it is finite: where it was, for numpy would copy floats that lie askew."""
-    ((offset, nbytes),) = read.slices
-    copy(weights[offset : offset + nbytes], data)  # P4 stage
-    if (read.start - offset) % 8:
-        return all_finite(weights, regions, read.slices)
-    return all_finite(data, regions, read.slices, offset)
-
-
-def _advise(fd: int, start: int, nbytes: int, advice: int) -> None:
+def _is_cached(fd: int, at: int) -> bool:
+    """Whether the page cache has a byte of a file; True also where the file system does not say."""
     try:
-        os.posix_fadvise(fd, start, nbytes, advice)
-    except OSError:  # which a file system need not take
-        pass
-
-
-def _has_second_processor(idle: bool) -> bool:
-    """Whether this process may use more than one; if so wished, whether the machine has one that is idle right now."""
-    if len(os.sched_getaffinity(0)) < 2:
+        os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
+    except BlockingIOError:
         return False
-    if not idle:
-        return True
-    try:
-        runnable = Path("/proc/loadavg").read_text().split()[3].partition("/")[0]  # proc(5)
     except OSError:
-        return False
-    return int(runnable) < (os.cpu_count() or 1)
+        pass
+    return True
+
+
+def _read_direct(fd: int, pages: memoryview, start: int) -> int:
+    """Reads past the page cache; returns the number of bytes, 0 where the file system refuses."""
+    try:
+        return os.preadv(fd, [pages], start)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        return 0
+
+
+def _scatter(data: memoryview, slices: list[memoryview]) -> None:
+    """Copies bytes into the first of these slices, and takes from the list what is full."""
+    while data:
+        part = data[: len(slices[0])]
+        slices[0][: len(part)] = part
+        data, rest = data[len(part) :], slices[0][len(part) :]
+        slices[:1] = [rest] if rest else []
