@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
-from .ahead import ahead
 from .casting import Piece
 from .checkpoint import LONGEST_WAIT, Checkpoint
 from .errors import NoCheckpoint, UsageError, printable
 from .finite import Region, all_finite
 from .fitting import Read
+from .prefetch import prefetch
 from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
@@ -200,10 +200,6 @@ def open_url(url: str) -> RemotePath | Path:
 class RemoteCheckpoint(Checkpoint):
     """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
 
-    @property
-    def _stop(self) -> threading.Event:
-        return cast(RemotePath, self.path).store.stop
-
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
         self._infos = [file.stat() for file in self.parts.files]
@@ -235,8 +231,7 @@ class RemoteCheckpoint(Checkpoint):
         files = [*self._stored, *([self._listed_as(self.parts.index)] if self.parts.index else [])]
         store = cast(RemotePath, self.path).store
         return all(
-            now and now.is_version(file)
-            for file, now in ahead(files, lambda file: store.head(file.key), AT_ONCE, store.stop)
+            now and now.is_version(file) for file, now in prefetch(files, lambda file: store.head(file.key), AT_ONCE)
         )
 
     def _at(self, number: int, nbytes: int, start: int) -> bytes:
@@ -273,7 +268,7 @@ class RemoteCheckpoint(Checkpoint):
             self._fetch(read.file, read.nbytes, read.start, take)
 
         try:
-            for read, _ in ahead(reads, work, AT_ONCE, self._stop):
+            for read, _ in prefetch(reads, work, AT_ONCE):
                 yield read, all_finite(weights, regions, read.slices)
         finally:
             with lock:
@@ -281,7 +276,7 @@ class RemoteCheckpoint(Checkpoint):
 
     def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
         fetch = lambda piece: self._at(piece.file, piece.nbytes, piece.start)  # noqa: E731
-        for piece, data in ahead(listed, fetch, AHEAD, self._stop):
+        for piece, data in prefetch(listed, fetch, AHEAD):
             yield piece, work(piece, memoryview(data))
 
 

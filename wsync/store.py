@@ -18,16 +18,16 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from .ahead import wait_for_one
-from .errors import CheckpointError, UsageError, printable
+from .errors import CheckpointError, Stopped, UsageError, printable
 from .parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, shards_of
+from .prefetch import LOOK
 from .store_client import Patience
 
 if TYPE_CHECKING:
@@ -262,7 +262,11 @@ class Store:
         return {stored.key: stored for stored in looked if stored}
 
     def _beside(self, work: Callable[[], _T]) -> _T:
-        """What the work gives. Who asked waits beside it: the library may be silent for long, and heeds no stop."""
+        """Does the work in a thread of its own, because the library may be silent for long and heeds no stop.
+
+        Raises:
+            Stopped: ``stop`` is set.
+        """
         future: Future[_T] = Future()
 
         def run() -> None:
@@ -272,8 +276,10 @@ class Store:
                 future.set_exception(exc)
 
         threading.Thread(target=run, daemon=True).start()
-        wait_for_one([future], self.stop)
-        return future.result()
+        while not self.stop.is_set():
+            if wait([future], LOOK).done:
+                return future.result()
+        raise Stopped
 
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
         """Tries until it works; what no second try changes, and what is no error of the store, is raised at once."""

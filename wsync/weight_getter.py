@@ -117,13 +117,12 @@ class CheckpointWeightGetter:
         return select(found, live, self.select.order)
 
     def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
-        away = remote(self.checkpoints)
-        if away is None:
+        if not remote(self.checkpoints):
             return ((candidate, self._step(candidate)) for candidate in found)
-        from .ahead import ahead
+        from .prefetch import prefetch
         from .remote import AT_ONCE
 
-        return ahead(found, self._step, AT_ONCE, away.store.stop)  # each is a request
+        return prefetch(found, self._step, AT_ONCE)  # each is a request
 
     def _step(self, candidate: Candidate) -> int | None:
         """A candidate's step; its header is opened once for each name and state of its file."""
