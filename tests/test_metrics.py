@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import DEADLINE, Cli, Lines, Spawn, write
@@ -22,7 +23,7 @@ from policies import mlp
 import wsync
 from wsync.errors import UsageError, WsyncError
 from wsync.layout import layout_of
-from wsync.metrics import FAMILIES, MAX_READERS, STATUSES, Figures, Metrics, reasons
+from wsync.metrics import Metrics
 from wsync.outcome import EXIT_CODES, Outcome
 from wsync.registry import Registration
 from wsync.segment import Segment
@@ -32,7 +33,7 @@ from wsync.syncer import Syncer
 parser = pytest.importorskip("prometheus_client.parser")
 
 from wsync.endpoint import MAX_CLIENTS, Endpoint  # noqa: E402  (they need the client)
-from wsync.exposition import TextFile  # noqa: E402
+from wsync.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
 from wsync.monitor import Monitor  # noqa: E402
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
@@ -66,6 +67,10 @@ def parsed(text: str) -> Samples:
     found = {(s.name, *(v for k, v in sorted(s.labels.items()) if k != "name")): s.value for s in samples}
     assert len(found) == len(samples)
     return found
+
+
+def samples_of(collector: Any) -> list[Any]:
+    return [sample for family in collector.collect() for sample in family.samples]
 
 
 def get(url: str) -> tuple[int, str]:
@@ -131,8 +136,8 @@ def test_a_refusal_that_is_tried_anew_counts_once() -> None:
         figures.tell(outcome("rejected", kind="mismatch", identity=identity))
     for _ in range(2):
         figures.tell(outcome("published", passed_over=(outcome("rejected", kind="malformed", identity="1-1-1-3"),)))
-    counts = {count.label: n for count, n in figures.counts().items() if count.sample == "wsync_rejected_total"}
-    assert (counts["mismatch"], counts["malformed"]) == (2, 1)
+    counts = {(s.name, s.labels.get("reason")): s.value for s in samples_of(figures.registry)}
+    assert (counts["wsync_rejected_total", "mismatch"], counts["wsync_rejected_total", "malformed"]) == (2, 1)
 
 
 def test_stale_is_unhealthy_and_recovers(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:
@@ -151,7 +156,7 @@ def test_stale_is_unhealthy_and_recovers(serving: Callable[..., tuple[Lines, str
 def test_a_trainer_that_is_done_makes_nothing_stale(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that find the newest live keep a watch healthy; refusals, failures and silence do not."""
     clock = [1000.0]
-    monkeypatch.setattr("wsync.metrics.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("wsync.figures.time.monotonic", lambda: clock[0])
     figures = Figures(NAME)
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
@@ -173,7 +178,7 @@ def test_only_get_and_head_of_two_paths(serving: Callable[..., tuple[Lines, str]
         for method, path, status in (
             ("GET", "/", 404),
             ("GET", "/metrics/..", 404),
-            ("POST", "/metrics", 501),
+            ("POST", "/metrics", 405),
             ("HEAD", "/metrics", 200),
         ):
             client.request(method, path)
@@ -189,6 +194,47 @@ def test_only_get_and_head_of_two_paths(serving: Callable[..., tuple[Lines, str]
     with urllib.request.urlopen(request, timeout=DEADLINE) as answer:
         assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
         assert answer.read().endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET /metrics HTTP/9.9\r\n\r\n",
+        b"GET /metrics?name[]=%ff%00 HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text;version=x\r\n\r\n",
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n" + b"X: x\r\n" * 200 + b"\r\n",
+        b"GET /healthz HT",
+    ],
+)
+def test_an_odd_request_leaves_no_traceback(runs: Path, capfd: pytest.CaptureFixture[str], request_: bytes) -> None:
+    """What a scanner sends, or a client that goes away, is answered or dropped, without a word in the log."""
+    with closing(Endpoint(Figures(NAME), "127.0.0.1", 0)) as endpoint:
+        with socket.create_connection(("127.0.0.1", endpoint.port), DEADLINE) as client:
+            client.sendall(request_)
+            client.shutdown(socket.SHUT_WR)
+            try:
+                while client.recv(65_536):
+                    pass
+            except ConnectionResetError:  # what it did not read of a request that is too long
+                pass
+        assert get(f"http://127.0.0.1:{endpoint.port}/metrics")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_silent_client_is_dropped(
+    runs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that says nothing for too long is let go, without a word in the log."""
+    monkeypatch.setattr("wsync.endpoint._Handler.timeout", 0.1)
+    with (
+        closing(Endpoint(Figures(NAME), "127.0.0.1", 0)) as endpoint,
+        socket.create_connection(("127.0.0.1", endpoint.port), DEADLINE) as client,
+    ):
+        assert client.recv(1) == b""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_listens_on_the_loopback_alone(serving: Callable[..., tuple[Lines, str]]) -> None:
@@ -248,44 +294,60 @@ def test_impossible_settings_are_usage(cli: Cli, runs: Path, options: list[str],
     assert Segment.open(NAME).version == 0
 
 
-def test_the_runs_of_hooks_are_counted(cli: Cli, runs: Path) -> None:
+def test_a_failed_hook_is_in_the_file(cli: Cli, runs: Path) -> None:
     """A hook that fails each night is seen in the figures, also where nobody reads cron's mail."""
     for step, command in enumerate(("exit 1", "true"), 1):
         write(runs / f"step_{step}.safetensors", mlp(), 1.0)
         assert cli("push", SPEC, "runs", "--exec", command, "--metrics-file", "wsync.prom").returncode == 0
-    found = parsed(Path("wsync.prom").read_text())
-    assert (found["wsync_hook_runs_total", "exec"], found["wsync_hook_failures_total", "exec"]) == (2, 1)
-    assert (found["wsync_hook_runs_total", "webhook"], found["wsync_hook_failures_total", "webhook"]) == (0, 0)
+        found = parsed(Path("wsync.prom").read_text())
+        assert found["wsync_last_run_hook_failures", "exec"] == (command == "exit 1")
+        assert found["wsync_last_run_hook_failures", "webhook"] == 0
 
 
-def test_pushes_count_on_in_the_file(cli: Cli, runs: Path) -> None:
-    """Counters of a cron job go on from run to run, also where there was nothing to do or nothing good."""
+def test_a_push_leaves_what_is_live_and_how_it_ended(cli: Cli, runs: Path) -> None:
+    """Each run of a cron job tells its time and exit code; what is live, and the last success, outlive a bad run."""
     file = Path("wsync.prom")
     push = ("push", SPEC, "runs", "--metrics-file", str(file))
-    assert cli(*push, umask=0o077).returncode == 66  # cron's may be anything; the node exporter must read the file
-    first = parsed(file.read_text())
-    assert (first["wsync_sync_count_total", "empty"], first["wsync_last_success_timestamp_seconds",]) == (1, 0)
+
+    def run(code: int) -> Samples:
+        began = time.time()
+        assert cli(*push, umask=0o077).returncode == code  # cron's may be anything; the node exporter must read it
+        assert file.stat().st_mode & 0o777 == 0o644
+        assert sorted(path.name for path in Path().iterdir()) == ["runs", "wsync.prom"]
+        found = parsed(file.read_text())
+        assert began <= found["wsync_last_run_timestamp_seconds",] <= time.time()
+        assert 0 < found["wsync_last_run_duration_seconds",] < DEADLINE
+        assert found["wsync_last_run_exit_code",] == code
+        return found
+
+    empty = run(66)
+    assert (empty["wsync_version",], empty["wsync_last_success_timestamp_seconds",]) == (0, 0)
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    assert [cli(*push).returncode for _ in range(2)] == [0, 0]
-    good = parsed(file.read_text())
+    published, current = run(0), run(0)
+    assert (published["wsync_version",], published["wsync_step",]) == (1, 1)
+    success = current["wsync_last_success_timestamp_seconds",]
+    assert success > published["wsync_last_success_timestamp_seconds",] > 1e9
     write(runs / "step_2.safetensors", mlp(), float("inf"))
-    assert cli(*push, umask=0o077).returncode == 65
-    last = parsed(file.read_text())
-    assert [last["wsync_sync_count_total", s] for s in ("empty", "published", "current", "rejected")] == [1, 1, 1, 1]
-    assert last["wsync_rejected_total", "non_finite"] == 1
-    assert last["wsync_staged_bytes_total",] == layout_of(mlp()).nbytes
-    assert last["wsync_sync_duration_seconds_bucket", "+Inf", "current"] == 1
-    assert last["wsync_last_success_timestamp_seconds",] == good["wsync_last_success_timestamp_seconds",] > 1e9
-    assert file.stat().st_mode & 0o777 == 0o644
-    assert sorted(p.name for p in Path().iterdir()) == ["runs", "wsync.prom"]
+    bad = run(65)
+    assert (bad["wsync_version",], bad["wsync_last_success_timestamp_seconds",]) == (1, success)
+    assert not [name for name, *_ in bad if name.endswith(("_total", "_count"))]  # which no single run can tell
 
 
-def test_a_failed_push_is_counted(cli: Cli, runs: Path, runtime: Path) -> None:
-    """A push that ends with an error is a failed pass."""
+def test_a_failed_push_is_told(cli: Cli, runs: Path, runtime: Path) -> None:
+    """A push that ends with an error says so in the file."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     (runtime / NAME / "layout.json").unlink()
     assert cli("push", SPEC, "runs", "--metrics-file", "wsync.prom").returncode == 1
-    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "failed"] == 1
+    assert parsed(Path("wsync.prom").read_text())["wsync_last_run_exit_code",] == 1
+
+
+def test_a_file_that_cannot_be_written_stops_no_push(cli: Cli, runs: Path) -> None:
+    """Where the figures cannot be written the push says so, and its weights are live all the same."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    Path("out").mkdir()
+    result = cli("push", SPEC, "runs", "--metrics-file", "out/wsync.prom", "--exec", "rmdir out")
+    assert result.returncode == 0 and "out/wsync.prom" in result.stderr and "Traceback" not in result.stderr
+    assert Segment.open(NAME).version == 1
 
 
 def test_a_dry_run_leaves_no_figures(cli: Cli, runs: Path) -> None:
@@ -293,26 +355,6 @@ def test_a_dry_run_leaves_no_figures(cli: Cli, runs: Path) -> None:
     write(runs / "step_1.safetensors", mlp(), 1.0)
     assert cli("push", SPEC, "runs", "--dry-run", "--metrics-file", "wsync.prom").returncode == 0
     assert not Path("wsync.prom").exists()
-
-
-def test_pushes_at_once_lose_no_count(runs: Path, spawn: Spawn) -> None:
-    """Processes that add to one file at the same time each count."""
-    code = (
-        "import sys\nfrom wsync.exposition import TextFile\nfrom wsync.metrics import Figures\n"
-        "from wsync.outcome import Outcome\n"
-        f"figures = Figures({NAME!r})\nfile = TextFile('wsync.prom', figures)\n"
-        "print('ready', flush=True)\nsys.stdin.readline()\n"
-        f"for _ in range(50):\n    figures.tell(Outcome('busy', {NAME!r}))\n    file.save()\n"
-    )
-    writers = [spawn("-c", code, stdin=subprocess.PIPE) for _ in range(3)]
-    for writer in writers:
-        assert writer.stdout and writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        assert writer.stdin
-        writer.stdin.write("go\n")
-        writer.stdin.flush()
-    assert [writer.wait(DEADLINE) for writer in writers] == [0, 0, 0]
-    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "busy"] == 150
 
 
 @pytest.mark.parametrize(
@@ -363,7 +405,7 @@ def test_a_watch_leaves_its_last_figures_in_the_file(spawn: Spawn, runs: Path) -
 
 def test_quiet_passes_are_written_now_and_then_and_at_the_end(runs: Path) -> None:
     """Passes that find nothing new do not write a file each; what they counted is there after the end."""
-    monitor = Monitor(NAME, Metrics(file="wsync.prom"), None, lambda exc: pytest.fail(str(exc)), serve=False)
+    monitor = Monitor(NAME, Metrics(file="wsync.prom"), None, lambda exc: pytest.fail(str(exc)))
     for _ in range(9):
         monitor.tell(outcome("current"))
     assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "current"] == 1
@@ -387,7 +429,7 @@ def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) ->
     done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "wsync.syncer" in loaded
-    assert not {"prometheus_client", "http.server", "wsync.exposition", "wsync.monitor", "wsync.notify"} & loaded
+    assert not {"prometheus_client", "http.server", "wsync.figures", "wsync.monitor", "wsync.notify"} & loaded
 
 
 def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
@@ -400,11 +442,11 @@ def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
         pids = iter(range(10_000))
         patch.setattr("wsync.registry.os.getpid", lambda: next(pids))
         many = [Registration(segment.path, "copy") for _ in range(MAX_READERS)]
-    figures = {(family, label): value for family, label, value in Figures(NAME).live()}
-    labels = [label for family, label in figures if family == "wsync_reader_lag_versions"]
+    figures = [(sample.name, sample.labels.get("reader"), sample.value) for sample in samples_of(Live(NAME))]
+    labels = [reader for name, reader, _ in figures if name == "wsync_reader_lag_versions"]
     for registration in (named, *many):
         registration.close()
-    assert figures["wsync_readers", ""] == MAX_READERS + 1 and len(labels) == MAX_READERS
+    assert ("wsync_readers", None, MAX_READERS + 1) in figures and len(labels) == MAX_READERS
     assert all(len(label) < 45 and label.replace("_", "").replace("-", "").isalnum() for label in labels)
 
 
@@ -417,18 +459,21 @@ def test_readers_of_one_process_share_a_label(runs: Path) -> None:
             write(runs / "step_2.safetensors", mlp(), 1.0)
             syncer.once()
             fresh.refresh()
-            lags = [value for family, _, value in Figures(NAME).live() if family == "wsync_reader_lag_versions"]
+            lags = [sample.value for sample in samples_of(Live(NAME)) if sample.name == "wsync_reader_lag_versions"]
     assert lags == [1]
 
 
 def test_every_status_and_reason_is_there_from_zero() -> None:
     """Counters begin at 0 for all that can come, so that the first one is an increase."""
     assert {*EXIT_CODES} - {"checked"} <= {*STATUSES}
-    counts = Figures("x").counts()
-    assert set(counts.values()) == {0}
-    assert {c.label for c in counts if c.sample == "wsync_sync_count_total"} == {*STATUSES}
+    families = {family.name: family for family in Figures("x").registry.collect()}
+    assert all(name.startswith("wsync_") and family.documentation for name, family in families.items())
+    samples = [sample for family in families.values() if family.type == "counter" for sample in family.samples]
+    assert {sample.value for sample in samples} == {0} and all(sample.labels["name"] == "x" for sample in samples)
+    assert {sample.labels["status"] for sample in families["wsync_sync_count"].samples} == {*STATUSES}
+    assert {sample.labels["reason"] for sample in families["wsync_rejected"].samples} == {*reasons()}
+    assert {sample.labels["hook"] for sample in families["wsync_hook_runs"].samples} == {"exec", "webhook"}
     assert {"malformed", "mismatch", "non_finite", "rejected"} <= {*reasons()}
-    assert all(name.startswith("wsync_") and text for name, (_, _, text) in FAMILIES.items())
 
 
 def test_the_toml_has_them_all(runs: Path) -> None:
@@ -442,21 +487,3 @@ def test_the_toml_has_them_all(runs: Path) -> None:
     with pytest.raises(UsageError, match="metrics.prot"):
         Path("sub/a.toml").write_text('policy = "policies:mlp"\n[metrics]\nprot = 0\n')
         load_spec("sub/a.toml")
-
-
-def test_a_file_held_by_another_is_tried_again(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that holds the file holds nobody up; what was counted meanwhile comes with the next write."""
-    import fcntl
-
-    monkeypatch.setattr("wsync.exposition._PATIENCE", 0.02)
-    figures = Figures(NAME)
-    file = TextFile("wsync.prom", figures)
-    figures.tell(outcome("busy"))
-    holder = os.open(".", os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    with pytest.raises(WsyncError, match="next write"):
-        file.save()
-    os.close(holder)
-    file.save()
-    file.save()
-    assert parsed(Path("wsync.prom").read_text())["wsync_sync_count_total", "busy"] == 1

@@ -17,8 +17,6 @@ import pytest
 from conftest import DEADLINE, TESTS, Cli, write
 from policies import mlp
 
-from wsync.metrics import FAMILIES, STATUSES, Figures
-
 OPERATIONS = TESTS.parent / "examples" / "operations"
 
 
@@ -74,7 +72,7 @@ def test_the_unit_uses_what_the_watch_speaks(cli: Cli) -> None:
 
 
 def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime: Path) -> None:
-    """cron's shell pushes, counts in the file, is silent about a missing checkpoint and fails for a refused one."""
+    """cron's shell pushes, leaves figures, is silent about a missing checkpoint and fails for a refused one."""
     pytest.importorskip("prometheus_client")
     lines = [line for line in (OPERATIONS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
     assignment, line = lines
@@ -106,15 +104,15 @@ def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime
 
     figures = tmp_path / "wsync_cartpole.prom"
     assert run() == (0, "")
-    assert 'wsync_sync_count_total{name="cartpole",status="empty"} 1.0' in figures.read_text()
+    assert 'wsync_last_run_exit_code{name="cartpole"} 66.0' in figures.read_text()
     write(box / "runs" / "step_1.safetensors", mlp(), 1.0)
     assert [run(), run()] == [(0, "")] * 2
     assert 'wsync_version{name="cartpole"} 1.0' in figures.read_text()
-    assert 'wsync_sync_count_total{name="cartpole",status="current"} 1.0' in figures.read_text()
+    assert 'wsync_last_run_exit_code{name="cartpole"} 0.0' in figures.read_text()
     write(box / "runs" / "step_2.safetensors", mlp(), float("nan"))
     code, mail = run()
     assert code and "step_2.safetensors" in mail
-    assert 'wsync_rejected_total{name="cartpole",reason="non_finite"} 1.0' in figures.read_text()
+    assert 'wsync_last_run_exit_code{name="cartpole"} 65.0' in figures.read_text()
     (box / "cartpole.toml").write_text("nonsense")
     code, mail = run()
     assert code and "not TOML" in mail and "(exit 2)" in mail
@@ -152,13 +150,13 @@ def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:
     assert (probes["readinessProbe"]["path"], probes["livenessProbe"]["path"]) == ("/healthz", "/metrics")
 
 
-def test_each_alert_is_on_figures_that_there_are() -> None:
+def test_each_alert_is_on_figures_that_there_are(tmp_path: Path) -> None:
     """Every metric that a rule names, and every label and status, is one that is exposed."""
-    core = pytest.importorskip("prometheus_client")
-    from wsync.exposition import registry_of
+    pytest.importorskip("prometheus_client")
+    from wsync.figures import STATUSES, Figures, RunFigures
 
-    text = core.generate_latest(registry_of(Figures("actor"))).decode()
-    exposed = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    families = [*Figures("actor").registry.collect(), *RunFigures("actor", tmp_path / "actor.prom").collect()]
+    exposed = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
     rules = [rule for group in yaml_of("alerts.yaml")["groups"] for rule in group["rules"]]
     assert len(rules) > 5 and len({rule["alert"] for rule in rules}) == len(rules)
     named = set()
@@ -167,7 +165,7 @@ def test_each_alert_is_on_figures_that_there_are() -> None:
         assert metrics and rule["annotations"]["summary"] and rule["labels"]["severity"]
         assert {metric.removesuffix("_bucket") for metric in metrics} <= exposed, rule
         named |= {*metrics}
-        labels = {"name", "le", *(label for _, label, _ in FAMILIES.values())}
+        labels = {"name", "le", "status", "reason", "reader", "hook"}
         used = re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])
         used += [word for group in re.findall(r"by \(([^)]*)\)", rule["expr"]) for word in group.split(", ")]
         assert {*used} <= labels, rule

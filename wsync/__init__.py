@@ -16,7 +16,7 @@ The rooms, from the ground up; what a room imports when it is imported stands be
     gates, hooks    command gate hook_runner
     one pass        retry syncer
     many boxes      convergence group pace delivery fleet
-    a watch         exposition endpoint monitor service
+    a watch         figures endpoint monitor service
     measuring       bench bench_place bench_policy bench_by_hand bench_processes bench_staging bench_memory
                     bench_watching bench_reading bench_growth bench_view bench_svg
     command line    options cli_bench cli_history cli

@@ -40,9 +40,8 @@ from .options import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .monitor import Monitor
+    from .figures import RunFigures
     from .outcome import Outcome
-    from .spec import Spec
     from .syncer import Syncer
 
 app = typer.Typer(
@@ -97,23 +96,25 @@ def push(
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    monitor = None if dry_run or not loaded.metrics.file else _monitor(loaded, runtime_dir, complain, serve=False)
+    figures = None
+    if loaded.metrics.file and not dry_run:
+        from .figures import RunFigures
+
+        figures = RunFigures(loaded.name, loaded.metrics.file, runtime_dir)
     try:
         state = State(loaded.name, state_dir)
         with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer, _bar(syncer):
-            syncer.report, syncer.record.complain = _hook_report(monitor), complain
+            syncer.report, syncer.record.complain = _hook_report(figures), complain
             if retry:
                 syncer.record.forget()
             outcome = syncer.once(force=force, dry_run=dry_run)
     except WsyncError as exc:
-        if monitor:
-            monitor.tell(exc)
+        _write(figures, exc)
         if as_json and not isinstance(exc, UsageError):
             _print_json(outcome_json(Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(exc))))
         complain(exc)
         raise typer.Exit(exc.exit_code) from exc
-    if monitor:
-        monitor.tell(outcome)
+    _write(figures, outcome)
     for refused in outcome.passed_over:
         _tell(refused)
     if as_json:
@@ -171,7 +172,10 @@ def watch(
     log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
     monitor = None
     if loaded.metrics.file or loaded.metrics.port is not None:
-        monitor = _monitor(loaded, runtime_dir, lambda exc: log.note("error", "metrics", str(exc)), serve=True)
+        from .monitor import Monitor
+
+        complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
+        monitor = Monitor(loaded.name, loaded.metrics, runtime_dir, complain)
     with log:
         if monitor and monitor.endpoint:
             log.note("info", "metrics", f"figures on {monitor.endpoint.url}, health on /healthz")
@@ -291,23 +295,27 @@ def _bar(syncer: Syncer) -> AbstractContextManager[object]:
     return bar
 
 
-def _monitor(spec: Spec, runtime: Path | None, complain: Callable[[WsyncError], None], *, serve: bool) -> Monitor:
-    """The figures that the spec asks for."""
-    from .monitor import Monitor
-
-    return Monitor(spec.name, spec.metrics, runtime, complain, serve=serve)
-
-
-def _hook_report(monitor: Monitor | None) -> Callable[[str, bool, str], None]:
-    """What a push does with the end of a hook: a failure is told, the weights are live all the same."""
+def _hook_report(figures: RunFigures | None) -> Callable[[str, bool, str], None]:
+    """What a push does when a hook ended: a failure is a warning, since the weights are live all the same."""
 
     def report(kind: str, ok: bool, message: str) -> None:
         if not ok:
             print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
-        if monitor:
-            monitor.figures.hook(kind, ok)
+        if figures:
+            figures.hook(kind, ok)
 
     return report
+
+
+def _write(figures: RunFigures | None, event: Outcome | WsyncError) -> None:
+    """Leaves the figures of a push in their file. Where that fails it is told; the exit code stays the push's."""
+    from .console import complain
+
+    if figures:
+        try:
+            figures.write(event)
+        except WsyncError as exc:
+            complain(exc)
 
 
 def _live(name: str, runtime: Path | None) -> int:

@@ -1,28 +1,28 @@
-"""What ``[metrics]`` asks for, put together: the figures, their file and their port.
-
-Loaded only where a file or a port is asked for, because the client library takes a tenth of a second.
-"""
+"""What ``[metrics]`` asks of a watch, put together: the figures, their file and their port."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from .endpoint import Endpoint
 from .errors import WsyncError
-from .exposition import TextFile
-from .metrics import Figures, Metrics
+from .figures import HEALTHY, Figures, last_success, write
+from .metrics import Metrics
 from .outcome import Outcome
+
+_EVERY = 5.0  # seconds between two writes of the file where passes find nothing new
 
 
 class Monitor:
-    """Counts passes, and gives the figures to whoever was asked for.
+    """Counts a watch's passes, serves the figures, and writes them to a file.
 
     Args:
         name: of the segment.
         runtime: where segments live.
-        complain: called, once for each reason in a row, where the file cannot be written; the weights go first.
-        serve: open the port, which a single push does not.
+        complain: called, once for each reason in a row, when the file cannot be written.
 
     Raises:
         UsageError: the port or the file cannot be used.
@@ -34,32 +34,34 @@ class Monitor:
         settings: Metrics,
         runtime: str | os.PathLike[str] | None,
         complain: Callable[[WsyncError], None],
-        *,
-        serve: bool,
     ) -> None:
         self.figures = Figures(name, runtime)
-        self._complain, self._complaint = complain, ""
-        self._file = TextFile(settings.file, self.figures) if settings.file else None
+        self._complain, self._complaint, self._next = complain, "", 0.0
+        self._file = Path(settings.file) if settings.file else None
+        if self._file:
+            self.figures.live.last_success = last_success(self._file, name)
         self.endpoint: Endpoint | None = None
-        if serve and settings.port is not None:
+        if settings.port is not None:
             self.endpoint = Endpoint(self.figures, settings.address, settings.port, settings.max_staleness)
 
     def tell(self, event: Outcome | WsyncError) -> None:
         """Counts a pass: its outcome, or why it failed."""
         self.figures.tell(event)
-        if self._file:
-            self._save(lambda file: file.tell(event))
+        quiet = isinstance(event, Outcome) and event.status in HEALTHY and event.status != "published"
+        if not quiet or time.monotonic() >= self._next:
+            self._write()
 
     def close(self) -> None:
         if self.endpoint:
             self.endpoint.close()
-        if self._file:
-            self._save(TextFile.save)
+        self._write()
 
-    def _save(self, save: Callable[[TextFile], None]) -> None:
-        assert self._file
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        self._next = time.monotonic() + _EVERY
         try:
-            save(self._file)
+            write(self._file, self.figures.registry)
             self._complaint = ""
         except WsyncError as exc:
             if str(exc) != self._complaint:

@@ -48,7 +48,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "webhook_success_status": ("hooks", int, "Answer that is a success; 0 takes any. (default: 200)"),
     "metrics_port": ("metrics", int, "Serve /metrics and /healthz; 0 takes any free port. (default: neither)"),
     "metrics_address": ("metrics", str, "Where that port listens. (default: 127.0.0.1)"),
-    "metrics_file": ("metrics", str, "A .prom file for the node exporter; its counters go on."),
+    "metrics_file": ("metrics", str, "A .prom file for the node exporter."),
     "max_staleness": (
         "metrics",
         float,
