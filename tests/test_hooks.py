@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,10 +18,10 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from conftest import DEADLINE, Cli, Spawn, heard, interrupted_at, signal_another_thread, write
+from conftest import DEADLINE, Cli, Spawn, heard, signal_another_thread, write
 from policies import mlp
 
-from wsync import command, helper
+from wsync import command
 from wsync.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.hook_runner import Hook, News, request
@@ -36,6 +35,7 @@ SPEC, NAME = "policies:mlp", "policies.mlp"
 
 Told = tuple[str, bool, str]
 MakeBox = Callable[..., "Box"]
+Interrupts = Callable[..., threading.Thread]
 
 
 class Box:
@@ -223,22 +223,48 @@ def test_an_interrupt_does_not_wait_for_hooks(make: MakeBox, fifo: Callable[[str
     assert heard(up) == b"" and "was stopped" in box.next()[2]
 
 
-@pytest.mark.parametrize("moment", range(0, 90, 3))
-def test_an_interrupt_of_the_wait_ends_the_command(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a wait for ever, of both: whenever Ctrl-C comes, the command is ended at once."""
-    started, began = list[subprocess.Popen[bytes]](), time.monotonic()
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Starts a thread that sends this process SIGINT after each of some words that it hears from a pipe."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 
-    class Recorded(subprocess.Popen[bytes]):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            started.append(self)
-            super().__init__(*args, **kwargs)
+    def start(pipe: int, *words: bytes) -> threading.Thread:
+        def work() -> None:
+            for word in words:
+                if heard(pipe) == word:
+                    signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(helper, "_LOOK", 0.001)
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
-    with interrupted_at(moment, helper.Done.wait.__code__):
-        command.run(["sleep", "99"], timeout=99, environment=os.environ)
-    assert [process.returncode for process in started] == [-signal.SIGTERM]
-    assert time.monotonic() - began < command.GRACE
+        thread = threading.Thread(target=work)
+        thread.start()
+        return thread
+
+    yield start
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_command(fifo: Callable[[str], int], interrupts: Interrupts, tmp_path: Path) -> None:
+    """Ctrl-C while a command runs in the main thread ends it, with all that it started, before it is raised."""
+    up = fifo("up")
+    thread = interrupts(up, b"up\n")
+    both = ["/bin/sh", "-c", "(echo up; sleep 99) > up & sleep 99"]
+    with pytest.raises(KeyboardInterrupt):
+        command.run(both, timeout=DEADLINE, environment=os.environ, directory=tmp_path)
+    thread.join()
+    assert heard(up) == b""
+
+
+def test_a_second_interrupt_kills_what_ignores_the_first(
+    fifo: Callable[[str], int], interrupts: Interrupts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a stubborn command has its time to end takes the rest of that time away, and leaves nothing."""
+    monkeypatch.setattr(command, "GRACE", DEADLINE)
+    up, began = fifo("up"), time.monotonic()
+    thread = interrupts(up, b"up\n", b"stubborn\n")
+    stubborn = 'exec > up; trap "echo stubborn" TERM; echo up; while :; do sleep 0.05; done'
+    with pytest.raises(KeyboardInterrupt):
+        command.run(["/bin/sh", "-c", stubborn], timeout=DEADLINE, environment=os.environ, directory=tmp_path)
+    thread.join()
+    assert heard(up) == b"" and time.monotonic() - began < DEADLINE
 
 
 def test_watch_goes_on_beside_a_failing_hook(segment: Segment, runs: Path, spawn: Spawn) -> None:

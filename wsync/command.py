@@ -1,8 +1,8 @@
-"""A user's command, kept within bounds: its time, its output, and every process that it starts.
+"""Runs a user's command within bounds: of time, of output, and of the processes that it starts.
 
-It runs in a session, and so a process group, of its own, without a terminal: Ctrl-C is for wsync, which then ends it.
-When its time is up the whole group gets SIGTERM, and what is left of it ``GRACE`` seconds later SIGKILL. A command that
-ends by itself is not followed: what it left running in the background may go on, and is not waited for, although it
+The command gets a session, and so a process group, of its own and no terminal, so that Ctrl-C reaches wsync alone,
+which then ends the command. When its time is up the whole group gets SIGTERM, and ``GRACE`` seconds later SIGKILL. A
+command that ends by itself is not followed: what it left in the background goes on and is not waited for, although it
 may hold the pipe of the output. Only the end of the output is kept.
 """
 
@@ -17,14 +17,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from .errors import WsyncError, printable
-from .helper import Done
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
-_LOOK = 0.05  # seconds between two looks whether it ended, where its output does not tell
-_CHUNK = 65_536
+_LOOK = 0.05  # seconds between two looks whether the command ended or is to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +31,9 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        code: its exit status; negative the number of the signal that ended it; None where it had to be ended.
+        code: its exit status; minus the signal's number where a signal ended it; None where we ended it.
         how: the same in words.
-        output: the last lines of its stdout and stderr, without control characters but the newlines between them.
+        output: the last lines of its stdout and stderr, with control characters escaped.
     """
 
     code: int | None
@@ -46,9 +45,7 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """The output, to stand behind how it ended; indented, where it is of several lines, so that none of them passes
-        for a line of ours.
-        """
+        """The output, to be appended to a message. Several lines are indented, so that none looks like one of ours."""
         lines = self.output.split("\n")
         if len(lines) > 1:
             return "\n  ".join([":", *lines]) + "\n"
@@ -64,10 +61,7 @@ def run(
     stop: threading.Event | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> Ended:
-    """Runs a command to its end, or to the end of its time.
-
-    It has a thread of its own: what a signal raises, in the main thread, must not come between a process that was just
-    started and the one who ends it.
+    """Runs a command until it ends, its time is up, or it is to stop. An exception, as of Ctrl-C, ends it, too.
 
     Args:
         timeout: seconds.
@@ -78,38 +72,6 @@ def run(
     Raises:
         WsyncError: it could not be started.
     """
-    over, given_up = Done(), threading.Event()
-    results: list[Ended | Exception] = []
-
-    def work() -> None:
-        try:
-            stops = [event for event in (stop, given_up) if event]
-            results.append(_run(arguments, stdin, environment, directory, timeout, stops))
-        except Exception as exc:
-            results.append(exc)
-        finally:
-            over.tell()
-
-    try:
-        threading.Thread(target=work, daemon=True).start()
-        over.wait()
-    except BaseException:
-        given_up.set()
-        over.wait(2 * GRACE + 1)
-        raise
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
-
-
-def _run(
-    arguments: Sequence[str],
-    stdin: int,
-    environment: Mapping[str, str],
-    directory: Path | None,
-    timeout: float,
-    stops: Sequence[threading.Event],
-) -> Ended:
     try:
         process = subprocess.Popen(
             arguments,
@@ -125,89 +87,69 @@ def _run(
             f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). See that both are "
             "there, and that the system has room for one more process."
         ) from exc
-    with _Output(process) as output:
+    assert process.stdout
+    with process.stdout as pipe:
+        output = _Tail(pipe)
+        how, deadline = "", time.monotonic() + timeout
         try:
-            cut = output.follow(time.monotonic() + timeout, stops)
+            while not how and process.poll() is None:
+                if stop and stop.is_set():
+                    how = "was stopped"
+                elif (left := deadline - time.monotonic()) <= 0:
+                    how = f"took longer than {timeout:g} s"
+                else:
+                    output.read(min(left, _LOOK))
         finally:
             if process.returncode is None:
                 _end(process, output)
-    if cut:
-        return Ended(None, f"took longer than {timeout:g} s" if cut == "late" else "was stopped", output.text())
+        if how:
+            return Ended(None, how, plain(output.data))
+        output.read(0)  # all that a pipe holds; not what background processes go on writing
     code = process.returncode
     how = f"ended with status {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
-    return Ended(code, how, output.text())
+    return Ended(code, how, plain(output.data))
 
 
-class _Output:
-    """The pipe of a command's output, of which the end is kept."""
+class _Tail:
+    """The end of what came through a pipe."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout
-        self._process, self._pipe, self._tail, self.ended = process, process.stdout, b"", False
-        os.set_blocking(self._pipe.fileno(), False)
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._fd, self.data, self.closed = pipe.fileno(), b"", False
         self._poll = select.poll()
-        self._poll.register(self._pipe, select.POLLIN)
+        self._poll.register(self._fd, select.POLLIN)
 
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._pipe.close()
-
-    def follow(self, deadline: float, stops: Sequence[threading.Event]) -> str:
-        """Reads until the command ended (empty), time is up (``late``) or it shall stop (``stopped``)."""
-        while self._process.poll() is None:
-            if any(stop.is_set() for stop in stops):
-                return "stopped"
-            if (left := deadline - time.monotonic()) <= 0:
-                return "late"
-            self.read(min(left, _LOOK))
-        for _ in range(16):  # what is still in the pipe; not what others go on writing into it
-            if not self.read(0):
-                break
-        return ""
-
-    def read(self, seconds: float) -> bool:
-        """Takes what comes within this time; whether anything came."""
-        if self.ended:  # it closed its output; mostly it ends at once
-            time.sleep(min(seconds, 0.01))
-            return False
-        if not self._poll.poll(seconds * 1000):
-            return False
-        data = os.read(self._pipe.fileno(), _CHUNK)
-        self._tail = (self._tail + data)[-4 * CHARACTERS :]
-        self.ended = not data
-        return bool(data)
-
-    def text(self) -> str:
-        return plain(self._tail)
+    def read(self, seconds: float) -> None:
+        """Takes what comes first within this time."""
+        if self.closed:
+            time.sleep(min(seconds, 0.01))  # a command that closes its output mostly ends at once
+        elif self._poll.poll(seconds * 1000):
+            data = os.read(self._fd, 65_536)
+            self.data = (self.data + data)[-4 * CHARACTERS :]
+            self.closed = not data
 
 
-def _end(process: subprocess.Popen[bytes], output: _Output) -> None:
-    """Ends a command and all of its group, and reaps it.
-
-    Until it is reaped its number, which is the group's, is no other's.
-    """
+def _end(process: subprocess.Popen[bytes], output: _Tail) -> None:
+    """Ends a command and all of its group, and reaps it last: until then the group's number belongs to no other."""
     until = time.monotonic() + GRACE
     try:
         os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < until and not (output.ended and _is_dead(process)):
+        while time.monotonic() < until:
             output.read(_LOOK)
-        os.killpg(process.pid, signal.SIGKILL)
+            dead = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead and output.closed:
+                break
     except PermissionError:
-        pass  # it runs as another user (sudo), and only that one can end it
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass  # no signal reaches it; it must not hold us up
-
-
-def _is_dead(process: subprocess.Popen[bytes]) -> bool:
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        return  # it runs as another user (sudo), and only that one can end it
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(GRACE)
+        except (OSError, subprocess.TimeoutExpired):
+            pass  # another user's, or out of reach of any signal: it must not hold us up
 
 
 def plain(data: bytes) -> str:
-    """The last lines of an output as they do nothing to a terminal: what does not print is written as its escape."""
+    """The last lines of an output, safe for a terminal: characters that do not print are escaped."""
     lines = data.decode("utf-8", "replace").strip().splitlines()[-LINES:]
     harmless = (printable(line.expandtabs()) for line in lines)
     return "\n".join(harmless)[-CHARACTERS:]
@@ -216,5 +158,5 @@ def plain(data: bytes) -> str:
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:
+    except ValueError:  # a real-time signal
         return f"signal {number}"

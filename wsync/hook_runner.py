@@ -16,6 +16,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from . import command
 from .errors import WsyncError
-from .helper import Done
 from .hooks import Hooks, environment
 from .segment_files import Publication
 from .spec import Spec
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import http.client
 
 _log = logging.getLogger("wsync")
+_LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
 
 Report = Callable[[str, bool, str], None]
 
@@ -47,14 +48,14 @@ class News:
 
 
 class Hook:
-    """One kind of hook, its thread and its mailbox.
+    """One kind of hook, with a thread and a mailbox for one version.
 
     Args:
         kind: what messages call it.
-        act: runs it once, and is to end soon after the event is set.
+        act: runs it once, and returns soon after the event is set.
         timeout: seconds that ``act`` takes at most.
         backoff: seconds between a failure and the next try.
-        report: called from the thread with the kind, whether it worked, and what to tell.
+        report: called from the thread with the kind, whether it worked, and a message.
 
     Attributes:
         runs: how often it ran, failures among them.
@@ -75,68 +76,58 @@ class Hook:
         self._changed = threading.Condition()
         self._waiting: News | None = None
         self._closing = False
-        self._cancel = threading.Event()
-        self._ended = Done()  # a join that a signal interrupts forgets that its thread still runs
-        threading.Thread(target=self._begin, name=f"wsync-{kind}", daemon=True).start()
+        self._cancel, self._ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
     def send(self, news: News) -> None:
-        """Puts a version into the mailbox, in the place of one that still waits there."""
+        """Puts a version into the mailbox, in place of one that still waits there."""
         with self._changed:
             self._waiting = news
             self._changed.notify()
 
-    def shut(self) -> None:
-        """Nothing is tried again from here on."""
+    def shut(self, *, now: bool = False) -> None:
+        """From here on nothing is tried again. With ``now`` what runs is ended, and what waits is dropped."""
+        if now:
+            self._cancel.set()
         with self._changed:
             self._closing = True
             self._changed.notify()
 
     def join(self) -> None:
-        """Waits for what runs and what waits, each within its time; one that is interrupted is ended."""
+        """Waits for what runs and what waits, each within its time. An exception, as of Ctrl-C, ends what runs."""
+        until = time.monotonic() + 2 * (self._timeout + 2 * command.GRACE)
         try:
-            self._ended.wait(2 * (self._timeout + 2 * command.GRACE))
+            while not self._ended.wait(_LOOK) and time.monotonic() < until:
+                pass
         finally:
-            self.cancel()
+            self._cancel.set()
             self._ended.wait(2 * command.GRACE + 1)
 
-    def cancel(self) -> None:
-        """What runs is to end now, and nothing more runs."""
-        self._cancel.set()
-
-    def _begin(self) -> None:
-        try:
-            self._work()
-        finally:
-            self._ended.tell()
-
     def _work(self) -> None:
-        news: News | None = None  # what failed, and is to be tried again
+        failed: News | None = None  # to be tried again
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if news else None)
-                news, self._waiting = self._waiting or (None if self._closing else news), None
+                self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if failed else None)
+                news, self._waiting = self._waiting or (None if self._closing else failed), None
             if news is None or self._cancel.is_set():
-                return
-            if self._run(news):
-                news = None
+                break
+            failed = None if self._run(news) else news
+        self._ended.set()
 
     def _run(self, news: News) -> bool:
         self.runs += 1
+        ok, message = True, f"{self.kind} succeeded for version {news.version}"
         try:
             self._act(news, self._cancel)
-        except Exception as exc:  # whatever it is: the thread must go on
+        except Exception as exc:  # of any kind: the thread must go on
             self.failures += 1
             why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}"
-            self._tell(False, f"version {news.version} is live, but {why}")
-            return False
-        self._tell(True, f"{self.kind} succeeded for version {news.version}")
-        return True
-
-    def _tell(self, ok: bool, message: str) -> None:
+            ok, message = False, f"version {news.version} is live, but {why}"
         try:
             self._report(self.kind, ok, message)
-        except Exception:  # a log that cannot be written is told by those who write more into it
+        except Exception:  # a log that cannot be written is reported where more is written to it
             pass
+        return ok
 
 
 class HookRunner:
@@ -185,9 +176,7 @@ class HookRunner:
             now: end it instead.
         """
         for hook in self.hooks.values():
-            if now:
-                hook.cancel()
-            hook.shut()
+            hook.shut(now=now)
         for hook in self.hooks.values():
             hook.join()
 
@@ -204,17 +193,11 @@ def run_command(
         WsyncError: it failed, or took too long.
     """
     runtime, state_dir = places
+    about = {"name": news.name, "version": news.version, "step": news.step, "checkpoint": news.checkpoint}
     ended = command.run(
         ["/bin/sh", "-c", settings.exec],
         timeout=settings.exec_timeout,
-        environment=environment(
-            state_dir,
-            name=news.name,
-            version=news.version,
-            step=news.step,
-            checkpoint=news.checkpoint,
-            runtime_dir=runtime,
-        ),
+        environment=environment(state_dir, **about, runtime_dir=runtime),
         directory=directory,
         stop=cancel,
     )
@@ -244,23 +227,22 @@ def request(settings: Hooks, news: News) -> None:
     body = json.dumps(
         {"name": news.name, "version": news.version, "step": news.step, "checkpoint": news.checkpoint or None}
     ).encode()
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port, timeout=settings.webhook_timeout)
-    late = threading.Event()
-    watchdog = threading.Timer(settings.webhook_timeout, lambda: _cut(connection, late))
+    deadline = time.monotonic() + settings.webhook_timeout
+    watchdog = threading.Timer(settings.webhook_timeout, _cut, [connection])
     watchdog.daemon = True
     watchdog.start()
     try:
         connection.connect()
-        if late.is_set():
-            raise TimeoutError
-        target = (url.path or "/") + (f"?{url.query}" if url.query else "")
-        connection.request(settings.webhook_method.upper(), target, body, headers)
-        status = connection.getresponse().status
-        if late.is_set():  # cut off within the headers, which are then taken for complete
+        if time.monotonic() < deadline:
+            connection.request(settings.webhook_method.upper(), target, body, headers)
+            status = connection.getresponse().status
+        if time.monotonic() >= deadline:  # headers that were cut off are taken for complete ones
             raise TimeoutError
     except (OSError, http.client.HTTPException) as exc:
-        if late.is_set() or isinstance(exc, TimeoutError):
+        if isinstance(exc, TimeoutError) or time.monotonic() >= deadline:
             raise WsyncError(f"{shown} gave no answer within {settings.webhook_timeout:g} s") from exc
         why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
         raise WsyncError(f"{shown} could not be told: {why}") from exc
@@ -271,14 +253,13 @@ def request(settings: Hooks, news: News) -> None:
         raise WsyncError(f"{shown} answered {status}, not {settings.webhook_success_status}")
 
 
-def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
-    """Time is up: whoever waits on the connection's socket wakes."""
-    late.set()
+def _cut(connection: http.client.HTTPConnection) -> None:
+    """Wakes whoever waits on the connection's socket, because time is up."""
     try:
         if connection.sock:
             connection.sock.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass  # it was not connected yet, or is closed already
+        pass  # it is not connected yet, or closed already
 
 
 def _warn(kind: str, ok: bool, message: str) -> None:
