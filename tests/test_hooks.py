@@ -24,10 +24,11 @@ from policies import mlp
 from wsync import command
 from wsync.console import WatchLog
 from wsync.errors import WsyncError
-from wsync.hook_runner import Hook, News, request
+from wsync.hook_runner import Hook, request
 from wsync.hooks import VARIABLES, Hooks
 from wsync.outcome import Outcome
 from wsync.segment import Segment
+from wsync.segment_files import Publication
 from wsync.spec import load_spec
 from wsync.syncer import Syncer
 
@@ -35,7 +36,6 @@ SPEC, NAME = "policies:mlp", "policies.mlp"
 
 Told = tuple[str, bool, str]
 MakeBox = Callable[..., "Box"]
-Interrupts = Callable[..., threading.Thread]
 
 
 class Box:
@@ -223,48 +223,25 @@ def test_an_interrupt_does_not_wait_for_hooks(make: MakeBox, fifo: Callable[[str
     assert heard(up) == b"" and "was stopped" in box.next()[2]
 
 
-@pytest.fixture
-def interrupts() -> Iterator[Interrupts]:
-    """Starts a thread that sends this process SIGINT after each of some words that it hears from a pipe."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-
-    def start(pipe: int, *words: bytes) -> threading.Thread:
-        def work() -> None:
-            for word in words:
-                if heard(pipe) == word:
-                    signal.raise_signal(signal.SIGINT)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        return thread
-
-    yield start
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_ends_the_command(fifo: Callable[[str], int], interrupts: Interrupts, tmp_path: Path) -> None:
-    """Ctrl-C while a command runs in the main thread ends it, with all that it started, before it is raised."""
+def test_an_interrupt_ends_the_command(fifo: Callable[[str], int], tmp_path: Path) -> None:
+    """Ctrl-C while a command runs ends it, with all that it started, before it is raised."""
     up = fifo("up")
-    thread = interrupts(up, b"up\n")
-    both = ["/bin/sh", "-c", "(echo up; sleep 99) > up & sleep 99"]
-    with pytest.raises(KeyboardInterrupt):
-        command.run(both, timeout=DEADLINE, environment=os.environ, directory=tmp_path)
-    thread.join()
+
+    def interrupt() -> None:
+        if heard(up) == b"up\n":
+            signal.raise_signal(signal.SIGINT)  # whose handler Python runs in the main thread
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run of tests in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            both = ["/bin/sh", "-c", "(echo up; sleep 99) > up & sleep 99"]
+            command.run(both, timeout=DEADLINE, environment=os.environ, directory=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
     assert heard(up) == b""
-
-
-def test_a_second_interrupt_kills_what_ignores_the_first(
-    fifo: Callable[[str], int], interrupts: Interrupts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C while a stubborn command has its time to end takes the rest of that time away, and leaves nothing."""
-    monkeypatch.setattr(command, "GRACE", DEADLINE)
-    up, began = fifo("up"), time.monotonic()
-    thread = interrupts(up, b"up\n", b"stubborn\n")
-    stubborn = 'exec > up; trap "echo stubborn" TERM; echo up; while :; do sleep 0.05; done'
-    with pytest.raises(KeyboardInterrupt):
-        command.run(["/bin/sh", "-c", stubborn], timeout=DEADLINE, environment=os.environ, directory=tmp_path)
-    thread.join()
-    assert heard(up) == b"" and time.monotonic() - began < DEADLINE
 
 
 def test_watch_goes_on_beside_a_failing_hook(segment: Segment, runs: Path, spawn: Spawn) -> None:
@@ -337,7 +314,7 @@ def test_the_end_tells_what_waits_and_tries_nothing_again(make: MakeBox, server:
     assert (box.hook("webhook").runs, box.hook("webhook").failures) == (2, 2) and server.requests.empty()
 
 
-NEWS = News(NAME, 1, None, "")
+LIVE = Publication(1, None, "", "", 0.0, "")
 
 
 @pytest.mark.parametrize(
@@ -348,11 +325,12 @@ def test_success_status(server: Server, answered: int, wanted: int, ok: bool) ->
     """The status that is wanted succeeds, 0 takes any; a redirect is no success and is not followed."""
     server.answer = lambda version: answered
     settings = Hooks(webhook=server.url, webhook_method="put", webhook_success_status=wanted, webhook_timeout=DEADLINE)
+    spec = replace(load_spec(SPEC), hooks=settings)
     if ok:
-        request(settings, NEWS)
+        request(spec, LIVE)
     else:
         with pytest.raises(WsyncError, match=f"answered {answered}, not {wanted}"):
-            request(settings, NEWS)
+            request(spec, LIVE)
     method, _, _, body = server.requests.get_nowait()
     assert method == "PUT" and (body["step"], body["checkpoint"]) == (None, None) and server.requests.empty()
 
@@ -389,8 +367,9 @@ def test_a_server_that_drips_is_cut_off(first: bytes) -> None:
         dripping.start()
         began = time.monotonic()
         settings = Hooks(webhook=f"http://127.0.0.1:{listener.getsockname()[1]}", webhook_timeout=0.5)
+        spec = replace(load_spec(SPEC), hooks=settings)
         with pytest.raises(WsyncError, match="no answer within 0.5 s"):
-            request(settings, NEWS)
+            request(spec, LIVE)
         assert time.monotonic() - began < DEADLINE / 2
         stop.set()
         dripping.join(DEADLINE)
@@ -410,8 +389,8 @@ def test_the_thread_outlives_what_it_calls() -> None:
     """An error that nobody thought of is a failure; a report that fails is none of the hook's business."""
     ran: Queue[int] = Queue()
 
-    def act(news: News, cancel: threading.Event) -> None:
-        ran.put(news.version)
+    def act(live: Publication, cancel: threading.Event) -> None:
+        ran.put(live.version)
         raise RuntimeError("unforeseen")
 
     def report(kind: str, ok: bool, message: str) -> None:
@@ -420,7 +399,7 @@ def test_the_thread_outlives_what_it_calls() -> None:
 
     hook = Hook("exec", act, timeout=DEADLINE, backoff=3600, report=report)
     for version in (1, 2):
-        hook.send(News(NAME, version, None, ""))
+        hook.send(replace(LIVE, version=version))
         assert ran.get(timeout=DEADLINE) == version
     hook.shut()
     hook.join()

@@ -14,7 +14,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from .errors import WsyncError, printable
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 _LOOK = 0.05  # seconds between two looks whether the command ended or is to stop
 
 
@@ -63,6 +65,9 @@ def run(
 ) -> Ended:
     """Runs a command until it ends, its time is up, or it is to stop. An exception, as of Ctrl-C, ends it, too.
 
+    It is started and ended in a thread of its own: what a signal raises in the main thread within ``Popen`` would lose
+    a process that is running already.
+
     Args:
         timeout: seconds.
         directory: where it runs; default the current one.
@@ -72,8 +77,9 @@ def run(
     Raises:
         WsyncError: it could not be started.
     """
-    try:
-        process = subprocess.Popen(
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             arguments,
             stdin=stdin,
             stdout=subprocess.PIPE,
@@ -82,31 +88,41 @@ def run(
             env=environment,
             start_new_session=True,
         )
-    except OSError as exc:
-        raise WsyncError(
-            f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). See that both are "
-            "there, and that the system has room for one more process."
-        ) from exc
+
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            ended = pool.submit(_follow, start, timeout, [event for event in (stop, given_up) if event])
+            while not wait([ended], _LOOK).done:
+                pass
+            return ended.result()
+        except OSError as exc:
+            raise WsyncError(
+                f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). See that both "
+                "are there, and that the system has room for one more process."
+            ) from exc
+        finally:
+            given_up.set()
+
+
+def _follow(start: Callable[[], subprocess.Popen[bytes]], timeout: float, stops: Sequence[threading.Event]) -> Ended:
+    process, deadline, how = start(), time.monotonic() + timeout, ""
     assert process.stdout
     with process.stdout as pipe:
         output = _Tail(pipe)
-        how, deadline = "", time.monotonic() + timeout
-        try:
-            while not how and process.poll() is None:
-                if stop and stop.is_set():
-                    how = "was stopped"
-                elif (left := deadline - time.monotonic()) <= 0:
-                    how = f"took longer than {timeout:g} s"
-                else:
-                    output.read(min(left, _LOOK))
-        finally:
-            if process.returncode is None:
-                _end(process, output)
+        while not how and process.poll() is None:
+            if any(stop.is_set() for stop in stops):
+                how = "was stopped"
+            elif (left := deadline - time.monotonic()) <= 0:
+                how = f"took longer than {timeout:g} s"
+            else:
+                output.read(min(left, _LOOK))
         if how:
+            _end(process, output)
             return Ended(None, how, plain(output.data))
         output.read(0)  # all that a pipe holds; not what background processes go on writing
     code = process.returncode
-    how = f"ended with status {code}" if code >= 0 else f"was ended by {_signal_name(-code)}"
+    how = f"ended with status {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
     return Ended(code, how, plain(output.data))
 
 
@@ -138,14 +154,10 @@ def _end(process: subprocess.Popen[bytes], output: _Tail) -> None:
             dead = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if dead and output.closed:
                 break
-    except PermissionError:
-        return  # it runs as another user (sudo), and only that one can end it
-    finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(GRACE)
-        except (OSError, subprocess.TimeoutExpired):
-            pass  # another user's, or out of reach of any signal: it must not hold us up
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(GRACE)
+    except (PermissionError, subprocess.TimeoutExpired):
+        pass  # it runs as another user (sudo), or no signal reaches it: it must not hold us up
 
 
 def plain(data: bytes) -> str:
@@ -153,10 +165,3 @@ def plain(data: bytes) -> str:
     lines = data.decode("utf-8", "replace").strip().splitlines()[-LINES:]
     harmless = (printable(line.expandtabs()) for line in lines)
     return "\n".join(harmless)[-CHARACTERS:]
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

@@ -23,13 +23,7 @@ from .segment import Segment
 from .segment_files import Publication
 
 try:
-    from prometheus_client import (
-        CollectorRegistry,
-        Counter,
-        Histogram,
-        disable_created_metrics,
-        write_to_textfile,
-    )
+    import prometheus_client as client
     from prometheus_client.core import GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector
 except ImportError as exc:
@@ -38,7 +32,7 @@ except ImportError as exc:
         "pip install 'wsync[metrics]', or leave --metrics-port and --metrics-file out."
     ) from exc
 
-disable_created_metrics()  # type: ignore[no-untyped-call]
+client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 STATUSES = tuple(status for status in EXIT_CODES if status != "checked")
 HEALTHY = ("published", "current", "pinned")
@@ -119,19 +113,19 @@ class Figures:
     """
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None = None) -> None:
-        self.name, self.live, self.registry = name, Live(name, runtime), CollectorRegistry()
+        self.name, self.live, self.registry = name, Live(name, runtime), client.CollectorRegistry()
         self.registry.register(self.live)
         self._refused: set[str] = set()
         self._good = time.monotonic()
 
-        def counter(family: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Counter:
-            made = Counter(family, text, ["name", label] if label else ["name"], registry=self.registry)
+        def counter(family: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> client.Counter:
+            made = client.Counter(family, text, ["name", label] if label else ["name"], registry=self.registry)
             for value in [[value] for value in values] if label else [[]]:
                 made.labels(name, *value)  # there from zero: what begins at 1 is no increase to Prometheus
             return made
 
         self._passes = counter("wsync_sync_count", "Passes, by how they ended.", "status", STATUSES)
-        self._seconds = Histogram(
+        self._seconds = client.Histogram(
             "wsync_sync_duration_seconds",
             "How long passes took, by how they ended.",
             ["name", "status"],
@@ -225,7 +219,7 @@ def write(path: Path, figures: Collector) -> None:
         WsyncError: it cannot be written.
     """
     try:
-        write_to_textfile(str(path), figures)
+        client.write_to_textfile(str(path), figures)
         path.chmod(0o644)  # cron's umask may be anything
     except OSError as exc:
         raise WsyncError(

@@ -18,13 +18,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import command
 from .errors import WsyncError
-from .hooks import Hooks, environment
+from .hooks import environment
 from .segment_files import Publication
 from .spec import Spec
 
@@ -34,17 +34,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("wsync")
 _LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
 
+Act = Callable[[Publication, threading.Event], None]
 Report = Callable[[str, bool, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """A version that went live."""
-
-    name: str
-    version: int
-    step: int | None
-    checkpoint: str
 
 
 class Hook:
@@ -62,27 +53,19 @@ class Hook:
         failures: how often it failed.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        act: Callable[[News, threading.Event], None],
-        *,
-        timeout: float,
-        backoff: float,
-        report: Report,
-    ) -> None:
+    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Report) -> None:
         self.kind, self.runs, self.failures = kind, 0, 0
         self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
         self._changed = threading.Condition()
-        self._waiting: News | None = None
+        self._waiting: Publication | None = None
         self._closing = False
         self._cancel, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
-    def send(self, news: News) -> None:
+    def send(self, live: Publication) -> None:
         """Puts a version into the mailbox, in place of one that still waits there."""
         with self._changed:
-            self._waiting = news
+            self._waiting = live
             self._changed.notify()
 
     def shut(self, *, now: bool = False) -> None:
@@ -104,25 +87,25 @@ class Hook:
             self._ended.wait(2 * command.GRACE + 1)
 
     def _work(self) -> None:
-        failed: News | None = None  # to be tried again
+        failed: Publication | None = None  # to be tried again
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if failed else None)
-                news, self._waiting = self._waiting or (None if self._closing else failed), None
-            if news is None or self._cancel.is_set():
+                live, self._waiting = self._waiting or (None if self._closing else failed), None
+            if live is None or self._cancel.is_set():
                 break
-            failed = None if self._run(news) else news
+            failed = None if self._run(live) else live
         self._ended.set()
 
-    def _run(self, news: News) -> bool:
+    def _run(self, live: Publication) -> bool:
         self.runs += 1
-        ok, message = True, f"{self.kind} succeeded for version {news.version}"
+        ok, message = True, f"{self.kind} succeeded for version {live.version}"
         try:
-            self._act(news, self._cancel)
+            self._act(live, self._cancel)
         except Exception as exc:  # of any kind: the thread must go on
             self.failures += 1
             why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}"
-            ok, message = False, f"version {news.version} is live, but {why}"
+            ok, message = False, f"version {live.version} is live, but {why}"
         try:
             self._report(self.kind, ok, message)
         except Exception:  # a log that cannot be written is reported where more is written to it
@@ -144,30 +127,18 @@ class HookRunner:
 
     def __init__(self, spec: Spec, runtime: Path, report: Report | None = None, state_dir: Path | None = None) -> None:
         settings, report = spec.hooks, report or _warn
-        self._name = spec.name
         self.hooks: dict[str, Hook] = {}
         if settings.exec:
-            self.hooks["exec"] = Hook(
-                "exec",
-                lambda news, cancel: run_command(settings, spec.directory, (runtime, state_dir), news, cancel),
-                timeout=settings.exec_timeout,
-                backoff=settings.exec_backoff,
-                report=report,
-            )
+            act: Act = partial(run_command, spec, (runtime, state_dir))
+            self.hooks["exec"] = Hook("exec", act, settings.exec_timeout, settings.exec_backoff, report)
         if settings.webhook:
-            self.hooks["webhook"] = Hook(
-                "webhook",
-                lambda news, cancel: request(settings, news),
-                timeout=settings.webhook_timeout,
-                backoff=settings.webhook_backoff,
-                report=report,
-            )
+            act = lambda live, cancel: request(spec, live)  # noqa: E731
+            self.hooks["webhook"] = Hook("webhook", act, settings.webhook_timeout, settings.webhook_backoff, report)
 
-    def send(self, published: Publication) -> None:
+    def send(self, live: Publication) -> None:
         """Tells each hook of a version; returns at once."""
-        news = News(self._name, published.version, published.step, published.source)
         for hook in self.hooks.values():
-            hook.send(news)
+            hook.send(live)
 
     def close(self, *, now: bool = False) -> None:
         """Waits until what runs and what waits has had its time.
@@ -181,9 +152,7 @@ class HookRunner:
             hook.join()
 
 
-def run_command(
-    settings: Hooks, directory: Path, places: tuple[Path, Path | None], news: News, cancel: threading.Event
-) -> None:
+def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication, cancel: threading.Event) -> None:
     """Runs ``exec`` once.
 
     Args:
@@ -193,19 +162,19 @@ def run_command(
         WsyncError: it failed, or took too long.
     """
     runtime, state_dir = places
-    about = {"name": news.name, "version": news.version, "step": news.step, "checkpoint": news.checkpoint}
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source}
     ended = command.run(
-        ["/bin/sh", "-c", settings.exec],
-        timeout=settings.exec_timeout,
+        ["/bin/sh", "-c", spec.hooks.exec],
+        timeout=spec.hooks.exec_timeout,
         environment=environment(state_dir, **about, runtime_dir=runtime),
-        directory=directory,
+        directory=spec.directory,
         stop=cancel,
     )
     if ended.code != 0:
-        raise WsyncError(f"the command {settings.exec!r} {str(ended).rstrip()}")
+        raise WsyncError(f"the command {spec.hooks.exec!r} {str(ended).rstrip()}")
 
 
-def request(settings: Hooks, news: News) -> None:
+def request(spec: Spec, live: Publication) -> None:
     """Makes the webhook's request once.
 
     The time is that of the whole request: a server that sends a byte now and then must not hold a newer version up.
@@ -218,15 +187,15 @@ def request(settings: Hooks, news: News) -> None:
     import http.client
     from urllib.parse import unquote, urlsplit
 
+    settings = spec.hooks
     url = urlsplit(settings.webhook)
     shown = f"the webhook at {url.hostname}"
-    headers = {"Content-Type": "application/json", "Wsync-Version": str(news.version), "Connection": "close"}
+    headers = {"Content-Type": "application/json", "Wsync-Version": str(live.version), "Connection": "close"}
     if url.username is not None:
         pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    body = json.dumps(
-        {"name": news.name, "version": news.version, "step": news.step, "checkpoint": news.checkpoint or None}
-    ).encode()
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source or None}
+    body = json.dumps(about).encode()
     target = (url.path or "/") + (f"?{url.query}" if url.query else "")
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port, timeout=settings.webhook_timeout)
