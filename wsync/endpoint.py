@@ -1,7 +1,7 @@
 """``/metrics`` and ``/healthz`` over HTTP, in threads beside a watch.
 
 It listens on the loopback unless told otherwise: the figures name steps and processes, and nobody is asked who he is.
-A client that is silent is dropped, and at most ``MAX_CLIENTS`` are served at a time.
+Each client has a thread, and one that is silent is dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from prometheus_client import make_wsgi_app
 
 from .errors import UsageError
 from .figures import Figures
-
-MAX_CLIENTS = 16
 
 
 class Endpoint:
@@ -82,20 +80,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, family: socket.AddressFamily, where: Any) -> None:
         self.address_family = family
-        self._free = threading.BoundedSemaphore(MAX_CLIENTS)
         super().__init__(where, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # of a client that is silent, or went away
