@@ -4,7 +4,7 @@ Importing this package imports neither torch nor tensordict; what may need them 
 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
-    ground          errors layout memory addresses helper ahead access notify transfer
+    ground          errors layout memory addresses helper prefetch access notify transfer
     checkpoints     header parts store_client store hub casting finite fitting staging advice adapter checkpoint
                     remote source changes
     segments        segment_files registry segment badge
