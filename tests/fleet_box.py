@@ -48,21 +48,11 @@ def around(owner: Any, name: str, before: Callable[..., None], after: Callable[[
     setattr(owner, name, wrapped)
 
 
-def staging(outgoing: group.Stream) -> None:
-    if len(outgoing._under_way) == 2:
-        die_at("stage")
-
-
-def garble() -> None:
-    """Flips a bit of the spare slots, once, as a network that garbles does."""
-    if os.environ.pop("FLEET_GARBLE", ""):
-        place = Path(os.environ["WSYNC_RUNTIME_DIR"]) / "nets"
-        for slot in place.glob("slot-*.safetensors"):
-            with slot.open("r+b") as file:
-                file.seek(-1, os.SEEK_END)
-                last = file.read(1)[0]
-                file.seek(-1, os.SEEK_END)
-                file.write(bytes([last ^ 1]))
+def sharing(self: group.Group, memory: memoryview, rank: int) -> None:
+    share(self, memory, rank)
+    if os.environ.pop("FLEET_GARBLE", ""):  # the first piece that ever comes here comes wrong
+        memory[0] ^= 1
+    die_at("stage")
 
 
 def voting(turn: delivery.Turn) -> None:
@@ -78,26 +68,24 @@ def hearing(self: group.Group, rank: int) -> Any:
     return told
 
 
-def telling(self: group.Group, what: Any) -> None:
-    if what is None and (file := os.environ.get("FLEET_BUSY")):
+def gathering(self: group.Group, mine: Any) -> list[Any]:
+    if mine is None and (file := os.environ.get("FLEET_BUSY")):
         with open(file, "a") as log:
             log.write("busy\n")
-    tell(self, what)
+    return gather(self, mine)
 
 
-hear, tell = group.Group.hear, group.Group.tell
+hear, gather, share = group.Group.hear, group.Group.gather, group.Group.share
 
 
 def main() -> None:
     group.Group.hear = hearing  # type: ignore[method-assign]
-    group.Group.tell = telling  # type: ignore[method-assign]
+    group.Group.gather = gathering  # type: ignore[method-assign]
     if "FLEET_BOX" in os.environ:
         socket.gethostname = lambda: os.environ["FLEET_BOX"]
     group.TIMEOUT = float(os.environ.get("FLEET_TIMEOUT", group.TIMEOUT))
     group.PIECE = int(os.environ.get("FLEET_PIECE", group.PIECE))
-    around(group.Stream, "pass_on", staging)
-    if "FLEET_GARBLE" in os.environ:  # the first piece that ever comes here comes wrong
-        around(group.Stream, "finish", lambda _: None, garble)
+    group.Group.share = sharing  # type: ignore[method-assign]
     around(delivery.Turn, "vote", voting)
     around(badge.Badge, "give", lambda _: die_at("counted"))
     around(Segment, "store", lambda _: die_at("store"), lambda: die_at("stored"))

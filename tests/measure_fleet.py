@@ -21,9 +21,7 @@ import time
 from pathlib import Path
 
 BOXES, TENSORS, ROUNDS = 4, 200, 5
-GATHERS = (
-    10  # around the ring for one publish: reports, readiness and three votes, each their sizes and then themselves
-)
+GATHERS = 9  # around the ring for one publish: report, segment, offer, three votes, checksum, copies, what came of it
 NETWORK = 10e9 / 8  # bytes a second of a box's link, and of the store's, in what is reckoned
 
 POLICY = """

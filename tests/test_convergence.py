@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import raw
 from safetensors.torch import save_file
 
 from wsync.badge import few
 from wsync.checkpoint import Checkpoint
 from wsync.convergence import Change, Report, change_of, holder_of, leader_of
-from wsync.delivery import Outbox, Sent, Turn, judge
-from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError, WsyncError
+from wsync.delivery import Sent, Turn, judge
+from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
 from wsync.fitting import Fit
-from wsync.group import Group, Stream
+from wsync.group import Group
 from wsync.layout import Layout
 
 
@@ -91,37 +90,6 @@ def test_the_gravest_objection_counts() -> None:
         judge([{}, busy], ["a", "b"])
 
 
-class Recorder(Stream):
-    """Takes pieces and keeps them."""
-
-    def __init__(self) -> None:
-        self.sent: list[bytes] = []
-
-    def pass_on(self, piece: memoryview) -> None:
-        self.sent.append(bytes(piece))
-
-    def finish(self) -> None:
-        pass
-
-
-def test_a_piece_goes_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces go in their order, each as soon as all its bytes are there and never before; the rest at the end."""
-    monkeypatch.setattr("wsync.group.PIECE", 4)
-    weights, stream = bytearray(10), Recorder()
-    outbox = Outbox(memoryview(weights), stream)
-
-    def fill(offset: int, nbytes: int) -> list[bytes]:
-        weights[offset : offset + nbytes] = b"x" * nbytes
-        outbox.filled(offset, nbytes)
-        return stream.sent
-
-    assert fill(4, 4) == []
-    assert fill(0, 3) == []
-    assert fill(3, 1) == [b"xxxx", b"xxxx"]
-    outbox.close()
-    assert stream.sent[2:] == [b"\0\0"]
-
-
 def test_a_line_tells_a_few_names() -> None:
     """Guards against lines of a thousand names, in each log and in status."""
     assert few(["a", "b"]) == "a, b"
@@ -129,66 +97,38 @@ def test_a_line_tells_a_few_names() -> None:
     assert told.startswith("box-0, box-1") and told.endswith("box-7 and 992 more")
 
 
-class Counted(Turn):
-    """Counts votes, and asks nobody."""
+class Alone(Group):
+    """A group of one box, which keeps what it sends."""
 
     def __init__(self) -> None:
-        super().__init__(Group(TORCHRUN))
-        self.objection: WsyncError | None = None
+        super().__init__({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"})
+        self.names, self.sent = ["a"], bytearray()
 
-    def vote(self, objection: WsyncError | None = None, *, work: Callable[[], None] | None = None) -> None:
-        self._cast += 1
-        self.objection = self.objection or objection
+    def gather(self, mine: object) -> list[object]:
+        return [mine]
+
+    def tell(self, what: object) -> None:
+        pass
+
+    def share(self, memory: memoryview, rank: int) -> None:
+        self.sent += memory
 
 
-@pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
-@pytest.mark.parametrize("form", ["plain", "cast", "reversed", "part", "adapter", "nan"])
-def test_what_is_sent_is_what_is_staged(form: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever order, dtypes or merging a checkpoint has: the pieces are the slot's bytes, never sent too early."""
-    monkeypatch.setattr("wsync.fitting.CHUNK", chunk)
-    monkeypatch.setattr("wsync.group.PIECE", 8)
-    stream = Recorder()
-    monkeypatch.setattr(Group, "stream", lambda *_: stream)
-    monkeypatch.setattr(Group, "tell", lambda _, what: told.append(what))
-    told: list[object] = []
-    early: list[int] = []
-    names = ["a", "b", "c.weight"]
-    layout = Layout.build(dict.fromkeys(names, ("F32", (4, 4))), {})
-    tensors = {name: torch.full((4, 4), 1.0 + n) for n, name in enumerate(names)}
-    if form == "cast":
-        tensors["b"] = tensors["b"].double()
-    if form == "nan":
-        tensors["b"][0, 0] = float("nan")
-    if form == "part":
-        del tensors["a"]
-    settings = Fit(cast=True, strict=form != "part", base=str(tmp_path / "base.safetensors"))
-    place = tmp_path / "x.safetensors"
-    if form == "adapter":
-        save_file(tensors, tmp_path / "base.safetensors")
-        place = tmp_path / "x"
-        place.mkdir()
-        (place / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
-        lora = {f"base_model.model.c.lora_{x}.weight": torch.ones(s) for x, s in (("A", (1, 4)), ("B", (4, 1)))}
-        save_file(lora, place / "adapter_model.safetensors")
-    elif form == "reversed":
-        header: dict[str, object] = {}
-        for n, name in enumerate(reversed(names)):
-            header[name] = {"dtype": "F32", "shape": [4, 4], "data_offsets": [64 * n, 64 * n + 64]}
-        raw(place, header, b"".join(tensors[name].numpy().tobytes() for name in reversed(names)))
-    else:
-        save_file(tensors, place)
-    weights, turn = bytearray(layout.nbytes), Counted()
-    with Checkpoint(place) as checkpoint:
-        plan = checkpoint.plan(layout, settings)
-        sent = Sent(checkpoint, turn, whole=checkpoint.merged)
-        sent.read_into(memoryview(weights), plan, finite=True, progress=lambda _: early.append(len(stream.sent)))
-    assert b"".join(stream.sent) == weights and told == [True, zlib.crc32(weights)]
-    if form in ("plain", "reversed"):
-        assert early[-1] == len(stream.sent)  # each as soon as it was there, not when all was checked
-    assert isinstance(turn.objection, NonFiniteWeights) == (form == "nan")
-    assert turn._cast == 2
-    if form == "adapter":
-        assert torch.frombuffer(weights[128:], dtype=torch.float32).tolist() == [4.0] * 16
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    """The pieces are the slot's bytes, cast and checked; of one that is refused none is sent."""
+    monkeypatch.setattr("wsync.group.PIECE", 24)
+    tensors = {"a": torch.full((4, 4), 1.0), "b": torch.full((4, 4), float("nan") if wrong else 2.0).double()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    layout = Layout.build(dict.fromkeys(tensors, ("F32", (4, 4))), {})
+    weights, group = bytearray(layout.nbytes), Alone()
+    with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
+        sent = Sent(checkpoint, Turn(group))
+        plan = sent.plan(layout, Fit(cast=True))
+        with pytest.raises(NonFiniteWeights, match="a: ") if wrong else nullcontext():
+            sent.read_into(memoryview(weights), plan, finite=True, progress=None)
+    assert group.sent == (b"" if wrong else weights)
+    assert wrong or torch.frombuffer(weights, dtype=torch.float32).tolist() == [1.0] * 16 + [2.0] * 16
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"} | {

@@ -15,14 +15,11 @@ from conftest import DEADLINE, Cli, write
 from policies import mlp
 from test_processes import NAME, SPEC, mark_of
 
-from wsync import retry
-from wsync.changes import Changes
 from wsync.checkpoint import Checkpoint
 from wsync.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.outcome import EXIT_CODES, Outcome
-from wsync.pace import Pace
-from wsync.retry import Failures, pause_after
+from wsync.schedule import Schedule, pause_after
 from wsync.segment import Segment
 from wsync.source import Candidate, Select, listing_of
 from wsync.spec import Spec, load_spec
@@ -32,19 +29,6 @@ from wsync.weight_getter import CheckpointWeightGetter
 LONG = 10 * DEADLINE  # a pause that no test may come to wait for
 FAILED = WsyncError("the disk is broken")
 Event = Outcome | WsyncError
-
-
-class Storm(Changes):
-    """Notifies at every wait, and takes the time of one look; ends the watch after so many."""
-
-    def __init__(self, waits: int, stop: threading.Event) -> None:
-        self.left, self.stop = waits, stop
-
-    def wait(self, seconds: float | None = None) -> bool:
-        self.left -= 1
-        if not self.left:
-            self.stop.set()
-        return True
 
 
 @pytest.fixture
@@ -59,17 +43,26 @@ def stop() -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses are as long as no test may wait."""
-    monkeypatch.setattr(retry, "LONGEST", LONG)
+def schedule(stop: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Schedule]:
+    """Of a watch on ``runs`` whose pauses, once passes fail, are as long as no test may wait."""
+    monkeypatch.setattr("wsync.schedule.LONGEST", LONG)
+    made = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=0.01), tmp_path / "runs", stop)
+    yield made
+    made.close()
 
 
-def failed(failures: Failures, times: int = 2) -> Failures:
+def failed(schedule: Schedule, times: int = 40) -> Schedule:
     """The same after so many failed passes that found the place as it is now."""
-    for _ in range(times):
-        failures.before()
-        assert failures.add(FAILED, -1) is None
-    return failures
+    schedule.add(FAILED)
+    for _ in range(times - 1):
+        schedule._next = 0.0
+        assert schedule.due(LONG) and schedule.add(FAILED) is None
+    return schedule
+
+
+def until_due(schedule: Schedule) -> None:
+    while not schedule.due(LONG):
+        assert not schedule._stop.is_set()
 
 
 # The pause
@@ -81,64 +74,64 @@ def test_pauses_double_and_are_bounded() -> None:
     assert pause_after(10**9, 1e-9) == 60 and pause_after(1, 3600) == 60
 
 
-@pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("notified", [True, False])
+def test_a_watch_looks_at_once_and_then_at_each_notification(stop: threading.Event, tmp_path: Path) -> None:
+    """Guards that neither the first look nor a checkpoint that comes waits for the clock."""
+    schedule = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=LONG), tmp_path, stop)
+    assert schedule.due(0.0)
+    schedule.add(Outcome("current", NAME))
+    assert not schedule.due(0.01)
+    write(tmp_path / "step_1.safetensors", mlp())
+    until_due(schedule)
+    schedule.close()
+
+
 @pytest.mark.parametrize("change", ["a checkpoint", "a mode", "gone", "back"])
-def test_a_change_ends_the_pause(stop: threading.Event, tmp_path: Path, change: str, notified: bool) -> None:
+def test_a_change_ends_the_pause(schedule: Schedule, tmp_path: Path, change: str) -> None:
     """Guards that what mends most failures is tried soon, also where nothing notifies (NFS): the listing tells."""
     place = tmp_path / "runs"
     path = write(place / "step_1.safetensors", mlp())
     if change == "back":
         place.rename(tmp_path / "away")
-    changes = Changes(place, LONG if notified else 0.01, stop)
-    failures = failed(Failures(changes, lambda: listing_of(place), LONG if notified else 0.01, stop), 40)
+    failed(schedule)
     acts: dict[str, Callable[[], object]] = {
         "a checkpoint": lambda: write(place / "step_2.safetensors", mlp()),
         "a mode": lambda: path.chmod(0o600),
         "gone": lambda: shutil.rmtree(place),
         "back": lambda: (tmp_path / "away").rename(place),
     }
-    if not notified:
-        changes.wait = lambda seconds=None: stop.wait(seconds) and False  # type: ignore[method-assign]
-    act = threading.Timer(0.05, acts[change])
-    act.start()
-    try:
-        failures.pause()
-    finally:
-        act.join()
-        changes.close()
-    assert not stop.is_set()
+    schedule._changes.wait = lambda seconds=None: False  # type: ignore[method-assign]
+    assert not schedule.due(0.05)
+    acts[change]()
+    until_due(schedule)
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_storm_of_notifications_ends_no_pause(stop: threading.Event) -> None:
+def test_a_storm_of_notifications_ends_no_pause(schedule: Schedule) -> None:
     """Guards that a failure that lasts is not tried at each of a hundred notifications about nothing new."""
-    storm = Storm(100, stop)
-    failed(Failures(storm, lambda: "the same", 0.0001, stop), 50).pause()
-    assert storm.left == 0  # all were told, and none was heeded
+    failed(schedule)
+    schedule._changes.wait = lambda seconds=None: True  # type: ignore[method-assign]
+    assert not any(schedule.due(0.001) for _ in range(100))
 
 
-def test_a_storm_of_changes_is_looked_at_now_and_then(stop: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_storm_of_changes_is_looked_at_now_and_then(
+    stop: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards that a file that changes all the time does not bring a failing pass at every change."""
-    waits: list[float | None] = []
-    monkeypatch.setattr(stop, "wait", lambda seconds=None: waits.append(seconds))
     states = iter(range(1000))
-    for count in (2, 3, 4):
-        failed(Failures(Storm(1000, stop), lambda: next(states), 3600.0, stop), count).pause()
-    assert waits == [1.0, 1.0, 1.0]
+    monkeypatch.setattr("wsync.schedule.listing_of", lambda *_: next(states))
+    schedule = failed(Schedule(Spec("policies:mlp", NAME, tmp_path, poll=3600.0), tmp_path, stop), 3)
+    waits: list[float] = []
+    monkeypatch.setattr(stop, "wait", waits.append)
+    assert not schedule.due(LONG)
+    schedule.close()
+    assert 0.9 < waits[0] <= 1.0
 
 
-@pytest.mark.usefixtures("patient")
-def test_a_change_during_the_pass_is_not_missed(stop: threading.Event, tmp_path: Path) -> None:
+def test_a_change_during_the_pass_is_not_missed(schedule: Schedule, tmp_path: Path) -> None:
     """Guards that the listing is compared with the one before the failed pass, not after it."""
-    changes = Changes(tmp_path, LONG, stop)
-    failures = failed(Failures(changes, lambda: listing_of(tmp_path), 0.01, stop), 40)
-    failures.before()
-    write(tmp_path / "step_1.safetensors", mlp())
-    failures.add(FAILED, -1)
-    failures.pause()
-    changes.close()
-    assert not stop.is_set()
+    failed(schedule)
+    write(tmp_path / "runs" / "step_1.safetensors", mlp())
+    schedule.add(FAILED)
+    until_due(schedule)
 
 
 def test_reading_a_checkpoint_is_no_change(tmp_path: Path) -> None:
@@ -150,16 +143,20 @@ def test_reading_a_checkpoint_is_no_change(tmp_path: Path) -> None:
     assert listing_of(tmp_path) == before
 
 
-@pytest.mark.usefixtures("patient")
-def test_stop_ends_a_pause(stop: threading.Event, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [0, 9])
+def test_stop_ends_a_pause(times: int, tmp_path: Path) -> None:
     """Guards that Ctrl-C is heeded at once in a long pause too."""
-    changes = Changes(tmp_path, LONG, stop)
-    failures = failed(Failures(changes, lambda: "the same", LONG, stop), 9)
+    stop = threading.Event()
+    schedule = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=LONG), tmp_path, stop)
+    schedule.add(Outcome("current", NAME))
+    if times:
+        failed(schedule, times)
     timer = threading.Timer(0.05, stop.set)
     timer.start()
     began = time.monotonic()
-    failures.pause()
-    changes.close()
+    while not stop.is_set():
+        assert not schedule.due(LONG)
+    schedule.close()
     timer.join()
     assert time.monotonic() - began < DEADLINE / 2
 
@@ -168,43 +165,33 @@ def test_stop_ends_a_pause(stop: threading.Event, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", EXIT_CODES)
-def test_only_a_failure_counts_and_all_else_ends_the_row(status: str) -> None:
+def test_only_a_failure_counts_and_all_else_ends_the_row(schedule: Schedule, status: str) -> None:
     """Guards which passes are failures: not one that is rejected, empty, busy, current or published."""
-    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
-    failed(failures, 3)
-    failures.add(Outcome(status, NAME, reason="it is so"), -1)
-    assert failures.count == failures.pauses == (4 if status == "failed" else 0)
+    failed(schedule, 3).add(Outcome(status, NAME, reason="it is so"))
+    assert schedule.failures == schedule.pauses == (4 if status == "failed" else 0)
 
 
-def test_a_group_pauses_for_a_gate_that_asks_for_later_too(tmp_path: Path, stop: threading.Event) -> None:
-    """Guards against a group of boxes that sends all weights at each look to a gate that has no answer yet."""
-    pace = Pace(Spec("policies:mlp", NAME, tmp_path, poll=10.0), tmp_path, stop)
-    try:
-        for seconds in (10.0, 20.0, 40.0):
-            pace.add(Outcome("busy", NAME, reason="the gate has no answer", kind=RetryLater.kind))
-            assert seconds / 2 < pace._next - time.monotonic() <= seconds
-        pace.add(Outcome("current", NAME))
-        assert pace._next - time.monotonic() <= 10
-    finally:
-        pace.close()
-
-
-def test_a_gate_that_asks_for_later_is_paused_for_and_is_no_failure() -> None:
-    """Guards against weights that are staged each second for a gate that has no answer yet."""
-    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
-    for pauses in (1, 2, 3):
+def test_a_gate_that_asks_for_later_is_paused_for_and_is_no_failure(tmp_path: Path, stop: threading.Event) -> None:
+    """Guards against weights that are staged at each look, or sent to all boxes, for a gate that has no answer yet."""
+    schedule = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=10.0, max_failures=0), tmp_path, stop)
+    for pauses, seconds in enumerate((10.0, 20.0, 40.0), 1):
         later = Outcome("busy", NAME, reason="the gate has no answer", kind=RetryLater.kind)
-        assert failures.add(later, 0) is None
-        assert (failures.count, failures.pauses) == (0, pauses)
-    failures.add(Outcome("published", NAME), -1)
-    assert failures.pauses == 0
+        assert schedule.add(later) is None
+        assert (schedule.failures, schedule.pauses) == (0, pauses)
+        assert seconds / 2 < schedule._next - time.monotonic() <= seconds
+    schedule.add(Outcome("published", NAME))
+    assert schedule.pauses == 0 and schedule._next - time.monotonic() <= 10
+    schedule.close()
 
 
 @pytest.mark.parametrize(("bound", "passes"), [(-1, None), (0, 1), (1, 2), (5, 6)])
-def test_one_failure_more_than_is_borne_ends_it(bound: int, passes: int | None) -> None:
+def test_one_failure_more_than_is_borne_ends_it(
+    tmp_path: Path, stop: threading.Event, bound: int, passes: int | None
+) -> None:
     """Guards the number: 0 ends at the first failure, -1 at none."""
-    failures = Failures(Storm(9, threading.Event()), lambda: 0, 1.0, threading.Event())
-    ends = [number for number in range(1, 101) if failures.add(FAILED, bound)]
+    schedule = Schedule(Spec("policies:mlp", NAME, tmp_path, max_failures=bound), tmp_path, stop)
+    ends = [number for number in range(1, 101) if schedule.add(FAILED)]
+    schedule.close()
     assert ends[:1] == ([] if passes is None else [passes])
 
 

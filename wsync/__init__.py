@@ -14,8 +14,8 @@ The rooms, from the ground up; what a room imports when it is imported stands be
     settings        hooks metrics spec
     what people see console tables status history inspect
     gates, hooks    command gate hook_runner
-    one pass        retry syncer
-    many boxes      convergence group pace delivery fleet
+    one pass        schedule syncer
+    many boxes      convergence group delivery fleet
     a watch         figures endpoint monitor service
     measuring       bench bench_place bench_policy bench_by_hand bench_processes bench_staging bench_memory
                     bench_watching bench_reading bench_growth bench_view bench_svg

@@ -19,7 +19,7 @@ class Report:
         pin: what is pinned; empty where nothing is.
         held: the pin is what is live.
         declined: identity of live weights that the box's gate did not want.
-        mood: of rank 0: ``due`` to look, ``idle``, or pausing after a ``failure``.
+        due: rank 0 is to look for checkpoints now.
     """
 
     version: int = 0
@@ -30,7 +30,7 @@ class Report:
     pin: str = ""
     held: bool = False
     declined: str | None = None
-    mood: str = "idle"
+    due: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,16 @@
 """Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
 
 ``Sent`` and ``Received`` stand where a checkpoint stands in ``publisher.publish``, so that a group publishes by the
-very steps by which one box does. The pieces have a fixed schedule: a piece goes as soon as all its bytes were read,
-while the next are being read; where the reading fails, the rest goes all the same, and is then voted down. A checksum
-of all that was staged follows the pieces.
+very steps by which one box does. The box that reads has the whole slot first; then it is broadcast in pieces, and a
+checksum of all of it follows.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import group as transport
@@ -36,7 +35,7 @@ from .errors import (
     WsyncError,
 )
 from .fitting import Fit, Plan
-from .group import Group, Stream
+from .group import Group
 from .layout import Layout
 
 if TYPE_CHECKING:
@@ -58,11 +57,6 @@ _KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxe
     UnusableBase,
     CheckpointError,
     WsyncError,
-)
-
-
-_OTHERS = (
-    "other bytes came than were sent. They are thrown away, and sent again; look at the network between the boxes."
 )
 
 
@@ -93,13 +87,15 @@ class Turn:
 
         def verdict() -> dict[str, Any]:
             try:
+                if objection:
+                    raise objection
                 if work:
                     work()
             except WsyncError as exc:
                 self.objected = True
                 return _objection(exc)
-            self.objected = objection is not None
-            return _objection(objection) if objection else {}
+            self.objected = False
+            return {}
 
         self._cast += 1
         self.over = self._cast == self.VOTES
@@ -140,16 +136,11 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
 
 
 class Sent:
-    """A checkpoint, or the live weights, that go to the other boxes while they are read into this box's slot.
+    """A checkpoint that goes to the other boxes once it was read into this box's slot."""
 
-    Args:
-        source: what is read.
-        whole: only send it once it was read to its end, because bytes may change until then, or come in any order.
-    """
-
-    def __init__(self, source: Source, turn: Turn, *, whole: bool) -> None:
+    def __init__(self, source: Source, turn: Turn) -> None:
         self.path, self.step, self.identity = source.path, source.step, source.identity
-        self._source, self._turn, self._whole = source, turn, whole
+        self._source, self._turn = source, turn
 
     @property
     def kept(self) -> bool:
@@ -165,81 +156,22 @@ class Sent:
     def read_into(
         self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
     ) -> None:
-        self._turn.vote()  # ready
-        group = self._turn.group
-        outbox = Outbox(weights[: plan.layout.nbytes], group.stream(group.rank))
-        whole = self._whole or bool(plan.casts)  # a cast comes in pieces, of which only the size is told
-        reads, arrived = deque(() if whole else plan.reads), 0
-
-        def note(nbytes: int) -> None:  # they come in their order, joined or split
-            nonlocal arrived
-            arrived += nbytes
-            while reads and arrived >= reads[0].nbytes:
-                read = reads.popleft()
-                arrived -= read.nbytes
-                for offset, size in read.slices:
-                    outbox.filled(offset, size)
-            if progress:
-                progress(nbytes)
-
-        def read() -> WsyncError | None:
-            try:
-                for entry in () if whole else plan.kept:
-                    outbox.filled(entry.offset, entry.nbytes)
-                self._source.read_into(weights, plan, finite=finite, progress=note)
-            except GroupBroken:
-                raise
-            except WsyncError as exc:
-                return exc
-            return None
-
-        objection = group.busy(read) if whole else None
-        group.tell(True)  # the pieces come now
-        if not whole:
-            objection = read()
-        outbox.close()
-        group.tell(group.busy(lambda: zlib.crc32(weights[: plan.layout.nbytes])))
-        self._turn.vote(objection)  # whole
-
-
-class Outbox:
-    """Sends pieces of ``PIECE`` bytes in their order, each once all of it was filled."""
-
-    def __init__(self, weights: memoryview, stream: Stream) -> None:
-        self._stream, self._size = stream, transport.PIECE
-        self._pieces = list(pieces_of(weights))
-        self._left = [len(piece) for piece in self._pieces]
-        self._next = 0
-
-    def filled(self, offset: int, nbytes: int) -> None:
-        end = offset + nbytes
-        while offset < end:
-            piece, within = divmod(offset, self._size)
-            size = min(end - offset, self._size - within)
-            self._left[piece] -= size
-            offset += size
-        while self._next < len(self._left) and not self._left[self._next]:
-            self._send()
-
-    def close(self) -> None:
-        """Sends the rest, and waits for it."""
-        while self._next < len(self._left):
-            self._send()
-        self._stream.finish()
-
-    def _send(self) -> None:
-        self._stream.pass_on(self._pieces[self._next])
-        self._next += 1
+        read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
+        deliver(self._turn, self._turn.group.rank, weights, plan.layout.nbytes, read=read)
 
 
 class Received:
-    """What another box sends, as it goes into this box's slot."""
+    """What one box sends, as it goes into this box's slot.
+
+    Args:
+        live: where this box is the sender: its live weights, which go live again under another number.
+    """
 
     kept, fitted = False, None
 
-    def __init__(self, offer: dict[str, Any], rank: int, turn: Turn) -> None:
+    def __init__(self, offer: dict[str, Any], rank: int, turn: Turn, live: memoryview | None = None) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
-        self._turn, self._rank = turn, rank
+        self._turn, self._rank, self._live = turn, rank, live
 
     def plan(self, layout: Layout, settings: Fit) -> Plan:
         return Plan(layout)
@@ -247,63 +179,53 @@ class Received:
     def read_into(
         self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
     ) -> None:
-        self._turn.vote()  # ready
-        self._turn.group.hear(self._rank)
-        stream = self._turn.group.stream(self._rank)
-        for piece in pieces_of(weights[: plan.layout.nbytes]):
-            stream.pass_on(piece)
-            if progress:
-                progress(len(piece))
-        stream.finish()
-        sent = self._turn.group.hear(self._rank)
-
-        def compare() -> None:
-            if zlib.crc32(weights[: plan.layout.nbytes]) != sent:
-                raise WsyncError(f"{self.path}: {_OTHERS}")
-
-        self._turn.vote(work=compare)  # whole
+        if self._live is not None:
+            weights[:] = self._live
+        deliver(self._turn, self._rank, weights, plan.layout.nbytes, progress=progress)
 
 
-class Live:
-    """This box's own live weights, which go live again under another number; the publisher's lock keeps them."""
-
-    kept, fitted = False, None
-
-    def __init__(self, weights: memoryview, offer: dict[str, Any]) -> None:
-        self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
-        self._weights = weights
-
-    def plan(self, layout: Layout, settings: Fit) -> Plan:
-        return Plan(layout)
-
-    def read_into(
-        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
-    ) -> None:
-        weights[:] = self._weights
-
-
-def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None = None) -> None:
+def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None) -> None:
     """Takes part where this box takes nothing: it sends its own live weights, or lets what comes go by."""
-    turn.vote()  # ready
-    stream = turn.group.stream(rank)
-    scratch = memoryview(bytearray(min(nbytes, transport.PIECE)))
-    if weights is not None:
-        turn.group.tell(True)
-        for piece in pieces_of(weights):
-            stream.pass_on(piece)
-    else:
-        turn.group.hear(rank)
-        for at in range(0, nbytes, transport.PIECE):
-            stream.pass_on(scratch[: nbytes - at])
-    stream.finish()
-    if weights is not None:
-        turn.group.tell(turn.group.busy(lambda: zlib.crc32(weights)))
-    else:
-        turn.group.hear(rank)
-    turn.vote()  # whole
+    deliver(turn, rank, weights, nbytes)
     turn.vote()  # agreed
     turn.group.together(dict)  # others keep copies
 
 
-def pieces_of(weights: memoryview) -> Iterable[memoryview]:
-    return (weights[at : at + transport.PIECE] for at in range(0, len(weights), transport.PIECE))
+def deliver(
+    turn: Turn,
+    rank: int,
+    weights: memoryview | None,
+    nbytes: int,
+    *,
+    read: Callable[[], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Brings the weights of one box to all others; every box of the group takes part.
+
+    Args:
+        rank: of the box that sends.
+        weights: what is sent, or where it goes; None lets it go by.
+        read: fills the weights of the sender, once all boxes are ready.
+        progress: called with the bytes of each piece that comes.
+
+    Raises:
+        WsyncError: they could not be read, or other bytes came than were sent; the same on all boxes.
+    """
+    group = turn.group
+    turn.vote()  # ready
+    turn.vote(work=read)  # read
+    room = weights if weights is not None else memoryview(bytearray(min(nbytes, transport.PIECE)))
+    for at in range(0, nbytes, transport.PIECE):
+        size = min(nbytes - at, transport.PIECE)
+        start = at if weights is not None else 0
+        group.share(room[start : start + size], rank)
+        if progress:
+            progress(size)
+    sums = group.together(lambda: zlib.crc32(weights[:nbytes]) if weights is not None else -1)
+    wrong = [name for name, each in zip(group.names, sums, strict=True) if each not in (-1, sums[rank])]
+    if wrong:
+        turn.over = True
+        raise WsyncError(
+            f"{', '.join(wrong)}: other bytes came than were sent. They are thrown away, and sent again; look at the "
+            "network between the boxes."
+        )

@@ -6,7 +6,7 @@ offers it; each box then publishes by ``publisher.publish``, with three votes on
 ends the matter on all boxes, with those named that refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
-  whole    all pieces came, with their checksum; where they were read, they are finite and the file stood still
+  read     on the box that reads: they are finite and the file stood still. Then they go to the others, with a checksum
   agreed   each box's own gate accepts what was staged
   store    the WORD, on every box, under the number that is one above the highest that any of them ever had
 
@@ -37,7 +37,7 @@ from typing import Any
 from .badge import Badge, few
 from .checkpoint import Checkpoint
 from .convergence import Change, Report, change_of, holder_of, leader_of
-from .delivery import Live, Received, Sent, Turn, judge, look_on
+from .delivery import Received, Sent, Turn, judge, look_on
 from .errors import (
     CheckpointMismatch,
     CheckpointRejected,
@@ -51,15 +51,14 @@ from .errors import (
 from .fitting import Fit
 from .group import BEAT, Group
 from .outcome import Outcome
-from .pace import Pace
 from .parts import remote
 from .publisher import Source, Staged
+from .schedule import Schedule
 from .segment import Segment
-from .segment_files import Publication
 from .source import Candidate
 from .spec import Spec
 from .state import Pin
-from .syncer import Syncer
+from .syncer import Pass, Syncer
 
 _GRACE = 2.0  # seconds that the step at hand may take once the watch is stopped
 
@@ -137,15 +136,14 @@ class FleetSyncer(Syncer):
         if not self.group.joined:
             self.group.join()
         self._last = self.record.last_published()
-        pace = Pace(self.spec, self.getter.checkpoints, stop)
+        schedule = Schedule(self.spec, self.getter.checkpoints, stop)
         try:
             while not stop.is_set():
-                report = lambda: asdict(self._report(pace.mood() if self.group.rank == 0 else ""))  # noqa: E731
+                report = lambda: asdict(self._report(self.group.rank == 0 and schedule.due(BEAT)))  # noqa: E731
                 self._reports = [Report(**each) for each in self.group.together(report)]
                 if stop.is_set():
                     break
-                head, change = self._reports[0].mood, change_of(self._reports)
-                if head != "due" and change in (None, self._failed):
+                if not self._reports[0].due and change_of(self._reports) in (None, self._failed):
                     continue
                 event: Outcome | WsyncError
                 try:
@@ -154,15 +152,15 @@ class FleetSyncer(Syncer):
                     raise
                 except WsyncError as exc:
                     event = exc
-                if last := pace.add(event):
+                if last := schedule.add(event):
                     tell(last)
                     return False
                 tell(event)
         finally:
-            pace.close()
+            schedule.close()
         return True
 
-    def _report(self, mood: str) -> Report:
+    def _report(self, due: bool) -> Report:
         """What this box has; what is wrong with it is told by ``_prepare``."""
         try:
             segment = self.updater.segment
@@ -171,7 +169,7 @@ class FleetSyncer(Syncer):
             if segment:
                 self._wear(segment)
         except (WsyncError, OSError):
-            return Report(last=self._last[0], last_identity=self._last[1], mood=mood)
+            return Report(last=self._last[0], last_identity=self._last[1], due=due)
         version, identity = (live.version, live.identity) if live else (0, "")
         self._seen = version
         if version >= self._last[0]:
@@ -179,7 +177,7 @@ class FleetSyncer(Syncer):
         known = self._badge is not None and live is not None and self._badge.came_from_group(live)
         ours = live is None or known or (self._settled and self._declined is None)
         held = pin is not None and live is not None and pin.holds(live)
-        return Report(version, identity, *self._last, ours, pin.name if pin else "", held, self._declined, mood)
+        return Report(version, identity, *self._last, ours, pin.name if pin else "", held, self._declined, due)
 
     def _wear(self, segment: Segment) -> None:
         if self._badge and self._badge.is_at(segment.path):
@@ -194,18 +192,19 @@ class FleetSyncer(Syncer):
     def _once(self, force: bool, dry_run: bool) -> Outcome:
         started = time.perf_counter()
         change = self._failed = change_of(self._reports)
-        self._prepare()
+        segment = self._prepare()
+        this = Pass(self.spec.name, segment.live(), started)
         if change:
-            outcome = self._change(change, started)
+            outcome = self._change(this, segment, change)
             self._failed = None
             return outcome
         self._settled = True
         holder, leader = holder_of(self._reports), leader_of(self._reports)
         if holder is not None:
-            return self._held(holder, started)
-        return self._lead(force) if leader == self.group.rank else self._follow(leader, started)
+            return self._held(this, holder)
+        return self._lead(force) if leader == self.group.rank else self._follow(this, leader)
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> Segment:
         """A segment on every box, of the same layout, and a pin that can be read, if there is one.
 
         Raises:
@@ -216,8 +215,7 @@ class FleetSyncer(Syncer):
             try:
                 try:
                     self.record.pin()
-                    self.updater.spec = self.spec.fingerprint
-                    segment = self.updater.make_segment()
+                    segment = self._make_segment()
                     live = segment.live()
                     if self.spec.fingerprint not in (segment.spec, live.spec if live else ""):
                         self._check_layout(segment)
@@ -240,16 +238,13 @@ class FleetSyncer(Syncer):
                     f"{'the same' if same else 'others'}. One group is for one policy: give all boxes the same spec, "
                     "or form another group (--rdzv-id) for this one."
                 )
+        assert self.updater.opened
+        return self.updater.opened
 
-    def _held(self, holder: int, started: float) -> Outcome:
-        segment, box = self.updater.segment, self._reports[holder]
-        live = segment.live() if segment else None
-        return self._outcome(
+    def _held(self, this: Pass, holder: int) -> Outcome:
+        box = self._reports[holder]
+        return this.standing(
             "pinned",
-            live,
-            started,
-            step=live.step if live else None,
-            checkpoint=(live.source or None) if live else None,
             reason=f"{box.pin} is pinned on {self.group.names[holder]}; `wsync unpin {self.spec.name}` there goes on "
             "with the newest",
             pin=box.pin,
@@ -269,30 +264,28 @@ class FleetSyncer(Syncer):
         self.group.tell({"outcome": asdict(outcome)})
         return outcome
 
-    def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
-        return self.group.busy(lambda: Syncer._todo(self, live, force, started))  # a store may not answer
+    def _todo(self, this: Pass) -> tuple[list[Candidate], Outcome | None]:
+        return self.group.busy(lambda: Syncer._todo(self, this))  # a store may not answer
 
     def _open(self, candidate: Candidate) -> Checkpoint:
         return self.group.busy(lambda: Syncer._open(self, candidate))
 
-    def _publish(
-        self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
-    ) -> Outcome:
+    def _publish(self, this: Pass, segment: Segment, checkpoint: Checkpoint) -> Outcome:
         try:
-            outcome = self._offer(checkpoint, self.spec.weights, started, gated=True)
+            outcome = self._offer(this, checkpoint, self.spec.weights, gated=True)
         except (CheckpointMismatch, UnusableBase):
             self._check_layout(segment)
             raise
         return replace(outcome, casts=self._new_casts(checkpoint))
 
-    def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
-        if live and pin.holds(live):
-            return self._pinned_outcome(pin, live, started)
+    def _pinned(self, this: Pass, pin: Pin) -> Outcome:
+        if this.live and pin.holds(this.live):
+            return self._pinned_outcome(this, pin)
         checkpoint, fit = self.group.busy(lambda: self.record.reopen(pin, self.spec.weights))
         with checkpoint:
-            return replace(self._offer(checkpoint, fit, started, gated=False), pin=pin.name)
+            return replace(self._offer(this, checkpoint, fit, gated=False), pin=pin.name)
 
-    def _offer(self, checkpoint: Checkpoint, fit: Fit, started: float, *, gated: bool) -> Outcome:
+    def _offer(self, this: Pass, checkpoint: Checkpoint, fit: Fit, *, gated: bool) -> Outcome:
         offer = {
             "path": os.fspath(checkpoint.path),
             "step": checkpoint.step,
@@ -302,12 +295,11 @@ class FleetSyncer(Syncer):
         }
         self.group.tell({"offer": offer})
         turn = Turn(self.group)
-        whole = checkpoint.merged or remote(checkpoint.path) is not None  # ranges come in any order
-        return self._take(turn, Sent(checkpoint, turn, whole=whole), offer, fit, started)
+        return self._take(this, turn, Sent(checkpoint, turn), offer, fit)
 
     # --- the boxes that follow
 
-    def _follow(self, leader: int, started: float) -> Outcome:
+    def _follow(self, this: Pass, leader: int) -> Outcome:
         taken: Outcome | None = None
         while True:
             told = self.group.hear(leader)
@@ -318,7 +310,7 @@ class FleetSyncer(Syncer):
                 break
             turn = Turn(self.group)
             try:
-                taken = self._take(turn, Received(told["offer"], leader, turn), told["offer"], Fit(), started)
+                taken = self._take(this, turn, Received(told["offer"], leader, turn), told["offer"])
             except GroupBroken:
                 raise
             except WsyncError:  # the leader tells what comes of it
@@ -329,9 +321,7 @@ class FleetSyncer(Syncer):
         for each in rejected:
             if each.identity not in told_of:
                 self.record.refuse(each.identity, each.reason or "", replace(each, version=self._seen))
-        segment = self.updater.segment
-        live = segment.live() if segment else None
-        mine = taken or self._outcome(said.status, live, started)
+        mine = taken or this.outcome(said.status)
         return replace(
             said,
             version=mine.version,
@@ -344,26 +334,32 @@ class FleetSyncer(Syncer):
 
     # --- a publish
 
-    def _take(self, turn: Turn, source: Source, offer: dict[str, Any], fit: Fit, started: float) -> Outcome:
+    def _take(
+        self,
+        this: Pass,
+        turn: Turn,
+        source: Source,
+        offer: dict[str, Any],
+        fit: Fit = Fit(),  # noqa: B008  (frozen)
+    ) -> Outcome:
         """Publishes what is offered, with all boxes, under the number that is offered."""
         try:
             try:
-                segment = self.updater.make_segment()
+                segment = self._make_segment()
                 with segment.publishing():
                     self._check_unchanged(segment)
                     gate = lambda staged: self._agree(turn, staged, offer)  # noqa: E731
-                    published = self._store(segment, source, fit, started, gate, offer["version"] - 1)
+                    this = replace(this, live=segment.live())
+                    published = self._store(this, segment, source, fit, gate, offer["version"] - 1)
             except OSError as exc:
                 raise refused(exc, self.updater.path) from exc
         except WsyncError as exc:
             turn.refuse(exc)
         self._seen, self._last = offer["version"], (offer["version"], offer["identity"])
         self._declined = None
-        publication = self.updater.published
-        assert publication
 
         def keep() -> dict[str, Any]:
-            self.record.keep(segment, publication, self.spec.keep)
+            self._keep(segment)
             return {}
 
         self.group.together(keep)  # a copy may take longer than a box may be silent
@@ -381,11 +377,9 @@ class FleetSyncer(Syncer):
         if self._badge:
             self._badge.give(offer["version"], offer["identity"])
 
-    def _change(self, change: Change, started: float) -> Outcome:
+    def _change(self, this: Pass, segment: Segment, change: Change) -> Outcome:
         """Brings the boxes that are behind to what the provider has."""
-        rank, provider = self.group.rank, change.provider
-        segment = self.updater.make_segment()
-        live = segment.live()
+        rank, provider, live = self.group.rank, change.provider, this.live
         if rank == provider:
             assert live
             offer: dict[str, Any] = {
@@ -402,14 +396,13 @@ class FleetSyncer(Syncer):
         turn = Turn(self.group)
         try:
             if rank in change.takers and rank != provider:
-                return self._take(turn, Received(offer, provider, turn), offer, Fit(), started)
+                return self._take(this, turn, Received(offer, provider, turn), offer)
             with segment.publishing():
                 self._check_unchanged(segment)
                 weights = segment.live_weights() if rank == provider else None
                 if rank in change.takers:
                     assert weights is not None
-                    source = Sent(Live(weights, offer), turn, whole=True)
-                    return self._take(turn, source, offer, Fit(), started)
+                    return self._take(this, turn, Received(offer, provider, turn, weights), offer)
                 look_on(turn, provider, segment.layout.nbytes, weights)
         except CheckpointRejected as exc:
             if turn.objected:
@@ -419,4 +412,4 @@ class FleetSyncer(Syncer):
             turn.refuse(exc)
         names = few([self.group.names[each] for each in sorted(change.takers)])
         self.group.note("info", "group", f"version {change.version} of {self.group.names[provider]} went to {names}")
-        return self._outcome("current", live, started, step=live.step if live else None)
+        return this.standing("current")

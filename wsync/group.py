@@ -1,9 +1,9 @@
 """The group of boxes that torchrun forms: who is in it, and how they talk.
 
 The transport is torch.distributed with gloo. What boxes tell each other is JSON, never pickled; weights go as pieces of
-``PIECE`` bytes, broadcast from memory into memory, some of them under way at a time. A group is never mended: when a
-box dies, hangs for longer than ``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1,
-and torchrun's agents form a new one.
+``PIECE`` bytes, broadcast from memory into memory. A group is never mended: when a box dies, hangs for longer than
+``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1, and torchrun's agents form a new
+one.
 
 A watch is a box of a group where torchrun started it: ``TORCHELASTIC_RUN_ID`` is set, with RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT. One that a training script starts under torchrun must be started without that variable.
@@ -23,18 +23,14 @@ import os
 import signal
 import socket
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from . import __version__
 from .badge import few
 from .errors import GroupBroken, UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 TIMEOUT = (
     30.0  # seconds that a box may be silent; what takes longer (a gate, a store, a layout) goes on beside the talk
@@ -42,7 +38,7 @@ TIMEOUT = (
 FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted them
 BEAT = 1.0  # seconds between two signs of life
 PIECE = 8 << 20  # bytes
-_WINDOW = 4  # pieces under way
+_FRAME = 2048  # bytes in which most of what boxes tell each other has room
 _T = TypeVar("_T")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -129,73 +125,61 @@ class Group:
         Raises:
             GroupBroken: a box is gone, or silent.
         """
+        text = json.dumps(mine).encode()
+        rows = self._exchange(len(text).to_bytes(8, "little") + text, _FRAME)
+        sizes = [int.from_bytes(row[:8], "little") for row in rows]
+        rows = [row[8:] for row in rows] if max(sizes) <= _FRAME - 8 else self._exchange(text, max(sizes))
+        return [json.loads(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+    def _exchange(self, data: bytes, nbytes: int) -> list[bytes]:
+        """The first bytes of each box's data, padded with zeros, by rank."""
         import torch
         import torch.distributed as dist
 
-        text = _tensor(json.dumps(mine).encode())
+        mine = torch.frombuffer(bytearray(data[:nbytes].ljust(nbytes, b"\0")), dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
         try:
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(text)]), group=self._group)
-            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-            padded[: len(text)] = text
-            texts = [torch.zeros_like(padded) for _ in range(self.size)]
-            dist.all_gather(texts, padded, group=self._group)
+            dist.all_gather(rows, mine, group=self._group)
         except RuntimeError as exc:
             raise self._broken(exc) from exc
-        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in zip(texts, sizes, strict=True)]
-
-    def together(self, work: Callable[[], Any]) -> list[Any]:
-        """What each box's work gives, which is never None; while some still work, all know that they live."""
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(work)
-            while True:
-                wait([future], BEAT)
-                try:
-                    answers = self.gather(future.result() if future.done() else None)
-                except GroupBroken:
-                    self.stop.set()  # a gate must not hold up the end
-                    raise
-                if None not in answers:
-                    return answers
+        return [row.numpy().tobytes() for row in rows]
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """What this box's work gives; the others, who wait to ``hear``, are told meanwhile that it lives."""
+        """What this box's work gives; the others are told meanwhile, each second, that it lives."""
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
-            while not wait([future], BEAT).done:
-                try:
-                    self.tell(None)
-                except GroupBroken:
-                    self.stop.set()
-                    raise
+            try:
+                while not wait([future], BEAT).done:
+                    self.gather(None)
+            except GroupBroken:
+                self.stop.set()  # a gate must not hold up the end
+                raise
             return future.result()
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """What each box's work gives, which is never None."""
+        mine = self.busy(work)
+        while None in (answers := self.gather(mine)):  # some are still at work
+            pass
+        return answers
 
     def tell(self, what: Any) -> None:
         """Tells all others; they ``hear``."""
-        text = _tensor(json.dumps(what).encode())
-        self._share(_tensor(len(text).to_bytes(8, "little")), self.rank)
-        self._share(text, self.rank)
+        self.gather(what)
 
     def hear(self, rank: int) -> Any:
         """What that box tells, once it is not ``busy`` any more."""
-        told = None
-        while told is None:
-            size = _tensor(bytes(8))
-            self._share(size, rank)
-            text = bytearray(int.from_bytes(bytes(size.tolist()), "little"))
-            self._share(_tensor(text), rank)
-            told = json.loads(text)
+        while (told := self.gather(False)[rank]) is None:
+            pass
         return told
 
-    def stream(self, rank: int) -> Stream:
-        """The way of weights from that box to all others."""
-        return Stream(self, rank)
-
-    def _share(self, tensor: torch.Tensor, rank: int) -> None:
+    def share(self, memory: memoryview, rank: int) -> None:
+        """Sends this memory from that box into the same of all others."""
+        import torch
         import torch.distributed as dist
 
         try:
-            dist.broadcast(tensor, rank, group=self._group)
+            dist.broadcast(torch.frombuffer(memory, dtype=torch.uint8), rank, group=self._group)
         except RuntimeError as exc:
             raise self._broken(exc) from exc
 
@@ -207,47 +191,6 @@ class Group:
             f"the group of {self.size} boxes{boxes} broke: {why[:200]}. What is live stays live; this watch ends, so "
             "that torchrun forms the group again."
         )
-
-
-class Stream:
-    """Weights from one box to all, piece by piece, in the order of their bytes; every box has to see it to its end."""
-
-    def __init__(self, group: Group, rank: int) -> None:
-        self._group, self._rank = group, rank
-        self._under_way: deque[Any] = deque()
-
-    def pass_on(self, piece: memoryview) -> None:
-        """Sends a piece, or takes one into this memory, which must stay until ``finish``."""
-        import torch
-        import torch.distributed as dist
-
-        while len(self._under_way) >= _WINDOW:
-            self._wait()
-        tensor = torch.frombuffer(piece, dtype=torch.uint8)
-        try:
-            work = dist.broadcast(tensor, self._rank, group=self._group._group, async_op=True)
-        except RuntimeError as exc:
-            raise self._group._broken(exc) from exc
-        self._under_way.append((work, tensor))
-
-    def finish(self) -> None:
-        """Waits for all that is under way."""
-        while self._under_way:
-            self._wait()
-
-    def _wait(self) -> None:
-        work, _ = self._under_way[0]
-        try:
-            work.wait()
-        except RuntimeError as exc:
-            raise self._group._broken(exc) from exc
-        self._under_way.popleft()
-
-
-def _tensor(data: bytes | bytearray) -> torch.Tensor:
-    import torch
-
-    return torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
 
 
 def _end_with_parent() -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .errors import SpecError, WsyncError
 from .notify import Notifier
 from .outcome import Outcome
-from .retry import LONGEST
+from .schedule import LONGEST
 from .spec import Spec
 from .state import State
 from .syncer import Syncer

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,17 +39,50 @@ from .outcome import Outcome, status_of
 from .parts import remote
 from .publisher import Gate, Source, Staged, publish, rehearse
 from .record import Record
-from .retry import Failures
 from .segment import Segment
 from .segment_files import Publication
 from .segment_updater import SharedMemoryWeightUpdater
-from .source import Candidate, listing_of
+from .source import Candidate
 from .spec import Spec
 from .weight_getter import CheckpointWeightGetter, place_of
 
 if TYPE_CHECKING:
     from .hook_runner import HookRunner
     from .state import Pin, State
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What is the same for all of one pass.
+
+    Attributes:
+        name: of the segment.
+        live: what was live when the pass looked.
+        started: when it began, by ``time.perf_counter``.
+        force: publish the newest again though it is live.
+        dry_run: check all, publish nothing.
+        again: begin anew where an object of a store was overwritten while it was read. On a disk its writer may still
+            be at work, and a notification tells when it is done.
+    """
+
+    name: str
+    live: Publication | None
+    started: float
+    force: bool = False
+    dry_run: bool = False
+    again: bool = False
+
+    def outcome(self, status: str, **more: object) -> Outcome:
+        """What the pass did; the version is the one that is live."""
+        version, seconds = self.live.version if self.live else 0, round(time.perf_counter() - self.started, 6)
+        return Outcome(status, self.name, **{"version": version, "seconds": seconds, **more})  # type: ignore[arg-type]
+
+    def standing(self, status: str, **more: object) -> Outcome:
+        """The same for a pass after which that version stays live, with its step and checkpoint."""
+        live = self.live
+        return self.outcome(
+            status, step=live.step if live else None, checkpoint=(live.source or None) if live else None, **more
+        )
 
 
 class Syncer:
@@ -92,16 +125,10 @@ class Syncer:
             spec.name, weight_getter=self.getter, layout=spec.layout, slots=spec.slots, runtime_dir=runtime
         )
         self.updater.access = spec.access
-        self.updater.register_post_hook(self._note)
-        self.updater.gate = self._last_look
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
         self._stop: threading.Event | None = None
-        self._before: Publication | None = None
-        self._source: Source | None = None  # of what is being published, with how it fits
-        self._fit = spec.weights
-        self._started = 0.0
-        self._published: Outcome | None = None
+        self._version = 0  # that this syncer published last
         self.record = Record(state, spec.digest)
         self._cast: set[tuple[str, str, str]] = set()
 
@@ -129,6 +156,11 @@ class Syncer:
         """The standing segment; None where there is none."""
         return self.updater.segment
 
+    def _make_segment(self) -> Segment:
+        """The standing segment, or a new one."""
+        self.updater.spec = self.spec.fingerprint  # of the policy as it is now
+        return self.updater.make_segment()
+
     def rest(self) -> None:
         """Gives the slots' mappings back until the next publish."""
         if segment := self.updater.opened:
@@ -150,8 +182,7 @@ class Syncer:
             outcome = self._once(force, dry_run)
         except WsyncError as exc:
             if not dry_run and not isinstance(exc, UsageError):
-                published = self.updater.published
-                self.record.failed(published.version if published else 0, str(exc))
+                self.record.failed(self._version, str(exc))
             raise
         except MemoryError as exc:
             raise WsyncError(
@@ -168,53 +199,37 @@ class Syncer:
         return outcome
 
     def _once(self, force: bool, dry_run: bool) -> Outcome:
-        started = time.perf_counter()
-        live: Publication | None = None
+        this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
         try:
             segment = self.updater.segment
-            live = segment.live() if segment else None
-            return self._pass(segment, live, started, force=force, dry_run=dry_run)
+            this = replace(this, live=segment.live() if segment else None)
+            try:
+                return self._pass(replace(this, again=remote(self.getter.checkpoints) is not None))
+            except CheckpointChanged:
+                return self._pass(this)
         except NoCheckpoint as exc:
-            return self._outcome("empty", live, started, reason=str(exc))
+            return this.outcome("empty", reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
-            return self._outcome(status_of(exc, False), live, started, reason=str(exc), kind=exc.kind)
+            return this.outcome(status_of(exc, False), reason=str(exc), kind=exc.kind)
         except SegmentBusy as exc:
-            return self._outcome("busy", live, started, reason=str(exc))
+            return this.outcome("busy", reason=str(exc))
         except OSError as exc:  # whatever concerns a checkpoint alone was told as such
             raise refused(exc, self.updater.path) from exc
 
-    def _pass(
-        self,
-        segment: Segment | None,
-        live: Publication | None,
-        started: float,
-        *,
-        force: bool,
-        dry_run: bool,
-        last: bool = False,
-    ) -> Outcome:
-        """Looks, and takes the newest; once more (``last``) where an object of a store was overwritten meanwhile.
-
-        On a disk its writer may still be at work, and a notification tells when it is done.
-        """
+    def _pass(self, this: Pass) -> Outcome:
+        """Looks, and takes the newest."""
         if pin := self.record.pin():
-            return self._pinned(pin, live, started, dry_run)
-        todo, refusal = self._todo(live, force, started)
+            return self._pinned(this, pin)
+        todo, refusal = self._todo(this)
         if not todo:
-            if not refusal and self._has_nothing_for(live):
+            if not refusal and self._has_nothing_for(this.live):
                 raise self.getter.nothing()
-            return refusal or self._current(live, started)
-        again = None
-        if remote(self.getter.checkpoints) and not last:
-            again = partial(self._pass, segment, live, started, force=force, dry_run=dry_run, last=True)
-        if dry_run:
-            take = partial(self._rehearse, segment, live=live, started=started)
-            return self._try(todo, take, live, started, again, remember=False)
-        self.updater.spec = self.spec.fingerprint
-        target = self.updater.make_segment()
-        take = partial(self._publish, target, live=live, started=started, force=force)
+            return refusal or self._current(this)
+        if this.dry_run:
+            return self._try(this, todo, partial(self._rehearse, this))
+        segment = self._make_segment()
         try:
-            outcome = self._try(todo, take, live, started, again)
+            outcome = self._try(this, todo, partial(self._publish, this, segment))
         except NoCheckpoint:
             if refusal:
                 return refusal
@@ -226,7 +241,7 @@ class Syncer:
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
         """Passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
 
-        After passes that failed, or whose gate asked for later, it pauses longer (see ``retry``).
+        After passes that failed, or whose gate asked for later, it pauses longer (see ``schedule``).
 
         Args:
             tell: called with the outcome of each pass; with an error where the pass failed.
@@ -237,11 +252,10 @@ class Syncer:
         Raises:
             UsageError: the first pass tells that a setting is wrong.
         """
-        from .changes import Changes
+        from .schedule import Schedule
 
-        place, spec = self.getter.checkpoints, self.spec
-        changes = Changes(place, spec.poll, stop, spec.select.marker)
-        failures = Failures(changes, lambda: listing_of(place, spec.select), spec.poll, stop)
+        place = self.getter.checkpoints
+        schedule = Schedule(self.spec, place, stop)
         passed = False  # from then on a wrong setting is no longer one that the operator just made
         event: Outcome | WsyncError
         self._stop = stop
@@ -249,26 +263,24 @@ class Syncer:
             away.store.stop = stop
         try:
             while not stop.is_set():
-                failures.before()
+                if not schedule.due(self.spec.poll):
+                    continue
                 try:
                     event, passed = self.once(), True
                 except WsyncError as exc:
                     if isinstance(exc, UsageError) and not passed:
                         raise
                     event = exc
-                if last := failures.add(event, spec.max_failures):
+                if last := schedule.add(event):
                     tell(last)
                     return False
                 tell(event)
-                if failures.pauses:
-                    self.rest()
-                    failures.pause()
-                elif not changes.wait():
+                if isinstance(event, WsyncError) or event.status != "published":
                     self.rest()
         except Stopped:
             pass
         finally:
-            changes.close()
+            schedule.close()
         return True
 
     def _has_nothing_for(self, live: Publication | None) -> bool:
@@ -277,42 +289,30 @@ class Syncer:
         here = live is not None and place in (live.source, os.path.dirname(live.source))
         return not here and not self.getter.candidates()
 
-    def _todo(self, live: Publication | None, force: bool, started: float) -> tuple[list[Candidate], Outcome | None]:
+    def _todo(self, this: Pass) -> tuple[list[Candidate], Outcome | None]:
         """What to try; and, where the newest was refused as it is, that refusal once more."""
-        newer = self.getter.candidates(None if force else place_of(live))
+        newer = self.getter.candidates(None if this.force else place_of(this.live))
         refused = self.record.refusals(candidate.identity for candidate in newer)
-        if force:
+        if this.force or not newer:
             return newer, None
         todo = [candidate for candidate in newer if candidate.identity not in refused]
-        reason = refused.get(newer[0].identity) if newer else None
-        if reason is None:
+        first = newer[0]
+        if first.identity not in refused:
             return todo, None
-        return todo, self._outcome(
+        return todo, this.outcome(
             "rejected",
-            live,
-            started,
-            step=step_of(newer[0].path.name, {}),
-            checkpoint=str(newer[0].path),
-            reason=reason,
-            identity=newer[0].identity,
-            known=not self.record.is_fresh(newer[0].identity),
+            step=step_of(first.path.name, {}),
+            checkpoint=str(first.path),
+            reason=refused[first.identity],
+            identity=first.identity,
+            known=not self.record.is_fresh(first.identity),
         )
 
-    def _try(
-        self,
-        todo: list[Candidate],
-        take: Callable[[Checkpoint], Outcome],
-        live: Publication | None,
-        started: float,
-        again: Callable[[], Outcome] | None,
-        *,
-        remember: bool = True,
-    ) -> Outcome:
+    def _try(self, this: Pass, todo: list[Candidate], take: Callable[[Checkpoint], Outcome]) -> Outcome:
         """Goes down the list until one can be taken; tells of the newest if none can.
 
-        Args:
-            again: gives the outcome in its place where one was overwritten while it was read.
-            remember: that one is refused, so that no later pass, and no later run, tries it again.
+        Raises:
+            CheckpointChanged: one changed while it was read, and the pass is to begin anew.
         """
         refusals: list[Outcome] = []
         for candidate in todo:
@@ -324,46 +324,35 @@ class Syncer:
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
             except (CheckpointError, RetryLater) as exc:
-                if again and isinstance(exc, CheckpointChanged):
-                    outcome = again()
-                    return replace(outcome, passed_over=(*refusals, *outcome.passed_over))
-                if isinstance(exc, CheckpointError):
-                    opened = opened or exc.identity
-                identity = opened or candidate.identity
-                about = {
-                    "step": step_of(candidate.path.name, {}),
-                    "checkpoint": str(candidate.path),
-                    "identity": identity,
-                }
-                named = candidate.path == self.getter.checkpoints
-                refusals.append(self._refusal(exc, live, started, named=named, **about))
-                if remember and isinstance(exc, CheckpointRejected):
-                    self.record.refuse(identity, exc.message, refusals[-1])
+                if this.again and isinstance(exc, CheckpointChanged):
+                    raise
+                identity = opened or getattr(exc, "identity", "") or candidate.identity
+                refusal = self._refusal(
+                    this,
+                    exc,
+                    named=candidate.path == self.getter.checkpoints,
+                    step=step_of(candidate.path.name, {}),
+                    checkpoint=str(candidate.path),
+                    identity=identity,
+                )
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
-                    return replace(refusals.pop(), passed_over=tuple(refusals))
+                    return replace(refusal, passed_over=tuple(refusals))
+                refusals.append(refusal)
+                if isinstance(exc, CheckpointRejected) and not this.dry_run:
+                    self.record.refuse(identity, exc.message, refusal)
         if not refusals:
             raise self.getter.nothing()
         return refusals[0]
 
-    def _refusal(
-        self,
-        exc: CheckpointError | RetryLater,
-        live: Publication | None,
-        started: float,
-        *,
-        named: bool,
-        **about: object,
-    ) -> Outcome:
+    def _refusal(self, this: Pass, exc: CheckpointError | RetryLater, *, named: bool, **about: object) -> Outcome:
         """What a checkpoint was refused for, or a pass put off.
 
         Args:
             named: it was named itself, and not found in a directory.
             about: step, path and identity of the checkpoint.
         """
-        return self._outcome(
+        return this.outcome(
             status_of(exc, named),
-            live,
-            started,
             reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
             differences=exc.differences if isinstance(exc, WithDifferences) else (),
             kind=exc.kind,
@@ -373,38 +362,36 @@ class Syncer:
     def _open(self, candidate: Candidate) -> Checkpoint:
         return self.getter.open(candidate)
 
-    def _publish(
-        self, segment: Segment, checkpoint: Checkpoint, live: Publication | None, started: float, force: bool
-    ) -> Outcome:
+    def _publish(self, this: Pass, segment: Segment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
-        if self.spec.fingerprint not in (segment.spec, live.spec if live else ""):
+        if self.spec.fingerprint not in (segment.spec, this.live.spec if this.live else ""):
             self._check_layout(segment)
-        self.updater.progress = self._counter(segment.layout.nbytes)
         try:
             with segment.publishing():
                 before = segment.live()
                 if pin := self.record.pin():  # just now
-                    return self._pinned_outcome(pin, before, started)
-                if before is None:
-                    self.updater.last_version = self.record.last_version()
-                if before != live:  # another publisher was faster; maybe with this very checkpoint
-                    newer, _ = self._todo(before, force, started)
+                    return self._pinned_outcome(replace(this, live=before), pin)
+                if before != this.live:  # another publisher was faster; maybe with this very checkpoint
+                    this = replace(this, live=before)
+                    newer, _ = self._todo(this)
                     if checkpoint.identity not in {candidate.identity for candidate in newer}:
-                        return self._current(before, started)
-                self._before, self._started = before, started
-                self._source, self._fit = checkpoint, self.spec.weights
+                        return self._current(this)
                 try:
-                    self.updater.push_weights(checkpoint)
+                    outcome = self._store(this, segment, checkpoint, self.spec.weights, self._last_look)
                 except RetryLater:
                     if pin := self.record.pin():
-                        return self._pinned_outcome(pin, before, started)
+                        return self._pinned_outcome(this, pin)
                     raise
         except (CheckpointMismatch, UnusableBase):
             self._check_layout(segment)
             raise
-        assert self._published is not None and self.updater.published is not None
-        self.record.keep(segment, self.updater.published, self.spec.keep)  # a copy that others need not wait for
-        return replace(self._published, casts=self._new_casts(checkpoint))
+        self._keep(segment)
+        return replace(outcome, casts=self._new_casts(checkpoint))
+
+    def _keep(self, segment: Segment) -> None:
+        """Keeps a copy of what is live, if copies are kept; the lock is free by then, so that others need not wait."""
+        if live := segment.live():
+            self.record.keep(segment, live, self.spec.keep)
 
     def _new_casts(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Tells of each conversion once, those between the same two dtypes together."""
@@ -419,37 +406,6 @@ class Syncer:
             + (", …" if len(names) > 5 else "")
             for dtypes, names in groups.items()
         )
-
-    def _note(self) -> None:
-        """The post hook: what was published, in words."""
-        publication, segment, before = self.updater.published, self.updater.opened, self._before
-        assert publication is not None and segment is not None
-        step, last = publication.step, before.step if before else None
-        try:
-            readers = segment.readers()
-        except (OSError, WsyncError):  # it is live already, whoever can be counted
-            readers = []
-        self._published = self._outcome(
-            "published",
-            publication,
-            self._started,
-            step=publication.step,
-            checkpoint=publication.source,
-            bytes=segment.layout.nbytes,
-            readers=len(readers),
-            backwards=step is not None and last is not None and step < last,
-            identity=publication.identity,
-        )
-        lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
-        fit, mixed = self._fit, self._source is not None and self._source.kept
-        if self._source and self._source.fitted:  # a copy of what came of that
-            fit = self._source.fitted
-        self.record.published(self._published, lag, replace(fit, kept=publication.version) if mixed else fit)
-        if self.spec.hooks.exec or self.spec.hooks.webhook:
-            from .hook_runner import HookRunner
-
-            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report, self.record.directory)
-            self.hooks.send(publication)
 
     def _last_look(self, staged: Staged) -> None:
         """The gate, where there is one, and the pin once more: by now it may be minutes since the pass began."""
@@ -471,17 +427,21 @@ class Syncer:
 
     def _store(
         self,
+        this: Pass,
         segment: Segment,
         source: Source,
         fit: Fit,
-        started: float,
         gate: Gate | None = None,
-        last_version: int = 0,
+        last_version: int | None = None,
     ) -> Outcome:
-        """Publishes what is given, by ``publish``; the caller holds the publisher's lock."""
-        self._before, self._started = segment.live(), started
-        self._source, self._fit = source, fit
-        self.updater.published = publish(
+        """Publishes what is given, and tells the history and the hooks; the caller holds the publisher's lock.
+
+        Args:
+            last_version: the version before it, where the caller knows better than the segment and the history.
+        """
+        if last_version is None:
+            last_version = 0 if this.live else self.record.last_version()
+        publication = publish(
             segment,
             source,
             fit=fit,
@@ -490,62 +450,67 @@ class Syncer:
             gate=gate,
             last_version=last_version,
         )
-        self._note()
-        assert self._published
-        return self._published
+        self._version, step, last = publication.version, publication.step, this.live.step if this.live else None
+        try:
+            readers = segment.readers()
+        except (OSError, WsyncError):  # it is live already, whoever can be counted
+            readers = []
+        outcome = this.outcome(
+            "published",
+            version=publication.version,
+            step=step,
+            checkpoint=publication.source,
+            bytes=segment.layout.nbytes,
+            readers=len(readers),
+            backwards=step is not None and last is not None and step < last,
+            identity=publication.identity,
+        )
+        lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
+        fit = source.fitted or fit  # a copy was fitted when it was made
+        self.record.published(outcome, lag, replace(fit, kept=publication.version) if source.kept else fit)
+        if self.spec.hooks.exec or self.spec.hooks.webhook:
+            from .hook_runner import HookRunner
 
-    def _pinned(self, pin: Pin, live: Publication | None, started: float, dry_run: bool) -> Outcome:
+            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report, self.record.directory)
+            self.hooks.send(publication)
+        return outcome
+
+    def _pinned(self, this: Pass, pin: Pin) -> Outcome:
         """Keeps what is pinned live, and makes it so where the segment was made anew or the operator named a file."""
-        if dry_run or (live and pin.holds(live)):
-            if live and live.source and not dry_run and (segment := self.updater.opened):
-                self.record.keep(segment, live, self.spec.keep)  # for the next reboot, whatever became of its file
-            return self._pinned_outcome(pin, live, started)
-        self.updater.spec = self.spec.fingerprint
-        segment = self.updater.make_segment()
+        if this.dry_run:
+            return self._pinned_outcome(this, pin)
+        if this.live and pin.holds(this.live):
+            if this.live.source and (segment := self.updater.opened):
+                self._keep(segment)  # for the next reboot, whatever became of its file
+            return self._pinned_outcome(this, pin)
+        segment = self._make_segment()
         try:
             checkpoint, fit = self.record.reopen(pin, self.spec.weights)
             with checkpoint, segment.publishing():
-                last = 0 if segment.live() else self.record.last_version()
-                outcome = replace(self._store(segment, checkpoint, fit, started, last_version=last), pin=pin.name)
+                outcome = self._store(replace(this, live=segment.live()), segment, checkpoint, fit)
         except CheckpointError as exc:
-            return self._unusable(pin, exc, live, started)
-        if self.updater.published:
-            self.record.keep(segment, self.updater.published, self.spec.keep)
-        return outcome
+            return self._unusable(this, pin, exc)
+        self._keep(segment)
+        return replace(outcome, pin=pin.name)
 
-    def _unusable(self, pin: Pin, exc: CheckpointError, live: Publication | None, started: float) -> Outcome:
+    def _unusable(self, this: Pass, pin: Pin, exc: CheckpointError) -> Outcome:
         """What is pinned cannot go live."""
         about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
-        outcome = self._refusal(exc, live, started, named=True, **about)
+        outcome = self._refusal(this, exc, named=True, **about)
         self.record.failed(outcome.version, outcome.reason or "")
         return outcome
 
-    def _pinned_outcome(self, pin: Pin, live: Publication | None, started: float) -> Outcome:
-        return self._outcome(
-            "pinned",
-            live,
-            started,
-            step=live.step if live else None,
-            checkpoint=(live.source or None) if live else None,
-            reason=f"{pin.name} is pinned ({pin.reason}); `wsync unpin {self.spec.name}` goes on with the newest",
-            pin=pin.name,
-        )
+    def _pinned_outcome(self, this: Pass, pin: Pin) -> Outcome:
+        reason = f"{pin.name} is pinned ({pin.reason}); `wsync unpin {self.spec.name}` goes on with the newest"
+        return this.standing("pinned", reason=reason, pin=pin.name)
 
-    def _rehearse(
-        self,
-        segment: Segment | None,
-        checkpoint: Checkpoint,
-        live: Publication | None,
-        started: float,
-    ) -> Outcome:
-        layout = self.spec.layout()
+    def _rehearse(self, this: Pass, checkpoint: Checkpoint) -> Outcome:
+        layout, segment = self.spec.layout(), self.updater.opened
         if segment:
             self._check_layout(segment, layout)
         rehearse(layout, checkpoint, segment, fit=self.spec.weights, progress=self._counter(layout.nbytes))
-        return self._outcome(
+        return this.outcome(
             "checked",
-            live,
-            started,
             step=checkpoint.step,
             checkpoint=str(checkpoint.path),
             bytes=layout.nbytes,
@@ -581,16 +546,7 @@ class Syncer:
 
         return count
 
-    def _current(self, live: Publication | None, started: float) -> Outcome:
-        if live is None:
+    def _current(self, this: Pass) -> Outcome:
+        if this.live is None:
             raise self.getter.nothing()
-        return self._outcome("current", live, started, step=live.step, checkpoint=live.source or None)
-
-    def _outcome(self, status: str, live: Publication | None, started: float, **more: object) -> Outcome:
-        return Outcome(
-            status=status,
-            name=self.spec.name,
-            version=live.version if live else 0,
-            seconds=round(time.perf_counter() - started, 6),
-            **more,  # type: ignore[arg-type]
-        )
+        return this.standing("current")
