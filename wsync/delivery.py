@@ -13,27 +13,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import errors
 from . import group as transport
-from .errors import (
-    BeingWritten,
-    CheckpointChanged,
-    CheckpointError,
-    CheckpointMismatch,
-    CheckpointRejected,
-    Difference,
-    GateRejected,
-    GroupBroken,
-    IncompleteCheckpoint,
-    LayoutDiffers,
-    MalformedCheckpoint,
-    NonFiniteWeights,
-    PartialCheckpoint,
-    RetryLater,
-    SegmentBusy,
-    UnusableBase,
-    WithDifferences,
-    WsyncError,
-)
+from .errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
 from .fitting import Fit, Plan
 from .group import Group
 from .layout import Layout
@@ -41,23 +23,7 @@ from .layout import Layout
 if TYPE_CHECKING:
     from .publisher import Source
 
-_KINDS: tuple[type[WsyncError], ...] = (  # the first that fits is what all boxes raise; the gravest come first
-    MalformedCheckpoint,
-    CheckpointMismatch,
-    NonFiniteWeights,
-    GateRejected,
-    CheckpointRejected,
-    LayoutDiffers,
-    CheckpointChanged,
-    BeingWritten,
-    PartialCheckpoint,
-    IncompleteCheckpoint,
-    RetryLater,
-    SegmentBusy,
-    UnusableBase,
-    CheckpointError,
-    WsyncError,
-)
+_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
 
 
 class Turn:
@@ -117,7 +83,7 @@ class Turn:
 
 
 def _objection(exc: WsyncError) -> dict[str, Any]:
-    kind = next(kind for kind in _KINDS if isinstance(exc, kind))
+    kind = next(each for each in type(exc).__mro__ if each.__module__ == errors.__name__)  # not a gate's own subclass
     rows = [asdict(row) for row in exc.differences[:20]] if isinstance(exc, WithDifferences) else []
     text = exc.message if isinstance(exc, WithDifferences) else str(exc)
     return {"kind": kind.__name__, "text": text, "differences": rows}
@@ -128,7 +94,8 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
     against = [(name, verdict) for name, verdict in zip(names, verdicts, strict=True) if verdict]
     if not against:
         return
-    kind = next(kind for kind in _KINDS if any(verdict["kind"] == kind.__name__ for _, verdict in against))
+    kinds: list[type[WsyncError]] = [getattr(errors, verdict["kind"]) for _, verdict in against]
+    kind = min(kinds, key=lambda kind: (_GRAVEST.index(kind.exit_code), kind is not RetryLater))
     text = " ".join(f"{name}: {verdict['text']}" for name, verdict in against)
     if issubclass(kind, WithDifferences):
         raise kind(text, tuple(Difference(**row) for _, verdict in against for row in verdict.get("differences", ())))

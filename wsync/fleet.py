@@ -83,13 +83,10 @@ class FleetSyncer(Syncer):
         self._seen = 0  # the version that this box reported
         self._error: BaseException | None = None
         self._worked = True
-        self._left = False  # closed while a round was still under way, which then closes
 
     def close(self, *, now: bool = False) -> None:
         """As of ``Syncer``; what a round still uses is left to the end of the process."""
-        thread = self.group.thread
-        self._left = thread is not None and thread.is_alive() and thread is not threading.current_thread()
-        if self._left:
+        if self.group.thread and self.group.thread.is_alive():
             return
         if self._badge:
             self._badge.close()
@@ -113,8 +110,6 @@ class FleetSyncer(Syncer):
             finally:
                 ended.set()
                 stop.set()
-                if self._left:
-                    self.close()
 
         if self.group.thread:  # the last step before the settings were read again
             self.group.thread.join()

@@ -83,11 +83,6 @@ class Group:
         self.joined = False
         self._group: Any = None
 
-    @property
-    def name(self) -> str:
-        """Of this box."""
-        return self.names[self.rank]
-
     def join(self) -> None:
         """Waits until all boxes are there.
 
