@@ -15,7 +15,7 @@ import stat
 import threading
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from .errors import SpecError, WsyncError
 from .notify import Notifier
@@ -26,23 +26,9 @@ from .state import State
 from .syncer import Syncer
 
 if TYPE_CHECKING:
+    from .console import WatchLog
     from .group import Group
     from .monitor import Monitor
-
-_SHOWN = ("select", "weights", "metrics", "checkpoints", "poll", "slots", "policy")
-"""Settings whose values may stand in a log; the others may hold what is secret, and only their names do."""
-
-
-class Log(Protocol):
-    """Where a service tells what happens."""
-
-    def tell(self, event: Outcome | WsyncError) -> None: ...
-
-    def note(self, level: str, event: str, text: str) -> None: ...
-
-    def progress(self, done: int, total: int) -> None: ...
-
-    def hook(self, kind: str, ok: bool, message: str) -> None: ...
 
 
 class Service:
@@ -86,7 +72,7 @@ class Service:
         self.syncer = self._syncer(self.spec)
         self.notifier = Notifier.from_environment()
 
-    def run(self, log: Log, monitor: Monitor | None = None) -> bool:
+    def run(self, log: WatchLog, monitor: Monitor | None = None) -> bool:
         """Passes until it is stopped; False where too many passes failed in a row.
 
         Raises:
@@ -138,7 +124,7 @@ class Service:
         except RuntimeError:  # no thread is to be had, or the process is ending
             self._wake.set()
 
-    def _hang_up(self, log: Log, monitor: Monitor | None) -> None:
+    def _hang_up(self, log: WatchLog, monitor: Monitor | None) -> None:
         if self._terminal and not _has_terminal():
             self._stopped = True
             _leave_terminal()
@@ -157,21 +143,20 @@ class Service:
             if new.fingerprint != self.spec.fingerprint:
                 new.layout()  # a policy that cannot be built must not end a watch that works
             kept = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
-            late = changes(new.metrics, kept)
+            late = changed(new.metrics, kept, "metrics.")
             new = replace(new, metrics=kept)
             syncer = self._syncer(new)
         except WsyncError as exc:
             log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
         else:
-            changed = changes(self.spec, new)
+            differ = ", ".join(changed(self.spec, new))
             self.syncer.close()
             self.syncer, self.spec = syncer, new
             if monitor and monitor.endpoint:
                 monitor.endpoint.max_staleness = kept.max_staleness
-            log.note("info", "reload", f"SIGHUP: {self._toml} read again: {'; '.join(changed) or 'nothing changed'}")
+            log.note("info", "reload", f"SIGHUP: {self._toml} read again: {differ or 'nothing'} changed")
             if late:
-                names = ", ".join(f"metrics.{line.partition(' ')[0]}" for line in late)
-                log.note("warning", "reload", f"SIGHUP: {names} changed, which needs a restart")
+                log.note("warning", "reload", f"SIGHUP: {', '.join(late)} changed, which needs a restart")
         self.notifier.turned()
         self.notifier.reloaded()
 
@@ -190,20 +175,16 @@ class Service:
         return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
 
 
-def changes(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """What differs between two settings, one line each; values only where they cannot be secret."""
-    lines = []
+def changed(old: Any, new: Any, table: str = "") -> list[str]:
+    """The names of the settings that differ; not their values, which may be secret."""
+    names = []
     for field in fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if before == after:
-            continue
-        if is_dataclass(before) and field.name in _SHOWN:
-            lines += changes(before, after, f"{field.name}.")
-        elif prefix or field.name in _SHOWN or not isinstance(old, Spec):
-            lines.append(f"{prefix}{field.name} {_plain(before)} -> {_plain(after)}")
-        else:
-            lines.append(f"{field.name} changed")
-    return lines
+        if is_dataclass(before):
+            names += changed(before, after, f"{field.name}.")
+        elif before != after:
+            names.append(table + field.name)
+    return names
 
 
 def _patience(spec: Spec) -> float:
@@ -212,10 +193,6 @@ def _patience(spec: Spec) -> float:
     gate = hooks.gate_timeout if hooks.gate else 0.0
     ends = max(hooks.exec_timeout if hooks.exec else 0.0, hooks.webhook_timeout if hooks.webhook else 0.0)
     return max(spec.poll, LONGEST) + gate + 2 * ends
-
-
-def _plain(value: object) -> str:
-    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _has_terminal() -> bool:
