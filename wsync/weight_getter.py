@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, open_checkpoint, step_of
 from .errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
@@ -180,23 +180,20 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
         ) from exc
     plan = checkpoint.plan(layout, replace(settings, strict=False))
     checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
-    nested: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for entry in layout.tensors:
         if entry.dtype not in TORCH_DTYPES or any(size >= 1 << 63 for size in entry.shape):
             raise CheckpointError(
                 f"{checkpoint.path}: {entry.name} is {entry.describe()}, which torch has no tensors of. Convert it."
             )
-        *parents, last = entry.name.split(".")
-        table = nested
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                break
-        if not isinstance(table, dict) or isinstance(table.get(last), dict):
-            raise CheckpointError(
-                f"{checkpoint.path}: {entry.name} and another tensor's name cannot both stand in one TensorDict: one "
-                "is the other's parent. Rename one where the checkpoint is written."
-            )
         part = memory[entry.offset : entry.offset + entry.nbytes]
-        table[last] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
-    return TensorDict(nested)
+        tensors[entry.name] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+    try:
+        nested: TensorDict = TensorDict(tensors).unflatten_keys(".")
+    except (KeyError, ValueError) as exc:
+        parent = next(name for name in tensors if any(other.startswith(f"{name}.") for other in tensors))
+        raise CheckpointError(
+            f"{checkpoint.path}: {parent!r} is a tensor and the parent of another one, which cannot both stand in one "
+            "TensorDict. Rename one where the checkpoint is written."
+        ) from exc
+    return nested
