@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .access import Access, check_name
-from .errors import SpecError, UsageError, WsyncError
+from .errors import SpecError, WsyncError
 from .fitting import Fit
 from .hooks import Hooks
 from .layout import Layout, layout_of
@@ -159,17 +159,17 @@ class Spec:
             check=False,
         )
         try:
-            answer = json.loads(child.stdout)
-        except ValueError:
+            answer: Layout | WsyncError = pickle.loads(child.stdout)
+        except (EOFError, pickle.UnpicklingError):
             kind = SpecError if child.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
             raise kind(
                 f"the process that read the layout of {self.policy} ended with status {child.returncode} and no "
                 "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
                 "raise the limit."
             ) from None
-        if "error" in answer:
-            raise (SpecError if answer["usage"] else WsyncError)(answer["error"])
-        return Layout.from_json(answer)
+        if isinstance(answer, WsyncError):
+            raise answer
+        return answer
 
     def read_layout(self) -> Layout:
         """The policy's layout, read in this process.
@@ -180,10 +180,9 @@ class Spec:
             SpecError: the policy cannot be imported or built, or is none.
             WsyncError: torch cannot be loaded.
         """
-        _load_torch()
-        import torch
-
         with self._user_code():
+            import torch
+
             target = self._import(self.policy)  # not under the meta device: what a module makes at import stays real
             try:
                 with torch.device("meta"):
@@ -198,7 +197,6 @@ class Spec:
             SpecError: it cannot be imported or built, or is no ``nn.Module``.
             WsyncError: torch cannot be loaded.
         """
-        _load_torch()
         with self._user_code():
             return self._make(self._import(self.policy))
 
@@ -237,7 +235,6 @@ class Spec:
             SpecError: it cannot be imported.
             WsyncError: torch, which it will need, cannot be loaded.
         """
-        _load_torch()
         with self._user_code():
             return self._import(text)
 
@@ -275,6 +272,18 @@ class Spec:
 
     @contextlib.contextmanager
     def _user_code(self) -> Iterator[None]:
+        """Runs code of the user's beside the spec, with what it prints on stderr.
+
+        Raises:
+            WsyncError: torch cannot be loaded, which is not the policy's fault.
+        """
+        try:
+            import torch  # noqa: F401
+        except (ImportError, OSError, MemoryError) as exc:
+            raise WsyncError(
+                f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited "
+                "(`ulimit -v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
+            ) from exc
         directory = str(self.directory)
         if directory not in sys.path:
             sys.path.insert(0, directory)
@@ -358,7 +367,7 @@ def _beside(toml: Path, place: str) -> Path:
 
 
 def _tell() -> None:
-    """The child of ``Spec.layout``: a pickled spec on stdin, its layout or why there is none on stdout."""
+    """The child of ``Spec.layout``: a spec on stdin, its layout or why there is none on stdout, both pickled."""
     import pickle
     import signal
 
@@ -367,22 +376,11 @@ def _tell() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # what the user's code prints goes to stderr, whichever way it prints
     try:
-        answer = spec.read_layout().to_json()
+        answer: Layout | WsyncError = spec.read_layout()
     except WsyncError as exc:
-        answer = {"error": str(exc), "usage": isinstance(exc, UsageError)}
-    with open(out, "w", encoding="utf-8") as file:
-        json.dump(answer, file)
-
-
-def _load_torch() -> None:
-    """Raises WsyncError where torch cannot be loaded: whose fault that is, is not the policy's."""
-    try:
-        import torch  # noqa: F401
-    except (ImportError, OSError, MemoryError) as exc:
-        raise WsyncError(
-            f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited (`ulimit "
-            "-v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
-        ) from exc
+        answer = exc
+    with open(out, "wb") as file:
+        pickle.dump(answer, file)
 
 
 def _check_import_string(text: str) -> str:
