@@ -18,18 +18,18 @@ from .fitting import Fit, Match, match
 from .header import StoredTensor
 from .layout import Layout
 
-_WRAPPERS = {
-    "module.": "DistributedDataParallel",
-    "_orig_mod.": "torch.compile",
-    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
-    "_checkpoint_wrapped_module.": "activation checkpointing",
-    "base_model.model.": "PEFT",
-    "actor.": "",
-    "policy.": "",
-    "model.": "",
-    "actor_network.": "",
-}
-"""What is put before the names of a policy, and who puts it there where it is always the same."""
+_WRAPPERS = (
+    "module.",  # DistributedDataParallel
+    "_orig_mod.",  # torch.compile
+    "_fsdp_wrapped_module.",  # FullyShardedDataParallel
+    "_checkpoint_wrapped_module.",  # activation checkpointing
+    "base_model.model.",  # PEFT
+    "actor.",
+    "policy.",
+    "model.",
+    "actor_network.",
+)
+"""What is put before the names of a policy."""
 _INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # that are tried at most
@@ -69,12 +69,6 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
     who = f"All {len(layout.tensors)} tensors of the policy" if not found.kept else "The tensors that come"
     words = " and ".join(f"{name} = {_toml(value)}" for name, value in change.items())
     told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
-    if change.keys() <= {"prefix", "cast"} and "prefix" in change:
-        also = [p for p in _prefixes(tensors, layout, settings, "", False) if p not in ("", change["prefix"])]
-        also = [p for p in also if not _match(tensors, layout, settings, {"prefix": p}).rows][:3]
-        told += "".join(f" So they do with prefix = {_toml(prefix)}." for prefix in also)
-    names = [w for w in _WRAPPERS if _WRAPPERS[w] and any(w[:-1] in str(value) for value in change.values())]
-    told += "".join(f" {name} is what {_WRAPPERS[name]} puts there." for name in names)
     options = _options(change)
     return f"{told} As options: `{options}`." if options else told
 
