@@ -28,7 +28,7 @@ from .errors import NoCheckpoint, UsageError, printable
 from .finite import Region, all_finite
 from .fitting import Read
 from .prefetch import prefetch
-from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat
+from .store import SCHEMES, OtherVersion, Store, Stored, directory_stat, into
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
@@ -236,11 +236,7 @@ class RemoteCheckpoint(Checkpoint):
 
     def _at(self, number: int, nbytes: int, start: int) -> bytes:
         data = bytearray(nbytes)
-
-        def take(at: int, piece: memoryview) -> None:
-            data[at : at + len(piece)] = piece
-
-        self._fetch(number, nbytes, start, take)
+        self._fetch(number, nbytes, start, into(data))
         return bytes(data)
 
     def _fetch(self, number: int, nbytes: int, start: int, take: Callable[[int, memoryview], object]) -> None:

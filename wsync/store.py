@@ -222,13 +222,9 @@ class Store:
         if stored in self.small:
             return self.small[stored]
         data = bytearray(stored.size)
-
-        def take(at: int, piece: memoryview) -> None:
-            data[at : at + len(piece)] = piece
-
         try:
             if stored.size:
-                self.read(stored, 0, stored.size, take)
+                self.read(stored, 0, stored.size, into(data))
         except OtherVersion:
             raise FileNotFoundError(2, "it was overwritten") from None
         if stored.size <= 1 << 20:
@@ -357,6 +353,15 @@ class Store:
             raise UsageError(
                 f"{self} cannot be opened ({_reason(exc)}). See its name, and the store's settings in the environment."
             ) from None
+
+
+def into(data: bytearray) -> Callable[[int, memoryview], None]:
+    """Takes the pieces of a read into this memory."""
+
+    def take(at: int, piece: memoryview) -> None:
+        data[at : at + len(piece)] = piece
+
+    return take
 
 
 def beside(key: str) -> list[str]:

@@ -8,7 +8,6 @@ the environment gives nothing. What credentials hold is passed on, and never loo
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -90,16 +89,14 @@ def _endpoint(scheme: str) -> str:
     name = next((name for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
     if not name:
         return ""
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url := os.environ[name]) or _port(url) is None:
-        raise UsageError(f"{name} is no URL of a server. Write https://host, or http://host:port, and nothing secret.")
-    return url
-
-
-def _port(url: str) -> int | None:
     try:
-        return urlsplit(url).port or 0
+        url = urlsplit(os.environ[name])
+        usable = url.scheme in ("http", "https") and url.hostname and not url.username and url.port != 0
     except ValueError:
-        return None
+        usable = False
+    if not usable:
+        raise UsageError(f"{name} is no URL of a server. Write https://host, or http://host:port, and nothing secret.")
+    return os.environ[name]
 
 
 def _profile() -> dict[str, Any]:
