@@ -360,7 +360,7 @@ def test_a_part_waits_for_a_whole_one(tmp_path: Path, runtime: Path) -> None:
             assert (first.step, [each.step for each in first.passed_over]) == (1, [2])
         with Syncer(spec, part.parent, state=state) as again:
             assert [again.once().status, again.once().status] == ["published", "current"]
-            assert again.segment and torch.equal(live(again.segment)["2.bias"], torch.ones(2))
+            assert again.updater.segment and torch.equal(live(again.updater.segment)["2.bias"], torch.ones(2))
         assert [event.kind for event in state.events()] == ["publish", "publish"]
 
 
@@ -581,19 +581,6 @@ def test_advice_is_true_whatever_was_done_to_the_names(data: st.DataObject) -> N
             assert not alone or not given["strict"] or any(given[name] for name in ("prefix", "rename", "exclude"))
 
 
-def test_advice_of_other_prefixes_is_told(tmp_path: Path) -> None:
-    """Guards that who has an actor and its target reads that either would fit."""
-    path = save(tmp_path / "a", under("actor.", state()) | under("target_actor.", state()) | EXTRA)
-    message = refusal(path, LAYOUT).message
-    assert advised(message) == {"prefix": "actor."} and 'So they do with prefix = "target_actor.".' in message
-
-
-def test_the_wrappers_maker_is_named(tmp_path: Path) -> None:
-    """Guards that a prefix nobody wrote by hand is explained."""
-    message = refusal(save(tmp_path / "a", under("module.", state())), LAYOUT).message
-    assert "module. is what DistributedDataParallel puts there." in message
-
-
 def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
     """Guards that partial updates are named where they are possible, and only there."""
     own = state()
@@ -721,9 +708,9 @@ def test_the_tables_reach_the_pass(tmp_path: Path, runtime: Path) -> None:
         outcome = syncer.once()
         assert (outcome.status, outcome.step) == ("published", 2)
         assert outcome.checkpoint == str(runs / "keep_2.safetensors")
-        assert syncer.segment is not None
+        assert syncer.updater.segment is not None
         expected = {name: tensor.float() for name, tensor in {**own, "2.bias": last}.items()}
-        assert same(live(syncer.segment), expected)
+        assert same(live(syncer.updater.segment), expected)
         assert syncer.once().status == "current"
 
 

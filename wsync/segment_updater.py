@@ -52,7 +52,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
         spec: fingerprint of the policy spec that versions are recorded with.
         access: who else may read the segment; a standing one is opened to them at the next push.
-        progress: called with the number of bytes of each read of a checkpoint.
         gate: called with the staged weights (a ``publisher.Staged``) before they go live; what it raises is raised.
         last_version: the highest that was ever published under this name, from which a segment made anew goes on.
         published: the last version that this updater published; None before.
@@ -75,7 +74,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.step: int | None = None
         self.spec = ""
         self.access = Access()
-        self.progress: Callable[[int], None] | None = None
         self.gate: Gate | None = None
         self.last_version = 0
         self.published: Publication | None = None
@@ -167,7 +165,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     server_weights,
                     fit=self._fit(),
                     spec=self.spec,
-                    progress=self.progress,
                     gate=self.gate,
                     last_version=self.last_version,
                 )

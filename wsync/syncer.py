@@ -151,11 +151,6 @@ class Syncer:
             self.updater.close()
             self.record.close()
 
-    @property
-    def segment(self) -> Segment | None:
-        """The standing segment; None where there is none."""
-        return self.updater.segment
-
     def _make_segment(self) -> Segment:
         """The standing segment, or a new one."""
         self.updater.spec = self.spec.fingerprint  # of the policy as it is now
