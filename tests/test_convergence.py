@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from wsync.badge import few
@@ -129,6 +130,16 @@ def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: P
             sent.read_into(memoryview(weights), plan, finite=True, progress=None)
     assert group.sent == (b"" if wrong else weights)
     assert wrong or torch.frombuffer(weights, dtype=torch.float32).tolist() == [1.0] * 16 + [2.0] * 16
+
+
+@pytest.mark.parametrize("length", [0, 2038, 2039, 100_000])
+def test_what_is_told_may_be_longer_than_a_frame(length: int) -> None:
+    """Guards long reasons and tables of differences, which have no room in what is sent first."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        assert Group({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}).gather("x" * length) == ["x" * length]
+    finally:
+        dist.destroy_process_group()
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"} | {

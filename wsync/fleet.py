@@ -128,7 +128,7 @@ class FleetSyncer(Syncer):
         return self._worked
 
     def _run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
-        if not self.group.joined:
+        if not self.group.names:
             self.group.join()
         self._last = self.record.last_published()
         schedule = Schedule(self.spec, self.getter.checkpoints, stop)

@@ -54,7 +54,6 @@ class Group:
         note: where to tell of the group itself, as ``WatchLog.note``.
         thread: what talks to the other boxes, once it runs.
         stop: ends what this box works on; set where the group breaks meanwhile.
-        joined: whether it was formed.
 
     Raises:
         UsageError: torchrun's variables are there only in part, or it starts more than one watch a box.
@@ -62,14 +61,14 @@ class Group:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         missing = [name for name in _NEEDED if name not in environment]
-        try:
-            self.rank, self.size, local = (int(environment[name]) for name in _NEEDED[:3])
-        except (KeyError, ValueError):
+        numbers = [environment.get(name, "") for name in _NEEDED[:3]]
+        if missing or not all(number.isdecimal() for number in numbers):
             raise UsageError(
                 f"TORCHELASTIC_RUN_ID is set, and {missing[0] if missing else 'a rank or size'} is not as torchrun "
                 "sets it. Start the watch by torchrun, or, for a watch of this box alone, without TORCHELASTIC_RUN_ID."
-            ) from None
-        if missing or local != 1:
+            )
+        self.rank, self.size, local = map(int, numbers)
+        if local != 1:
             raise UsageError(
                 f"torchrun started {local} processes on this box, and one watch keeps it. Use --nproc-per-node 1; a "
                 "watch that a training script starts must be started without TORCHELASTIC_RUN_ID."
@@ -80,7 +79,6 @@ class Group:
         self.note: Callable[[str, str, str], None] = lambda level, event, text: None
         self.thread: threading.Thread | None = None
         self.stop = threading.Event()
-        self.joined = False
         self._group: Any = None
 
     def join(self) -> None:
@@ -104,7 +102,6 @@ class Group:
                 f"the boxes have different versions of wsync: {', '.join(sorted(set(versions)))}. Install one on all."
             )
         self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
-        self.joined = True
         self.note("info", "group", f"rank {self.rank} of {self.size}: {few(self.names)}")
         if self.shared_store:
             self.note(

@@ -242,18 +242,16 @@ class Spec:
         module_name, _, attributes = text.partition(":")
         try:
             target: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as exc:
-            if exc.name and (module_name == exc.name or module_name.startswith(f"{exc.name}.")):
+        except (Exception, SystemExit) as exc:
+            missing = exc.name if isinstance(exc, ModuleNotFoundError) else None
+            if missing and (module_name == missing or module_name.startswith(f"{missing}.")):
                 raise SpecError(
-                    f"there is no module {module_name!r} (no {exc.name!r}) in {self.directory} or among the "
+                    f"there is no module {module_name!r} (no {missing!r}) in {self.directory} or among the "
                     "installed packages. Check the spelling, or run wsync from the directory that holds it."
                 ) from None
             raise SpecError(
-                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Install what it needs."
-            ) from exc
-        except (Exception, SystemExit) as exc:
-            raise SpecError(
-                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Mend it first."
+                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Correct it, or install "
+                "what it needs."
             ) from exc
         for attribute in attributes.split("."):
             try:
