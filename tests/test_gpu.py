@@ -415,7 +415,7 @@ def test_a_process_that_ends_under_a_copy_on_a_gpu(trainer: Trainer, spawn: Spaw
 def test_measuring_without_a_gpu_is_one_message(runtime: Path) -> None:
     """Where there is no GPU the script says so, and what to do."""
     done = subprocess.run(
-        [sys.executable, str(TESTS / "measure_gpu.py")], capture_output=True, text=True, timeout=DEADLINE
+        [sys.executable, str(TESTS / "measure/gpu.py")], capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 1 and done.stdout == ""
     assert "no CUDA device" in done.stderr and done.stderr.count("\n") == 1
@@ -425,7 +425,7 @@ def test_measuring_can_be_rehearsed(runtime: Path) -> None:
     """The lines that measure run on the CPU from end to end, see no torn step, and leave nothing behind."""
     before = set(Path("/dev/shm").glob("wsync-measure-*"))
     done = subprocess.run(
-        [sys.executable, str(TESTS / "measure_gpu.py"), "--rehearse"], capture_output=True, text=True, timeout=DEADLINE
+        [sys.executable, str(TESTS / "measure/gpu.py"), "--rehearse"], capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEADLINE, Cli, Lines, Spawn, marks, raw, write
-from measure_remote import PEAK, Sender, Server
+from measure.remote import PEAK, Sender, Server
 from policies import mlp
 from safetensors.torch import save_file
 from test_remote import shards

@@ -1,4 +1,4 @@
-"""Four boxes of one group on loopback, beside four watches that each read the file: ``python tests/measure_fleet.py``.
+"""Four boxes of one group on loopback, beside four watches that each read the file: ``python tests/measure/fleet.py``.
 
 From the rename of a checkpoint until it is live on the last box. Then, from what a round and a piece cost here, what
 groups of other sizes would take on a network of their own. Times jitter: nothing is asserted. Takes about a minute on
@@ -127,7 +127,7 @@ def save(base: Path, step: int, nbytes: int) -> Path:
 def main() -> None:
     nbytes = (int(sys.argv[1]) if len(sys.argv) > 1 else 256) << 20
     base = Path(tempfile.mkdtemp(prefix="wsync-measure-", dir="/dev/shm"))
-    os.environ |= {"PYTHONPATH": f"{base}:{Path(__file__).parents[1]}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    os.environ |= {"PYTHONPATH": f"{base}:{Path(__file__).parents[2]}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     try:
         (base / "runs").mkdir()
         (base / "policy.py").write_text(POLICY)

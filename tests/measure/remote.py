@@ -1,7 +1,8 @@
-"""Figures of a push from a store, beside a download to shared memory and a push from there: ``measure_remote.py``.
+"""Figures of a push from a store, beside a download to shared memory and a push from there.
 
-The server is on the loopback and sends from the page cache: once as fast as it can, and once with each connection held
-to 80 MB/s, as object stores hold theirs. Times jitter, so nothing here is asserted. Takes about a minute on two cores.
+Run ``python tests/measure/remote.py``. The server is on the loopback and sends from the page cache: once as fast as it
+can, and once with each connection held to 80 MB/s, as object stores hold theirs. Times jitter, so nothing here is
+asserted. Takes about a minute on two cores.
 """
 
 from __future__ import annotations

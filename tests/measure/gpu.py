@@ -1,4 +1,4 @@
-"""Figures of a policy on a GPU, each beside what one would do otherwise: ``python tests/measure_gpu.py``.
+"""Figures of a policy on a GPU, each beside what one would do otherwise: ``python tests/measure/gpu.py``.
 
 One run of under five minutes makes all of them and ends with one JSON object. It takes one CUDA device, and of the
 packages torch, numpy and safetensors alone (with ``PYTHONPATH=.`` where wsync is not installed); of weights there is
@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from devices import LateDevice
 from safetensors.torch import save_file
 from torch import nn
 
@@ -42,6 +41,9 @@ from wsync.layout import layout_of
 from wsync.memory import free_bytes
 from wsync.publisher import publish
 from wsync.segment import Segment
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of the tests' own modules
+from devices import LateDevice
 
 TENSORS = 300
 MARKS = 4  # checkpoints that a storm goes around
