@@ -21,17 +21,24 @@ def rooms() -> list[str]:
 def imported(room: str) -> set[str]:
     """What a room imports of the package when it is imported itself; not what it does within a function."""
     found = set()
-    tree = ast.parse((PACKAGE / f"{room}.py").read_text())
-    for node in [inner for outer in tree.body for inner in (outer.body if isinstance(outer, ast.Try) else [outer])]:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-    return {name for name in found if name and (PACKAGE / f"{name}.py").exists()}
+    folder = PACKAGE / room
+    for file in folder.glob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"]:
+        tree, level = ast.parse(file.read_text()), 2 if folder.is_dir() else 1
+        for node in [inner for outer in tree.body for inner in (outer.body if isinstance(outer, ast.Try) else [outer])]:
+            if isinstance(node, ast.ImportFrom) and node.level == level:
+                found |= {node.module} if node.module else {alias.name for alias in node.names}
+    return {name.partition(".")[0] for name in found if name} & there()
+
+
+def there() -> set[str]:
+    """The rooms that there are: modules, and packages of several."""
+    modules = {path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")}
+    return modules | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_every_room_is_on_the_map() -> None:
     """Guards a map that the next reader can believe: each module once, and nothing that is not there."""
-    there = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
-    assert sorted(rooms()) == there
+    assert sorted(rooms()) == sorted(there())
 
 
 def test_imports_go_down_the_map() -> None:

@@ -1,0 +1,65 @@
+"""What a pass costs besides time, in counts that do not jitter."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wsync import header
+from wsync.bench.cases import Slot
+from wsync.bench.place import Place, private_place
+from wsync.bench.rows import Settings
+from wsync.spec import load_spec
+from wsync.syncer import Syncer
+
+
+@pytest.fixture
+def place(runtime: Path, tmp_path: Path) -> Iterator[Place]:
+    with private_place(Settings(directory=tmp_path, runtime=runtime)) as made:
+        yield made
+
+
+def test_a_staged_file_is_read_once_and_takes_no_memory(place: Place) -> None:
+    """Guards the slot as the only copy: no byte of 64 MiB is read twice, and less than 1 MiB is allocated."""
+    slot = Slot(place, place.save("x.safetensors", 64 << 20, 200))
+    slot.stage(finite=True)  # so that what is imported late is there
+    before = bytes_read()
+    slot.stage(finite=True)
+    assert bytes_read() - before < 65 << 20
+    tracemalloc.start()
+    try:
+        slot.stage(finite=True)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pass_is_not_searched_for_garbage(place: Place) -> None:
+    """Guards a first pass that is linear in tensors: the collector looks at their tables neither once nor often."""
+    spec = load_spec(str(place.standing("policy", 1 << 20, 3000)))
+    place.save("policy/step_1.safetensors", 1 << 20, 3000)
+    header.forget()
+    collected: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collected.append(phase)
+
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        with Syncer(spec, runtime=place.runtime) as syncer:
+            assert syncer.once().status == "published"
+            assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
+    assert len(collected) <= 4  # before and after the pass
+
+
+def bytes_read() -> int:
+    """Bytes that read calls of this process gave."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])

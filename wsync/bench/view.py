@@ -1,0 +1,115 @@
+"""Rows for people and for programs: one table, and one JSON object."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wsync
+
+from ..console import size
+from ..tables import stdout_console
+from .place import free_memory
+from .rows import Row, Settings
+
+
+def box() -> dict[str, Any]:
+    """What the figures belong to; taken before them, because measuring is load, too."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "memory_free": free_memory(),
+        "load": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "wsync": wsync.__version__,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
+    """One object: ``box``, ``settings`` and ``results``, a list of rows.
+
+    A row has ``case``, ``name``, ``beside`` (the other side), ``unit`` (``s``, ``B/s``, ``B`` or ``%`` of a core),
+    ``samples`` (of each round, ours and the other side's), their medians ``value`` and ``beside_value``, ``ratio`` (the
+    median of the rounds' ratios), ``aim`` (``sense`` and ``bound``: of the ratio where there is one, else of the
+    value), ``met``, and the reason in ``skipped`` or ``failed`` where nothing was measured. What is missing is null or
+    empty.
+    """
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    computed = ("value", "beside_value", "ratio", "met")
+    results = [{**asdict(row), **{name: getattr(row, name) for name in computed}} for row in rows]
+    return {"box": dict(about), "settings": asked, "results": results}
+
+
+def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """The table on stdout, the box above it, and below it what was not measured and how many aims are met."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = stdout_console()
+    console.print(
+        f"{about['processor']}, {about['cores']} cores, {size(about['memory_free'])} free, load {about['load']}\n"
+        f"Linux {about['kernel']}, Python {about['python']}, torch {about['torch']}\n"
+        f"{size(settings.size)} in {settings.tensors:,} tensors, {settings.readers} readers",
+        markup=False,
+    )
+    if about["load"] > about["cores"] / 2:
+        console.print("The box is busy with something else: take these figures again when it is idle.")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for header, side in (
+        ("measured", "left"),
+        ("wsync", "right"),
+        ("beside", "left"),
+        ("", "right"),
+        ("ratio", "right"),
+    ):
+        table.add_column(header, justify=side, no_wrap=side == "right")  # type: ignore[arg-type]
+    table.add_column("aim", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
+    absent, told = [], []
+    for row in rows:
+        if row.value is None:
+            absent.append(
+                Text(f"{row.case} failed: {row.failed}", "bold red")
+                if row.failed
+                else Text(f"{row.case} not measured: {row.skipped}", "dim")
+            )
+            continue
+        other = "" if row.beside_value is None else amount(row.beside_value, row.unit)
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+        table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, _aim(row), verdicts[row.met])
+        told += [row.met] if row.aim else []
+    console.print(table, *absent, sep="\n")
+    console.print(f"{told.count(True)} of {len(told)} aims met. A ratio is wsync by the other.")
+
+
+def amount(value: float, unit: str) -> str:
+    """A figure in its unit, for people."""
+    if unit == "s":
+        for name, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+            if value * factor >= 0.9995:
+                return f"{value * factor:.3g} {name}" if value * factor < 999.5 else f"{value * factor:,.0f} {name}"
+        return f"{value * 1e9:.3g} ns"
+    if unit == "%":
+        return f"{value:.2g} %"
+    return size(value) + ("/s" if unit == "B/s" else "")
+
+
+def _aim(row: Row) -> str:
+    if row.aim is None:
+        return ""
+    bound = f"{row.aim.bound:g}" if row.beside else amount(row.aim.bound, row.unit)
+    return f"{row.aim.sense} {bound}"
