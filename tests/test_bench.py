@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,12 @@ def test_no_room_is_a_reason(runtime: Path, tmp_path: Path) -> None:
         "readers",
     ]
     assert ["are free" in row.skipped for row in cases.run(huge, names)] == [True] * len(names)
+
+
+def test_a_file_in_memory_is_not_called_cold(settings: Settings, runtime: Path) -> None:
+    """Guards the figure of a cold file: where the page cache cannot be dropped there is a reason, and no figure."""
+    (row,) = cases.run(replace(settings, directory=runtime), ["staging-cold"])
+    assert row.value is None and "--dir" in row.skipped, row
 
 
 def test_what_runs_on_ends_with_a_killed_run(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ class Slot:
         with open(place.runtime / path.name, "w+b") as file:
             os.posix_fallocate(file.fileno(), 0, self.nbytes)
             self.weights = memoryview(mmap.mmap(file.fileno(), self.nbytes))
+        self.targets = {
+            entry.name: torch.frombuffer(self.weights[entry.offset :][: entry.nbytes], dtype=torch.float32)
+            for entry in self.layout.tensors
+        }
 
     def stage(self, *, finite: bool = False) -> None:
         with open_checkpoint(self.path) as checkpoint:
@@ -92,26 +96,13 @@ class Slot:
         source, target = np.ones(self.nbytes, "u1"), np.frombuffer(self.weights, "u1")
         return timed(partial(np.copyto, target, source))
 
-    def load_and_copy(self) -> Timed:
+    def load_and_copy(self) -> None:
         """The usual way to the same bytes, with as many threads as staging has."""
-        targets = {
-            entry.name: torch.frombuffer(self.weights[entry.offset :][: entry.nbytes], dtype=torch.float32)
-            for entry in self.layout.tensors
-        }
-        threads = min(max(len(os.sched_getaffinity(0)) // 4, 1), 8)
-
-        def work() -> float:
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                began = time.perf_counter()
-                for name, tensor in load_file(self.path).items():
-                    targets[name].copy_(tensor)
-                return time.perf_counter() - began
-            finally:
-                torch.set_num_threads(before)
-
-        return work
+        before = torch.get_num_threads()
+        torch.set_num_threads(min(max(len(os.sched_getaffinity(0)) // 4, 1), 8))
+        for name, tensor in load_file(self.path).items():
+            self.targets[name].copy_(tensor)
+        torch.set_num_threads(before)
 
 
 def _slot(place: Place, nbytes: int, tensors: int) -> Slot:
@@ -119,32 +110,27 @@ def _slot(place: Place, nbytes: int, tensors: int) -> Slot:
     return Slot(place, place.save("staging.safetensors", nbytes, tensors))
 
 
-def _warm(place: Place, slot: Slot, name: str, copy: Aim | None, load: Aim) -> list[Row]:
-    ours, rounds = timed(slot.stage), place.rounds(20)
-    return [
-        compare(name, ours, "memory copy", slot.memory_copy(), copy, rounds, nbytes=slot.nbytes),
-        compare(name, ours, "load_file, copy_", slot.load_and_copy(), load, rounds, nbytes=slot.nbytes),
-    ]
-
-
 def staging(place: Place) -> list[Row]:
-    return _staging(place, place.settings.size)
+    return _warm(place, place.settings.size, place.settings.tensors, Aim(">=", 0.85), Aim(">=", 1.0))
 
 
 def staging_large(place: Place) -> list[Row]:
     if place.settings.quick:
         raise Skip("--quick leaves out what takes a GiB")
-    return _staging(place, max(place.settings.size, GIB))
-
-
-def _staging(place: Place, size: int) -> list[Row]:
-    slot = _slot(place, size, place.settings.tensors)
-    return _warm(place, slot, f"staging {shown(slot.nbytes)}, warm", Aim(">=", 0.85), Aim(">=", 1.0))
+    return _warm(place, max(place.settings.size, GIB), place.settings.tensors, Aim(">=", 0.85), Aim(">=", 1.0))
 
 
 def staging_many(place: Place) -> list[Row]:
-    slot = _slot(place, 2000 * 4096, 2000)
-    return _warm(place, slot, "staging 2,000 x 4 KiB", None, Aim(">=", 8.0))
+    return _warm(place, 2000 * 4096, 2000, None, Aim(">=", 8.0))
+
+
+def _warm(place: Place, nbytes: int, tensors: int, copy: Aim | None, load: Aim) -> list[Row]:
+    slot = _slot(place, nbytes, tensors)
+    name, ours, rounds = f"staging {shown(slot.nbytes)} in {tensors:,}, warm", timed(slot.stage), place.rounds(20)
+    return [
+        compare(name, ours, "memory copy", slot.memory_copy(), copy, rounds, nbytes=slot.nbytes),
+        compare(name, ours, "load_file, copy_", timed(slot.load_and_copy), load, rounds, nbytes=slot.nbytes),
+    ]
 
 
 def finite(place: Place) -> list[Row]:

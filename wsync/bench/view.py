@@ -79,14 +79,11 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
     table.add_column("aim", no_wrap=True)
     table.add_column("", no_wrap=True)
     verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
-    absent, told = [], []
+    told, absent = [], []
     for row in rows:
         if row.value is None:
-            absent.append(
-                Text(f"{row.case} failed: {row.failed}", "bold red")
-                if row.failed
-                else Text(f"{row.case} not measured: {row.skipped}", "dim")
-            )
+            why = f"failed: {row.failed}" if row.failed else f"not measured: {row.skipped}"
+            absent.append(Text(f"{row.case} {why}", "bold red" if row.failed else "dim"))
             continue
         other = "" if row.beside_value is None else amount(row.beside_value, row.unit)
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
