@@ -17,8 +17,7 @@ The rooms, from the ground up; what a room imports when it is imported stands be
     one pass        schedule syncer
     many boxes      convergence group delivery fleet
     a watch         figures endpoint monitor service
-    measuring       bench bench_place bench_policy bench_by_hand bench_processes bench_staging bench_memory
-                    bench_watching bench_reading bench_growth bench_view bench_svg
+    measuring       bench
     command line    options cli_bench cli_history cli
 """
 
