@@ -20,8 +20,8 @@ from .errors import IncompleteCheckpoint, MalformedCheckpoint
 from .layout import DTYPE_BITS, describe
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
-_DEEPEST = 127  # tables and lists within one another, as the official reader has it
-_FIRST = '{"__metadata__":'
+_DEEPEST = 126  # tables and lists of one entry within one another, as the official reader has it
+_FIRST = '{"__metadata__":{'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
 _KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -70,7 +70,7 @@ def read_header(
         if own and metadata is not None:
             raise ValueError("a key is there twice")
     except (ValueError, RecursionError) as exc:
-        raise malformed(path, str(exc) if isinstance(exc, _Odd) else f"its header is not JSON ({exc})") from exc
+        raise malformed(path, f"its header is wrong ({exc})") from exc
     last = next(reversed(table.values()), None)
     end = last.start + last.nbytes if last else 8 + length
     if end > size:
@@ -92,22 +92,15 @@ def malformed(path: Path, reason: str) -> MalformedCheckpoint:
     return MalformedCheckpoint(f"{path} is not a safetensors file: {reason}. Write it again.")
 
 
-class _Odd(ValueError):
-    """JSON that is no header."""
-
-
 def _split(text: str) -> tuple[dict[str, str], str]:
-    """A header's metadata, and the header without it, where it stands first, as the official writer has it.
+    """A header's metadata, and the header without it, where it stands first, as the official writer puts it.
 
-    Anything that is not just so is left in its place, for the whole to be judged.
+    A header of another form comes back whole, beside no metadata.
     """
     if text.startswith(_FIRST):
-        try:
-            metadata, end = _JSON.raw_decode(text, len(_FIRST))
-            if text[end : end + 2] == ',"' and metadata and _are_strings(metadata) and _is_text(metadata):
-                return metadata, "{" + text[end + 1 :]
-        except (ValueError, RecursionError):
-            pass
+        metadata, end = _JSON.raw_decode(text, len(_FIRST) - 1)
+        if text[end : end + 2] == ',"' and metadata and _are_strings(metadata) and "\\u" not in text[:end]:
+            return metadata, "{" + text[end + 1 :]
     return {}, text
 
 
@@ -116,25 +109,23 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     """The tensors of a header in the order of their bytes, which begin at ``data``; and the metadata that is in it.
 
     Raises:
-        ValueError: it is no JSON; an ``_Odd`` one where it is something else than a header.
+        ValueError: it is not JSON, or not a header.
     """
     header = _JSON.decode(text)
     if not isinstance(header, dict):
-        raise _Odd("its header is not a JSON object")
-    if "\\u" in text and not _is_text(header):
-        raise ValueError("half a surrogate is no text")
-    metadata = None
-    if "__metadata__" in header:
-        metadata = {} if header["__metadata__"] is None else header["__metadata__"]
-        del header["__metadata__"]
+        raise ValueError("it is not a JSON object")
+    if "\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate, which an escape can write
+    metadata = {} if header.get("__metadata__", {}) is None else header.get("__metadata__")
+    header.pop("__metadata__", None)
     if metadata is not None and not _are_strings(metadata):
-        raise _Odd("its __metadata__ is not a table of strings")
+        raise ValueError("its __metadata__ is not a table of strings")
     stored = [_stored(name, info, data, number) for name, info in header.items()]
     stored.sort(key=lambda t: (t.start, t.nbytes))
     end = data
     for tensor in stored:
         if tensor.start != end:
-            raise _Odd(f"the bytes of {tensor.name!r} overlap others, or leave a gap")
+            raise ValueError(f"the bytes of {tensor.name!r} overlap others, or leave a gap")
         end += tensor.nbytes
     return {t.name: t for t in stored}, metadata
 
@@ -144,31 +135,41 @@ def forget() -> None:
     _table.cache_clear()
 
 
+def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
+    """One entry of a header."""
+    if not isinstance(info, dict) or not info.keys() >= _KEYS:
+        raise ValueError(f"the entry of {name!r} does not have dtype, shape and data_offsets")
+    if len(info) > len(_KEYS) and _depth(info) > _DEEPEST:
+        raise ValueError(f"the entry of {name!r} is nested too deeply")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}"[:200])
+    if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(f"{name!r} has an impossible shape or byte range")
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 1 << 64:  # whatever follows, a 0 included, as the official reader counts
+            break
+    bits = DTYPE_BITS[dtype] * elements
+    if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise ValueError(f"{name!r}: {describe(dtype, shape)} does not take the bytes that it is given")
+    return StoredTensor(name, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0], number)
+
+
 def _are_strings(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
-def _is_text(value: object) -> bool:
-    """Whether no string in it, keys included, has half a surrogate, which an escape can write."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError):
-        return False
-    return True
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n < 1 << 64 for n in value)
 
 
-def _is_kept(value: object, depth: int) -> bool:
-    """Whether the official reader takes this for the value of a field that it does not know."""
-    if isinstance(value, dict | list):
-        return depth < _DEEPEST and all(
-            _is_kept(each, depth + 1) for each in (value.values() if isinstance(value, dict) else value)
-        )
-    if isinstance(value, str | None):
-        return True
-    try:
-        return math.isfinite(value)  # type: ignore[arg-type]  # what remains are numbers and truths
-    except OverflowError:
-        return False
+def _depth(value: object) -> int:
+    """How many tables and lists lie within one another."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -178,43 +179,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _integer(digits: str) -> int | float:
-    return -0.0 if digits == "-0" else int(digits)  # that is no size
+def _integer(text: str) -> int | float:
+    """An int for what can be a size: at most 20 digits, and nothing else."""
+    return int(text) if len(text) <= 20 and text.isdecimal() else _float(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
-    """One entry of a header."""
-    if not isinstance(info, dict) or not info.keys() >= _KEYS:
-        raise _Odd(f"the entry of {name!r} does not have dtype, shape and data_offsets")
-    if len(info) > len(_KEYS) and not _is_kept(info, 1):
-        raise _Odd(f"the entry of {name!r} has a number that is too large, or tables too deep within one another")
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _Odd(f"{name!r} has the unknown dtype {dtype!r}"[:200])
-    if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise _Odd(f"{name!r} has an impossible shape or byte range")
-    bits = DTYPE_BITS[dtype] * _product(shape)
-    if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise _Odd(f"{name!r}: {describe(dtype, shape)} does not take the bytes that it is given")
-    return StoredTensor(name, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0], number)
-
-
-def _product(shape: list[int]) -> int:
-    """The elements of a shape; beyond 64 bits as soon as any partial product is, as the official reader has it."""
-    elements = 1
-    for size in shape:
-        elements *= size
-        if elements >= 1 << 64:
-            break
-    return elements
-
-
-def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 64 for n in value)
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer, parse_float=_float)
