@@ -47,11 +47,10 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
@@ -75,8 +74,6 @@ from .segment_files import (
     slot_name,
     sweep,
 )
-
-_T = TypeVar("_T")
 
 
 class Segment:
@@ -241,7 +238,7 @@ class Segment:
             except SegmentBusy:  # the segment is being removed
                 return None
             if self.word == word:
-                return self._told(Publication.from_header, head, word & 0xFF)
+                return self._publication(head, word & 0xFF)
         return None
 
     def step_of(self, lease: Lease) -> int | None:
@@ -250,11 +247,12 @@ class Segment:
         Raises:
             SegmentUnsafe: the slot's header does not say.
         """
-        return self._told(Publication.step_from_header, read_at(lease.fileno(), METADATA_END, 0), lease.slot)
+        return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot).step
 
-    def _told(self, by: Callable[[bytes], _T], head: bytes, slot: int) -> _T:
+    def _publication(self, head: bytes, slot: int) -> Publication:
+        """What the first ``METADATA_END`` bytes of a live slot say."""
         try:
-            return by(head)
+            return Publication.from_header(head)
         except ValueError as exc:
             raise SegmentUnsafe(
                 f"{self.path / slot_name(slot)} is live, and its header was damaged ({exc!s:.100}). Remove the segment "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,12 +28,6 @@ MAX_SLOTS = 64
 SLOTS = 3
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
-_TEXT = rb'"[ !#-\[\]-~]*"'
-# What metadata_block writes, within the bounds of from_header; compiled at its first use, which a push does not make.
-_USUAL = (
-    rb'(?s).{8}\{"__metadata__":\{"version": "\d{1,16}", "step": "(-?\d{1,18}|)", "source": %b, "identity": %b, '
-    rb'"published_at": "\d{1,11}\.\d{1,9}", "spec": %b\} *' % (_TEXT, _TEXT, _TEXT)
-)
 
 
 @contextmanager
@@ -90,14 +83,6 @@ class Publication:
             if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")
             return found
-
-    @classmethod
-    def step_from_header(cls, header: bytes) -> int | None:
-        """The step of what ``from_header`` gives, in a quarter of the time where all is as usual: a policy waits."""
-        usual = re.fullmatch(_USUAL, header)
-        if usual is None:
-            return cls.from_header(header).step
-        return int(usual[1]) if usual[1] else None
 
 
 class About(NamedTuple):
