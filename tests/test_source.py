@@ -17,7 +17,6 @@ from wsync.changes import Changes
 from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.parts import identity
 from wsync.source import Candidate, natural, scan, select
-from wsync.weight_getter import CheckpointWeightGetter
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
 
@@ -56,6 +55,9 @@ def candidate(name: str, mtime: int, state: str | None = None, place: str = "/ru
         "step_1.incomplete.safetensors",
         "step_1.safetensors.tmp",
         "step_1.safetensors~",
+        "Tmp_5.safetensors",
+        "x.TEMP",
+        "step_1-00001-of-00002.safetensors",
         "step_1.pt",
         "safetensors",
     ],
@@ -430,30 +432,3 @@ def test_a_time_ahead_of_the_clock_hides_nothing_that_comes_after(tmp_path: Path
     assert [c.path.name for c in select(scan(tmp_path), live)] == ["b.safetensors"]
     after = next(c for c in scan(tmp_path) if c.path == second)
     assert select(scan(tmp_path), after) == []  # and the one from ahead does not come back
-
-
-def test_a_clock_that_is_set_back_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against the files of before a jump of the clock passing for newer than those of after it."""
-    for name, age in (("old", 7200), ("live", 0), ("other", 1)):
-        path = tmp_path / f"{name}.safetensors"
-        path.write_bytes(name.encode())
-        os.utime(path, (time.time() - age,) * 2)
-    getter = CheckpointWeightGetter(tmp_path)
-    live = next(c for c in scan(tmp_path) if c.path.stem == "live")
-    assert getter.candidates(live) == []
-    real, back = time.time, 3600.0
-    monkeypatch.setattr(time, "time", lambda: real() - back)
-    assert getter.candidates(live) == []  # nothing came since
-    fresh = tmp_path / "fresh.safetensors"
-    fresh.write_bytes(b"fresh")
-    os.utime(fresh, (time.time(),) * 2)
-    assert [c.path.stem for c in getter.candidates(live)] == ["fresh"]
-    now_live = next(c for c in scan(tmp_path) if c.path == fresh)
-    assert getter.candidates(now_live) == []  # those of before the jump are not newer than it, either
-
-
-@pytest.mark.parametrize("name", ["Tmp_5.safetensors", "x.TEMP", ".a.safetensors", "a-00001-of-00002.safetensors"])
-def test_the_quick_look_at_names_misses_no_temporary(tmp_path: Path, name: str) -> None:
-    """Guards against the shortcut past the expressions letting one of them through."""
-    (tmp_path / name).write_bytes(b"x")
-    assert scan(tmp_path) == []

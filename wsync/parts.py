@@ -157,8 +157,7 @@ def _adapter(path: Path, file: Path) -> Parts:
 def _sharded(path: Path) -> Parts:
     index = path / INDEX
     info = index.stat()
-    written = max(info.st_mtime, info.st_ctime)
-    if info.st_size <= _KEPT and written < time.time() - _STEADY:  # a pass with nothing new parses none
+    if info.st_size <= _KEPT and info.st_ctime < time.time() - _STEADY:  # a pass with nothing new parses none
         shards = _known(index, identity(info), info.st_ctime_ns)
     else:
         shards = _shards(index)

@@ -20,7 +20,7 @@ from .fitting import Fit
 from .layout import TORCH_DTYPES, Layout
 from .parts import place_at, remote
 from .segment_files import Publication
-from .source import Candidate, Select, SetBack, scan, select
+from .source import Candidate, Select, scan, select
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -58,7 +58,6 @@ class CheckpointWeightGetter:
         self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
         self._steps: dict[tuple[str | Path, str], int | None] = {}
-        self._set_back = SetBack()
         self.path: Path | None = None
         self.step: int | None = None
         self._last: Candidate | None = None
@@ -112,8 +111,6 @@ class CheckpointWeightGetter:
             self._steps = {state: step for state, step in self._steps.items() if state in listed}
         if [c.path for c in found] == [self.checkpoints]:
             return [c for c in found if live is None or c.identity != live.identity]
-        if self.select.order == "mtime":
-            found, live = self._set_back.correct(found, live)
         return select(found, live, self.select.order)
 
     def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
