@@ -8,16 +8,17 @@ import os
 import shutil
 import sqlite3
 import stat
-import unittest.mock
+import threading
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import DEADLINE, Spawn
 
 from wsync.errors import StateError, UsageError
-from wsync.state import Pin, State, _write_ahead, state_dir
+from wsync.state import Pin, State, state_dir
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")
 
@@ -189,35 +190,27 @@ def test_many_processes_write_one_history(tmp_path: Path, spawn: Spawn) -> None:
 def test_a_history_that_another_process_just_makes_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    """Guards the first event of cron and watch that start together: SQLite says at once that the database is locked."""
-    other = sqlite3.connect(tmp_path / "nets.sqlite", isolation_level=None)
+    """Guards the first event of cron and watch that start together: the one waits for the other's transaction."""
+    asked, connect = threading.Event(), sqlite3.connect
+
+    class Asking(sqlite3.Connection):
+        def executescript(self, script: str) -> sqlite3.Cursor:
+            asked.set()
+            return super().executescript(script)
+
+    other = connect(tmp_path / "nets.sqlite", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    slept: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        slept.append(seconds)
-        if ends:
-            other.execute("ROLLBACK")
-
-    monkeypatch.setattr("wsync.state.time.sleep", sleep)
+    monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Asking))
     if not ends:
         monkeypatch.setattr("wsync.state._PATIENCE", 0.0)
+    release = threading.Thread(target=lambda: asked.wait(DEADLINE) and ends and other.execute("ROLLBACK"))
+    release.start()
     with State("nets", tmp_path) as state:
         with nullcontext() if ends else pytest.raises(StateError, match="database is locked"):
             state.record("publish", version=1)
-        assert len(slept) == ends
         assert not ends or len(state.events()) == 1
+    release.join(DEADLINE)
     other.close()
-
-
-def test_a_history_that_cannot_be_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a pass on a disk that fails: it goes on without a history at once, not in ten seconds."""
-    broken = sqlite3.OperationalError("disk I/O error")
-    broken.sqlite_errorname = "SQLITE_IOERR"
-    connection = unittest.mock.Mock(**{"execute.side_effect": broken})
-    monkeypatch.setattr("wsync.state.time.sleep", lambda _: pytest.fail("waited"))
-    with pytest.raises(sqlite3.OperationalError, match="disk"):
-        _write_ahead(connection)
 
 
 def test_where_the_state_lies(monkeypatch: pytest.MonkeyPatch) -> None:

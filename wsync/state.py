@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,15 +27,6 @@ if TYPE_CHECKING:
     from .segment_files import Publication
 
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
-_FIELDS = ("version", "step", "checkpoint", "identity", "bytes", "seconds", "lag", "reason", "settings")
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_FIELDS)});
-CREATE INDEX IF NOT EXISTS by_kind ON events (kind, version);
-CREATE TABLE IF NOT EXISTS rejections (
-    identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (identity, settings));
-"""
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _KEEP_EVENTS = 100_000  # of what went live, and as many of all else; 30 MB each, at one a minute in two months
 _TRIM = 100  # events, of which one looks whether there are too many
@@ -110,6 +101,17 @@ class Event(NamedTuple):
     lag: int | None = None
     reason: str | None = None
     settings: str | None = None
+
+
+_FIELDS = Event._fields[3:]  # without id, at and kind
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_FIELDS)});
+CREATE INDEX IF NOT EXISTS by_kind ON events (kind, version);
+CREATE TABLE IF NOT EXISTS rejections (
+    identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (identity, settings));
+"""
 
 
 def _text(value: Any) -> Any:
@@ -309,7 +311,9 @@ class State:
                 self._opened = os.fstat(fd)
                 os.close(fd)
                 self._connection = sqlite3.connect(self._file, timeout=_PATIENCE, check_same_thread=False)
-                _write_ahead(self._connection)
+                # Where another process just makes it so, SQLite says at once that it is locked, and all below waits.
+                with suppress(sqlite3.OperationalError):
+                    self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 self._connection.executescript(_SCHEMA)
             with self._connection as database:
@@ -330,22 +334,3 @@ class State:
             f"the history of {self.name!r} in {self.directory} cannot be kept ({exc}). Mend its access or make room, "
             "or name another place with --state-dir; a broken database can be removed."
         )
-
-
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Has readers and a writer not wait for each other.
-
-    The database of a new history is made so once. Where two processes do that at the same time, SQLite tells one of
-    them at once that it is locked, however patient it was asked to be.
-    """
-    import sqlite3
-
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as exc:
-            if not exc.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.01)
