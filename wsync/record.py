@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 PUBLISHED = ("publish", "rollback")
 """Kinds of events after which a version is live."""
 IN_NO_FILE = "kept live values that are in no file"
+NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
 
 
 class Record:
@@ -175,17 +175,14 @@ class Record:
         assert self._state
         events = [e for e in self._state.events(kinds=PUBLISHED) if e.identity == pin.identity]
         pinned = next((e for e in reversed(events) if pin.version in (0, e.version)), None)
-        mixed = fit_from_json(pinned.settings).kept if pinned else 0
-        kept = copies(self._state, events)
-        for event in reversed(events):
-            if fit_from_json(event.settings).kept == mixed and (again := reopen(event, kept)):
-                return again
-        checkpoint = None if mixed and pin.version else _same(pin.checkpoint, pin.identity)
+        if pinned and (again := reopen(pinned, copies(self._state, events))):
+            return again
+        mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity)
         if checkpoint is None:
             raise CheckpointError(
-                f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and no copy of it "
-                f"was kept. `wsync unpin {self._state.name}` goes on with the newest; `wsync rollback` lists what is "
-                "still there."
+                f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and {NO_COPY}. "
+                f"`wsync unpin {self._state.name}` goes on with the newest; `wsync rollback` lists what is still there."
             )
         return checkpoint, fit
 
@@ -222,7 +219,6 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         same = copies(state, events).get(what(this)) if this else None
         if same and _holds(same, publication.identity):
             same.replace(target)
-            _make_newest(target)
             return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
             try_lock(copy.fileno())  # who sweeps sees that it is being written
@@ -230,11 +226,10 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
             with open(lease.fileno(), "rb", closefd=False) as slot:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
-        _make_newest(target)
-        paths = [copy_path(state, version) for version in kept_versions(state)]
-        written = sorted((path.stat().st_mtime_ns, path) for path in paths)
-        for _, path in written[:-number]:  # not by their numbers, which begin anew where the history was removed
-            path.unlink(missing_ok=True)
+        # Not by their numbers, which begin anew where the history was removed.
+        order = {event.version: at for at, event in enumerate(events)} | {publication.version: len(events)}
+        for version in sorted(kept_versions(state), key=lambda version: order.get(version, -1))[:-number]:
+            copy_path(state, version).unlink(missing_ok=True)
     except OSError as exc:
         with suppress(OSError):
             temporary.unlink()
@@ -244,13 +239,6 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
         ) from exc
     finally:
         lease.release()
-
-
-def _make_newest(copy: Path) -> None:
-    """Gives a copy a time after all others', also where the clock was set back."""
-    others = [path.stat().st_mtime_ns for path in copy.parent.glob("*.safetensors") if path != copy]
-    last = max([time.time_ns(), *(other + 1 for other in others)])
-    os.utime(copy, ns=(last, last))
 
 
 def _holds(copy: Path, identity: str) -> bool:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import NoCheckpoint, PartialCheckpoint, SegmentBusy, StateError, UsageError, printable
+from .errors import NoCheckpoint, SegmentBusy, StateError, UsageError, printable
 from .publisher import publish
-from .record import IN_NO_FILE, PUBLISHED, copies, fit_from_json, reopen, what
+from .record import IN_NO_FILE, NO_COPY, PUBLISHED, copies, fit_from_json, reopen, what
 from .segment import Segment
 from .segment_files import Publication
 from .state import Event, Pin, State
@@ -140,21 +140,15 @@ def _again(segment: Segment, last: int, event: Event, state: State) -> Publicati
         return publication
     events = state.events(kinds=PUBLISHED)
     again = reopen(event, copies(state, events))
-    why = f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
     if again:
         checkpoint, fit = again
-        try:
-            with checkpoint:
-                live = segment.live()
-                spec = (live.spec if live else "") or segment.spec
-                return publish(segment, checkpoint, fit=replace(fit, partial=False), spec=spec, last_version=last)
-        except PartialCheckpoint:  # by a history that does not say so
-            why = IN_NO_FILE
-    elif fit_from_json(event.settings).kept:
-        why = IN_NO_FILE
-    raise NoCheckpoint(
-        f"version {event.version} of {state.name!r} {why}, and no copy was kept (--keep). {_choices(state, events)}"
-    )
+        with checkpoint:
+            live = segment.live()
+            spec = (live.spec if live else "") or segment.spec
+            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
+    mixed = fit_from_json(event.settings).kept
+    why = IN_NO_FILE if mixed else f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
+    raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state, events)}")
 
 
 def _choices(state: State, events: list[Event]) -> str:
