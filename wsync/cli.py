@@ -241,12 +241,13 @@ def inspect(
     """What is in a checkpoint, whether it is complete and fits; or what a directory holds to choose from."""
     from .inspect import inspect as look
     from .spec import load_spec
-    from .tables import print_inspection
 
     looked = look(path, spec=load_spec(spec) if spec else None, scan_values=scan)
     if as_json:
         _print_json(looked)
     else:
+        from .tables import print_inspection
+
         print_inspection(looked)
     bad = looked.get("complete") is False or looked.get("fits") is False
     raise typer.Exit((1 if looked["kind"] == "failed" else 65) if bad else 0)

@@ -57,13 +57,14 @@ def log(
     from .access import check_name
     from .history import event_json, follow_events, moment
     from .state import State
-    from .tables import print_log, print_plot
 
     if plot and (as_json or follow):
         raise UsageError("--plot draws once, for people. Leave out --json and --follow, or --plot.")
     with State(check_name(name), state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
+            from .tables import print_plot
+
             print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
             return
         last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
@@ -74,6 +75,8 @@ def log(
             for event in events:
                 print(json.dumps(event_json(event)), flush=True)
         else:
+            from .tables import print_log
+
             print_log(name, events)
         if follow:
             for event in follow_events(state, (events or last)[-1].id if last else 0):
@@ -171,7 +174,6 @@ def config(
     from .history import origins
     from .memory import runtime_dir as runtime_place
     from .state import state_dir as state_place
-    from .tables import print_config
 
     check_format(log_format)
     loaded = read_spec(spec, name, settings, poll=poll, max_failures=max_failures, slots=slots, keep=keep)
@@ -187,6 +189,8 @@ def config(
     if as_json:
         print(json.dumps({row.name: {"value": row.value, "origin": row.origin} for row in rows}, default=str))
     else:
+        from .tables import print_config
+
         print_config(rows)
 
 

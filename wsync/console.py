@@ -203,11 +203,10 @@ class WatchLog:
 
     def __enter__(self) -> WatchLog:
         if self._form == "rich":
+            from rich.console import Console
             from rich.live import Live
 
-            from .tables import stdout_console
-
-            console = stdout_console()
+            console = Console(highlight=False)
             self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
             self._live.start()
         self._line("info", "watch", f"{self._name}: watching {self._checkpoints}")

@@ -1,30 +1,46 @@
-"""The tables that rich draws: segments and their readers, and what is in a checkpoint."""
+"""The tables that people see: segments and their readers, and what is in a checkpoint.
+
+rich lays them; this module, and rich with it, is imported where one is printed.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from .console import count, duration, size
 from .errors import harmless, printable
+from .history import Setting, sparkline
 from .registry import ReaderRecord
 from .segment import Segment
 from .segment_files import Publication
+from .state import Event
 
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-
-    from .history import Setting
-    from .state import Event
+_PIPE = 100_000  # columns: a line is never broken there
 
 
 def stdout_console() -> Console:
-    from rich.console import Console
+    """Where tables go: as wide as the terminal, and in a pipe or a file one line a row, however long."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE
+    return console
 
-    return Console(highlight=False, soft_wrap=False)
+
+def _table(*columns: str) -> Table:
+    """A table without lines; what does not fit is folded, unless its column says otherwise."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def print_status(segments: list[Segment], notes: Mapping[str, list[str]]) -> None:
@@ -38,9 +54,6 @@ def print_status(segments: list[Segment], notes: Mapping[str, list[str]]) -> Non
 
 def status_view(segments: list[Segment], notes: Mapping[str, list[str]]) -> RenderableType:
     """The same as one thing to draw."""
-    from rich.console import Group
-    from rich.text import Text
-
     parts: list[RenderableType] = []
     for segment in segments:
         live, readers = segment.live(), segment.readers()
@@ -52,8 +65,6 @@ def status_view(segments: list[Segment], notes: Mapping[str, list[str]]) -> Rend
 
 
 def _headline(segment: Segment, live: Publication | None) -> RenderableType:
-    from rich.text import Text
-
     text = Text(segment.name, style="bold")
     if live is None:
         return text.append("  no version yet", style="not bold yellow")
@@ -68,10 +79,7 @@ def _headline(segment: Segment, live: Publication | None) -> RenderableType:
 
 
 def reader_table(live: Publication | None, readers: list[ReaderRecord], segment: Segment) -> RenderableType:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table()
     table.add_column("  reader", overflow="ellipsis", no_wrap=True)
     for column in ("pid", "version", "lag", "since"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -104,9 +112,6 @@ def print_inspection(looked: dict[str, Any]) -> None:
 
 
 def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     found = looked["candidates"]
     others = "other " if "complete" in looked else ""
     console.print(
@@ -114,9 +119,7 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("checkpoint", "step", "size", "verdict"):
-        table.add_column(column, overflow="fold")
+    table = _table("checkpoint", "step", "size", "verdict")
     for each in found:
         good = each["complete"] and each.get("fits", True)
         verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
@@ -128,9 +131,6 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
 
 
 def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     if not looked["complete"]:
         console.print(Text(harmless(looked["reason"]), "red"), soft_wrap=True)
         return
@@ -146,8 +146,7 @@ def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
     if "fits" in looked:
         verdict = _how_it_fits(looked) if looked["fits"] else printable(looked["reason"])
         console.print(Text(verdict, "green" if looked["fits"] else "red"), soft_wrap=True)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("tensor", overflow="fold")
+    table = _table("tensor")
     for column in ("dtype", "shape", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
     if any("finite" in tensor for tensor in looked["tensors"]):
@@ -176,76 +175,55 @@ def _how_it_fits(looked: dict[str, Any]) -> str:
     return printable("; ".join(["fits the policy", *parts]))
 
 
-_LOG_COLUMNS = (("time", 14), ("event", 8), ("version", 7), ("step", 6), ("took", 7), ("checkpoint", 24))
+_LOG_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (  # with the columns that each takes at least
+    ("time", 14, "left"),
+    ("event", 8, "left"),
+    ("version", 7, "right"),
+    ("step", 6, "right"),
+    ("took", 7, "right"),
+    ("checkpoint", 24, "left"),
+)
 _LOG_STYLES = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
-_REASON = 40  # columns that a reason needs to stand beside its event
 
 
 def print_log(name: str, events: list[Event], *, header: bool = True) -> None:
-    """The table of ``wsync log``; a reason stands beside its event, on a narrow terminal below it."""
-    from rich.cells import cell_len, set_cell_size
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
+    """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe."""
     console = stdout_console()
-    if not events and header:
+    beside = not console.is_terminal
+    if header and not events:
         console.print(f"{name}: no history")
-        return
-    rows = [_log_row(event) for event in events]
-    widths = [max(least, *(cell_len(row[n]) for row in rows)) for n, (_, least) in enumerate(_LOG_COLUMNS)]
-    if console.is_terminal:
-        widths[-1] = min(widths[-1], 40, max(12, console.width - sum(widths[:-1]) - 2 * len(widths[:-1])))
-    taken = sum(widths) + 2 * len(widths)
-
-    def line(cells: Sequence[str]) -> list[str]:
-        right = [head in ("version", "step", "took") for head, _ in _LOG_COLUMNS]
-        return [
-            " " * (width - cell_len(cell)) + cell
-            if at_right
-            else set_cell_size(cell if cell_len(cell) <= width else f"{set_cell_size(cell, width - 1)}…", width)
-            for cell, width, at_right in zip(cells, widths, right, strict=True)
-        ]
-
-    if header:
-        heads = "  ".join([*line([head for head, _ in _LOG_COLUMNS]), "reason"])
-        beside = not console.is_terminal or taken + _REASON <= console.width
-        console.print(Text(heads if beside else heads.removesuffix("  reason").rstrip(), "bold"), soft_wrap=True)
-    for event, row in zip(events, rows, strict=True):
-        first, kind, *rest = line(row)
-        told = Text.assemble(first, "  ", (kind, _LOG_STYLES.get(event.kind, "")), "  ", "  ".join(rest))
+    elif header:
+        heads = [head for head, _, _ in _LOG_COLUMNS]
+        console.print(_log_line([Text(head, "bold") for head in (*heads, *["reason"] * beside)]))
+    for event in events:
         reason = Text(printable(" ".join((event.reason or "").split())))
-        if not console.is_terminal or not reason:
-            told.append("  ").append_text(reason)
-            told.rstrip()
-            console.print(told, soft_wrap=True)
-        elif taken + _REASON <= console.width:
-            grid = Table.grid()
-            grid.add_column(width=taken)
-            grid.add_column(overflow="fold")
-            grid.add_row(told, reason)
-            console.print(grid)
-        else:
-            told.rstrip()
-            console.print(told, soft_wrap=True)
+        console.print(_log_line([*_log_row(event), *[reason] * beside]))
+        if reason and not beside:
             console.print(Padding(reason, (0, 0, 0, 4)))
 
 
-def _log_row(event: Event) -> tuple[str, ...]:
-    return (
-        datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S"),
-        event.kind,
-        "" if event.version is None else str(event.version),
-        "" if event.step is None else str(event.step),
-        "" if event.seconds is None else duration(event.seconds),
-        printable(Path(event.checkpoint).name) if event.checkpoint else "",
-    )
+def _log_line(cells: list[Text]) -> Table:
+    """One event, laid out by itself: with ``--follow`` nobody knows those that follow."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    for head, least, justify in _LOG_COLUMNS:
+        line.add_column(min_width=least, justify=justify, no_wrap=head != "checkpoint", overflow="fold")
+    line.add_row(*cells)
+    return line
+
+
+def _log_row(event: Event) -> list[Text]:
+    return [
+        Text(datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")),
+        Text(event.kind, _LOG_STYLES.get(event.kind, "")),
+        Text("" if event.version is None else str(event.version)),
+        Text("" if event.step is None else str(event.step)),
+        Text("" if event.seconds is None else duration(event.seconds)),
+        Text(printable(Path(event.checkpoint).name) if event.checkpoint else ""),
+    ]
 
 
 def print_plot(name: str, events: list[Event]) -> None:
     """Publish time, staging speed and version lag over time, each as one line of bars."""
-    from .history import sparkline
-
     console = stdout_console()
     if not events:
         console.print(f"{name}: no publish to draw")
@@ -261,19 +239,14 @@ def print_plot(name: str, events: list[Event]) -> None:
         ("version lag", lag, lambda value: f"{value:.0f}"),
     )
     for label, values, say in rows:
-        width = max(10, console.width - 16)
+        width = max(10, min(console.width, 200) - 16)
         console.print(f"{label:<14}  {sparkline(values, width)}", soft_wrap=True)
         console.print(f"{'':<14}  last {say(values[-1])}, most {say(max(values))}", style="dim")
 
 
 def print_config(rows: list[Setting]) -> None:
     """The table of ``wsync config``."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("setting", "value", "from"):
-        table.add_column(column, overflow="fold")
+    table = _table("setting", "value", "from")
     for row in rows:
         table.add_row(Text(row.name), Text("" if row.value is None else printable(str(row.value))), row.origin)
     stdout_console().print(table)
