@@ -31,8 +31,10 @@ from .options import (
     SlotsOption,
     SpecArgument,
     StateOption,
+    argument,
     check_format,
     names,
+    option,
     read_spec,
     with_settings,
 )
@@ -60,21 +62,12 @@ def push(
     spec: SpecArgument,
     checkpoint: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[CHECKPOINT]",
-            help="A file, or a directory: its newest one; or a URL. (default: from the spec)",
-            show_default=False,
-        ),
+        argument("[CHECKPOINT]", "A file, or a directory: its newest one; or a URL. (default: from the spec)"),
     ] = None,
     name: NameOption = None,
-    force: Annotated[bool, typer.Option("--force", envvar="WSYNC_FORCE", help="Publish again what is live.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", envvar="WSYNC_DRY_RUN", help="Check everything but the gate, publish nothing."),
-    ] = False,
-    retry: Annotated[
-        bool, typer.Option("--retry", envvar="WSYNC_RETRY", help="Try again what was rejected before.")
-    ] = False,
+    force: Annotated[bool, option("--force", "Publish again what is live.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", "Check everything but the gate, publish nothing.")] = False,
+    retry: Annotated[bool, option("--retry", "Try again what was rejected before.")] = False,
     slots: SlotsOption = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
@@ -136,10 +129,8 @@ def watch(
     spec: SpecArgument,
     checkpoints: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[CHECKPOINTS]",
-            help="Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)",
-            show_default=False,
+        argument(
+            "[CHECKPOINTS]", "Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)"
         ),
     ] = None,
     name: NameOption = None,
@@ -189,21 +180,11 @@ def watch(
 
 @app.command(epilog="Example: wsync status cartpole --json")
 def status(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[NAME]", help="A segment. (default: all)", show_default=False, autocompletion=names),
-    ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", envvar="WSYNC_WATCH", help="Refresh in place until stopped.")
-    ] = False,
+    name: Annotated[str | None, argument("[NAME]", "A segment. (default: all)", autocompletion=names)] = None,
+    watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
     max_staleness: Annotated[
         float | None,
-        typer.Option(
-            "--max-staleness",
-            envvar="WSYNC_MAX_STALENESS",
-            help="Exit with 1 where a live version is older, in seconds, or there is none.",
-            show_default=False,
-        ),
+        option("--max-staleness", "Exit with 1 where a live version is older, in seconds, or there is none."),
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
@@ -226,16 +207,9 @@ def status(
 
 @app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
 def inspect(
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A checkpoint, or a directory of them; or a URL.", show_default=False)
-    ],
-    spec: Annotated[
-        str | None,
-        typer.Option("--spec", envvar="WSYNC_SPEC", help="Tell whether it fits this policy.", show_default=False),
-    ] = None,
-    scan: Annotated[
-        bool, typer.Option("--scan", envvar="WSYNC_SCAN", help="Read all: tell what is not finite.")
-    ] = False,
+    path: Annotated[str, argument("PATH", "A checkpoint, or a directory of them; or a URL.")],
+    spec: Annotated[str | None, option("--spec", "Tell whether it fits this policy.")] = None,
+    scan: Annotated[bool, option("--scan", "Read all: tell what is not finite.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What is in a checkpoint, whether it is complete and fits; or what a directory holds to choose from."""

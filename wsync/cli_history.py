@@ -24,7 +24,9 @@ from .options import (
     SlotsOption,
     SpecArgument,
     StateOption,
+    argument,
     check_format,
+    option,
     read_spec,
     with_settings,
 )
@@ -35,21 +37,10 @@ history = typer.Typer()
 @history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")
 def log(
     name: NameArgument,
-    number: Annotated[
-        int, typer.Option("-n", "--number", envvar="WSYNC_NUMBER", min=1, max=1_000_000, help="Events, the last ones.")
-    ] = 20,
-    since: Annotated[
-        str | None,
-        typer.Option(
-            "--since", envvar="WSYNC_SINCE", help="30m, 2h, 3d, or a time such as 2026-05-01T12:00.", show_default=False
-        ),
-    ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", envvar="WSYNC_FOLLOW", help="Go on as events come, until stopped.")
-    ] = False,
-    plot: Annotated[
-        bool, typer.Option("--plot", envvar="WSYNC_PLOT", help="Draw publish time, staging speed and lag.")
-    ] = False,
+    number: Annotated[int, option("--number", "Events, the last ones.", "-n", shown=True, min=1, max=1_000_000)] = 20,
+    since: Annotated[str | None, option("--since", "30m, 2h, 3d, or a time such as 2026-05-01T12:00.")] = None,
+    follow: Annotated[bool, option("--follow", "Go on as events come, until stopped.", "-f")] = False,
+    plot: Annotated[bool, option("--plot", "Draw publish time, staging speed and lag.")] = False,
     as_json: JsonOption = False,
     state_dir: StateOption = None,
 ) -> None:
@@ -89,10 +80,7 @@ def log(
 @history.command(epilog="Example: wsync rollback cartpole --to 41")
 def rollback(
     name: NameArgument,
-    to: Annotated[
-        int | None,
-        typer.Option("--to", envvar="WSYNC_TO", min=1, help="A version. (default: the one before)", show_default=False),
-    ] = None,
+    to: Annotated[int | None, option("--to", "A version. (default: the one before)", min=1)] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -119,10 +107,7 @@ def rollback(
 @history.command(epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
 def pin(
     name: NameArgument,
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(metavar="[CHECKPOINT]", help="A file, or a URL. (default: what is live)", show_default=False),
-    ] = None,
+    checkpoint: Annotated[str | None, argument("[CHECKPOINT]", "A file, or a URL. (default: what is live)")] = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
 ) -> None:

@@ -87,91 +87,53 @@ def names(incomplete: str) -> list[str]:
         return []
 
 
-SpecArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        help="package.module:attr of the policy, or a TOML file.",
-        show_default=False,
-    ),
-]
-NameOption = Annotated[
-    str | None,
-    typer.Option(
-        "--name",
-        envvar="WSYNC_NAME",
-        help="The segment's name. (default: from the spec)",
-        show_default=False,
-    ),
-]
+def option(flag: str, text: str, *short: str, shown: bool = False, **more: Any) -> Any:
+    """An option, which has a variable: ``WSYNC_`` and its name.
+
+    Args:
+        flag: such as ``--dry-run``, or ``--cast/--no-cast``.
+        short: other names, such as ``-n``.
+        shown: whether the help shows its default.
+        more: what ``typer.Option`` takes.
+    """
+    variable = f"WSYNC_{flag.split('/')[0].lstrip('-').replace('-', '_').upper()}"
+    return typer.Option(flag, *short, envvar=variable, help=text, show_default=shown, **more)
+
+
+def argument(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False, **more)
+
+
+SpecArgument = Annotated[str, argument("SPEC", "package.module:attr of the policy, or a TOML file.")]
+NameArgument = Annotated[str, argument("NAME", "A segment.", autocompletion=names)]
+NameOption = Annotated[str | None, option("--name", "The segment's name. (default: from the spec)")]
 PollOption = Annotated[
-    float | None,
-    typer.Option(
-        "--poll",
-        envvar="WSYNC_POLL",
-        help="Seconds between looks that nothing asked for. (default: 1; of a URL 10)",
-        show_default=False,
-    ),
+    float | None, option("--poll", "Seconds between looks that nothing asked for. (default: 1; of a URL 10)")
 ]
 MaxFailuresOption = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--max-failures",
-        envvar="WSYNC_MAX_FAILURES",
-        help="Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
-        show_default=False,
+        "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
     ),
 ]
 LogFormatOption = Annotated[
     str | None,
-    typer.Option(
-        "--log-format",
-        envvar="WSYNC_LOG_FORMAT",
-        metavar="rich|plain|json",
-        help="(default: rich on a terminal, plain elsewhere)",
-        show_default=False,
-    ),
+    option("--log-format", "(default: rich on a terminal, plain elsewhere)", metavar="rich|plain|json"),
 ]
-SlotsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--slots",
-        envvar="WSYNC_SLOTS",
-        help="Buffers of a segment that is made. (default: 3)",
-        show_default=False,
-    ),
-]
+SlotsOption = Annotated[int | None, option("--slots", "Buffers of a segment that is made. (default: 3)")]
 KeepOption = Annotated[
-    int | None,
-    typer.Option(
-        "--keep",
-        envvar="WSYNC_KEEP",
-        help="Published versions of which a copy is kept for a rollback. (default: 0)",
-        show_default=False,
-    ),
+    int | None, option("--keep", "Published versions of which a copy is kept for a rollback. (default: 0)")
 ]
-NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="A segment.", show_default=False, autocompletion=names)
-]
-RuntimeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--runtime-dir",
-        envvar="WSYNC_RUNTIME_DIR",
-        help="Where segments live. (default: /dev/shm/wsync-<uid>)",
-        show_default=False,
-    ),
-]
+RuntimeOption = Annotated[Path | None, option("--runtime-dir", "Where segments live. (default: /dev/shm/wsync-<uid>)")]
 StateOption = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--state-dir",
-        envvar="WSYNC_STATE_DIR",
-        help="Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
-        show_default=False,
+        "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", envvar="WSYNC_JSON", help="Print one JSON object.")]
+JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -215,16 +177,10 @@ def read_spec(
 def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter:
     words = name.replace("_", "-")
     flag = f"--{words}/--no-{words}" if kind is bool else f"--{words}"
-    option = typer.Option(
-        flag,
-        envvar=f"WSYNC_{name.upper()}",
-        help=text,
-        show_default=False,
-        rich_help_panel=_PANELS[table],
-        autocompletion=(lambda: _VALUES[name]) if name in _VALUES else None,
-    )
+    values = (lambda: _VALUES[name]) if name in _VALUES else None
+    declared = option(flag, text, rich_help_panel=_PANELS[table], autocompletion=values)
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from .errors import NoCheckpoint, SegmentBusy, StateError, UsageError, printable
+from .errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from .publisher import publish
 from .record import IN_NO_FILE, NO_COPY, PUBLISHED, copies, fit_from_json, reopen, what
 from .segment import Segment
@@ -40,48 +40,44 @@ def rollback(
         SegmentBusy: another publisher is at work, or readers hold every spare slot.
         StateError: the pin cannot be written; nothing was published.
     """
-    segment = Segment.open(name, runtime, write=True)
-    try:
-        with _publishing(segment):
-            live = segment.live()
-            event = _target(state, live, to)
-            assert event.version is not None
-            before = state.pin()
-            last = live.version if live else state.version()
-            pin = Pin(
-                checkpoint=event.checkpoint or "",
-                identity=event.identity or "",
-                version=last + 1,
-                step=event.step,
-                since=time.time(),
-                reason=f"rollback from version {last} to {event.version}",
-            )
-            state.set_pin(pin)  # before it is live: a watch must not take the newest in between
-            try:
-                publication = _again(segment, last, event, state)
-            except BaseException:
-                state.set_pin(before)
-                raise
-            _note(state, publication, pin, segment.layout.nbytes, event.settings)
-            return publication, pin, event.version
-    finally:
-        segment.close()
-
-
-@contextmanager
-def _publishing(segment: Segment) -> Iterator[None]:
-    """The publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator may be in a hurry."""
-    deadline = time.monotonic() + _PATIENCE
     with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(segment.publishing())
-                break
-            except SegmentBusy:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_LOOK)
-        yield
+        segment = Segment.open(name, runtime, write=True)
+        stack.callback(segment.close)
+        _begin_publishing(segment, stack)
+        live = segment.live()
+        event = _target(state, live, to)
+        assert event.version is not None
+        before = state.pin()
+        last = live.version if live else state.version()
+        pin = Pin(
+            checkpoint=event.checkpoint or "",
+            identity=event.identity or "",
+            version=last + 1,
+            step=event.step,
+            since=time.time(),
+            reason=f"rollback from version {last} to {event.version}",
+        )
+        state.set_pin(pin)  # before it is live: a watch must not take the newest in between
+        try:
+            publication = _again(segment, last, event, state)
+        except BaseException:
+            state.set_pin(before)
+            raise
+        _note(state, publication, pin, segment.layout.nbytes, event.settings)
+        return publication, pin, event.version
+
+
+def _begin_publishing(segment: Segment, stack: ExitStack) -> None:
+    """Takes the publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator is in a hurry."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            stack.enter_context(segment.publishing())
+            return
+        except SegmentBusy:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK)
 
 
 @contextmanager
@@ -181,10 +177,13 @@ def pin_checkpoint(
     from .checkpoint import open_checkpoint
 
     live = None
-    if checkpoint is None or (_exists(name, runtime)):
+    try:
         segment = Segment.open(name, runtime)
         live = segment.live()
         segment.close()
+    except SegmentMissing:
+        if checkpoint is None:
+            raise
     if checkpoint is None:
         if live is None:
             raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
@@ -216,9 +215,3 @@ def unpin(state: State) -> Pin | None:
         with _told():
             state.record("unpin", version=pin.version or None, checkpoint=pin.checkpoint)
     return pin
-
-
-def _exists(name: str, runtime: str | os.PathLike[str] | None) -> bool:
-    from .segment import segments
-
-    return name in segments(runtime)
