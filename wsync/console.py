@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .state import Event
 
 _STYLES = {"info": "", "warning": "yellow", "error": "red"}
+_TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
 _REMEMBERED = 1024  # refused checkpoints that a log does not tell of again
 
 LogFormat = Literal["rich", "plain", "json"]
@@ -66,17 +67,7 @@ def when(moment: float) -> str:
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "status": outcome.status,
-        "name": outcome.name,
-        "version": outcome.version,
-        "step": outcome.step,
-        "checkpoint": outcome.checkpoint,
-        "bytes": outcome.bytes,
-        "seconds": outcome.seconds,
-        "readers": outcome.readers,
-        "reason": outcome.reason,
-    }
+    data: dict[str, Any] = {name: getattr(outcome, name) for name in _TOLD}
     if outcome.pin is not None:
         data["pin"] = outcome.pin
     if outcome.casts:
@@ -121,8 +112,7 @@ def _joined(*clauses: str) -> str:
 
 def differences_text(differences: Iterable[Difference]) -> str:
     """The table of differences, without the message above it."""
-    text = str(WithDifferences("", tuple(differences)))
-    return text.removeprefix("\n")
+    return str(WithDifferences("", tuple(differences))).removeprefix("\n")
 
 
 def one_line(text: str, differences: Iterable[Difference] = ()) -> str:

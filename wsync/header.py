@@ -1,10 +1,10 @@
-"""The header of one safetensors file, believed only after it was checked against the file's real size.
+"""The header of one safetensors file, checked against the file's real size before anything uses it.
 
-What the official reader refuses is refused here, each with its reason
-(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``).
+Whatever the official reader refuses is refused here, each with its reason
+(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a key that stands twice.
 
-The checkpoints of one run differ in their metadata alone, so the tables of the last headers are kept by their text:
-that of 2,000 tensors takes 10 ms to parse and 0.2 ms to recognise.
+The headers of one run's checkpoints differ in their metadata alone, so the last tables are remembered by their text: a
+header of 2,000 tensors takes 8 ms to parse and 0.3 ms to recognise.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class StoredTensor(NamedTuple):
 def read_header(
     read: Callable[[int, int], bytes], size: int, path: Path, number: int = 0
 ) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
-    """The validated tensors and metadata of an open safetensors file of ``size`` bytes; neither is to be changed.
+    """The validated tensors and metadata of an open safetensors file of ``size`` bytes; callers must not change them.
 
     Args:
-        read: gives so many bytes of the file from an offset, fewer where it ends.
+        read: returns that many bytes of the file from an offset, fewer where it ends.
         number: of the file in its checkpoint.
 
     Raises:

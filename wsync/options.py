@@ -26,7 +26,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
     "order": ("select", str, "Which is newest: mtime, step or name. (default: mtime)"),
-    "marker": ("select", str, "A file that the trainer leaves last; without it a checkpoint is none."),
+    "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
     "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
     "prefix": ("weights", str, "Take only tensors whose names begin so, and drop it."),
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),

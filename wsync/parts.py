@@ -2,7 +2,7 @@
 
 A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
 ``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors`` with its
-``adapter_config.json``. What else lies there, stale shards of an older write included, is none of the checkpoint's.
+``adapter_config.json``. Whatever else lies there is ignored, stale shards of an older write included.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _STEADY = 1.0  # seconds after which a further write of an index shows in its ti
 
 
 def place_at(place: str | os.PathLike[str]) -> Path:
-    """An absolute path; for a URL what stands for it, which is used like a path wherever a checkpoint is looked for.
+    """An absolute path; for a URL an object that is used like a path wherever a checkpoint is looked for.
 
     Raises:
-        UsageError: it is a URL of no kind that wsync reads.
+        UsageError: wsync does not read URLs of this kind.
     """
     if isinstance(place, Path):
         return place.absolute()
@@ -64,8 +64,8 @@ class Parts:
     Attributes:
         path: the file or directory that is the checkpoint.
         files: the safetensors files to read.
-        index: the small file beside them that tells of them: a sharded one's index, an adapter's configuration; None
-            where there is none, or it has not come yet.
+        index: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
+            where it does not exist, or not yet.
         names: the tensors that the index gives to each of ``files``; empty where it is not sharded.
     """
 
@@ -87,7 +87,7 @@ class Parts:
 def identity(info: os.stat_result) -> str:
     """Tells one state of a file from every other: inode, size in bytes, modification time in ns.
 
-    Not the device: its number may be another after a reboot (NFS, overlays), where pins and refusals are to hold.
+    The device is left out: its number may change at a reboot (NFS, overlays), which pins and refusals must outlive.
     """
     return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
 
@@ -107,7 +107,7 @@ def parts_of(path: Path) -> Parts:
     Raises:
         NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
         IncompleteCheckpoint: a shard is not there yet.
-        MalformedCheckpoint: the index is none, or names files elsewhere.
+        MalformedCheckpoint: the index is not an index, or names files elsewhere.
         OSError: the system refuses a look.
     """
     try:
@@ -190,7 +190,7 @@ def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]
 
 
 def shards_of(index: bytes) -> list[str]:
-    """The files beside it that an index names; none where it is broken, which is told when it is opened."""
+    """The files beside it that an index names; empty where it is broken, which its opening will say."""
     try:
         return sorted({shard for shard in json.loads(index)["weight_map"].values() if _is_file_name(shard)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -222,7 +222,7 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, exc: OSError) -> CheckpointError:
-    """What the system refused of a checkpoint, as an error of ours; to whom it belongs where it is not for us."""
+    """Converts an OSError into a CheckpointError, which names the owner where access is denied."""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
         return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")

@@ -229,7 +229,7 @@ def _directory(path: Path) -> Candidate:
 
 
 def _half(path: Path) -> list[Candidate]:
-    """A directory as a candidate by its index alone, for its opening to say what is wrong; none where that is gone."""
+    """Candidate for a directory with a broken or incomplete index, so that opening it says what is wrong."""
     try:
         info = (path / INDEX).stat()
     except OSError:
@@ -238,7 +238,7 @@ def _half(path: Path) -> list[Candidate]:
 
 
 def _closed(path: str) -> Candidate | None:
-    """A directory that is not for us as a candidate by itself, for its opening to say whose it is."""
+    """Candidate for an unreadable directory, so that opening it reports the owner."""
     try:
         info = os.stat(path)
     except OSError:
@@ -256,13 +256,13 @@ def _marked(name: str, names: set[str], marker: str) -> bool:
 
 
 def _markers(name: str, marker: str) -> tuple[str, ...]:
-    """The names, beside a file, of which one tells that it is whole."""
+    """The marker's possible names beside a file: one of them says that the file is whole."""
     dotted = marker if marker.startswith(".") else f".{marker}"
     own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
     return (*own, marker) if name == SINGLE else own
 
 
 def _is_there(file: Path) -> bool:
-    """Whether there is such a file, or object: the listing of a named object has none of those beside it."""
+    """Whether a file, or an object of a store, exists; the listing of a named object does not show its neighbours."""
     away = remote(file)
     return away.store.head(away.key) is not None if away else os.path.lexists(file)
