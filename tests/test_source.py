@@ -16,7 +16,9 @@ from conftest import DEADLINE
 from wsync.changes import Changes
 from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.parts import identity
+from wsync.segment_files import Publication
 from wsync.source import Candidate, natural, scan, select
+from wsync.weight_getter import place_of
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
 
@@ -432,3 +434,6 @@ def test_a_time_ahead_of_the_clock_hides_nothing_that_comes_after(tmp_path: Path
     assert [c.path.name for c in select(scan(tmp_path), live)] == ["b.safetensors"]
     after = next(c for c in scan(tmp_path) if c.path == second)
     assert select(scan(tmp_path), after) == []  # and the one from ahead does not come back
+    published = Publication(1, None, str(first), identity(first.stat()), time.time() - 1, "")
+    first.unlink()
+    assert [c.path.name for c in select(scan(tmp_path), place_of(published))] == ["b.safetensors"]
