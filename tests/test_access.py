@@ -286,7 +286,7 @@ def test_a_member_writes_nothing(shared: Segment) -> None:
             with pytest.raises(PermissionError):
                 change()
         opened = Segment.open("nets", shared.path.parent)
-        mapped, _ = opened.map_slot(0)
+        mapped = opened.map_slot(0)
         before = (shared.path / "slot-0.safetensors").read_bytes()
         mapped[-1] ^= 0xFF  # hits a page of its own
         assert (shared.path / "slot-0.safetensors").read_bytes() == before

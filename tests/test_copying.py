@@ -1,29 +1,24 @@
-"""Versions that are copied into a policy's own tensors: every byte of them, by two threads, and never half of them."""
+"""Versions that are copied into a policy's own tensors: every byte of them, and never half of them."""
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import DEADLINE
 from policies import mlp
 from test_reader import Trainer
 from torch import nn
 
 import wsync
-from wsync import copying
 from wsync.attached import Attached
 from wsync.layout import layout_of
 from wsync.publisher import publish_tensors
 from wsync.reader import Reader
 from wsync.segment import Segment
 
-WIDE = copying._PIECE // 4 + 7  # float32 of more than one piece
+WIDE = (1 << 20) + 7  # elements that torch may share between threads
 
 
 class Wrapped(torch.Tensor):
@@ -45,7 +40,7 @@ class Wrapped(torch.Tensor):
 def varied() -> nn.Module:
     """Large, small, empty and scalar tensors, and those that are no plain rows of bytes."""
     policy = nn.Module()
-    shapes = [(WIDE,), (3, WIDE), (5,), (), (0, 4), (copying._LARGE // 4,)]
+    shapes = [(WIDE,), (3, WIDE), (5,), (), (0, 4), (1 << 15,)]
     for number, shape in enumerate(shapes):
         policy.register_parameter(f"p{number}", nn.Parameter(torch.zeros(shape)))
     policy.register_parameter("transposed", nn.Parameter(torch.zeros(300, 200).t()))
@@ -62,13 +57,8 @@ def varied() -> nn.Module:
     return policy.eval()
 
 
-@pytest.mark.parametrize("threads", ["two", "no second"])
-def test_every_tensor_is_copied_whole(runtime: Path, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
-    """Guards the pieces of large tensors, those that are left to torch, and a process that may have no more threads."""
-
-    def refused(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_every_tensor_is_copied_whole(runtime: Path) -> None:
+    """Guards tensors of every form: large and empty ones, strided, lazily negated and of classes of their own."""
     policy = varied()
     segment = Segment.create("nets", layout_of(policy))
     generator = torch.Generator().manual_seed(7)
@@ -83,8 +73,6 @@ def test_every_tensor_is_copied_whole(runtime: Path, monkeypatch: pytest.MonkeyP
             publish_tensors(segment, new)
         if version == 1:
             reader = wsync.attach(policy, "nets", mode="copy")
-            if threads != "two":
-                monkeypatch.setattr(threading.Thread, "start", refused)
         else:
             assert reader.refresh()
         state = policy.state_dict()
@@ -121,51 +109,58 @@ def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -
             loss.backward()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of one that comes in a finalizer
-def test_no_thread_uses_a_slot_when_an_interrupt_is_raised() -> None:
-    """Guards the lease, which ends when ``refresh`` does: whenever Ctrl-C comes, what it divides is done first."""
+class Interrupted(Wrapped):
+    """Copied by code of its own, in which Ctrl-C comes once."""
 
-    class Interrupt(BaseException):
-        pass
+    pending = False
 
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupt
-
-    source, target = torch.ones(1 << 24), torch.zeros(1 << 24)
-    addresses = [range(each.data_ptr(), each.data_ptr() + each.nbytes, copying._PIECE) for each in (target, source)]
-    pieces = [(to, of, copying._PIECE) for to, of in zip(*addresses, strict=True)]
-    before = signal.signal(signal.SIGALRM, interrupt)
-    raised = 0
-    try:
-        for attempt in range(60):
-            target.zero_()
-            try:
-                signal.setitimer(signal.ITIMER_REAL, 0.0002 * (1 + attempt))
-                copying._copy(pieces, [], [], held=(target, source))
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            except Interrupt:
-                raised += 1
-                assert torch.equal(target, source) or not target.any()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert raised
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.copy_.default and Interrupted.pending:
+            Interrupted.pending = False
+            raise KeyboardInterrupt
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_a_piece_that_a_thread_loses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a mixture that is taken for a version, and a wait for a thread that is no more."""
-    begun = threading.Event()
+def test_an_interrupt_leaves_no_mixture(runtime: Path) -> None:
+    """Guards Ctrl-C amid a version: it is raised when all of the version is there, and the reader goes on."""
+    policy = nn.Module().eval()
+    policy.register_buffer("first", torch.zeros(5))
+    policy.register_buffer("middle", Interrupted(torch.zeros(5)))
+    policy.register_buffer("rest", torch.zeros(5))
+    segment = Segment.create("nets", layout_of(policy))
 
-    def memmove(target: int, source: int, nbytes: int) -> None:
-        if threading.current_thread() is threading.main_thread():
-            assert begun.wait(DEADLINE)
-        else:
-            begun.set()
-            raise MemoryError
+    def publish(mark: float) -> None:
+        with segment.publishing():
+            publish_tensors(segment, {name: torch.full((5,), mark) for name in policy.state_dict()})
 
-    monkeypatch.setattr(ctypes, "memmove", memmove)
-    with pytest.raises(MemoryError):
-        copying._copy([(0, 0, copying._WORTH_TWO)] * 3, [], [], held=())
+    publish(1)
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        publish(2)
+        Interrupted.pending = True
+        with pytest.raises(KeyboardInterrupt):
+            reader.refresh()
+        assert all(torch.equal(tensor, torch.full((5,), 2.0)) for tensor in policy.state_dict().values())
+        publish(3)
+        assert reader.refresh()
+        assert all(torch.equal(tensor, torch.full((5,), 3.0)) for tensor in policy.state_dict().values())
+
+
+def test_a_backward_pass_is_told_beside_a_tensor_of_inference_mode(runtime: Path) -> None:
+    """Guards graphs of a policy with a buffer that was made in inference mode, where torch counts no writes."""
+    policy = mlp()
+    with torch.inference_mode():
+        policy.register_buffer("made", torch.zeros(2))
+    segment = Segment.create("nets", layout_of(policy))
+    with segment.publishing():
+        publish_tensors(segment, policy.state_dict())
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        loss = policy(torch.ones(1, 4)).sum()
+        with segment.publishing():
+            publish_tensors(segment, {name: torch.ones_like(each) for name, each in policy.state_dict().items()})
+        assert reader.refresh() and policy.get_buffer("made").eq(1).all()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:

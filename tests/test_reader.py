@@ -300,11 +300,11 @@ def test_shared_storage_of_two_parameters_stays_shared(runtime: Path, tmp_path: 
 
 
 def test_swap_moves_no_bytes(trainer: Trainer) -> None:
-    """Swapped tensors lie in the mapping of the live slot, one after another at the same addresses."""
+    """Swapped tensors lie in the mapping of the live slot, and are the objects that they were."""
     trainer.push(1)
     policy, seen = mlp(), set()
     with wsync.attach(policy, "nets", mode="swap") as reader:
-        parameters, before = list(policy.parameters()), addresses(policy)
+        parameters = list(policy.parameters())
         for mark in range(2, 8):
             trainer.push(mark)
             assert reader.refresh()
@@ -312,7 +312,7 @@ def test_swap_moves_no_bytes(trainer: Trainer) -> None:
             mapped = slot_ranges(trainer.segment, f"slot-{live}.safetensors")
             assert all(any(address in part for part in mapped) for address in addresses(policy))
             seen.add(live)
-        assert len(seen) > 1 and addresses(policy) == before
+        assert len(seen) > 1
         assert all(a is b for a, b in zip(parameters, policy.parameters(), strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import itertools
 import logging
@@ -25,11 +24,10 @@ from test_reader import Trainer, addresses, slot_ranges
 from torch import nn
 
 import wsync
-from wsync import addresses as addresses_of_pages
-from wsync import memory, renewal, swap
+from wsync import memory, swap
 from wsync import reader as reading
-from wsync.errors import AttachTimeout, OutOfSharedMemory, SwapRefused, UsageError
-from wsync.layout import layout_of, views
+from wsync.errors import AttachTimeout, SwapRefused, UsageError
+from wsync.layout import layout_of
 from wsync.segment import Segment
 
 
@@ -361,7 +359,8 @@ def test_what_was_written_through_a_kept_alias_is_gone_too(trainer: Trainer) -> 
 def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a child that hangs where a slot comes back whose pages only the parent's thread was to drop."""
     busy, policy = threading.Event(), mlp()
-    monkeypatch.setattr(renewal, "renew", lambda *_: busy.wait(DEADLINE))
+
+    monkeypatch.setattr(swap, "renew", lambda *_: busy.wait(DEADLINE))
     fork = multiprocessing.get_context("fork")
     with wsync.attach(policy, "nets", mode="swap") as reader:
         next(policy.parameters()).data.fill_(-1)
@@ -369,6 +368,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monk
         assert reader.refresh()
 
         def follow(line: Connection) -> None:
+            monkeypatch.setattr(swap, "renew", memory.renew)  # of its own thread
             for _ in range(2):
                 line.recv()
                 assert reader.refresh()
@@ -560,113 +560,40 @@ def test_modules_that_hold_the_same_tensors_are_the_same_policy(
             reader.refresh()
 
 
-def test_a_policy_is_pointed_at_memory_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts what makes a swap cost the same for any number of tensors: none is touched after the first version."""
-    made = itertools.count()
+def test_a_slot_is_mapped_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts what makes a swap cost the same for any size: a slot is mapped anew only if a tensor of it was kept."""
+    mapped: list[int] = []
+    real = Segment.map_slot
 
-    def count(*arguments: Any) -> list[torch.Tensor]:
-        next(made)
-        return views(*arguments)
+    def count(segment: Segment, slot: int) -> Any:
+        mapped.append(slot)
+        return real(segment, slot)
 
-    monkeypatch.setattr(swap, "views", count)
-    with wsync.attach(mlp(), "nets", mode="swap") as reader:
-        for mark in range(2, 12):
+    monkeypatch.setattr(Segment, "map_slot", count)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 8):
             trainer.push(mark)
             assert reader.refresh()
-    assert next(made) == 1
-
-
-def test_a_slot_that_an_alias_kept_is_mapped_anew(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a fault a page in a slot whose pages went with the tensor that kept it."""
-    mapped = itertools.count()
-
-    def count(address: int, size: int) -> None:
-        next(mapped)
-        memory.populate(address, size)
-
-    monkeypatch.setattr(swap, "populate", count)
-    policy = mlp()
-    with wsync.attach(policy, "nets", mode="swap") as reader:
-        kept = next(policy.parameters()).detach()
-        for mark in range(2, 5):
-            trainer.push(mark)
-            assert reader.refresh()
-        assert kept.sum() and next(mapped) == 3
-        del kept
-        for mark in range(5, 9):
-            trainer.push(mark)
-            assert reader.refresh() and marks(policy) == {float(mark)}
-        assert next(mapped) == 5  # the one more, and this look
-
-
-def test_older_systems_map_the_window_anew(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Where the kernel cannot move a file's pages every promise of swap holds, and what a policy wrote is told of."""
-
-    def refuse(*arguments: int) -> None:
-        raise OSError(errno.EINVAL, "refused")
-
-    monkeypatch.setattr(swap, "move", refuse)
-    policy = mlp()
-    with wsync.attach(policy, "nets", mode="swap") as reader:
-        kept = next(policy.parameters()).detach()
-        for mark in range(2, 9):
-            trainer.push(mark)
-            assert reader.refresh() and marks(policy) == {float(mark)}
-            with torch.no_grad():
-                next(policy.parameters()).fill_(-1)
-        assert (kept == 1).all() and len(leased(trainer.segment)) == 2
-        del kept
-        assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
-    assert [r.levelname for r in caplog.records if "in place" in r.message] == ["WARNING"]
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_pages_that_cannot_be_moved_leave_the_version(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    """A process that may have no more mappings keeps its weights, is told so, and goes on when it may."""
-    policy = mlp()
-    with wsync.attach(policy, "nets", mode="swap") as reader:
-        trainer.push(2)
+        before, kept = len(mapped), next(policy.parameters()).detach()
+        assert before == len(set(mapped)) <= 3
+        trainer.push(8)
         assert reader.refresh()
-        calls = itertools.count(1)
-
-        def refuse(*arguments: int) -> None:
-            if next(calls) == call:
-                raise memory.no_memory(arguments[2], OSError(errno.ENOMEM, "refused"), -1)
-            addresses_of_pages.move(*arguments)
-
-        monkeypatch.setattr(swap, "move", refuse)
-        live = trainer.segment.word & 0xFF
-        trainer.push(3)
-        with pytest.raises(OutOfSharedMemory, match="cannot map"):
-            reader.refresh()
-        assert marks(policy) == {2.0} and leased(trainer.segment) == [live]
-        for mark in range(4, 8):
+        del kept
+        for mark in range(9, 15):
             trainer.push(mark)
             assert reader.refresh() and marks(policy) == {float(mark)}
+        assert len(mapped) == before + 1
 
 
-def test_a_window_that_cannot_be_given_back_holds_no_lease(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a policy left for other memory is let go of also where its pages cannot be moved home."""
+def test_a_reshaped_tensor_has_its_shape_again(trainer: Trainer) -> None:
+    """What somebody made of a tensor's form alone is gone with the next version."""
     policy = mlp()
+    weight = policy.get_parameter("0.weight")
     with wsync.attach(policy, "nets", mode="swap") as reader:
-        for parameter in policy.parameters():
-            parameter.data = parameter.data.clone()
-        calls = itertools.count(1)
-
-        def refuse(*arguments: int) -> None:
-            if next(calls) == 2:
-                raise memory.no_memory(arguments[2], OSError(errno.ENOMEM, "refused"), -1)
-            addresses_of_pages.move(*arguments)
-
-        monkeypatch.setattr(swap, "move", refuse)
-        for mark in range(2, 9):
-            trainer.push(mark)
-            assert reader.refresh() and marks(policy) == {float(mark)}
-            assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+        weight.data = weight.data.view(-1)
+        trainer.push(2)
+        assert reader.refresh() and weight.shape == (8, 4) and marks(policy) == {2.0}
 
 
 def test_training_mode_after_attach_does_not_end_the_process(runtime: Path, tmp_path: Path) -> None:

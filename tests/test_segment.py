@@ -235,7 +235,7 @@ def test_mapping_holds_no_lock(segment: Segment, push: Push) -> None:
     push(1.0)
     lease = reader.lease()
     assert lease
-    mapped, _ = reader.map_slot(lease.slot)
+    mapped = reader.map_slot(lease.slot)
     assert not is_free(slot_file(segment, lease.slot))
     lease.release()
     assert is_free(slot_file(segment, lease.slot))
@@ -345,7 +345,7 @@ def test_remove_tells_the_readers_who_keep_their_memory(segment: Segment, push: 
     reader = Segment.open("nets")
     lease = reader.lease()
     assert lease
-    mapped, _ = reader.map_slot(lease.slot)
+    mapped = reader.map_slot(lease.slot)
     before = bytes(mapped)
     segment.remove()
     assert reader.word & 0xFF == REMOVED and reader.version == 1

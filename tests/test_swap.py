@@ -1,10 +1,12 @@
-"""What moves pages under a policy, at its edges: who is seen to point into a window, and a take that is cut short."""
+"""What points a policy at slots, at its edges: who is seen to hold a tensor, and a take that is cut short."""
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import subprocess
 import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,7 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
-from wsync import addresses, renewal, swap
-from wsync.layout import layout_of, views
-from wsync.segment import Segment
-from wsync.segment_updater import SharedMemoryWeightUpdater
+from wsync import swap
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_an_array_straight_from_a_frozen_parameter_keeps_its_bytes(trainer: Trai
 
 
 def test_a_tensor_without_elements_hides_no_alias(runtime: Path, tmp_path: Path) -> None:
-    """Guards the count: a tensor without an address leaves the window unseen, and a kept alias takes its place."""
+    """Guards the count: a tensor without an address leaves the slot unseen, and a kept alias takes its place."""
     trainer = Trainer(Hollow, tmp_path)
     trainer.push(1)
     policy = Hollow()
@@ -109,15 +108,15 @@ def test_an_alias_made_while_a_slot_is_waited_for_keeps_its_bytes(
     """Guards another thread's ``state_dict``, taken while a refresh waits for pages: it was not there at the start."""
     policy = mlp()
     kept: list[tuple[dict[str, torch.Tensor], set[float]]] = []
-    real = renewal.Renewal.wait
+    real = swap._Slot.end_look
 
-    def wait(self: renewal.Renewal) -> bool:
+    def wait(self: swap._Slot) -> bool:
         kept.append((policy.state_dict(), marks(policy)))
         return real(self)
 
-    monkeypatch.setattr(renewal.Renewal, "wait", wait)
+    monkeypatch.setattr(swap._Slot, "end_look", wait)
     with wsync.attach(policy, "nets", mode="swap") as reader:
-        for mark in range(2, 6):
+        for mark in range(2, 9):
             trainer.push(mark)
             assert reader.refresh() and marks(policy) == {float(mark)}
             for state, seen in kept:
@@ -126,103 +125,132 @@ def test_an_alias_made_while_a_slot_is_waited_for_keeps_its_bytes(
         assert kept
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_an_interrupt_amid_a_move_mixes_no_versions(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    """Guards Ctrl-C between two moves: what is shown stays leased, and each later version comes as it is."""
+def test_an_alias_made_amid_the_pointing_keeps_its_bytes(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a tensor that another thread takes when the first of the policy's tensors have been pointed."""
+    kept: list[torch.Tensor] = []
+    real = swap._point
+
+    def point(tensor: torch.Tensor, view: torch.Tensor) -> None:
+        real(tensor, view)
+        kept.append(tensor.detach())
+
     policy = mlp()
-    calls: list[tuple[int, ...]] = []
-
-    def interrupt(*arguments: int) -> None:
-        addresses.move(*arguments)
-        calls.append(arguments)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-
-    with wsync.attach(policy, "nets", mode="swap") as reader:
-        trainer.push(2)
-        monkeypatch.setattr(swap, "move", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            reader.refresh()
-        shown = marks(policy)
-        trainer.push(3)
-        assert shown == marks(policy) == {float(call)}
-        for mark in range(3, 12):
-            if mark > 3:
-                trainer.push(mark)
-            assert reader.refresh() and marks(policy) == {float(mark)}
-            assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
-    assert leased(trainer.segment) == []
+    monkeypatch.setattr(swap, "_point", point)
+    reader = wsync.attach(policy, "nets", mode="swap")
+    monkeypatch.setattr(swap, "_point", real)
+    with reader:
+        for mark in range(2, 6):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)} and all((tensor == 1).all() for tensor in kept)
 
 
-def test_an_interrupt_after_pointing_leaves_the_slot_leased(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards Ctrl-C once the tensors point into a new window: its slot is not written under them."""
+@pytest.mark.parametrize("before", [True, False], ids=["before pointing", "after pointing"])
+def test_an_interrupted_take_mixes_no_versions(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+    """Guards Ctrl-C on either side of the pointing: what is shown stays leased, and each later version comes whole."""
     policy = mlp()
-    real = swap._addresses
+    real = deque
 
-    def interrupt(tensors: list[torch.Tensor]) -> Any:
-        monkeypatch.setattr(swap, "_addresses", real)
+    def interrupt(*arguments: Any) -> None:
+        monkeypatch.setattr(swap, "deque", real)
+        if not before:
+            real(*arguments)
         raise KeyboardInterrupt
 
     with wsync.attach(policy, "nets", mode="swap") as reader:
-        kept = next(policy.parameters()).detach()
-        trainer.push(2)
-        monkeypatch.setattr(swap, "_addresses", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            reader.refresh()
-        assert marks(policy) == {2.0} and (kept == 1).all() and leased(trainer.segment) == [0, 1]
-        trainer.push(3)
-        assert marks(policy) == {2.0} and (kept == 1).all()
-        del kept
-        for mark in range(3, 9):
-            if mark > 3:
-                trainer.push(mark)
-            assert reader.refresh() and marks(policy) == {float(mark)}
-            assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
-
-
-def test_a_child_forked_amid_a_move_takes_whole_versions(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a fork by another thread once a refresh moved pages: the child cannot know which slot it was left with."""
-    policy = mlp()
-    moves: list[tuple[int, ...]] = []
-    children: list[Any] = []
-    here, there = multiprocessing.Pipe()
-
-    def follow() -> None:
-        for mark in range(3, 9):
-            there.recv()
-            there.send(reader.refresh() and marks(policy) == {float(mark)})
-
-    def fork() -> None:
-        child = multiprocessing.get_context("fork").Process(target=follow)
-        child.start()
-        children.append(child)
-
-    def forking(*arguments: int) -> None:
-        addresses.move(*arguments)
-        moves.append(arguments)
-        if len(moves) == 2:
-            thread = threading.Thread(target=fork)
-            thread.start()
-            thread.join(DEADLINE)
-
-    with wsync.attach(policy, "nets", mode="swap") as reader:
-        monkeypatch.setattr(swap, "move", forking)
-        trainer.push(2)
-        assert reader.refresh() and marks(policy) == {2.0}
-        try:
-            for mark in range(3, 9):
-                trainer.push(mark)
-                here.send("go")
-                assert here.poll(DEADLINE) and here.recv()
+        for first in (2, 8):  # with new mappings, and with those that were used before
+            trainer.push(first)
+            shown = float(first - 1 if before else first)
+            monkeypatch.setattr(swap, "deque", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                reader.refresh()
+            assert marks(policy) == {shown}
+            trainer.push(first + 1)
+            assert marks(policy) == {shown}
+            for mark in range(first + 1, first + 6):
+                if mark > first + 1:
+                    trainer.push(mark)
                 assert reader.refresh() and marks(policy) == {float(mark)}
-            children[0].join(DEADLINE)
-            assert children[0].exitcode == 0
-        finally:
-            children[0].kill()
-            children[0].join()
+                assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
     assert leased(trainer.segment) == []
+
+
+@pytest.mark.parametrize("frozen", ["parameter", "buffer"])
+@pytest.mark.parametrize("into", ["torch", "numpy"])
+def test_what_was_exported_from_a_frozen_tensor_keeps_its_bytes(
+    runtime: Path, tmp_path: Path, frozen: str, into: str
+) -> None:
+    """Guards arrays that hold the tensor itself and not its memory, also of versions that come while they are held."""
+    import numpy
+
+    def make() -> nn.Module:
+        return mlp().requires_grad_(False) if frozen == "parameter" else nn.BatchNorm1d(3).eval()
+
+    name = "0.weight" if frozen == "parameter" else "running_mean"
+    export: Any = torch.utils.dlpack.from_dlpack if into == "torch" else numpy.from_dlpack
+    trainer, policy = Trainer(make, tmp_path), make()
+    trainer.push(1)
+    tensor = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    kept: list[tuple[Any, float]] = []
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 9):
+            kept = [*kept[-1:], (export(tensor[name]), float(policy.state_dict()[name].flatten()[0]))]
+            trainer.push(mark)
+            assert reader.refresh() and all((array == value).all() for array, value in kept)
+            assert marks(policy) == ({float(mark)} if frozen == "parameter" else marks(policy))
+            assert len(leased(trainer.segment)) <= 3
+        del kept[:]
+        assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+        array, value = export(tensor[name]), float(policy.state_dict()[name].flatten()[0])
+    for mark in range(9, 15):
+        trainer.push(mark)
+    assert (array == value).all() and len(leased(trainer.segment)) == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_graph_that_lives_on_at_every_refresh_starves_nobody(trainer: Trainer, frozen: bool) -> None:
+    """Guards slots that the last action of a policy would hold for ever: there is one at each refresh."""
+    policy = mlp()
+    policy.get_parameter("2.weight").requires_grad_(not frozen)
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        action = policy(torch.ones(4))
+        for mark in range(2, 12):
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            assert len(leased(trainer.segment)) <= 2
+            with torch.no_grad():
+                assert policy(torch.zeros(4)).tolist() == pytest.approx([mark * 8 * math.tanh(mark) + mark] * 2)
+            action = policy(torch.ones(4))
+            assert leased(trainer.segment) == [trainer.segment.word & 0xFF]
+        assert action.requires_grad
+
+
+def test_a_frozen_tensor_with_a_weak_reference_is_refreshed(trainer: Trainer) -> None:
+    """Guards a policy that would be stuck: a tensor to which C++ has a weak reference cannot be given another body."""
+    policy = mlp()
+    weight = policy.get_parameter("2.weight").requires_grad_(False)
+    weak = torch._C._WeakTensorRef(weight)  # type: ignore[attr-defined]
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        for mark in range(2, 8):
+            action = policy(torch.ones(4))
+            trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                action.sum().backward()
+    assert not weak.expired()
+
+
+def test_a_frozen_tensor_that_is_held_keeps_what_it_is(trainer: Trainer) -> None:
+    """Guards a parameter that somebody's array holds: it is the same object, with its gradient and its form."""
+    policy = mlp()
+    weight = policy.get_parameter("0.weight")
+    weight.grad = torch.ones(8, 4)
+    weight.requires_grad_(False)
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        kept = torch.utils.dlpack.from_dlpack(weight)
+        trainer.push(2)
+        assert reader.refresh() and policy.get_parameter("0.weight") is weight and isinstance(weight, nn.Parameter)
+        assert weight.grad is not None and weight.grad.eq(1).all() and not weight.requires_grad and weight.is_leaf
+        assert weight.requires_grad_().requires_grad and kept.eq(1).all()
 
 
 def test_without_a_thread_every_promise_holds(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +259,7 @@ def test_without_a_thread_every_promise_holds(trainer: Trainer, monkeypatch: pyt
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(renewal, "_queue", None)
+    monkeypatch.setattr(swap, "_looks", ThreadPoolExecutor(1))
     monkeypatch.setattr(threading.Thread, "start", refuse)
     policy = mlp()
     with wsync.attach(policy, "nets", mode="swap") as reader:
@@ -242,16 +270,16 @@ def test_without_a_thread_every_promise_holds(trainer: Trainer, monkeypatch: pyt
             assert reader.refresh() and marks(policy) == {float(mark)}
 
 
-def test_a_renewal_that_failed_is_tried_anew(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_that_failed_is_tried_again(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a slot that would be refused for ever after, or waited for, since its pages could once not be dropped."""
 
-    def refuse(*arguments: int) -> bool:
+    def refuse(*_: Any) -> bool:
         raise MemoryError
 
     policy = mlp()
     with wsync.attach(policy, "nets", mode="swap") as reader:
         with monkeypatch.context() as patched:
-            patched.setattr(renewal, "renew", refuse)
+            patched.setattr(swap, "renew", refuse)
             trainer.push(2)
             assert reader.refresh()
             trainer.push(3)
@@ -270,42 +298,44 @@ def ended_well(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_a_limit_that_was_lowered_costs_no_addresses(trainer: Trainer, spawn: Spawn) -> None:
-    """Guards addresses that mremap(2) frees before it looks at the limit, and that others would come to lie at."""
+def test_a_process_that_may_map_no_more_keeps_its_version(trainer: Trainer, spawn: Spawn) -> None:
+    """A limit that was lowered is told as such, leaves the version as it was, and is no matter once it is gone."""
     code = """
 import resource, wsync
 from conftest import marks
 from policies import mlp
-from test_reader import slot_ranges
 from wsync.errors import OutOfSharedMemory
-from wsync.segment import Segment
 
 policy = mlp()
 reader = wsync.attach(policy, "nets", mode="swap")
-segment = Segment.open("nets")
 print("ready", flush=True)
 input()
 assert reader.refresh()
-before = slot_ranges(segment)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, -1))
 print("ready", flush=True)
 input()
-resource.setrlimit(resource.RLIMIT_AS, (1 << 20, -1))
-try:
-    reader.refresh()
-    print("taken")
-except OutOfSharedMemory as exc:
-    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-    print("ulimit -v" in str(exc), slot_ranges(segment) == before, marks(policy))
-print(reader.refresh(), marks(policy))
+kept = next(policy.parameters()).detach()
+while True:
+    try:
+        reader.refresh()
+    except OutOfSharedMemory as exc:
+        print("ulimit -v" in str(exc), marks(policy) == {float(reader.version)}, float(kept.sum()))
+        break
+    print("ready", flush=True)
+    input()
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+print(reader.refresh(), marks(policy) == {float(reader.version)})
 """
     process = spawn("-c", code, stdin=subprocess.PIPE)
     assert process.stdin and process.stdout
-    for mark in (2, 3):
-        assert process.stdout.readline() == "ready\n", ended_well(process)
+    said, mark = process.stdout.readline(), 2
+    while said == "ready\n" and mark < 9:
         trainer.push(mark)
+        mark += 1
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert ended_well(process) == "True True {2.0}\nTrue {3.0}\n"
+        said = process.stdout.readline()
+    assert said == "True True 64.0\n" and ended_well(process) == "True True\n"
 
 
 def test_a_process_that_locks_its_memory_takes_versions(trainer: Trainer, spawn: Spawn) -> None:
@@ -336,43 +366,3 @@ for mark in range(2, 9):
         process.stdin.write("go\n")
         process.stdin.flush()
     ended_well(process)
-
-
-def test_an_alias_that_was_there_when_the_policy_was_pointed_is_counted(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Guards a tensor that another thread took amid the pointing: it is no use of the policy's own."""
-    kept: list[torch.Tensor] = []
-
-    def taken(*arguments: Any) -> list[torch.Tensor]:
-        tensors = views(*arguments)
-        kept.append(tensors[0].detach())
-        return tensors
-
-    policy = mlp()
-    with monkeypatch.context() as patched:
-        patched.setattr(swap, "views", taken)
-        reader = wsync.attach(policy, "nets", mode="swap")
-    with reader:
-        trainer.push(2)
-        assert reader.refresh() and marks(policy) == {2.0} and (kept[0] == 1).all()
-
-
-def test_a_segment_of_many_slots_takes_the_addresses_of_few(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a process under `ulimit -v`: slots that were never live, the last of most segments, cost it nothing."""
-    Segment.create("many", layout_of(mlp()), slots=64).close()
-    updater = SharedMemoryWeightUpdater("many", policy=mlp())
-    updater.push_weights(mlp().state_dict())
-    reserved: list[int] = []
-
-    def reserve(nbytes: int) -> addresses.Stretch:
-        reserved.append(nbytes)
-        return addresses.Stretch(nbytes)
-
-    monkeypatch.setattr(swap, "Stretch", reserve)
-    policy = mlp()
-    with wsync.attach(policy, "many", mode="swap") as reader:
-        for _ in range(5):
-            updater.push_weights(mlp().state_dict())
-            assert reader.refresh()
-        assert sum(reserved) <= 4 * addresses.SPAN

@@ -4,12 +4,12 @@ Importing this package imports neither torch nor tensordict; what may need them 
 
 The rooms, from the ground up; what a room imports when it is imported stands before it:
 
-    ground          errors layout memory addresses helper prefetch access notify transfer
+    ground          errors layout memory prefetch access notify transfer
     checkpoints     header parts store_client store hub casting finite fitting staging advice adapter checkpoint
                     remote source changes
     segments        segment_files registry segment badge
     writing side    publisher weights weight_getter updaters segment_updater
-    policy's side   attached renewal swap copying reader device device_weights device_reader attaching
+    policy's side   attached swap copying reader device device_weights device_reader attaching
     the past        outcome state record rollback
     settings        hooks metrics spec
     what people see console tables status history inspect

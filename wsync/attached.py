@@ -17,6 +17,7 @@ import torch
 from .errors import moved
 from .layout import Layout, named_tensors
 
+_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python has one of them
 _FORMS = [getattr(torch.Tensor, form).__get__ for form in ("device", "dtype", "shape")]
 Targets = list[tuple[torch.Tensor, int]]
 
@@ -62,14 +63,31 @@ class Attached:
             raise moved(name, "gone")
         self._note()
 
-    def are_shared(self) -> bool:
-        """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous."""
+    def spare_holders(self) -> None:
+        """Before the tensors are pointed elsewhere: sees to those that hold a tensor itself, and not only its memory.
+
+        A graph that saved a parameter would go on with other weights: it is told that the parameter was written, so
+        that its backward pass is autograd's error. A frozen tensor may have been exported, by ``torch.from_dlpack`` or
+        numpy's: its Python object gets another body, and the old one stays with who holds it, and so does its memory.
+        """
+        if sum(map(_use_count, self.tensors)) == len(self.tensors):
+            return
+        held = [tensor for tensor in self.tensors if _use_count(tensor) > 1]
+        torch.autograd.graph.increment_version([tensor for tensor in held if not _give_new_body(tensor)])
+
+    def are_shared(self, own_uses: Callable[[torch.UntypedStorage], int]) -> bool:
+        """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous.
+
+        Args:
+            own_uses: how many uses of a storage are no tensor of others.
+        """
         storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
         for target in self.targets:
             storage = target[0].untyped_storage()
             storages.setdefault(storage._cdata, (storage, []))[1].append(target)
         for storage, targets in storages.values():
-            if torch._C._storage_Use_Count(storage._cdata) > len(targets) + 1:  # the storage object is one, too
+            own = own_uses(storage) or 1  # the storage object is one
+            if torch._C._storage_Use_Count(storage._cdata) > len(targets) + own:
                 return True
             spans = sorted({(tensor.data_ptr(), tensor.nbytes, index) for tensor, index in targets})
             if any(at + nbytes > after for (at, nbytes, _), (after, _, _) in pairwise(spans)):
@@ -93,6 +111,24 @@ class Attached:
 
     def _forms_now(self) -> list[list[Any]]:
         return [list(map(form, self.tensors)) for form in _FORMS]
+
+
+def _give_new_body(tensor: torch.Tensor) -> bool:
+    """Whether a frozen tensor could be given another body; autograd knows the others by the body that they have."""
+    if tensor.requires_grad:
+        return False
+    with torch.inference_mode(False):
+        body = tensor.data
+    body.grad = tensor.grad
+    try:
+        torch._C._swap_tensor_impl(tensor, body)
+    except RuntimeError:  # something has a weak reference to it in C++
+        return False
+    return True
+
+
+def addresses(tensors: list[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
 
 
 def _look(table: Mapping[str, Any]) -> Callable[[str], Any]:

@@ -19,6 +19,7 @@ from .layout import Layout, layout_of, named_tensors
 from .memory import trim
 from .reader import Mode, Reader, deadline_of
 from .segment import Segment
+from .swap import own_uses
 
 if TYPE_CHECKING:
     from .device import Device
@@ -110,7 +111,7 @@ def _make(
         )
     attached = Attached(policy, layout)
     if device is None:
-        copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared())
+        copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared(own_uses))
         return Reader(attached, _open(name, layout, runtime), "copy" if copies else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous

@@ -72,7 +72,7 @@ class LockedSlot:
         if self.refused:
             self._lock_writable(segment, slot, device)
         if self.refused:
-            populate(address_of(self._mapped), len(self._mapped))
+            populate(self._mapped)
         memory = (ctypes.c_uint8 * len(self._mapped)).from_address(address_of(self._mapped))
         with torch.inference_mode(False):
             self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]
@@ -148,7 +148,7 @@ class DeviceWeights:
     """
 
     def __init__(self, attached: Attached, device: Device, mode: Literal["swap", "copy"], *, staged: bool) -> None:
-        self._targets, self._device = attached.targets, device
+        self._attached, self._targets, self._device = attached, attached.targets, device
         self._mode, self._staged = mode, staged
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
         for tensor, index in attached.targets:
@@ -241,7 +241,7 @@ class DeviceWeights:
                     torch._foreach_copy_(mine, new)
             return
         before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
-        torch.autograd.graph.increment_version([tensor for tensor, _ in self._targets])  # for graphs that saved one
+        self._attached.spare_holders()
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
         if before is None:

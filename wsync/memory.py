@@ -203,39 +203,28 @@ def file_system(fd: int) -> int:
     return int(info[0]) if not ctypes.CDLL(None).fstatfs(fd, info) else 0
 
 
-def populate(address: int, size: int) -> bool:
-    """Maps the pages of a private or read-only mapping, so that the first use of each costs no fault.
+def populate(mapped: mmap.mmap) -> None:
+    """Maps the pages of a private or read-only mapping, so that the first use of each costs no fault."""
+    try:
+        mapped.madvise(_MADV_POPULATE_READ)
+    except OSError:  # before Linux 5.14
+        pass
 
-    False where that failed: before Linux 5.14, or pages cannot be had, whose use would be a fault that ends a process.
-    """
-    return not _advise(address, size, _MADV_POPULATE_READ)
 
-
-def renew(address: int, size: int) -> bool:
+def renew(mapped: mmap.mmap) -> bool:
     """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
 
     Looks at the page tables (ioctl_pagemap_scan(2); before Linux 6.7 /proc/self/pagemap), which takes a hundredth of
     the time of reading the memory; where neither can be read, it takes the mapping for written.
     """
-    written = has_own_pages(address, size)
+    written = has_own_pages(mapped)
     if written is False:
         return False
-    code = _advise(address, size, mmap.MADV_DONTNEED)
-    if code == errno.EINVAL:  # the process keeps all its memory from being swapped out (mlockall(2))
-        code = _advise(address, size, _MADV_DONTNEED_LOCKED)
-    if code:
-        raise OSError(code, os.strerror(code))
-    populate(address, size)
+    try:
+        mapped.madvise(mmap.MADV_DONTNEED)
+    except OSError:  # the process keeps all its memory from being swapped out (mlockall(2))
+        mapped.madvise(_MADV_DONTNEED_LOCKED)
     return bool(written)
-
-
-def _advise(address: int, size: int, advice: int) -> int:
-    """madvise(2) on all pages of a mapping that lie within these bytes; the error's number, 0 for none."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    whole = ctypes.c_size_t(-(-size // PAGE) * PAGE)
-    return ctypes.get_errno() if libc.madvise(ctypes.c_void_p(address), whole, advice) else 0
 
 
 def trim() -> None:
@@ -248,11 +237,12 @@ def trim() -> None:
         pass
 
 
-def has_own_pages(address: int, size: int) -> bool | None:
+def has_own_pages(mapped: mmap.mmap) -> bool | None:
     """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
     import ctypes
 
-    end = address + -(-size // PAGE) * PAGE
+    address = address_of(mapped)
+    end = address + -(-len(mapped) // PAGE) * PAGE
     try:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

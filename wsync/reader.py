@@ -63,8 +63,7 @@ class Reader:
         self._next_look = 0.0
         self._told_of_writing = False
         self._attached = attached
-        self._swap = Swap(attached) if mode == "swap" else None
-        self._copy = Copy(attached)
+        self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
         self._registration = self._take(segment)
         _readers.add(self)
 
@@ -120,7 +119,6 @@ class Reader:
                 self._give_own()
             finally:
                 self._registration.close()
-                self._copy.forget()
                 self._words = _CLOSED
                 self._segment.close()
 
@@ -142,19 +140,11 @@ class Reader:
                 return False
             try:
                 step = self._segment.step_of(lease)
-                if self._swap:
-                    written = self._swap.take(self._segment, lease)
-                else:
-                    written = False  # what the policy writes is its own
-                    self._copy.take(self._segment, lease)
+                written = self._way.take(self._segment, lease)
+            finally:
+                if not self._way.holds(lease):  # it was a copy, or it failed or was interrupted before
                     lease.release()
-            except BaseException:
-                if not (self._swap and self._swap.holds(lease)):
-                    lease.release()
-                raise
             self._took(lease, step)
-            if self._swap:
-                self._swap.renew()
             if written:
                 self._tell_of_writing()
             return True
@@ -206,12 +196,11 @@ class Reader:
 
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
-        if self._swap:
-            self._swap.give_own()
+        self._way.close()
 
     def _leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that this reader leases, and since when the oldest of them."""
-        return self._swap.leases() if self._swap else ((), 0.0)
+        return self._way.leases()
 
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
@@ -249,7 +238,6 @@ class Reader:
             segment.close()
             return False
         self._registration.close()
-        self._copy.forget()
         self._segment.close()
         self._registration = self._take(segment)
         self._next_look = 0.0
@@ -262,8 +250,7 @@ class Reader:
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
         self._lock = threading.Lock()
-        if self._swap:
-            self._swap.after_fork()
+        self._way.after_fork()
         if not self._closed:
             try:
                 self._registration.close(unlink=False)

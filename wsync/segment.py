@@ -55,7 +55,7 @@ from pathlib import Path
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
 from .layout import Layout
-from .memory import address_of, map_file, populate, read_at, runtime_dir, shut, try_lock, wake
+from .memory import address_of, map_file, no_memory, populate, read_at, runtime_dir, shut, try_lock, wake
 from .registry import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
@@ -395,10 +395,19 @@ class Segment:
 
     # --- memory
 
-    def map_slot(self, slot: int) -> tuple[mmap.mmap, int]:
-        """A leased slot as memory, its pages mapped at once, and the address, good while the mmap is referred to."""
-        mapped = self._slot_map(slot)
-        return mapped, address_of(mapped)
+    def map_slot(self, slot: int) -> SlotMemory:
+        """A private mapping of a leased slot, whose pages are mapped at once; it is the caller's."""
+        fd = self._open_slot(slot, os.O_RDONLY)
+        try:
+            size = self._size(slot, os.fstat(fd))
+            try:
+                mapped = SlotMemory(fd, size, flags=mmap.MAP_PRIVATE)
+            except OSError as exc:
+                raise no_memory(size, exc, fd) from exc
+        finally:
+            shut(fd)
+        populate(mapped)
+        return mapped
 
     def map_pages(self, slot: int, *, write: bool) -> tuple[mmap.mmap, tuple[int, int]]:
         """A mapping of a slot's own pages, which it shares with the publisher, and the device and inode of the file.
@@ -412,42 +421,24 @@ class Segment:
         finally:
             shut(fd)
 
-    def map_at(self, slot: int, address: int, nbytes: int) -> None:
-        """Maps a slot's pages privately over addresses of a ``Stretch``, of which a part may lie beyond its end.
-
-        What the process writes there is its own, harms nobody, and is no version's.
-        """
-        from .addresses import map_over  # ctypes takes 5 ms, and a publisher has no use for it
-
-        fd = self._open_slot(slot, os.O_RDONLY)
-        try:
-            self._size(slot, os.fstat(fd))
-            map_over(address, nbytes, fd)
-        finally:
-            shut(fd)
-
     def live_weights(self) -> memoryview | None:
         """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
         slot = self.word & 0xFF
         return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
 
     def unmap(self) -> None:
-        """Lets the slots' mappings go; the next access maps them anew."""
+        """Lets the publisher's mappings of the slots go; the next access maps them anew."""
         self._slot_maps.clear()
 
     def _slot_map(self, slot: int) -> mmap.mmap:
         if slot not in self._slot_maps:
             # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
-            fd = self._open_slot(slot, os.O_RDWR if self.write else os.O_RDONLY)
+            fd = self._open_slot(slot, os.O_RDWR)
             try:
                 size = self._size(slot, os.fstat(fd))
-                kind = mmap.MAP_SHARED | mmap.MAP_POPULATE if self.write else mmap.MAP_PRIVATE
-                mapped = map_file(fd, size, write=True, flags=kind)
+                self._slot_maps[slot] = map_file(fd, size, write=True, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             finally:
                 shut(fd)
-            if not self.write:
-                populate(address_of(mapped), size)
-            self._slot_maps[slot] = mapped
         return self._slot_maps[slot]
 
     def _size(self, slot: int, info: os.stat_result) -> int:
@@ -493,6 +484,16 @@ class Lease:
             shut(fd)  # R5 release
 
     __del__ = release
+
+
+class SlotMemory(mmap.mmap):
+    """A reader's mapping of a slot. It is private: what the process writes there is its own, and in no version.
+
+    Attributes:
+        lease: released with the memory, which torch keeps for as long as a tensor points there.
+    """
+
+    lease: Lease | None = None
 
 
 def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:

@@ -1,159 +1,92 @@
-"""How a policy comes to lie on another slot: pages move, and neither weights nor tensors do.
+"""How a policy comes to lie on another slot: each of its tensors is pointed at its part of the slot's memory.
 
-All tensors of a policy are views of one *window*, a stretch of addresses. Each slot has a *home*, another such stretch,
-where its pages are mapped once. To take a version the pages in the window go home, and those of the leased slot come
-into the window: two calls of mremap(2), which move entries of page tables, 512 pages at a time, in some ten
-microseconds for 64 MiB. To point tensor after tensor elsewhere takes half a microsecond each, all that torch does for
-``tensor.data = …``: that is done once, when the window is made.
+A slot is mapped once, and the views of its weights are made once. To take a version is ``parameter.data = view`` for
+each tensor: no bytes move, and the time depends on the number of tensors alone.
 
-What is in the window changes for whoever points there. So before a move it is made sure that the policy's tensors are
-there, all of them, and nobody else: the uses of the window's storage are counted, and the tensors' addresses compared.
-Where that is not so (a detached alias, a ``state_dict``, a tensor that was given other memory) the version gets a
-window of its own, to which the policy's tensors are pointed. The old one stays as it is, and leased, until nothing
-points there any more: the memory that torch wraps for it owns the lease.
+The memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy leaves a
+slot, the uses of its storage are counted. If only our own views are left, the lease is released, and the mapping and
+the views wait for the slot's next version. Otherwise somebody keeps a tensor of the old version: we let go of the
+memory, which stays leased until that tensor is gone, and the slot is mapped anew for its next version.
 
-That look is most of what a version costs: 0.15 us a tensor while all is in the caches, and some 0.7 where a copy of 64
-MiB has just been through them, as is all else here several times slower then (0.5 ms for 200 tensors, 0.1 ms with warm
-caches). A move must interrupt the processors on which other threads of the process ran, which takes 0.1 ms of it.
-
-A graph saves a parameter as the tensor object that it is, which no storage counts and no move spares: autograd is told
-that the tensors were written, so that a backward pass over a version is its error. Where nothing but Python has them no
-graph has, and they are left alone, for with cold caches to tell it takes 0.4 us a tensor, and to ask 0.1.
-
-A mapping is private: what the policy writes in place hits pages of the process's own. They go home with the slot, and
-are dropped there before it comes back (see ``renewal``).
+The mapping is private: what the policy writes to its weights in place hits pages of the process's own. They must be
+gone when the slot comes back. The look for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
+thread does it beside the policy's steps, as soon as the policy has left the slot.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
+import os
 import sys
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from .addresses import SPAN, Stretch, move
-from .attached import Attached
-from .errors import WsyncError
+from .attached import Attached, Targets, addresses
 from .layout import views
-from .memory import has_own_pages, populate, renew
-from .renewal import Renewal
-from .segment import Lease, Segment
+from .memory import renew
+from .segment import Lease, Segment, SlotMemory
 
-_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # one of the Python object; a graph has its own
-
-
-class Homes:
-    """Where the pages of a segment's slots are mapped while they are in no window."""
-
-    def __init__(self, segment: Segment) -> None:
-        self.segment = segment
-        self.nbytes = segment.data_offset + segment.layout.nbytes
-        self.span = -(-self.nbytes // SPAN) * SPAN
-        self.kind: Any = type("_Window", (ctypes.c_uint8 * self.nbytes,), {})  # a subclass can carry attributes
-        self._stretches: dict[int, Stretch] = {}  # of the slots that were live so far: most segments' last never are
-        self._renewals: dict[int, Renewal | None] = {}
-        self._left: int | None = None
-        self._moves = True  # before Linux 5.13 a window is mapped anew instead
-
-    def prepare(self, slot: int) -> bool:
-        """Has the pages of a leased slot ready, as they are in its file; True if the policy had written there.
-
-        Raises:
-            OSError, WsyncError: the system refused it.
-        """
-        if not self._moves:
-            return False
-        if slot in self._renewals:
-            renewal, self._renewals[slot] = self._renewals[slot], None  # one that failed is tried anew
-            return renewal.wait() if renewal else renew(self._at(slot), self.nbytes)
-        if slot not in self._stretches:
-            self._stretches[slot] = Stretch(self.span)
-        self.segment.map_at(slot, self._at(slot), self.span)
-        populate(self._at(slot), self.nbytes)
-        self._renewals[slot] = None
-        return False
-
-    def show(self, slot: int, window: int) -> None:
-        """Puts the pages of a slot that is prepared into a window.
-
-        Raises:
-            OSError, WsyncError: the system refused it, and the window is as it was.
-        """
-        if self._moves:
-            try:
-                move(self._at(slot), window, self.span)
-                return
-            except OSError as exc:
-                if exc.errno != errno.EINVAL:
-                    raise
-                self._moves = False
-        self.segment.map_at(slot, window, self.span)
-        populate(window, self.nbytes)
-
-    def take_back(self, slot: int, window: int) -> bool:
-        """Puts the pages of a slot from a window where they belong; True if it shows already that they were written."""
-        if not self._moves:
-            return has_own_pages(window, self.nbytes) is True
-        move(window, self._at(slot), self.span)
-        self._left = slot
-        return False
-
-    def lose(self, slot: int) -> None:
-        """Of a slot whose pages stay in a window for good: they are mapped anew when it comes back."""
-        self._renewals.pop(slot, None)
-
-    def renew(self) -> None:
-        """Begins to drop what the policy wrote to the slot that it left last."""
-        left, self._left = self._left, None
-        if left is not None:
-            self._renewals[left] = Renewal(self._stretches[left], self.nbytes)
-
-    def forget_renewals(self) -> None:
-        """In a forked child, where nobody does them."""
-        self._left = None
-        self._renewals = dict.fromkeys(self._renewals)
-
-    def _at(self, slot: int) -> int:
-        return self._stretches[slot].start
+_point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_looks = ThreadPoolExecutor(1, "wsync-look")
 
 
-@dataclass(slots=True)
-class _Window:
-    """What a policy's tensors point into.
+class _Slot:
+    """A mapped slot.
 
     Attributes:
-        homes: of the segment whose slots it shows.
-        start: its first address.
-        memory: what the storage is made of: torch keeps it for as long as a tensor points there, and it keeps the
-            addresses (``keep``) and owns the lease (``leases``), two of them where a move was cut short: then nobody
-            knows which slot it shows, nor what the homes show, and none of them is moved again.
-        storage: the one storage of all that points there.
-        alone: its uses (see ``uses``) before anything points there.
-        held: its uses when just the policy's tensors do.
-        addresses: of the policy's tensors there.
+        memory: its pages; owns the lease while the policy points there, or a tensor that somebody kept.
+        views: of the weights, in the order of the policy's tensors.
+        addresses: of the views.
+        alone: the uses of the memory (see ``uses``) by our own views.
+        since: when its version was taken.
+        look: for pages that the policy wrote to; None where nobody has begun it.
     """
 
-    homes: Homes
-    start: int
-    memory: Any
-    storage: torch.UntypedStorage
-    alone: tuple[int, int] = (0, 0)
-    held: tuple[int, int] = (0, 0)
-    addresses: tuple[int, ...] = ()
+    def __init__(self, segment: Segment, slot: int, targets: Targets) -> None:
+        self.memory = segment.map_slot(slot)
+        with torch.inference_mode(False):
+            self._storage = torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage()  # nothing is copied
+            weights = views(segment.layout, self._storage, segment.data_offset)
+        self.views = [weights[index] for _, index in targets]
+        del weights
+        self.addresses = addresses(self.views)
+        self.alone = self.uses()
+        self.since = 0.0
+        self.look: Future[bool] | None = None
+        _mapped[self._storage._cdata] = self
 
     def uses(self) -> tuple[int, int]:
-        """How many tensors point there, and who has the storage object, which is one and the same for all who ask."""
-        return int(torch._C._storage_Use_Count(self.storage._cdata)), sys.getrefcount(self.storage)
+        """How many tensors point there, and how many have the storage object: torch gives the same one to all."""
+        return int(torch._C._storage_Use_Count(self._storage._cdata)), sys.getrefcount(self._storage)
 
-    def holds_just(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether these tensors are where they were put, and nothing else points into the window."""
-        return self.uses() == self.held and _addresses(tensors) == self.addresses
+    def begin_look(self) -> None:
+        """Has a thread drop what the policy wrote here."""
+        try:
+            self.look = _looks.submit(renew, self.memory)
+        except RuntimeError:  # this process may have no more threads, or is about to end
+            self.look = None
+
+    def end_look(self) -> bool:
+        """Waits until the memory shows the file again; returns whether the policy had written there.
+
+        Raises:
+            OSError: the system refused to drop the pages. The next call tries again.
+        """
+        look, self.look = self.look, None
+        return look.result() if look else renew(self.memory)
+
+
+_mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
+
+
+def own_uses(storage: torch.UntypedStorage) -> int:
+    """How many uses of a storage are a reader's own; 0 where it is no slot."""
+    slot = _mapped.get(storage._cdata)
+    return slot.alone[0] if slot else 0
 
 
 class Swap:
@@ -161,126 +94,95 @@ class Swap:
 
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
-        shown = [(tensor, index) for tensor, index in attached.targets if tensor.numel()]  # who has no bytes stays
-        self._tensors, self._indices = [tensor for tensor, _ in shown], [index for _, index in shown]
-        self._window: _Window | None = None
-        self._since = 0.0  # when the window's version was taken
-        self._kept: list[tuple[int, weakref.ref[Any], float]] = []  # slots that outlive the policy's own use of them
+        self._segment: Segment | None = None
+        self._slots: dict[int, _Slot] = {}
+        self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
+        self._kept: list[tuple[int, weakref.ref[SlotMemory], float]] = []  # memory that only kept tensors use
 
     def take(self, segment: Segment, lease: Lease) -> bool:
-        """Shows the policy a leased slot, and keeps the lease; True if the policy was seen to have written to one.
+        """Points the policy at a leased slot; returns whether the policy had written to that slot before.
 
         Whoever uses the old weights in a backward pass is told by autograd, as after any write in place.
 
         Raises:
-            OSError, WsyncError: the system refused it; the policy has what it had.
+            OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
             UsageError: the policy's tensors are others than those that were attached, or of another form.
         """
-        window, attached = self._window, self._attached
-        same = window and window.homes.segment is segment and len(window.memory.leases) == 1
-        homes = window.homes if window and same else Homes(segment)
-        written = homes.prepare(lease.slot)  # may wait: what points where is looked at afterwards
-        stays = window if window and same and window.holds_just(self._tensors) and attached.in_place() else None
-        if stays is None:
-            attached.check()  # all before the first: a mixture is no version
-        if sum(map(_use_count, self._tensors)) > len(self._tensors):
-            torch.autograd.graph.increment_version(self._tensors)
-        written |= self._move(stays, lease) if stays else self._point(homes, lease)
-        self._since = time.time()
+        slots = self._slots if segment is self._segment else {}
+        slot, written = self._prepare(slots, segment, lease.slot)
+        self._attached.spare_holders()
+        others = {*self._slots.values(), *slots.values()} - {slot}
+        slot.memory.lease, slot.since = lease, time.time()
+        self._segment, self._slots, self._live = segment, slots, slot
+        with torch.inference_mode(False):  # in inference mode a parameter would become an inference tensor
+            # One call, so that no interrupt comes between two tensors.
+            deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
+        for other in others:  # more than one where the take before was interrupted
+            if self._leave(other):
+                other.begin_look()
         return written
 
     def holds(self, lease: Lease) -> bool:
-        """Whether the policy may point into this slot, also where a take was cut short."""
-        return self._window is not None and lease in self._window.memory.leases
-
-    def renew(self) -> None:
-        """What is left to do after a take, and need not hold the policy's step up."""
-        if self._window:
-            self._window.homes.renew()
+        """Whether the policy may point into this slot, also where a take was interrupted."""
+        return any(slot.memory.lease is lease for slot in self._slots.values())
 
     def leases(self) -> tuple[tuple[int, ...], float]:
-        """The slot that the policy points into and those that only a kept tensor still does; since when the oldest."""
+        """The slots that the policy, or only a kept tensor, points into; since when the oldest."""
         self._kept = [kept for kept in self._kept if kept[1]() is not None]
-        held = [(lease.slot, self._since) for lease in self._window.memory.leases] if self._window else []
-        leases = [*held, *((slot, since) for slot, _, since in self._kept)]
-        return tuple(slot for slot, _ in leases), min((since for _, since in leases), default=0.0)
+        held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
+        held += [(slot, since) for slot, _, since in self._kept]
+        return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
-    def give_own(self) -> None:
-        """Gives the policy tensors of its own, with the weights that it has, and lets go of all but what is kept."""
-        if self._window is None:
+    def close(self) -> None:
+        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps stays leased."""
+        if self._live is None:
             return
+        self._attached.spare_holders()
         own: dict[int, torch.Tensor] = {}
         with torch.inference_mode(False):
             for tensor, index in self._attached.targets:
                 if index not in own:  # tied tensors stay tied
                     own[index] = tensor.detach().clone()
                 tensor.data = own[index]
-        window, self._window = self._window, None
-        self._leave(window)
+        slots, self._slots, self._live = self._slots, {}, None
+        for slot in slots.values():
+            self._leave(slot)
 
     def after_fork(self) -> None:
-        """In the child: what a thread of the parent was to do is done by who needs it."""
-        if self._window:
-            self._window.homes.forget_renewals()
+        """In the child, which has its own pages and none of its parent's threads: looks are begun anew."""
+        for slot in self._slots.values():
+            slot.look = None
 
-    def _move(self, window: _Window, lease: Lease) -> bool:
-        homes, (old,) = window.homes, window.memory.leases
-        window.memory.leases = (old, lease)  # so it stays where an interrupt, or a fork, comes in between
-        try:
-            written = homes.take_back(old.slot, window.start)  # the window still shows its file
-            homes.show(lease.slot, window.start)  # R4 use
-        except (OSError, WsyncError):
-            window.memory.leases = (old,)
-            raise
-        window.memory.leases = (lease,)
-        old.release()
-        return written
+    def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
+        """The slot, mapped and as its file is; whether the policy had written there. The policy is checked, too."""
+        slot, written = slots.get(number), False
+        if slot:
+            written = slot.end_look()
+        else:
+            slot = slots[number] = _Slot(segment, number, self._attached.targets)
+        live, attached = self._live, self._attached
+        if not (live and attached.in_place() and addresses(attached.tensors) == live.addresses):
+            attached.check()
+        return slot, written
 
-    def _point(self, homes: Homes, lease: Lease) -> bool:
-        """Makes a window for the slot and points the policy's tensors there; the one before is left as it is."""
-        old, window = self._window, _open(homes)
-        homes.show(lease.slot, window.start)
-        window.memory.leases = (lease,)
-        with torch.inference_mode(False):  # set in inference mode, a parameter would become an inference tensor
-            tensors = views(homes.segment.layout, window.storage, homes.segment.data_offset)
-            tensors = [tensors[index] for index in self._indices]
-            self._window = window
-            point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-            # One call, so that no interrupt comes between two tensors.
-            deque(map(point, self._tensors, tensors), 0)  # R4 use
-        del tensors
-        window.held = window.alone[0] + len(self._tensors), window.uses()[1]  # another thread may hold a tensor already
-        window.addresses = _addresses(self._tensors)
-        return self._leave(old) if old else False
-
-    def _leave(self, window: _Window) -> bool:
-        """Releases the lease of a window that the policy left, or leaves it to the tensors that still point there."""
-        leases, written = window.memory.leases, False
-        if window.uses() != window.alone:
-            self._kept.extend((lease.slot, weakref.ref(window.memory), self._since) for lease in leases)
-            window.homes.lose(leases[0].slot)
+    def _leave(self, slot: _Slot) -> bool:
+        """Whether a slot that the policy left had a lease, which is released; a tensor that somebody keeps keeps it."""
+        lease = slot.memory.lease
+        if lease is None:
             return False
-        if len(leases) == 1:
-            try:
-                written = window.homes.take_back(leases[0].slot, window.start)
-            except (OSError, WsyncError):  # the pages go with the window
-                window.homes.lose(leases[0].slot)
-        window.memory.leases = ()
-        for lease in leases:
+        if slot.uses() == slot.alone:
+            slot.memory.lease = None
             lease.release()
-        return written
+            return True
+        self._kept.append((lease.slot, weakref.ref(slot.memory), slot.since))
+        if self._slots.get(lease.slot) is slot:
+            del self._slots[lease.slot]
+        return False
 
 
-def _addresses(tensors: list[torch.Tensor]) -> tuple[int, ...]:
-    return tuple(map(torch.Tensor.data_ptr, tensors))
+def _after_fork() -> None:
+    global _looks
+    _looks = ThreadPoolExecutor(1, "wsync-look")
 
 
-def _open(homes: Homes) -> _Window:
-    """A window that shows nothing yet; torch copies nothing."""
-    stretch = Stretch(homes.span)
-    memory = homes.kind.from_address(stretch.start)
-    memory.keep, memory.leases = stretch, ()
-    with torch.inference_mode(False):
-        window = _Window(homes, stretch.start, memory, torch.frombuffer(memory, dtype=torch.uint8).untyped_storage())
-    window.alone = window.uses()
-    return window
+os.register_at_fork(after_in_child=_after_fork)
