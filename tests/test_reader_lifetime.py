@@ -255,6 +255,10 @@ def test_refresh_in_inference_mode_keeps_parameters_trainable(trainer: Trainer, 
                 assert reader.refresh()
         policy(torch.ones(4)).sum().backward()
         assert all(parameter.grad is not None for parameter in policy.parameters())
+        with torch.inference_mode():
+            reader.close()
+    policy(torch.ones(4)).sum().backward()
+    assert all(parameter.add(1).requires_grad for parameter in policy.parameters())
 
 
 @pytest.mark.parametrize("mode", ["auto", "copy"])
@@ -369,7 +373,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monk
 
         def follow(line: Connection) -> None:
             monkeypatch.setattr(swap, "renew", memory.renew)  # of its own thread
-            for _ in range(2):
+            for _ in range(6):
                 line.recv()
                 assert reader.refresh()
                 line.send(marks(policy))
@@ -378,7 +382,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monk
         child = fork.Process(target=follow, args=(there,))
         child.start()
         try:
-            for mark in (3, 4):  # one of them where the first was
+            for mark in range(3, 9):  # one of them where the first was, and others where the child was
                 trainer.push(mark)
                 here.send("go")
                 assert here.poll(DEADLINE / 2) and here.recv() == {float(mark)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import subprocess
 import threading
@@ -19,7 +20,9 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
-from wsync import swap
+from wsync import segment, swap
+from wsync.errors import OutOfSharedMemory
+from wsync.segment import SlotMemory
 
 
 @pytest.fixture
@@ -298,44 +301,25 @@ def ended_well(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def test_a_process_that_may_map_no_more_keeps_its_version(trainer: Trainer, spawn: Spawn) -> None:
-    """A limit that was lowered is told as such, leaves the version as it was, and is no matter once it is gone."""
-    code = """
-import resource, wsync
-from conftest import marks
-from policies import mlp
-from wsync.errors import OutOfSharedMemory
+def test_a_slot_that_cannot_be_mapped_leaves_the_version(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may have no more memory keeps its weights, is told so, and goes on when it may."""
 
-policy = mlp()
-reader = wsync.attach(policy, "nets", mode="swap")
-print("ready", flush=True)
-input()
-assert reader.refresh()
-resource.setrlimit(resource.RLIMIT_AS, (1 << 20, -1))
-print("ready", flush=True)
-input()
-kept = next(policy.parameters()).detach()
-while True:
-    try:
-        reader.refresh()
-    except OutOfSharedMemory as exc:
-        print("ulimit -v" in str(exc), marks(policy) == {float(reader.version)}, float(kept.sum()))
-        break
-    print("ready", flush=True)
-    input()
-resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-print(reader.refresh(), marks(policy) == {float(reader.version)})
-"""
-    process = spawn("-c", code, stdin=subprocess.PIPE)
-    assert process.stdin and process.stdout
-    said, mark = process.stdout.readline(), 2
-    while said == "ready\n" and mark < 9:
-        trainer.push(mark)
-        mark += 1
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        said = process.stdout.readline()
-    assert said == "True True 64.0\n" and ended_well(process) == "True True\n"
+    def refuse(*_: Any, **__: Any) -> SlotMemory:
+        raise OSError(errno.ENOMEM, "refused")
+
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        live = trainer.segment.word & 0xFF
+        trainer.push(2)
+        with monkeypatch.context() as patched:
+            patched.setattr(segment, "SlotMemory", refuse)
+            with pytest.raises(OutOfSharedMemory, match="ulimit -v"):
+                reader.refresh()
+        assert marks(policy) == {1.0} and leased(trainer.segment) == [live]
+        for mark in range(2, 8):
+            if mark > 2:
+                trainer.push(mark)
+            assert reader.refresh() and marks(policy) == {float(mark)}
 
 
 def test_a_process_that_locks_its_memory_takes_versions(trainer: Trainer, spawn: Spawn) -> None:

@@ -117,8 +117,7 @@ def _give_new_body(tensor: torch.Tensor) -> bool:
     """Whether a frozen tensor could be given another body; autograd knows the others by the body that they have."""
     if tensor.requires_grad:
         return False
-    with torch.inference_mode(False):
-        body = tensor.data
+    body = tensor.data
     body.grad = tensor.grad
     try:
         torch._C._swap_tensor_impl(tensor, body)

@@ -58,15 +58,11 @@ class Copy:
 
     def _copy(self, sources: list[torch.Tensor]) -> None:
         tensors = self._attached.tensors
-        frozen = any(map(torch.Tensor.is_inference, tensors))
-        if frozen:  # in inference mode, which these need, autograd does not see the others change
-            torch.autograd.graph.increment_version([each for each in tensors if not each.is_inference()])
-        with torch.inference_mode(frozen), torch.no_grad():
+        with torch.inference_mode(any(map(torch.Tensor.is_inference, tensors))), torch.no_grad():
             # One call, so that no interrupt comes between two tensors.
             deque(map(torch.Tensor.copy_, tensors, sources), 0)  # R4 use
 
     def _map(self, segment: Segment, slot: int) -> list[torch.Tensor]:
-        with torch.inference_mode(False):
-            storage = torch.frombuffer(segment.map_slot(slot), dtype=torch.uint8).untyped_storage()  # not copied
-            weights = views(segment.layout, storage, segment.data_offset)
+        storage = torch.frombuffer(segment.map_slot(slot), dtype=torch.uint8).untyped_storage()  # nothing is copied
+        weights = views(segment.layout, storage, segment.data_offset)
         return [weights[index] for _, index in self._attached.targets]

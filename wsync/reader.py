@@ -1,8 +1,7 @@
 """A policy process's side: refresh between steps, wait, close; ``attaching`` makes it.
 
 Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
-the time depends neither on them nor much on the number of tensors (see ``swap``). ``copy`` copies into the policy's own
-tensors, whose addresses stay.
+the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose addresses stay.
 
 A policy on a CUDA device has a reader of its own kind (``device_reader``).
 

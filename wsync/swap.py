@@ -114,9 +114,8 @@ class Swap:
         others = {*self._slots.values(), *slots.values()} - {slot}
         slot.memory.lease, slot.since = lease, time.time()
         self._segment, self._slots, self._live = segment, slots, slot
-        with torch.inference_mode(False):  # in inference mode a parameter would become an inference tensor
-            # One call, so that no interrupt comes between two tensors.
-            deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
+        # One call, so that no interrupt comes between two tensors.
+        deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
         for other in others:  # more than one where the take before was interrupted
             if self._leave(other):
                 other.begin_look()
@@ -139,7 +138,7 @@ class Swap:
             return
         self._attached.spare_holders()
         own: dict[int, torch.Tensor] = {}
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # in inference mode a parameter would become an inference tensor
             for tensor, index in self._attached.targets:
                 if index not in own:  # tied tensors stay tied
                     own[index] = tensor.detach().clone()
