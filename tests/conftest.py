@@ -16,12 +16,9 @@ import sys
 import tempfile
 import termios
 import threading
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, Queue
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -95,31 +92,6 @@ def signal_another_thread(pid: int, number: signal.Signals) -> None:
         pytest.skip(f"the number of tgkill(2) on {platform.machine()} is not known here")
     others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
     assert any(ctypes.CDLL(None).syscall(_TGKILL, pid, tid, number) == 0 for tid in others)
-
-
-@contextmanager
-def interrupted_at(moment: int, code: CodeType) -> Iterator[None]:
-    """Ctrl-C after so many instructions of a function, and of what it calls, in this block, which ends with it."""
-    left = moment
-
-    def interrupt(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal left
-        if not any(above.f_code is code for above, _ in traceback.walk_stack(frame)):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-        return interrupt
-
-    before = sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        sys.settrace(before)
 
 
 @pytest.fixture
