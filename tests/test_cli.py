@@ -240,14 +240,13 @@ def test_nothing_to_do_imports_little(cli: Cli, live: Segment) -> None:
 
 
 def test_publishing_imports_no_torch(cli: Cli, live: Segment, runs: Path) -> None:
-    """A new checkpoint goes into a standing segment without torch, without numpy and without the user's code."""
+    """A new checkpoint goes into a standing segment without torch and without the user's code."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "version 2" in result.stdout
     assert not imported(result.stderr) & {
         "torch",
         "tensordict",
-        "numpy",
         "inotify_simple",
         "rich.console",
         "safetensors",

@@ -304,7 +304,7 @@ from dataclasses import replace
 from pathlib import Path
 import ctypes, hashlib, numpy, pwd, shutil, tempfile, inotify_simple  # nobody may not read them later
 from faulty import NAME, Box, Faults
-import wsync.changes
+import wsync.changes, wsync.schedule
 from wsync.layout import Layout
 from wsync.outcome import Outcome
 from wsync.spec import Spec

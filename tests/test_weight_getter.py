@@ -306,4 +306,4 @@ assert checkpoint.step == 1
 weights = memoryview(bytearray(checkpoint.layout.nbytes))
 checkpoint.read_into(weights, checkpoint.plan(checkpoint.layout))
 """
-    assert imported_after(code) == []
+    assert imported_after(code) == ["numpy"]

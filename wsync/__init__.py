@@ -12,7 +12,7 @@ The rooms, from the ground up; what a room imports when it is imported stands be
     policy's side   attached swap copying reader device device_weights device_reader attaching
     the past        outcome state record rollback
     settings        hooks metrics spec
-    what people see console tables status history inspect
+    what people see console history tables status inspect
     gates, hooks    command gate hook_runner
     one pass        schedule syncer
     many boxes      convergence group delivery fleet

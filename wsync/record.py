@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NoCheckpoint, StateError, WsyncError
+from .errors import CheckpointError, NoCheckpoint, SegmentError, StateError, WsyncError
 from .fitting import Fit
 from .memory import shut, try_lock
 
 if TYPE_CHECKING:
     from .outcome import Outcome
     from .segment import Segment
-    from .segment_files import Publication
     from .state import Event, Pin, State
 
 PUBLISHED = ("publish", "rollback")
@@ -160,11 +159,11 @@ class Record:
 
     # --- what was published before
 
-    def keep(self, segment: Segment, publication: Publication, number: int) -> None:
+    def keep(self, segment: Segment, number: int) -> None:
         """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
         state = self._state
-        if state and number > 0 and not _holds(copy_path(state, publication.version), publication.identity):
-            self._try(lambda: keep(state, segment, publication, number))
+        if state and number > 0:
+            self._try(lambda: keep(state, segment, number))
 
     def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
         """The pinned checkpoint, from a kept copy or its file.
@@ -198,7 +197,7 @@ def fit_from_json(text: str | None) -> Fit:
     return Fit(**settings)
 
 
-def keep(state: State, segment: Segment, publication: Publication, number: int) -> None:
+def keep(state: State, segment: Segment, number: int) -> None:
     """Copies the live slot, a safetensors file in the policy's own layout, beside the state; removes the oldest.
 
     A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
@@ -206,11 +205,16 @@ def keep(state: State, segment: Segment, publication: Publication, number: int) 
     Raises:
         StateError: there is no room, or no access.
     """
-    target = copy_path(state, publication.version)
-    temporary = target.with_suffix(".tmp")
-    lease = segment.lease()
-    if lease is None or lease.version != publication.version:  # another publisher was faster: it keeps its own
+    try:
+        lease, publication = segment.lease(), segment.live()
+    except (OSError, SegmentError) as exc:
+        raise StateError(f"what is live in {segment.name!r} cannot be read, and is not kept: {exc}") from exc
+    if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
         return
+    target = copy_path(state, publication.version)
+    if _holds(target, publication.identity):
+        return
+    temporary = target.with_suffix(".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(target.parent)

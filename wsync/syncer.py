@@ -385,8 +385,7 @@ class Syncer:
 
     def _keep(self, segment: Segment) -> None:
         """Keeps a copy of what is live, if copies are kept; the lock is free by then, so that others need not wait."""
-        if live := segment.live():
-            self.record.keep(segment, live, self.spec.keep)
+        self.record.keep(segment, self.spec.keep)
 
     def _new_casts(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Tells of each conversion once, those between the same two dtypes together."""
