@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -21,7 +22,7 @@ from conftest import DEADLINE, Cli, Spawn
 from wsync import cli_bench
 from wsync.bench import cases
 from wsync.bench.place import Place, private_place
-from wsync.bench.rows import Aim, Row, Settings, Skip, compare, pairs, parse_size
+from wsync.bench.rows import Aim, Row, Settings, Skip, compare, parse_size
 from wsync.bench.view import amount, as_json, print_rows
 from wsync.errors import UsageError
 
@@ -125,9 +126,10 @@ def test_speeds_are_compared_as_speeds() -> None:
     assert (row.value, row.beside_value, row.ratio, row.met) == (5.0, 10.0, 0.5, False)
 
 
-def test_one_round_is_made_whatever_it_takes() -> None:
+def test_one_round_is_made_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a figure of nothing where a round takes longer than all may."""
-    assert pairs(lambda: 1.0, lambda: 2.0, 5, seconds=0) == ((1.0, 2.0),)
+    monkeypatch.setattr("wsync.bench.rows.time.perf_counter", itertools.count(step=100).__next__)
+    assert compare("made up", lambda: 1.0, "the other", lambda: 2.0, None, 5).samples == ((1.0, 2.0),)
 
 
 def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,18 +185,16 @@ def test_what_runs_on_ends_with_a_killed_run(spawn: Spawn, runtime: Path, tmp_pa
         os.close(end)
 
 
-def test_a_place_may_be_named_from_here(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against children, which run elsewhere, that do not find what lies in a relative directory."""
+def test_places_may_be_relative_or_not_there_yet(
+    cli: Cli, runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards children, which run elsewhere, and a box on which nothing was published."""
     monkeypatch.chdir(tmp_path)
-    with private_place(Settings(directory=Path(), runtime=runtime)) as place:
-        (place.files / "there.py").write_text("")
-        place.run(place.files / "there.py")
-
-
-def test_a_runtime_directory_need_not_be_there_yet(runtime: Path, tmp_path: Path) -> None:
-    """Guards a box on which nothing was published: segments are made where its directory would be."""
-    with private_place(Settings(directory=tmp_path, runtime=runtime / "much" / "later")) as place:
-        assert place.runtime.parent == runtime
+    options = ("--dir", ".", "--runtime-dir", str(runtime / "much" / "later"), "--json")
+    done = cli("bench", "--quick", "--size", "1MiB", "--only", "readers", *options)
+    (row,) = json.loads(done.stdout)["results"]
+    assert row["value"] and json.loads(done.stdout)["settings"]["runtime"] == str(runtime)
+    assert list(runtime.iterdir()) == []
 
 
 def test_the_users_settings_are_not_the_measurements(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_a_slow_place_in_a_page_is_made(settings: Settings) -> None:
     """Guards the row of misplaced data: the file begins where the row says, and is the same checkpoint."""
     with private_place(settings) as place:
         file = place.save("x.safetensors", 1 << 16, 4)
-        for before in (16, 1024):
+        for before in (8, 16, 24, 1024):
             shifted = cases._shifted(file, before)
             start = 8 + int.from_bytes(shifted.read_bytes()[:8], "little")
             assert start % 4096 == 4096 - before
@@ -237,7 +237,8 @@ from wsync.bench.processes import make
 from wsync.bench.rows import Settings
 with private_place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2]))) as place:
     place.save("small/step_1.safetensors", 4096, 4)
-    with place.role("watch", place.standing("small", 4096, 4)) as process:
+    spec = place.write_spec("small", 4096, 4)
+    with place.process("-m", "wsync.bench.processes", "watch", spec) as process:
         with wsync.attach(make(4096, 4), "small", timeout=60, runtime_dir=place.runtime):
             print(process.pid, flush=True)
             signal.pause()
@@ -277,7 +278,7 @@ def test_a_quick_run(spawn: Spawn, runtime: Path, tmp_path: Path) -> None:
     assert {row["case"] for row in told["results"]} == set(cases.CASES)
     for row in told["results"]:
         if row["skipped"]:
-            assert re.search(r"--quick|page cache|what is cached|dd cannot", row["skipped"]), row
+            assert re.search(r"--quick|page cache|dd cannot", row["skipped"]), row
             assert row["value"] is None and row["met"] is None and row["samples"] == []
             continue
         columns = list(zip(*row["samples"], strict=True))

@@ -40,7 +40,7 @@ def test_a_staged_file_is_read_once_and_takes_no_memory(place: Place) -> None:
 
 def test_a_pass_is_not_searched_for_garbage(place: Place) -> None:
     """Guards a first pass that is linear in tensors: the collector looks at their tables neither once nor often."""
-    spec = load_spec(str(place.standing("policy", 1 << 20, 3000)))
+    spec = load_spec(str(place.write_spec("policy", 1 << 20, 3000)))
     place.save("policy/step_1.safetensors", 1 << 20, 3000)
     header.forget()
     collected: list[str] = []

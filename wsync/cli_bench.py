@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .errors import UsageError
 from .options import JsonOption
 
 bench_command = typer.Typer()
@@ -47,6 +48,9 @@ def bench(
             envvar="WSYNC_DIR",
             help="Where checkpoints are written: a disk. (default: the temporary directory)",
             show_default=False,
+            exists=True,
+            file_okay=False,
+            resolve_path=True,
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -57,6 +61,7 @@ def bench(
             envvar="WSYNC_RUNTIME_DIR",
             help="Where segments are made meanwhile: shared memory. (default: /dev/shm)",
             show_default=False,
+            resolve_path=True,
         ),
     ] = None,
 ) -> None:
@@ -68,8 +73,17 @@ def bench(
     """
     from .bench.rows import SHARED_MEMORY, Settings, parse_size
 
-    places = (directory or Path(tempfile.gettempdir()), runtime_dir or SHARED_MEMORY)
-    settings = Settings(parse_size(size), tensors, readers, quick, tuple(only or ()), *places)
+    nbytes, runtime = parse_size(size), runtime_dir or SHARED_MEMORY
+    if nbytes < 4 * tensors:
+        raise UsageError(
+            f"--size {size}: each tensor takes four bytes or more. Give {4 * tensors}, or fewer --tensors."
+        )
+    while not runtime.is_dir() and runtime.is_relative_to(SHARED_MEMORY):  # where nothing was published yet
+        runtime = runtime.parent
+    if not runtime.is_dir():
+        raise UsageError(f"{runtime} is not a directory. Name an existing one with --runtime-dir.")
+    temporary = directory or Path(tempfile.gettempdir())
+    settings = Settings(nbytes, tensors, readers, quick, tuple(only or ()), temporary, runtime)
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup(1)
             signal.signal(number, _end)

@@ -26,7 +26,7 @@ Pass = Callable[[], str]
 @contextmanager
 def publishing(place: Place, nbytes: int, tensors: int) -> Iterator[Pass]:
     """A pass that finds a new checkpoint and publishes it, each slot having had one."""
-    spec, file = place.standing("policy", nbytes, tensors), place.save("policy/step_1.safetensors", nbytes, tensors)
+    spec, file = place.write_spec("policy", nbytes, tensors), place.save("policy/step_1.safetensors", nbytes, tensors)
     times = iter(range(1, 1000))
     with Syncer(load_spec(str(spec)), runtime=place.runtime) as syncer:
 

@@ -1,8 +1,4 @@
-"""Where a case runs: two private directories that are removed afterwards, and processes that end with it.
-
-Segments lie in shared memory, checkpoints in the temporary directory or the one that is named. Every process gets a
-session of its own, so that Ctrl-C reaches the measurement alone, which ends them.
-"""
+"""Where a case runs: two private directories that are removed afterwards, and processes that end with it."""
 
 from __future__ import annotations
 
@@ -15,20 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
 
 from ..console import size
-from ..layout import layout_of
-from ..segment import Segment
-from ..spec import load_spec
-from .processes import make
-from .rows import MIB, Settings, Skip
-
-_ROOM = 64 * MIB  # left to others
+from .rows import Settings, Skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +31,15 @@ class Place:
         """So many rounds, or a quarter of them with ``--quick``."""
         return max(number // 4, 2) if self.settings.quick else number
 
-    def need(self, *, shared: int, disk: int, memory: int = 0) -> None:
-        """Checks that so many bytes are free: of shared memory, of the checkpoints' disk, and of other memory.
+    def need(self, nbytes: int) -> None:
+        """Checks that so many bytes are free in shared memory and on the disk, and twice as many of memory.
 
         Raises:
             Skip: they are not.
         """
-        for wanted, free, what in (
-            (shared, shutil.disk_usage(self.runtime).free, f"room in {self.runtime.parent}"),
-            (disk, shutil.disk_usage(self.files).free, f"room in {self.files.parent}"),
-            (shared + memory, free_memory(), "memory"),
-        ):
-            if wanted + _ROOM > free:
-                raise Skip(f"takes {size(wanted)} of {what}, and {size(free)} are free")
+        free = min(shutil.disk_usage(self.runtime).free, shutil.disk_usage(self.files).free, free_memory() // 2)
+        if nbytes > free:
+            raise Skip(f"takes {size(nbytes)} of memory and of the disk, and {size(free)} are free")
 
     def save(self, path: str, nbytes: int, tensors: int, *, settled: bool = True) -> Path:
         """Writes a checkpoint of float32 vectors with random values from 0 to 1.
@@ -73,17 +57,14 @@ class Place:
             settle(file)
         return file
 
-    def standing(self, name: str, nbytes: int, tensors: int) -> Path:
-        """Writes a spec whose checkpoints lie in a directory of its name, and makes its segment."""
+    def write_spec(self, name: str, nbytes: int, tensors: int) -> Path:
+        """Writes a spec whose checkpoints lie in a directory of its name."""
         (self.files / name).mkdir(exist_ok=True)
         spec = self.files / f"{name}.toml"
         spec.write_text(
             f'policy = "wsync.bench.processes:make"\ncheckpoints = "{name}"\n'
             f"[policy_kwargs]\nnbytes = {nbytes}\ntensors = {tensors}\n"
         )
-        with torch.device("meta"):  # the layout alone is needed
-            layout = layout_of(make(nbytes, tensors))
-        Segment.create(name, layout, self.runtime, spec=load_spec(str(spec)).fingerprint).close()
         return spec
 
     @property
@@ -102,9 +83,23 @@ class Place:
             "WSYNC_STATE_DIR": str(self.files / "state"),
         }
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"env": self.environment, "cwd": self.files, "text": True, "start_new_session": True}
+    @contextmanager
+    def process(self, *arguments: str | Path, stderr: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
+        """The interpreter, in a session of its own because Ctrl-C is for the measurement alone; killed at the end."""
+        with subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=self.environment,
+            cwd=self.files,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def run(self, *arguments: str | Path) -> None:
         """Runs the interpreter to its end.
@@ -112,22 +107,11 @@ class Place:
         Raises:
             RuntimeError: it ended with a failure.
         """
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        done = subprocess.run([sys.executable, *arguments], **pipes, **self._options)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise RuntimeError(f"{' '.join(map(str, arguments[:3]))} ended with {done.returncode}: {said}")
-
-    @contextmanager
-    def role(self, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-        """One of the processes of ``processes``, which is killed at the end of the block."""
-        command = [sys.executable, "-m", "wsync.bench.processes", *map(str, arguments)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(command, **pipes, **self._options) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
+        with self.process(*arguments, stderr=subprocess.PIPE) as process:
+            _, said = process.communicate()
+        if process.returncode:
+            last = (said.strip().splitlines() or ["nothing"])[-1]
+            raise RuntimeError(f"{' '.join(map(str, arguments[:3]))} ended with {process.returncode}: {last}")
 
 
 @contextmanager
@@ -147,35 +131,7 @@ def settle(file: Path) -> None:
     os.utime(file, (0, 0))
 
 
-def heard(process: subprocess.Popen[str]) -> str:
-    """The next line that a process says.
-
-    Raises:
-        RuntimeError: it ended.
-    """
-    assert process.stdout
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError("a process of the measurement ended")
-    return line.strip()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    """Has a process go on to its next stage, and waits until it is there."""
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
-    heard(process)
-
-
 def free_memory() -> int:
-    """Bytes that processes of this box, or of its memory cgroup, can still have."""
-    text = Path("/proc/meminfo").read_text()
-    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = {key: int(value) for key, value in map(str.split, (group / "memory.stat").read_text().splitlines())}
-        return min(free, limit - used["anon"] - used["shmem"])
-    except (OSError, ValueError, KeyError):  # no cgroup of the second version, or no limit
-        return free
+    """Bytes that processes of this box can still have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -18,7 +18,6 @@ from ..errors import UsageError
 
 MIB, GIB = 1 << 20, 1 << 30
 SHARED_MEMORY = Path("/dev/shm")
-_PREFIXES = ["", "K", "M", "G", "T"]
 
 Timed = Callable[[], float]
 """Does something once; returns the seconds that count."""
@@ -35,10 +34,7 @@ class Settings:
         quick: fewer rounds, and nothing that takes a GiB.
         only: names of cases, or their beginnings; empty takes all.
         directory: where checkpoints are written.
-        runtime: where segments are made; one that is not there yet stands for the part of ``/dev/shm`` above it.
-
-    Raises:
-        UsageError: a directory is missing, or there are more tensors than numbers.
+        runtime: where segments are made.
     """
 
     size: int = 64 * MIB
@@ -49,21 +45,6 @@ class Settings:
     directory: Path = Path("/tmp")
     runtime: Path = SHARED_MEMORY
 
-    def __post_init__(self) -> None:
-        if self.size < 4 * self.tensors:
-            raise UsageError(
-                f"--size {self.size}: {self.tensors} tensors take at least four bytes each. Give {4 * self.tensors} or "
-                "more, or fewer --tensors."
-            )
-        runtime = self.runtime.absolute()  # processes run in another directory
-        while not runtime.is_dir() and runtime.is_relative_to(SHARED_MEMORY):
-            runtime = runtime.parent
-        object.__setattr__(self, "runtime", runtime)
-        object.__setattr__(self, "directory", self.directory.absolute())
-        for path, option in ((self.runtime, "--runtime-dir"), (self.directory, "--dir")):
-            if not path.is_dir():
-                raise UsageError(f"{path} is not a directory. Name an existing one with {option}.")
-
 
 @dataclass(frozen=True, slots=True)
 class Aim:
@@ -71,9 +52,6 @@ class Aim:
 
     sense: Literal["<=", ">="]
     bound: float
-
-    def met_by(self, figure: float) -> bool:
-        return figure <= self.bound if self.sense == "<=" else figure >= self.bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,46 +97,31 @@ class Row:
     def met(self) -> bool | None:
         """Whether the aim is met; None where there is no aim, or nothing was measured."""
         figure = self.ratio if self.beside else self.value
-        return self.aim.met_by(figure) if self.aim and figure is not None else None
+        if self.aim is None or figure is None:
+            return None
+        return figure <= self.aim.bound if self.aim.sense == "<=" else figure >= self.aim.bound
 
 
 class Skip(Exception):
     """A case cannot be measured on this box; the text is the reason."""
 
 
-def pairs(ours: Timed, theirs: Timed, rounds: int, seconds: float = 3.0) -> tuple[tuple[float, ...], ...]:
-    """Runs both sides in turn, after one round that does not count; returns the seconds of each round.
+def compare(
+    name: str, ours: Timed, beside: str, theirs: Timed, aim: Aim | None, rounds: int, *, nbytes: int = 0
+) -> Row:
+    """Runs both sides in turn, after one round that does not count; at least one round, and no more after 3 seconds.
 
     Args:
-        rounds: how many, at least one.
-        seconds: no further round begins after so long.
+        nbytes: what a round moves, for a row of speeds; else it is one of times.
     """
     ours(), theirs()
-    taken = []
-    deadline = time.perf_counter() + seconds
-    for _ in range(rounds):
-        taken.append((ours(), theirs()))
-        if time.perf_counter() > deadline:
-            break
-    return tuple(taken)
-
-
-def compare(
-    name: str,
-    ours: Timed,
-    beside: str,
-    theirs: Timed,
-    aim: Aim | None,
-    rounds: int,
-    *,
-    seconds: float = 3.0,
-    nbytes: int = 0,
-) -> Row:
-    """A row of pairs; of speeds where the bytes that a round moves are given, else of times."""
-    samples = pairs(ours, theirs, rounds, seconds)
-    if not nbytes:
-        return Row(name, "s", samples, beside, aim)
-    return Row(name, "B/s", tuple((nbytes / a, nbytes / b) for a, b in samples), beside, aim)
+    samples: list[tuple[float, float]] = []
+    deadline = time.perf_counter() + 3
+    while not samples or (len(samples) < rounds and time.perf_counter() < deadline):
+        samples.append((ours(), theirs()))
+    if nbytes:
+        return Row(name, "B/s", tuple((nbytes / a, nbytes / b) for a, b in samples), beside, aim)
+    return Row(name, "s", tuple(samples), beside, aim)
 
 
 def timed(work: Callable[[], object], times: int = 1) -> Timed:
@@ -179,10 +142,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: the text is not a size.
     """
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT]?)(I?)B?)\s*", text.upper())
-    size = 0
-    if found and (found[2] or not found[3]):
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** _PREFIXES.index(found[2]))
+    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,9})?)\s*(?:([KMGT])(I?))?B?\s*", text.upper())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")) if found else 0
     if not 0 < size < 1 << 50:
         raise UsageError(f"--size {text!r} is not a size. Give bytes as in 64MiB, 1.5GiB or 4096.")
     return size

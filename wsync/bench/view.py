@@ -21,9 +21,11 @@ from .rows import Row, Settings
 
 def box() -> dict[str, Any]:
     """What the figures belong to; taken before them, because measuring is load, too."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
+        "processor": next(names, platform.machine()),
         "memory_free": free_memory(),
         "load": round(os.getloadavg()[0], 2),
         "kernel": platform.release(),
@@ -33,19 +35,11 @@ def box() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
     """One object: ``box``, ``settings`` and ``results``, a list of rows.
 
-    A row has ``case``, ``name``, ``beside`` (the other side), ``unit`` (``s``, ``B/s``, ``B`` or ``%`` of a core),
-    ``samples`` (of each round, ours and the other side's), their medians ``value`` and ``beside_value``, ``ratio`` (the
-    median of the rounds' ratios), ``aim`` (``sense`` and ``bound``: of the ratio where there is one, else of the
-    value), ``met``, and the reason in ``skipped`` or ``failed`` where nothing was measured. What is missing is null or
-    empty.
+    A row has the attributes of ``Row``; besides them ``value`` and ``beside_value`` (the medians of both sides),
+    ``ratio`` (the median of the rounds' ratios) and ``met``. What is missing is null or empty.
     """
     asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     computed = ("value", "beside_value", "ratio", "met")
@@ -55,7 +49,7 @@ def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -
 
 def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
     """The table on stdout, the box above it, and below it what was not measured and how many aims are met."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = stdout_console()
@@ -67,17 +61,18 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
     )
     if about["load"] > about["cores"] / 2:
         console.print("The box is busy with something else: take these figures again when it is idle.")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for header, side in (
-        ("measured", "left"),
-        ("wsync", "right"),
-        ("beside", "left"),
-        ("", "right"),
-        ("ratio", "right"),
-    ):
-        table.add_column(header, justify=side, no_wrap=side == "right")  # type: ignore[arg-type]
-    table.add_column("aim", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = Table(
+        "measured",
+        Column("wsync", justify="right", no_wrap=True),
+        "beside",
+        Column(justify="right", no_wrap=True),
+        Column("ratio", justify="right", no_wrap=True),
+        Column("aim", no_wrap=True),
+        Column(no_wrap=True),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
     told, absent = [], []
     for row in rows:
@@ -87,26 +82,22 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
             continue
         other = "" if row.beside_value is None else amount(row.beside_value, row.unit)
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
-        table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, _aim(row), verdicts[row.met])
-        told += [row.met] if row.aim else []
+        aim = ""
+        if row.aim:
+            told.append(row.met)
+            aim = f"{row.aim.sense} {f'{row.aim.bound:.3g}' if row.beside else amount(row.aim.bound, row.unit)}"
+        table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, aim, verdicts[row.met])
     console.print(table, *absent, sep="\n")
     console.print(f"{told.count(True)} of {len(told)} aims met. A ratio is wsync by the other.")
 
 
 def amount(value: float, unit: str) -> str:
     """A figure in its unit, for people."""
-    if unit == "s":
-        for name, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-            if value * factor >= 0.9995:
-                return f"{value * factor:.3g} {name}" if value * factor < 999.5 else f"{value * factor:,.0f} {name}"
-        return f"{value * 1e9:.3g} ns"
     if unit == "%":
         return f"{value:.2g} %"
-    return size(value) + ("/s" if unit == "B/s" else "")
-
-
-def _aim(row: Row) -> str:
-    if row.aim is None:
-        return ""
-    bound = f"{row.aim.bound:g}" if row.beside else amount(row.aim.bound, row.unit)
-    return f"{row.aim.sense} {bound}"
+    if unit != "s":
+        return size(value) + unit[1:]
+    for name, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 0.9995:
+            return f"{value * factor:.3g} {name}"
+    return f"{value * 1e9:.3g} ns"
