@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEADLINE, Cli, Spawn
+from rich.console import Console
 
 from wsync import cli_bench
 from wsync.bench import cases
@@ -307,7 +308,7 @@ def test_a_table_of_what_was_asked_for(cli: Cli, runtime: Path, tmp_path: Path) 
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_long_name_fits(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the figures: a narrow table folds names, never what was measured; a wide one has a line for each row."""
-    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("wsync.bench.view.stdout_console", lambda: Console(width=columns, highlight=False))
     long = Row("something with a long name and more", "s", ((2.345, 1.234),), "the usual long way", Aim("<=", 1.25))
     print_rows(Settings(), BOX, [long] * 3)
     lines = capsys.readouterr().out.splitlines()
