@@ -194,15 +194,14 @@ def status(
 
     Exit codes: 0; 1 a segment is unusable, or older than --max-staleness.
     """
-    from .status import Status
+    from .status import follow, show
 
-    looking = Status(name, runtime_dir, state_dir, max_staleness)
+    if watch and as_json:
+        raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
     if watch:
-        if as_json:
-            raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
-        looking.follow()
-        return
-    raise typer.Exit(looking.show(as_json=as_json))
+        follow(name, runtime_dir, state_dir)
+    else:
+        raise typer.Exit(show(name, runtime_dir, state_dir, max_staleness, as_json=as_json))
 
 
 @app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +25,6 @@ from .segment import Segment
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
-
-    from .state import Event
 
 _STYLES = {"info": "", "warning": "yellow", "error": "red"}
 _TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
@@ -130,7 +129,8 @@ def complain(exc: WsyncError) -> None:
     print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
 
 
-def segment_json(segment: Segment, pin: str | None = None, failure: Event | None = None) -> dict[str, Any]:
+def segment_json(segment: Segment) -> dict[str, Any]:
+    """A segment and its readers, for programs and for the tables; each time is a ``datetime`` (see ``to_json``)."""
     live, readers = segment.live(), segment.readers()
     version = live.version if live else 0
     return {
@@ -138,9 +138,9 @@ def segment_json(segment: Segment, pin: str | None = None, failure: Event | None
         "version": version,
         "step": live.step if live else None,
         "checkpoint": (live.source or None) if live else None,
-        "published_at": when(live.published_at) if live else None,
-        "pin": pin,
-        "last_failure": {"at": when(failure.at), "reason": failure.reason} if failure else None,
+        "published_at": datetime.fromtimestamp(live.published_at, UTC) if live else None,
+        "pin": None,
+        "last_failure": None,
         "bytes": segment.layout.nbytes,
         "tensors": len(segment.layout.tensors),
         "slots": segment.slots,
@@ -151,13 +151,20 @@ def segment_json(segment: Segment, pin: str | None = None, failure: Event | None
                 "mode": r.mode,
                 "version": r.version,
                 "lag": version - r.version,
-                "since": when(r.since),
-                "lease_since": when(r.oldest) if r.oldest else None,
+                "since": datetime.fromtimestamp(r.since, UTC),
+                "lease_since": datetime.fromtimestamp(r.oldest, UTC) if r.oldest else None,
                 "holds": segment.held_back(r),
             }
             for r in readers
         ],
     }
+
+
+def to_json(data: Any) -> str:
+    """JSON on one line, with times as ``when`` writes them and paths as texts."""
+    return json.dumps(
+        data, default=lambda value: when(value.timestamp()) if isinstance(value, datetime) else str(value)
+    )
 
 
 class WatchLog:
@@ -184,7 +191,6 @@ class WatchLog:
         self._refused: dict[str, None] = {}  # in the order in which they were told of last
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
         self._writing = threading.Lock()  # hooks report from threads of their own
-        self._shown: Outcome | None = None
         self._version = 0  # that was live after the last pass
         self._done = (0, 0)
         self._stage_began = 0.0
@@ -224,8 +230,6 @@ class WatchLog:
             for refused in event.passed_over:
                 self._refusal(refused)
             key = (event.status, event.identity or event.reason or "")
-            if event.status == "published" or (event.status == "current" and not self._shown):
-                self._shown = event
             known = key == self._last or (event.status == "current" and self._last[0] in ("current", "published"))
             if event.status == "rejected":
                 self._refusal(event)
@@ -310,40 +314,19 @@ class WatchLog:
         from rich.table import Table
         from rich.text import Text
 
-        from .tables import reader_table
+        from .tables import segment_view
 
-        parts: list[RenderableType] = []
         segment = self._segment()
-        try:
-            live, readers = (segment.live(), segment.readers()) if segment else (None, [])
-        except (OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass tells
-            live, readers = None, []
-        if segment and live:
-            file = printable(Path(live.source).name) if live.source else "weights from memory"
-            step = "" if live.step is None else f"  step {live.step}"
-            took = f"  in {duration(self._shown.seconds)}" if self._shown and self._shown.bytes else ""
-            age = duration(max(0.0, time.time() - live.published_at))
-            parts.append(
-                Text.assemble(
-                    (f"version {live.version}", "bold green"),
-                    f"{step}  {size(segment.layout.nbytes)}{took}  {age} ago",
-                )
-            )
-            parts.append(Text(file, overflow="ellipsis", no_wrap=True))
-        else:
-            parts.append(Text("no version yet", style="yellow"))
+        told: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}
+        with suppress(OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass tells
+            told = segment_json(segment) if segment else told
+        parts = [segment_view(told, most=SHOWN)]
         done, total = self._done
         if total and time.monotonic() - self._stage_began > 1:
-            parts.append(Text(f"staging {size(done)} of {size(total)}"))
             bar = Table.grid()
             bar.add_row(ProgressBar(total=total, completed=done, width=40))
-            parts.append(bar)
-        parts.append(
-            reader_table(live, readers[:SHOWN], segment) if segment and readers else Text("no readers", style="dim")
-        )
-        if len(readers) > SHOWN:
-            parts.append(Text(f"… and {count(len(readers) - SHOWN, 'more reader')}"))
-        return Panel(Group(*parts), title=f"wsync {self._name}", title_align="left")
+            parts += [Text(f"staging {size(done)} of {size(total)}"), bar]
+        return Panel(Group(*parts), title="wsync watch", title_align="left")
 
 
 def default_format() -> LogFormat:

@@ -6,20 +6,22 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from datetime import UTC, datetime
+from typing import Any
 
-from .badge import few, group_of
-from .console import complain, duration, segment_json
-from .errors import SegmentError, StateError, UsageError, printable
+from .badge import group_of
+from .console import complain, segment_json, to_json
+from .errors import SegmentError, StateError, UsageError
 from .segment import Segment, segments
-from .segment_files import Publication
-from .state import Event, State
+from .state import State
 
 _REFRESH = 1.0  # seconds
+Place = str | os.PathLike[str] | None
 
 
-class Status:
-    """One look at the standing segments.
+def show(name: str | None, runtime: Place, state: Place, max_staleness: float | None, *, as_json: bool) -> int:
+    """Prints one look at the standing segments; returns the exit code.
 
     Args:
         name: of one segment; None takes all.
@@ -27,105 +29,75 @@ class Status:
 
     Raises:
         UsageError: that is no time.
+        SegmentError: the one segment that was named is not there, or is unusable.
     """
-
-    def __init__(
-        self,
-        name: str | None,
-        runtime: str | os.PathLike[str] | None,
-        state: str | os.PathLike[str] | None,
-        max_staleness: float | None = None,
-    ) -> None:
-        if max_staleness is not None and not max_staleness > 0:
-            raise UsageError(f"--max-staleness {max_staleness} is no time. Give seconds above 0.")
-        self._name, self._runtime, self._state, self._max = name, runtime, state, max_staleness
-
-    def show(self, *, as_json: bool) -> int:
-        """Prints it; the exit code.
-
-        Raises:
-            SegmentError: the one segment that was named is not there, or is unusable.
-        """
-        opened, code = self._open()
-        if as_json:
-            import json
-
-            told = [segment_json(segment, *self._pin_and_failure(segment)) for segment in opened]
-            for table, segment in zip(told, opened, strict=True):
-                if group := group_of(segment.path):
-                    table["group"] = group
-            print(json.dumps(told[0] if self._name else {"segments": told}))
-        else:
-            from .tables import print_status
-
-            print_status(opened, {segment.name: self._notes(segment) for segment in opened})
-        stale = self._max is not None and (not opened or any(self._is_stale(segment.live()) for segment in opened))
-        for segment in opened:
-            segment.close()
-        return code or int(stale)
-
-    def follow(self) -> None:
-        """Shows it again and again until interrupted: in place, or one below the other where that is no terminal."""
-        from rich.live import Live
-
+    if max_staleness is not None and not max_staleness > 0:
+        raise UsageError(f"--max-staleness {max_staleness} is no time. Give seconds above 0.")
+    told, code = look(name, runtime, state)
+    if as_json:
+        print(to_json(told[0] if name else {"segments": told}))
+    else:
         from .tables import status_view, stdout_console
 
-        console = stdout_console()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cursor is shown again
-        with suppress(KeyboardInterrupt), ExitStack() as stack:
-            view = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
-            while True:
-                opened, _ = self._open()
-                shown = status_view(opened, {s.name: self._notes(s) for s in opened})
-                if view:
-                    view.update(shown, refresh=True)
-                else:
-                    console.print(shown)
-                    sys.stdout.flush()
-                for segment in opened:
-                    segment.close()
-                time.sleep(_REFRESH)
+        stdout_console().print(status_view(told), soft_wrap=True)
+    if max_staleness is None:
+        return code
+    ages = [time.time() - each["published_at"].timestamp() if each["version"] else max_staleness for each in told]
+    return code or int(max(ages, default=max_staleness) >= max_staleness)
 
-    def _open(self) -> tuple[list[Segment], int]:
-        opened, code = [], 0
-        for each in [self._name] if self._name else segments(self._runtime):
-            try:
-                segment = Segment.open(each, self._runtime)
+
+def follow(name: str | None, runtime: Place, state: Place) -> None:
+    """Shows it again and again until interrupted: in place, or one below the other where that is no terminal."""
+    from rich.live import Live
+
+    from .tables import status_view, stdout_console
+
+    console = stdout_console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cursor is shown again
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        view = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
+        while True:
+            shown = status_view(look(name, runtime, state)[0])
+            if view:
+                view.update(shown, refresh=True)
+            else:
+                console.print(shown)
+                sys.stdout.flush()
+            time.sleep(_REFRESH)
+
+
+def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str, Any]], int]:
+    """What there is to tell of each segment, as ``segment_json`` has it, and 1 where one of them is unusable."""
+    told, code = [], 0
+    for each in [name] if name else segments(runtime):
+        try:
+            with closing(Segment.open(each, runtime)) as segment:
                 segment.check()
-                opened.append(segment)
-            except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
-                if self._name:
-                    raise
-                complain(exc)
-                code = exc.exit_code
-        return opened, code
+                told.append(_told(segment, state))
+        except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
+            if name:
+                raise
+            complain(exc)
+            code = exc.exit_code
+    return told, code
 
-    def _is_stale(self, live: Publication | None) -> bool:
-        return self._max is not None and (live is None or time.time() - live.published_at > self._max)
 
-    def _pin_and_failure(self, segment: Segment) -> tuple[str | None, Event | None]:
-        """What is pinned, and the last failure where nothing was published since."""
-        live = segment.live()
-        pin, failures = None, list[Event]()
-        with State(segment.name, self._state) as state:
-            try:
-                pin = state.pin()
-            except StateError as exc:
-                complain(exc)
-            try:
-                failures = state.events(kinds=("failure", "reject"), limit=1)
-            except StateError as exc:
-                complain(exc)
-        failure = failures[-1] if failures and (live is None or failures[-1].at > live.published_at) else None
-        return pin.name if pin else None, failure
-
-    def _notes(self, segment: Segment) -> list[str]:
-        pin, failure = self._pin_and_failure(segment)
-        notes = [f"pinned: {printable(pin)}"] if pin else []
-        if group := group_of(segment.path):
-            notes.append(f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}")
-        if failure:
-            ago = duration(max(0.0, time.time() - failure.at))
-            reason = " ".join((failure.reason or "").split())
-            notes.append(f"last failure {ago} ago: {printable(reason[:200])}")
-        return notes
+def _told(segment: Segment, place: Place) -> dict[str, Any]:
+    """The segment, its pin, the last failure where nothing was published since, and its group where it has one."""
+    told = segment_json(segment)
+    with State(segment.name, place) as state:
+        try:
+            if pin := state.pin():
+                told["pin"] = pin.name
+        except StateError as exc:
+            complain(exc)
+        try:
+            for failure in state.events(kinds=("failure", "reject"), limit=1):
+                at = datetime.fromtimestamp(failure.at, UTC)
+                if not told["published_at"] or at > told["published_at"]:
+                    told["last_failure"] = {"at": at, "reason": failure.reason}
+        except StateError as exc:
+            complain(exc)
+    if group := group_of(segment.path):
+        told["group"] = group
+    return told

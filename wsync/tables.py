@@ -6,7 +6,7 @@ rich lays them; this module, and rich with it, is imported where one is printed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from .badge import few
 from .console import count, duration, size
 from .errors import harmless, printable
 from .history import Setting, sparkline
-from .registry import ReaderRecord
-from .segment import Segment
-from .segment_files import Publication
 from .state import Event
 
 _PIPE = 100_000  # columns: a line is never broken there
@@ -43,42 +41,47 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def print_status(segments: list[Segment], notes: Mapping[str, list[str]]) -> None:
-    """The tables of ``wsync status``.
-
-    Args:
-        notes: of each segment, what its state says: a pin, a failure.
-    """
-    stdout_console().print(status_view(segments, notes), soft_wrap=True)
+def status_view(told: list[dict[str, Any]]) -> RenderableType:
+    """The tables of ``wsync status``, of what ``status.look`` found."""
+    return Group(*map(segment_view, told)) if told else Text("no segments")
 
 
-def status_view(segments: list[Segment], notes: Mapping[str, list[str]]) -> RenderableType:
-    """The same as one thing to draw."""
-    parts: list[RenderableType] = []
-    for segment in segments:
-        live, readers = segment.live(), segment.readers()
-        parts.append(_headline(segment, live))
-        parts += [Text(f"  {note}", "yellow") for note in notes.get(segment.name, [])]
-        if readers:
-            parts.append(reader_table(live, readers, segment))
-    return Group(*parts) if parts else Text("no segments")
+def segment_view(told: dict[str, Any], most: int | None = None) -> RenderableType:
+    """A segment, of what ``segment_json`` tells, and ``most`` of its readers."""
+    readers = told["readers"]
+    parts: list[RenderableType] = [_headline(told)]
+    parts += [Text(f"  {note}", "yellow") for note in _notes(told)]
+    parts.append(_reader_table(readers[:most]) if readers else Text("  no readers", "dim"))
+    if most and len(readers) > most:
+        parts.append(Text(f"  … and {count(len(readers) - most, 'more reader')}"))
+    return Group(*parts)
 
 
-def _headline(segment: Segment, live: Publication | None) -> RenderableType:
-    text = Text(segment.name, style="bold")
-    if live is None:
-        return text.append("  no version yet", style="not bold yellow")
-    text.append(f"  version {live.version}", style="not bold green")
-    step = "" if live.step is None else f"  step {live.step}"
-    age = duration(max(0.0, time.time() - live.published_at))
-    file = printable(live.source) or "weights from memory"
-    text.append(f"{step}  {size(segment.layout.nbytes)}  {age} ago\n  {file}", style="not bold")
-    if not segment.readers():
-        text.append("\n  no readers", style="dim not bold")
-    return text
+def _headline(told: dict[str, Any]) -> Text:
+    name = (told["name"], "bold")
+    if not told["version"]:
+        return Text.assemble(name, ("  no version yet", "yellow"))
+    step = "" if told["step"] is None else f"  step {told['step']}"
+    file = printable(told["checkpoint"] or "weights from memory")
+    more = f"{step}  {size(told['bytes'])}  {_age(told['published_at'])} ago\n  {file}"
+    return Text.assemble(name, (f"  version {told['version']}", "green"), more)
 
 
-def reader_table(live: Publication | None, readers: list[ReaderRecord], segment: Segment) -> RenderableType:
+def _notes(told: dict[str, Any]) -> Iterator[str]:
+    if told.get("pin"):
+        yield f"pinned: {printable(told['pin'])}"
+    if group := told.get("group"):
+        yield f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}"
+    if failure := told.get("last_failure"):
+        reason = " ".join((failure["reason"] or "").split())
+        yield f"last failure {_age(failure['at'])} ago: {printable(reason[:200])}"
+
+
+def _age(moment: datetime) -> str:
+    return duration(max(0.0, time.time() - moment.timestamp()))
+
+
+def _reader_table(readers: list[dict[str, Any]]) -> RenderableType:
     table = _table()
     table.add_column("  reader", overflow="ellipsis", no_wrap=True)
     for column in ("pid", "version", "lag", "since"):
@@ -86,18 +89,15 @@ def reader_table(live: Publication | None, readers: list[ReaderRecord], segment:
     table.add_column("mode", no_wrap=True)
     table.add_column("oldest lease", justify="right", no_wrap=True)
     for r in readers:
-        held = segment.held_back(r)
-        lease = duration(max(0.0, time.time() - r.oldest)) if r.oldest else ""
-        lag = (live.version if live else 0) - r.version
-        since = duration(max(0.0, time.time() - r.since))
+        lease = _age(r["lease_since"]) if r["lease_since"] else ""
         table.add_row(
-            Text(f"  {r.process}"),
-            str(r.pid),
-            str(r.version),
-            f"[yellow]{lag}[/]" if lag else "0",
-            since,
-            r.mode,
-            lease + (f", version {', '.join(map(str, held))}" if held else ""),
+            Text(f"  {r['process']}"),
+            str(r["pid"]),
+            str(r["version"]),
+            f"[yellow]{r['lag']}[/]" if r["lag"] else "0",
+            _age(r["since"]),
+            r["mode"],
+            lease + (f", version {', '.join(map(str, r['holds']))}" if r["holds"] else ""),
         )
     return table
 
