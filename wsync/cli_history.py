@@ -45,13 +45,12 @@ def log(
     state_dir: StateOption = None,
 ) -> None:
     """What was published, rejected, rolled back and pinned, and when; the newest last."""
-    from .access import check_name
     from .history import event_json, follow_events, moment
     from .state import State
 
     if plot and (as_json or follow):
         raise UsageError("--plot draws once, for people. Leave out --json and --follow, or --plot.")
-    with State(check_name(name), state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
+    with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
             from .tables import print_plot
@@ -89,11 +88,10 @@ def rollback(
 
     It is what it was: no gate is asked, and no hook runs.
     """
-    from .access import check_name
     from .rollback import rollback as go_back
     from .state import State
 
-    with State(check_name(name), state_dir) as state:
+    with State(name, state_dir) as state:
         live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
     file = printable(Path(live.source).name) if live.source else "weights from memory"
     if as_json:
@@ -115,11 +113,10 @@ def pin(
 
     Who pins has looked: its values are checked, and no gate is asked.
     """
-    from .access import check_name
     from .rollback import pin_checkpoint
     from .state import State
 
-    with State(check_name(name), state_dir) as state:
+    with State(name, state_dir) as state:
         pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
     when = "" if live else "; the next pass of a watch or push puts it live"
     print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{when}")
@@ -128,11 +125,10 @@ def pin(
 @history.command(epilog="Example: wsync unpin cartpole")
 def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
     """Let go of the pin: the next pass goes on with the newest checkpoint."""
-    from .access import check_name
     from .rollback import unpin as let_go
     from .state import State
 
-    with State(check_name(name), state_dir) as state:
+    with State(name, state_dir) as state:
         before = let_go(state)
     print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing was pinned")
 

@@ -14,17 +14,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from .access import opened
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NoCheckpoint, SegmentError, StateError, WsyncError
 from .fitting import Fit
-from .memory import shut, try_lock
+from .memory import try_lock
+from .state import State
 
 if TYPE_CHECKING:
     from .outcome import Outcome
+    from .publisher import Staged
     from .segment import Segment
-    from .state import Event, Pin, State
+    from .state import Event, Pin
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PUBLISHED = ("publish", "rollback")
 """Kinds of events after which a version is live."""
@@ -48,7 +54,7 @@ class Record:
         self._state, self._settings = state, settings
         self._refused: dict[str, str] = {}
         self._fresh: set[str] = set()
-        self._loaded = state is None
+        self._loaded = False
         self._complaint = self._failure = ""
 
     def close(self) -> None:
@@ -68,17 +74,9 @@ class Record:
         """
         return self._state.pin() if self._state else None
 
-    def last_version(self) -> int:
-        """The highest version on record, from which those of a segment that is made anew go on."""
-        state = self._state
-        return (self._try(state.version) or 0) if state else 0
-
     def last_published(self) -> tuple[int, str]:
-        """The highest version on record, and the identity of its checkpoint."""
-        state = self._state
-        events = self._try(lambda: state.events(kinds=PUBLISHED)) if state else None
-        last = max(events or (), key=lambda event: event.version or 0, default=None)
-        return (last.version or 0, last.identity or "") if last else (0, "")
+        """As of ``State.last``: versions of a segment that is made anew go on from there."""
+        return self._try(State.last) or (0, "")
 
     # --- refusals
 
@@ -89,10 +87,9 @@ class Record:
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Identity to reason of those of ``listed`` that were refused."""
         wanted = set(listed)
-        if wanted and not self._loaded and self._state:
+        if wanted and not self._loaded:
             self._loaded = True
-            state, settings = self._state, self._settings
-            self._refused |= self._try(lambda: state.rejections(settings)) or {}
+            self._refused |= self._try(State.rejections, self._settings) or {}
         if wanted:
             self._refused = {state: why for state, why in self._refused.items() if state in wanted}
         return self._refused
@@ -104,53 +101,34 @@ class Record:
     def refuse(self, identity: str, reason: str, outcome: Outcome) -> None:
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
-        if self._state:
-            state, settings = self._state, self._settings
-            self._try(lambda: state.reject(identity, settings, reason))
-            self._add("reject", outcome)
+        self._try(State.reject, identity, self._settings, reason)
+        self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
 
     # --- events
 
     def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
-        more = {"bytes": outcome.bytes, "lag": lag, "settings": fit_to_json(fit)}
-        self._add("publish", outcome, accepted=self._settings, **more)
+        fields = {**asdict(outcome), "lag": lag, "settings": fit_to_json(fit)}
+        self._try(State.record, "publish", accepted=self._settings, **fields)
 
-    def gate(self, result: str, publication_version: int, checkpoint: str, step: int | None) -> None:
-        self._event("gate", version=publication_version, checkpoint=checkpoint, step=step, reason=result)
+    def gate(self, result: str, staged: Staged) -> None:
+        self._try(State.record, "gate", **staged._asdict(), reason=result)
 
     def failed(self, version: int, reason: str) -> None:
         """A failure is one event, however often it comes in a row."""
-        state = self._state
-        if state is None or reason == self._failure:
+        if reason == self._failure:
             return
         self._failure = reason
-        last = self._try(lambda: state.events(limit=1))
+        last = self._try(State.events, limit=1)
         if not last or (last[-1].kind, last[-1].reason) != ("failure", reason):
-            self._event("failure", version=version, reason=reason)
+            self._try(State.record, "failure", version=version, reason=reason)
 
     def worked(self) -> None:
         self._failure = ""
 
-    def _add(self, kind: str, outcome: Outcome, **more: Any) -> None:
-        self._event(
-            kind,
-            version=outcome.version,
-            step=outcome.step,
-            checkpoint=outcome.checkpoint,
-            identity=outcome.identity,
-            seconds=outcome.seconds,
-            reason=outcome.reason,
-            **more,
-        )
-
-    def _event(self, kind: str, **fields: Any) -> None:
-        state = self._state
-        if state:
-            self._try(lambda: state.record(kind, **fields))
-
-    def _try(self, action: Callable[[], Any]) -> Any:
+    def _try(self, action: Callable[Concatenate[State, P], T], *args: P.args, **more: P.kwargs) -> T | None:
+        """Does it to the state; None where there is none, or it cannot be done."""
         try:
-            return action()
+            return action(self._state, *args, **more) if self._state else None
         except StateError as exc:
             if str(exc) != self._complaint and self.complain:
                 self.complain(exc)
@@ -163,7 +141,7 @@ class Record:
         """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
         state = self._state
         if state and number > 0:
-            self._try(lambda: keep(state, segment, number))
+            self._try(keep, segment, number)
 
     def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
         """The pinned checkpoint, from a kept copy or its file.
@@ -257,12 +235,9 @@ def _holds(copy: Path, identity: str) -> bool:
 def _sweep(kept: Path) -> None:
     """Removes half a copy that somebody who was killed left behind: its lock is free."""
     for path in kept.glob("*.tmp"):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
+        with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
             if try_lock(fd):
                 path.unlink(missing_ok=True)
-        finally:
-            shut(fd)
 
 
 def what(event: Event) -> tuple[str, str]:
@@ -283,10 +258,7 @@ def copy_path(state: State, version: int) -> Path:
 
 def kept_versions(state: State) -> list[int]:
     """Versions of which a copy is kept, oldest first."""
-    try:
-        return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
-    except OSError:
-        return []
+    return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
 
 
 def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoint, Fit] | None:

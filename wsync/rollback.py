@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
 
 from .errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from .publisher import publish
@@ -48,7 +48,7 @@ def rollback(
         event = _target(state, live, to)
         assert event.version is not None
         before = state.pin()
-        last = live.version if live else state.version()
+        last = live.version if live else state.last()[0]
         pin = Pin(
             checkpoint=event.checkpoint or "",
             identity=event.identity or "",
@@ -63,7 +63,9 @@ def rollback(
         except BaseException:
             state.set_pin(before)
             raise
-        _note(state, publication, pin, segment.layout.nbytes, event.settings)
+        seconds = round(time.time() - pin.since, 6)
+        more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}
+        _note(state, "rollback", **asdict(pin), **more)
         return publication, pin, event.version
 
 
@@ -80,28 +82,12 @@ def _begin_publishing(segment: Segment, stack: ExitStack) -> None:
         time.sleep(_LOOK)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
+def _note(state: State, kind: str, **fields: Any) -> None:
     """What is done is done: a history that cannot be written is told of, and is no failure."""
     try:
-        yield
+        state.record(kind, **fields)
     except StateError as exc:
         _log.warning("%s", exc)
-
-
-def _note(state: State, publication: Publication, pin: Pin, nbytes: int, settings: str | None) -> None:
-    with _told():
-        state.record(
-            "rollback",
-            version=publication.version,
-            step=publication.step,
-            checkpoint=publication.source,
-            identity=publication.identity,
-            bytes=nbytes,
-            seconds=round(time.time() - pin.since, 6),
-            reason=pin.reason,
-            settings=settings,
-        )
 
 
 def _target(state: State, live: Publication | None, to: int | None) -> Event:
@@ -193,10 +179,7 @@ def pin_checkpoint(
             version = live.version if live and live.identity == opened.identity else 0
             pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
     state.set_pin(pin)
-    with _told():
-        state.record(
-            "pin", version=pin.version or None, step=pin.step, checkpoint=pin.checkpoint, identity=pin.identity
-        )
+    _note(state, "pin", **{**asdict(pin), "version": pin.version or None, "reason": None})
     return pin, live is not None and live.identity == pin.identity
 
 
@@ -212,6 +195,5 @@ def unpin(state: State) -> Pin | None:
         pin = None
     state.set_pin(None)
     if pin:
-        with _told():
-            state.record("unpin", version=pin.version or None, checkpoint=pin.checkpoint)
+        _note(state, "unpin", version=pin.version or None, checkpoint=pin.checkpoint)
     return pin

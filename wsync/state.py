@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .access import check_name
 from .errors import StateError, UsageError
+from .segment_files import parsed
 
 if TYPE_CHECKING:
     import sqlite3
@@ -65,17 +67,13 @@ class Pin:
 
     @classmethod
     def from_json(cls, text: bytes) -> Pin:
-        """Raises ValueError or TypeError where this is no pin."""
-        try:
+        """Raises ValueError where this is no pin."""
+        with parsed():
             pin = cls(**json.loads(text))
-        except RecursionError as exc:
-            raise ValueError("it is nested too deeply") from exc
-        numbers = (pin.version, pin.since, 0 if pin.step is None else pin.step)
-        if not all(isinstance(text, str) for text in (pin.checkpoint, pin.identity, pin.reason)) or not all(
-            isinstance(number, kind) for number, kind in zip(numbers, (int, int | float, int), strict=True)
-        ):
-            raise TypeError("a value is of another type")
-        return pin
+            kinds = (str, str, int, int | None, int | float, str)
+            if not all(isinstance(value, kind) for value, kind in zip(astuple(pin), kinds, strict=True)):
+                raise TypeError("a value is of another type")
+            return pin
 
 
 class Event(NamedTuple):
@@ -145,10 +143,13 @@ class State:
     Args:
         name: of the segment.
         directory: default ``state_dir()``.
+
+    Raises:
+        UsageError: that is no name.
     """
 
     def __init__(self, name: str, directory: str | os.PathLike[str] | None = None) -> None:
-        self.name = name
+        self.name = check_name(name)
         self.directory = state_dir(directory)
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
@@ -183,7 +184,7 @@ class State:
             return Pin.from_json(self._pin_file.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError) as exc:
+        except (OSError, ValueError) as exc:
             raise StateError(
                 f"the pin of {self.name!r} in {self._pin_file} cannot be read ({exc}). Mend its access, or remove it "
                 f"with `wsync unpin {self.name}`."
@@ -214,10 +215,11 @@ class State:
 
     # --- the history
 
-    def record(self, kind: str, *, accepted: str | None = None, **fields: Any) -> None:
-        """Adds an event; see ``Event`` for its fields.
+    def record(self, kind: str, /, *, accepted: str | None = None, **fields: Any) -> None:
+        """Adds an event.
 
         Args:
+            fields: those of an ``Event``; what else a record of the same has is passed over.
             accepted: under these settings this checkpoint is rejected no more.
 
         Raises:
@@ -261,13 +263,13 @@ class State:
             rows = database.execute(query, (since, after, *wanted, -1 if limit is None else limit)).fetchall()
         return [Event(*row) for row in reversed(rows)]
 
-    def version(self) -> int:
-        """The highest version ever published under this name; 0 before the first."""
+    def last(self) -> tuple[int, str]:
+        """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""
         if not self._file.exists():
-            return 0
+            return 0, ""
         with self._database() as database:
-            row = database.execute(f"SELECT max(version) FROM events WHERE {_PUBLISHED}").fetchone()
-        return row[0] or 0
+            row = database.execute(f"SELECT max(version), identity FROM events WHERE {_PUBLISHED}").fetchone()
+        return row[0] or 0, row[1] or ""
 
     # --- what was rejected
 

@@ -411,13 +411,12 @@ class Syncer:
     def _gate(self, staged: Staged) -> None:
         from .gate import ask
 
-        about = staged.version, staged.checkpoint, staged.step
         try:
             ask(self.spec, staged, self._stop, self.record.directory)
         except WsyncError as exc:
-            self.record.gate(str(exc), *about)
+            self.record.gate(str(exc), staged)
             raise
-        self.record.gate("accepted", *about)
+        self.record.gate("accepted", staged)
 
     def _store(
         self,
@@ -434,7 +433,7 @@ class Syncer:
             last_version: the version before it, where the caller knows better than the segment and the history.
         """
         if last_version is None:
-            last_version = 0 if this.live else self.record.last_version()
+            last_version = 0 if this.live else self.record.last_published()[0]
         publication = publish(
             segment,
             source,
