@@ -7,10 +7,10 @@ import json
 import os
 import signal
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -38,13 +38,6 @@ from .options import (
     read_spec,
     with_settings,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .figures import RunFigures
-    from .outcome import Outcome
-    from .syncer import Syncer
 
 app = typer.Typer(
     name="wsync",
@@ -80,8 +73,9 @@ def push(
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
     complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
     """
-    from .console import complain, outcome_json, outcome_line
+    from .console import complain, outcome_json, tell, transfer_bar
     from .outcome import Outcome
+    from .parts import remote
     from .state import State
     from .syncer import Syncer
 
@@ -94,32 +88,36 @@ def push(
         from .figures import RunFigures
 
         figures = RunFigures(loaded.name, loaded.metrics.file, runtime_dir)
+
+    def report(kind: str, ok: bool, message: str) -> None:
+        if not ok:  # a failure of a hook is a warning, since the weights are live all the same
+            print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
+        if figures:
+            figures.hook(kind, ok)
+
+    event: Outcome | WsyncError
     try:
-        state = State(loaded.name, state_dir)
-        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer, _bar(syncer):
-            syncer.report, syncer.record.complain = _hook_report(figures), complain
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
+            syncer.report, syncer.record.complain = report, complain
             if retry:
                 syncer.record.forget()
-            outcome = syncer.once(force=force, dry_run=dry_run)
+            shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
+            with transfer_bar() if shown else nullcontext() as syncer.progress:
+                event = syncer.once(force=force, dry_run=dry_run)
     except WsyncError as exc:
-        _write(figures, exc)
-        if as_json and not isinstance(exc, UsageError):
-            _print_json(outcome_json(Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(exc))))
-        complain(exc)
-        raise typer.Exit(exc.exit_code) from exc
-    _write(figures, outcome)
-    for refused in outcome.passed_over:
-        _tell(refused)
-    if as_json:
-        _print_json(outcome_json(outcome))
-    else:
-        for cast in outcome.casts:
-            print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
-        if not outcome.exit_code:
-            print(harmless(outcome_line(outcome)))
-        elif not outcome.known or sys.stderr.isatty():  # a run before told of it: cron mails what is printed
-            _tell(outcome)
-    raise typer.Exit(outcome.exit_code)
+        event = exc
+    if figures:
+        try:
+            figures.write(event)
+        except WsyncError as exc:  # the exit code stays the push's
+            complain(exc)
+    if isinstance(event, WsyncError):
+        if as_json and not isinstance(event, UsageError):
+            failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
+            print(json.dumps(outcome_json(failed)))
+        raise event
+    tell(event, as_json=as_json)
+    raise typer.Exit(event.exit_code)
 
 
 @app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
@@ -161,20 +159,17 @@ def watch(
     loaded, place = service.spec, service.syncer.getter.checkpoints
     form: Any = log_format or default_format()
     log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
-    monitor = None
-    if loaded.metrics.file or loaded.metrics.port is not None:
-        from .monitor import Monitor
+    with ExitStack() as stack:
+        monitor = None
+        if loaded.metrics.file or loaded.metrics.port is not None:
+            from .monitor import Monitor
 
-        complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
-        monitor = Monitor(loaded.name, loaded.metrics, runtime_dir, complain)
-    with log:
+            complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
+            monitor = stack.enter_context(closing(Monitor(loaded.name, loaded.metrics, runtime_dir, complain)))
+        stack.enter_context(log)
         if monitor and monitor.endpoint:
             log.note("info", "metrics", f"figures on {monitor.endpoint.url}, health on /healthz")
-        try:
-            stopped = service.run(log, monitor)
-        finally:
-            if monitor:
-                monitor.close()
+        stopped = service.run(log, monitor)
     raise typer.Exit(0 if stopped else 1)
 
 
@@ -217,7 +212,7 @@ def inspect(
 
     looked = look(path, spec=load_spec(spec) if spec else None, scan_values=scan)
     if as_json:
-        _print_json(looked)
+        print(json.dumps(looked))
     else:
         from .tables import print_inspection
 
@@ -257,65 +252,15 @@ def _main(
     pass
 
 
-def _bar(syncer: Syncer) -> AbstractContextManager[object]:
-    """What a terminal shows while a checkpoint comes from a store."""
-    from .parts import remote
-
-    if not remote(syncer.getter.checkpoints) or not sys.stderr.isatty():
-        return nullcontext()
-    from .transfer import Bar
-
-    syncer.progress = bar = Bar()
-    return bar
-
-
-def _hook_report(figures: RunFigures | None) -> Callable[[str, bool, str], None]:
-    """What a push does when a hook ended: a failure is a warning, since the weights are live all the same."""
-
-    def report(kind: str, ok: bool, message: str) -> None:
-        if not ok:
-            print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
-        if figures:
-            figures.hook(kind, ok)
-
-    return report
-
-
-def _write(figures: RunFigures | None, event: Outcome | WsyncError) -> None:
-    """Leaves the figures of a push in their file. Where that fails it is told; the exit code stays the push's."""
-    from .console import complain
-
-    if figures:
-        try:
-            figures.write(event)
-        except WsyncError as exc:
-            complain(exc)
-
-
 def _live(name: str, runtime: Path | None) -> int:
     """The version that a failed push left live; 0 where that cannot be told either."""
     from .segment import Segment
 
     try:
-        segment = Segment.open(name, runtime)
+        with closing(Segment.open(name, runtime)) as segment:
+            return segment.version
     except (WsyncError, OSError, MemoryError):
         return 0
-    version = segment.version
-    segment.close()
-    return version
-
-
-def _tell(outcome: Outcome) -> None:
-    """What a push has to say of a checkpoint that was not published, with what differs."""
-    from .console import differences_text, outcome_line
-
-    print(harmless(outcome_line(outcome)), file=sys.stderr)
-    if outcome.differences:
-        print(harmless(differences_text(outcome.differences)), file=sys.stderr)
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data))
 
 
 def _just(name: str = "") -> typer.Typer:

@@ -11,8 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,11 +109,6 @@ def _joined(*clauses: str) -> str:
     return told
 
 
-def differences_text(differences: Iterable[Difference]) -> str:
-    """The table of differences, without the message above it."""
-    return str(WithDifferences("", tuple(differences))).removeprefix("\n")
-
-
 def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
     """A text of several lines as one, of printable characters alone: what a log keeps as one event.
 
@@ -127,6 +122,34 @@ def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
 
 def complain(exc: WsyncError) -> None:
     print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
+
+
+def tell(outcome: Outcome, *, as_json: bool) -> None:
+    """Tells what a push did: what went live on stdout, what did not on stderr, with what differs."""
+    told = [*outcome.passed_over]
+    if outcome.exit_code and not as_json and (not outcome.known or sys.stderr.isatty()):
+        told.append(outcome)  # but not what a run before told of: cron mails what is printed
+    for refused in told:
+        print(harmless(str(WithDifferences(outcome_line(refused), refused.differences))), file=sys.stderr)
+    if as_json:
+        print(json.dumps(outcome_json(outcome)))
+        return
+    for cast in outcome.casts:
+        print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
+    if not outcome.exit_code:
+        print(harmless(outcome_line(outcome)))
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Callable[[int, int], None]]:
+    """Shows bytes, rate and time left on stderr until the block ends: called with bytes done, and bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 def segment_json(segment: Segment) -> dict[str, Any]:
@@ -202,7 +225,7 @@ class WatchLog:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(highlight=False)
+            console = Console(highlight=False, log_path=False, log_time_format="%H:%M:%S")
             self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
             self._live.start()
         self._line("info", "watch", f"{self._name}: watching {self._checkpoints}")
@@ -279,33 +302,24 @@ class WatchLog:
         data: dict[str, Any] | None = None,
         differences: tuple[Difference, ...] = (),
     ) -> None:
-        now = time.time()
+        now = when(time.time())
         line = one_line(text, differences)
         if self._status:
             self._status(line)
-        table = f"\n{differences_text(differences)}" if differences else ""
+        whole = str(WithDifferences(text, differences))
         with self._writing:
             if self._form == "json":
-                record = {"time": when(now), "level": level, "event": event, "name": self._name}
-                record |= data if data else {"message": text + table}
-                print(json.dumps(record), file=self._out, flush=True)
+                record = {"time": now, "level": level, "event": event, "name": self._name}
+                print(json.dumps(record | (data or {"message": whole})), file=self._out, flush=True)
             elif self._live:
-                self._live.console.print(self._styled(now, level, harmless(text), harmless(table[1:])), crop=False)
+                from rich.text import Text
+
+                console, table = self._live.console, harmless(whole[len(text) + 1 :])
+                console.log(Text(harmless(text)), style=_STYLES[level])  # wrapped at words, beside the time
+                if table:
+                    console.print(Text(table, _STYLES[level], no_wrap=True, overflow="ignore"), crop=False)
             else:
-                print(f"{when(now)} {level:<7} {line}", file=self._out, flush=True)
-
-    @staticmethod
-    def _styled(now: float, level: str, text: str, table: str) -> RenderableType:
-        """The time, and beside it the text, wrapped at words and under itself; below it the table as it is."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(style=_STYLES[level], overflow="fold")
-        grid.add_row(datetime.fromtimestamp(now).strftime("%H:%M:%S"), Text(text))
-        return Group(grid, Text(table, _STYLES[level], no_wrap=True, overflow="ignore")) if table else grid
+                print(f"{now} {level:<7} {line}", file=self._out, flush=True)
 
     def _panel(self) -> RenderableType:
         from rich.console import Group
