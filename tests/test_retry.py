@@ -105,6 +105,17 @@ def test_a_change_ends_the_pause(schedule: Schedule, tmp_path: Path, change: str
     until_due(schedule)
 
 
+def test_a_notified_change_ends_the_pause_at_once(schedule: Schedule, tmp_path: Path) -> None:
+    """Guards that the pass that will work waits for no clock: the README says that a change is tried at once."""
+    (tmp_path / "runs").mkdir()
+    failed(schedule)
+    schedule._apart = LONG
+    while not schedule._look > time.monotonic() + LONG / 2:  # until the look by the clock, after which none comes
+        assert not schedule.due(0.01)
+    write(tmp_path / "runs" / "step_1.safetensors", mlp())
+    until_due(schedule)
+
+
 def test_a_storm_of_notifications_ends_no_pause(schedule: Schedule) -> None:
     """Guards that a failure that lasts is not tried at each of a hundred notifications about nothing new."""
     failed(schedule)

@@ -3,9 +3,10 @@
 A pass is due at each notification, and every ``poll`` seconds. After a pass that failed (a disk's error, no shared
 memory, a runtime directory that is gone) the pause doubles from ``poll`` to ``LONGEST``: the pass may have read
 gigabytes before it failed, and somebody has to repair the cause. What repairs most failures is another checkpoint, or
-one that can be read again, so the pause ends early when the place is listed otherwise than before the failed pass. The
-listing counts, and not the notification: a storm of notifications about nothing new ends no pause, and a change on a
-remote file system, which sends no notification, does.
+one that can be read again, so the pause ends early when the place is listed otherwise than before the failed pass. It
+is listed at each notification and every second, but not within a second of the failed pass. The listing counts, and not
+the notification: a storm of notifications about nothing new ends no pause, and a change on a remote file system, which
+sends no notification, does.
 
 A gate that asks for the same again later causes the same pauses, because each pass stages the weights anew; it is no
 failure, and is not counted as one.
@@ -51,21 +52,21 @@ class Schedule:
         self._spec, self._place, self._stop = spec, place, stop
         self._changes = Changes(place, spec.poll, stop, spec.select.marker)
         self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
-        self._next = self._look = 0.0  # when the pass is due, and when the place is listed, by the monotonic clock
+        # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
+        self._next = self._look = self._rest = 0.0
         self._found: object = None  # the listing before the last pass, where one before it failed
 
     def due(self, seconds: float) -> bool:
         """Waits until the next pass is due, at most ``seconds``; whether it is."""
-        wait = min(self._next - time.monotonic(), seconds)
-        before = self._found
-        if before is None:  # nothing failed, or one pass just now: a notification counts
-            if not (self._changes.wait(wait) or time.monotonic() >= self._next):
+        until, due, before = time.monotonic() + seconds, self._next, self._found
+        if before is not None:  # the last two passes failed: what a notification brings is a look at the listing
+            self._stop.wait(max(0.0, min(until, due, self._rest) - time.monotonic()))
+            if time.monotonic() < min(due, self._rest):
                 return False
-        else:
-            self._stop.wait(max(0.0, min(wait, self._look - time.monotonic())))
-            if time.monotonic() < min(self._next, self._look):
-                return False
-            self._look = time.monotonic() + self._apart
+            due = min(due, self._look)
+        if not self._changes.wait(min(until, due) - time.monotonic()) and time.monotonic() < due:
+            return False
+        self._look = time.monotonic() + self._apart
         self._found = self._listing() if self.pauses else None
         return before is None or self._found != before or time.monotonic() >= self._next
 
@@ -76,7 +77,8 @@ class Schedule:
         self.failures = self.failures + 1 if failed else 0
         self.pauses = self.pauses + 1 if failed or later else 0
         pause = pause_after(self.pauses, self._spec.poll) if self.pauses else self._spec.poll
-        self._next, self._look = time.monotonic() + pause, time.monotonic() + self._apart
+        self._next = time.monotonic() + pause
+        self._look = self._rest = time.monotonic() + self._apart
         if not self.pauses:
             self._found = None
         bound = self._spec.max_failures
