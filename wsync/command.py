@@ -3,22 +3,21 @@
 The command gets a session, and so a process group, of its own and no terminal, so that Ctrl-C reaches wsync alone,
 which then ends the command. When its time is up the whole group gets SIGTERM, and ``GRACE`` seconds later SIGKILL. A
 command that ends by itself is not followed: what it left in the background goes on and is not waited for, although it
-may hold the pipe of the output. Only the end of the output is kept.
+may hold the pipe of the output, which a thread reads until then. Only the end of the output is kept.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import WsyncError, printable
 
@@ -77,22 +76,11 @@ def run(
     Raises:
         WsyncError: it could not be started.
     """
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            arguments,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd=directory,
-            env=environment,
-            start_new_session=True,
-        )
-
     given_up = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
-            ended = pool.submit(_follow, start, timeout, [event for event in (stop, given_up) if event])
+            stops = [event for event in (stop, given_up) if event]
+            ended = pool.submit(_run, arguments, timeout, stops, env=environment, cwd=directory, stdin=stdin)
             while not wait([ended], _LOOK).done:
                 pass
             return ended.result()
@@ -105,62 +93,53 @@ def run(
             given_up.set()
 
 
-def _follow(start: Callable[[], subprocess.Popen[bytes]], timeout: float, stops: Sequence[threading.Event]) -> Ended:
-    process, deadline, how = start(), time.monotonic() + timeout, ""
-    assert process.stdout
-    with process.stdout as pipe:
-        output = _Tail(pipe)
-        while not how and process.poll() is None:
+def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Event], **more: Any) -> Ended:
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **more
+    )
+    deadline, how, output = time.monotonic() + timeout, "", bytearray()
+    reader = threading.Thread(target=_read, args=(process.stdout, output), name="wsync-output", daemon=True)
+    reader.start()
+    while not how:
+        try:
+            process.wait(max(0.0, min(_LOOK, deadline - time.monotonic())))
+            break
+        except subprocess.TimeoutExpired:
             if any(stop.is_set() for stop in stops):
                 how = "was stopped"
-            elif (left := deadline - time.monotonic()) <= 0:
+            elif time.monotonic() >= deadline:
                 how = f"took longer than {timeout:g} s"
-            else:
-                output.read(min(left, _LOOK))
-        if how:
-            _end(process, output)
-            return Ended(None, how, plain(output.data))
-        output.read(0)  # all that a pipe holds; not what background processes go on writing
+    if how:
+        _end(process, reader)
+        return Ended(None, how, plain(output))
+    reader.join(_LOOK)  # all that the pipe holds; not what background processes go on writing
     code = process.returncode
     how = f"ended with status {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
-    return Ended(code, how, plain(output.data))
+    return Ended(code, how, plain(output))
 
 
-class _Tail:
-    """The end of what came through a pipe."""
-
-    def __init__(self, pipe: IO[bytes]) -> None:
-        self._fd, self.data, self.closed = pipe.fileno(), b"", False
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-
-    def read(self, seconds: float) -> None:
-        """Takes what comes first within this time."""
-        if self.closed:
-            time.sleep(min(seconds, 0.01))  # a command that closes its output mostly ends at once
-        elif self._poll.poll(seconds * 1000):
-            data = os.read(self._fd, 65_536)
-            self.data = (self.data + data)[-4 * CHARACTERS :]
-            self.closed = not data
+def _read(pipe: IO[bytes], output: bytearray) -> None:
+    """Keeps the end of what comes through a pipe, until nobody holds it open any more."""
+    with pipe:
+        while data := os.read(pipe.fileno(), 65_536):
+            output[:] = (output + data)[-4 * CHARACTERS :]
 
 
-def _end(process: subprocess.Popen[bytes], output: _Tail) -> None:
+def _end(process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
     """Ends a command and all of its group, and reaps it last: until then the group's number belongs to no other."""
     until = time.monotonic() + GRACE
     try:
         os.killpg(process.pid, signal.SIGTERM)
-        while time.monotonic() < until:
-            output.read(_LOOK)
-            dead = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if dead and output.closed:
-                break
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < until and (reader.is_alive() or not os.waitid(os.P_PID, process.pid, ended)):
+            time.sleep(_LOOK)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(GRACE)
     except (PermissionError, subprocess.TimeoutExpired):
         pass  # it runs as another user (sudo), or no signal reaches it: it must not hold us up
 
 
-def plain(data: bytes) -> str:
+def plain(data: bytes | bytearray) -> str:
     """The last lines of an output, safe for a terminal: characters that do not print are escaped."""
     lines = data.decode("utf-8", "replace").strip().splitlines()[-LINES:]
     harmless = (printable(line.expandtabs()) for line in lines)
