@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -36,7 +37,18 @@ MAX_POLL = 86_400.0
 MAX_FAILURES = -1
 MAX_KEEP = 1000
 
-_KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] = {
+_TABLES = {"select": Select, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
+_INTERNAL = ("partial", "kept")  # fields of a table that are no settings
+_KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's type
+    "str": str,
+    "Literal": str,
+    "bool": bool,
+    "int": int,
+    "float": (int, float),
+    "tuple": list,
+    "Mapping": dict,
+}
+_KEYS: dict[str, Any] = {
     "policy": str,
     "policy_kwargs": dict,
     "name": str,
@@ -46,19 +58,9 @@ _KEYS: dict[str, type | tuple[type, ...] | dict[str, type | tuple[type, ...]]] =
     "watch": {"poll": (int, float), "max_failures": int},
     "mode": str,
     "group": (str, int),
-    "select": {"pattern": str, "order": str, "marker": str, "settle": (int, float)},
-    "weights": {
-        "prefix": str,
-        "rename": dict,
-        "include": list,
-        "exclude": list,
-        "cast": bool,
-        "strict": bool,
-        "finite": bool,
-        "base": str,
-    },
-    "hooks": {s.name: (int, float) if isinstance(s.default, float) else type(s.default) for s in fields(Hooks)},
-    "metrics": {"port": int, "address": str, "file": str, "max_staleness": (int, float)},
+} | {
+    table: {f.name: _KINDS[re.split(r"\W", str(f.type))[0]] for f in fields(settings) if f.name not in _INTERNAL}
+    for table, settings in _TABLES.items()
 }
 
 
@@ -300,24 +302,41 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         SpecError: neither; or the TOML is broken, has an unknown key, or a value of a wrong kind.
     """
     if text.endswith(".toml") or os.path.isfile(text):
-        spec = _load_toml(Path(text).absolute(), name, checkpoints)
+        path = Path(text).absolute()
+        data, directory, own_name = _read_toml(path), path.parent, path.stem
     else:
-        place = place_at(checkpoints) if checkpoints else None
-        spec = Spec(
-            _check_import_string(text),
-            name or text.replace(":", "."),
-            Path.cwd(),
-            checkpoints=place,
-            poll=_default_poll(place),
-        )
-    return spec
+        data, directory, own_name = {"policy": text}, Path.cwd(), text.replace(":", ".")
+    policy = _check_import_string(data["policy"])
+
+    def beside(file: str) -> str:
+        return file if not file or "://" in file else str(directory / file)
+
+    tables: dict[str, dict[str, Any]] = {table: data.get(table, {}) for table in _TABLES}
+    for table, key in (("weights", "base"), ("metrics", "file")):
+        if key in tables[table]:
+            tables[table][key] = beside(tables[table][key])
+    found = checkpoints or beside(data.get("checkpoints", ""))
+    place, watch = place_at(found) if found else None, data.get("watch", {})
+    made: dict[str, Any] = {
+        table: _TABLES[table](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        for table, settings in tables.items()
+    }
+    return Spec(
+        policy=policy,
+        name=name or data.get("name") or own_name,
+        directory=directory,
+        policy_kwargs=data.get("policy_kwargs", {}),
+        checkpoints=place,
+        poll=float(watch.get("poll", REMOTE_POLL if place and remote(place) else POLL)),
+        max_failures=watch.get("max_failures", MAX_FAILURES),
+        slots=data.get("slots", SLOTS),
+        keep=data.get("keep", 0),
+        access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
+        **made,
+    )
 
 
-def _default_poll(place: Path | None) -> float:
-    return REMOTE_POLL if place is not None and remote(place) else POLL
-
-
-def _load_toml(path: Path, name: str | None, checkpoints: str | os.PathLike[str] | None) -> Spec:
+def _read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
@@ -332,36 +351,7 @@ def _load_toml(path: Path, name: str | None, checkpoints: str | os.PathLike[str]
     for key in ("name", "checkpoints"):
         if data.get(key) == "":
             raise SpecError(f"{path}: {key} is empty. Give it a value, or leave it out.")
-    watch = data.get("watch", {})
-    named = data.get("checkpoints")
-    place = place_at(checkpoints) if checkpoints else _beside(path, named) if named else None
-    weights: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.get("weights", {}).items()}
-    if weights.get("base"):
-        weights["base"] = weights["base"] if "://" in weights["base"] else str(path.parent / weights["base"])
-    metrics = dict(data.get("metrics", {}))
-    if metrics.get("file"):
-        metrics["file"] = str(path.parent / metrics["file"])
-    return Spec(
-        policy=_check_import_string(data["policy"]),
-        name=name or data.get("name") or path.stem,
-        directory=path.parent,
-        policy_kwargs=data.get("policy_kwargs", {}),
-        checkpoints=place,
-        poll=float(watch.get("poll", _default_poll(place))),
-        max_failures=watch.get("max_failures", MAX_FAILURES),
-        slots=data.get("slots", SLOTS),
-        keep=data.get("keep", 0),
-        access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
-        select=Select(**data.get("select", {})),
-        weights=Fit(**weights),
-        hooks=Hooks(**data.get("hooks", {})),
-        metrics=Metrics(**metrics),
-    )
-
-
-def _beside(toml: Path, place: str) -> Path:
-    """A URL, or a path as a TOML has it."""
-    return place_at(place) if "://" in place else toml.parent / place
+    return data
 
 
 def _tell() -> None:
