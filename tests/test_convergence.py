@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from wsync.badge import few
 from wsync.checkpoint import Checkpoint
 from wsync.convergence import Change, Report, change_of, holder_of, leader_of
-from wsync.delivery import Sent, Turn, judge
+from wsync.delivery import Shared, Turn, judge
 from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
 from wsync.fitting import Fit
 from wsync.group import Group
@@ -124,7 +124,8 @@ def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: P
     layout = Layout.build(dict.fromkeys(tensors, ("F32", (4, 4))), {})
     weights, group = bytearray(layout.nbytes), Alone()
     with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
-        sent = Sent(checkpoint, Turn(group))
+        offer = {"path": str(checkpoint.path), "step": None, "identity": checkpoint.identity}
+        sent = Shared(offer, 0, Turn(group), checkpoint)
         plan = sent.plan(layout, Fit(cast=True))
         with pytest.raises(NonFiniteWeights, match="a: ") if wrong else nullcontext():
             sent.read_into(memoryview(weights), plan, finite=True, progress=None)

@@ -1,7 +1,7 @@
 """Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
 
-``Sent`` and ``Received`` stand where a checkpoint stands in ``publisher.publish``, so that a group publishes by the
-very steps by which one box does. The box that reads has the whole slot first; then it is broadcast in pieces, and a
+``Shared`` stands where a checkpoint stands in ``publisher.publish``, so that a group publishes by the very steps by
+which one box does. The box that reads has the whole slot first; then it is broadcast in pieces, and a
 checksum of all of it follows.
 """
 
@@ -102,60 +102,41 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
     raise kind(text)
 
 
-class Sent:
-    """A checkpoint that goes to the other boxes once it was read into this box's slot."""
-
-    def __init__(self, source: Source, turn: Turn) -> None:
-        self.path, self.step, self.identity = source.path, source.step, source.identity
-        self._source, self._turn = source, turn
-
-    @property
-    def kept(self) -> bool:
-        return self._source.kept
-
-    @property
-    def fitted(self) -> Fit | None:
-        return self._source.fitted
-
-    def plan(self, layout: Layout, settings: Fit) -> Plan:
-        return self._source.plan(layout, settings)
-
-    def read_into(
-        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
-    ) -> None:
-        read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
-        deliver(self._turn, self._turn.group.rank, weights, plan.layout.nbytes, read=read)
-
-
-class Received:
+class Shared:
     """What one box sends, as it goes into this box's slot.
 
     Args:
-        live: where this box is the sender: its live weights, which go live again under another number.
+        offer: path, step and identity, as the box that sends told them to all.
+        rank: of the box that sends.
+        source: on that box, what it reads first.
+        live: on that box, its live weights, which go live again under another number.
     """
 
-    kept, fitted = False, None
-
-    def __init__(self, offer: dict[str, Any], rank: int, turn: Turn, live: memoryview | None = None) -> None:
+    def __init__(
+        self,
+        offer: dict[str, Any],
+        rank: int,
+        turn: Turn,
+        source: Source | None = None,
+        live: memoryview | None = None,
+    ) -> None:
         self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
-        self._turn, self._rank, self._live = turn, rank, live
+        self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
+        self._rank, self._turn, self._source, self._live = rank, turn, source, live
 
     def plan(self, layout: Layout, settings: Fit) -> Plan:
-        return Plan(layout)
+        return self._source.plan(layout, settings) if self._source else Plan(layout)
 
     def read_into(
         self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
     ) -> None:
-        if self._live is not None:
+        read = None
+        if self._source:
+            read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
+            progress = None  # what is read is what is counted
+        elif self._live is not None:
             weights[:] = self._live
-        deliver(self._turn, self._rank, weights, plan.layout.nbytes, progress=progress)
-
-
-def look_on(turn: Turn, rank: int, nbytes: int, weights: memoryview | None) -> None:
-    """Takes part where this box takes nothing: it sends its own live weights, or lets what comes go by."""
-    deliver(turn, rank, weights, nbytes)
-    turn.vote()  # agreed
-    turn.group.together(dict)  # others keep copies
+        deliver(self._turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)
 
 
 def deliver(

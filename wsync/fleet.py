@@ -37,7 +37,7 @@ from typing import Any
 from .badge import Badge, few
 from .checkpoint import Checkpoint
 from .convergence import Change, Report, change_of, holder_of, leader_of
-from .delivery import Received, Sent, Turn, judge, look_on
+from .delivery import Shared, Turn, deliver, judge
 from .errors import (
     CheckpointMismatch,
     CheckpointRejected,
@@ -290,7 +290,7 @@ class FleetSyncer(Syncer):
         }
         self.group.tell({"offer": offer})
         turn = Turn(self.group)
-        return self._take(this, turn, Sent(checkpoint, turn), offer, fit)
+        return self._take(this, turn, Shared(offer, self.group.rank, turn, checkpoint), offer, fit)
 
     # --- the boxes that follow
 
@@ -305,7 +305,7 @@ class FleetSyncer(Syncer):
                 break
             turn = Turn(self.group)
             try:
-                taken = self._take(this, turn, Received(told["offer"], leader, turn), told["offer"])
+                taken = self._take(this, turn, Shared(told["offer"], leader, turn), told["offer"])
             except GroupBroken:
                 raise
             except WsyncError:  # the leader tells what comes of it
@@ -391,14 +391,15 @@ class FleetSyncer(Syncer):
         turn = Turn(self.group)
         try:
             if rank in change.takers and rank != provider:
-                return self._take(this, turn, Received(offer, provider, turn), offer)
+                return self._take(this, turn, Shared(offer, provider, turn), offer)
             with segment.publishing():
                 self._check_unchanged(segment)
                 weights = segment.live_weights() if rank == provider else None
                 if rank in change.takers:
-                    assert weights is not None
-                    return self._take(this, turn, Received(offer, provider, turn, weights), offer)
-                look_on(turn, provider, segment.layout.nbytes, weights)
+                    return self._take(this, turn, Shared(offer, provider, turn, live=weights), offer)
+                deliver(turn, provider, weights, segment.layout.nbytes)  # it is sent from here, or goes by
+                turn.vote()  # agreed
+                self.group.together(dict)  # others keep copies
         except CheckpointRejected as exc:
             if turn.objected:
                 self._declined = offer["identity"]
