@@ -391,7 +391,10 @@ def staged(live: Segment) -> Staged:
 def test_verdicts(staged: Staged, name: str, verdict: str, word: str) -> None:
     """Any return accepts but False; to exit is not to accept; what cannot be asked is an error of the settings."""
     sys.modules.pop("gates", None)
-    told, why = gate._judge(replace(load_spec(SPEC), hooks=Hooks(gate=f"gates:{name}")), staged)
+    try:
+        told, why = gate._judge(replace(load_spec(SPEC), hooks=Hooks(gate=f"gates:{name}")), staged)
+    except SpecError as exc:
+        told, why = "error", str(exc)
     assert told == verdict and word in why
 
 

@@ -15,17 +15,12 @@ for ever. While it runs the publisher's lock is held, and what was live stays li
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import signal
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import command
+from . import child, command
 from .errors import GateRejected, RetryLater, SpecError, WsyncError
 from .hooks import environment
 from .publisher import Staged
@@ -82,31 +77,17 @@ def _ask_command(
 def _ask_function(
     spec: Spec, staged: Staged, stop: threading.Event | None, variables: Mapping[str, str]
 ) -> tuple[str, str]:
-    """The question goes to the child, and the answer back, in one nameless file that is its stdin."""
-    link = os.memfd_create("wsync-gate")
-    try:
-        os.pwrite(link, pickle.dumps((spec, staged, os.getpid())), 0)
-        ended = command.run(
-            [
-                sys.executable,
-                "-c",
-                f"import sys; sys.path[:] = {sys.path!r}; from wsync.gate import _answer; _answer()",
-            ],
-            timeout=spec.hooks.gate_timeout,
-            environment=variables,
-            stop=stop,
-            stdin=link,
-        )
-        if ended.code != 0:
-            return "retry" if _was_stopped(ended, stop) else "reject", str(ended)
-        answer = json.loads(os.pread(link, os.fstat(link).st_size, 0))
-    except ValueError:
-        return "reject", f"ended without a verdict{ended.said}"
-    finally:
-        os.close(link)
-    if answer["verdict"] in ("error", "failed"):
-        raise (SpecError if answer["verdict"] == "error" else WsyncError)(answer["why"])
-    return answer["verdict"], answer["why"]
+    def run(words: list[str], stdin: int) -> command.Ended:
+        return command.run(words, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop, stdin=stdin)
+
+    answer: tuple[str, str] | WsyncError | None
+    answer, ended = child.ask(_judge, spec, staged, run=run)
+    if isinstance(answer, WsyncError):
+        raise answer
+    if answer is None:
+        why = str(ended) if ended.code != 0 else f"ended without a verdict{ended.said}"
+        return ("retry", why) if _was_stopped(ended, stop) else ("reject", why)
+    return answer
 
 
 def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
@@ -116,32 +97,12 @@ def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
 # --- in the child
 
 
-def _answer() -> None:
-    """The child of ``_ask_function``: the question on stdin, the verdict into the same file."""
-    link = os.dup(0)
-    with open(os.devnull) as null:
-        os.dup2(null.fileno(), 0)
-    spec, staged, parent = pickle.loads(os.pread(link, os.fstat(link).st_size, 0))
-    os.ftruncate(link, 0)
-    _die_with(parent)
-    verdict, why = _judge(spec, staged)
-    os.pwrite(link, json.dumps({"verdict": verdict, "why": why}).encode(), 0)
-    os._exit(0)  # threads and exit handlers of the user's code have no say in it any more
-
-
 def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
-    try:
-        function = spec.find(spec.hooks.gate)
-        policy = spec.build()
-        if not callable(function):
-            raise SpecError(
-                f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy."
-            )
-        load(policy.eval(), staged.path)
-    except SpecError as exc:
-        return "error", str(exc)
-    except WsyncError as exc:
-        return "failed", str(exc)
+    function = spec.find(spec.hooks.gate)
+    policy = spec.build()
+    if not callable(function):
+        raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
+    load(policy.eval(), staged.path)
     try:
         result = function(policy)
     except RetryLater as exc:
@@ -180,12 +141,3 @@ def load(policy: torch.nn.Module, path: Path) -> None:
 def _bounded(text: str) -> str:
     """An exception's text as ``command`` gives output: short, and harmless to a terminal."""
     return command.plain(text[:_LONGEST].encode("utf-8", "replace"))
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process when the publisher does, however that ends."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)

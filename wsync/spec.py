@@ -144,33 +144,27 @@ class Spec:
     def layout(self) -> Layout:
         """The policy's layout, read in a process of its own.
 
-        So a watch stays small (torch takes 200 MiB), sees the code as it is now and not as it was when it started, and
-        outlives whatever that code does.
-
         Raises:
             SpecError: the policy cannot be imported or built, or is none.
             WsyncError: that process was ended, or torch cannot be loaded.
         """
-        import pickle
         import subprocess
 
-        child = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from wsync.spec import _tell; _tell()"],
-            input=pickle.dumps(self),
-            stdout=subprocess.PIPE,
-            check=False,
+        from . import child
+
+        answer: Layout | WsyncError | None
+        answer, ended = child.ask(
+            Spec.read_layout, self, run=lambda words, link: subprocess.run(words, stdin=link, stdout=2, check=False)
         )
-        try:
-            answer: Layout | WsyncError = pickle.loads(child.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            kind = SpecError if child.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
-            raise kind(
-                f"the process that read the layout of {self.policy} ended with status {child.returncode} and no "
-                "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
-                "raise the limit."
-            ) from None
         if isinstance(answer, WsyncError):
             raise answer
+        if answer is None:
+            kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
+            raise kind(
+                f"the process that read the layout of {self.policy} ended with status {ended.returncode} and no "
+                "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
+                "raise the limit."
+            )
         return answer
 
     def read_layout(self) -> Layout:
@@ -352,23 +346,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         if data.get(key) == "":
             raise SpecError(f"{path}: {key} is empty. Give it a value, or leave it out.")
     return data
-
-
-def _tell() -> None:
-    """The child of ``Spec.layout``: a spec on stdin, its layout or why there is none on stdout, both pickled."""
-    import pickle
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which waits for this short process
-    spec: Spec = pickle.load(sys.stdin.buffer)
-    out = os.dup(1)
-    os.dup2(2, 1)  # what the user's code prints goes to stderr, whichever way it prints
-    try:
-        answer: Layout | WsyncError = spec.read_layout()
-    except WsyncError as exc:
-        answer = exc
-    with open(out, "wb") as file:
-        pickle.dump(answer, file)
 
 
 def _check_import_string(text: str) -> str:
