@@ -15,7 +15,6 @@ import platform
 import signal
 import struct
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import starmap
@@ -24,14 +23,11 @@ from pathlib import Path
 from .errors import OutOfSharedMemory, UsageError
 
 PAGE = 4096
-TMPFS = 0x01021994  # linux/magic.h
 
-_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221}.get(platform.machine())
+_FUTEX = {"x86_64": 202, "ppc64le": 221}.get(platform.machine(), 98)  # 98 on all newer machines
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
 _MADV_POPULATE_READ, _MADV_DONTNEED_LOCKED = 22, 24  # asm-generic/mman-common.h
-_PAGEMAP_SCAN = 0xC0606610  # linux/fs.h, as the next three
-_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
 
 
@@ -81,13 +77,10 @@ def kept(fd: int) -> Iterator[None]:
 
 def read_at(fd: int, nbytes: int, offset: int) -> bytes:
     """So many bytes of a file, fewer only where it ends; a single read may give less (of 2 GiB and more it does)."""
-    data = os.pread(fd, nbytes, offset)
-    if len(data) == nbytes or not data:
-        return data
-    pieces = [data]
-    while (missing := nbytes - sum(map(len, pieces))) and (data := os.pread(fd, missing, offset + nbytes - missing)):
-        pieces.append(data)
-    return b"".join(pieces)
+    data = b""
+    while len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:
@@ -178,29 +171,14 @@ def being_written(fd: int) -> bool | None:
     """
     import ctypes
 
-    if not _prepare_lease(fd):
+    try:  # a broken lease sends a signal, by default SIGIO, which would end us: one that is ignored by default instead
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    except OSError:
         return None
     take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first tells why
     calls = [(take.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), (give.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)]
     taken, _ = starmap(operator.call, calls)  # nothing is interpreted from the first call to the second
     return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
-
-
-def _prepare_lease(fd: int) -> bool:
-    """Chooses what a broken lease sends: a signal that is ignored by default; SIGIO would end us."""
-    try:
-        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
-    except OSError:
-        return False
-    return True
-
-
-def file_system(fd: int) -> int:
-    """The number of the kind of file system that a file is on (statfs(2)); 0 where the system does not tell."""
-    import ctypes
-
-    info = (ctypes.c_long * 32)()
-    return int(info[0]) if not ctypes.CDLL(None).fstatfs(fd, info) else 0
 
 
 def populate(mapped: mmap.mmap) -> None:
@@ -214,8 +192,8 @@ def populate(mapped: mmap.mmap) -> None:
 def renew(mapped: mmap.mmap) -> bool:
     """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
 
-    Looks at the page tables (ioctl_pagemap_scan(2); before Linux 6.7 /proc/self/pagemap), which takes a hundredth of
-    the time of reading the memory; where neither can be read, it takes the mapping for written.
+    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time of reading the memory. Where they
+    cannot be read, it drops the pages all the same.
     """
     written = has_own_pages(mapped)
     if written is False:
@@ -239,28 +217,19 @@ def trim() -> None:
 
 def has_own_pages(mapped: mmap.mmap) -> bool | None:
     """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
-    import ctypes
+    import numpy as np
 
-    address = address_of(mapped)
-    end = address + -(-len(mapped) // PAGE) * PAGE
+    pages = -(-len(mapped) // PAGE)
     try:
         fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        region = (ctypes.c_uint64 * 3)()
-        where = ctypes.addressof(region)
-        masks = (_PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_PRESENT)
-        query = bytearray(struct.pack("@12Q", 96, 0, address, end, 0, where, 1, 1, *masks))
         try:
-            return int(fcntl.ioctl(fd, _PAGEMAP_SCAN, query)) > 0
-        except OSError:
-            table = memoryview(os.pread(fd, (end - address) // PAGE * 8, address // PAGE * 8)).cast("Q")
-            return any(entry >> 62 and not entry >> 61 & 1 for entry in table)  # 63 present, 62 swapped, 61 file's
+            table = read_at(fd, pages * 8, address_of(mapped) // PAGE * 8)
+        finally:
+            os.close(fd)
     except OSError:
         return None
-    finally:
-        os.close(fd)
+    flags = np.frombuffer(table, np.uint8)[7::8]  # of each page: 0x80 is present, 0x40 is swapped, 0x20 is the file's
+    return bool(((flags & 0xC0 != 0) & (flags & 0x20 == 0)).any())
 
 
 def address_of(mapped: mmap.mmap | memoryview) -> int:
@@ -278,8 +247,7 @@ def address_of(mapped: mmap.mmap | memoryview) -> int:
 
 def wake(address: int) -> None:
     """Wakes whoever sleeps on the 32 bits at ``address``, in any process that maps them."""
-    if _FUTEX is not None:
-        _syscall(_FUTEX, address, _FUTEX_WAKE, 0x7FFFFFFF, None)
+    _futex(address, _FUTEX_WAKE, 0x7FFFFFFF, None)
 
 
 def sleep_on(address: int, expected: int, seconds: float) -> None:
@@ -288,24 +256,11 @@ def sleep_on(address: int, expected: int, seconds: float) -> None:
     May return early: the caller looks again. See futex(2).
     """
     seconds = min(max(seconds, 0.0), _NAP)
-    if _FUTEX is None:
-        time.sleep(min(seconds, 0.005))
-        return
-    whole = int(seconds)
-    timeout = struct.pack("@ll", whole, int((seconds - whole) * 1e9))
-    _syscall(_FUTEX, address, _FUTEX_WAIT, expected & 0xFFFFFFFF, timeout)
+    _futex(address, _FUTEX_WAIT, expected & 0xFFFFFFFF, struct.pack("@ll", 0, int(seconds * 1e9)))
 
 
-def _syscall(number: int, address: int, operation: int, value: int, timeout: bytes | None) -> None:
+def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> None:
     import ctypes  # 5 ms, and only needed by those who wait or wake
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall(
-        ctypes.c_long(number),
-        ctypes.c_void_p(address),
-        ctypes.c_int(operation),
-        ctypes.c_uint32(value),
-        timeout,
-        None,
-        ctypes.c_int(0),
-    )
+    place, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
+    ctypes.CDLL(None).syscall(number, place, operation, ctypes.c_uint32(value), timeout)
