@@ -91,64 +91,41 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
         left, offset = left[written:], offset + written
 
 
-def map_file(fd: int, size: int, *, write: bool, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
-    """Maps the first ``size`` bytes of a file, which the caller knows to be there.
+@contextmanager
+def mapping(size: int) -> Iterator[None]:
+    """Around the making of a mapping.
 
     Raises:
         OutOfSharedMemory: this process may not have so much.
     """
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
     try:
-        return mmap.mmap(fd, size, flags=flags, prot=protection)
+        yield
     except OSError as exc:
-        raise no_memory(size, exc, fd) from exc
+        if exc.errno != errno.ENOMEM:
+            raise
+        raise OutOfSharedMemory(
+            f"this process cannot map {size:,} bytes: its own memory is limited. Raise the limit (`ulimit -v`; "
+            "LimitAS= of its systemd unit), or that of mappings, if it has tens of thousands (`sysctl "
+            "vm.max_map_count`)."
+        ) from exc
 
 
-def no_memory(wanted: int, exc: OSError, fd: int) -> Exception:
-    """The error of a mapping that failed; what has another reason is given back as it is."""
-    if exc.errno != errno.ENOMEM:
-        return exc
-    try:
-        what = f" of {os.readlink(f'/proc/self/fd/{fd}')}" if fd >= 0 else ""
-    except OSError:
-        what = ""
-    return OutOfSharedMemory(
-        f"this process cannot map {wanted:,} bytes{what}: its own memory is limited. Raise the limit (`ulimit -v`; "
-        "LimitAS= of its systemd unit), or that of mappings, if it has tens of thousands (`sysctl vm.max_map_count`)."
-    )
-
-
-def free_bytes(where: Path) -> int:
-    """Bytes that a file system still has for this user."""
-    info = os.statvfs(where)
-    return info.f_bavail * info.f_frsize
-
-
-def no_room(exc: OSError, where: Path, wanted: int = PAGE, free: int | None = None) -> OutOfSharedMemory | None:
-    """The error of a file that could not be made for want of room; None where ``exc`` has another reason.
+def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> OutOfSharedMemory | None:
+    """The error of files that could not be made for want of room; None where ``exc`` has another reason.
 
     Args:
+        where: what is taken already is given back by now.
         wanted: bytes in all.
-        free: bytes before the first was taken; default those that are left now.
+        files: and directories.
     """
     if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
         return None
-    where = next(path for path in (where, *where.parents) if path.exists())
-    info = os.statvfs(where)
-    if info.f_files and not info.f_favail:
-        return OutOfSharedMemory(
-            f"{where} has no room for one more file: all of its {info.f_files:,} inodes are taken (`df -i`). Remove "
-            "what is not needed there, mount it with more (nr_inodes=), or name another place with --runtime-dir."
-        )
-    free = info.f_bavail * info.f_frsize if free is None else free
-    if exc.errno == errno.EFBIG:
-        return OutOfSharedMemory(
-            f"{where} has no room for this process: the segment takes {wanted:,} bytes, {free:,} are free, but no file "
-            "of this process may be so large. Raise the limit (`ulimit -f`; LimitFSIZE= of its systemd unit)."
-        )
+    info = os.statvfs(next(path for path in (where, *where.parents) if path.exists()))
     return OutOfSharedMemory(
-        f"{where} has no room: the segment takes {wanted:,} bytes, {free:,} are free. Make it larger (docker run "
-        "--shm-size, or a memory-backed emptyDir with a sizeLimit), use fewer --slots, or name another place with "
+        f"{where} has no room ({exc.strerror}): the segment takes {wanted:,} bytes, {info.f_bavail * info.f_frsize:,} "
+        f"are free (inodes: {files} wanted, {info.f_favail:,} of {info.f_files:,} free). Make it larger (docker run "
+        "--shm-size, or a memory-backed emptyDir with a sizeLimit; nr_inodes= of its mount), use fewer --slots, raise "
+        "what this process may write (`ulimit -f`; LimitFSIZE= of its systemd unit), or name another place with "
         "--runtime-dir."
     )
 

@@ -6,6 +6,7 @@ wrong before the WORD is stored leaves the live version as it was.
 
 from __future__ import annotations
 
+import mmap
 import operator
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from .checkpoint import Checkpoint
 from .finite import not_finite
 from .fitting import Fit, Plan
 from .layout import Layout, views
-from .memory import map_file
+from .memory import mapping
 from .segment import Segment
 from .segment_files import Publication, SpareSlot, slot_name
 
@@ -232,5 +233,6 @@ def rehearse(
     """
     plan = _plan(checkpoint, layout, fit, segment)
     # Given back with the last view of it, which an error may hold.
-    memory = map_file(-1, max(layout.nbytes, 1), write=True)
+    with mapping(layout.nbytes):
+        memory = mmap.mmap(-1, max(layout.nbytes, 1))
     checkpoint.read_into(memoryview(memory), plan, finite=fit.finite, progress=progress)

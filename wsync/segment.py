@@ -55,7 +55,7 @@ from pathlib import Path
 from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
 from .errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
 from .layout import Layout
-from .memory import address_of, map_file, no_memory, populate, read_at, runtime_dir, shut, try_lock, wake
+from .memory import address_of, mapping, populate, read_at, runtime_dir, shut, try_lock, wake
 from .registry import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
@@ -397,29 +397,9 @@ class Segment:
 
     def map_slot(self, slot: int) -> SlotMemory:
         """A private mapping of a leased slot, whose pages are mapped at once; it is the caller's."""
-        fd = self._open_slot(slot, os.O_RDONLY)
-        try:
-            size = self._size(slot, os.fstat(fd))
-            try:
-                mapped = SlotMemory(fd, size, flags=mmap.MAP_PRIVATE)
-            except OSError as exc:
-                raise no_memory(size, exc, fd) from exc
-        finally:
-            shut(fd)
+        mapped, _ = self.map_pages(slot, private=True)
         populate(mapped)
         return mapped
-
-    def map_pages(self, slot: int, *, write: bool) -> tuple[mmap.mmap, tuple[int, int]]:
-        """A mapping of a slot's own pages, which it shares with the publisher, and the device and inode of the file.
-
-        It is the caller's, and nothing may be written there: ``write`` is for those who must be able to.
-        """
-        fd = self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)
-        try:
-            info = os.fstat(fd)
-            return map_file(fd, self._size(slot, info), write=write), (info.st_dev, info.st_ino)
-        finally:
-            shut(fd)
 
     def live_weights(self) -> memoryview | None:
         """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
@@ -432,20 +412,28 @@ class Segment:
 
     def _slot_map(self, slot: int) -> mmap.mmap:
         if slot not in self._slot_maps:
-            # A descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
-            fd = self._open_slot(slot, os.O_RDWR)
-            try:
-                size = self._size(slot, os.fstat(fd))
-                self._slot_maps[slot] = map_file(fd, size, write=True, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-            finally:
-                shut(fd)
+            self._slot_maps[slot], _ = self.map_pages(slot, write=True)
+            populate(self._slot_maps[slot])
         return self._slot_maps[slot]
 
-    def _size(self, slot: int, info: os.stat_result) -> int:
+    def map_pages(self, slot: int, *, write: bool = False, private: bool = False) -> tuple[SlotMemory, tuple[int, int]]:
+        """A mapping of a slot, which is the caller's, and the device and inode of its file.
+
+        Args:
+            write: it is a publisher's, or one of those who must be able to write and do not.
+            private: what is written there is this process's own; else the publisher's pages are shared.
+
+        It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
+        """
         size = self.data_offset + self.layout.nbytes
-        if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
-            raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
-        return size
+        with opened(self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)) as fd:
+            info = os.fstat(fd)
+            if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
+                raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+            flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
+            with mapping(size):
+                return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
 
     def _open_slot(self, slot: int, flags: int) -> int:
         if slot >= self.slots:
@@ -487,7 +475,7 @@ class Lease:
 
 
 class SlotMemory(mmap.mmap):
-    """A reader's mapping of a slot. It is private: what the process writes there is its own, and in no version.
+    """A mapping of a slot. A reader's is private: what the process writes there is its own, and in no version.
 
     Attributes:
         lease: released with the memory, which torch keeps for as long as a tensor points there.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from .access import Access, open_dir, open_file, opened
 from .errors import SegmentUnsafe, UsageError
 from .layout import Layout
-from .memory import PAGE, free_bytes, map_file, no_room, read_at, reserve, try_lock, write_at
+from .memory import PAGE, mapping, no_room, read_at, reserve, try_lock, write_at
 
 MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
 WORD_OFFSET = 64  # bytes into the control page
@@ -149,7 +149,8 @@ def map_control(directory: int, *, write: bool) -> mmap.mmap:
     with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
         if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
             raise ValueError("its control page is not of this format")
-        return map_file(fd, PAGE, write=write)
+        with mapping(PAGE):
+            return mmap.mmap(fd, PAGE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
 
 
 def slot_name(slot: int) -> str:
@@ -197,9 +198,8 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
         *((slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)),
     ]
     wanted = PAGE + sum(max(size, len(content)) for _, content, size in files)
-    free = free_bytes(path.parent)
-    with ExitStack() as stack:
-        try:
+    try:
+        with ExitStack() as stack:
             temporary, directory = _claim(path.parent, stack)
             os.mkdir("readers", 0o700, dir_fd=directory)
             for name, content, size in files:
@@ -209,11 +209,11 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
             if access.given:
                 share(directory, slots, access)
             os.rename(temporary, path)
-        except OSError as exc:
-            if told := no_room(exc, path.parent, wanted, free):
-                raise told from exc
-            if not os.path.lexists(path):  # else another maker was first
-                raise
+    except OSError as exc:
+        if told := no_room(exc, path.parent, wanted, len(files) + 2):
+            raise told from exc
+        if not os.path.lexists(path):  # else another maker was first
+            raise
 
 
 def share(directory: int, slots: int, access: Access) -> None:

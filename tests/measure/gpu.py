@@ -38,7 +38,6 @@ from wsync.checkpoint import Checkpoint
 from wsync.device import Cuda, Device
 from wsync.device_weights import lock_slot
 from wsync.layout import layout_of
-from wsync.memory import free_bytes
 from wsync.publisher import publish
 from wsync.segment import Segment
 
@@ -156,7 +155,7 @@ def prepare(folder: Path, *, rehearse: bool) -> Bench:
         attaching._device_of = lambda policy: late
         return Bench(torch.device("cpu"), late, folder, 4 << 20, 0.2, 3, 0.0, 1)
     place = torch.device("cuda:0")
-    nbytes = min(1 << 30, free_bytes(Path("/dev/shm")) // 5)
+    nbytes = min(1 << 30, shutil.disk_usage("/dev/shm").free // 5)
     return Bench(place, Cuda(place), folder, nbytes, 6.0, 12, 15.0, 2)
 
 
