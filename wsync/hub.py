@@ -53,9 +53,7 @@ class Hub(Store):
             near = (file for file in tree if file.path[skip:].count("/") < DEPTH and hasattr(file, "size"))
             return {file.path: _stored(file, commit) for file in near}
 
-        found = self._ask(prefix, work) or {}
-        self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
-        return found
+        return self._ask(prefix, work) or {}
 
     def head(self, key: str) -> Stored | None:
         def work(api: Any, where: dict[str, Any]) -> Stored | None:

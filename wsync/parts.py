@@ -156,8 +156,9 @@ def _adapter(path: Path, file: Path) -> Parts:
 
 def _sharded(path: Path) -> Parts:
     index = path / INDEX
-    info = index.stat()
-    if info.st_size <= _KEPT and info.st_ctime < time.time() - _STEADY:  # a pass with nothing new parses none
+    info, away = index.stat(), remote(index)
+    is_told = away and not away.store.is_web  # each version has an ETag or a commit
+    if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass with nothing new
         shards = _known(index, identity(info), info.st_ctime_ns)
     else:
         shards = _shards(index)

@@ -17,7 +17,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
@@ -36,20 +35,18 @@ _WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a si
 _ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # what obstore takes for no name
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What a store had at one moment: objects by their keys, and the names that others lie below."""
+Tree = dict[str, Stored | None]
+"""What a store had at one moment: objects by their keys, and None for a name that others lie below."""
 
-    objects: dict[str, Stored]
-    folders: frozenset[str]
 
-    @classmethod
-    def of(cls, objects: dict[str, Stored]) -> Listing:
-        folders = {""}
-        for key in objects:
-            while (key := key.rpartition("/")[0]) not in folders:
-                folders.add(key)
-        return cls({key: s for key, s in objects.items() if s.size or key not in folders}, frozenset(folders))
+def _tree(objects: dict[str, Stored]) -> Tree:
+    tree: Tree = dict(objects)
+    for key in objects:
+        while key:
+            key = key.rpartition("/")[0]
+            if not (stored := tree.get(key)) or not stored.size:  # consoles make empty objects for folders
+                tree[key] = None
+    return tree
 
 
 class RemotePath:
@@ -64,7 +61,7 @@ class RemotePath:
 
     __slots__ = ("key", "store", "tree")
 
-    def __init__(self, store: Store, key: str, tree: Listing | None = None) -> None:
+    def __init__(self, store: Store, key: str, tree: Tree | None = None) -> None:
         self.store, self.key, self.tree = store, key.strip("/"), tree
 
     def __str__(self) -> str:
@@ -106,16 +103,16 @@ class RemotePath:
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
         """
-        return RemotePath(self.store, self.key, Listing.of(self.store.list(self.key)))
+        return RemotePath(self.store, self.key, _tree(self.store.list(self.key)))
 
     def stored(self) -> Stored | None:
         """The object of this name in the listing."""
-        return self._listing().objects.get(self.key)
+        return self._listed().get(self.key)
 
     def stat(self) -> os.stat_result:
         if stored := self.stored():
             return stored.stat(str(self.store))
-        if self.key in self._listing().folders and self._listing().objects:
+        if self.key in self._listed():
             return directory_stat()
         raise FileNotFoundError(2, os.strerror(2), str(self))
 
@@ -131,7 +128,7 @@ class RemotePath:
 
     def has(self, path: str) -> bool:
         """Whether the listing has an object at this path, in full."""
-        return path.removeprefix(f"{self.store}/") in self._listing().objects
+        return self._listed().get(path.removeprefix(f"{self.store}/")) is not None
 
     def read_bytes(self) -> bytes:
         stored = self.stored()
@@ -142,13 +139,13 @@ class RemotePath:
     def entries(self) -> list[os.DirEntry[str]]:
         """What lies directly below; each can be used like the entries that ``os.scandir`` gives."""
         skip = len(self.key) + 1 if self.key else 0
-        names = dict.fromkeys(key[skip:].partition("/")[0] for key in self._listing().objects)
+        names = dict.fromkeys(key[skip:].partition("/")[0] for key in self._listed())
         return cast("list[os.DirEntry[str]]", [self / name for name in names if name])
 
-    def _listing(self) -> Listing:
+    def _listed(self) -> Tree:
         if self.tree is None:
-            self.tree = Listing.of(self.store.list(self.key))
-        return self.tree
+            self.tree = self.listed().tree
+        return cast(Tree, self.tree)
 
 
 def open_url(url: str) -> RemotePath | Path:

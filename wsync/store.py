@@ -124,7 +124,6 @@ class Store:
 
     def __init__(self, scheme: str, root: str, secret: tuple[str, str] = ("", "")) -> None:
         self.scheme, self.root, self._secret = scheme, root, secret
-        self.small: dict[Stored, bytes] = {}  # indices, which each pass needs again
         self.stop = threading.Event()
 
     def __str__(self) -> str:
@@ -149,7 +148,6 @@ class Store:
             found = self._probe(prefix) if self.is_web else self._below(prefix)
         if not found and prefix and not prefix.endswith(".safetensors") and (single := self.head(prefix)):
             return {prefix: single}
-        self.small = {stored: data for stored, data in self.small.items() if found.get(stored.key) == stored}
         return found
 
     def head(self, key: str) -> Stored | None:
@@ -219,16 +217,12 @@ class Store:
         Raises:
             FileNotFoundError: this version is gone.
         """
-        if stored in self.small:
-            return self.small[stored]
         data = bytearray(stored.size)
         try:
             if stored.size:
                 self.read(stored, 0, stored.size, into(data))
         except OtherVersion:
             raise FileNotFoundError(2, "it was overwritten") from None
-        if stored.size <= 1 << 20:
-            self.small[stored] = bytes(data)
         return bytes(data)
 
     def _below(self, prefix: str) -> dict[str, Stored]:
@@ -257,8 +251,8 @@ class Store:
                 looked += pool.map(self.head, [folder + name for name in shards_of(self.read_whole(index))[:_SHARDS]])
         return {stored.key: stored for stored in looked if stored}
 
-    def _beside(self, work: Callable[[], _T]) -> _T:
-        """Does the work in a thread of its own, because the library may be silent for long and heeds no stop.
+    def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
+        """Tries until it works, in a thread of its own, because the library may be silent for long and heeds no stop.
 
         Raises:
             Stopped: ``stop`` is set.
@@ -267,7 +261,7 @@ class Store:
 
         def run() -> None:
             try:
-                future.set_result(work())
+                future.set_result(self._try(key, attempt))
             except BaseException as exc:
                 future.set_exception(exc)
 
@@ -277,11 +271,8 @@ class Store:
                 return future.result()
         raise Stopped
 
-    def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries until it works; what no second try changes, and what is no error of the store, is raised at once."""
-        return self._beside(lambda: self._try(key, attempt))
-
     def _try(self, key: str, attempt: Callable[[Any], _T]) -> _T:
+        """Tries again after growing pauses; raises at once what no second try changes, and what the store did not."""
         obstore = self._library()
         from obstore.exceptions import BaseError, InvalidPathError, PreconditionError
 
