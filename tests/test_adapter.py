@@ -365,8 +365,8 @@ def test_a_module_saved_whole_is_cast_only_where_that_is_asked_for(tmp_path: Pat
     with pytest.raises(CheckpointMismatch, match=r"last\.weight"):
         staged(adapter, Fit(base=str(base)))
     with Checkpoint(adapter) as checkpoint:
-        checkpoint.plan(layout_of(Net()), Fit(base=str(base), cast=True))
-        assert {stored.dtype for stored, _ in checkpoint.casts} == {"BF16"}
+        plan = checkpoint.plan(layout_of(Net()), Fit(base=str(base), cast=True))
+        assert {stored.dtype for stored, _ in plan.conversions} == {"BF16"}
     got = staged(adapter, Fit(base=str(base), cast=True))
     assert torch.equal(got["last.bias"], tensors["base_model.model.last.bias"].float())
 
@@ -458,8 +458,8 @@ def test_a_module_that_is_left_out_is_not_merged(tmp_path: Path) -> None:
     assert plain.keys() == whole.keys()
     adapted = Fit(base=str(base), exclude=("last.weight",), strict=False)
     with Checkpoint(adapter) as checkpoint:
-        checkpoint.plan(layout_of(Net()), adapted)
-        assert [delta.entry.name for delta in checkpoint._deltas] == ["first.weight"]
+        merge = checkpoint.plan(layout_of(Net()), adapted).merge
+        assert merge and [delta.entry.name for delta in merge.deltas] == ["first.weight"]
     with Checkpoint(adapter) as checkpoint, pytest.raises(CheckpointMismatch, match="no place"):
         checkpoint.plan(layout_of(Net()), Fit(base=str(base), exclude=("*.weight",), strict=False))
 

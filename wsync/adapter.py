@@ -11,18 +11,30 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .casting import Piece, convert
-from .errors import CheckpointMismatch, Difference, IncompleteCheckpoint, MalformedCheckpoint
-from .finite import all_finite
+from .casting import Pair, Piece, convert
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import (
+    CheckpointChanged,
+    CheckpointError,
+    CheckpointMismatch,
+    Difference,
+    IncompleteCheckpoint,
+    MalformedCheckpoint,
+    NonFiniteWeights,
+    PartialCheckpoint,
+    UnusableBase,
+)
+from .finite import Region, all_finite
 from .fitting import FLOATS, Fit, Plan
 from .header import StoredTensor
 from .layout import DTYPE_BITS, Layout, TensorEntry, describe
-from .parts import CONFIG, Parts, read_small
+from .parts import CONFIG, Parts, read_small, unreadable
 
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000
@@ -68,9 +80,8 @@ class Delta:
     """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so.
 
     Attributes:
-        of_base: whether it is the base's weight that gets it, and not one that the adapter brings itself.
-        stored: that weight in its file, where it is cast; None where it stands in the weights as it was.
-        late: whether it is only read then.
+        weight: what it is added to, as it is stored.
+        of_base: whether that is the base's, and not one that the adapter brings itself.
     """
 
     entry: TensorEntry
@@ -78,80 +89,136 @@ class Delta:
     b: StoredTensor
     scale: float
     transposed: bool
-    of_base: bool = True
-    stored: StoredTensor | None = None
-    late: bool = False
+    weight: StoredTensor
+    of_base: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Merge:
-    """What an adapter adds to which weights, and which it replaces (``modules_to_save``, biases), as stored or cast.
+    """What an adapter is added to: its base, which brings all other weights as ``plan`` says."""
 
-    ``twins`` are further copies of what it replaces, of weights that are tied in the policy.
-    """
-
+    base: Checkpoint
+    plan: Plan
     deltas: list[Delta]
-    replaced: list[tuple[StoredTensor, TensorEntry]]
-    casts: list[tuple[StoredTensor, TensorEntry]]
-    twins: list[tuple[StoredTensor, TensorEntry]]
 
     @property
-    def names(self) -> set[str]:
-        """Of the weights to which it adds, or which it replaces."""
-        return {delta.entry.name for delta in self.deltas} | {entry.name for _, entry in (*self.replaced, *self.casts)}
+    def conversions(self) -> tuple[Pair, ...]:
+        added = ((d.weight, d.entry) for d in self.deltas if d.weight.dtype != d.entry.dtype)
+        return (*self.plan.conversions, *added)
 
-    def onto(self, base: Plan) -> tuple[Merge, Plan]:
-        """The same with what is added to weights that are cast added before that; and what else to read of the base."""
-        own = {entry.name: stored for stored, entry in self.casts}
-        brought = own.keys() | {entry.name for _, entry in self.replaced}
-        of_base = {entry.name: stored for stored, entry in base.casts if entry.name not in brought}
-        cast = of_base | own
-        late = of_base.keys() - {entry.name for _, entry in base.twins}  # which are compared with what is read
-        deltas = [
-            replace(delta, of_base=name not in brought, stored=cast.get(name), late=name in late)
-            for delta in self.deltas
-            for name in (delta.entry.name,)
-        ]
-        late &= {delta.entry.name for delta in deltas}
-        casts = tuple(pair for pair in base.casts if pair[1].name not in late)
-        return replace(self, deltas=deltas), base._replace(casts=casts)
+    def add(
+        self,
+        adapter: Checkpoint,
+        weights: memoryview,
+        regions: Sequence[Region],
+        progress: Callable[[int], None] | None,
+    ) -> bool:
+        """Reads the adapted weights, each with what is added to it; returns whether the sums are finite.
+
+        Raises:
+            UnusableBase: one is not finite in the base.
+        """
+        finite = True
+        rows: list[Difference] = []
+        for delta in self.deltas:
+            pairs = [(delta.weight, delta.entry)]
+            work = _adding(weights, delta, adapter.whole(delta.a), adapter.whole(delta.b), regions)
+            if not delta.of_base:
+                finite = adapter.convert_each(pairs, work, progress) and finite
+                continue
+            with blaming(self.base.path, adapter.path):
+                if not self.base.convert_each(pairs, work, progress):
+                    finite = False
+                    if not self.base.is_finite(delta.weight):
+                        rows.append(Difference(delta.entry.name, "finite", "NaN or infinity"))
+        with blaming(self.base.path, adapter.path):
+            self.base.check_unchanged()
+            if rows:
+                raise NonFiniteWeights(f"{self.base.path} holds NaN or infinity in {len(rows)} tensors.", tuple(rows))
+        return finite
 
 
-def deltas(tensors: Mapping[str, StoredTensor], config: Config, layout: Layout, settings: Fit, path: Path) -> Merge:
+@contextmanager
+def blaming(base: object, adapter: Path) -> Iterator[None]:
+    """Converts an error about the base into one that names both and does not refuse the adapter."""
+    try:
+        yield
+    except (CheckpointChanged, PartialCheckpoint):
+        raise
+    except (CheckpointMismatch, NonFiniteWeights) as exc:
+        raise UnusableBase(
+            f"the base of the adapter {adapter} cannot be used: {exc.message} The adapter is tried again at the next "
+            "pass.",
+            exc.differences,
+        ) from exc
+    except (CheckpointError, OSError) as exc:
+        told = unreadable(Path(str(base)), exc) if isinstance(exc, OSError) else exc
+        raise CheckpointError(f"the base of the adapter {adapter} cannot be had: {told}") from exc
+
+
+def open_base(path: str, adapter: Path) -> Checkpoint:
+    """What an adapter is merged into, opened."""
+    with blaming(path, adapter):
+        base = open_checkpoint(path)
+        if not base.parts.is_adapter:
+            return base
+        base.close()
+        raise CheckpointError(f"{base.path} is an adapter itself. Name the weights that both were trained on.")
+
+
+def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) -> Plan:
     """How an adapter is merged into a policy's weights.
 
     Raises:
         CheckpointMismatch: a tensor has no place in the policy, another shape, or is of a kind that cannot be merged.
+        IncompleteCheckpoint: the adapter's configuration has not come.
+        MalformedCheckpoint: it is of a kind that is not merged here.
+        UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
     """
+    with blaming(base.path, adapter.path):
+        plan = base.plan(layout, settings)
+    try:
+        config = read_config(adapter.parts)
+    except OSError as exc:
+        raise unreadable(adapter.path, exc) from exc
     entries = {name: entry for entry in layout.tensors for name in entry.names}
     halves: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
     others: dict[str, StoredTensor] = {}
     rows: list[Difference] = []
-    for stored, tensor in tensors.items():
+    for stored, tensor in adapter.tensors.items():
         name = stored.removeprefix(_ROOT)
         match = _LORA.fullmatch(name)
         half = halves.setdefault((match[1], bool(match[2])), {}) if match else others
         if (key := match[3] if match else name) in half:
             rows.append(Difference(stored, "one tensor", f"{half[key].name} is the same, too"))
         half[key] = tensor
-    merge = Merge([], [], [], [])
-    rows += _replace(merge, others, entries, settings)
-    rows += _add(merge, halves, entries, config, settings)
-    if not (rows or merge.names):
-        rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in tensors.values()]
+    own, odd = _replace(others, entries, settings, layout)
+    deltas, lacking, misplaced = _add(halves, entries, config, settings, own, plan)
+    rows += odd + misplaced
+    if not (rows or deltas or lacking or own.pairs):
+        rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in adapter.tensors.values()]
     if rows:
         raise CheckpointMismatch(
-            f"{path} is an adapter that cannot be merged into the policy: {len(rows)} of its tensors have no place. "
-            "Check that the spec's base is the one that it was trained on.",
+            f"{adapter.path} is an adapter that cannot be merged into the policy: {len(rows)} of its tensors have no "
+            "place. Check that the spec's base is the one that it was trained on.",
             tuple(sorted(rows, key=lambda row: row.name)),
         )
-    return merge
+    if lacking:
+        with blaming(base.path, adapter.path):
+            held = f"{base.path} lacks {len(lacking)} of the weights that the adapter adds to."
+            raise CheckpointMismatch(held, tuple(lacking))
+    replaced = {entry.name for _, entry in own.pairs}
+    added = {delta.entry.name for delta in deltas}
+    kept = tuple(entry for entry in plan.kept if entry.name not in replaced)
+    return replace(own.without(added), kept=kept, merge=Merge(base, plan.without(replaced | added), deltas))
 
 
 def _replace(
-    merge: Merge, tensors: Mapping[str, StoredTensor], entries: Mapping[str, TensorEntry], settings: Fit
-) -> list[Difference]:
-    """Puts what an adapter replaces into its merge; gives what has no place."""
+    tensors: Mapping[str, StoredTensor], entries: Mapping[str, TensorEntry], settings: Fit, layout: Layout
+) -> tuple[Plan, list[Difference]]:
+    """What an adapter replaces (``modules_to_save``, biases), and what has no place."""
+    pairs: list[Pair] = []
+    twins: list[Pair] = []
     rows: list[Difference] = []
     taken: dict[str, StoredTensor] = {}
     for bare, tensor in tensors.items():
@@ -168,25 +235,29 @@ def _replace(
         elif name in taken:
             rows.append(Difference(tensor.name, "one tensor", f"{taken[name].name} is {name}, too"))
         elif taken.keys() & set(entry.names):
-            merge.twins.append((tensor, entry))
+            twins.append((tensor, entry))
         else:
-            (merge.replaced if tensor.dtype == entry.dtype else merge.casts).append((tensor, entry))
+            pairs.append((tensor, entry))
         taken[name] = tensor
-    return rows
+    return Plan(layout, tuple(pairs), tuple(twins)), rows
 
 
 def _add(
-    merge: Merge,
     halves: Mapping[tuple[str, bool], dict[str, StoredTensor]],
     entries: Mapping[str, TensorEntry],
     config: Config,
     settings: Fit,
-) -> list[Difference]:
-    """Puts what an adapter adds into its merge; gives what has no place."""
+    own: Plan,
+    base: Plan,
+) -> tuple[list[Delta], list[Difference], list[Difference]]:
+    """What an adapter adds to which weights; which of those neither plan brings; and what has no place."""
     rows: list[Difference] = []
+    lacking: list[Difference] = []
+    deltas: list[Delta] = []
+    brought, of_base = ({entry.name: stored for stored, entry in plan.pairs} for plan in (own, base))
     modules = {name.rpartition(".")[0] for name in entries}
     added: dict[str, str] = {}  # one tensor gets one delta: of tied modules with one each, none has the other's
-    added |= {e.name: t.name for t, e in (*merge.replaced, *merge.casts, *merge.twins) if _BASE not in t.name}
+    added |= {entry.name: t.name for t, entry in (*own.pairs, *own.twins) if _BASE not in t.name}
     for (module, embedding), half in halves.items():
         name = settings.name(f"{module}.weight")
         entry = entries.get(name) if name is not None else None
@@ -201,11 +272,13 @@ def _add(
             rows.append(Difference(f"{module}.weight", f"a rank of {_highest(entry):,} at most", f"{rank:,}"))
         elif entry.name in added:
             rows.append(Difference(f"{module}.weight", "one tensor", f"{added[entry.name]} is the same in the policy"))
-        else:
+        elif weight := brought.get(entry.name) or of_base.get(entry.name):
             scale = config.scale(module, rank)
-            merge.deltas.append(Delta(entry, half["A"], half["B"], scale, transposed))
+            deltas.append(Delta(entry, half["A"], half["B"], scale, transposed, weight, entry.name not in brought))
             added[entry.name] = half["A"].name
-    return rows
+        else:
+            lacking.append(Difference(entry.name, entry.describe(), "absent"))
+    return deltas, lacking, rows
 
 
 def _unplaced(tensor: StoredTensor, entry: TensorEntry | None) -> Difference:
@@ -276,10 +349,12 @@ def _expression(key: str) -> re.Pattern[str]:
         raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc
 
 
-def adding(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> Callable[[Piece, memoryview], bool]:
-    """What puts pieces of a weight, given as they are stored, and what is added to them into the weights, cast once.
+def _adding(
+    weights: memoryview, delta: Delta, a: memoryview, b: memoryview, regions: Sequence[Region]
+) -> Callable[[Piece, memoryview], bool]:
+    """Returns a function that adds the delta to pieces of a weight and casts each sum once, into the weights.
 
-    It tells of each whether it was finite before.
+    It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
 
     Args:
         a: with ``b`` the bytes of the delta's halves.
@@ -301,14 +376,13 @@ def adding(weights: memoryview, delta: Delta, a: memoryview, b: memoryview) -> C
         return rows.reshape(-1)[begin : begin + number]
 
     def work(piece: Piece, data: memoryview) -> bool:
-        finite = all_finite(data, ((0, piece.nbytes, piece.source),), ((0, piece.nbytes),))
         wide = "F64" if "F64" in (piece.source, piece.target) else "F32"
         summed = convert(data, piece.source, wide)
         values = np.frombuffer(summed, "f8" if wide == "F64" else "f4")
         with np.errstate(all="ignore"):  # what overflows is found by the finite check
             values += product((piece.offset - entry.offset) // width, len(values)) * scale
         convert(summed, wide, piece.target, weights[piece.offset : piece.offset + piece.becomes])
-        return finite
+        return all_finite(weights, regions, ((piece.offset, piece.becomes),))
 
     return work
 

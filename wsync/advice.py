@@ -62,7 +62,7 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
         found = _match(tensors, layout, settings, change)
     if found.rows or (found.kept and change):
         return ""
-    if found.casts and not settings.cast:
+    if not settings.cast and any(stored.dtype != entry.dtype for stored, entry in found.pairs):
         change = {**change, "cast": True}
     if not change:
         return ""

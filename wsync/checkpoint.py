@@ -13,12 +13,10 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .casting import Piece, convert, pieces, split
+from .casting import Pair, Piece, convert, pieces
 from .errors import (
     BeingWritten,
     CheckpointChanged,
@@ -29,19 +27,14 @@ from .errors import (
     NoCheckpoint,
     NonFiniteWeights,
     PartialCheckpoint,
-    UnusableBase,
-    WithDifferences,
 )
 from .finite import Region, all_finite, float_regions, not_finite
-from .fitting import CHUNK, Fit, Plan, Read, fit, reads_of
+from .fitting import CHUNK, Fit, Plan, Read, fit
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
 from .memory import being_written, kept, read_at, shut
 from .parts import ADAPTER, SINGLE, identity, identity_of, parts_of, place_at, remote, unreadable
 from .staging import Files
-
-if TYPE_CHECKING:
-    from .adapter import Delta
 
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
@@ -59,8 +52,7 @@ class Checkpoint:
         step: the producer's number: metadata ``step``, else the last integer of the name, or of the name that a link
             leads to, else None.
         size: bytes of its files.
-        casts: the tensors that the last plan converts, each with what it becomes.
-        kept: whether the last plan leaves live values of others beside its own.
+        planned: the last plan.
     """
 
     _piece = CHUNK  # bytes of what is converted at once
@@ -82,13 +74,9 @@ class Checkpoint:
         self._fds: list[int] = []
         self._files = Files((), self._changed)
         self._base: Checkpoint | None = None  # of an adapter that is merged
-        self._base_plan: Plan | None = None
-        self._deltas: list[Delta] = []
-        self._own: set[str] = set()  # what an adapter adds to or replaces
         self.identity = ""
-        self.kept = False
+        self.planned: Plan | None = None
         self.fitted: Fit | None = None
-        self.casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
         try:
             self.parts = parts_of(self.path)
             self._open_files(settle)
@@ -167,9 +155,8 @@ class Checkpoint:
             PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
         """
         try:
-            plan = fit(self.tensors, layout, settings, self.path)
-            self.casts, self.kept = plan.casts, bool(plan.kept)
-            return plan
+            self.planned = fit(self.tensors, layout, settings, self.path)
+            return self.planned
         except (CheckpointMismatch, PartialCheckpoint) as exc:
             if not self.parts.is_adapter or (isinstance(exc, PartialCheckpoint) and not settings.base):
                 raise
@@ -179,42 +166,16 @@ class Checkpoint:
                     'into: base = "…" in [weights].',
                     exc.differences,
                 ) from None
-        plan = self._merged(layout, settings)
-        self.kept = bool(plan.kept)
-        return plan
+        from .adapter import merge, open_base  # few checkpoints are adapters
 
-    def _merged(self, layout: Layout, settings: Fit) -> Plan:
-        """An adapter's plan: the base, then what the adapter replaces; what it adds is kept beside the plan."""
-        from .adapter import deltas, read_config  # few checkpoints are adapters
+        self._base = self._base or open_base(settings.base, self.path)
+        self.planned = merge(self, self._base, layout, settings)
+        return self.planned
 
-        if self._base is None:
-            try:
-                self._base = open_checkpoint(settings.base)
-            except CheckpointError as exc:  # the adapter is not to be refused for it
-                raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {exc}") from exc
-        if self._base.parts.is_adapter:
-            raise CheckpointError(
-                f"the base of the adapter {self.path}, {self._base.path}, is an adapter itself. Name the weights that "
-                "both were trained on."
-            )
-        try:
-            self._base_plan = self._base.plan(layout, settings)
-        except CheckpointMismatch as exc:
-            raise self._unusable(exc) from exc
-        try:
-            config = read_config(self.parts)
-        except OSError as exc:
-            raise unreadable(self.path, exc) from exc
-        merge = deltas(self.tensors, config, layout, settings, self.path)
-        self.casts = (*self._base_plan.casts, *merge.casts)
-        merge, self._base_plan = merge.onto(self._base_plan)
-        kept = {entry.name for entry in self._base_plan.kept}
-        if lacking := [d.entry for d in merge.deltas if d.of_base and d.entry.name in kept]:
-            rows = tuple(Difference(entry.name, entry.describe(), "absent") for entry in lacking)
-            held = f"{self._base.path} lacks {len(rows)} of the weights that the adapter adds to."
-            raise self._unusable(WithDifferences(held, rows))
-        self._deltas, self._own = merge.deltas, merge.names
-        return Plan(layout, reads_of(merge.replaced), tuple(merge.casts), tuple(merge.twins), self._base_plan.kept)
+    @property
+    def kept(self) -> bool:
+        """Whether the last plan leaves live values of others beside its own."""
+        return bool(self.planned and self.planned.kept)
 
     def read_into(
         self,
@@ -240,90 +201,32 @@ class Checkpoint:
         regions = float_regions(plan.layout) if finite else ()
         clean = True
         try:
-            if self._base and self._base_plan:
-                with self._blaming_base(self._base):
-                    self._base.read_into(weights, self._base_plan, finite=False, progress=progress)
+            if plan.merge:
+                from .adapter import blaming
+
+                base = plan.merge.base
+                with blaming(base.path, self.path):
+                    base.read_into(weights, plan.merge.plan, finite=finite, progress=progress)
             for read, finite_too in self._staged(weights, plan.reads, regions):
                 clean = clean and finite_too
                 if progress:
                     progress(read.nbytes)
-            for piece, finite_too in self._cast(weights, plan.casts, regions):
-                clean = clean and finite_too
-                if progress:
-                    progress(piece.becomes)
+
+            def cast(piece: Piece, data: memoryview) -> bool:
+                there = weights[piece.offset : piece.offset + piece.becomes]
+                convert(data, piece.source, piece.target, there)
+                return all_finite(weights, regions, ((piece.offset, piece.becomes),))
+
+            clean = self.convert_each(plan.casts, cast, progress) and clean
             for twin, entry in plan.twins:
                 self._compare(weights, twin, entry)
-            odd = self._add(weights, progress)
-            if self._base:
-                clean = all_finite(weights, regions, ((0, plan.layout.nbytes),))
+            if plan.merge:
+                clean = plan.merge.add(self, weights, regions, progress) and clean
             self.check_unchanged()  # P5 verify
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
         if not clean:
-            raise self._non_finite(weights, plan, odd)
-
-    @contextmanager
-    def _blaming_base(self, base: Checkpoint) -> Iterator[None]:
-        """Tells what befalls the base as such; that it changed is nobody's fault."""
-        try:
-            yield
-        except CheckpointChanged:
-            raise
-        except CheckpointMismatch as exc:
-            raise self._unusable(exc) from exc
-        except (CheckpointError, OSError) as exc:
-            told = unreadable(base.path, exc) if isinstance(exc, OSError) else exc
-            raise CheckpointError(f"the base of the adapter {self.path} cannot be had: {told}") from exc
-
-    def _add(self, weights: memoryview, progress: Callable[[int], None] | None) -> set[str]:
-        """Adds what an adapter adds; gives the names of the base's weights that were not finite before."""
-        odd: set[str] = set()
-        for delta in self._deltas:
-            from .adapter import adding
-
-            work = adding(weights, delta, self._whole(delta.a), self._whole(delta.b))
-            finite = self._add_one(weights, delta, work, progress)
-            if delta.of_base and not finite:
-                odd.add(delta.entry.name)
-        if self._base and self._deltas:
-            with self._blaming_base(self._base):
-                self._base.check_unchanged()  # what is cast was read since
-        return odd
-
-    def _add_one(
-        self,
-        weights: memoryview,
-        delta: Delta,
-        work: Callable[[Piece, memoryview], bool],
-        progress: Callable[[int], None] | None,
-    ) -> bool:
-        """Has the work done on all of a weight; whether that was finite before."""
-        entry, base = delta.entry, self._base
-        if delta.stored is None:
-            row = Piece(0, entry.offset, entry.nbytes, entry.dtype, entry.dtype, entry.offset)
-            found = [work(part, weights[part.offset :][: part.nbytes]) for part in split(row, self._piece)]
-            return all(found)
-        parts = list(pieces([(delta.stored, entry)], self._piece))
-        if not (base and delta.of_base):
-            found = [finite for _, finite in self._each(parts, work)]
-            return all(found)
-        with self._blaming_base(base):
-            found = [finite for _, finite in base._each(parts, work)]
-        if progress and delta.late:
-            progress(entry.nbytes)
-        return all(found)
-
-    def _unusable(self, exc: WithDifferences) -> UnusableBase:
-        return UnusableBase(
-            f"the base of the adapter {self.path} cannot be used: {exc.message} The adapter is tried again at the next "
-            "pass.",
-            exc.differences,
-        )
-
-    @property
-    def merged(self) -> bool:
-        """Whether it is an adapter that is merged into a base: what was read is not yet what it becomes."""
-        return self._base is not None
+            raise self._non_finite(weights, plan)
 
     def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit) -> None:
         """Goes by the name of what it is a copy of, and by how that was fitted, where it is recorded."""
@@ -403,7 +306,8 @@ class Checkpoint:
         """Each read once its bytes are in the weights, with whether these regions are finite there."""
         return self._files.staged(weights, reads, regions)
 
-    def _whole(self, tensor: StoredTensor) -> memoryview:
+    def whole(self, tensor: StoredTensor) -> memoryview:
+        """All bytes of a tensor."""
         data = self._at(tensor.file, tensor.nbytes, tensor.start)
         if len(data) != tensor.nbytes:
             raise self._changed()
@@ -413,17 +317,24 @@ class Checkpoint:
         """Bytes of one of the files; fewer where it ends."""
         return read_at(self._fds[number], nbytes, start)
 
-    def _cast(
-        self, weights: memoryview, pairs: Sequence[tuple[StoredTensor, TensorEntry]], regions: Sequence[Region]
-    ) -> Iterator[tuple[Piece, bool]]:
-        """Tensors as their entries want them, into the weights; each piece is given once it is there, and checked."""
+    def convert_each(
+        self,
+        pairs: Sequence[Pair],
+        work: Callable[[Piece, memoryview], bool],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """Has work done on the stored bytes of these tensors, piece by piece; returns whether all of it returned True.
 
-        def work(piece: Piece, data: memoryview) -> bool:
-            there = weights[piece.offset : piece.offset + piece.becomes]
-            convert(data, piece.source, piece.target, there)
-            return all_finite(weights, regions, ((piece.offset, piece.becomes),))
-
-        yield from self._each(list(pieces(pairs, self._piece)), work)
+        Args:
+            work: called with a piece and its bytes, which are good until it returns.
+            progress: called with the bytes that each piece becomes.
+        """
+        every = True
+        for piece, result in self._each(list(pieces(pairs, self._piece)), work):
+            every = every and result
+            if progress:
+                progress(piece.becomes)
+        return every
 
     def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
         """Each piece with what comes of it, in their order; the work gets it as it is stored, good until it returns."""
@@ -434,29 +345,25 @@ class Checkpoint:
             there = weights[piece.offset : piece.offset + piece.becomes]
             return convert(data, piece.source, piece.target) == there
 
-        for _, same in self._each(list(pieces([(twin, entry)], self._piece)), work):
-            if not same:
-                self.check_unchanged()
-                raise CheckpointMismatch(
-                    f"{self.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
-                    "in the file. Write the checkpoint from a model whose weights are tied.",
-                    (Difference(twin.name, f"equal to {entry.name}", "different"),),
-                )
+        if not self.convert_each([(twin, entry)], work):
+            self.check_unchanged()
+            raise CheckpointMismatch(
+                f"{self.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
+                "in the file. Write the checkpoint from a model whose weights are tied.",
+                (Difference(twin.name, f"equal to {entry.name}", "different"),),
+            )
 
-    def _non_finite(self, weights: memoryview, plan: Plan, odd: set[str]) -> WithDifferences:
-        """Tells who brought what is not finite: ``odd`` was so in a base, whatever an adapter adds to it."""
-        casts = {entry.name: (stored, entry) for stored, entry in plan.casts}
+    def _non_finite(self, weights: memoryview, plan: Plan) -> NonFiniteWeights:
+        """Tells what is not finite of all that was read."""
+        casts = {pair[1].name: pair for pair in plan.casts}
+        read = {entry.name for _, entry in plan.pairs}
+        read |= {delta.entry.name for delta in plan.merge.deltas} if plan.merge else set()
         rows = []
-        for name in not_finite(weights, plan.layout):
-            stored, entry = casts.get(name, (None, None))
-            if stored and entry and self._is_finite(stored):
-                rows.append(Difference(name, f"within the range of {entry.dtype}", f"beyond it, as {stored.dtype}"))
+        for name in (name for name in not_finite(weights, plan.layout) if name in read):
+            if (cast := casts.get(name)) and self.is_finite(cast[0]):
+                rows.append(Difference(name, f"within the range of {cast[1].dtype}", f"beyond it, as {cast[0].dtype}"))
             else:
                 rows.append(Difference(name, "finite", "NaN or infinity"))
-        own = (self._own | {entry.name for entry in plan.kept}) - odd
-        if self._base and (of_base := tuple(row for row in rows if row.name not in own)):
-            held = f"{self._base.path} holds NaN or infinity in {len(of_base)} of its tensors. Name one that is finite."
-            return self._unusable(WithDifferences(held, of_base))
         if any(row.expected == "finite" for row in rows):
             return NonFiniteWeights(
                 f"{self.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
@@ -469,9 +376,10 @@ class Checkpoint:
             tuple(rows),
         )
 
-    def _is_finite(self, tensor: StoredTensor) -> bool:
+    def is_finite(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor is finite as it is stored."""
         region = (0, tensor.nbytes, tensor.dtype)
-        return all_finite(self._whole(tensor), (region,), ((0, tensor.nbytes),))
+        return all_finite(self.whole(tensor), (region,), ((0, tensor.nbytes),))
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:

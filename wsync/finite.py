@@ -27,14 +27,9 @@ _NAN_BYTE = {
 }  # these have one NaN and no infinity
 _PIECE = 1 << 18  # bytes at once; they stay in the processor's cache
 
-_last: tuple[Layout, tuple[Region, ...]] | None = None  # one segment has one layout
-
 
 def float_regions(layout: Layout) -> tuple[Region, ...]:
     """Where a layout has floats, neighbours of one dtype as one."""
-    global _last
-    if _last and _last[0] is layout:
-        return _last[1]
     regions: list[Region] = []
     for entry in layout.tensors:
         if (entry.dtype in _NON_FINITE or entry.dtype in _NAN_BYTE) and entry.nbytes:
@@ -42,8 +37,7 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
                 regions[-1] = (regions[-1][0], entry.offset + entry.nbytes, entry.dtype)
             else:
                 regions.append((entry.offset, entry.offset + entry.nbytes, entry.dtype))
-    _last = (layout, tuple(regions))
-    return _last[1]
+    return tuple(regions)
 
 
 def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:

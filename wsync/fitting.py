@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from .casting import Pair
 from .errors import CheckpointMismatch, Difference, PartialCheckpoint, UsageError
 from .header import StoredTensor
 from .layout import Layout, TensorEntry, describe
+
+if TYPE_CHECKING:
+    from .adapter import Merge
 
 CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
@@ -91,21 +95,42 @@ class Read(NamedTuple):
     slices: tuple[tuple[int, int], ...]
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """How a checkpoint's bytes reach a layout.
 
     Attributes:
-        reads: the reads, in the order of the files.
-        casts: tensors that are converted on the way.
+        pairs: what is read of the checkpoint, and what it becomes.
         twins: further copies of a tied tensor, which must equal the one that is read.
         kept: tensors that do not come and keep their live values.
+        merge: what an adapter adds to, and what is read of its base.
     """
 
     layout: Layout
-    reads: tuple[Read, ...] = ()
-    casts: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
-    twins: tuple[tuple[StoredTensor, TensorEntry], ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    twins: tuple[Pair, ...] = ()
     kept: tuple[TensorEntry, ...] = ()
+    merge: Merge | None = None
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """What is read as it is stored, in the order of the files."""
+        return _reads(pair for pair in self.pairs if pair[0].dtype == pair[1].dtype)
+
+    @cached_property
+    def casts(self) -> tuple[Pair, ...]:
+        """What is converted on the way."""
+        return tuple(pair for pair in self.pairs if pair[0].dtype != pair[1].dtype)
+
+    @property
+    def conversions(self) -> tuple[Pair, ...]:
+        """The same with what an adapter's base brings."""
+        return (*self.merge.conversions, *self.casts) if self.merge else self.casts
+
+    def without(self, names: Collection[str]) -> Plan:
+        """The same without these tensors, unless a further copy is compared with them."""
+        left_out = set(names) - {entry.name for _, entry in self.twins}
+        return replace(self, pairs=tuple(pair for pair in self.pairs if pair[1].name not in left_out))
 
 
 _last: tuple[Mapping[str, StoredTensor], Layout, Fit, Plan] | None = None  # those of one run are planned alike
@@ -140,18 +165,17 @@ def fit(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path
             f"{path} does not fit the policy: {len(rows)} of its tensors differ. " + advice(tensors, layout, settings),
             rows,
         )
-    plan = Plan(layout, reads_of(found.chosen), tuple(found.casts), tuple(found.twins), tuple(found.kept))
+    plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept))
     _last = (tensors, layout, settings, plan)
     return plan
 
 
 class Match(NamedTuple):
-    """Which tensor of a checkpoint becomes which of a layout, as stored or cast; and in ``rows`` what does not fit."""
+    """Which tensor of a checkpoint becomes which of a layout, as in a plan; and in ``rows`` what does not fit."""
 
     rows: list[Difference]
-    chosen: list[tuple[StoredTensor, TensorEntry]]
-    casts: list[tuple[StoredTensor, TensorEntry]]
-    twins: list[tuple[StoredTensor, TensorEntry]]
+    pairs: list[Pair]
+    twins: list[Pair]
     kept: list[TensorEntry]
     unknown: list[str]
 
@@ -159,7 +183,7 @@ class Match(NamedTuple):
 def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
     """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have."""
     taken, rows = _names(tensors, settings)
-    found = Match(rows, [], [], [], [], [])
+    found = Match(rows, [], [], [], [])
     wanted = {name for entry in layout.tensors for name in entry.names}
     if settings.strict:
         found.unknown.extend(name for name in taken if name not in wanted)
@@ -171,7 +195,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
             if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
         if stored:
-            (found.chosen if stored[0].dtype == entry.dtype else found.casts).append((stored[0], entry))
+            found.pairs.append((stored[0], entry))
             found.twins.extend((t, entry) for t in stored[1:])
         elif settings.strict or not settings.partial:
             rows.append(Difference(entry.name, entry.describe(), "absent"))
@@ -200,7 +224,7 @@ def _say(tensor: StoredTensor) -> str:
     return describe(tensor.dtype, tensor.shape)
 
 
-def reads_of(chosen: Iterable[tuple[StoredTensor, TensorEntry]]) -> tuple[Read, ...]:
+def _reads(chosen: Iterable[Pair]) -> tuple[Read, ...]:
     """Reads of at most ``CHUNK`` bytes that follow the files, each filling as many tensors as lie in it in a row."""
     reads: list[Read] = []
     slices: list[tuple[int, int]] = []

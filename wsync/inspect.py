@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, NoCheckpoint, NonFiniteWeights, WithDifferences
-from .fitting import CHUNK, Plan, reads_of
+from .fitting import CHUNK, Plan
 from .header import StoredTensor
 from .layout import DTYPE_BITS, Layout, TensorEntry
 from .parts import parts_of, place_at, unreadable
@@ -124,13 +124,13 @@ def _fitter(spec: Spec) -> Fits:
             return {"fits": False, "reason": exc.message, "differences": [asdict(row) for row in exc.differences]}
         except CheckpointError as exc:  # an adapter's base, or its configuration
             return {"fits": False, "reason": str(exc), "differences": []}
-        left = [] if checkpoint.merged else [name for name in checkpoint.tensors if settings.name(name) not in known]
+        left = [] if plan.merge else [name for name in checkpoint.tensors if settings.name(name) not in known]
         return {
             "fits": True,
-            "casts": [{"name": t.name, "from": t.dtype, "to": entry.dtype} for t, entry in checkpoint.casts],
+            "casts": [{"name": t.name, "from": t.dtype, "to": entry.dtype} for t, entry in plan.conversions],
             "kept": [entry.name for entry in plan.kept],
             "left_out": left,
-            "base": settings.base if checkpoint.merged else None,
+            "base": settings.base if plan.merge else None,
         }
 
     return fits
@@ -142,7 +142,7 @@ def _not_finite(checkpoint: Checkpoint) -> set[str]:
     broken: set[str] = set()
     for pairs in _parts(checkpoint.tensors.values()):
         try:
-            checkpoint.read_into(weights, Plan(Layout(tuple(entry for _, entry in pairs)), reads_of(pairs)))
+            checkpoint.read_into(weights, Plan(Layout(tuple(entry for _, entry in pairs)), tuple(pairs)))
         except NonFiniteWeights as exc:
             broken |= {row.name for row in exc.differences}
     return broken

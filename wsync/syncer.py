@@ -390,7 +390,7 @@ class Syncer:
     def _new_casts(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Tells of each conversion once, those between the same two dtypes together."""
         groups: dict[str, list[str]] = {}
-        for stored, entry in checkpoint.casts:
+        for stored, entry in checkpoint.planned.conversions if checkpoint.planned else ():
             if (cast := (stored.name, stored.dtype, entry.dtype)) not in self._cast:
                 self._cast.add(cast)
                 groups.setdefault(f"{stored.dtype} to {entry.dtype}", []).append(stored.name)
