@@ -28,7 +28,7 @@ from .errors import (
     NonFiniteWeights,
     PartialCheckpoint,
 )
-from .finite import Region, all_finite, float_regions, not_finite
+from .finite import Region, all_finite, float_regions, is_finite, not_finite
 from .fitting import CHUNK, Fit, Plan, Read, fit
 from .header import StoredTensor, malformed, read_header
 from .layout import Layout, TensorEntry
@@ -277,18 +277,16 @@ class Checkpoint:
             )
         told = not self.parts.is_several and None not in writing
         wanted = _TICK if told else max(settle, _TICK)
-        for _ in range(3):
-            infos = [os.fstat(fd) for fd in self._fds]
-            # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
-            # more than a second says nothing.
-            now = time.time()
-            times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
-            ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
-            left = max(ends, default=now) - now
-            if left <= 0:
-                return
-            if left > LONGEST_WAIT:
-                break
+        infos = [os.fstat(fd) for fd in self._fds]
+        # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
+        # more than a second says nothing.
+        now = time.time()
+        times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
+        ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
+        left = max(ends, default=now) - now
+        if left <= 0:
+            return
+        if left <= LONGEST_WAIT:
             time.sleep(left)
             if [identity(os.fstat(fd)) for fd in self._fds] == list(map(identity, infos)):
                 return
@@ -378,8 +376,8 @@ class Checkpoint:
 
     def is_finite(self, tensor: StoredTensor) -> bool:
         """Whether a tensor is finite as it is stored."""
-        region = (0, tensor.nbytes, tensor.dtype)
-        return all_finite(self.whole(tensor), (region,), ((0, tensor.nbytes),))
+        entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, 0)
+        return self.convert_each([(tensor, entry)], lambda piece, data: is_finite(data, piece.source))
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:

@@ -45,13 +45,15 @@ def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
-            if first < last and not _is_finite(weights[first:last], dtype):
+            if first < last and not is_finite(weights[first:last], dtype):
                 return False
     return True
 
 
-def _is_finite(floats: memoryview, dtype: str) -> bool:
-    """With numpy, the dot product of one half with the other: a core reads two streams faster than one.
+def is_finite(floats: memoryview, dtype: str) -> bool:
+    """Whether floats of one dtype are finite; bytes of any other dtype pass.
+
+    With numpy, the dot product of one half with the other: a core reads two streams faster than one.
 
     It is NaN or infinite if any element is; only where it is (it may also overflow) the bits are looked at: as unsigned
     integers the largest negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
@@ -60,6 +62,8 @@ def _is_finite(floats: memoryview, dtype: str) -> bool:
 
     if dtype in _NAN_BYTE:
         return not (np.frombuffer(floats, "u1") == _NAN_BYTE[dtype]).any()
+    if dtype not in _NON_FINITE:
+        return True
     width, limit = _NON_FINITE[dtype]
     if dtype in ("F32", "F64"):
         values = np.frombuffer(floats, f"f{width}")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .casting import Piece
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NoCheckpoint, NonFiniteWeights, WithDifferences
-from .fitting import CHUNK, Plan
-from .header import StoredTensor
-from .layout import DTYPE_BITS, Layout, TensorEntry
+from .errors import CheckpointError, NoCheckpoint, WithDifferences
+from .finite import is_finite
+from .layout import TensorEntry
 from .parts import parts_of, place_at, unreadable
 from .source import Candidate, Select, scan, select
 from .spec import Spec
-
-_AT_ONCE = 8 * CHUNK  # bytes that a scan holds at most
 
 Fits = Callable[[Checkpoint], dict[str, Any]]
 
@@ -137,33 +136,19 @@ def _fitter(spec: Spec) -> Fits:
 
 
 def _not_finite(checkpoint: Checkpoint) -> set[str]:
-    """The tensors that hold NaN or infinity, read a part at a time, however large they claim to be."""
-    weights = memoryview(bytearray(min(sum(t.nbytes for t in checkpoint.tensors.values()), _AT_ONCE)))
+    """The tensors that hold NaN or infinity, read a piece at a time, however large they claim to be."""
+    tensors = list(checkpoint.tensors.values())
+    starts = [(tensor.file, tensor.start) for tensor in tensors]
     broken: set[str] = set()
-    for pairs in _parts(checkpoint.tensors.values()):
-        try:
-            checkpoint.read_into(weights, Plan(Layout(tuple(entry for _, entry in pairs)), tuple(pairs)))
-        except NonFiniteWeights as exc:
-            broken |= {row.name for row in exc.differences}
+
+    def look(piece: Piece, data: memoryview) -> bool:
+        if not is_finite(data, piece.source):
+            broken.add(tensors[bisect_right(starts, (piece.file, piece.start)) - 1].name)
+        return True
+
+    try:
+        checkpoint.convert_each([(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look)
+        checkpoint.check_unchanged()
+    except OSError as exc:
+        raise unreadable(checkpoint.path, exc) from exc
     return broken
-
-
-def _parts(tensors: Iterable[StoredTensor]) -> Iterator[list[tuple[StoredTensor, TensorEntry]]]:
-    """Pieces of tensors, each with its place in a buffer of ``_AT_ONCE`` bytes, as many as it holds."""
-    pairs: list[tuple[StoredTensor, TensorEntry]] = []
-    offset = 0
-    for tensor in tensors:
-        at = 0
-        while at < tensor.nbytes:
-            room = (_AT_ONCE - offset) & ~7  # so that no element is split
-            if not room:
-                yield pairs
-                pairs, offset = [], 0
-                continue
-            size = min(tensor.nbytes - at, room)
-            shape = (size * 8 // DTYPE_BITS[tensor.dtype],)
-            piece = StoredTensor(tensor.name, tensor.dtype, shape, tensor.start + at, size, tensor.file)
-            pairs.append((piece, TensorEntry(tensor.name, tensor.dtype, shape, offset)))
-            offset, at = offset + size, at + size
-    if pairs:
-        yield pairs
