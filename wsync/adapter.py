@@ -192,9 +192,8 @@ def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) 
         if (key := match[3] if match else name) in half:
             rows.append(Difference(stored, "one tensor", f"{half[key].name} is the same, too"))
         half[key] = tensor
-    own, odd = _replace(others, entries, settings, layout)
-    deltas, lacking, misplaced = _add(halves, entries, config, settings, own, plan)
-    rows += odd + misplaced
+    own = _replace(others, entries, settings, layout, rows)
+    deltas, lacking = _add(halves, entries, config, settings, own, plan, rows)
     if not (rows or deltas or lacking or own.pairs):
         rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in adapter.tensors.values()]
     if rows:
@@ -214,12 +213,15 @@ def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) 
 
 
 def _replace(
-    tensors: Mapping[str, StoredTensor], entries: Mapping[str, TensorEntry], settings: Fit, layout: Layout
-) -> tuple[Plan, list[Difference]]:
-    """What an adapter replaces (``modules_to_save``, biases), and what has no place."""
+    tensors: Mapping[str, StoredTensor],
+    entries: Mapping[str, TensorEntry],
+    settings: Fit,
+    layout: Layout,
+    rows: list[Difference],
+) -> Plan:
+    """What an adapter replaces (``modules_to_save``, biases); adds to ``rows`` what has no place."""
     pairs: list[Pair] = []
     twins: list[Pair] = []
-    rows: list[Difference] = []
     taken: dict[str, StoredTensor] = {}
     for bare, tensor in tensors.items():
         name = settings.name(bare.replace(_BASE, "."))  # what was trained, or saved, of an adapted module
@@ -231,7 +233,8 @@ def _replace(
         if name is None or not (entry or more or settings.strict):
             continue
         if entry is None or tensor.shape != entry.shape or not (tensor.dtype == entry.dtype or castable):
-            rows.append(_unplaced(tensor, entry))
+            expected = entry.describe() if entry else "absent"
+            rows.append(Difference(tensor.name, expected, describe(tensor.dtype, tensor.shape)))
         elif name in taken:
             rows.append(Difference(tensor.name, "one tensor", f"{taken[name].name} is {name}, too"))
         elif taken.keys() & set(entry.names):
@@ -239,7 +242,7 @@ def _replace(
         else:
             pairs.append((tensor, entry))
         taken[name] = tensor
-    return Plan(layout, tuple(pairs), tuple(twins)), rows
+    return Plan(layout, tuple(pairs), tuple(twins))
 
 
 def _add(
@@ -249,9 +252,9 @@ def _add(
     settings: Fit,
     own: Plan,
     base: Plan,
-) -> tuple[list[Delta], list[Difference], list[Difference]]:
-    """What an adapter adds to which weights; which of those neither plan brings; and what has no place."""
-    rows: list[Difference] = []
+    rows: list[Difference],
+) -> tuple[list[Delta], list[Difference]]:
+    """What an adapter adds to which weights, and which neither plan brings; adds to ``rows`` what has no place."""
     lacking: list[Difference] = []
     deltas: list[Delta] = []
     brought, of_base = ({entry.name: stored for stored, entry in plan.pairs} for plan in (own, base))
@@ -278,11 +281,7 @@ def _add(
             added[entry.name] = half["A"].name
         else:
             lacking.append(Difference(entry.name, entry.describe(), "absent"))
-    return deltas, lacking, rows
-
-
-def _unplaced(tensor: StoredTensor, entry: TensorEntry | None) -> Difference:
-    return Difference(tensor.name, entry.describe() if entry else "absent", describe(tensor.dtype, tensor.shape))
+    return deltas, lacking
 
 
 def read_config(parts: Parts) -> Config:

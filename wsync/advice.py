@@ -164,9 +164,9 @@ def _options(change: Change) -> str:
                 return ""
             words += [f"--rename={old}={new}" for old, new in value.items()]
         else:
-            words += [f"--{name}"] if value is True else [f"--{name}={v}" for v in _listed(value)]
+            words += (
+                [f"--{name}"]
+                if value is True
+                else [f"--{name}={v}" for v in (value if isinstance(value, tuple) else (value,))]
+            )
     return " ".join(map(shlex.quote, words)) if all(word.isprintable() for word in words) else ""
-
-
-def _listed(value: object) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, tuple) else [str(value)]

@@ -45,16 +45,14 @@ class Piece(NamedTuple):
 
 def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
     """The bytes of these tensors, neighbours as one, in pieces of at most so many bytes, a multiple of eight."""
-    row: Piece | None = None
+    rows: list[Piece] = []
     for stored, entry in pairs:
         new = Piece(stored.file, stored.start, stored.nbytes, stored.dtype, entry.dtype, entry.offset)
-        if row and _continues(row, new):
-            row = row._replace(nbytes=row.nbytes + new.nbytes)
-            continue
-        if row:
-            yield from split(row, most)
-        row = new
-    if row:
+        if rows and _continues(rows[-1], new):
+            rows[-1] = rows[-1]._replace(nbytes=rows[-1].nbytes + new.nbytes)
+        else:
+            rows.append(new)
+    for row in rows:
         yield from split(row, most)
 
 

@@ -130,11 +130,6 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     return {t.name: t for t in stored}, metadata
 
 
-def forget() -> None:
-    """Has the next header read as if it were the first."""
-    _table.cache_clear()
-
-
 def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
     """One entry of a header."""
     if not isinstance(info, dict) or not info.keys() >= _KEYS:

@@ -166,20 +166,25 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             continue
         try:
             if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
-                if not settings.marker or _marked(name, names, settings.marker):
+                if not settings.marker or any(each in names for each in _markers(name, settings.marker)):
                     found.append(Candidate(entry.path, info, _written(info)))
             elif entry.is_dir() and (not settings.marker or exists(os.path.join(entry.path, settings.marker))):
                 found.append(_directory(place / name if away else Path(entry.path)))
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
-            if exc.errno == errno.EACCES and name != _OTHERS and (closed := _closed(entry.path)):
-                found.append(closed)
+            if (
+                exc.errno == errno.EACCES
+                and name != _OTHERS
+                and (closed := _unopened(Path(entry.path), Path(entry.path)))
+            ):
+                found += closed
             elif exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
                 trouble = trouble or unreadable(Path(entry.path), exc)
         except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
             if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
-                found += _half(place / name if away else Path(entry.path))
+                path = place / name if away else Path(entry.path)
+                found += _unopened(path, path / INDEX)
     if trouble and not found:
         raise trouble
     return found
@@ -228,31 +233,18 @@ def _directory(path: Path) -> Candidate:
     return Candidate(path, identity_of(infos), max(map(_written, infos)))
 
 
-def _half(path: Path) -> list[Candidate]:
-    """Candidate for a directory with a broken or incomplete index, so that opening it says what is wrong."""
+def _unopened(path: Path, file: Path) -> list[Candidate]:
+    """Candidate for what cannot be looked into, by this file of it, so that opening it says what is wrong."""
     try:
-        info = (path / INDEX).stat()
+        info = file.stat()
     except OSError:
         return []
-    return [Candidate(path, identity(info), _written(info))]
-
-
-def _closed(path: str) -> Candidate | None:
-    """Candidate for an unreadable directory, so that opening it reports the owner."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return None
-    return Candidate(path, info, _written(info))
+    return [Candidate(path, info, _written(info))]
 
 
 def _written(info: os.stat_result) -> int:
     """When a file was last written, ns; see ``Candidate.mtime_ns``."""
     return min(info.st_mtime_ns, info.st_ctime_ns)
-
-
-def _marked(name: str, names: set[str], marker: str) -> bool:
-    return any(each in names for each in _markers(name, marker))
 
 
 def _markers(name: str, marker: str) -> tuple[str, ...]:
