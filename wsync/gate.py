@@ -16,7 +16,7 @@ for ever. While it runs the publisher's lock is held, and what was live stays li
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from .spec import Spec, origin
 if TYPE_CHECKING:
     import torch
 
-_ACCEPTED, _RETRY = 0, 75
+_VERDICTS: dict[int | None, str] = {0: "accept", 75: "retry"}  # by a command's status; any other rejects
 _LONGEST = 4000  # characters of an exception's text
 
 
@@ -46,52 +46,26 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         SpecError: its function, or the policy for it, cannot be imported or built.
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
-    asks = _ask_function if spec.hooks.gate_is_function else _ask_command
     place, about = staged.path, {"name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
     variables = environment(state_dir, staged=place, runtime_dir=place.parent.parent, **about)
-    verdict, why = asks(spec, staged, stop, variables)
+    run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
+    if spec.hooks.gate_is_function:
+        answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
+        if isinstance(answer, WsyncError):
+            raise answer
+        silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
+        verdict, why = answer or ("reject", silent)
+    else:
+        ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
+        verdict, why = _VERDICTS.get(ended.code, "reject"), str(ended)
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
     told = f"{what}: the gate {spec.hooks.gate!r} {why}" + ("" if why.endswith("\n") else ". ")
-    if verdict == "retry":
+    was_stopped = ended.code is None and stop is not None and stop.is_set()
+    if verdict == "retry" or was_stopped:
         raise RetryLater(f"{told}It is asked again at the next pass.")
     raise GateRejected(f"{told}The checkpoint stays rejected until it changes.")
-
-
-def _ask_command(
-    spec: Spec, staged: Staged, stop: threading.Event | None, variables: Mapping[str, str]
-) -> tuple[str, str]:
-    ended = command.run(
-        ["/bin/sh", "-c", spec.hooks.gate],
-        timeout=spec.hooks.gate_timeout,
-        environment=variables,
-        directory=spec.directory,
-        stop=stop,
-    )
-    if ended.code == _ACCEPTED:
-        return "accept", ""
-    return "retry" if ended.code == _RETRY or _was_stopped(ended, stop) else "reject", str(ended)
-
-
-def _ask_function(
-    spec: Spec, staged: Staged, stop: threading.Event | None, variables: Mapping[str, str]
-) -> tuple[str, str]:
-    def run(words: list[str], stdin: int) -> command.Ended:
-        return command.run(words, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop, stdin=stdin)
-
-    answer: tuple[str, str] | WsyncError | None
-    answer, ended = child.ask(_judge, spec, staged, run=run)
-    if isinstance(answer, WsyncError):
-        raise answer
-    if answer is None:
-        why = str(ended) if ended.code != 0 else f"ended without a verdict{ended.said}"
-        return ("retry", why) if _was_stopped(ended, stop) else ("reject", why)
-    return answer
-
-
-def _was_stopped(ended: command.Ended, stop: threading.Event | None) -> bool:
-    return ended.code is None and stop is not None and stop.is_set()
 
 
 # --- in the child
