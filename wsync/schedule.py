@@ -67,7 +67,7 @@ class Schedule:
         if not self._changes.wait(min(until, due) - time.monotonic()) and time.monotonic() < due:
             return False
         self._look = time.monotonic() + self._apart
-        self._found = self._listing() if self.pauses else None
+        self._found = listing_of(self._place, self._spec.select) if self.pauses else None
         return before is None or self._found != before or time.monotonic() >= self._next
 
     def add(self, event: Outcome | WsyncError) -> WsyncError | None:
@@ -93,6 +93,3 @@ class Schedule:
 
     def close(self) -> None:
         self._changes.close()
-
-    def _listing(self) -> object:
-        return listing_of(self._place, self._spec.select)
