@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from wsync.device import Cuda
 from wsync.errors import OutOfDeviceMemory
 
 
@@ -34,7 +35,7 @@ class LateFlight:
         self.done = True
 
 
-class LateDevice:
+class LateDevice(Cuda):
     """Stands in for ``wsync.device.Cuda``.
 
     Attributes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from .attached import Attached
-from .errors import AttachTimeout, LayoutDiffers, SegmentMissing, SwapRefused, UsageError
+from .errors import AttachTimeout, SegmentMissing, SwapRefused, UsageError
 from .layout import Layout, layout_of, named_tensors
 from .memory import trim
 from .reader import Mode, Reader, deadline_of
@@ -22,7 +22,7 @@ from .segment import Segment
 from .swap import own_uses
 
 if TYPE_CHECKING:
-    from .device import Device
+    from .device import Cuda
 
 Staging = Literal["device", "none"]
 _LOOK = 0.1  # seconds between two looks where no word will change
@@ -124,7 +124,7 @@ def _make(
     return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
 
 
-def _check_memory(policy: torch.nn.Module, device: Device | None) -> None:
+def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
     """Raises UsageError where a version of a tensor could not be written."""
     for name, tensor in named_tensors(policy):
         if tensor.is_meta and device is None:
@@ -139,7 +139,7 @@ def _check_memory(policy: torch.nn.Module, device: Device | None) -> None:
             )
 
 
-def _device_of(policy: torch.nn.Module) -> Device | None:
+def _device_of(policy: torch.nn.Module) -> Cuda | None:
     """What a policy lies on that has tensors on a CUDA device, and none but there and on the host; or None."""
     places = _places(policy)
     cuda = [place for place in places if place.type == "cuda"]
@@ -156,22 +156,13 @@ def _places(policy: torch.nn.Module) -> set[torch.device]:
 
 def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
     try:
-        segment = Segment.open(name, runtime_dir)
+        return Segment.open(name, runtime_dir, layout=layout)
     except SegmentMissing:
         Segment.create(name, layout, runtime_dir).close()
-        segment = Segment.open(name, runtime_dir)
-    if segment.layout.digest != layout.digest:
-        differences = layout.differences(segment.layout)
-        segment.close()
-        raise LayoutDiffers(
-            f"the policy does not fit segment {name!r}: {len(differences)} tensors differ. Build the policy as the "
-            f"segment's publisher does, attach to another name, or `wsync rm {name}` if it is stale.",
-            differences,
-        )
-    return segment
+        return Segment.open(name, runtime_dir, layout=layout)
 
 
-def _hindrance(policy: torch.nn.Module, device: Device | None) -> str | None:
+def _hindrance(policy: torch.nn.Module, device: Cuda | None) -> str | None:
     """Why the policy's tensors must not point at a slot, or None."""
     for name, module in policy.named_modules():
         where = f"{name or 'the policy'} ({type(module).__name__})"

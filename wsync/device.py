@@ -1,4 +1,4 @@
-"""What wsync needs of a device, in six methods, and their CUDA implementation.
+"""What wsync needs of a device, in six methods, for one CUDA device and for several.
 
 The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
 Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
@@ -37,14 +37,28 @@ class Flight(Protocol):
         """Waits until it is."""
 
 
-class Device(Protocol):
-    """A device that holds a policy; ``Cuda``, ``Split``, or what a test puts in their place."""
+class Cuda:
+    """One CUDA device, and a side stream on it; a test puts something else in its place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._homes: set[torch.cuda.Stream] = set()  # of which the buffers are
 
     def capturing(self) -> bool:
         """Whether the policy's stream is captured: what it is given goes into a graph, and is not done now."""
+        with torch.cuda.device(self._device):
+            return torch.cuda.is_current_stream_capturing()
 
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
         """Page-locks memory of the host, for all devices; an empty text, or why that was refused."""
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            code = runtime.cudaHostRegister(address, nbytes, _PORTABLE | (_READ_ONLY if read_only else 0))
+            if int(code) == 0:
+                return ""
+            self._forget_error()
+            return str(runtime.cudaGetErrorString(code))
 
     def unlock(self, address: int) -> bool:
         """Undoes ``lock``; no copy from that memory may be under way.
@@ -52,12 +66,31 @@ class Device(Protocol):
         False where that was refused: the memory must stay mapped, since it is these pages that the device reads at
         that address.
         """
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.device(self._device):
+                if int(runtime.cudaHostUnregister(address)) == 0:
+                    return True
+                self._forget_error()
+        except RuntimeError:  # the device failed
+            pass
+        return False
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """So many uint8 on the device; raises OutOfDeviceMemory."""
+        self._homes.add(torch.cuda.current_stream(self._device))
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        except torch.OutOfMemoryError as exc:
+            free = torch.cuda.mem_get_info(self._device)[0]
+            raise OutOfDeviceMemory(
+                f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
+                'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
+            ) from exc
 
     def trim(self) -> None:
         """Gives memory that was freed back to the device; torch keeps it, for this process alone."""
+        torch.cuda.empty_cache()
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
         """Begins to copy tensors of the host to the device, each to its target of the same shape and dtype.
@@ -66,18 +99,44 @@ class Device(Protocol):
             aside: on a stream of its own, after all that the policy's stream was given before; else on the policy's,
                 whose next step waits.
         """
+        policy_stream = torch.cuda.current_stream(self._device)
+        stream = self._side if aside else policy_stream
+        if aside:
+            self._side.wait_stream(policy_stream)
+            if self._homes != {policy_stream}:
+                for target in targets:
+                    target.record_stream(policy_stream)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            try:
+                torch._foreach_copy_(targets, sources, non_blocking=True)
+                done.record(stream)
+            except BaseException:  # nobody would know when it is done, and the slot's lease ends now
+                stream.synchronize()
+                raise
+        return done
+
+    def _forget_error(self) -> None:
+        """The runtime keeps the last error for whoever asks next: the next kernel's launch, which it would be laid to.
+
+        torch has no call that clears it; so that kernel is ours.
+        """
+        try:
+            torch.empty(1, device=self._device).fill_(1)
+        except RuntimeError:
+            pass
 
 
-class Split:
+class Split(Cuda):
     """What a policy is split over: several CUDA devices, or some and the host; each is given its own tensors.
 
-    No buffer holds all of them, so that ``empty`` has no meaning.
+    No buffer holds all of them: ``empty`` is never called.
 
     Args:
         parts: the devices other than the host, by their place; one at least.
     """
 
-    def __init__(self, parts: Mapping[torch.device, Device]) -> None:
+    def __init__(self, parts: Mapping[torch.device, Cuda]) -> None:
         self._parts = parts
         self._any = next(iter(parts.values()))
 
@@ -89,9 +148,6 @@ class Split:
 
     def unlock(self, address: int) -> bool:
         return self._any.unlock(address)
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        raise NotImplementedError
 
     def trim(self) -> None:
         self._any.trim()
@@ -128,78 +184,3 @@ def _at(
     """Those of the targets that lie at a place, and their sources."""
     pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.device == place]
     return [target for target, _ in pairs], [source for _, source in pairs]
-
-
-class Cuda:
-    """One CUDA device, and a side stream on it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._homes: set[torch.cuda.Stream] = set()  # of which the buffers are
-
-    def capturing(self) -> bool:
-        with torch.cuda.device(self._device):
-            return torch.cuda.is_current_stream_capturing()
-
-    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device):
-            code = runtime.cudaHostRegister(address, nbytes, _PORTABLE | (_READ_ONLY if read_only else 0))
-            if int(code) == 0:
-                return ""
-            self._forget_error()
-            return str(runtime.cudaGetErrorString(code))
-
-    def unlock(self, address: int) -> bool:
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        try:
-            with torch.cuda.device(self._device):
-                if int(runtime.cudaHostUnregister(address)) == 0:
-                    return True
-                self._forget_error()
-        except RuntimeError:  # the device failed
-            pass
-        return False
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        self._homes.add(torch.cuda.current_stream(self._device))
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        except torch.OutOfMemoryError as exc:
-            free = torch.cuda.mem_get_info(self._device)[0]
-            raise OutOfDeviceMemory(
-                f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
-                'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
-            ) from exc
-
-    def trim(self) -> None:
-        torch.cuda.empty_cache()
-
-    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> torch.cuda.Event:
-        policy_stream = torch.cuda.current_stream(self._device)
-        stream = self._side if aside else policy_stream
-        if aside:
-            self._side.wait_stream(policy_stream)
-            if self._homes != {policy_stream}:
-                for target in targets:
-                    target.record_stream(policy_stream)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
-            try:
-                torch._foreach_copy_(targets, sources, non_blocking=True)
-                done.record(stream)
-            except BaseException:  # nobody would know when it is done, and the slot's lease ends now
-                stream.synchronize()
-                raise
-        return done
-
-    def _forget_error(self) -> None:
-        """The runtime keeps the last error for whoever asks next: the next kernel's launch, which it would be laid to.
-
-        torch has no call that clears it; so that kernel is ours.
-        """
-        try:
-            torch.empty(1, device=self._device).fill_(1)
-        except RuntimeError:
-            pass

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 from .attached import Attached, Targets
-from .device import Device, Flight
+from .device import Cuda, Flight
 from .errors import SegmentError, UsageError
 from .layout import Layout, named_tensors, views
 from .memory import address_of, populate
@@ -66,7 +66,7 @@ class LockedSlot:
         refused: why the pages are not locked; empty where they are.
     """
 
-    def __init__(self, segment: Segment, slot: int, mapped: mmap.mmap, device: Device) -> None:
+    def __init__(self, segment: Segment, slot: int, mapped: mmap.mmap, device: Cuda) -> None:
         self._mapped = mapped
         self.refused = device.lock(address_of(mapped), len(mapped), read_only=True)
         if self.refused:
@@ -79,7 +79,7 @@ class LockedSlot:
         self._unlock = weakref.finalize(self, _unlock, None if self.refused else device, self._mapped, os.getpid())
         self._unlock.atexit = False  # the process's end unlocks everything, and the driver may be gone by then
 
-    def _lock_writable(self, segment: Segment, slot: int, device: Device) -> None:
+    def _lock_writable(self, segment: Segment, slot: int, device: Cuda) -> None:
         """Many a driver locks no memory that is mapped read-only (``cudaDevAttrHostRegisterReadOnlySupported``).
 
         The segment's owner may map it otherwise; others, who may only read, may not.
@@ -97,7 +97,7 @@ _slots: weakref.WeakValueDictionary[tuple[int, int], LockedSlot] = weakref.WeakV
 _locking = threading.Lock()
 
 
-def lock_slot(segment: Segment, slot: int, device: Device) -> LockedSlot:
+def lock_slot(segment: Segment, slot: int, device: Cuda) -> LockedSlot:
     """The slot's pages; those that another reader of this process has already, where there is one.
 
     Raises:
@@ -111,7 +111,7 @@ def lock_slot(segment: Segment, slot: int, device: Device) -> LockedSlot:
         return locked
 
 
-def _unlock(device: Device | None, mapped: mmap.mmap, pid: int) -> None:
+def _unlock(device: Cuda | None, mapped: mmap.mmap, pid: int) -> None:
     if device is not None and pid == os.getpid() and not device.unlock(address_of(mapped)):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))  # for ever: no other slot may be mapped at its address
 
@@ -147,7 +147,7 @@ class DeviceWeights:
         flight: the copy over the bus that is under way; None where there is none.
     """
 
-    def __init__(self, attached: Attached, device: Device, mode: Literal["swap", "copy"], *, staged: bool) -> None:
+    def __init__(self, attached: Attached, device: Cuda, mode: Literal["swap", "copy"], *, staged: bool) -> None:
         self._attached, self._targets, self._device = attached, attached.targets, device
         self._mode, self._staged = mode, staged
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
@@ -266,8 +266,6 @@ class DeviceWeights:
         An event, and a buffer that two streams used, call CUDA where they are destroyed, and end the child with that:
         they are kept for ever.
         """
-        kept = (self.flight, self._live, self._spare)
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-        self.flight = None
-        self._live = self._spare = None
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.flight, self._live, self._spare)))
+        self.flight = self._live = self._spare = None
         self._slots = {}

@@ -229,11 +229,10 @@ class Reader:
             _log.warning("segment %r was removed; the policy keeps version %d", self.name, self.version)
         self._next_look = now + _LOOK
         try:
-            segment = Segment.open(self.name, self._segment.path.parent)
+            segment = Segment.open(self.name, self._segment.path.parent, layout=self._segment.layout)
         except SegmentError:
             return False
-        removed = segment.word & 0xFF == REMOVED  # ours still, by a remover that was killed, or another on its way out
-        if removed or not _same_layout(segment, self._segment):
+        if segment.word & 0xFF == REMOVED:  # ours still, by a remover that was killed, or another on its way out
             segment.close()
             return False
         self._registration.close()
@@ -283,10 +282,3 @@ def _after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _same_layout(one: Segment, other: Segment) -> bool:
-    try:
-        return one.layout.digest == other.layout.digest
-    except SegmentError:  # it has none that can be read
-        return False

@@ -93,8 +93,12 @@ class Segment:
             self._about = About.read(self._dir)
             shut(open_readers(path))
         except FileNotFoundError as exc:
-            there = self._dir >= 0 and self.is_current()
-            raise (self._broken(f"has no {exc.filename}") if there else self._missing()) from exc
+            if self._dir >= 0 and self.is_current():
+                raise self._broken(f"has no {exc.filename}") from exc
+            raise SegmentMissing(
+                f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
+                "`wsync status` lists what is there."
+            ) from exc
         except ValueError as exc:
             raise self._broken(f"cannot be read by this wsync ({exc})") from exc
         except OSError as exc:
@@ -104,24 +108,32 @@ class Segment:
         self._publishing = False
         self._slot_maps: dict[int, mmap.mmap] = {}
 
-    def _missing(self) -> SegmentMissing:
-        return SegmentMissing(
-            f"there is no segment {self.name!r} in {self.path.parent}. `wsync push` or `wsync watch` makes it; "
-            "`wsync status` lists what is there."
-        )
-
     # --- opening, making and removing
 
     @classmethod
-    def open(cls, name: str, runtime: str | os.PathLike[str] | None = None, *, write: bool = False) -> Segment:
+    def open(
+        cls,
+        name: str,
+        runtime: str | os.PathLike[str] | None = None,
+        *,
+        write: bool = False,
+        layout: Layout | None = None,
+    ) -> Segment:
         """Opens a standing segment.
 
+        Args:
+            layout: what it must hold; default anything.
+
         Raises:
+            LayoutDiffers: it holds another architecture.
             SegmentMissing: there is none of this name.
             SegmentUnsafe: what is there is not ours, or not a segment; see ``access`` for whose may be read.
         """
         base = runtime_dir(runtime)
-        return cls(name, base / check_name(name), write=write, owner=base_owner(base, write=write))
+        segment = cls(name, base / check_name(name), write=write, owner=base_owner(base, write=write))
+        if layout:
+            segment._expect(layout)
+        return segment
 
     @classmethod
     def create(
@@ -154,15 +166,20 @@ class Segment:
             sweep(base)
             make(path, layout, slots, spec, access)
         segment = cls(name, path, write=True)
-        if segment.layout.digest != layout.digest:
-            differences = layout.differences(segment.layout)
-            raise LayoutDiffers(
-                f"segment {name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
-                f"Stop its processes and `wsync rm {name}`, or give this policy another --name.",
-                differences,
-            )
+        segment._expect(layout)
         segment.share(access)
         return segment
+
+    def _expect(self, layout: Layout) -> None:
+        if self.layout.digest != layout.digest:
+            self.close()
+            differences = layout.differences(self.layout)
+            raise LayoutDiffers(
+                f"segment {self.name!r} holds another architecture than this policy: {len(differences)} tensors "
+                f"differ. Stop its processes and `wsync rm {self.name}`, give this policy another name, or build it as "
+                "the segment's publisher does.",
+                differences,
+            )
 
     def share(self, access: Access) -> None:
         """Lets others read as ``access`` says, where it says anything and that is not so already.

@@ -35,7 +35,7 @@ import wsync
 from wsync import attaching
 from wsync.attaching import Staging
 from wsync.checkpoint import Checkpoint
-from wsync.device import Cuda, Device
+from wsync.device import Cuda
 from wsync.device_weights import lock_slot
 from wsync.layout import layout_of
 from wsync.publisher import publish
@@ -85,7 +85,7 @@ class Bench:
     """
 
     place: torch.device
-    device: Device
+    device: Cuda
     folder: Path
     nbytes: int
     seconds: float
