@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -59,21 +60,16 @@ def log(
             return
         last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
         events = state.events(since=start, limit=number)
+        coming = follow_events(state, (events or last)[-1].id if last else 0) if follow else ()
         if as_json and not follow:
             print(json.dumps({"name": name, "events": [event_json(event) for event in events]}))
         elif as_json:
-            for event in events:
+            for event in itertools.chain(events, coming):
                 print(json.dumps(event_json(event)), flush=True)
         else:
             from .tables import print_log
 
-            print_log(name, events)
-        if follow:
-            for event in follow_events(state, (events or last)[-1].id if last else 0):
-                if as_json:
-                    print(json.dumps(event_json(event)), flush=True)
-                else:
-                    print_log(name, [event], header=False)
+            print_log(name, events, coming)
 
 
 @history.command(epilog="Example: wsync rollback cartpole --to 41")
@@ -168,7 +164,7 @@ def config(
     }
     rows = origins(loaded, spec, given, others)
     if as_json:
-        print(json.dumps({row.name: {"value": row.value, "origin": row.origin} for row in rows}, default=str))
+        print(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, default=str))
     else:
         from .tables import print_config
 

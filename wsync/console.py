@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import SHOWN, Difference, WithDifferences, WsyncError, harmless, printable
 from .outcome import Outcome
@@ -218,14 +218,13 @@ class WatchLog:
         self._done = (0, 0)
         self._stage_began = 0.0
         self._live: Live | None = None
-        self._out: TextIO = sys.stdout
 
     def __enter__(self) -> WatchLog:
         if self._form == "rich":
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(highlight=False, log_path=False, log_time_format="%H:%M:%S")
+            console = Console(markup=False, emoji=False, highlight=False, log_path=False, log_time_format="%H:%M:%S")
             self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
             self._live.start()
         self._line("info", "watch", f"{self._name}: watching {self._checkpoints}")
@@ -257,8 +256,7 @@ class WatchLog:
             if event.status == "rejected":
                 self._refusal(event)
             elif event.status == "published" or not known:
-                levels = {"published": "info", "current": "info", "pinned": "info", "empty": "info", "busy": "warning"}
-                self._outcome(levels.get(event.status, "error"), event)
+                self._outcome({"busy": "warning", "failed": "error"}.get(event.status, "info"), event)
             if self._form != "json":  # there they are in the event
                 for cast in event.casts:
                     self._line("info", "cast", f"{self._name}: {cast}")
@@ -310,16 +308,16 @@ class WatchLog:
         with self._writing:
             if self._form == "json":
                 record = {"time": now, "level": level, "event": event, "name": self._name}
-                print(json.dumps(record | (data or {"message": whole})), file=self._out, flush=True)
+                print(json.dumps(record | (data or {"message": whole})), flush=True)
             elif self._live:
                 from rich.text import Text
 
                 console, table = self._live.console, harmless(whole[len(text) + 1 :])
-                console.log(Text(harmless(text)), style=_STYLES[level])  # wrapped at words, beside the time
+                console.log(harmless(text), style=_STYLES[level])  # wrapped at words, beside the time
                 if table:
                     console.print(Text(table, _STYLES[level], no_wrap=True, overflow="ignore"), crop=False)
             else:
-                print(f"{now} {level:<7} {line}", file=self._out, flush=True)
+                print(f"{now} {level:<7} {line}", flush=True)
 
     def _panel(self) -> RenderableType:
         from rich.console import Group

@@ -6,24 +6,18 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from .access import Access
 from .console import when
 from .errors import UsageError
-from .hooks import Hooks
-from .metrics import Metrics
 from .spec import Spec
 from .state import Event, State
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _BARS = "▁▂▃▄▅▆▇█"
 _LOOK = 0.5  # seconds between two looks of ``--follow``
-_TOP = ("policy", "name", "checkpoints", "slots", "keep", "poll", "max_failures")
-_IN_WATCH = ("poll", "max_failures")
-_SECRET = ("webhook",)
 
 
 def event_json(event: Event) -> dict[str, Any]:
@@ -69,8 +63,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0] for value in shown)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """One row of ``wsync config``: ``origin`` is option, variable, TOML or default."""
 
     name: str
@@ -88,30 +81,30 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
         others: what is no part of the spec, by the names of its options.
     """
     toml = _toml(text)
-    rows = []
-    for name in _TOP:
-        table = toml.get("watch", {}) if name in _IN_WATCH else toml
-        where = given.get(name) or ("TOML" if name in table else "default")
-        if name == "policy" and not table:
-            where = "argument"
-        rows.append(Setting(f"watch.{name}" if name in _IN_WATCH else name, getattr(spec, name), where))
-    rows += [Setting(name, value, given.get(name) or "default") for name, value in others.items()]
-    for key, value in spec.policy_kwargs.items():
-        rows.append(Setting(f"policy_kwargs.{key}", value, "TOML"))
-    for field in fields(spec):
-        table = getattr(spec, field.name)
-        if not is_dataclass(table):
-            continue
-        top = isinstance(table, Access)  # whose settings stand in no table of the TOML
-        for setting in fields(table):
-            name = setting.name
-            option = f"metrics_{name}" if isinstance(table, Metrics) and name != "max_staleness" else name
-            where = given.get(option) or ("TOML" if name in (toml if top else toml.get(field.name, {})) else "default")
-            value = getattr(table, name)
-            if isinstance(table, Hooks) and name in _SECRET and value:
+    rows: list[Setting] = []
+
+    def add(name: str, value: Any, table: Mapping[str, Any], option: str = "") -> None:
+        key = name.rpartition(".")[2]
+        rows.append(Setting(name, value, given.get(option or key) or ("TOML" if key in table else "default")))
+
+    for name in ("policy", "name", "checkpoints", "slots", "keep"):
+        add(name, getattr(spec, name), toml)
+    if not toml:
+        rows[0] = rows[0]._replace(origin="argument")
+    for name in ("poll", "max_failures"):
+        add(f"watch.{name}", getattr(spec, name), toml.get("watch", {}))
+    for name, value in others.items():
+        add(name, value, {})
+    rows += [Setting(f"policy_kwargs.{key}", value, "TOML") for key, value in spec.policy_kwargs.items()]
+    for name, value in asdict(spec.access).items():
+        add(name, value, toml)
+    for table in ("select", "weights", "hooks", "metrics"):
+        for name, value in asdict(getattr(spec, table)).items():
+            if name == "webhook" and value:
                 value = "(set; may hold a secret)"
+            option = f"metrics_{name}" if table == "metrics" and name != "max_staleness" else name
             if name not in ("partial", "kept"):
-                rows.append(Setting(name if top else f"{field.name}.{name}", value, where))
+                add(f"{table}.{name}", value, toml.get(table, {}), option)
     return rows
 
 

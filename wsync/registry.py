@@ -71,7 +71,8 @@ class Registration:
     """A reader's own record, there as long as this object is open, where one can be made."""
 
     def __init__(self, segment: Path, mode: str) -> None:
-        self._record = ReaderRecord(os.getpid(), _process_name(), 0, 0.0, mode, ())
+        process = Path(sys.argv[0] or sys.executable).name[:64] if sys.argv else "python"
+        self._record = ReaderRecord(os.getpid(), process, 0, 0.0, mode, ())
         self._fd = -1
         try:
             self._fd = self._make(segment / "readers")
@@ -146,7 +147,3 @@ def _look(name: str, directory: int) -> ReaderRecord | None:
             with suppress(ValueError):
                 return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
     return None
-
-
-def _process_name() -> str:
-    return Path(sys.argv[0] or sys.executable).name[:64] if sys.argv else "python"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -41,11 +41,11 @@ def rollback(
         StateError: the pin cannot be written; nothing was published.
     """
     with ExitStack() as stack:
-        segment = Segment.open(name, runtime, write=True)
-        stack.callback(segment.close)
+        segment = stack.enter_context(closing(Segment.open(name, runtime, write=True)))
         _begin_publishing(segment, stack)
         live = segment.live()
-        event = _target(state, live, to)
+        events = state.events(kinds=PUBLISHED)
+        event = _target(state, live, to, events)
         assert event.version is not None
         before = state.pin()
         last = live.version if live else state.last()[0]
@@ -59,7 +59,7 @@ def rollback(
         )
         state.set_pin(pin)  # before it is live: a watch must not take the newest in between
         try:
-            publication = _again(segment, last, event, state)
+            publication = _again(segment, last, event, state, events)
         except BaseException:
             state.set_pin(before)
             raise
@@ -90,8 +90,7 @@ def _note(state: State, kind: str, **fields: Any) -> None:
         _log.warning("%s", exc)
 
 
-def _target(state: State, live: Publication | None, to: int | None) -> Event:
-    events = state.events(kinds=PUBLISHED)
+def _target(state: State, live: Publication | None, to: int | None, events: list[Event]) -> Event:
     if to is not None:
         found = [event for event in events if event.version == to]
         if not found:
@@ -110,7 +109,7 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
     return earlier[-1]
 
 
-def _again(segment: Segment, last: int, event: Event, state: State) -> Publication:
+def _again(segment: Segment, last: int, event: Event, state: State, events: list[Event]) -> Publication:
     """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
     with segment.slot_with(event.version, event.identity or "") as (slot, held):
@@ -120,7 +119,6 @@ def _again(segment: Segment, last: int, event: Event, state: State) -> Publicati
     if slot:
         segment.store(publication.version, slot.number)
         return publication
-    events = state.events(kinds=PUBLISHED)
     again = reopen(event, copies(state, events))
     if again:
         checkpoint, fit = again
@@ -164,9 +162,8 @@ def pin_checkpoint(
 
     live = None
     try:
-        segment = Segment.open(name, runtime)
-        live = segment.live()
-        segment.close()
+        with closing(Segment.open(name, runtime)) as segment:
+            live = segment.live()
     except SegmentMissing:
         if checkpoint is None:
             raise

@@ -5,8 +5,9 @@ rich lays them; this module, and rich with it, is imported where one is printed.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _PIPE = 100_000  # columns: a line is never broken there
 
 def stdout_console() -> Console:
     """Where tables go: as wide as the terminal, and in a pipe or a file one line a row, however long."""
-    console = Console(highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = _PIPE
     return console
@@ -91,10 +92,10 @@ def _reader_table(readers: list[dict[str, Any]]) -> RenderableType:
     for r in readers:
         lease = _age(r["lease_since"]) if r["lease_since"] else ""
         table.add_row(
-            Text(f"  {r['process']}"),
+            f"  {r['process']}",
             str(r["pid"]),
             str(r["version"]),
-            f"[yellow]{r['lag']}[/]" if r["lag"] else "0",
+            Text(str(r["lag"]), "yellow" if r["lag"] else ""),
             _age(r["since"]),
             r["mode"],
             lease + (f", version {', '.join(map(str, r['holds']))}" if r["holds"] else ""),
@@ -114,11 +115,8 @@ def print_inspection(looked: dict[str, Any]) -> None:
 def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
     found = looked["candidates"]
     others = "other " if "complete" in looked else ""
-    console.print(
-        f"{printable(looked['path'])}: {count(len(found), f'{others}candidate')}, newest first",
-        markup=False,
-        soft_wrap=True,
-    )
+    title = f"{printable(looked['path'])}: {count(len(found), f'{others}candidate')}, newest first"
+    console.print(title, soft_wrap=True)
     table = _table("checkpoint", "step", "size", "verdict")
     for each in found:
         good = each["complete"] and each.get("fits", True)
@@ -126,40 +124,34 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
         step = "" if each["step"] is None else str(each["step"])
         weight = "" if each["bytes"] is None else size(each["bytes"])
         name = printable(Path(each["path"]).name)
-        table.add_row(Text(name), step, weight, Text(printable(verdict), "" if good else "red"))
+        table.add_row(name, step, weight, Text(printable(verdict), "" if good else "red"))
     console.print(table)
 
 
 def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
     if not looked["complete"]:
-        console.print(Text(harmless(looked["reason"]), "red"), soft_wrap=True)
+        console.print(harmless(looked["reason"]), style="red", soft_wrap=True)
         return
     step = "" if looked["step"] is None else f", step {looked['step']}"
     files = "" if len(looked["files"]) == 1 else f" in {len(looked['files'])} files"
-    console.print(
-        f"{printable(looked['path'])}: {count(len(looked['tensors']), 'tensor')}, {size(looked['bytes'])}{files}{step}",
-        markup=False,
-        soft_wrap=True,
-    )
+    tensors = looked["tensors"]
+    title = f"{printable(looked['path'])}: {count(len(tensors), 'tensor')}, {size(looked['bytes'])}{files}{step}"
+    console.print(title, soft_wrap=True)
     for key, value in looked["metadata"].items():
-        console.print(f"  {printable(key)} = {printable(value)}", markup=False, soft_wrap=True)
+        console.print(f"  {printable(key)} = {printable(value)}", soft_wrap=True)
     if "fits" in looked:
         verdict = _how_it_fits(looked) if looked["fits"] else printable(looked["reason"])
-        console.print(Text(verdict, "green" if looked["fits"] else "red"), soft_wrap=True)
+        console.print(verdict, style="green" if looked["fits"] else "red", soft_wrap=True)
     table = _table("tensor")
     for column in ("dtype", "shape", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
-    if any("finite" in tensor for tensor in looked["tensors"]):
+    scanned = any("finite" in tensor for tensor in tensors)
+    if scanned:
         table.add_column("finite")
-    for tensor in looked["tensors"]:
-        finite = [Text("yes") if tensor["finite"] else Text("NO", "red")] if "finite" in tensor else []
-        table.add_row(
-            Text(printable(tensor["name"])),
-            tensor["dtype"],
-            Text(str(tensor["shape"])),
-            f"{tensor['bytes']:,}",
-            *finite,
-        )
+    for tensor in tensors:
+        cells = printable(tensor["name"]), tensor["dtype"], str(tensor["shape"]), f"{tensor['bytes']:,}"
+        finite = [Text("yes") if tensor["finite"] else Text("NO", "red")] if scanned else []
+        table.add_row(*cells, *finite)
     console.print(table)
 
 
@@ -186,16 +178,20 @@ _LOG_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (  # with the columns
 _LOG_STYLES = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
 
 
-def print_log(name: str, events: list[Event], *, header: bool = True) -> None:
-    """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe."""
+def print_log(name: str, events: list[Event], coming: Iterable[Event]) -> None:
+    """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe.
+
+    Args:
+        coming: what is told of as it comes.
+    """
     console = stdout_console()
     beside = not console.is_terminal
-    if header and not events:
-        console.print(f"{name}: no history")
-    elif header:
+    if events:
         heads = [head for head, _, _ in _LOG_COLUMNS]
         console.print(_log_line([Text(head, "bold") for head in (*heads, *["reason"] * beside)]))
-    for event in events:
+    else:
+        console.print(f"{name}: no history")
+    for event in itertools.chain(events, coming):
         reason = Text(printable(" ".join((event.reason or "").split())))
         console.print(_log_line([*_log_row(event), *[reason] * beside]))
         if reason and not beside:
@@ -248,5 +244,5 @@ def print_config(rows: list[Setting]) -> None:
     """The table of ``wsync config``."""
     table = _table("setting", "value", "from")
     for row in rows:
-        table.add_row(Text(row.name), Text("" if row.value is None else printable(str(row.value))), row.origin)
+        table.add_row(row.name, "" if row.value is None else printable(str(row.value)), row.origin)
     stdout_console().print(table)
