@@ -80,22 +80,19 @@ def outcome_line(outcome: Outcome) -> str:
     """One line that says what a pass did."""
     file = printable(Path(outcome.checkpoint).name) if outcome.checkpoint else "weights from memory"
     step = "" if outcome.step is None else f", step {outcome.step}"
+    live = f"version {outcome.version} stays live" if outcome.version else ""
     match outcome.status:
         case "published":
             back = ", step went back" if outcome.backwards else ""
-            return (
-                f"{outcome.name}: version {outcome.version}{step}{back}, {file}, {size(outcome.bytes)} in "
-                f"{duration(outcome.seconds)}, {count(outcome.readers, 'reader')}"
-            )
+            staged = f"{size(outcome.bytes)} in {duration(outcome.seconds)}"
+            return f"version {outcome.version}{step}{back}, {file}, {staged}, {count(outcome.readers, 'reader')}"
         case "checked":
-            live = f"version {outcome.version} stays live" if outcome.version else "nothing is live"
-            told = f"{outcome.name}: {file}{step} would be published, {size(outcome.bytes)}"
-            return _joined(told, outcome.reason or "", live)
+            told = f"{file}{step} would be published, {size(outcome.bytes)}"
+            return _joined(told, outcome.reason or "", live or "nothing is live")
         case "current":
-            return f"{outcome.name}: version {outcome.version}{step} is current, {file}"
-    live = f"version {outcome.version} stays live" if outcome.version else ""
+            return f"version {outcome.version}{step} is current, {file}"
     again = "`wsync push --retry` tries it again" if outcome.known else ""
-    return _joined(f"{outcome.name}: {outcome.status}: {outcome.reason}", live, again)
+    return _joined(f"{outcome.status}: {outcome.reason}", live, again)
 
 
 def _joined(*clauses: str) -> str:
@@ -130,14 +127,15 @@ def tell(outcome: Outcome, *, as_json: bool) -> None:
     if outcome.exit_code and not as_json and (not outcome.known or sys.stderr.isatty()):
         told.append(outcome)  # but not what a run before told of: cron mails what is printed
     for refused in told:
-        print(harmless(str(WithDifferences(outcome_line(refused), refused.differences))), file=sys.stderr)
+        text = f"{refused.name}: {outcome_line(refused)}"
+        print(harmless(str(WithDifferences(text, refused.differences))), file=sys.stderr)
     if as_json:
         print(json.dumps(outcome_json(outcome)))
         return
     for cast in outcome.casts:
         print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
     if not outcome.exit_code:
-        print(harmless(outcome_line(outcome)))
+        print(harmless(f"{outcome.name}: {outcome_line(outcome)}"))
 
 
 @contextmanager
@@ -227,7 +225,7 @@ class WatchLog:
             console = Console(markup=False, emoji=False, highlight=False, log_path=False, log_time_format="%H:%M:%S")
             self._live = Live(console=console, get_renderable=self._panel, refresh_per_second=2, transient=True)
             self._live.start()
-        self._line("info", "watch", f"{self._name}: watching {self._checkpoints}")
+        self.note("info", "watch", f"watching {self._checkpoints}")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -237,16 +235,14 @@ class WatchLog:
         segment = self._segment()
         version = segment.version if segment else self._version
         live = f"version {version} stays live" if version else "nothing is live"
-        self._line("info", "stop", f"{self._name}: stopped; {live}")
+        self.note("info", "stop", f"stopped; {live}")
 
     def tell(self, event: Outcome | WsyncError) -> None:
         """An outcome of a pass, or why it failed; but for a publish, what was said last is not said again."""
         if isinstance(event, WsyncError):
             key = ("failed", str(event))
             if key != self._last:
-                rows = event.differences if isinstance(event, WithDifferences) else ()
-                text = event.message if isinstance(event, WithDifferences) else str(event)
-                self._line("error", "failure", f"{self._name}: {text}", differences=rows)
+                self.note("error", "failure", event.message, differences=event.differences)
         else:
             self._version = event.version
             for refused in event.passed_over:
@@ -259,7 +255,7 @@ class WatchLog:
                 self._outcome({"busy": "warning", "failed": "error"}.get(event.status, "info"), event)
             if self._form != "json":  # there they are in the event
                 for cast in event.casts:
-                    self._line("info", "cast", f"{self._name}: {cast}")
+                    self.note("info", "cast", cast)
         self._last = key
 
     def hook(self, kind: str, ok: bool, message: str) -> None:
@@ -268,7 +264,7 @@ class WatchLog:
         if not ok:
             self._failing[kind] = message
         if (known is not None) if ok else known != message:
-            self._line("info" if ok else "warning", "hook", f"{self._name}: {message}")
+            self.note("info" if ok else "warning", "hook", message)
 
     def _refusal(self, refused: Outcome) -> None:
         """A refused checkpoint is told of once, as long as it does not change."""
@@ -286,13 +282,9 @@ class WatchLog:
             self._live.refresh()
 
     def _outcome(self, level: str, outcome: Outcome) -> None:
-        self._line(level, outcome.status, outcome_line(outcome), outcome_json(outcome), outcome.differences)
+        self.note(level, outcome.status, outcome_line(outcome), outcome_json(outcome), outcome.differences)
 
-    def note(self, level: str, event: str, text: str) -> None:
-        """What is no outcome of a pass."""
-        self._line(level, event, f"{self._name}: {text}")
-
-    def _line(
+    def note(
         self,
         level: str,
         event: str,
@@ -300,6 +292,13 @@ class WatchLog:
         data: dict[str, Any] | None = None,
         differences: tuple[Difference, ...] = (),
     ) -> None:
+        """Tells of one event.
+
+        Args:
+            data: what JSON has of it; None has the text.
+            differences: shown below the text.
+        """
+        text = f"{self._name}: {text}"
         now = when(time.time())
         line = one_line(text, differences)
         if self._status:

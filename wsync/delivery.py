@@ -84,8 +84,7 @@ class Turn:
 
 def _objection(exc: WsyncError) -> dict[str, Any]:
     kind = next(each for each in type(exc).__mro__ if each.__module__ == errors.__name__)  # not a gate's own subclass
-    rows = [asdict(row) for row in exc.differences[:20]] if isinstance(exc, WithDifferences) else []
-    text = exc.message if isinstance(exc, WithDifferences) else str(exc)
+    rows, text = [asdict(row) for row in exc.differences[:20]], exc.message
     return {"kind": kind.__name__, "text": text, "differences": rows}
 
 

@@ -66,10 +66,17 @@ class WsyncError(Exception):
     Attributes:
         exit_code: of a command that ends with it.
         kind: the class in one word, for figures; a subclass without a word of its own has its parent's.
+        differences: one entry for each tensor that does not fit; empty where the reason is another.
     """
 
     exit_code = 1
     kind = "failed"
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def message(self) -> str:
+        """The text without the table of differences."""
+        return super().__str__()
 
 
 class UsageError(WsyncError):
@@ -95,16 +102,11 @@ class SwapRefused(UsageError):
 
 
 class WithDifferences(WsyncError):
-    """An error about tensors, which its text shows as a table.
-
-    Attributes:
-        message: the text without the table.
-        differences: one entry for each tensor that does not fit; empty where the reason is another.
-    """
+    """An error about tensors, which its text shows as a table."""
 
     def __init__(self, message: str, differences: tuple[Difference, ...] = ()) -> None:
         super().__init__(message)
-        self.message, self.differences = message, differences
+        self.differences = differences
 
     def __str__(self) -> str:
         rows = [("tensor", "expected", "found")]

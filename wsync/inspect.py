@@ -11,7 +11,7 @@ from typing import Any
 
 from .casting import Piece
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import CheckpointError, NoCheckpoint, WithDifferences
+from .errors import CheckpointError, NoCheckpoint
 from .finite import is_finite
 from .layout import TensorEntry
 from .parts import parts_of, place_at, unreadable
@@ -119,10 +119,8 @@ def _fitter(spec: Spec) -> Fits:
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:
         try:
             plan = checkpoint.plan(layout, settings)
-        except WithDifferences as exc:
+        except CheckpointError as exc:
             return {"fits": False, "reason": exc.message, "differences": [asdict(row) for row in exc.differences]}
-        except CheckpointError as exc:  # an adapter's base, or its configuration
-            return {"fits": False, "reason": str(exc), "differences": []}
         left = [] if plan.merge else [name for name in checkpoint.tensors if settings.name(name) not in known]
         return {
             "fits": True,

@@ -29,7 +29,6 @@ from .errors import (
     Stopped,
     UnusableBase,
     UsageError,
-    WithDifferences,
     WsyncError,
     refused,
 )
@@ -348,8 +347,8 @@ class Syncer:
         """
         return this.outcome(
             status_of(exc, named),
-            reason=exc.message if isinstance(exc, WithDifferences) else str(exc),
-            differences=exc.differences if isinstance(exc, WithDifferences) else (),
+            reason=exc.message,
+            differences=exc.differences,
             kind=exc.kind,
             **about,
         )
