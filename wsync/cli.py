@@ -21,14 +21,9 @@ from .errors import UsageError, WsyncError, harmless
 from .options import (
     VARIABLES,
     JsonOption,
-    KeepOption,
     LogFormatOption,
-    MaxFailuresOption,
     NameArgument,
-    NameOption,
-    PollOption,
     RuntimeOption,
-    SlotsOption,
     SpecArgument,
     StateOption,
     argument,
@@ -57,12 +52,9 @@ def push(
         str | None,
         argument("[CHECKPOINT]", "A file, or a directory: its newest one; or a URL. (default: from the spec)"),
     ] = None,
-    name: NameOption = None,
     force: Annotated[bool, option("--force", "Publish again what is live.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Check everything but the gate, publish nothing.")] = False,
     retry: Annotated[bool, option("--retry", "Try again what was rejected before.")] = False,
-    slots: SlotsOption = None,
-    keep: KeepOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -79,7 +71,7 @@ def push(
     from .state import State
     from .syncer import Syncer
 
-    loaded = read_spec(spec, name, settings, slots=slots, keep=keep)
+    loaded = read_spec(spec, settings)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -131,11 +123,6 @@ def watch(
             "[CHECKPOINTS]", "Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)"
         ),
     ] = None,
-    name: NameOption = None,
-    poll: PollOption = None,
-    max_failures: MaxFailuresOption = None,
-    slots: SlotsOption = None,
-    keep: KeepOption = None,
     log_format: LogFormatOption = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -153,8 +140,7 @@ def watch(
 
     check_format(log_format)
     toml = spec if os.path.isfile(spec) else None
-    given = {"slots": slots, "keep": keep, "poll": poll, "max_failures": max_failures}
-    load = lambda: read_spec(spec, name, settings, checkpoints, **given)  # noqa: E731
+    load = lambda: read_spec(spec, settings, checkpoints)  # noqa: E731
     service = Service(load, toml, checkpoints, runtime_dir, state_dir)
     loaded, place = service.spec, service.syncer.getter.checkpoints
     form: Any = log_format or default_format()

@@ -15,14 +15,9 @@ import typer
 from .errors import UsageError, printable
 from .options import (
     JsonOption,
-    KeepOption,
     LogFormatOption,
-    MaxFailuresOption,
     NameArgument,
-    NameOption,
-    PollOption,
     RuntimeOption,
-    SlotsOption,
     SpecArgument,
     StateOption,
     argument,
@@ -135,11 +130,6 @@ def config(
     context: typer.Context,
     spec: SpecArgument,
     *,
-    name: NameOption = None,
-    poll: PollOption = None,
-    max_failures: MaxFailuresOption = None,
-    slots: SlotsOption = None,
-    keep: KeepOption = None,
     log_format: LogFormatOption = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
@@ -153,7 +143,7 @@ def config(
     from .state import state_dir as state_place
 
     check_format(log_format)
-    loaded = read_spec(spec, name, settings, poll=poll, max_failures=max_failures, slots=slots, keep=keep)
+    loaded = read_spec(spec, settings)
     words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name: words.get(source.name) if source else None for name, source in sources.items()}

@@ -1,7 +1,7 @@
-"""The settings of ``[select]``, ``[weights]``, ``[hooks]``, ``[metrics]`` and of access as options.
+"""The settings of a spec and its tables as options.
 
-They are declared once, in the dataclasses that hold them; a command that takes them names one parameter, ``settings``,
-which comes as a table of those that were given.
+They are declared once, here and in the dataclasses that hold them; a command that takes them names one parameter,
+``settings``, which comes as a table of those that were given.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from .spec import Spec
 
 _HELP: dict[str, tuple[str, Any, str]] = {
+    "name": ("spec", str, "The segment's name. (default: from the spec)"),
+    "poll": ("spec", float, "Seconds between looks that nothing asked for. (default: 1; of a URL 10)"),
+    "max_failures": (
+        "spec",
+        int,
+        "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
+    ),
+    "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
+    "keep": ("spec", int, "Published versions of which a copy is kept for a rollback. (default: 0)"),
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
@@ -56,9 +65,16 @@ _HELP: dict[str, tuple[str, Any, str]] = {
         "made it so; a trainer that is done makes nothing stale. (default: never)",
     ),
 }
-_ONLY_WATCH = {"metrics_port", "metrics_address", "max_staleness"}  # and config, which shows what a watch has
+_ONLY_WATCH = {
+    "poll",
+    "max_failures",
+    "metrics_port",
+    "metrics_address",
+    "max_staleness",
+}  # and config, which shows what a watch has
 
 _PANELS = {
+    "spec": None,
     "access": "Who else may read the segment",
     "select": "Which checkpoint (the TOML's table select)",
     "weights": "Which tensors (the TOML's table weights)",
@@ -68,8 +84,8 @@ _PANELS = {
 
 
 _OTHERS = """
-NAME RUNTIME_DIR STATE_DIR SLOTS KEEP JSON FORCE DRY_RUN RETRY POLL MAX_FAILURES LOG_FORMAT SPEC SCAN NUMBER SINCE
-FOLLOW PLOT TO WATCH MAX_STALENESS SIZE TENSORS READERS QUICK ONLY DIR
+RUNTIME_DIR STATE_DIR JSON FORCE DRY_RUN RETRY LOG_FORMAT SPEC SCAN NUMBER SINCE FOLLOW PLOT TO WATCH MAX_STALENESS
+SIZE TENSORS READERS QUICK ONLY DIR
 """
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
@@ -106,24 +122,9 @@ def argument(metavar: str, text: str, **more: Any) -> Any:
 
 SpecArgument = Annotated[str, argument("SPEC", "package.module:attr of the policy, or a TOML file.")]
 NameArgument = Annotated[str, argument("NAME", "A segment.", autocompletion=names)]
-NameOption = Annotated[str | None, option("--name", "The segment's name. (default: from the spec)")]
-PollOption = Annotated[
-    float | None, option("--poll", "Seconds between looks that nothing asked for. (default: 1; of a URL 10)")
-]
-MaxFailuresOption = Annotated[
-    int | None,
-    option(
-        "--max-failures",
-        "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
-    ),
-]
 LogFormatOption = Annotated[
     str | None,
     option("--log-format", "(default: rich on a terminal, plain elsewhere)", metavar="rich|plain|json"),
-]
-SlotsOption = Annotated[int | None, option("--slots", "Buffers of a segment that is made. (default: 3)")]
-KeepOption = Annotated[
-    int | None, option("--keep", "Published versions of which a copy is kept for a rollback. (default: 0)")
 ]
 RuntimeOption = Annotated[Path | None, option("--runtime-dir", "Where segments live. (default: /dev/shm/wsync-<uid>)")]
 StateOption = Annotated[
@@ -157,21 +158,16 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def read_spec(
-    text: str,
-    name: str | None,
-    settings: dict[str, dict[str, Any]],
-    checkpoints: str | None = None,
-    **given: object,
-) -> Spec:
+def read_spec(text: str, settings: dict[str, dict[str, Any]], checkpoints: str | None = None) -> Spec:
     """The spec with what the options say instead."""
     from dataclasses import replace
 
     from .spec import load_spec
 
-    spec = load_spec(text, name=name, checkpoints=checkpoints)
-    tables = {table: replace(getattr(spec, table), **changed) for table, changed in settings.items() if changed}
-    return replace(spec, **tables, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    tables = dict(settings)
+    own = dict(tables.pop("spec"))
+    spec = load_spec(text, name=own.pop("name", None), checkpoints=checkpoints)
+    return replace(spec, **own, **{table: replace(getattr(spec, table), **given) for table, given in tables.items()})
 
 
 def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter:
