@@ -167,7 +167,8 @@ def attempt(box: Box, *, publish: bool = False) -> dict[str, Any]:
     except Exception:
         result = {"status": "traceback", "message": traceback.format_exc()}
     if syncer is box.kept:
-        syncer.rest()  # as a watch does that hears of nothing
+        if segment := syncer.updater.opened:
+            segment.unmap()  # as a watch does that hears of nothing
     else:
         try:
             syncer.close()

@@ -32,19 +32,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .badge import Badge, few
 from .checkpoint import Checkpoint
 from .convergence import Change, Report, change_of, holder_of, leader_of
 from .delivery import Shared, Turn, deliver, judge
 from .errors import (
-    CheckpointMismatch,
+    CheckpointError,
     CheckpointRejected,
     GroupBroken,
     SegmentBusy,
     Stopped,
-    UnusableBase,
     WsyncError,
     refused,
 )
@@ -55,11 +54,11 @@ from .parts import remote
 from .publisher import Source, Staged
 from .schedule import Schedule
 from .segment import Segment
-from .source import Candidate
 from .spec import Spec
 from .state import Pin
 from .syncer import Pass, Syncer
 
+_T = TypeVar("_T")
 _GRACE = 2.0  # seconds that the step at hand may take once the watch is stopped
 
 
@@ -196,7 +195,9 @@ class FleetSyncer(Syncer):
         self._settled = True
         holder, leader = holder_of(self._reports), leader_of(self._reports)
         if holder is not None:
-            return self._held(this, holder)
+            pin, box, name = self._reports[holder].pin, self.group.names[holder], self.spec.name
+            reason = f"{pin} is pinned on {box}; `wsync unpin {name}` there goes on with the newest"
+            return this.standing("pinned", reason=reason, pin=pin)
         return self._lead(force) if leader == self.group.rank else self._follow(this, leader)
 
     def _prepare(self) -> Segment:
@@ -219,31 +220,19 @@ class FleetSyncer(Syncer):
                 except OSError as exc:
                     raise refused(exc, self.updater.path) from exc
             except WsyncError as exc:
-                if self._stop and self._stop.is_set():  # what ends this process may end the one that reads a layout
-                    raise GroupBroken("this watch was stopped.") from exc
                 return {"kind": "WsyncError", "text": str(exc)}
 
         answers = self.group.together(ready)
         judge([answer if "kind" in answer else {} for answer in answers], self.group.names)
         for answer, name in zip(answers, self.group.names, strict=True):
             if answer != answers[0]:
-                first, same = self.group.names[0], answer["layout"] == answers[0]["layout"]
                 raise WsyncError(
-                    f"{name} keeps another policy than {first}: its segment is {answer['name']!r}, and its tensors are "
-                    f"{'the same' if same else 'others'}. One group is for one policy: give all boxes the same spec, "
-                    "or form another group (--rdzv-id) for this one."
+                    f"{name} keeps another policy than {self.group.names[0]}: its segment {answer['name']!r} has "
+                    "another name, or other tensors. One group is for one policy: give all boxes the same spec, or "
+                    "form another group (--rdzv-id) for this one."
                 )
         assert self.updater.opened
         return self.updater.opened
-
-    def _held(self, this: Pass, holder: int) -> Outcome:
-        box = self._reports[holder]
-        return this.standing(
-            "pinned",
-            reason=f"{box.pin} is pinned on {self.group.names[holder]}; `wsync unpin {self.spec.name}` there goes on "
-            "with the newest",
-            pin=box.pin,
-        )
 
     # --- the box that looks
 
@@ -259,38 +248,26 @@ class FleetSyncer(Syncer):
         self.group.tell({"outcome": asdict(outcome)})
         return outcome
 
-    def _todo(self, this: Pass) -> tuple[list[Candidate], Outcome | None]:
-        return self.group.busy(lambda: Syncer._todo(self, this))  # a store may not answer
+    def _busy(self, work: Callable[[], _T]) -> _T:
+        return self.group.busy(work)  # a store may not answer
 
-    def _open(self, candidate: Candidate) -> Checkpoint:
-        return self.group.busy(lambda: Syncer._open(self, candidate))
-
-    def _publish(self, this: Pass, segment: Segment, checkpoint: Checkpoint) -> Outcome:
-        try:
-            outcome = self._offer(this, checkpoint, self.spec.weights, gated=True)
-        except (CheckpointMismatch, UnusableBase):
-            self._check_layout(segment)
-            raise
-        return replace(outcome, casts=self._new_casts(checkpoint))
-
-    def _pinned(self, this: Pass, pin: Pin) -> Outcome:
-        if this.live and pin.holds(this.live):
-            return self._pinned_outcome(this, pin)
-        checkpoint, fit = self.group.busy(lambda: self.record.reopen(pin, self.spec.weights))
-        with checkpoint:
-            return replace(self._offer(this, checkpoint, fit, gated=False), pin=pin.name)
-
-    def _offer(self, this: Pass, checkpoint: Checkpoint, fit: Fit, *, gated: bool) -> Outcome:
+    def _deliver(
+        self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, *, pinned: bool = False
+    ) -> Outcome:
+        """Offers an opened checkpoint to all boxes, this one among them."""
         offer = {
             "path": os.fspath(checkpoint.path),
             "step": checkpoint.step,
             "identity": checkpoint.identity,
             "version": max(report.last for report in self._reports) + 1,
-            "gated": gated,
+            "gated": not pinned,
         }
         self.group.tell({"offer": offer})
         turn = Turn(self.group)
         return self._take(this, turn, Shared(offer, self.group.rank, turn, checkpoint), offer, fit)
+
+    def _unusable(self, this: Pass, pin: Pin, exc: CheckpointError) -> Outcome:
+        raise exc
 
     # --- the boxes that follow
 
@@ -317,15 +294,8 @@ class FleetSyncer(Syncer):
             if each.identity not in told_of:
                 self.record.refuse(each.identity, each.reason or "", replace(each, version=self._seen))
         mine = taken or this.outcome(said.status)
-        return replace(
-            said,
-            version=mine.version,
-            bytes=mine.bytes,
-            seconds=mine.seconds,
-            readers=mine.readers,
-            backwards=mine.backwards,
-            casts=(),
-        )
+        own = {name: getattr(mine, name) for name in ("version", "bytes", "seconds", "readers", "backwards")}
+        return replace(said, casts=(), **own)
 
     # --- a publish
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .checkpoint import Checkpoint, step_of
 from .errors import (
@@ -48,6 +48,8 @@ from .weight_getter import CheckpointWeightGetter, place_of
 if TYPE_CHECKING:
     from .hook_runner import HookRunner
     from .state import Pin, State
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,6 @@ class Syncer:
         self.updater.spec = self.spec.fingerprint  # of the policy as it is now
         return self.updater.make_segment()
 
-    def rest(self) -> None:
-        """Gives the slots' mappings back until the next publish."""
-        if segment := self.updater.opened:
-            segment.unmap()
-
     def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
 
@@ -214,7 +211,7 @@ class Syncer:
         """Looks, and takes the newest."""
         if pin := self.record.pin():
             return self._pinned(this, pin)
-        todo, refusal = self._todo(this)
+        todo, refusal = self._busy(lambda: self._todo(this))
         if not todo:
             if not refusal and self._has_nothing_for(this.live):
                 raise self.getter.nothing()
@@ -269,8 +266,9 @@ class Syncer:
                     tell(last)
                     return False
                 tell(event)
-                if isinstance(event, WsyncError) or event.status != "published":
-                    self.rest()
+                idle = isinstance(event, WsyncError) or event.status != "published"
+                if idle and (segment := self.updater.opened):
+                    segment.unmap()  # until the next publish
         except Stopped:
             pass
         finally:
@@ -312,7 +310,7 @@ class Syncer:
         for candidate in todo:
             opened = ""  # a link may have moved since it was listed
             try:
-                with self._open(candidate) as checkpoint:
+                with self._busy(partial(self.getter.open, candidate)) as checkpoint:
                     opened = checkpoint.identity
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
@@ -353,34 +351,39 @@ class Syncer:
             **about,
         )
 
-    def _open(self, candidate: Candidate) -> Checkpoint:
-        return self.getter.open(candidate)
+    def _busy(self, work: Callable[[], _T]) -> _T:
+        """What this work gives, which may take long: a group tells its boxes meanwhile."""
+        return work()
 
     def _publish(self, this: Pass, segment: Segment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
         if self.spec.fingerprint not in (segment.spec, this.live.spec if this.live else ""):
             self._check_layout(segment)
         try:
-            with segment.publishing():
-                before = segment.live()
-                if pin := self.record.pin():  # just now
-                    return self._pinned_outcome(replace(this, live=before), pin)
-                if before != this.live:  # another publisher was faster; maybe with this very checkpoint
-                    this = replace(this, live=before)
-                    newer, _ = self._todo(this)
-                    if checkpoint.identity not in {candidate.identity for candidate in newer}:
-                        return self._current(this)
-                try:
-                    outcome = self._store(this, segment, checkpoint, self.spec.weights, self._last_look)
-                except RetryLater:
-                    if pin := self.record.pin():
-                        return self._pinned_outcome(this, pin)
-                    raise
+            outcome = self._deliver(this, segment, checkpoint, self.spec.weights)
         except (CheckpointMismatch, UnusableBase):
             self._check_layout(segment)
             raise
-        self._keep(segment)
         return replace(outcome, casts=self._new_casts(checkpoint))
+
+    def _deliver(
+        self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, *, pinned: bool = False
+    ) -> Outcome:
+        """Publishes a checkpoint; all that may have changed since the pass began is looked at again under the lock."""
+        with segment.publishing():
+            before, this = this.live, replace(this, live=segment.live())
+            if before != this.live and not pinned:  # another publisher was faster; maybe with this very checkpoint
+                newer, _ = self._todo(this)
+                if checkpoint.identity not in {candidate.identity for candidate in newer}:
+                    return self._current(this)
+            try:
+                outcome = self._store(this, segment, checkpoint, fit, None if pinned else self._last_look)
+            except RetryLater:
+                if pin := self.record.pin():
+                    return self._pinned_outcome(this, pin)
+                raise
+        self._keep(segment)
+        return outcome
 
     def _keep(self, segment: Segment) -> None:
         """Keeps a copy of what is live, if copies are kept; the lock is free by then, so that others need not wait."""
@@ -477,13 +480,11 @@ class Syncer:
             return self._pinned_outcome(this, pin)
         segment = self._make_segment()
         try:
-            checkpoint, fit = self.record.reopen(pin, self.spec.weights)
-            with checkpoint, segment.publishing():
-                outcome = self._store(replace(this, live=segment.live()), segment, checkpoint, fit)
+            checkpoint, fit = self._busy(lambda: self.record.reopen(pin, self.spec.weights))
+            with checkpoint:
+                return replace(self._deliver(this, segment, checkpoint, fit, pinned=True), pin=pin.name)
         except CheckpointError as exc:
             return self._unusable(this, pin, exc)
-        self._keep(segment)
-        return replace(outcome, pin=pin.name)
 
     def _unusable(self, this: Pass, pin: Pin, exc: CheckpointError) -> Outcome:
         """What is pinned cannot go live."""
