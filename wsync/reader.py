@@ -144,8 +144,13 @@ class Reader:
                 if not self._way.holds(lease):  # it was a copy, or it failed or was interrupted before
                     lease.release()
             self._took(lease, step)
-            if written:
-                self._tell_of_writing()
+            if written and not self._told_of_writing:
+                self._told_of_writing = True
+                _log.warning(
+                    "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone "
+                    'with the next version. Attach with mode="copy" to keep its tensors its own.',
+                    self.name,
+                )
             return True
 
     def _newest(self) -> Lease | None:
@@ -183,15 +188,6 @@ class Reader:
         with self._lock:
             found = self._find_again()
         return found and self._refresh()
-
-    def _tell_of_writing(self) -> None:
-        if not self._told_of_writing:
-            self._told_of_writing = True
-            _log.warning(
-                "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with "
-                'the next version. Attach with mode="copy" to keep its tensors its own.',
-                self.name,
-            )
 
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
