@@ -186,10 +186,7 @@ def trim() -> None:
     """Gives memory that was freed back to the system; glibc keeps it, some of it for ever (malloc_trim(3))."""
     import ctypes
 
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # another libc, which has its own way
-        pass
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_own_pages(mapped: mmap.mmap) -> bool | None:
