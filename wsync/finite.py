@@ -81,5 +81,8 @@ def not_finite(weights: memoryview, layout: Layout) -> list[str]:
     """The names of the tensors that hold NaN or infinity, tensor by tensor only where some do."""
     if all_finite(weights, float_regions(layout), ((0, layout.nbytes),)):
         return []
-    regions = float_regions(layout)
-    return [entry.name for entry in layout.tensors if not all_finite(weights, regions, ((entry.offset, entry.nbytes),))]
+    return [
+        entry.name
+        for entry in layout.tensors
+        if entry.nbytes and not is_finite(weights[entry.offset : entry.offset + entry.nbytes], entry.dtype)
+    ]
