@@ -92,8 +92,11 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 
 @contextmanager
-def mapping(size: int) -> Iterator[None]:
+def mapping(size: int, fd: int = -1) -> Iterator[None]:
     """Around the making of a mapping.
+
+    Args:
+        fd: of the file that is mapped, which the message names; -1 for none.
 
     Raises:
         OutOfSharedMemory: this process may not have so much.
@@ -103,8 +106,9 @@ def mapping(size: int) -> Iterator[None]:
     except OSError as exc:
         if exc.errno != errno.ENOMEM:
             raise
+        what = f" of {os.path.realpath(f'/proc/self/fd/{fd}')}" if fd >= 0 else ""
         raise OutOfSharedMemory(
-            f"this process cannot map {size:,} bytes: its own memory is limited. Raise the limit (`ulimit -v`; "
+            f"this process cannot map {size:,} bytes{what}: its own memory is limited. Raise the limit (`ulimit -v`; "
             "LimitAS= of its systemd unit), or that of mappings, if it has tens of thousands (`sysctl "
             "vm.max_map_count`)."
         ) from exc
@@ -121,9 +125,10 @@ def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> Ou
     if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
         return None
     info = os.statvfs(next(path for path in (where, *where.parents) if path.exists()))
+    inodes = f" (inodes: {files} wanted, {info.f_favail:,} of {info.f_files:,} free)" if info.f_files else ""
     return OutOfSharedMemory(
         f"{where} has no room ({exc.strerror}): the segment takes {wanted:,} bytes, {info.f_bavail * info.f_frsize:,} "
-        f"are free (inodes: {files} wanted, {info.f_favail:,} of {info.f_files:,} free). Make it larger (docker run "
+        f"are free{inodes}. Make it larger (docker run "
         "--shm-size, or a memory-backed emptyDir with a sizeLimit; nr_inodes= of its mount), use fewer --slots, raise "
         "what this process may write (`ulimit -f`; LimitFSIZE= of its systemd unit), or name another place with "
         "--runtime-dir."

@@ -449,7 +449,7 @@ class Segment:
                 raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
-            with mapping(size):
+            with mapping(size, fd):
                 return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
 
     def _open_slot(self, slot: int, flags: int) -> int:

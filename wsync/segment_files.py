@@ -149,7 +149,7 @@ def map_control(directory: int, *, write: bool) -> mmap.mmap:
     with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
         if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
             raise ValueError("its control page is not of this format")
-        with mapping(PAGE):
+        with mapping(PAGE, fd):
             return mmap.mmap(fd, PAGE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
 
 
