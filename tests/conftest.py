@@ -26,11 +26,12 @@ import torch
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync import fitting, staging
-from wsync.checkpoint import Checkpoint
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import load_spec
+from wsync.checkpoints import fit as fitting
+from wsync.checkpoints import reading as staging
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
 
 if TYPE_CHECKING:
     from object_stores import Bucket

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-from wsync.device import Cuda
 from wsync.errors import OutOfDeviceMemory
+from wsync.policy.device import Cuda
 
 
 class LateFlight:
@@ -36,7 +36,7 @@ class LateFlight:
 
 
 class LateDevice(Cuda):
-    """Stands in for ``wsync.device.Cuda``.
+    """Stands in for ``wsync.policy.device.Cuda``.
 
     Attributes:
         refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock; and ``"unlock"``.

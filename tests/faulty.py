@@ -24,15 +24,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wsync.checkpoints.fit import Fit
 from wsync.errors import SegmentError, WsyncError
-from wsync.fitting import Fit
-from wsync.layout import Layout
-from wsync.outcome import Outcome
-from wsync.segment import Segment
-from wsync.segment_files import slot_name
-from wsync.source import Select
-from wsync.spec import Spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.layout.layout import Layout
+from wsync.places.candidates import Select
+from wsync.segment.files import slot_name
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
 
 SCENARIOS = ("push", "watch", "current", "first", "shards", "step", "cast", "dry run", "named", "adapter")
 SHORT = -1

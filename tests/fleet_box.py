@@ -17,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wsync import badge, cli, delivery, group
-from wsync.segment import Segment
+from wsync.cli import commands as cli
+from wsync.fleet import delivery, group
+from wsync.fleet import membership as badge
+from wsync.segment.segment import Segment
 
 
 def die_at(step: str) -> None:

@@ -29,10 +29,15 @@ import rich.table
 import rich.text
 from conftest import DEADLINE
 
-import wsync.updaters
-import wsync.weights
-from wsync import cli, console, inspect, reader, spec, syncer, tables
+import wsync.layout.weights
+import wsync.updaters.vanilla
+from wsync.cli import commands as cli
+from wsync.cli import console, tables
+from wsync.cli import inspection as inspect
 from wsync.errors import WsyncError
+from wsync.policy import reader
+from wsync.settings import spec
+from wsync.sync import syncer
 
 __all__ = ["console", "inspect", "reader", "rich", "spec", "syncer", "tables", "wsync"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsync.layout import TORCH_DTYPES
+from wsync.layout.layout import TORCH_DTYPES
 
 
 def mlp(hidden: int = 8) -> nn.Sequential:

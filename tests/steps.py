@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import wsync
-from wsync import segment
+from wsync.segment import segment
 
 SOURCE = Path(wsync.__file__).parent
 _STEP = re.compile(r"# ([PR]\d \w+)")
@@ -35,7 +35,7 @@ def code() -> list[Line]:
     """The lines that carry the name of a step as their comment, in the order of files and lines."""
     return [
         Line(match[1], str(path), token.start[0])
-        for path in sorted(SOURCE.glob("*.py"))
+        for path in sorted(SOURCE.rglob("*.py"))
         for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
         if token.type == tokenize.COMMENT and (match := _STEP.fullmatch(token.string))
     ]

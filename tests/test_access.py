@@ -18,14 +18,14 @@ from others import GROUP, MEMBER, OWNER, STRANGER, as_person, person, run_cli
 from policies import mlp
 
 import wsync
-from wsync.access import Access
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy, SegmentUnsafe, UsageError
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.registry import ReaderRecord, Registration, open_readers
-from wsync.segment import Segment, remove, segments
-from wsync.spec import load_spec
+from wsync.layout.layout import layout_of
+from wsync.segment.access import Access
+from wsync.segment.publisher import publish
+from wsync.segment.readers import ReaderRecord, Registration, open_readers
+from wsync.segment.segment import Segment, remove, segments
+from wsync.settings.spec import load_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LAYOUT = layout_of(mlp())

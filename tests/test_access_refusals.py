@@ -16,13 +16,13 @@ from others import STRANGER, forked
 from policies import mlp
 
 import wsync
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentError, SegmentUnsafe, UsageError, WsyncError
-from wsync.layout import layout_of
-from wsync.memory import PAGE
-from wsync.publisher import publish
-from wsync.segment import Segment, remove, segments
-from wsync.segment_files import MAX_TABLE, METADATA_END, NO_SLOT, WORD_OFFSET, Publication
+from wsync.layout.layout import layout_of
+from wsync.segment.files import MAX_TABLE, METADATA_END, NO_SLOT, WORD_OFFSET, Publication
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment, remove, segments
+from wsync.system.memory import PAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LAYOUT = layout_of(mlp())

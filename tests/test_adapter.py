@@ -13,7 +13,8 @@ from conftest import DEADLINE, raw
 from torch import nn
 
 import wsync
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -23,11 +24,10 @@ from wsync.errors import (
     MalformedCheckpoint,
     NonFiniteWeights,
 )
-from wsync.fitting import Fit
-from wsync.layout import layout_of, views
-from wsync.source import Select, scan
-from wsync.spec import Spec
-from wsync.syncer import Syncer
+from wsync.layout.layout import layout_of, views
+from wsync.places.candidates import Select, scan
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
 
 peft: Any = pytest.importorskip("peft")
 

@@ -20,11 +20,11 @@ import pytest
 from conftest import DEADLINE, Cli, Spawn
 from rich.console import Console
 
-from wsync import cli_bench
 from wsync.bench import cases
 from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Aim, Row, Settings, Skip, compare, parse_size
-from wsync.bench.view import amount, as_json, print_rows
+from wsync.cli import bench_command as cli_bench
+from wsync.cli.bench_view import amount, as_json, print_rows
 from wsync.errors import UsageError
 
 BOX = {"processor": "one", "cores": 2, "memory_free": 1, "load": 9.0, "kernel": "6", "python": "3", "torch": "2"}
@@ -224,7 +224,7 @@ def test_a_slow_place_in_a_page_is_made(settings: Settings) -> None:
 
 
 BRIEF = """
-from wsync import cli
+from wsync.cli import commands as cli
 from wsync.bench.place import Place
 Place.rounds = lambda place, number: 1
 cli.main()
@@ -245,7 +245,7 @@ with private_place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2
             signal.pause()
 """
 BROKEN = """
-from wsync import cli
+from wsync.cli import commands as cli
 from wsync.bench import cases
 def fail(place):
     raise ArithmeticError("as asked")
@@ -254,7 +254,7 @@ cli.main()
 """
 HUNG_UP = """
 import os, signal
-from wsync import cli
+from wsync.cli import commands as cli
 from wsync.bench import cases
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 measure = cases.CASES["finite"]
@@ -308,7 +308,7 @@ def test_a_table_of_what_was_asked_for(cli: Cli, runtime: Path, tmp_path: Path) 
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_long_name_fits(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the figures: a narrow table folds names, never what was measured; a wide one has a line for each row."""
-    monkeypatch.setattr("wsync.bench.view.stdout_console", lambda: Console(width=columns, highlight=False))
+    monkeypatch.setattr("wsync.cli.bench_view.stdout_console", lambda: Console(width=columns, highlight=False))
     long = Row("something with a long name and more", "s", ((2.345, 1.234),), "the usual long way", Aim("<=", 1.25))
     print_rows(Settings(), BOX, [long] * 3)
     lines = capsys.readouterr().out.splitlines()

@@ -22,8 +22,11 @@ from conftest import raw, write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
-from wsync import finite, fitting, header
-from wsync.checkpoint import Checkpoint, step_of
+from wsync.checkpoints import fit as fitting
+from wsync.checkpoints import header
+from wsync.checkpoints.checkpoint import Checkpoint, step_of
+from wsync.checkpoints.files import identity
+from wsync.checkpoints.fit import Fit
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -33,9 +36,9 @@ from wsync.errors import (
     NoCheckpoint,
     NonFiniteWeights,
 )
-from wsync.fitting import Fit
-from wsync.layout import TORCH_DTYPES, Layout, layout_of
-from wsync.parts import SINGLE, identity
+from wsync.layout import finite
+from wsync.layout.filenames import SINGLE
+from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
 Progress = Callable[[int], None]

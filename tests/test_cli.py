@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import wsync
-from wsync.fitting import Fit
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.checkpoints.fit import Fit
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 PUSH_KEYS = {"status", "name", "version", "step", "checkpoint", "bytes", "seconds", "reason"}
@@ -376,7 +376,7 @@ def test_toml_spec(runs: Path) -> None:
 
 def test_another_system_is_told_in_words() -> None:
     """Where there is no flock, futex or tmpfs, one line says so, before anything that is missing there is imported."""
-    code = "import sys; sys.platform = 'darwin'; from wsync.cli import main; main()"
+    code = "import sys; sys.platform = 'darwin'; from wsync.cli.commands import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
     assert (
         done.returncode == 2 and "Linux" in done.stderr and "darwin" in done.stderr and "Traceback" not in done.stderr

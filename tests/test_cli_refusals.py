@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_cli import NAME, SPEC, live, mark_of, report
 from torch import nn
 
-from wsync.segment import Segment
+from wsync.segment.segment import Segment
 
 __all__ = ["live"]  # fixtures
 

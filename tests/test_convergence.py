@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from wsync.badge import few
-from wsync.checkpoint import Checkpoint
-from wsync.convergence import Change, Report, change_of, holder_of, leader_of
-from wsync.delivery import Shared, Turn, judge
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
 from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
-from wsync.fitting import Fit
-from wsync.group import Group
-from wsync.layout import Layout
+from wsync.fleet.delivery import Shared, Turn, judge
+from wsync.fleet.group import Group
+from wsync.fleet.membership import few
+from wsync.fleet.reconcile import Change, Report, change_of, holder_of, leader_of
+from wsync.layout.layout import Layout
 
 
 def box(version: int, identity: str = "x", **more: object) -> Report:
@@ -118,7 +118,7 @@ class Alone(Group):
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: Path, monkeypatch: Any) -> None:
     """The pieces are the slot's bytes, cast and checked; of one that is refused none is sent."""
-    monkeypatch.setattr("wsync.group.PIECE", 24)
+    monkeypatch.setattr("wsync.fleet.group.PIECE", 24)
     tensors = {"a": torch.full((4, 4), 1.0), "b": torch.full((4, 4), float("nan") if wrong else 2.0).double()}
     save_file(tensors, tmp_path / "x.safetensors")
     layout = Layout.build(dict.fromkeys(tensors, ("F32", (4, 4))), {})

@@ -12,11 +12,11 @@ from test_reader import Trainer
 from torch import nn
 
 import wsync
-from wsync.attached import Attached
-from wsync.layout import layout_of
-from wsync.publisher import publish_tensors
-from wsync.reader import Reader
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.policy.reader import Reader
+from wsync.policy.tensors import Attached
+from wsync.segment.publisher import publish_tensors
+from wsync.segment.segment import Segment
 
 WIDE = (1 << 20) + 7  # elements that torch may share between threads
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from wsync import header
 from wsync.bench.cases import Slot
 from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Settings
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.checkpoints import header
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 
 @pytest.fixture

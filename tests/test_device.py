@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from wsync.device import Cuda
 from wsync.errors import OutOfDeviceMemory
+from wsync.policy.device import Cuda
 
 
 class Cudart:

@@ -19,10 +19,10 @@ from test_reader import Trainer, addresses
 from test_reader_lifetime import leased
 
 import wsync
-from wsync import device_reader
-from wsync import reader as reading
 from wsync.errors import OutOfDeviceMemory, SegmentUnsafe, UsageError
-from wsync.segment import Segment
+from wsync.policy import device_reader
+from wsync.policy import reader as reading
+from wsync.segment.segment import Segment
 
 __all__ = ["device", "trainer"]
 
@@ -315,7 +315,7 @@ def test_a_process_that_ends_under_a_copy(trainer: Trainer, spawn: Spawn) -> Non
         "import wsync\n"
         "from devices import LateDevice\n"
         "from policies import mlp\n"
-        "from wsync import attaching\n"
+        "from wsync.policy import attaching\n"
         "device = LateDevice()\n"
         "attaching._device_of = lambda policy: device\n"
         "reader = wsync.attach(mlp(), 'nets')\n"
@@ -429,9 +429,9 @@ def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
         "from devices import LateDevice\n"
         "from policies import mlp\n"
         "from test_reader_lifetime import leased\n"
-        "from wsync import attaching\n"
+        "from wsync.policy import attaching\n"
         "from wsync.errors import UsageError\n"
-        "from wsync.segment import Segment\n"
+        "from wsync.segment.segment import Segment\n"
         "device = LateDevice()\n"
         "attaching._device_of = lambda policy: device\n"
         "policy = mlp()\n"
@@ -475,7 +475,7 @@ def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spaw
         "import sys, torch, wsync\n"
         "from policies import mlp\n"
         "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
-        "print([m for m in sys.modules if m.startswith('wsync.device')], torch.cuda.is_initialized())\n"
+        "print([m for m in sys.modules if m.startswith('wsync.policy.device')], torch.cuda.is_initialized())\n"
     )
     out, err = spawn("-c", script).communicate(timeout=DEADLINE)
     assert out == "[] False\n", err

@@ -17,14 +17,14 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
-from wsync import attaching
-from wsync import reader as reading
-from wsync.checkpoint import Checkpoint
-from wsync.device import Split
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import LayoutDiffers, SwapRefused, UsageError
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.policy import attaching
+from wsync.policy import reader as reading
+from wsync.policy.device import Split
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 
 MODES = [("swap", "device"), ("copy", "device"), ("copy", "none")]
 

@@ -17,9 +17,9 @@ from conftest import DEADLINE, TESTS, Cli, Spawn, write
 from object_stores import Bucket
 from torch import nn
 
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import load_spec
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
 
 EXAMPLES = TESTS.parent / "examples"
 POLICY = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))

@@ -29,14 +29,14 @@ from test_processes import SPEC
 from test_processes import mark_of as marks_of
 from test_retry import stop
 
-from wsync.checkpoint import Checkpoint
-from wsync.console import WatchLog
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
+from wsync.cli.console import WatchLog
 from wsync.errors import SegmentError, SegmentUnsafe
-from wsync.fitting import Fit
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 __all__ = ["stop"]  # fixtures
 
@@ -215,7 +215,7 @@ def test_what_can_fail_fails_before_the_store(segment: Segment, runs: Path, monk
 
     with Syncer(load_spec(SPEC), runs) as syncer:
         with monkeypatch.context() as patch:
-            patch.setattr("wsync.segment.address_of", refuse)
+            patch.setattr("wsync.segment.segment.address_of", refuse)
             with pytest.raises(SegmentError, match="Too many open files"):
                 syncer.once()
         assert segment.version == 0
@@ -304,11 +304,11 @@ from dataclasses import replace
 from pathlib import Path
 import ctypes, hashlib, numpy, pwd, shutil, tempfile, inotify_simple  # nobody may not read them later
 from faulty import NAME, Box, Faults
-import wsync.changes, wsync.schedule
-from wsync.layout import Layout
-from wsync.outcome import Outcome
-from wsync.spec import Spec
-from wsync.syncer import Syncer
+import wsync.places.changes, wsync.sync.schedule
+from wsync.layout.layout import Layout
+from wsync.history.outcome import Outcome
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
 
 place, runtime, layout = Path(sys.argv[1]), Path(sys.argv[2]), Layout.from_json(json.loads(sys.argv[3]))
 faulthandler.dump_traceback_later(60, exit=True)

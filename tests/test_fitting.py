@@ -21,18 +21,18 @@ from hypothesis import settings as at_most
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from wsync import advice
-from wsync.casting import pieces
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints import advice
+from wsync.checkpoints.cast import pieces
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit, Plan, fit
+from wsync.checkpoints.header import StoredTensor
 from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
-from wsync.fitting import Fit, Plan, fit
-from wsync.header import StoredTensor
-from wsync.layout import TORCH_DTYPES, Layout, layout_of
-from wsync.publisher import publish, rehearse
-from wsync.segment import Segment
-from wsync.spec import Spec, load_spec
-from wsync.state import State
-from wsync.syncer import Syncer
+from wsync.history.database import State
+from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
+from wsync.segment.publisher import publish, rehearse
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec, load_spec
+from wsync.sync.syncer import Syncer
 
 FLOATS = ["F16", "BF16", "F32", "F64"]
 WRAPPERS = ["module.", "_orig_mod.", "actor.", "model.", "policy.", "actor_network.", "base_model.model.",

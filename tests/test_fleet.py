@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from web_server import Web, serve
 
 from wsync.errors import SegmentError
-from wsync.segment import Segment
-from wsync.segment_files import WORD_OFFSET, slot_name
+from wsync.segment.files import WORD_OFFSET, slot_name
+from wsync.segment.segment import Segment
 
 NAME = "nets"
 BOX = str(TESTS / "fleet_box.py")
@@ -562,10 +562,11 @@ def test_a_watch_of_one_box_knows_of_no_group(runtime: Path) -> None:
     """Without torchrun neither a watch nor status loads any of this."""
     code = """
 import sys
-import wsync.service, wsync.status, wsync.cli
-service = wsync.service.Service(lambda: wsync.spec.load_spec("policies:mlp"), None, "runs")
+import wsync.service.service, wsync.cli.status, wsync.cli.commands
+service = wsync.service.service.Service(lambda: wsync.settings.spec.load_spec("policies:mlp"), None, "runs")
 assert type(service.syncer).__name__ == "Syncer"
-print(sorted(name for name in sys.modules if name in ("torch", "wsync.group", "wsync.fleet", "wsync.delivery")))
+heavy = {"torch", "wsync.fleet.group", "wsync.fleet.fleet", "wsync.fleet.delivery"}
+print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
     assert done.stdout == "[]\n", done.stderr

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE, TESTS, Cli, Lines, Spawn, write
 
-from wsync.spec import load_spec
+from wsync.settings.spec import load_spec
 
 UNIT = TESTS.parent / "examples" / "fleet" / "wsync-fleet@.service"
 README = (TESTS.parent / "README.md").read_text()

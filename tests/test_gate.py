@@ -20,15 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import wsync
-from wsync import SharedMemoryWeightUpdater, command, gate
+from wsync import SharedMemoryWeightUpdater
 from wsync.errors import GateRejected, RetryLater, SpecError, UsageError
-from wsync.hooks import VARIABLES, Hooks
-from wsync.layout import layout_of
-from wsync.outcome import Outcome
-from wsync.publisher import Staged
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.hooks import command, gate
+from wsync.layout.layout import layout_of
+from wsync.segment.publisher import Staged
+from wsync.segment.segment import Segment
+from wsync.settings.hooks import VARIABLES, Hooks
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 OPTIONS = {f"WSYNC_{name.upper()}" for name in Hooks.__dataclass_fields__}
@@ -144,7 +145,7 @@ def test_version_is_dated_after_the_gate(
 ) -> None:
     """A version is as old as its publish, not as its staging: the gate's own time does not count."""
     now = time.time()
-    monkeypatch.setattr("wsync.publisher.time.time", lambda: now + (1000 if Path("done").exists() else 0))
+    monkeypatch.setattr("wsync.segment.publisher.time.time", lambda: now + (1000 if Path("done").exists() else 0))
     write(runs / "step_2.safetensors", mlp(), 2.0)
     syncer("touch done").once()
     publication = live.live()
@@ -473,7 +474,7 @@ def test_publisher_with_a_function_imports_no_torch(live: Segment, runs: Path, c
     """The user's function brings torch into its own process, never into the publisher's."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs", "--gate", "gates:sees", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
-    assert result.returncode == 0 and "wsync.gate" in result.stderr
+    assert result.returncode == 0 and "wsync.hooks.gate" in result.stderr
     assert not {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()} & {"torch", "gates", "policies"}
 
 

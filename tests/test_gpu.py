@@ -19,15 +19,15 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
-from wsync import attaching
-from wsync import reader as reading
-from wsync.checkpoint import Checkpoint
-from wsync.device import Cuda
-from wsync.device_weights import lock_slot
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import OutOfDeviceMemory, UsageError
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.policy import attaching
+from wsync.policy import reader as reading
+from wsync.policy.device import Cuda
+from wsync.policy.device_weights import lock_slot
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device here")
 gpus = torch.cuda.device_count()

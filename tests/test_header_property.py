@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import IncompleteCheckpoint, MalformedCheckpoint
-from wsync.layout import DTYPE_BITS
+from wsync.layout.layout import DTYPE_BITS
 
 SIZES = st.one_of(st.integers(0, 5), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]))
 TEXT = st.text(st.characters(exclude_categories=[]), max_size=3)  # half surrogates, too

@@ -26,22 +26,22 @@ from policies import mlp
 from safetensors.torch import save_file
 
 import wsync
-from wsync import gate
-from wsync import rollback as way_back
-from wsync.cli import app
+from wsync.checkpoints.fit import Fit
+from wsync.cli.commands import app
+from wsync.cli.history import moment, sparkline
+from wsync.cli.options import VARIABLES
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
-from wsync.fitting import Fit
-from wsync.history import moment, sparkline
-from wsync.hooks import Hooks
-from wsync.layout import layout_of
-from wsync.options import VARIABLES
-from wsync.outcome import Outcome
-from wsync.rollback import pin_checkpoint, rollback
-from wsync.segment import Segment
-from wsync.spec import Spec, load_spec
-from wsync.state import State
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.history import rollback as way_back
+from wsync.history.database import State
+from wsync.history.outcome import Outcome
+from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.hooks import gate
+from wsync.layout.layout import layout_of
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.hooks import Hooks
+from wsync.settings.spec import Spec, load_spec
+from wsync.sync.syncer import Syncer
 
 NAME = "policies.mlp"
 Push = Callable[..., Outcome]

@@ -21,16 +21,16 @@ import pytest
 from conftest import DEADLINE, Cli, Spawn, heard, signal_another_thread, write
 from policies import mlp
 
-from wsync import command
-from wsync.console import WatchLog
+from wsync.cli.console import WatchLog
 from wsync.errors import WsyncError
-from wsync.hook_runner import Hook, request
-from wsync.hooks import VARIABLES, Hooks
-from wsync.outcome import Outcome
-from wsync.segment import Segment
-from wsync.segment_files import Publication
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.hooks import command
+from wsync.hooks.runner import Hook, request
+from wsync.segment.files import Publication
+from wsync.segment.segment import Segment
+from wsync.settings.hooks import VARIABLES, Hooks
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 
@@ -441,11 +441,11 @@ def test_nothing_to_do_costs_nothing(segment: Segment, runs: Path, cli: Cli) -> 
     result = cli("push", SPEC, "runs", *settings, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
     found = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "wsync.hooks" in found
+    assert "wsync.settings.hooks" in found
     runners = {
-        "wsync.gate",
-        "wsync.command",
-        "wsync.hook_runner",
+        "wsync.hooks.gate",
+        "wsync.hooks.command",
+        "wsync.hooks.runner",
         "http.client",
         "urllib.request",
         "torch",

@@ -16,12 +16,12 @@ from others import run_main
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync.casting import Piece
-from wsync.checkpoint import Checkpoint
-from wsync.fitting import Fit
-from wsync.inspect import inspect
-from wsync.segment import Segment
-from wsync.spec import Spec
+from wsync.checkpoints.cast import Piece
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
+from wsync.cli.inspection import inspect
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec
 
 SPEC = "policies:mlp"
 
@@ -147,7 +147,7 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
             path.unlink()
         return Checkpoint(path)
 
-    monkeypatch.setattr("wsync.inspect.open_checkpoint", open_checkpoint)
+    monkeypatch.setattr("wsync.cli.inspection.open_checkpoint", open_checkpoint)
     looked = inspect(runs)
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 

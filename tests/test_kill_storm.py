@@ -24,14 +24,14 @@ from steps import Line, code
 from victims import HIDDEN, NAME, Child, Server
 
 import wsync
-from wsync import segment as segment_module
-from wsync import segment_files
-from wsync.checkpoint import Checkpoint
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.segment import Segment, segments
-from wsync.segment_files import REMOVED
-from wsync.spec import load_spec
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.layout.layout import layout_of
+from wsync.segment import files as segment_files
+from wsync.segment import segment as segment_module
+from wsync.segment.files import REMOVED
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment, segments
+from wsync.settings.spec import load_spec
 
 KILLS = int(os.environ.get("TEST_KILLS", "60"))
 FILES = {"control", "layout.json", "publisher.lock", "readers", *(f"slot-{n}.safetensors" for n in range(3))}
@@ -51,13 +51,16 @@ def server(modules: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def light() -> Iterator[Server]:
     """Forks processes that never need torch: the command line."""
-    yield from server("wsync.cli wsync.syncer wsync.console wsync.tables rich.console inotify_simple shutil tempfile")
+    yield from server(
+        "wsync.cli.commands wsync.sync.syncer wsync.cli.console wsync.cli.tables rich.console inotify_simple shutil "
+        "tempfile"
+    )
 
 
 @pytest.fixture(scope="module")
 def heavy() -> Iterator[Server]:
     """Forks processes that do: policies, and a trainer that publishes from memory."""
-    yield from server("torch wsync.reader wsync.publisher wsync.weights policies")
+    yield from server("torch wsync.policy.reader wsync.segment.publisher wsync.layout.weights policies")
 
 
 class Storm:

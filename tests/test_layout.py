@@ -14,7 +14,7 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from wsync.errors import SpecError
-from wsync.layout import TORCH_DTYPES, Layout, layout_of, named_tensors
+from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of, named_tensors
 
 Make = Callable[[], nn.Module]
 

@@ -16,16 +16,16 @@ from others import in_a_small_place, limited, run_cli
 from policies import mlp
 
 import wsync
-from wsync.access import Access
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import OutOfSharedMemory, SegmentBusy, WsyncError
-from wsync.layout import Layout, layout_of
-from wsync.memory import PAGE
-from wsync.outcome import Outcome
-from wsync.publisher import publish
-from wsync.segment import Segment, remove
-from wsync.spec import Spec, load_spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.layout.layout import Layout, layout_of
+from wsync.segment.access import Access
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment, remove
+from wsync.settings.spec import Spec, load_spec
+from wsync.sync.syncer import Syncer
+from wsync.system.memory import PAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LAYOUT = layout_of(mlp())
@@ -315,7 +315,7 @@ def test_memory_that_is_gone_is_one_message(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsync.syncer.publish", fail)
+        patch.setattr("wsync.sync.syncer.publish", fail)
         code, _, err = run_cli("push", "policies:mlp", str(path))
         assert code == 1 and err.startswith("wsync: ") and err.count("\n") == 1
         stop, told = threading.Event(), []
@@ -338,9 +338,9 @@ def test_the_command_line_itself_may_run_out(cli: Cli, monkeypatch: pytest.Monke
     def exhausted(**_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("wsync.cli._just", lambda *_: exhausted)
+    monkeypatch.setattr("wsync.cli.commands._just", lambda *_: exhausted)
     monkeypatch.setattr("os._exit", ended.append)
-    from wsync.cli import main
+    from wsync.cli.commands import main
 
     main()
     assert ended == [1] and "no memory left" in capsys.readouterr().err

@@ -23,19 +23,19 @@ from policies import mlp
 
 import wsync
 from wsync.errors import UsageError, WsyncError
-from wsync.layout import layout_of
-from wsync.metrics import Metrics
-from wsync.outcome import EXIT_CODES, Outcome
-from wsync.registry import Registration
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import EXIT_CODES, Outcome
+from wsync.layout.layout import layout_of
+from wsync.segment.readers import Registration
+from wsync.segment.segment import Segment
+from wsync.settings.metrics import Metrics
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 parser = pytest.importorskip("prometheus_client.parser")
 
-from wsync.endpoint import Endpoint, _Handler  # noqa: E402  (they need the client)
-from wsync.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
-from wsync.monitor import Monitor  # noqa: E402
+from wsync.service.endpoint import Endpoint, _Handler  # noqa: E402  (they need the client)
+from wsync.service.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
+from wsync.service.monitor import Monitor  # noqa: E402
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 Samples = dict[tuple[str, ...], float]
@@ -157,7 +157,7 @@ def test_stale_is_unhealthy_and_recovers(serving: Callable[..., tuple[Lines, str
 def test_a_trainer_that_is_done_makes_nothing_stale(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that find the newest live keep a watch healthy; refusals, failures and silence do not."""
     clock = [1000.0]
-    monkeypatch.setattr("wsync.figures.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("wsync.service.figures.time.monotonic", lambda: clock[0])
     figures = Figures(NAME)
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
@@ -402,7 +402,7 @@ def test_quiet_passes_are_written_now_and_then_and_at_the_end(runs: Path) -> Non
 def test_without_the_client_one_line_says_what_to_install(runs: Path) -> None:
     """The core needs no prometheus-client; who asks for figures is told of the extra, and nothing is published."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    code = "import sys; sys.modules['prometheus_client'] = None; from wsync.cli import main; main()"
+    code = "import sys; sys.modules['prometheus_client'] = None; from wsync.cli.commands import main; main()"
     command = [sys.executable, "-c", code, "push", SPEC, "runs"]
     done = subprocess.run([*command, "--metrics-file", "a.prom"], capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 2 and "wsync[metrics]" in done.stderr and "Traceback" not in done.stderr
@@ -414,8 +414,17 @@ def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) ->
     """A push without the option imports neither the client nor what serves it."""
     done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "wsync.syncer" in loaded
-    assert not {"prometheus_client", "http.server", "wsync.figures", "wsync.monitor", "wsync.notify"} & loaded
+    assert "wsync.sync.syncer" in loaded
+    assert (
+        not {
+            "prometheus_client",
+            "http.server",
+            "wsync.service.figures",
+            "wsync.service.monitor",
+            "wsync.service.notify",
+        }
+        & loaded
+    )
 
 
 def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
@@ -426,7 +435,7 @@ def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
         patch.setattr("sys.argv", [odd])
         named = Registration(segment.path, "copy")
         pids = iter(range(10_000))
-        patch.setattr("wsync.registry.os.getpid", lambda: next(pids))
+        patch.setattr("wsync.segment.readers.os.getpid", lambda: next(pids))
         many = [Registration(segment.path, "copy") for _ in range(MAX_READERS)]
     figures = [(sample.name, sample.labels.get("reader"), sample.value) for sample in samples_of(Live(NAME))]
     labels = [reader for name, reader, _ in figures if name == "wsync_reader_lag_versions"]

@@ -13,13 +13,13 @@ from policies import mlp
 from steps import Trace, code, essay
 
 import wsync
-from wsync import memory
-from wsync import segment as protocol
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
-from wsync.layout import layout_of
-from wsync.publisher import publish, publish_tensors
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.segment import segment as protocol
+from wsync.segment.publisher import publish, publish_tensors
+from wsync.segment.segment import Segment
+from wsync.system import memory
 
 TORN: Property = "no torn read"
 OTHER: Property = "the version's own weights"

@@ -153,7 +153,7 @@ def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:
 def test_each_alert_is_on_figures_that_there_are(tmp_path: Path) -> None:
     """Every metric that a rule names, and every label and status, is one that is exposed."""
     pytest.importorskip("prometheus_client")
-    from wsync.figures import STATUSES, Figures, RunFigures
+    from wsync.service.figures import STATUSES, Figures, RunFigures
 
     families = [*Figures("actor").registry.collect(), *RunFigures("actor", tmp_path / "actor.prom").collect()]
     exposed = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}

@@ -24,9 +24,11 @@ import torch
 from conftest import TESTS, write
 from safetensors.torch import save_file
 
-from wsync import checkpoint as module
-from wsync import parts
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints import checkpoint as module
+from wsync.checkpoints import files as parts
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.files import identity, parts_of
+from wsync.cli.inspection import inspect
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -35,15 +37,14 @@ from wsync.errors import (
     MalformedCheckpoint,
     NoCheckpoint,
 )
-from wsync.inspect import inspect
-from wsync.layout import Layout, layout_of
-from wsync.memory import being_written
-from wsync.parts import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, identity, parts_of
-from wsync.segment import Segment
-from wsync.source import Candidate, Select, scan
-from wsync.spec import Spec
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE
+from wsync.layout.layout import Layout, layout_of
+from wsync.places.candidates import Candidate, Select, scan
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
+from wsync.system.memory import being_written
 
 LONG_AGO = 1_000_000  # seconds; a time at which every file here stood still already
 

@@ -21,14 +21,14 @@ from policies import mlp
 from safetensors.torch import load_file
 
 from wsync import CheckpointWeightGetter
-from wsync.checkpoint import Checkpoint
-from wsync.console import WatchLog
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.cli.console import WatchLog
 from wsync.errors import WsyncError
-from wsync.outcome import Outcome
-from wsync.segment import Segment
-from wsync.source import Candidate
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.places.candidates import Candidate
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 LAST = 30
@@ -53,9 +53,9 @@ sys.stdin.read()
 STAGING = """
 import sys
 from wsync import CheckpointWeightGetter
-from wsync.checkpoint import Checkpoint
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 def progress(nbytes):
     print("staged", nbytes, flush=True)
     sys.stdin.read()
@@ -367,7 +367,7 @@ def test_a_long_stage_shows_a_bar(runs: Path, monkeypatch: pytest.MonkeyPatch) -
     from rich.console import Console
 
     clock = [100.0]
-    monkeypatch.setattr("wsync.console.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("wsync.cli.console.time.monotonic", lambda: clock[0])
     log = WatchLog(NAME, runs, "rich", lambda: None)
     console = Console(width=60, file=io.StringIO(), color_system=None)
     log.progress(1_000_000, 4_000_000)

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync import memory
-from wsync import reader as reading
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import AttachTimeout, LayoutDiffers, SwapRefused, UsageError
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.segment import Lease, Segment
+from wsync.layout.layout import layout_of
+from wsync.policy import reader as reading
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Lease, Segment
+from wsync.system import memory
 
 
 class Trainer:
@@ -443,9 +443,9 @@ def test_wait_is_woken_by_a_publish_of_another_process(
     trainer.push(1)
     script = (
         "import sys\n"
-        "from wsync.checkpoint import Checkpoint\n"
-        "from wsync.publisher import publish\n"
-        "from wsync.segment import Segment\n"
+        "from wsync.checkpoints.checkpoint import Checkpoint\n"
+        "from wsync.segment.publisher import publish\n"
+        "from wsync.segment.segment import Segment\n"
         "segment = Segment.open('nets', write=True)\n"
         "sys.stdin.readline()\n"
         "with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint: publish(segment, checkpoint)\n"

@@ -24,11 +24,12 @@ from test_reader import Trainer, addresses, slot_ranges
 from torch import nn
 
 import wsync
-from wsync import memory, swap
-from wsync import reader as reading
 from wsync.errors import AttachTimeout, SwapRefused, UsageError
-from wsync.layout import layout_of
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.policy import reader as reading
+from wsync.policy import swap
+from wsync.segment.segment import Segment
+from wsync.system import memory
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_fork_shares_the_lease(trainer: Trainer, spawn: Spawn) -> None:
         "from conftest import marks\n"
         "from policies import mlp\n"
         "from test_reader_lifetime import leased\n"
-        "from wsync.segment import Segment\n"
+        "from wsync.segment.segment import Segment\n"
         "policy = mlp()\n"
         "reader = wsync.attach(policy, 'nets', mode='swap')\n"
         "segment = Segment.open('nets')\n"
@@ -398,7 +399,7 @@ def test_a_policy_that_attached_keeps_no_second_copy(trainer: Trainer, spawn: Sp
     code = """
 import sys, torch, wsync
 from torch import nn
-from wsync.segment_updater import SharedMemoryWeightUpdater
+from wsync.updaters.shared_memory import SharedMemoryWeightUpdater
 
 def own():
     fields = dict(line.split(":") for line in open("/proc/self/smaps_rollup").read().splitlines()[1:])

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import DEADLINE, TESTS, Cli, Spawn, write
 
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import Spec, load_spec
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec, load_spec
 
 ROOT = TESTS.parent
 README = (ROOT / "README.md").read_text()

@@ -21,17 +21,17 @@ from policies import Tied, mlp, normed
 from safetensors.torch import save_file
 
 import wsync
-from wsync import fitting
-from wsync.checkpoint import Checkpoint
-from wsync.fitting import Fit
-from wsync.inspect import inspect
-from wsync.layout import layout_of
-from wsync.remote import AT_ONCE, RemoteCheckpoint
-from wsync.segment import Segment
-from wsync.source import Select
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.checkpoints import fit as fitting
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
+from wsync.checkpoints.remote import AT_ONCE, RemoteCheckpoint
+from wsync.cli.inspection import inspect
+from wsync.layout.layout import layout_of
+from wsync.places.candidates import Select
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 

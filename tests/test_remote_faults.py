@@ -15,15 +15,15 @@ from object_stores import SECRET, Bucket
 from policies import mlp
 
 import wsync
-from wsync import fitting
+from wsync.checkpoints import fit as fitting
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
-from wsync.layout import layout_of
-from wsync.outcome import Outcome
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.store import PATIENCE
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.history.outcome import Outcome
+from wsync.layout.layout import layout_of
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.stores.store import PATIENCE
+from wsync.sync.syncer import Syncer
 
 SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 FAULTS = {"cut": cut, "nothing": nothing, "503": busy, "truncated": truncated, "shifted": shifted, "longer": longer}
@@ -33,7 +33,7 @@ RANGE = r"GET \S*step_2\.safetensors"
 @pytest.fixture
 def live(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Syncer]:
     """A syncer with little patience; version 1 is live, with mark 1, and a newer checkpoint of many ranges is there."""
-    monkeypatch.setattr("wsync.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
+    monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
     monkeypatch.setattr(fitting, "CHUNK", 64)
     spec = load_spec(SPEC)
     Segment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
@@ -109,7 +109,7 @@ def test_a_slow_body_is_given_up_and_asked_for_again(bucket: Bucket, live: Synce
 
 def test_what_came_is_not_asked_for_again(bucket: Bucket, live: Syncer, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a cut the range goes on where it ended."""
-    monkeypatch.setattr("wsync.store._PIECE", 1)
+    monkeypatch.setattr("wsync.stores.store._PIECE", 1)
     bucket.proxy.arm(RANGE + r"[\s\S]*bytes=(?!0-)", cut)
     assert live.once().status == "published"
     ranges = [head.lower().partition("range: bytes=")[2].split()[0] for head in bucket.proxy.heads(RANGE)][1:]
@@ -121,8 +121,8 @@ def test_what_came_is_not_asked_for_again(bucket: Bucket, live: Syncer, monkeypa
 def test_pauses_grow(bucket: Bucket, live: Syncer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pause between two tries is twice the last."""
     pauses: list[float] = []
-    monkeypatch.setattr("wsync.store.time.sleep", pauses.append)
-    monkeypatch.setattr("wsync.store.PATIENCE", replace(PATIENCE, tries=7))
+    monkeypatch.setattr("wsync.stores.store.time.sleep", pauses.append)
+    monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=7))
     bucket.proxy.arm("list-type", busy, times=1000)
     assert live.once().status == "failed"
     assert pauses == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0]
@@ -224,11 +224,11 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
     bucket.proxy.arm(RANGE)
     bucket.proxy.arm(RANGE, before=late)
     bucket.proxy.arm(RANGE, busy, before=lambda: held.wait(DEADLINE), times=1000)  # all others fail
-    monkeypatch.setattr("wsync.store.PATIENCE", replace(PATIENCE, tries=1))
+    monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=1))
     layout = layout_of(mlp())
     weights = bytearray(layout.nbytes)
     ended = threading.Event()
-    fetch = wsync.remote.RemoteCheckpoint._fetch
+    fetch = wsync.checkpoints.remote.RemoteCheckpoint._fetch
 
     def watched(self: Any, *args: Any) -> None:
         try:
@@ -241,7 +241,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
         if over.is_set():
             ended.set()
 
-    monkeypatch.setattr("wsync.remote.RemoteCheckpoint._fetch", watched)
+    monkeypatch.setattr("wsync.checkpoints.remote.RemoteCheckpoint._fetch", watched)
     checkpoint = CheckpointWeightGetter(f"{RUN}/step_2.safetensors").open_newest()
     assert checkpoint
     with checkpoint, pytest.raises(CheckpointError):
@@ -307,7 +307,7 @@ def test_credentials_that_cannot_be_had_are_told(bucket: Bucket, live: Syncer, m
         def __call__(self) -> Any:
             raise RuntimeError(SECRET)
 
-    monkeypatch.setattr("wsync.store_client._profile", lambda: {"credential_provider": Provider()})
+    monkeypatch.setattr("wsync.stores.client._profile", lambda: {"credential_provider": Provider()})
     before = len(bucket.proxy.requests)
     with Syncer(load_spec(SPEC), RUN) as syncer:
         outcome = syncer.once()

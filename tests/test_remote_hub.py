@@ -19,11 +19,11 @@ from policies import mlp
 from safetensors.torch import save
 
 import wsync
-from wsync.fitting import Fit
-from wsync.layout import layout_of
-from wsync.segment import Segment
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.checkpoints.fit import Fit
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 pytest.importorskip("obstore")
 pytest.importorskip("huggingface_hub")
@@ -172,7 +172,7 @@ def test_the_newest_of_a_repository_goes_live(hub: Repository, tmp_path: Path) -
 
 def test_a_commit_in_the_middle_of_the_read_is_seen(hub: Repository, tmp_path: Path, monkeypatch: Any) -> None:
     """Every range is of one commit; where the file is another by the end, it is read again at the new one."""
-    monkeypatch.setattr("wsync.fitting.CHUNK", 64)
+    monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 64)
     hub.commit(**{"x.safetensors": data(tmp_path, 1.0)})
     other, done = data(tmp_path, 2.0), threading.Event()
 

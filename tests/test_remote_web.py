@@ -24,16 +24,16 @@ from test_remote import shards
 from web_server import Web, serve
 
 import wsync
+from wsync.checkpoints.files import place_at
+from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointError
-from wsync.fitting import Fit
-from wsync.layout import Layout, layout_of
-from wsync.parts import place_at
-from wsync.segment import Segment
-from wsync.source import Select
-from wsync.spec import load_spec
-from wsync.store import PATIENCE, SCHEMES, Store, Stored
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.layout.layout import Layout, layout_of
+from wsync.places.candidates import Select
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.stores.store import PATIENCE, SCHEMES, Store, Stored
+from wsync.sync.syncer import Syncer
 
 pytest.importorskip("obstore")
 
@@ -42,7 +42,8 @@ PASSWORD, SIGNATURE = "pa55-in-the-url", "s1gn4ture"
 
 HASTY = """
 from dataclasses import replace
-from wsync import cli, store
+from wsync.cli import commands as cli
+from wsync.stores import store
 store.PATIENCE = replace(store.PATIENCE, tries=2, pause=0.01)
 cli.main()
 """
@@ -101,11 +102,11 @@ def test_a_named_adapter_on_a_web_server_has_its_configuration(web: Web) -> None
 def test_a_file_of_this_moment_is_waited_for(web: Web, monkeypatch: Any) -> None:
     """A web server tells two writes within a second apart by nothing: a file that was just written has to stand."""
     asked: list[float] = []
-    monkeypatch.setattr("wsync.remote.time.sleep", asked.append)
+    monkeypatch.setattr("wsync.checkpoints.remote.time.sleep", asked.append)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     url = f"http://{web.host}/x.safetensors"
     moment = time.time()
-    monkeypatch.setattr("wsync.remote.time.time", lambda: moment)
+    monkeypatch.setattr("wsync.checkpoints.remote.time.time", lambda: moment)
     for age, waits in ((0.0, 1), (1.0, 2), (60.0, 2)):
         os.utime(file, (moment - age, moment - age))
         CheckpointWeightGetter(url).open(CheckpointWeightGetter(url).candidates()[0]).close()
@@ -169,7 +170,7 @@ def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeyp
 def test_a_file_replaced_while_it_is_read_is_thrown_away(web: Web, etags: bool, monkeypatch: Any) -> None:
     """With an ETag or by its time alone: what changed in the middle goes live in none of its states."""
     web.etags = etags
-    monkeypatch.setattr("wsync.fitting.CHUNK", 32)
+    monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 32)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     os.utime(file, (1e9, 1e9))
     checkpoint = CheckpointWeightGetter(f"http://{web.host}/x.safetensors").open_newest()
@@ -224,7 +225,7 @@ def test_errors_of_the_library_hide_what_caused_them(web: Web, monkeypatch: Any)
     """A traceback of ours shows no error of the store's library, whose text holds the URL whole."""
     import traceback
 
-    monkeypatch.setattr("wsync.store.PATIENCE", replace(PATIENCE, tries=1))
+    monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=1))
     web.password = "me:another"
     url = f"http://me:{PASSWORD}@{web.host}/x.safetensors?{SIGNATURE}"
     for place in (url, url.replace(str(web.port), "1")):
@@ -292,7 +293,7 @@ def test_every_store_can_be_opened(monkeypatch: Any) -> None:
 def test_without_the_extra_the_message_names_it(runtime: Path) -> None:
     """Where obstore is not installed a URL is a usage error that says what to install."""
     program = (
-        "import sys; sys.modules['obstore'] = None; from wsync.cli import main; "
+        "import sys; sys.modules['obstore'] = None; from wsync.cli.commands import main; "
         "sys.argv = ['wsync', 'push', 'policies:mlp', 's3://bucket/run']; main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
@@ -326,9 +327,9 @@ def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -
     write(tmp_path / "x.safetensors", mlp(), 1.0)
     Segment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
     program = (
-        "import sys; from wsync.spec import load_spec; from wsync.syncer import Syncer; "
+        "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "
-        "print([m for m in sys.modules if m in ('wsync.remote', 'wsync.store', 'obstore', "
+        "print([m for m in sys.modules if m in ('wsync.checkpoints.remote', 'wsync.stores.store', 'obstore', "
         "'concurrent.futures', 'boto3')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)

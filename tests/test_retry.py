@@ -15,16 +15,16 @@ from conftest import DEADLINE, Cli, write
 from policies import mlp
 from test_processes import NAME, SPEC, mark_of
 
-from wsync.checkpoint import Checkpoint
-from wsync.console import WatchLog
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.cli.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
-from wsync.outcome import EXIT_CODES, Outcome
-from wsync.schedule import Schedule, pause_after
-from wsync.segment import Segment
-from wsync.source import Candidate, Select, listing_of
-from wsync.spec import Spec, load_spec
-from wsync.syncer import Syncer
-from wsync.weight_getter import CheckpointWeightGetter
+from wsync.history.outcome import EXIT_CODES, Outcome
+from wsync.places.candidates import Candidate, Select, listing_of
+from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec, load_spec
+from wsync.sync.schedule import Schedule, pause_after
+from wsync.sync.syncer import Syncer
 
 LONG = 10 * DEADLINE  # a pause that no test may come to wait for
 FAILED = WsyncError("the disk is broken")
@@ -45,7 +45,7 @@ def stop() -> Iterator[threading.Event]:
 @pytest.fixture
 def schedule(stop: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Schedule]:
     """Of a watch on ``runs`` whose pauses, once passes fail, are as long as no test may wait."""
-    monkeypatch.setattr("wsync.schedule.LONGEST", LONG)
+    monkeypatch.setattr("wsync.sync.schedule.LONGEST", LONG)
     made = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=0.01), tmp_path / "runs", stop)
     yield made
     made.close()
@@ -128,7 +128,7 @@ def test_a_storm_of_changes_is_looked_at_now_and_then(
 ) -> None:
     """Guards that a file that changes all the time does not bring a failing pass at every change."""
     states = iter(range(1000))
-    monkeypatch.setattr("wsync.schedule.listing_of", lambda *_: next(states))
+    monkeypatch.setattr("wsync.sync.schedule.listing_of", lambda *_: next(states))
     schedule = failed(Schedule(Spec("policies:mlp", NAME, tmp_path, poll=3600.0), tmp_path, stop), 3)
     waits: list[float] = []
     monkeypatch.setattr(stop, "wait", waits.append)
@@ -339,7 +339,7 @@ def test_what_is_remembered_of_checkpoints_is_bounded(
     segment: Segment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that a watch of months keeps nothing of checkpoints that are gone: steps, refusals, what was told."""
-    monkeypatch.setattr("wsync.console._REMEMBERED", 3)
+    monkeypatch.setattr("wsync.cli.console._REMEMBERED", 3)
     spec = replace(load_spec(SPEC), select=Select(order="step"))
     with Syncer(spec, runs) as syncer, WatchLog(NAME, runs, "plain", lambda: None) as log:
         for number in range(5):

@@ -18,19 +18,20 @@ from policies import mlp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from wsync import memory, segment_files
-from wsync import segment as protocol
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import (
     CheckpointChanged,
     NonFiniteWeights,
     SegmentBusy,
 )
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.registry import Registration
-from wsync.segment import Segment, segments
-from wsync.segment_files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
+from wsync.layout.layout import layout_of
+from wsync.segment import files as segment_files
+from wsync.segment import segment as protocol
+from wsync.segment.files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
+from wsync.segment.publisher import publish
+from wsync.segment.readers import Registration
+from wsync.segment.segment import Segment, segments
+from wsync.system import memory
 
 LAYOUT = layout_of(mlp())
 Push = Callable[..., Publication]
@@ -171,7 +172,7 @@ def test_maker_that_loses_the_race_opens_the_winners(runtime: Path, monkeypatch:
 
 def test_second_publisher_is_told_who_holds_it(segment: Segment, spawn: Spawn) -> None:
     """The one publisher is named by its pid; once it is killed the next one gets in."""
-    hold = "import sys; from wsync.segment import Segment\n"
+    hold = "import sys; from wsync.segment.segment import Segment\n"
     hold += "with Segment.open('nets', write=True).publishing(): print('held', flush=True); sys.stdin.read()"
     holder = spawn("-c", hold, stdin=-1)
     assert holder.stdout and holder.stdout.readline() == "held\n"

@@ -12,11 +12,11 @@ import pytest
 from conftest import Spawn
 from policies import mlp
 
-from wsync import segment_files
 from wsync.errors import OutOfSharedMemory
-from wsync.layout import Layout, layout_of
-from wsync.registry import ReaderRecord, Registration
-from wsync.segment import Segment
+from wsync.layout.layout import Layout, layout_of
+from wsync.segment import files as segment_files
+from wsync.segment.readers import ReaderRecord, Registration
+from wsync.segment.segment import Segment
 
 LAYOUT = layout_of(mlp())
 LARGE = Layout.build({"weight": ("F32", (1 << 20,))}, {})  # 4 MiB a slot
@@ -72,8 +72,8 @@ def test_limit_of_file_sizes_is_no_traceback(runtime: Path, spawn: Spawn) -> Non
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from wsync.errors import OutOfSharedMemory\n"
-        "from wsync.layout import Layout\n"
-        "from wsync.segment import Segment\n"
+        "from wsync.layout.layout import Layout\n"
+        "from wsync.segment.segment import Segment\n"
         "try: Segment.create('nets', Layout.build({'weight': ('F32', (1 << 20,))}, {}))\n"
         "except OutOfSharedMemory as exc: print('refused', exc)\n"
     )
@@ -86,9 +86,9 @@ def test_remains_of_killed_makers_are_swept(runtime: Path, spawn: Spawn) -> None
     """The next maker removes what a killed one left half made, and not what a living one is at."""
     script = (
         "import sys\n"
-        "from wsync import segment_files\n"
-        "from wsync.layout import Layout\n"
-        "from wsync.segment import Segment\n"
+        "from wsync.segment import files as segment_files\n"
+        "from wsync.layout.layout import Layout\n"
+        "from wsync.segment.segment import Segment\n"
         "def reserve(*_, **__): print('making', flush=True); sys.stdin.read()\n"
         "segment_files.reserve = reserve\n"
         "Segment.create('other', Layout.build({'weight': ('F32', (4,))}, {}))\n"
@@ -164,7 +164,7 @@ def test_killed_reader_is_not_listed(runtime: Path, spawn: Spawn) -> None:
     segment = Segment.create("nets", LAYOUT)
     script = (
         "import pathlib, sys\n"
-        "from wsync.registry import ReaderRecord, Registration\n"
+        "from wsync.segment.readers import ReaderRecord, Registration\n"
         "r = Registration(pathlib.Path(sys.argv[1]), 'copy'); print('listed', flush=True); sys.stdin.read()\n"
     )
     process = spawn("-c", script, str(segment.path), stdin=-1)

@@ -11,11 +11,11 @@ import pytest
 from policies import mlp
 from test_segment import LAYOUT, Push, push, segment, slot_file
 
-from wsync import segment as protocol
 from wsync.errors import LayoutDiffers, SegmentMissing, SegmentUnsafe, UsageError
-from wsync.layout import layout_of
-from wsync.segment import Segment, segments
-from wsync.segment_files import map_control
+from wsync.layout.layout import layout_of
+from wsync.segment import segment as protocol
+from wsync.segment.files import map_control
+from wsync.segment.segment import Segment, segments
 
 __all__ = ["push", "segment"]  # fixtures
 

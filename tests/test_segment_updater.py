@@ -22,8 +22,8 @@ from tensordict import TensorDict
 import wsync
 from wsync import CheckpointWeightGetter, SharedMemoryWeightUpdater
 from wsync.errors import NoCheckpoint, NonFiniteWeights, SegmentMissing
-from wsync.layout import layout_of
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
 
 
 def filled(mark: float, policy: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:

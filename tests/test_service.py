@@ -23,14 +23,14 @@ import pytest
 from conftest import DEADLINE, Lines, Spawn, write
 from policies import mlp
 
-from wsync.console import LOGGED, WatchLog, one_line
+from wsync.cli.console import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
-from wsync.layout import layout_of
-from wsync.notify import Notifier
-from wsync.outcome import Outcome
-from wsync.segment import Segment
-from wsync.service import changed
-from wsync.spec import Spec, load_spec
+from wsync.history.outcome import Outcome
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.service.notify import Notifier
+from wsync.service.service import changed
+from wsync.settings.spec import Spec, load_spec
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
 TOML = 'policy = "policies:mlp"\nname = "actor"\ncheckpoints = "runs"\n'
@@ -129,8 +129,8 @@ def test_a_signal_amid_a_wait(spawn: Spawn, runs: Path) -> None:
     """A signal that interrupts the main thread as it holds the lock of what it waits for ends the wait all the same."""
     code = (
         "import signal\n"
-        "from wsync.service import Service\n"
-        "from wsync.spec import load_spec\n"
+        "from wsync.service.service import Service\n"
+        "from wsync.settings.spec import load_spec\n"
         "service = Service(lambda: load_spec('actor.toml'), 'actor.toml')\n"
         "with service._wake._cond:\n"
         "    signal.raise_signal(signal.SIGTERM)\n"

@@ -86,9 +86,9 @@ def test_makers_and_removers_at_once(runtime: Path, tmp_path: Path, spawn: Spawn
     """Guards against a traceback, a half-made segment or a lock left where pushes and removals meet."""
     write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
     code = (
-        "import sys; from wsync.segment import Segment, remove; from wsync.errors import WsyncError; "
-        "from wsync.layout import layout_of; from wsync.checkpoint import Checkpoint; "
-        "from wsync.publisher import publish; "
+        "import sys; from wsync.segment.segment import Segment, remove; from wsync.errors import WsyncError; "
+        "from wsync.layout.layout import layout_of; from wsync.checkpoints.checkpoint import Checkpoint; "
+        "from wsync.segment.publisher import publish; "
         "import policies; layout = layout_of(policies.mlp()); print('ready', flush=True); input()\n"
         "for n in range(60):\n"
         "    try:\n"

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import DEADLINE
 
-from wsync.changes import Changes
+from wsync.checkpoints.files import identity
 from wsync.errors import CheckpointError, NoCheckpoint
-from wsync.parts import identity
-from wsync.segment_files import Publication
-from wsync.source import Candidate, natural, scan, select
-from wsync.weight_getter import place_of
+from wsync.places.candidates import Candidate, natural, scan, select
+from wsync.places.changes import Changes
+from wsync.places.weight_getter import place_of
+from wsync.segment.files import Publication
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
 

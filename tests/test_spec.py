@@ -15,9 +15,9 @@ from policies import mlp
 from torch import nn
 
 from wsync.errors import SpecError, UsageError, WsyncError
-from wsync.layout import layout_of
-from wsync.segment_files import SLOTS
-from wsync.spec import POLL, Spec, load_spec
+from wsync.layout.layout import layout_of
+from wsync.segment.files import SLOTS
+from wsync.settings.spec import POLL, Spec, load_spec
 
 NETS = '''
 import torch
@@ -234,7 +234,8 @@ def test_reading_settings_runs_and_imports_nothing(runtime: Path, train: Path) -
     """Guards that a pass with nothing to do pays for no torch, and that no user's code runs for it."""
     toml(train, 'policy = "exiting:Net"\ncheckpoints = "runs"')
     code = (
-        "import sys; from wsync.spec import load_spec; load_spec('cartpole.toml').fingerprint; load_spec('nets:Net')\n"
+        "import sys; from wsync.settings.spec import load_spec\n"
+        "load_spec('cartpole.toml').fingerprint; load_spec('nets:Net')\n"
         "print([name for name in ('torch', 'tensordict', 'numpy', 'exiting', 'nets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=train, capture_output=True, text=True, timeout=DEADLINE)

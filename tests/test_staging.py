@@ -21,11 +21,12 @@ from conftest import DEADLINE, Lines, Spawn, raw, write
 from policies import mlp
 from safetensors.torch import load_file
 
-from wsync import finite, staging
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints import reading as staging
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointChanged, CheckpointError, NonFiniteWeights
-from wsync.fitting import Fit
-from wsync.layout import layout_of
+from wsync.layout import finite
+from wsync.layout.layout import layout_of
 
 HIDDEN = 500
 
@@ -53,7 +54,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has a small file come in many parts, like a large one, by as many threads as so many processors allow."""
 
     def of(processors: int) -> None:
-        monkeypatch.setattr("wsync.fitting.CHUNK", 800)
+        monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 800)
         monkeypatch.setattr(staging, "_LARGE", 1)
         monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
@@ -308,8 +309,8 @@ def test_nothing_is_written_once_it_was_given_up(
 
 STAGE = """
 import sys, threading
-from wsync import staging
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints import reading as staging
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import CheckpointError
 
 over = threading.Event()

@@ -18,7 +18,7 @@ import pytest
 from conftest import DEADLINE, Spawn
 
 from wsync.errors import StateError, UsageError
-from wsync.state import Pin, State, state_dir
+from wsync.history.database import Pin, State, state_dir
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")
 
@@ -79,9 +79,9 @@ def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:
 
 def test_old_rejections_and_events_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a record that grows for as long as the box runs."""
-    monkeypatch.setattr("wsync.state._KEEP_EVENTS", 3)
-    monkeypatch.setattr("wsync.state._TRIM", 1)
-    monkeypatch.setattr("wsync.state._KEEP_REJECTIONS", 2)
+    monkeypatch.setattr("wsync.history.database._KEEP_EVENTS", 3)
+    monkeypatch.setattr("wsync.history.database._TRIM", 1)
+    monkeypatch.setattr("wsync.history.database._KEEP_REJECTIONS", 2)
     with State("nets", tmp_path) as state:
         for number in range(6):
             state.record("publish", version=number)
@@ -170,7 +170,8 @@ def test_a_broken_or_unwritable_database_is_told(tmp_path: Path) -> None:
 def test_many_processes_write_one_history(tmp_path: Path, spawn: Spawn) -> None:
     """Guards against events lost, or a process failing, where cron, watch and hand write at the same time."""
     code = (
-        "import sys; from wsync.state import State; s = State('nets', sys.argv[1]); print('ready', flush=True); "
+        "import sys; from wsync.history.database import State; s = State('nets', sys.argv[1]); "
+        "print('ready', flush=True); "
         "input(); [s.record('publish', version=n) for n in range(50)]"
     )
     workers = [spawn("-c", code, str(tmp_path), stdin=-1) for _ in range(4)]
@@ -202,7 +203,7 @@ def test_a_history_that_another_process_just_makes_is_waited_for(
     other.execute("BEGIN IMMEDIATE")
     monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Asking))
     if not ends:
-        monkeypatch.setattr("wsync.state._PATIENCE", 0.0)
+        monkeypatch.setattr("wsync.history.database._PATIENCE", 0.0)
     release = threading.Thread(target=lambda: asked.wait(DEADLINE) and ends and other.execute("ROLLBACK"))
     release.start()
     with State("nets", tmp_path) as state:

@@ -20,9 +20,10 @@ from test_reader_lifetime import leased
 from torch import nn
 
 import wsync
-from wsync import segment, swap
 from wsync.errors import OutOfSharedMemory
-from wsync.segment import SlotMemory
+from wsync.policy import swap
+from wsync.segment import segment
+from wsync.segment.segment import SlotMemory
 
 
 @pytest.fixture

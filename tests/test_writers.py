@@ -22,16 +22,16 @@ from conftest import DEADLINE, TESTS, write
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.fit import Fit
 from wsync.errors import WsyncError
-from wsync.fitting import Fit
-from wsync.layout import layout_of, named_tensors
-from wsync.outcome import Outcome
-from wsync.parts import ADAPTER, INDEX, SINGLE
-from wsync.segment import Segment
-from wsync.source import Select, scan
-from wsync.spec import Spec
-from wsync.syncer import Syncer
+from wsync.history.outcome import Outcome
+from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
+from wsync.layout.layout import layout_of, named_tensors
+from wsync.places.candidates import Select, scan
+from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
 
 HIDDEN = 50_000  # units: 1.4 MB of weights, so that a copy takes a while
 

@@ -79,7 +79,7 @@ def _become(request: dict[str, Any], fds: list[int]) -> None:
 
 def command_line(*arguments: str) -> None:
     """``wsync`` itself."""
-    from wsync.cli import main
+    from wsync.cli.commands import main
 
     sys.argv = ["wsync", *arguments]
     main()
@@ -89,8 +89,8 @@ def tensors(mark: float) -> None:
     """A trainer that publishes from memory."""
     from policies import mlp
 
-    from wsync.publisher import publish_tensors
-    from wsync.segment import Segment
+    from wsync.segment.publisher import publish_tensors
+    from wsync.segment.segment import Segment
 
     state = {name: tensor.detach().fill_(mark) for name, tensor in mlp(HIDDEN).state_dict().items()}
     segment = Segment.open(NAME, write=True)
@@ -100,15 +100,15 @@ def tensors(mark: float) -> None:
 
 def create(name: str, layout: dict[str, Any]) -> None:
     """Makes a segment without any policy."""
-    from wsync.layout import Layout
-    from wsync.segment import Segment
+    from wsync.layout.layout import Layout
+    from wsync.segment.segment import Segment
 
     Segment.create(name, Layout.from_json(layout)).close()
 
 
 def remove(name: str) -> None:
     """Removes a segment, as ``wsync rm`` does."""
-    from wsync.segment import remove
+    from wsync.segment.segment import remove
 
     remove(name)
 

@@ -2,23 +2,25 @@
 
 Importing this package imports neither torch nor tensordict; what may need them is loaded when it is first used.
 
-The rooms, from the ground up; what a room imports when it is imported stands before it:
+The rooms, from the ground up; each may import those above it in this list, and none below:
 
-    ground          errors layout memory prefetch access notify transfer
-    checkpoints     header parts store_client store hub casting finite fitting staging advice adapter checkpoint
-                    remote source changes
-    segments        segment_files registry segment badge
-    writing side    publisher weights weight_getter updaters segment_updater
-    policy's side   attached swap copying reader device device_weights device_reader attaching
-    the past        outcome state record rollback
-    settings        hooks metrics spec
-    what people see console history tables status inspect
-    gates, hooks    command gate hook_runner
-    one pass        schedule syncer
-    many boxes      convergence group delivery fleet
-    a watch         figures endpoint monitor service
-    measuring       bench
-    command line    options cli_bench cli_history cli
+    errors, text    the exceptions, their exit codes; numbers and times as people read them
+    system          what the kernel gives: memory, locks, sleeping on a word, a child process
+    layout          what weights are: names, dtypes, offsets; finite; tables of tensors
+    stores          objects behind a URL
+    checkpoints     one checkpoint: header, files, fit, read into a buffer
+    segment         shared memory: who may open what, the protocol, the readers' records, publishing
+    places          a place of checkpoints: listing, newest, changes, the weight getter
+    policy          a policy's process: attach, swap, copy, GPU
+    updaters        the weight updaters
+    history         what outlives a reboot: database, pins, refusals, copies, rollback
+    settings        the policy spec
+    hooks           gates and hooks
+    sync            one pass, and when the next is due
+    fleet           many boxes as one
+    service         a watch, its figures, systemd
+    bench           what this box can do
+    cli             the command line
 """
 
 from __future__ import annotations
@@ -41,23 +43,23 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .access import Access
-    from .attaching import attach
-    from .reader import Reader
-    from .segment_updater import SharedMemoryWeightUpdater
-    from .updaters import VanillaWeightUpdater, WeightUpdaterBase
-    from .weight_getter import CheckpointWeightGetter
+    from .places.weight_getter import CheckpointWeightGetter
+    from .policy.attaching import attach
+    from .policy.reader import Reader
+    from .segment.access import Access
+    from .updaters.shared_memory import SharedMemoryWeightUpdater
+    from .updaters.vanilla import VanillaWeightUpdater, WeightUpdaterBase
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Access": "access",
-    "CheckpointWeightGetter": "weight_getter",
-    "Reader": "reader",
-    "SharedMemoryWeightUpdater": "segment_updater",
-    "VanillaWeightUpdater": "updaters",
-    "WeightUpdaterBase": "updaters",
-    "attach": "attaching",
+    "Access": "segment.access",
+    "CheckpointWeightGetter": "places.weight_getter",
+    "Reader": "policy.reader",
+    "SharedMemoryWeightUpdater": "updaters.shared_memory",
+    "VanillaWeightUpdater": "updaters.vanilla",
+    "WeightUpdaterBase": "updaters.vanilla",
+    "attach": "policy.attaching",
 }
 
 __all__ = [

@@ -52,7 +52,7 @@ class Watches:
 
     def until_live(self, step: int) -> None:
         from wsync.errors import SegmentError
-        from wsync.segment import Segment
+        from wsync.segment.segment import Segment
 
         for box in self.boxes:
             while True:

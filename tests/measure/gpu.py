@@ -32,14 +32,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync import attaching
-from wsync.attaching import Staging
-from wsync.checkpoint import Checkpoint
-from wsync.device import Cuda
-from wsync.device_weights import lock_slot
-from wsync.layout import layout_of
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.layout.layout import layout_of
+from wsync.policy import attaching
+from wsync.policy.attaching import Staging
+from wsync.policy.device import Cuda
+from wsync.policy.device_weights import lock_slot
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of the tests' own modules
 from devices import LateDevice
@@ -51,10 +51,10 @@ Mode = Literal["swap", "copy"]
 STORM = """
 import itertools, sys, threading
 
-from wsync.checkpoint import Checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()

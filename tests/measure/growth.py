@@ -16,8 +16,8 @@ from pathlib import Path
 
 from wsync.bench.place import Place, private_place
 from wsync.bench.rows import MIB, Settings
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 ROUNDS = 5
 Pass = Callable[[], str]

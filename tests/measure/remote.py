@@ -56,8 +56,8 @@ with ThreadPoolExecutor(16) as pool:
 PEAK = """
 import json, sys
 from pathlib import Path
-from wsync.spec import load_spec
-from wsync.syncer import Syncer
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
 
 def anonymous():
     text = Path("/proc/self/status").read_text()

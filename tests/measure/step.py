@@ -21,17 +21,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync.layout import layout_of
-from wsync.segment import Segment
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
 
 LAYERS, SECONDS, TURNS = 100, 1.0, 8
 
 PUBLISHER = """
 import sys
-from wsync.checkpoint import open_checkpoint
+from wsync.checkpoints.checkpoint import open_checkpoint
 from wsync.errors import SegmentBusy
-from wsync.publisher import publish
-from wsync.segment import Segment
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
 
 segment = Segment.open("policy", sys.argv[1], write=True)
 while True:

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ..attaching import attach
-from ..checkpoint import open_checkpoint
-from ..console import size as shown
+from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.fit import Fit
 from ..errors import UsageError
-from ..fitting import Fit
-from ..reader import Mode, Reader
-from ..segment_updater import SharedMemoryWeightUpdater
+from ..policy.attaching import attach
+from ..policy.reader import Mode, Reader
+from ..text import size as shown
+from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .place import Place, private_place, settle
 from .processes import make
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..console import size
+from ..text import size
 from .rows import Settings, Skip
 
 

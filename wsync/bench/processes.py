@@ -7,6 +7,7 @@ one. It ends with the measurement, also when that is killed.
 from __future__ import annotations
 
 import ctypes
+import runpy
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ def weigh(source: str, nbytes: str, tensors: str) -> None:
     """Attaches a policy to a segment, or loads a checkpoint into one."""
     from safetensors.torch import load_file
 
-    from ..attaching import attach
+    from ..policy.attaching import attach
 
     _stage("imported")
     policy = make(int(nbytes), int(tensors))
@@ -44,10 +45,8 @@ def weigh(source: str, nbytes: str, tensors: str) -> None:
 
 def watch(spec: str) -> None:
     """``wsync watch``."""
-    from ..cli import main
-
     sys.argv = ["wsync", "watch", spec, "--log-format", "json"]
-    main()
+    runpy.run_module("wsync", run_name="__main__")
 
 
 def _stage(word: str) -> None:

@@ -1,0 +1,172 @@
+"""Which setting would make a checkpoint fit that does not: found by trying, so that what is advised is true.
+
+The trials go from the smallest change to larger ones: a cast, a prefix off, wrappers within the names off, the policy's
+own wrapper on, others left out; and several of them together.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from ..layout.layout import Layout
+from .fit import Fit, Match, match
+from .header import StoredTensor
+
+_WRAPPERS = (
+    "module.",  # DistributedDataParallel
+    "_orig_mod.",  # torch.compile
+    "_fsdp_wrapped_module.",  # FullyShardedDataParallel
+    "_checkpoint_wrapped_module.",  # activation checkpointing
+    "base_model.model.",  # PEFT
+    "actor.",
+    "policy.",
+    "model.",
+    "actor_network.",
+)
+"""What is put before the names of a policy."""
+_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
+_PREFIXES = 16  # that are tried at most
+_GLOBS = 32  # that are advised at most
+
+Tensors = Mapping[str, StoredTensor]
+Change = dict[str, Any]
+
+
+def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
+    """The settings that would make all fit, as a TOML and as options have them; or what else to do."""
+    trials = islice(_changes(tensors, layout, settings), 3 + _WORK // max(len(tensors), 1))
+    for told in (_tried(tensors, layout, settings, change) for change in trials):
+        if told:
+            return told
+    part = match(tensors, layout, replace(settings, strict=False, partial=True))
+    takes_part = part.kept and not part.rows
+    other = "write checkpoints of this policy's own state_dict, or name the spec that fits."
+    if takes_part and settings.partial:
+        few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"
+        other += f" If a part is meant, strict = false (--no-strict) takes {few} and keeps the rest as it is."
+    return f"It stays refused until it changes: {other}"
+
+
+def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> str:
+    """What to say of a change; nothing where it does not make all fit."""
+    found = _match(tensors, layout, settings, change)
+    if found.unknown and len(found.rows) == len(found.unknown):
+        change = {**change, **_left_out(found.unknown, layout, settings)}
+        found = _match(tensors, layout, settings, change)
+    if found.rows or (found.kept and change):
+        return ""
+    if not settings.cast and any(stored.dtype != entry.dtype for stored, entry in found.pairs):
+        change = {**change, "cast": True}
+    if not change:
+        return ""
+    who = f"All {len(layout.tensors)} tensors of the policy" if not found.kept else "The tensors that come"
+    words = " and ".join(f"{name} = {_toml(value)}" for name, value in change.items())
+    told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
+    options = _options(change)
+    return f"{told} As options: `{options}`." if options else told
+
+
+def _match(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> Match:
+    return match(tensors, layout, replace(settings, **{**change, "cast": True}))
+
+
+def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change]:
+    """Changes to try, the smallest first."""
+    yield {}
+    inner = _without_inner(tensors)
+    for wrapper in ("", *_wrappers_of(layout)):
+        wrap = {"/^/": wrapper} if wrapper else {}
+        for rename in (wrap, {**inner, **wrap}) if inner else (wrap,):
+            changed = {"rename": {**settings.rename, **rename}} if rename else {}
+            if changed:
+                yield changed
+            for prefix in _prefixes(tensors, layout, settings, wrapper, bool(settings.rename) or rename is not wrap):
+                yield {"prefix": prefix, **changed}
+
+
+def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, renamed: bool) -> Iterable[str]:
+    """Prefixes other than the one that is set, the shortest first, with which all names may be there.
+
+    Args:
+        wrapper: what is put before the names once the prefix is off.
+        renamed: whether names are changed besides; then only those before every name of a common beginning are known.
+    """
+    wanted = [[n.removeprefix(wrapper) for n in entry.names] for entry in layout.tensors]
+    if renamed:
+        heads = {name[: name.find(".") + 1] for name in tensors}
+        found = {*_WRAPPERS, *(heads if len(heads) <= _PREFIXES else ()), ""}
+    else:
+        ends = {name[: -len(end)] for name in tensors for end in wanted[0] if name.endswith(end)}
+        found = {p for p in {*ends, ""} if all(any(p + n in tensors for n in names) for names in wanted)}
+    return sorted(found - {settings.prefix}, key=lambda p: (len(p), p))[: _PREFIXES + len(_WRAPPERS)]
+
+
+def _wrappers_of(layout: Layout) -> list[str]:
+    """What all names of the policy begin with, the shortest first."""
+    names = [name for entry in layout.tensors for name in entry.names]
+    first, last = min(names), max(names)
+    ends = [at + 1 for at, letter in enumerate(first) if letter == "." and first[: at + 1] == last[: at + 1]]
+    return [first[:end] for end in ends[:4]]
+
+
+def _without_inner(tensors: Tensors) -> dict[str, str]:
+    """A rename that takes out what wraps modules within the policy; empty where nothing does."""
+    found = [each for each in _INNER if any(f"{each}." in name for name in tensors)]
+    return {f"/(?<![^.])(?:{'|'.join(found)})\\./": ""} if found else {}
+
+
+def _left_out(unknown: list[str], layout: Layout, settings: Fit) -> Change:
+    """Globs that leave these names out, and none of the policy's; or that take the policy's alone."""
+    known = {name for entry in layout.tensors for name in entry.names}
+    stems = {stem for name in known for stem in _stems(name)}
+    globs = dict.fromkeys(settings.exclude)
+    for name in unknown:
+        stem = next((stem for stem in _stems(name) if stem not in stems), name)
+        globs[glob.escape(stem) + ("" if stem == name else ".*")] = None
+        if len(globs) > _GLOBS:
+            break
+    if len(globs) <= _GLOBS:
+        return {"exclude": tuple(globs)}
+    heads = {name.partition(".")[0]: "." in name for name in sorted(known)}
+    takes = tuple(glob.escape(head) + (".*" if deep else "") for head, deep in heads.items())
+    return {} if settings.include or len(takes) > _GLOBS else {"include": takes}
+
+
+def _stems(name: str) -> Iterator[str]:
+    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
+    yield name
+
+
+def _toml(value: object) -> str:
+    """A setting as TOML writes it; JSON's way with strings is one of TOML's."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(old)} = {json.dumps(new)}" for old, new in value.items()) + " }"
+    return json.dumps(value)
+
+
+def _options(change: Change) -> str:
+    """The same as a command has it; empty where an option cannot say it."""
+    words = []
+    for name, value in change.items():
+        if isinstance(value, dict):
+            if any("=" in new for new in value.values()):
+                return ""
+            words += [f"--rename={old}={new}" for old, new in value.items()]
+        else:
+            words += (
+                [f"--{name}"]
+                if value is True
+                else [f"--{name}={v}" for v in (value if isinstance(value, tuple) else (value,))]
+            )
+    return " ".join(map(shlex.quote, words)) if all(word.isprintable() for word in words) else ""

@@ -1,0 +1,108 @@
+"""Floats of one dtype as those of another, with numpy: a publisher that casts need not import torch.
+
+Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
+then finds. The eight-bit floats alone are left to torch: ml_dtypes makes another value of what is too large for them.
+Of those ``F8_E4M3`` has no infinity: what is too large becomes its largest number, as in torch, and an infinity NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ..layout.layout import DTYPE_BITS, TORCH_DTYPES, TensorEntry
+from .header import StoredTensor
+
+Pair = tuple[StoredTensor, TensorEntry]
+"""What is stored, and what it becomes."""
+_NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8"}
+
+
+class Piece(NamedTuple):
+    """Whole elements of one dtype, in a row in a file and in the weights, that are read and converted together.
+
+    Attributes:
+        file: number of the checkpoint's file.
+        start: byte of the file.
+        nbytes: that are stored.
+        source: their dtype.
+        target: the dtype that they get.
+        offset: byte of the weights.
+    """
+
+    file: int
+    start: int
+    nbytes: int
+    source: str
+    target: str
+    offset: int
+
+    @property
+    def becomes(self) -> int:
+        """Bytes that they are in the weights."""
+        return self.nbytes * DTYPE_BITS[self.target] // DTYPE_BITS[self.source]
+
+
+def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
+    """The bytes of these tensors, neighbours as one, in pieces of at most so many bytes, a multiple of eight."""
+    rows: list[Piece] = []
+    for stored, entry in pairs:
+        new = Piece(stored.file, stored.start, stored.nbytes, stored.dtype, entry.dtype, entry.offset)
+        if rows and _continues(rows[-1], new):
+            rows[-1] = rows[-1]._replace(nbytes=rows[-1].nbytes + new.nbytes)
+        else:
+            rows.append(new)
+    for row in rows:
+        yield from split(row, most)
+
+
+def _continues(row: Piece, new: Piece) -> bool:
+    stands, goes = row.start + row.nbytes, row.offset + row.becomes
+    return new == Piece(row.file, stands, new.nbytes, row.source, row.target, goes)
+
+
+def split(row: Piece, most: int) -> Iterator[Piece]:
+    """A piece in pieces of at most so many bytes."""
+    for at in range(0, row.nbytes, most):
+        before, nbytes = row._replace(nbytes=at), min(most, row.nbytes - at)
+        yield row._replace(start=row.start + at, nbytes=nbytes, offset=row.offset + before.becomes)
+
+
+def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
+    """The bytes of floats of dtype ``source`` as bytes of dtype ``target``, in ``out`` where one is given.
+
+    It does so in one call without the interpreter's lock, so that two threads convert twice as fast as one.
+    """
+    if out is None:
+        out = memoryview(bytearray(len(data) * DTYPE_BITS[target] // DTYPE_BITS[source]))
+    if source == target:
+        out[:] = data
+    elif {source, target} <= {*_NUMPY, "BF16"}:
+        import numpy as np
+
+        values: Any = np.frombuffer(data, _numpy(source))
+        with np.errstate(all="ignore"):
+            if source == "F64" and target != "F32":
+                values = values.astype("f4")  # by the same way as torch, which rounds twice
+            np.copyto(np.frombuffer(out, _numpy(target)), values, casting="unsafe")
+    else:
+        out[:] = _with_torch(data, source, target)
+    return out
+
+
+def _numpy(dtype: str) -> Any:
+    if dtype != "BF16":
+        return _NUMPY[dtype]
+    import ml_dtypes
+
+    return ml_dtypes.bfloat16
+
+
+def _with_torch(data: memoryview, source: str, target: str) -> memoryview:
+    import torch
+
+    values = torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_DTYPES[source]))
+    cast = values.to(getattr(torch, TORCH_DTYPES[target])).view(torch.uint8)
+    if target == "F8_E4M3":
+        cast[values.isinf()] = 0x7F  # torch makes 448 of it, in which the finite check would find nothing
+    return memoryview(cast.numpy().data)

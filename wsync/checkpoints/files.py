@@ -1,0 +1,245 @@
+"""The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
+
+A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
+``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors`` with its
+``adapter_config.json``. Whatever else lies there is ignored, stale shards of an older write included.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import pwd
+import resource
+import stat
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ..layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, is_file_name
+from ..system.memory import read_at
+
+if TYPE_CHECKING:
+    from .remote import RemotePath
+
+_KEPT = 1 << 18  # bytes of an index that is remembered at most
+_STEADY = 1.0  # seconds after which a further write of an index shows in its times
+
+
+def place_at(place: str | os.PathLike[str]) -> Path:
+    """An absolute path; for a URL an object that is used like a path wherever a checkpoint is looked for.
+
+    Raises:
+        UsageError: wsync does not read URLs of this kind.
+    """
+    if isinstance(place, Path):
+        return place.absolute()
+    text = os.fspath(place)
+    if "://" not in text:
+        return Path(text).absolute()
+    from .remote import RemotePath, open_url
+
+    return cast(Path, place if isinstance(place, RemotePath) else open_url(text))
+
+
+def remote(place: object) -> RemotePath | None:
+    """What stands for a URL; None for a path on disk."""
+    return None if isinstance(place, Path) else cast("RemotePath", place)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a checkpoint consists of.
+
+    Attributes:
+        path: the file or directory that is the checkpoint.
+        files: the safetensors files to read.
+        index: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
+            where it does not exist, or not yet.
+        names: the tensors that the index gives to each of ``files``; empty where it is not sharded.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    index: Path | None = None
+    names: tuple[frozenset[str], ...] = ()
+
+    @property
+    def is_adapter(self) -> bool:
+        return self.files[0].name == ADAPTER
+
+    @property
+    def is_several(self) -> bool:
+        """Whether its writer writes several files, one after another."""
+        return bool(self.names) or self.is_adapter
+
+
+def identity(info: os.stat_result) -> str:
+    """Tells one state of a file from every other: inode, size in bytes, modification time in ns.
+
+    The device is left out: its number may change at a reboot (NFS, overlays), which pins and refusals must outlive.
+    """
+    return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
+
+
+def identity_of(infos: Iterable[os.stat_result]) -> str:
+    """The same for the files of a checkpoint together; ends, too, with the newest modification time."""
+    listed = list(infos)
+    if len(listed) == 1:
+        return identity(listed[0])
+    mixed = zlib.crc32("/".join(map(identity, listed)).encode())
+    return f"{len(listed)}-{mixed}-{sum(i.st_size for i in listed)}-{max(i.st_mtime_ns for i in listed)}"
+
+
+def parts_of(path: Path) -> Parts:
+    """The parts of the checkpoint at a path; of a directory only its index is read.
+
+    Raises:
+        NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
+        IncompleteCheckpoint: a shard is not there yet.
+        MalformedCheckpoint: the index is not an index, or names files elsewhere.
+        OSError: the system refuses a look.
+    """
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return _adapter(path, path) if path.name == ADAPTER else Parts(path, (path,))
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
+    for name in (SINGLE, INDEX, ADAPTER):
+        if (path / name).exists():
+            if name == INDEX:
+                return _sharded(path)
+            return _adapter(path, path / name) if name == ADAPTER else Parts(path, (path / name,))
+    raise NoCheckpoint(
+        f"{path} holds no checkpoint: neither {SINGLE}, nor {INDEX}, nor {ADAPTER}. Wait for its writer, or name "
+        "another."
+    )
+
+
+def read_small(file: Path, most: int) -> bytes:
+    """All of a small file beside a checkpoint, which is data from elsewhere, too.
+
+    Raises:
+        ValueError: it has more than ``most`` bytes, or is no regular file.
+        OSError: the system could not read it.
+    """
+    if remote(file):
+        if (size := file.stat().st_size) <= most:
+            return file.read_bytes()
+        raise ValueError(f"{size:,} bytes")
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # of a pipe, too, at once
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a regular file")
+        if info.st_size > most:
+            raise ValueError(f"{info.st_size:,} bytes")
+        return read_at(fd, info.st_size, 0)
+    finally:
+        os.close(fd)
+
+
+def _adapter(path: Path, file: Path) -> Parts:
+    config = file.parent / CONFIG
+    return Parts(path, (file,), config if config.exists() else None)
+
+
+def _sharded(path: Path) -> Parts:
+    index = path / INDEX
+    info, away = index.stat(), remote(index)
+    is_told = away and not away.store.is_web  # each version has an ETag or a commit
+    if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass with nothing new
+        shards = _known(index, identity(info), info.st_ctime_ns)
+    else:
+        shards = _shards(index)
+    for number, shard in enumerate(sorted(shards), 1):
+        if not (path / shard).exists():
+            raise IncompleteCheckpoint(
+                f"{path} is incomplete: shard {number} of {len(shards)}, {shard:.100}, is not there. Wait for its "
+                "writer to finish, or write it again."
+            )
+    ordered = sorted(shards)
+    return Parts(path, tuple(path / shard for shard in ordered), index, tuple(shards[shard] for shard in ordered))
+
+
+def _shards(index: Path) -> Mapping[str, frozenset[str]]:
+    """The shards that an index names, with the tensors that it gives to each."""
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in _weight_map(index).items():
+        if not is_file_name(shard):
+            raise MalformedCheckpoint(
+                f"{index} puts a tensor into {shard!a:.100}, which is no file beside it. Write it again."
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    return {shard: frozenset(names) for shard, names in shards.items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]]:
+    """The same of an index in that state."""
+    return _shards(index)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(read_small(index, MAX_INDEX))
+        table = held.get("weight_map") if isinstance(held, dict) else None
+        if not isinstance(table, dict) or not table:
+            raise ValueError("no weight_map")
+        return table
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
+    except (ValueError, RecursionError) as exc:
+        if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
+            raise IncompleteCheckpoint(
+                f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
+            ) from exc
+        raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
+
+
+def unreadable(path: Path, exc: OSError) -> CheckpointError:
+    """Converts an OSError into a CheckpointError, which names the owner where access is denied."""
+    reason = os.strerror(exc.errno) if exc.errno else str(exc)
+    if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
+        return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
+    if exc.errno in (errno.EACCES, errno.EPERM):
+        return _forbidden(Path(exc.filename) if isinstance(exc.filename, str) else path, reason)
+    if exc.errno == errno.EMFILE:
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return CheckpointError(
+            f"{path} cannot be read: this process may have no more than {most:,} files open, of which a checkpoint in "
+            "several takes one for each. Raise the limit (`ulimit -n`; LimitNOFILE= of its systemd unit), or write "
+            "larger shards."
+        )
+    return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
+
+
+def _forbidden(path: Path, reason: str) -> CheckpointError:
+    path = path.absolute()
+    looks = ((each, _stat(each)) for each in (path, *path.parents))
+    closed, info = next((each, info) for each, info in looks if info)  # the root at last can be looked at by all
+    try:
+        owner = pwd.getpwuid(info.st_uid).pw_name
+    except KeyError:
+        owner = str(info.st_uid)
+    whose, user = f"{closed} belongs to {owner} with mode {stat.S_IMODE(info.st_mode):04o}", f"uid {os.geteuid()}"
+    if closed != path:
+        return CheckpointError(
+            f"{path} cannot be reached by {user} ({reason}): {whose}. Give it access to the directories above."
+        )
+    return CheckpointError(
+        f"{whose} and cannot be read by {user} ({reason}). Let the trainer make it readable, or run wsync as its owner."
+    )
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None

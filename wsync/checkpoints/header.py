@@ -1,0 +1,193 @@
+"""The header of one safetensors file, checked against the file's real size before anything uses it.
+
+Whatever the official reader refuses is refused here, each with its reason
+(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a key that stands twice.
+
+The headers of one run's checkpoints differ in their metadata alone, so the last tables are remembered by their text: a
+header of 2,000 tensors takes 8 ms to parse and 0.3 ms to recognise.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import IncompleteCheckpoint, MalformedCheckpoint
+from ..layout.layout import DTYPE_BITS, describe
+
+MAX_HEADER = 100_000_000  # bytes; the official reader's bound
+_DEEPEST = 126  # tables and lists of one entry within one another, as the official reader has it
+_FIRST = '{"__metadata__":{'
+_KEPT = 4 << 20  # bytes of a header that is remembered at most
+_KEYS = {"dtype", "shape", "data_offsets"}
+
+
+class StoredTensor(NamedTuple):
+    """Where one tensor lies: ``start`` counts bytes from the beginning of the checkpoint's file of that number."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+    file: int = 0
+
+
+def read_header(
+    read: Callable[[int, int], bytes], size: int, path: Path, number: int = 0
+) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
+    """The validated tensors and metadata of an open safetensors file of ``size`` bytes; callers must not change them.
+
+    Args:
+        read: returns that many bytes of the file from an offset, fewer where it ends.
+        number: of the file in its checkpoint.
+
+    Raises:
+        IncompleteCheckpoint: the file ends before the header says.
+        MalformedCheckpoint: anything that the official reader refuses as well.
+    """
+    head = read(min(1 << 16, size), 0)
+    if len(head) < 8:
+        raise _incomplete(path, size, "its length field has 8")
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER:
+        raise malformed(path, f"its header claims {length:,} bytes, over the bound of {MAX_HEADER:,}")
+    if 8 + length > size:
+        raise _incomplete(path, size, f"its header alone takes {8 + length:,}")
+    text = head[8 : 8 + length]
+    if len(text) < length:
+        text += read(length - len(text), 8 + len(text))
+    if len(text) < length:
+        raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
+    try:
+        own, rest = _split(text.decode())
+        known = _table if length <= _KEPT else _table.__wrapped__  # a hostile one must not stay
+        table, metadata = known(rest, 8 + length, number)
+        if own and metadata is not None:
+            raise ValueError("a key is there twice")
+    except (ValueError, RecursionError) as exc:
+        raise malformed(path, f"its header is wrong ({exc})") from exc
+    last = next(reversed(table.values()), None)
+    end = last.start + last.nbytes if last else 8 + length
+    if end > size:
+        raise _incomplete(path, size, f"its header says {end:,}")
+    if end < size:
+        raise malformed(path, f"it has {size - end:,} bytes more than its header says")
+    return table, own or metadata or {}
+
+
+def _incomplete(path: Path, size: int, says: str) -> IncompleteCheckpoint:
+    return IncompleteCheckpoint(
+        f"{path} is incomplete: it has {size:,} bytes, {says}. Wait for its writer to finish, or write it again."
+    )
+
+
+def malformed(path: Path, reason: str) -> MalformedCheckpoint:
+    if len(reason) > 300:  # of a hostile header's own words no more than a line
+        reason = f"{reason[:200]} … {reason[-90:]}"
+    return MalformedCheckpoint(f"{path} is not a safetensors file: {reason}. Write it again.")
+
+
+def _split(text: str) -> tuple[dict[str, str], str]:
+    """A header's metadata, and the header without it, where it stands first, as the official writer puts it.
+
+    A header of another form comes back whole, beside no metadata.
+    """
+    if text.startswith(_FIRST):
+        metadata, end = _JSON.raw_decode(text, len(_FIRST) - 1)
+        if text[end : end + 2] == ',"' and metadata and _are_strings(metadata) and "\\u" not in text[:end]:
+            return metadata, "{" + text[end + 1 :]
+    return {}, text
+
+
+@functools.lru_cache(maxsize=8)
+def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], dict[str, str] | None]:
+    """The tensors of a header in the order of their bytes, which begin at ``data``; and the metadata that is in it.
+
+    Raises:
+        ValueError: it is not JSON, or not a header.
+    """
+    header = _JSON.decode(text)
+    if not isinstance(header, dict):
+        raise ValueError("it is not a JSON object")
+    if "\\u" in text:
+        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate, which an escape can write
+    metadata = {} if header.get("__metadata__", {}) is None else header.get("__metadata__")
+    header.pop("__metadata__", None)
+    if metadata is not None and not _are_strings(metadata):
+        raise ValueError("its __metadata__ is not a table of strings")
+    stored = [_stored(name, info, data, number) for name, info in header.items()]
+    stored.sort(key=lambda t: (t.start, t.nbytes))
+    end = data
+    for tensor in stored:
+        if tensor.start != end:
+            raise ValueError(f"the bytes of {tensor.name!r} overlap others, or leave a gap")
+        end += tensor.nbytes
+    return {t.name: t for t in stored}, metadata
+
+
+def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
+    """One entry of a header."""
+    if not isinstance(info, dict) or not info.keys() >= _KEYS:
+        raise ValueError(f"the entry of {name!r} does not have dtype, shape and data_offsets")
+    if len(info) > len(_KEYS) and _depth(info) > _DEEPEST:
+        raise ValueError(f"the entry of {name!r} is nested too deeply")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name!r} has the unknown dtype {dtype!r}"[:200])
+    if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(f"{name!r} has an impossible shape or byte range")
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements >= 1 << 64:  # whatever follows, a 0 included, as the official reader counts
+            break
+    bits = DTYPE_BITS[dtype] * elements
+    if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise ValueError(f"{name!r}: {describe(dtype, shape)} does not take the bytes that it is given")
+    return StoredTensor(name, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0], number)
+
+
+def _are_strings(metadata: object) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n < 1 << 64 for n in value)
+
+
+def _depth(value: object) -> int:
+    """How many tables and lists lie within one another."""
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key is there twice")
+    return table
+
+
+def _integer(text: str) -> int | float:
+    """An int for what can be a size: at most 20 digits, and nothing else."""
+    return int(text) if len(text) <= 20 and text.isdecimal() else _float(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is too large")
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer, parse_float=_float)

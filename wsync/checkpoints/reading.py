@@ -1,0 +1,170 @@
+"""Reads the bytes of local files into the weights.
+
+A file that the page cache has is read straight into the slot, one ``preadv`` for each planned read, and the finite
+check looks at those bytes while they are in a cache. A file that the disk has yet to give is read past the page cache
+(O_DIRECT) by two threads: one waits for the disk while the other copies and checks what came. Where a file system takes
+no direct reads, all reads are buffered.
+
+A warm file takes a quarter of the processors that this process may use, at least one thread and at most eight: on two
+cores the policy's steps keep theirs.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from ..errors import CheckpointChanged
+from ..layout.finite import Region, all_finite
+from ..system.memory import PAGE, shut
+from .cast import Piece, split
+from .fit import Read
+
+_BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; they stay in its second cache
+_LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
+_WORTH_THREADS = 16 << 20  # bytes; fewer are staged before a second thread has begun
+_MOST_THREADS = 8
+# read(2) copies with `rep movsb`. Where (target - source) mod 4096 is one of these, AMD's cores take two to four times
+# as long for it; two copies, by way of a buffer that lies elsewhere in its page, take half of that.
+_SLOW_DISTANCES = {8, 16, 24}
+_ELSEWHERE = 1024
+_J = TypeVar("_J", Read, Piece)
+
+
+class Files:
+    """The open files of a checkpoint.
+
+    Args:
+        fds: one descriptor for each; the caller closes them.
+        changed: makes the error of a file that ends early.
+    """
+
+    def __init__(self, fds: Sequence[int], changed: Callable[[], CheckpointChanged]) -> None:
+        self._fds, self._changed = fds, changed
+        self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
+        self._own = threading.local()
+
+    def close(self) -> None:
+        while self._direct:
+            shut(self._direct.popitem()[1])
+
+    def staged(
+        self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
+    ) -> Iterator[tuple[Read, bool]]:
+        """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
+
+        def stage(read: Read) -> bool:
+            slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]  # P4 stage
+            if read.file in self._direct or (read.slices[0][0] - read.start) % PAGE in _SLOW_DISTANCES:
+                for data in self._pieces(read.file, read.start, read.nbytes):
+                    _scatter(data, slices)
+            else:
+                self._fill(read.file, slices, read.start, read.nbytes)
+            return all_finite(weights, regions, read.slices)
+
+        return self._each(reads, stage)
+
+    def converted(
+        self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
+    ) -> Iterator[tuple[Piece, bool]]:
+        """Yields each piece with whether ``work`` returned True for all of it.
+
+        Args:
+            work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
+        """
+
+        def convert(piece: Piece) -> bool:
+            parts = split(piece, _BUFFER)
+            stored = self._pieces(piece.file, piece.start, piece.nbytes)
+            results = [work(part, data) for part, data in zip(parts, stored, strict=True)]  # of every part
+            return all(results)
+
+        return self._each(listed, convert)
+
+    def _each(self, jobs: Sequence[_J], work: Callable[[_J], bool]) -> Iterator[tuple[_J, bool]]:
+        """Yields each job with its result, in order."""
+        cold = self._open_direct(jobs)
+        threads = max(2 if cold else 1, min(len(os.sched_getaffinity(0)) // 4, _MOST_THREADS))
+        if threads == 1 or sum(job.nbytes for job in jobs) < _WORTH_THREADS:
+            yield from ((job, work(job)) for job in jobs)
+            return
+        from concurrent.futures import ThreadPoolExecutor  # 8 ms, which a small checkpoint need not take
+
+        # Left early, it drops the jobs that have not begun and waits for the others: the slot is not ours afterwards.
+        with ThreadPoolExecutor(threads, "wsync-staging") as pool:
+            yield from zip(jobs, pool.map(work, jobs), strict=True)
+
+    def _open_direct(self, jobs: Sequence[_J]) -> bool:
+        """Opens the large files that are not in the page cache for direct reads; returns whether there are any."""
+        for file, fd in enumerate(self._fds):
+            mine = [job for job in jobs if job.file == file]
+            if file in self._direct or sum(job.nbytes for job in mine) < _LARGE:
+                continue
+            if not all(_is_cached(fd, job.start + job.nbytes - 1) for job in (mine[len(mine) // 2], mine[-1])):
+                try:
+                    self._direct[file] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+                except OSError:  # this file system has no direct reads, or there is no /proc
+                    pass
+        return bool(self._direct)
+
+    def _pieces(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
+        """Yields bytes of a file, up to ``_BUFFER`` at a time, in memory of this thread, good until the next."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(mmap.mmap(-1, _BUFFER + 2 * PAGE))
+        buffer, direct = self._own.buffer, self._direct.get(file)
+        for at in range(start, start + nbytes, _BUFFER):
+            size = min(_BUFFER, start + nbytes - at)
+            first, got = (at + _ELSEWHERE) % PAGE, 0
+            if direct is not None:  # takes whole pages of the file into whole pages of memory
+                first = at % PAGE
+                pages = buffer[: -(-(first + size) // PAGE) * PAGE]
+                got = min(max(_read_direct(direct, pages, at - first) - first, 0), size)
+            self._fill(file, [buffer[first + got : first + size]], at + got, size - got)
+            yield buffer[first : first + size]
+
+    def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
+        """Reads into buffers of so many bytes together; a single call may give less."""
+        while missing:
+            got = os.preadv(self._fds[file], buffers, start)
+            if not got:
+                raise self._changed()
+            start, missing = start + got, missing - got
+            while got and missing:
+                if got >= len(buffers[0]):
+                    got -= len(buffers.pop(0))
+                else:
+                    buffers[0], got = buffers[0][got:], 0
+
+
+def _is_cached(fd: int, at: int) -> bool:
+    """Whether the page cache has a byte of a file; True also where the file system does not say."""
+    try:
+        os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _read_direct(fd: int, pages: memoryview, start: int) -> int:
+    """Reads past the page cache; returns the number of bytes, 0 where the file system refuses."""
+    try:
+        return os.preadv(fd, [pages], start)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+        return 0
+
+
+def _scatter(data: memoryview, slices: list[memoryview]) -> None:
+    """Copies bytes into the first of these slices, and takes from the list what is full."""
+    while data:
+        part = data[: len(slices[0])]
+        slices[0][: len(part)] = part
+        data, rest = data[len(part) :], slices[0][len(part) :]
+        slices[:1] = [rest] if rest else []

@@ -1,0 +1,4 @@
+"""The command line: parse, make one library call, show.
+
+Nobody imports this room, and only this room writes to a terminal.
+"""

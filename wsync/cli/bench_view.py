@@ -1,0 +1,103 @@
+"""Rows for people and for programs: one table, and one JSON object."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wsync
+
+from ..bench.place import free_memory
+from ..bench.rows import Row, Settings
+from ..text import size
+from .tables import stdout_console
+
+
+def box() -> dict[str, Any]:
+    """What the figures belong to; taken before them, because measuring is load, too."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": next(names, platform.machine()),
+        "memory_free": free_memory(),
+        "load": round(os.getloadavg()[0], 2),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "wsync": wsync.__version__,
+    }
+
+
+def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
+    """One object: ``box``, ``settings`` and ``results``, a list of rows.
+
+    A row has the attributes of ``Row``; besides them ``value`` and ``beside_value`` (the medians of both sides),
+    ``ratio`` (the median of the rounds' ratios) and ``met``. What is missing is null or empty.
+    """
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    computed = ("value", "beside_value", "ratio", "met")
+    results = [{**asdict(row), **{name: getattr(row, name) for name in computed}} for row in rows]
+    return {"box": dict(about), "settings": asked, "results": results}
+
+
+def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    """The table on stdout, the box above it, and below it what was not measured and how many aims are met."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    console = stdout_console()
+    console.print(
+        f"{about['processor']}, {about['cores']} cores, {size(about['memory_free'])} free, load {about['load']}\n"
+        f"Linux {about['kernel']}, Python {about['python']}, torch {about['torch']}\n"
+        f"{size(settings.size)} in {settings.tensors:,} tensors, {settings.readers} readers",
+        markup=False,
+    )
+    if about["load"] > about["cores"] / 2:
+        console.print("The box is busy with something else: take these figures again when it is idle.")
+    table = Table(
+        "measured",
+        Column("wsync", justify="right", no_wrap=True),
+        "beside",
+        Column(justify="right", no_wrap=True),
+        Column("ratio", justify="right", no_wrap=True),
+        Column("aim", no_wrap=True),
+        Column(no_wrap=True),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
+    told, absent = [], []
+    for row in rows:
+        if row.value is None:
+            why = f"failed: {row.failed}" if row.failed else f"not measured: {row.skipped}"
+            absent.append(Text(f"{row.case} {why}", "bold red" if row.failed else "dim"))
+            continue
+        other = "" if row.beside_value is None else amount(row.beside_value, row.unit)
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
+        aim = ""
+        if row.aim:
+            told.append(row.met)
+            aim = f"{row.aim.sense} {f'{row.aim.bound:.3g}' if row.beside else amount(row.aim.bound, row.unit)}"
+        table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, aim, verdicts[row.met])
+    console.print(table, *absent, sep="\n")
+    console.print(f"{told.count(True)} of {len(told)} aims met. A ratio is wsync by the other.")
+
+
+def amount(value: float, unit: str) -> str:
+    """A figure in its unit, for people."""
+    if unit == "%":
+        return f"{value:.2g} %"
+    if unit != "s":
+        return size(value) + unit[1:]
+    for name, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 0.9995:
+            return f"{value * factor:.3g} {name}"
+    return f"{value * 1e9:.3g} ns"

@@ -1,0 +1,303 @@
+"""The command line: parse, one library call, show, exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack, closing, nullcontext
+from copy import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import UsageError, WsyncError, harmless
+from .bench_command import bench_command
+from .history_commands import check_variables, history
+from .options import (
+    VARIABLES,
+    JsonOption,
+    LogFormatOption,
+    NameArgument,
+    RuntimeOption,
+    SpecArgument,
+    StateOption,
+    argument,
+    check_format,
+    names,
+    option,
+    read_spec,
+    with_settings,
+)
+
+app = typer.Typer(
+    name="wsync",
+    help="Keeps the weights of a running policy in step with the newest checkpoint on disk.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
+@with_settings
+def push(
+    *,
+    spec: SpecArgument,
+    checkpoint: Annotated[
+        str | None,
+        argument("[CHECKPOINT]", "A file, or a directory: its newest one; or a URL. (default: from the spec)"),
+    ] = None,
+    force: Annotated[bool, option("--force", "Publish again what is live.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", "Check everything but the gate, publish nothing.")] = False,
+    retry: Annotated[bool, option("--retry", "Try again what was rejected before.")] = False,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+    settings: dict[str, dict[str, Any]],
+) -> None:
+    """One pass: put the newest complete checkpoint, or the one named, into shared memory.
+
+    Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
+    complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
+    """
+    from ..checkpoints.files import remote
+    from ..history.database import State
+    from ..history.outcome import Outcome
+    from ..sync.syncer import Syncer
+    from .console import complain, outcome_json, tell, transfer_bar
+
+    loaded = read_spec(spec, settings)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    figures = None
+    if loaded.metrics.file and not dry_run:
+        from ..service.figures import RunFigures
+
+        figures = RunFigures(loaded.name, loaded.metrics.file, runtime_dir)
+
+    def report(kind: str, ok: bool, message: str) -> None:
+        if not ok:  # a failure of a hook is a warning, since the weights are live all the same
+            print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
+        if figures:
+            figures.hook(kind, ok)
+
+    event: Outcome | WsyncError
+    try:
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
+            syncer.report, syncer.record.complain = report, complain
+            if retry:
+                syncer.record.forget()
+            shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
+            with transfer_bar() if shown else nullcontext() as syncer.progress:
+                event = syncer.once(force=force, dry_run=dry_run)
+    except WsyncError as exc:
+        event = exc
+    if figures:
+        try:
+            figures.write(event)
+        except WsyncError as exc:  # the exit code stays the push's
+            complain(exc)
+    if isinstance(event, WsyncError):
+        if as_json and not isinstance(event, UsageError):
+            failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
+            print(json.dumps(outcome_json(failed)))
+        raise event
+    tell(event, as_json=as_json)
+    raise typer.Exit(event.exit_code)
+
+
+@app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
+@with_settings
+def watch(
+    *,
+    spec: SpecArgument,
+    checkpoints: Annotated[
+        str | None,
+        argument(
+            "[CHECKPOINTS]", "Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)"
+        ),
+    ] = None,
+    log_format: LogFormatOption = None,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+    settings: dict[str, dict[str, Any]],
+) -> None:
+    """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version.
+
+    Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-failures; 2 usage.
+
+    SIGHUP reads the TOML again. Under systemd, use Type=notify: ready is the first version. Started by torchrun, one
+    watch on each box, they are a group: one reads, and all boxes go live together.
+    """
+    from ..service.service import Service
+    from .console import WatchLog, default_format
+
+    check_format(log_format)
+    toml = spec if os.path.isfile(spec) else None
+    load = lambda: read_spec(spec, settings, checkpoints)  # noqa: E731
+    service = Service(load, toml, checkpoints, runtime_dir, state_dir)
+    loaded, place = service.spec, service.syncer.getter.checkpoints
+    form: Any = log_format or default_format()
+    log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
+    with ExitStack() as stack:
+        monitor = None
+        if loaded.metrics.file or loaded.metrics.port is not None:
+            from ..service.monitor import Monitor
+
+            complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
+            monitor = stack.enter_context(closing(Monitor(loaded.name, loaded.metrics, runtime_dir, complain)))
+        stack.enter_context(log)
+        if monitor and monitor.endpoint:
+            log.note("info", "metrics", f"figures on {monitor.endpoint.url}, health on /healthz")
+        stopped = service.run(log, monitor)
+    raise typer.Exit(0 if stopped else 1)
+
+
+@app.command(epilog="Example: wsync status cartpole --json")
+def status(
+    name: Annotated[str | None, argument("[NAME]", "A segment. (default: all)", autocompletion=names)] = None,
+    watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
+    max_staleness: Annotated[
+        float | None,
+        option("--max-staleness", "Exit with 1 where a live version is older, in seconds, or there is none."),
+    ] = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """What is live where, how old it is, what is pinned, and which version each reader is on.
+
+    Exit codes: 0; 1 a segment is unusable, or older than --max-staleness.
+    """
+    from .status import follow, show
+
+    if watch and as_json:
+        raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
+    if watch:
+        follow(name, runtime_dir, state_dir)
+    else:
+        raise typer.Exit(show(name, runtime_dir, state_dir, max_staleness, as_json=as_json))
+
+
+@app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
+def inspect(
+    path: Annotated[str, argument("PATH", "A checkpoint, or a directory of them; or a URL.")],
+    spec: Annotated[str | None, option("--spec", "Tell whether it fits this policy.")] = None,
+    scan: Annotated[bool, option("--scan", "Read all: tell what is not finite.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What is in a checkpoint, whether it is complete and fits; or what a directory holds to choose from."""
+    from ..settings.spec import load_spec
+    from .inspection import inspect as look
+
+    looked = look(path, spec=load_spec(spec) if spec else None, scan_values=scan)
+    if as_json:
+        print(json.dumps(looked))
+    else:
+        from .tables import print_inspection
+
+        print_inspection(looked)
+    bad = looked.get("complete") is False or looked.get("fits") is False
+    raise typer.Exit((1 if looked["kind"] == "failed" else 65) if bad else 0)
+
+
+@app.command(epilog="Example: wsync rm cartpole")
+def rm(
+    name: NameArgument,
+    runtime_dir: RuntimeOption = None,
+) -> None:
+    """Remove a segment; policies that are attached keep the weights they have."""
+    from ..segment.segment import remove
+
+    remove(name, runtime_dir)
+    print(f"{name}: removed")
+
+
+app.add_typer(history)
+app.add_typer(bench_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"wsync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _live(name: str, runtime: Path | None) -> int:
+    """The version that a failed push left live; 0 where that cannot be told either."""
+    from ..segment.segment import Segment
+
+    try:
+        with closing(Segment.open(name, runtime)) as segment:
+            return segment.version
+    except (WsyncError, OSError, MemoryError):
+        return 0
+
+
+def _just(name: str = "") -> typer.Typer:
+    """The command line with this one of its commands; with all where it has none of that name.
+
+    To build one command of its function takes a millisecond or two, and a push with nothing to do needs no other.
+    """
+    for command in [*app.registered_commands, *history.registered_commands, *bench_command.registered_commands]:
+        if name and name == (command.name or getattr(command.callback, "__name__", "")):
+            only = copy(app)
+            only.registered_commands, only.registered_groups = [command], []
+            return only
+    return app
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is one message and an exit code, never a traceback.
+
+    Ends without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do; all
+    that we hold is closed by then, or ours only through the kernel.
+    """
+    if sys.platform != "linux":
+        print(
+            f"wsync: this is {sys.platform}, and wsync needs Linux (flock, futex, tmpfs). Run it on the Linux box that "
+            "runs the policy.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (who closed it wants to hear nothing)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
+    code: object = 0
+    try:
+        check_variables(VARIABLES)
+        _just(*sys.argv[1:2])(prog_name="wsync")
+    except WsyncError as exc:
+        print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
+        code = exc.exit_code
+    except OSError as exc:
+        print(f"wsync: the system refused a step: {exc}. Look at what it names, then run it again.", file=sys.stderr)
+        code = 1
+    except MemoryError:
+        print("wsync: this process has no memory left. Raise its limit (`ulimit -v`), and try again.", file=sys.stderr)
+        code = 1
+    except SystemExit as exc:
+        code = exc.code
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = code or 1
+    os._exit(code if isinstance(code, int) else int(code is not None))

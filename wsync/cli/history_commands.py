@@ -1,0 +1,188 @@
+"""The commands of the person who runs it for months: log, rollback, pin, unpin, config."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError, printable
+from .options import (
+    JsonOption,
+    LogFormatOption,
+    NameArgument,
+    RuntimeOption,
+    SpecArgument,
+    StateOption,
+    argument,
+    check_format,
+    option,
+    read_spec,
+    with_settings,
+)
+
+history = typer.Typer()
+
+
+@history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")
+def log(
+    name: NameArgument,
+    number: Annotated[int, option("--number", "Events, the last ones.", "-n", shown=True, min=1, max=1_000_000)] = 20,
+    since: Annotated[str | None, option("--since", "30m, 2h, 3d, or a time such as 2026-05-01T12:00.")] = None,
+    follow: Annotated[bool, option("--follow", "Go on as events come, until stopped.", "-f")] = False,
+    plot: Annotated[bool, option("--plot", "Draw publish time, staging speed and lag.")] = False,
+    as_json: JsonOption = False,
+    state_dir: StateOption = None,
+) -> None:
+    """What was published, rejected, rolled back and pinned, and when; the newest last."""
+    from ..history.database import State
+    from .history import event_json, follow_events, moment
+
+    if plot and (as_json or follow):
+        raise UsageError("--plot draws once, for people. Leave out --json and --follow, or --plot.")
+    with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
+        start = moment(since) if since else 0.0
+        if plot:
+            from .tables import print_plot
+
+            print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
+            return
+        last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
+        events = state.events(since=start, limit=number)
+        coming = follow_events(state, (events or last)[-1].id if last else 0) if follow else ()
+        if as_json and not follow:
+            print(json.dumps({"name": name, "events": [event_json(event) for event in events]}))
+        elif as_json:
+            for event in itertools.chain(events, coming):
+                print(json.dumps(event_json(event)), flush=True)
+        else:
+            from .tables import print_log
+
+            print_log(name, events, coming)
+
+
+@history.command(epilog="Example: wsync rollback cartpole --to 41")
+def rollback(
+    name: NameArgument,
+    to: Annotated[int | None, option("--to", "A version. (default: the one before)", min=1)] = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Put an earlier version live again, as a new version, and pin it until `wsync unpin`.
+
+    It is what it was: no gate is asked, and no hook runs.
+    """
+    from ..history.database import State
+    from ..history.rollback import rollback as go_back
+
+    with State(name, state_dir) as state:
+        live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
+    file = printable(Path(live.source).name) if live.source else "weights from memory"
+    if as_json:
+        data = {"status": "published", "name": name, "version": live.version, "step": live.step}
+        print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.name}))
+    else:
+        step = "" if live.step is None else f", step {live.step}"
+        print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")
+
+
+@history.command(epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
+def pin(
+    name: NameArgument,
+    checkpoint: Annotated[str | None, argument("[CHECKPOINT]", "A file, or a URL. (default: what is live)")] = None,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on.
+
+    Who pins has looked: its values are checked, and no gate is asked.
+    """
+    from ..history.database import State
+    from ..history.rollback import pin_checkpoint
+
+    with State(name, state_dir) as state:
+        pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
+    when = "" if live else "; the next pass of a watch or push puts it live"
+    print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{when}")
+
+
+@history.command(epilog="Example: wsync unpin cartpole")
+def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
+    """Let go of the pin: the next pass goes on with the newest checkpoint."""
+    from ..history.database import State
+    from ..history.rollback import unpin as let_go
+
+    with State(name, state_dir) as state:
+        before = let_go(state)
+    print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing was pinned")
+
+
+@history.command(epilog="Example: wsync config cartpole.toml")
+@with_settings
+def config(
+    context: typer.Context,
+    spec: SpecArgument,
+    *,
+    log_format: LogFormatOption = None,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+    settings: dict[str, dict[str, Any]],
+) -> None:
+    """Every setting and where it comes from: option, variable, TOML or default."""
+    from ..history.database import state_dir as state_place
+    from ..system.memory import runtime_dir as runtime_place
+    from .console import default_format
+    from .history import origins
+
+    check_format(log_format)
+    loaded = read_spec(spec, settings)
+    words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name: words.get(source.name) if source else None for name, source in sources.items()}
+    others = {
+        "runtime_dir": runtime_place(runtime_dir),
+        "state_dir": state_place(state_dir),
+        "log_format": log_format or default_format(),
+    }
+    rows = origins(loaded, spec, given, others)
+    if as_json:
+        print(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, default=str))
+    else:
+        from .tables import print_config
+
+        print_config(rows)
+
+
+_SERVICE = re.compile(
+    r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
+)
+"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
+
+
+def check_variables(known: set[str]) -> None:
+    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would be obeyed by nobody, in silence.
+
+    Those of a Kubernetes service are taken out of the environment: one of them may have the name of a setting
+    (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``), and is none.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    for name in [name for name, value in os.environ.items() if _SERVICE.match(f"{name}={value}")]:
+        del os.environ[name]
+    unknown = sorted(name for name in os.environ if name.startswith("WSYNC_") and name not in known)
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        advice = f"Did you mean {near[0]}?" if near else "Unset it; `wsync config SPEC` lists the settings."
+        raise UsageError(f"the variable {unknown[0]} is none of wsync's. {advice}")

@@ -1,0 +1,152 @@
+"""What is in a checkpoint, whether it is complete and fits a policy; or what a directory holds to choose from."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.cast import Piece
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.files import parts_of, place_at, unreadable
+from ..errors import CheckpointError, NoCheckpoint
+from ..layout.finite import is_finite
+from ..layout.layout import TensorEntry
+from ..places.candidates import Candidate, Select, scan, select
+from ..settings.spec import Spec
+
+Fits = Callable[[Checkpoint], dict[str, Any]]
+
+
+def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_values: bool = False) -> dict[str, Any]:
+    """Looks at a checkpoint, or at the candidates of a directory; never raises for what is wrong with one of them.
+
+    Args:
+        spec: tells whether it fits this policy, and how.
+        scan_values: reads every tensor to tell whether it is finite.
+
+    Returns:
+        ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
+        "reason", "kind", "step", "bytes", "files", "metadata", "tensors"}``, with a spec ``"fits"``, and with
+        ``"candidates"`` where there are others in it.
+
+        Each tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
+        was read, ``finite``. What fits has ``casts`` (each ``name``, ``from``, ``to``), ``kept`` (the policy's tensors
+        that keep their live values), ``left_out`` (the checkpoint's that are not taken) and ``base`` (what an adapter
+        is merged into). ``kind`` is the reason in a word: ``incomplete``, ``malformed`` or ``failed``.
+
+    Raises:
+        NoCheckpoint: there is nothing at the path.
+        CheckpointError: a directory cannot be listed.
+    """
+    fits, path = _fitter(spec) if spec else None, place_at(path)
+    settings = spec.select if spec else Select()
+    try:
+        if not path.is_dir():
+            return _look(path, fits, scan_values)
+        parts_of(path)
+    except NoCheckpoint:
+        return {"path": str(path), "candidates": _verdicts(scan(path, settings, halves=True), settings, fits)}
+    except OSError as exc:
+        raise unreadable(path, exc) from exc
+    except CheckpointError:
+        pass  # told below, where it is opened
+    looked = _look(path, fits, scan_values)
+    try:
+        others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != path]
+    except CheckpointError:
+        others = []
+    return {**looked, "candidates": _verdicts(others, settings, fits)} if others else looked
+
+
+def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> list[dict[str, Any]]:
+    kept = ("path", "complete", "step", "bytes", "reason", "kind", "fits")
+    verdicts = []
+    for candidate in select(found, order=settings.order):
+        try:
+            looked = _look(candidate.path, fits, False)
+        except NoCheckpoint:
+            continue  # retention was faster
+        verdicts.append({key: looked[key] for key in kept if key in looked})
+    return verdicts
+
+
+def _look(path: Path, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
+    try:
+        checkpoint = open_checkpoint(path)
+        with checkpoint:
+            broken = _not_finite(checkpoint) if scan_values else None
+            return _described(path, checkpoint, broken) | (fits(checkpoint) if fits else {})
+    except NoCheckpoint:
+        raise
+    except CheckpointError as exc:
+        about = {"complete": False, "reason": str(exc), "kind": exc.kind, "step": None, "bytes": None}
+        return {"path": str(path), **about}
+
+
+def _described(path: Path, checkpoint: Checkpoint, broken: set[str] | None) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "complete": True,
+        "reason": None,
+        "kind": None,
+        "step": checkpoint.step,
+        "bytes": checkpoint.size,
+        "files": [file.name for file in checkpoint.parts.files],
+        "metadata": checkpoint.metadata,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bytes": tensor.nbytes,
+                "file": checkpoint.parts.files[tensor.file].name,
+                **({} if broken is None else {"finite": tensor.name not in broken}),
+            }
+            for tensor in checkpoint.tensors.values()
+        ],
+    }
+
+
+def _fitter(spec: Spec) -> Fits:
+    """Tells of checkpoints whether they fit the policy, whose layout is read once."""
+    layout, settings = spec.layout(), spec.weights
+    known = {name for entry in layout.tensors for name in entry.names}
+
+    def fits(checkpoint: Checkpoint) -> dict[str, Any]:
+        try:
+            plan = checkpoint.plan(layout, settings)
+        except CheckpointError as exc:
+            return {"fits": False, "reason": exc.message, "differences": [asdict(row) for row in exc.differences]}
+        left = [] if plan.merge else [name for name in checkpoint.tensors if settings.name(name) not in known]
+        return {
+            "fits": True,
+            "casts": [{"name": t.name, "from": t.dtype, "to": entry.dtype} for t, entry in plan.conversions],
+            "kept": [entry.name for entry in plan.kept],
+            "left_out": left,
+            "base": settings.base if plan.merge else None,
+        }
+
+    return fits
+
+
+def _not_finite(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that hold NaN or infinity, read a piece at a time, however large they claim to be."""
+    tensors = list(checkpoint.tensors.values())
+    starts = [(tensor.file, tensor.start) for tensor in tensors]
+    broken: set[str] = set()
+
+    def look(piece: Piece, data: memoryview) -> bool:
+        if not is_finite(data, piece.source):
+            broken.add(tensors[bisect_right(starts, (piece.file, piece.start)) - 1].name)
+        return True
+
+    try:
+        checkpoint.convert_each([(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look)
+        checkpoint.check_unchanged()
+    except OSError as exc:
+        raise unreadable(checkpoint.path, exc) from exc
+    return broken

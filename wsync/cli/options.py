@@ -1,0 +1,198 @@
+"""The settings of a spec and its tables as options.
+
+They are declared once, here and in the dataclasses that hold them; a command that takes them names one parameter,
+``settings``, which comes as a table of those that were given.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError, WsyncError
+from ..settings.hooks import VARIABLES as OWN_VARIABLES
+
+if TYPE_CHECKING:
+    from ..settings.spec import Spec
+
+_HELP: dict[str, tuple[str, Any, str]] = {
+    "name": ("spec", str, "The segment's name. (default: from the spec)"),
+    "poll": ("spec", float, "Seconds between looks that nothing asked for. (default: 1; of a URL 10)"),
+    "max_failures": (
+        "spec",
+        int,
+        "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
+    ),
+    "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
+    "keep": ("spec", int, "Published versions of which a copy is kept for a rollback. (default: 0)"),
+    "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
+    "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
+    "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
+    "order": ("select", str, "Which is newest: mtime, step or name. (default: mtime)"),
+    "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
+    "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
+    "prefix": ("weights", str, "Take only tensors whose names begin so, and drop it."),
+    "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),
+    "include": ("weights", list[str], "Glob of names to take; may be given again."),
+    "exclude": ("weights", list[str], "Glob of names to leave out; may be given again."),
+    "cast": ("weights", bool, "Convert floats to the policy's dtypes."),
+    "strict": ("weights", bool, "Every tensor must come, and no other. (default: strict)"),
+    "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),
+    "finite": ("weights", bool, "Refuse NaN and infinity. (default: finite)"),
+    "gate": ("hooks", str, "package.module:function, or a shell command, that must accept staged weights."),
+    "gate_timeout": ("hooks", float, "Seconds it may take; longer rejects. (default: 60)"),
+    "exec": ("hooks", str, "Shell command after a publish."),
+    "exec_timeout": ("hooks", float, "Seconds it may take. (default: 30)"),
+    "exec_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
+    "webhook": ("hooks", str, "http or https URL that is told of a publish."),
+    "webhook_method": ("hooks", str, "Of the request. (default: POST)"),
+    "webhook_timeout": ("hooks", float, "Seconds that it may take. (default: 1)"),
+    "webhook_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
+    "webhook_success_status": ("hooks", int, "Answer that is a success; 0 takes any. (default: 200)"),
+    "metrics_port": ("metrics", int, "Serve /metrics and /healthz; 0 takes any free port. (default: neither)"),
+    "metrics_address": ("metrics", str, "Where that port listens. (default: 127.0.0.1)"),
+    "metrics_file": ("metrics", str, "A .prom file for the node exporter."),
+    "max_staleness": (
+        "metrics",
+        float,
+        "Seconds after which /healthz is 503, counted from the last look that found the newest checkpoint live, or "
+        "made it so; a trainer that is done makes nothing stale. (default: never)",
+    ),
+}
+_ONLY_WATCH = {
+    "poll",
+    "max_failures",
+    "metrics_port",
+    "metrics_address",
+    "max_staleness",
+}  # and config, which shows what a watch has
+
+_PANELS = {
+    "spec": None,
+    "access": "Who else may read the segment",
+    "select": "Which checkpoint (the TOML's table select)",
+    "weights": "Which tensors (the TOML's table weights)",
+    "hooks": "Before and after a publish (the TOML's table hooks)",
+    "metrics": "Figures for monitoring (the TOML's table metrics)",
+}
+
+
+_OTHERS = """
+RUNTIME_DIR STATE_DIR JSON FORCE DRY_RUN RETRY LOG_FORMAT SPEC SCAN NUMBER SINCE FOLLOW PLOT TO WATCH MAX_STALENESS
+SIZE TENSORS READERS QUICK ONLY DIR
+"""
+VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
+"""Every variable that a command reads, and those that wsync sets itself."""
+
+_VALUES = {"order": ["mtime", "step", "name"]}
+
+
+def names(incomplete: str) -> list[str]:
+    """The standing segments whose names begin so, for a shell that completes one."""
+    from ..segment.segment import segments
+
+    try:
+        return [name for name in segments(os.environ.get("WSYNC_RUNTIME_DIR")) if name.startswith(incomplete)]
+    except (WsyncError, OSError):  # a prompt is no place to complain
+        return []
+
+
+def option(flag: str, text: str, *short: str, shown: bool = False, **more: Any) -> Any:
+    """An option, which has a variable: ``WSYNC_`` and its name.
+
+    Args:
+        flag: such as ``--dry-run``, or ``--cast/--no-cast``.
+        short: other names, such as ``-n``.
+        shown: whether the help shows its default.
+        more: what ``typer.Option`` takes.
+    """
+    variable = f"WSYNC_{flag.split('/')[0].lstrip('-').replace('-', '_').upper()}"
+    return typer.Option(flag, *short, envvar=variable, help=text, show_default=shown, **more)
+
+
+def argument(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Argument(metavar=metavar, help=text, show_default=False, **more)
+
+
+SpecArgument = Annotated[str, argument("SPEC", "package.module:attr of the policy, or a TOML file.")]
+NameArgument = Annotated[str, argument("NAME", "A segment.", autocompletion=names)]
+LogFormatOption = Annotated[
+    str | None,
+    option("--log-format", "(default: rich on a terminal, plain elsewhere)", metavar="rich|plain|json"),
+]
+RuntimeOption = Annotated[Path | None, option("--runtime-dir", "Where segments live. (default: /dev/shm/wsync-<uid>)")]
+StateOption = Annotated[
+    Path | None,
+    option(
+        "--state-dir",
+        "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
+    ),
+]
+JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command, which has a parameter ``settings``, an option for each of them."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for name, p in signature.parameters.items() if name != "settings"]
+    taken = {n: about for n, about in _HELP.items() if command.__name__ in ("watch", "config") or n not in _ONLY_WATCH}
+    options = [_parameter(name, *about) for name, about in taken.items()]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        settings: dict[str, dict[str, Any]] = {table: {} for table in _PANELS}
+        for name, (table, _, _) in taken.items():
+            value = given.pop(name)
+            if value not in (None, []):
+                settings[table][name.removeprefix(f"{table}_")] = _value(name, value)
+        command(**given, settings=settings)
+
+    wrapped.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
+    return wrapped
+
+
+def read_spec(text: str, settings: dict[str, dict[str, Any]], checkpoints: str | None = None) -> Spec:
+    """The spec with what the options say instead."""
+    from dataclasses import replace
+
+    from ..settings.spec import load_spec
+
+    tables = dict(settings)
+    own = dict(tables.pop("spec"))
+    spec = load_spec(text, name=own.pop("name", None), checkpoints=checkpoints)
+    return replace(spec, **own, **{table: replace(getattr(spec, table), **given) for table, given in tables.items()})
+
+
+def _parameter(name: str, table: str, kind: Any, text: str) -> inspect.Parameter:
+    words = name.replace("_", "-")
+    flag = f"--{words}/--no-{words}" if kind is bool else f"--{words}"
+    values = (lambda: _VALUES[name]) if name in _VALUES else None
+    declared = option(flag, text, rich_help_panel=_PANELS[table], autocompletion=values)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
+    )
+
+
+def _value(name: str, value: Any) -> Any:
+    if name != "rename":
+        return tuple(value) if isinstance(value, list) else value
+    table = {}
+    for pair in value:
+        old, equals, new = pair.rpartition("=")
+        if not equals or not old:
+            raise UsageError(f"--rename {pair!r} is no OLD=NEW. Write the old name, =, and the new one.")
+        table[old] = new
+    return table
+
+
+def check_format(log_format: str | None) -> None:
+    """Raises UsageError where this is no form of a watch's log."""
+    if log_format not in (None, "rich", "plain", "json"):
+        raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")

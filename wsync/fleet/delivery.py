@@ -1,0 +1,178 @@
+"""Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
+
+``Shared`` stands where a checkpoint stands in ``publisher.publish``, so that a group publishes by the very steps by
+which one box does. The box that reads has the whole slot first; then it is broadcast in pieces, and a
+checksum of all of it follows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .. import errors
+from ..checkpoints.fit import Fit, Plan
+from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
+from ..layout.layout import Layout
+from . import group as transport
+from .group import Group
+
+if TYPE_CHECKING:
+    from ..segment.publisher import Source
+
+_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
+
+
+class Turn:
+    """The votes on one publish; each raises on all boxes what any box has against it.
+
+    Attributes:
+        over: nothing is left to vote on: it is agreed, or refused.
+        objected: this box was against it.
+    """
+
+    VOTES = 3
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.over, self.objected = group, False, False
+        self._cast = 0
+
+    def vote(self, objection: WsyncError | None = None, *, work: Callable[[], None] | None = None) -> None:
+        """Casts this box's vote, and waits for those of all others.
+
+        Args:
+            work: what decides; the group goes on talking meanwhile.
+
+        Raises:
+            GroupBroken: a box is gone.
+            WsyncError: some box is against it; the message names each.
+        """
+
+        def verdict() -> dict[str, Any]:
+            try:
+                if objection:
+                    raise objection
+                if work:
+                    work()
+            except WsyncError as exc:
+                self.objected = True
+                return _objection(exc)
+            self.objected = False
+            return {}
+
+        self._cast += 1
+        self.over = self._cast == self.VOTES
+        try:
+            judge(self.group.together(verdict), self.group.names)
+        except BaseException:
+            self.over = True
+            raise
+
+    def refuse(self, exc: WsyncError) -> None:
+        """Says at the next vote why this box cannot go on; where nothing is left to vote on, raises it.
+
+        Raises:
+            WsyncError: always.
+        """
+        if not self.over and not isinstance(exc, GroupBroken):
+            self.vote(exc)
+        raise exc
+
+
+def _objection(exc: WsyncError) -> dict[str, Any]:
+    kind = next(each for each in type(exc).__mro__ if each.__module__ == errors.__name__)  # not a gate's own subclass
+    rows, text = [asdict(row) for row in exc.differences[:20]], exc.message
+    return {"kind": kind.__name__, "text": text, "differences": rows}
+
+
+def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
+    """Raises what boxes have against it as one error, the gravest kind of all, with each box named."""
+    against = [(name, verdict) for name, verdict in zip(names, verdicts, strict=True) if verdict]
+    if not against:
+        return
+    kinds: list[type[WsyncError]] = [getattr(errors, verdict["kind"]) for _, verdict in against]
+    kind = min(kinds, key=lambda kind: (_GRAVEST.index(kind.exit_code), kind is not RetryLater))
+    text = " ".join(f"{name}: {verdict['text']}" for name, verdict in against)
+    if issubclass(kind, WithDifferences):
+        raise kind(text, tuple(Difference(**row) for _, verdict in against for row in verdict.get("differences", ())))
+    raise kind(text)
+
+
+class Shared:
+    """What one box sends, as it goes into this box's slot.
+
+    Args:
+        offer: path, step and identity, as the box that sends told them to all.
+        rank: of the box that sends.
+        source: on that box, what it reads first.
+        live: on that box, its live weights, which go live again under another number.
+    """
+
+    def __init__(
+        self,
+        offer: dict[str, Any],
+        rank: int,
+        turn: Turn,
+        source: Source | None = None,
+        live: memoryview | None = None,
+    ) -> None:
+        self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
+        self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
+        self._rank, self._turn, self._source, self._live = rank, turn, source, live
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan:
+        return self._source.plan(layout, settings) if self._source else Plan(layout)
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None:
+        read = None
+        if self._source:
+            read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
+            progress = None  # what is read is what is counted
+        elif self._live is not None:
+            weights[:] = self._live
+        deliver(self._turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)
+
+
+def deliver(
+    turn: Turn,
+    rank: int,
+    weights: memoryview | None,
+    nbytes: int,
+    *,
+    read: Callable[[], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Brings the weights of one box to all others; every box of the group takes part.
+
+    Args:
+        rank: of the box that sends.
+        weights: what is sent, or where it goes; None lets it go by.
+        read: fills the weights of the sender, once all boxes are ready.
+        progress: called with the bytes of each piece that comes.
+
+    Raises:
+        WsyncError: they could not be read, or other bytes came than were sent; the same on all boxes.
+    """
+    group = turn.group
+    turn.vote()  # ready
+    turn.vote(work=read)  # read
+    room = weights if weights is not None else memoryview(bytearray(min(nbytes, transport.PIECE)))
+    for at in range(0, nbytes, transport.PIECE):
+        size = min(nbytes - at, transport.PIECE)
+        start = at if weights is not None else 0
+        group.share(room[start : start + size], rank)
+        if progress:
+            progress(size)
+    sums = group.together(lambda: zlib.crc32(weights[:nbytes]) if weights is not None else -1)
+    wrong = [name for name, each in zip(group.names, sums, strict=True) if each not in (-1, sums[rank])]
+    if wrong:
+        turn.over = True
+        raise WsyncError(
+            f"{', '.join(wrong)}: other bytes came than were sent. They are thrown away, and sent again; look at the "
+            "network between the boxes."
+        )

@@ -1,0 +1,192 @@
+"""The group of boxes that torchrun forms: who is in it, and how they talk.
+
+The transport is torch.distributed with gloo. What boxes tell each other is JSON, never pickled; weights go as pieces of
+``PIECE`` bytes, broadcast from memory into memory. A group is never mended: when a box dies, hangs for longer than
+``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1, and torchrun's agents form a new
+one.
+
+A watch is a box of a group where torchrun started it: ``TORCHELASTIC_RUN_ID`` is set, with RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. One that a training script starts under torchrun must be started without that variable.
+
+``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` has to be set where torchrun starts, and a watch cannot make up for it: without
+it (torch 2.13) the torchrun of rank 0 tells the address of a store in its first round alone, and takes it for told in
+all later ones. The torchrun of a box that joins, or comes back, waits for that address in vain, those of the others for
+that box, and after a minute all end (``DistStoreError``), before any of them has started a watch again. The variable is
+read by torchrun's own process, long before there is one of ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from .. import __version__
+from ..errors import GroupBroken, UsageError
+from .membership import few
+
+TIMEOUT = (
+    30.0  # seconds that a box may be silent; what takes longer (a gate, a store, a layout) goes on beside the talk
+)
+FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted them
+BEAT = 1.0  # seconds between two signs of life
+PIECE = 8 << 20  # bytes
+_FRAME = 2048  # bytes in which most of what boxes tell each other has room
+_T = TypeVar("_T")
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Group:
+    """This box's place in the group.
+
+    Attributes:
+        rank: of this box.
+        size: boxes in the group.
+        run: the name that torchrun's --rdzv-id gives all of its groups.
+        names: of the boxes, by rank; empty before ``join``.
+        note: where to tell of the group itself, as ``WatchLog.note``.
+        thread: what talks to the other boxes, once it runs.
+        stop: ends what this box works on; set where the group breaks meanwhile.
+
+    Raises:
+        UsageError: torchrun's variables are there only in part, or it starts more than one watch a box.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        missing = [name for name in _NEEDED if name not in environment]
+        numbers = [environment.get(name, "") for name in _NEEDED[:3]]
+        if missing or not all(number.isdecimal() for number in numbers):
+            raise UsageError(
+                f"TORCHELASTIC_RUN_ID is set, and {missing[0] if missing else 'a rank or size'} is not as torchrun "
+                "sets it. Start the watch by torchrun, or, for a watch of this box alone, without TORCHELASTIC_RUN_ID."
+            )
+        self.rank, self.size, local = map(int, numbers)
+        if local != 1:
+            raise UsageError(
+                f"torchrun started {local} processes on this box, and one watch keeps it. Use --nproc-per-node 1; a "
+                "watch that a training script starts must be started without TORCHELASTIC_RUN_ID."
+            )
+        self.run = environment["TORCHELASTIC_RUN_ID"]
+        self.shared_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self.names: list[str] = []
+        self.note: Callable[[str, str, str], None] = lambda level, event, text: None
+        self.thread: threading.Thread | None = None
+        self.stop = threading.Event()
+        self._group: Any = None
+
+    def join(self) -> None:
+        """Waits until all boxes are there.
+
+        Raises:
+            GroupBroken: one did not come.
+        """
+        _end_with_parent()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would warn of is told by our errors
+        import torch.distributed as dist
+
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=FORMING))
+            self._group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        except (RuntimeError, ValueError) as exc:
+            raise self._broken(exc) from exc
+        hosts, versions = zip(*self.gather((socket.gethostname(), __version__)), strict=True)
+        if len(set(versions)) > 1:
+            raise GroupBroken(
+                f"the boxes have different versions of wsync: {', '.join(sorted(set(versions)))}. Install one on all."
+            )
+        self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
+        self.note("info", "group", f"rank {self.rank} of {self.size}: {few(self.names)}")
+        if self.shared_store:
+            self.note(
+                "warning",
+                "group",
+                "torchrun ends on all boxes where one joins late or comes back: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it starts",
+            )
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each box says, by rank.
+
+        Raises:
+            GroupBroken: a box is gone, or silent.
+        """
+        text = json.dumps(mine).encode()
+        rows = self._exchange(len(text).to_bytes(8, "little") + text, _FRAME)
+        sizes = [int.from_bytes(row[:8], "little") for row in rows]
+        rows = [row[8:] for row in rows] if max(sizes) <= _FRAME - 8 else self._exchange(text, max(sizes))
+        return [json.loads(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+    def _exchange(self, data: bytes, nbytes: int) -> list[bytes]:
+        """The first bytes of each box's data, padded with zeros, by rank."""
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.frombuffer(bytearray(data[:nbytes].ljust(nbytes, b"\0")), dtype=torch.uint8)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(rows, mine, group=self._group)
+        except RuntimeError as exc:
+            raise self._broken(exc) from exc
+        return [row.numpy().tobytes() for row in rows]
+
+    def busy(self, work: Callable[[], _T]) -> _T:
+        """What this box's work gives; the others are told meanwhile, each second, that it lives."""
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            try:
+                while not wait([future], BEAT).done:
+                    self.gather(None)
+            except GroupBroken:
+                self.stop.set()  # a gate must not hold up the end
+                raise
+            return future.result()
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """What each box's work gives, which is never None."""
+        mine = self.busy(work)
+        while None in (answers := self.gather(mine)):  # some are still at work
+            pass
+        return answers
+
+    def tell(self, what: Any) -> None:
+        """Tells all others; they ``hear``."""
+        self.gather(what)
+
+    def hear(self, rank: int) -> Any:
+        """What that box tells, once it is not ``busy`` any more."""
+        while (told := self.gather(False)[rank]) is None:
+            pass
+        return told
+
+    def share(self, memory: memoryview, rank: int) -> None:
+        """Sends this memory from that box into the same of all others."""
+        import torch
+        import torch.distributed as dist
+
+        try:
+            dist.broadcast(torch.frombuffer(memory, dtype=torch.uint8), rank, group=self._group)
+        except RuntimeError as exc:
+            raise self._broken(exc) from exc
+
+    def _broken(self, exc: Exception) -> GroupBroken:
+        said = str(exc).partition("\n")[0]
+        why = (said.partition(".cc:")[2].partition("] ")[2] or said).partition(". ")[0]
+        boxes = f" ({few(self.names)})" if self.names else ""
+        return GroupBroken(
+            f"the group of {self.size} boxes{boxes} broke: {why[:200]}. What is live stays live; this watch ends, so "
+            "that torchrun forms the group again."
+        )
+
+
+def _end_with_parent() -> None:
+    """A torchrun that is killed leaves its watch behind: SIGTERM then ends it, before another one is started."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)

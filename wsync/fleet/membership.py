@@ -1,0 +1,82 @@
+"""What a watch shows of its group: a small file in the segment, locked while the group lives.
+
+``wsync status`` reads it; one whose lock is free was left by a watch that is gone, and is no group. It also keeps,
+for the next time that this box joins the same group, which versions came from there: what was published into the
+segment by others meanwhile does not count as the group's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..segment.access import opened
+from ..segment.files import Publication
+from ..system.memory import shut, try_lock, write_at
+
+FILE = "group.json"
+_SHOWN = 8  # names of a group's boxes that a line tells
+
+
+class Badge:
+    """The file of one segment, as its watch holds it.
+
+    Args:
+        about: what is shown: ``run``, ``rank``, ``size``, ``boxes``.
+    """
+
+    def __init__(self, segment: Path, about: dict[str, Any]) -> None:
+        self._about = about
+        self._fd = os.open(segment / FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        said = _read(self._fd) or {}
+        self._given: list[list[Any]] = said.get("given", []) if said.get("run") == about["run"] else []
+        self.info = os.fstat(self._fd)
+        self._write()
+
+    def is_at(self, segment: Path) -> bool:
+        """Whether it still lies in the segment of that path, which may have been made anew."""
+        try_lock(self._fd)  # again and again: a look at it in that moment may have been in the way
+        with suppress(OSError):
+            return os.path.samestat(self.info, os.stat(segment / FILE))
+        return False
+
+    def came_from_group(self, live: Publication) -> bool:
+        return [live.version, live.identity] in self._given
+
+    def give(self, version: int, identity: str) -> None:
+        """Notes what is about to go live; the one before is kept, because this one may not."""
+        self._given = [*self._given[-1:], [version, identity]]
+        self._write()
+
+    def close(self) -> None:
+        shut(self._fd)
+
+    def _write(self) -> None:
+        write_at(self._fd, json.dumps({**self._about, "given": self._given}).encode() + b"\n", 0)
+
+
+def group_of(segment: Path) -> dict[str, Any] | None:
+    """The living group of a segment's watch: ``rank`` and ``size``, and ``boxes`` by rank; None where there is none."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(KeyError, OSError), opened(os.open(segment / FILE, flags)) as fd:
+        said = None if try_lock(fd, shared=True) else _read(fd)
+        return {key: said[key] for key in ("rank", "size", "boxes")} if said else None
+    return None
+
+
+def few(boxes: Sequence[str]) -> str:
+    """The names of boxes in one line: of many the first ones, and how many more there are."""
+    more = len(boxes) - _SHOWN
+    return ", ".join(boxes[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _read(fd: int) -> dict[str, Any] | None:
+    try:
+        said = json.loads(os.pread(fd, 1 << 20, 0).partition(b"\n")[0])
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None

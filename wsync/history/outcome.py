@@ -1,0 +1,96 @@
+"""What one pass did, as the terminal, the log and programs are told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import (
+    BeingWritten,
+    CheckpointChanged,
+    CheckpointError,
+    CheckpointRejected,
+    Difference,
+    IncompleteCheckpoint,
+    RetryLater,
+)
+
+EXIT_CODES = {
+    "published": 0,
+    "current": 0,
+    "pinned": 0,
+    "checked": 0,
+    "failed": 1,
+    "rejected": 65,
+    "empty": 66,
+    "busy": 75,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one pass did.
+
+    Attributes:
+        status: a key of ``EXIT_CODES``; ``checked`` is a dry run that would have published.
+        name: of the segment.
+        version: the live version afterwards; 0 before the first.
+        step: of the checkpoint.
+        checkpoint: its path.
+        bytes: of weights that were staged.
+        seconds: that the pass took.
+        readers: living readers.
+        reason: why nothing was published; of a dry run, what it left out.
+        differences: what does not fit.
+        backwards: the step is lower than that of the version before.
+        identity: of the checkpoint's file.
+        passed_over: newer candidates that were refused on the way to this one.
+        pin: the checkpoint that an operator keeps live, where one holds.
+        known: whether it was refused in an earlier run, which told of it.
+        kind: of the error that refused it, in one word; empty where it was not refused just now.
+        casts: what is converted, where this pass was the first to do it.
+    """
+
+    status: str
+    name: str
+    version: int = 0
+    step: int | None = None
+    checkpoint: str | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    readers: int = 0
+    reason: str | None = None
+    differences: tuple[Difference, ...] = ()
+    backwards: bool = False
+    identity: str = ""
+    passed_over: tuple[Outcome, ...] = ()
+    pin: str | None = None
+    known: bool = False
+    kind: str = ""
+    casts: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.status]
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Outcome:
+        """What ``asdict`` made of one."""
+        return cls(
+            **{
+                **told,
+                "differences": tuple(Difference(**row) for row in told["differences"]),
+                "passed_over": tuple(cls.from_dict(each) for each in told["passed_over"]),
+                "casts": tuple(told["casts"]),
+            }
+        )
+
+
+def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
+    """A half-written file in a directory is none yet; one that was named itself is refused, once its writer is done."""
+    half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten)
+    if isinstance(exc, CheckpointRejected) or (named and half):
+        return "rejected"
+    if isinstance(exc, IncompleteCheckpoint):
+        return "empty"
+    return "busy" if isinstance(exc, CheckpointChanged | RetryLater) else "failed"

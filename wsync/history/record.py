@@ -1,0 +1,293 @@
+"""What one syncer knows of the past and adds to it: pin, refusals, history. Never in the way of the weights.
+
+A history that cannot be written is told of once and then done without. Only a pin that cannot be read stops a pass:
+going on would let go what the operator holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.fit import Fit
+from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, WsyncError
+from ..segment.access import opened
+from ..system.memory import try_lock
+from .database import State
+
+if TYPE_CHECKING:
+    from ..segment.publisher import Staged
+    from ..segment.segment import Segment
+    from .database import Event, Pin
+    from .outcome import Outcome
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PUBLISHED = ("publish", "rollback")
+"""Kinds of events after which a version is live."""
+IN_NO_FILE = "kept live values that are in no file"
+NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
+
+
+class Record:
+    """A syncer's view of the state.
+
+    Args:
+        state: None remembers refusals in this process, and nothing else.
+        settings: tells one set of settings from another; a refusal holds under the same ones only.
+
+    Attributes:
+        complain: called with what keeps the history from being written, once for each reason.
+    """
+
+    def __init__(self, state: State | None, settings: str) -> None:
+        self.complain: Callable[[StateError], None] | None = None
+        self._state, self._settings = state, settings
+        self._refused: dict[str, str] = {}
+        self._fresh: set[str] = set()
+        self._loaded = False
+        self._complaint = self._failure = ""
+
+    def close(self) -> None:
+        if self._state:
+            self._state.close()
+
+    @property
+    def directory(self) -> Path | None:
+        """Where it is kept."""
+        return self._state.directory if self._state else None
+
+    def pin(self) -> Pin | None:
+        """The pin that holds.
+
+        Raises:
+            StateError: it cannot be read.
+        """
+        return self._state.pin() if self._state else None
+
+    def last_published(self) -> tuple[int, str]:
+        """As of ``State.last``: versions of a segment that is made anew go on from there."""
+        return self._try(State.last) or (0, "")
+
+    # --- refusals
+
+    def forget(self) -> None:
+        """Takes what was refused before for new."""
+        self._refused, self._loaded = {}, True
+
+    def refusals(self, listed: Iterable[str]) -> dict[str, str]:
+        """Identity to reason of those of ``listed`` that were refused."""
+        wanted = set(listed)
+        if wanted and not self._loaded:
+            self._loaded = True
+            self._refused |= self._try(State.rejections, self._settings) or {}
+        if wanted:
+            self._refused = {state: why for state, why in self._refused.items() if state in wanted}
+        return self._refused
+
+    def is_fresh(self, identity: str) -> bool:
+        """Whether it was refused in this very process, and not in one before."""
+        return identity in self._fresh
+
+    def refuse(self, identity: str, reason: str, outcome: Outcome) -> None:
+        self._refused[identity] = reason
+        self._fresh = {*self._fresh & self._refused.keys(), identity}
+        self._try(State.reject, identity, self._settings, reason)
+        self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
+
+    # --- events
+
+    def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
+        fields = {**asdict(outcome), "lag": lag, "settings": fit_to_json(fit)}
+        self._try(State.record, "publish", accepted=self._settings, **fields)
+
+    def gate(self, result: str, staged: Staged) -> None:
+        self._try(State.record, "gate", **staged._asdict(), reason=result)
+
+    def failed(self, version: int, reason: str) -> None:
+        """A failure is one event, however often it comes in a row."""
+        if reason == self._failure:
+            return
+        self._failure = reason
+        last = self._try(State.events, limit=1)
+        if not last or (last[-1].kind, last[-1].reason) != ("failure", reason):
+            self._try(State.record, "failure", version=version, reason=reason)
+
+    def worked(self) -> None:
+        self._failure = ""
+
+    def _try(self, action: Callable[Concatenate[State, P], T], *args: P.args, **more: P.kwargs) -> T | None:
+        """Does it to the state; None where there is none, or it cannot be done."""
+        try:
+            return action(self._state, *args, **more) if self._state else None
+        except StateError as exc:
+            if str(exc) != self._complaint and self.complain:
+                self.complain(exc)
+            self._complaint = str(exc)
+            return None
+
+    # --- what was published before
+
+    def keep(self, segment: Segment, number: int) -> None:
+        """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
+        state = self._state
+        if state and number > 0:
+            self._try(keep, segment, number)
+
+    def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
+        """The pinned checkpoint, from a kept copy or its file.
+
+        Raises:
+            CheckpointError: neither is there any more.
+        """
+        assert self._state
+        events = [e for e in self._state.events(kinds=PUBLISHED) if e.identity == pin.identity]
+        pinned = next((e for e in reversed(events) if pin.version in (0, e.version)), None)
+        if pinned and (again := reopen(pinned, copies(self._state, events))):
+            return again
+        mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and {NO_COPY}. "
+                f"`wsync unpin {self._state.name}` goes on with the newest; `wsync rollback` lists what is still there."
+            )
+        return checkpoint, fit
+
+
+def fit_to_json(fit: Fit) -> str:
+    left_out = ("partial",) if fit.kept else ("partial", "kept")
+    return json.dumps({name: value for name, value in asdict(fit).items() if name not in left_out})
+
+
+def fit_from_json(text: str | None) -> Fit:
+    table: dict[str, Any] = json.loads(text) if text else {}
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    return Fit(**settings)
+
+
+def keep(state: State, segment: Segment, number: int) -> None:
+    """Copies the live slot, a safetensors file in the policy's own layout, beside the state; removes the oldest.
+
+    A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
+
+    Raises:
+        StateError: there is no room, or no access.
+    """
+    try:
+        lease, publication = segment.lease(), segment.live()
+    except (OSError, SegmentError) as exc:
+        raise StateError(f"what is live in {segment.name!r} cannot be read, and is not kept: {exc}") from exc
+    if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
+        return
+    target = copy_path(state, publication.version)
+    if _holds(target, publication.identity):
+        return
+    temporary = target.with_suffix(".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(target.parent)
+        events = state.events(kinds=PUBLISHED)
+        this = next((event for event in reversed(events) if event.version == publication.version), None)
+        same = copies(state, events).get(what(this)) if this else None
+        if same and _holds(same, publication.identity):
+            same.replace(target)
+            return
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
+            try_lock(copy.fileno())  # who sweeps sees that it is being written
+            os.lseek(lease.fileno(), 0, os.SEEK_SET)
+            with open(lease.fileno(), "rb", closefd=False) as slot:
+                shutil.copyfileobj(slot, copy, 8 << 20)
+            temporary.replace(target)
+        # Not by their numbers, which begin anew where the history was removed.
+        order = {event.version: at for at, event in enumerate(events)} | {publication.version: len(events)}
+        for version in sorted(kept_versions(state), key=lambda version: order.get(version, -1))[:-number]:
+            copy_path(state, version).unlink(missing_ok=True)
+    except OSError as exc:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StateError(
+            f"version {publication.version} of {state.name!r} could not be kept in {state.kept} ({exc.strerror}). Make "
+            "room, lower --keep, or name another place with --state-dir."
+        ) from exc
+    finally:
+        lease.release()
+
+
+def _holds(copy: Path, identity: str) -> bool:
+    """Whether a kept copy is there, and by its own word of this checkpoint."""
+    try:
+        with Checkpoint(copy) as checkpoint:
+            return checkpoint.metadata.get("identity") == identity
+    except WsyncError:
+        return False
+
+
+def _sweep(kept: Path) -> None:
+    """Removes half a copy that somebody who was killed left behind: its lock is free."""
+    for path in kept.glob("*.tmp"):
+        with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+            if try_lock(fd):
+                path.unlink(missing_ok=True)
+
+
+def what(event: Event) -> tuple[str, str]:
+    """What an event published, under whatever version: the file, and how it was fitted."""
+    return event.identity or "", event.settings or ""
+
+
+def copies(state: State, events: Iterable[Event]) -> dict[tuple[str, str], Path]:
+    """The kept copies, by what they are of."""
+    kept = set(kept_versions(state))
+    found = [event for event in events if event.version in kept and event.identity]
+    return {what(event): copy_path(state, event.version or 0) for event in found}
+
+
+def copy_path(state: State, version: int) -> Path:
+    return state.kept / f"{version}.safetensors"
+
+
+def kept_versions(state: State) -> list[int]:
+    """Versions of which a copy is kept, oldest first."""
+    return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
+
+
+def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoint, Fit] | None:
+    """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
+
+    Weights that kept live values beside what their checkpoint holds are had from a copy alone.
+
+    Args:
+        kept: the ``copies``.
+    """
+    fit = fit_from_json(event.settings)
+    copy = kept.get(what(event))
+    if copy and _holds(copy, event.identity or ""):
+        checkpoint = Checkpoint(copy)
+        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
+        return checkpoint, Fit(finite=False, kept=fit.kept)
+    original = None if fit.kept else _same(event.checkpoint, event.identity)
+    return (original, fit) if original else None
+
+
+def _same(path: str | None, identity: str | None) -> Checkpoint | None:
+    if not path or not identity:
+        return None
+    try:
+        # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
+        checkpoint = open_checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
+    except (NoCheckpoint, CheckpointError):
+        return None
+    if checkpoint.identity == identity:
+        return checkpoint
+    checkpoint.close()
+    return None

@@ -1,0 +1,196 @@
+"""The way back: an earlier version goes live again, under a new number, and is pinned.
+
+It is looked for where it is soonest at hand: whole in a spare slot, which only gets another header; as a kept copy; as
+the file that it came from, if that was not changed since.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
+from ..segment.files import Publication
+from ..segment.publisher import publish
+from ..segment.segment import Segment
+from .database import Event, Pin, State
+from .record import IN_NO_FILE, NO_COPY, PUBLISHED, copies, fit_from_json, reopen, what
+
+_log = logging.getLogger("wsync")
+_PATIENCE = 3.0  # seconds that another publisher may hold the segment
+_LOOK = 0.05
+
+
+def rollback(
+    name: str, to: int | None = None, *, runtime: str | os.PathLike[str] | None, state: State
+) -> tuple[Publication, Pin, int]:
+    """Publishes an earlier version again and pins it; returns what is live, the pin, and which version it was.
+
+    Args:
+        to: the version; None takes the one before what is live.
+
+    Raises:
+        UsageError: there is no such version on record; or nothing is live, and no version was named.
+        NoCheckpoint: it cannot be had any more; the message lists what can.
+        SegmentMissing: there is no segment.
+        SegmentBusy: another publisher is at work, or readers hold every spare slot.
+        StateError: the pin cannot be written; nothing was published.
+    """
+    with ExitStack() as stack:
+        segment = stack.enter_context(closing(Segment.open(name, runtime, write=True)))
+        _begin_publishing(segment, stack)
+        live = segment.live()
+        events = state.events(kinds=PUBLISHED)
+        event = _target(state, live, to, events)
+        assert event.version is not None
+        before = state.pin()
+        last = live.version if live else state.last()[0]
+        pin = Pin(
+            checkpoint=event.checkpoint or "",
+            identity=event.identity or "",
+            version=last + 1,
+            step=event.step,
+            since=time.time(),
+            reason=f"rollback from version {last} to {event.version}",
+        )
+        state.set_pin(pin)  # before it is live: a watch must not take the newest in between
+        try:
+            publication = _again(segment, last, event, state, events)
+        except BaseException:
+            state.set_pin(before)
+            raise
+        seconds = round(time.time() - pin.since, 6)
+        more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}
+        _note(state, "rollback", **asdict(pin), **more)
+        return publication, pin, event.version
+
+
+def _begin_publishing(segment: Segment, stack: ExitStack) -> None:
+    """Takes the publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator is in a hurry."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            stack.enter_context(segment.publishing())
+            return
+        except SegmentBusy:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_LOOK)
+
+
+def _note(state: State, kind: str, **fields: Any) -> None:
+    """What is done is done: a history that cannot be written is told of, and is no failure."""
+    try:
+        state.record(kind, **fields)
+    except StateError as exc:
+        _log.warning("%s", exc)
+
+
+def _target(state: State, live: Publication | None, to: int | None, events: list[Event]) -> Event:
+    if to is not None:
+        found = [event for event in events if event.version == to]
+        if not found:
+            raise UsageError(f"version {to} of {state.name!r} is not on record. {_choices(state, events)}")
+        return found[-1]
+    if live is None:
+        raise UsageError(f"nothing is live in {state.name!r}. Say which version goes live. {_choices(state, events)}")
+    origin = [n for n, event in enumerate(events) if event.kind == "publish" and event.identity == live.identity]
+    earlier = [
+        event
+        for event in events[: origin[-1] if origin else len(events)]
+        if event.identity != live.identity and (event.version or 0) < live.version
+    ]
+    if not earlier:
+        raise UsageError(f"no version before the live one of {state.name!r} is on record. {_choices(state, events)}")
+    return earlier[-1]
+
+
+def _again(segment: Segment, last: int, event: Event, state: State, events: list[Event]) -> Publication:
+    """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
+    assert event.version is not None
+    with segment.slot_with(event.version, event.identity or "") as (slot, held):
+        if slot and held:
+            publication = replace(held, version=last + 1, published_at=time.time())
+            slot.describe(publication)
+    if slot:
+        segment.store(publication.version, slot.number)
+        return publication
+    again = reopen(event, copies(state, events))
+    if again:
+        checkpoint, fit = again
+        with checkpoint:
+            live = segment.live()
+            spec = (live.spec if live else "") or segment.spec
+            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
+    mixed = fit_from_json(event.settings).kept
+    why = IN_NO_FILE if mixed else f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
+    raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state, events)}")
+
+
+def _choices(state: State, events: list[Event]) -> str:
+    """What can still be gone back to, newest first."""
+    kept, seen, lines = copies(state, events), set(), []
+    for event in reversed(events):
+        if event.version is None or event.version in seen:
+            continue
+        seen.add(event.version)
+        again = reopen(event, kept)
+        if again:
+            where = "kept copy" if what(event) in kept else event.checkpoint
+            again[0].close()
+            lines.append(f"  {event.version}  step {event.step}  {printable(where or '')}")
+        if len(lines) == 10:
+            break
+    return "These can be had (--to):\n" + "\n".join(lines) if lines else "None other can be had any more."
+
+
+def pin_checkpoint(
+    name: str, checkpoint: str | None, *, runtime: str | os.PathLike[str] | None, state: State
+) -> tuple[Pin, bool]:
+    """Pins what is live, or a checkpoint; returns the pin, and whether it is live already.
+
+    Raises:
+        UsageError: nothing is live, and no checkpoint was named.
+        CheckpointError: the checkpoint cannot be opened.
+        StateError: the pin cannot be written.
+    """
+    from ..checkpoints.checkpoint import open_checkpoint
+
+    live = None
+    try:
+        with closing(Segment.open(name, runtime)) as segment:
+            live = segment.live()
+    except SegmentMissing:
+        if checkpoint is None:
+            raise
+    if checkpoint is None:
+        if live is None:
+            raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
+        pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
+    else:
+        with open_checkpoint(checkpoint) as opened:
+            version = live.version if live and live.identity == opened.identity else 0
+            pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
+    state.set_pin(pin)
+    _note(state, "pin", **{**asdict(pin), "version": pin.version or None, "reason": None})
+    return pin, live is not None and live.identity == pin.identity
+
+
+def unpin(state: State) -> Pin | None:
+    """Lets go of the pin; the one that held, None where none did or it could not be read.
+
+    Raises:
+        StateError: it cannot be removed.
+    """
+    try:
+        pin = state.pin()
+    except StateError:
+        pin = None
+    state.set_pin(None)
+    if pin:
+        _note(state, "unpin", version=pin.version or None, checkpoint=pin.checkpoint)
+    return pin

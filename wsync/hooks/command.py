@@ -1,0 +1,146 @@
+"""Runs a user's command within bounds: of time, of output, and of the processes that it starts.
+
+The command gets a session, and so a process group, of its own and no terminal, so that Ctrl-C reaches wsync alone,
+which then ends the command. When its time is up the whole group gets SIGTERM, and ``GRACE`` seconds later SIGKILL. A
+command that ends by itself is not followed: what it left in the background goes on and is not waited for, although it
+may hold the pipe of the output, which a thread reads until then. Only the end of the output is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import WsyncError, printable
+
+GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+LINES, CHARACTERS = 20, 2000  # of output that are kept
+_SIGNALS = {number.value: number.name for number in signal.Signals}
+_LOOK = 0.05  # seconds between two looks whether the command ended or is to stop
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: its exit status; minus the signal's number where a signal ended it; None where we ended it.
+        how: the same in words.
+        output: the last lines of its stdout and stderr, with control characters escaped.
+    """
+
+    code: int | None
+    how: str
+    output: str
+
+    def __str__(self) -> str:
+        return self.how + self.said
+
+    @property
+    def said(self) -> str:
+        """The output, to be appended to a message. Several lines are indented, so that none looks like one of ours."""
+        lines = self.output.split("\n")
+        if len(lines) > 1:
+            return "\n  ".join([":", *lines]) + "\n"
+        return f": {lines[0]}" if self.output else ", without a word"
+
+
+def run(
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    environment: Mapping[str, str],
+    directory: Path | None = None,
+    stop: threading.Event | None = None,
+    stdin: int = subprocess.DEVNULL,
+) -> Ended:
+    """Runs a command until it ends, its time is up, or it is to stop. An exception, as of Ctrl-C, ends it, too.
+
+    It is started and ended in a thread of its own: what a signal raises in the main thread within ``Popen`` would lose
+    a process that is running already.
+
+    Args:
+        timeout: seconds.
+        directory: where it runs; default the current one.
+        stop: ends it early, once set.
+        stdin: descriptor of a file that it reads.
+
+    Raises:
+        WsyncError: it could not be started.
+    """
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            stops = [event for event in (stop, given_up) if event]
+            ended = pool.submit(_run, arguments, timeout, stops, env=environment, cwd=directory, stdin=stdin)
+            while not wait([ended], _LOOK).done:
+                pass
+            return ended.result()
+        except OSError as exc:
+            raise WsyncError(
+                f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). See that both "
+                "are there, and that the system has room for one more process."
+            ) from exc
+        finally:
+            given_up.set()
+
+
+def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Event], **more: Any) -> Ended:
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **more
+    )
+    deadline, how, output = time.monotonic() + timeout, "", bytearray()
+    reader = threading.Thread(target=_read, args=(process.stdout, output), name="wsync-output", daemon=True)
+    reader.start()
+    while not how:
+        try:
+            process.wait(max(0.0, min(_LOOK, deadline - time.monotonic())))
+            break
+        except subprocess.TimeoutExpired:
+            if any(stop.is_set() for stop in stops):
+                how = "was stopped"
+            elif time.monotonic() >= deadline:
+                how = f"took longer than {timeout:g} s"
+    if how:
+        _end(process, reader)
+        return Ended(None, how, plain(output))
+    reader.join(_LOOK)  # all that the pipe holds; not what background processes go on writing
+    code = process.returncode
+    how = f"ended with status {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
+    return Ended(code, how, plain(output))
+
+
+def _read(pipe: IO[bytes], output: bytearray) -> None:
+    """Keeps the end of what comes through a pipe, until nobody holds it open any more."""
+    with pipe:
+        while data := os.read(pipe.fileno(), 65_536):
+            output[:] = (output + data)[-4 * CHARACTERS :]
+
+
+def _end(process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
+    """Ends a command and all of its group, and reaps it last: until then the group's number belongs to no other."""
+    until = time.monotonic() + GRACE
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while time.monotonic() < until and (reader.is_alive() or not os.waitid(os.P_PID, process.pid, ended)):
+            time.sleep(_LOOK)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(GRACE)
+    except (PermissionError, subprocess.TimeoutExpired):
+        pass  # it runs as another user (sudo), or no signal reaches it: it must not hold us up
+
+
+def plain(data: bytes | bytearray) -> str:
+    """The last lines of an output, safe for a terminal: characters that do not print are escaped."""
+    lines = data.decode("utf-8", "replace").strip().splitlines()[-LINES:]
+    harmless = (printable(line.expandtabs()) for line in lines)
+    return "\n".join(harmless)[-CHARACTERS:]

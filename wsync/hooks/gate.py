@@ -1,0 +1,118 @@
+"""A gate: the user's look at staged weights, the last thing before they go live.
+
+A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
+in its environment ``WSYNC_STAGED`` (the slot, a plain safetensors file), ``WSYNC_NAME``, ``WSYNC_STEP`` (empty where
+there is none) and ``WSYNC_CHECKPOINT``. Status 0 accepts, 75 asks for the same again later, anything else rejects.
+
+A function is called with the policy, in eval mode, with the staged weights in it. Whatever it returns accepts, but for
+``False``, which is a check that failed and whose author forgot to raise; ``RetryLater`` asks for the same again later,
+any other exception rejects. It runs in a process of its own, so that a watch never imports torch and outlives whatever
+that code does; the weights are copies, so that nothing it does reaches the slot.
+
+One that takes too long, or is ended by a signal, has rejected: a gate that hangs must not hold up the next checkpoint
+for ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import GateRejected, RetryLater, SpecError, WsyncError
+from ..segment.publisher import Staged
+from ..settings.hooks import environment
+from ..settings.spec import Spec, origin
+from ..system import child
+from . import command
+
+if TYPE_CHECKING:
+    import torch
+
+_VERDICTS: dict[int | None, str] = {0: "accept", 75: "retry"}  # by a command's status; any other rejects
+_LONGEST = 4000  # characters of an exception's text
+
+
+def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_dir: Path | None = None) -> None:
+    """Returns when the gate accepts.
+
+    Args:
+        state_dir: where history and pins are kept, for a wsync that the gate calls.
+        stop: ends the gate early, once set; the checkpoint may then be tried again.
+
+    Raises:
+        GateRejected: it does not accept.
+        RetryLater: it asks for the same again later, or was ended by ``stop``.
+        SpecError: its function, or the policy for it, cannot be imported or built.
+        WsyncError: it could not be started, or torch cannot be loaded for it.
+    """
+    place, about = staged.path, {"name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
+    variables = environment(state_dir, staged=place, runtime_dir=place.parent.parent, **about)
+    run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
+    if spec.hooks.gate_is_function:
+        answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
+        if isinstance(answer, WsyncError):
+            raise answer
+        silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
+        verdict, why = answer or ("reject", silent)
+    else:
+        ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
+        verdict, why = _VERDICTS.get(ended.code, "reject"), str(ended)
+    if verdict == "accept":
+        return
+    what = staged.checkpoint or "the weights from memory"
+    told = f"{what}: the gate {spec.hooks.gate!r} {why}" + ("" if why.endswith("\n") else ". ")
+    was_stopped = ended.code is None and stop is not None and stop.is_set()
+    if verdict == "retry" or was_stopped:
+        raise RetryLater(f"{told}It is asked again at the next pass.")
+    raise GateRejected(f"{told}The checkpoint stays rejected until it changes.")
+
+
+# --- in the child
+
+
+def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
+    function = spec.find(spec.hooks.gate)
+    policy = spec.build()
+    if not callable(function):
+        raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
+    load(policy.eval(), staged.path)
+    try:
+        result = function(policy)
+    except RetryLater as exc:
+        return "retry", f"wants it later: {_bounded(str(exc))}"
+    except (Exception, SystemExit) as exc:
+        return "reject", f"raised {_bounded(origin(exc))}"
+    if result is False:
+        return "reject", "returned False"
+    return "accept", ""
+
+
+def load(policy: torch.nn.Module, path: Path) -> None:
+    """Copies the weights of a slot into the policy's own tensors, all of them.
+
+    Raises:
+        SpecError: they are not the policy's.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    from ..layout.layout import layout_of, named_tensors
+
+    weights, targets = load_file(path), dict(named_tensors(policy))
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+    expected = {e.name: (targets[e.name].dtype, targets[e.name].shape) for e in layout_of(policy).tensors}
+    if found != expected:
+        raise SpecError(
+            "the policy that was built for the gate has other tensors than the segment. It must be the same each time "
+            "that it is built; where it changed since, `wsync rm` its segment."
+        )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            targets[name].copy_(tensor)
+
+
+def _bounded(text: str) -> str:
+    """An exception's text as ``command`` gives output: short, and harmless to a terminal."""
+    return command.plain(text[:_LONGEST].encode("utf-8", "replace"))

@@ -1,0 +1,236 @@
+"""Hooks: what runs after a publish, in the background and never in the way of the next one.
+
+Each kind of hook has a thread and a mailbox for one version. The newest wins: a version that nobody has taken out yet
+is replaced by the next. A hook that failed is tried again after its backoff, until it succeeds or a newer version
+comes. At the end what runs may finish within its time, what waits gets one run, and nothing is tried again.
+
+``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_NAME``,
+``WSYNC_VERSION``, ``WSYNC_STEP`` (empty where there is none) and ``WSYNC_CHECKPOINT``. ``webhook`` is one request with
+name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a redirect is an
+answer like any other and is not followed, and no proxy is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import WsyncError
+from ..segment.files import Publication
+from ..settings.hooks import environment
+from ..settings.spec import Spec
+from . import command
+
+if TYPE_CHECKING:
+    import http.client
+
+_log = logging.getLogger("wsync")
+_LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
+
+Act = Callable[[Publication, threading.Event], None]
+Report = Callable[[str, bool, str], None]
+
+
+class Hook:
+    """One kind of hook, with a thread and a mailbox for one version.
+
+    Args:
+        kind: what messages call it.
+        act: runs it once, and returns soon after the event is set.
+        timeout: seconds that ``act`` takes at most.
+        backoff: seconds between a failure and the next try.
+        report: called from the thread with the kind, whether it worked, and a message.
+
+    Attributes:
+        runs: how often it ran, failures among them.
+        failures: how often it failed.
+    """
+
+    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Report) -> None:
+        self.kind, self.runs, self.failures = kind, 0, 0
+        self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
+        self._changed = threading.Condition()
+        self._waiting: Publication | None = None
+        self._closing = False
+        self._cancel, self._ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
+
+    def send(self, live: Publication) -> None:
+        """Puts a version into the mailbox, in place of one that still waits there."""
+        with self._changed:
+            self._waiting = live
+            self._changed.notify()
+
+    def shut(self, *, now: bool = False) -> None:
+        """From here on nothing is tried again. With ``now`` what runs is ended, and what waits is dropped."""
+        if now:
+            self._cancel.set()
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def join(self) -> None:
+        """Waits for what runs and what waits, each within its time. An exception, as of Ctrl-C, ends what runs."""
+        until = time.monotonic() + 2 * (self._timeout + 2 * command.GRACE)
+        try:
+            while not self._ended.wait(_LOOK) and time.monotonic() < until:
+                pass
+        finally:
+            self._cancel.set()
+            self._ended.wait(2 * command.GRACE + 1)
+
+    def _work(self) -> None:
+        failed: Publication | None = None  # to be tried again
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if failed else None)
+                live, self._waiting = self._waiting or (None if self._closing else failed), None
+            if live is None or self._cancel.is_set():
+                break
+            failed = None if self._run(live) else live
+        self._ended.set()
+
+    def _run(self, live: Publication) -> bool:
+        self.runs += 1
+        ok, message = True, f"{self.kind} succeeded for version {live.version}"
+        try:
+            self._act(live, self._cancel)
+        except Exception as exc:  # of any kind: the thread must go on
+            self.failures += 1
+            why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}"
+            ok, message = False, f"version {live.version} is live, but {why}"
+        try:
+            self._report(self.kind, ok, message)
+        except Exception:  # a log that cannot be written is reported where more is written to it
+            pass
+        return ok
+
+
+class HookRunner:
+    """The hooks of a spec.
+
+    Args:
+        runtime: where segments live; the command gets it as ``WSYNC_RUNTIME_DIR``.
+        state_dir: where history and pins are kept; it gets that as ``WSYNC_STATE_DIR``.
+        report: called from the hooks' threads; default logs failures.
+
+    Attributes:
+        hooks: the hooks that are set, by their kinds, ``exec`` and ``webhook``.
+    """
+
+    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None, state_dir: Path | None = None) -> None:
+        settings, report = spec.hooks, report or _warn
+        self.hooks: dict[str, Hook] = {}
+        if settings.exec:
+            act: Act = partial(run_command, spec, (runtime, state_dir))
+            self.hooks["exec"] = Hook("exec", act, settings.exec_timeout, settings.exec_backoff, report)
+        if settings.webhook:
+            act = lambda live, cancel: request(spec, live)  # noqa: E731
+            self.hooks["webhook"] = Hook("webhook", act, settings.webhook_timeout, settings.webhook_backoff, report)
+
+    def send(self, live: Publication) -> None:
+        """Tells each hook of a version; returns at once."""
+        for hook in self.hooks.values():
+            hook.send(live)
+
+    def close(self, *, now: bool = False) -> None:
+        """Waits until what runs and what waits has had its time.
+
+        Args:
+            now: end it instead.
+        """
+        for hook in self.hooks.values():
+            hook.shut(now=now)
+        for hook in self.hooks.values():
+            hook.join()
+
+
+def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication, cancel: threading.Event) -> None:
+    """Runs ``exec`` once.
+
+    Args:
+        places: where segments live, and where history and pins are kept.
+
+    Raises:
+        WsyncError: it failed, or took too long.
+    """
+    runtime, state_dir = places
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source}
+    ended = command.run(
+        ["/bin/sh", "-c", spec.hooks.exec],
+        timeout=spec.hooks.exec_timeout,
+        environment=environment(state_dir, **about, runtime_dir=runtime),
+        directory=spec.directory,
+        stop=cancel,
+    )
+    if ended.code != 0:
+        raise WsyncError(f"the command {spec.hooks.exec!r} {str(ended).rstrip()}")
+
+
+def request(spec: Spec, live: Publication) -> None:
+    """Makes the webhook's request once.
+
+    The time is that of the whole request: a server that sends a byte now and then must not hold a newer version up.
+
+    Raises:
+        WsyncError: no answer in time, or another than is a success. It shows the host alone: all else of a URL may be
+            a secret.
+    """
+    import base64
+    import http.client
+    from urllib.parse import unquote, urlsplit
+
+    settings = spec.hooks
+    url = urlsplit(settings.webhook)
+    shown = f"the webhook at {url.hostname}"
+    headers = {"Content-Type": "application/json", "Wsync-Version": str(live.version), "Connection": "close"}
+    if url.username is not None:
+        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source or None}
+    body = json.dumps(about).encode()
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    connection = kind(url.hostname or "", url.port, timeout=settings.webhook_timeout)
+    deadline = time.monotonic() + settings.webhook_timeout
+    watchdog = threading.Timer(settings.webhook_timeout, _cut, [connection])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        connection.connect()
+        if time.monotonic() < deadline:
+            connection.request(settings.webhook_method.upper(), target, body, headers)
+            status = connection.getresponse().status
+        if time.monotonic() >= deadline:  # headers that were cut off are taken for complete ones
+            raise TimeoutError
+    except (OSError, http.client.HTTPException) as exc:
+        if isinstance(exc, TimeoutError) or time.monotonic() >= deadline:
+            raise WsyncError(f"{shown} gave no answer within {settings.webhook_timeout:g} s") from exc
+        why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
+        raise WsyncError(f"{shown} could not be told: {why}") from exc
+    finally:
+        watchdog.cancel()
+        connection.close()
+    if settings.webhook_success_status not in (0, status):
+        raise WsyncError(f"{shown} answered {status}, not {settings.webhook_success_status}")
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    """Wakes whoever waits on the connection's socket, because time is up."""
+    try:
+        if connection.sock:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is not connected yet, or closed already
+
+
+def _warn(kind: str, ok: bool, message: str) -> None:
+    if not ok:
+        _log.warning("%s", message)

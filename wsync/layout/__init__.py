@@ -1,0 +1,5 @@
+"""What weights are: names, dtypes, shapes and byte offsets of a policy's tensors, and tables of tensors.
+
+Imports ``system`` and ``errors``; torch only where a module or a tensor is at hand. A layout is data: equal digests
+mean equal architectures.
+"""

@@ -1,0 +1,26 @@
+"""How the files of a checkpoint are named, on a disk and in a store."""
+
+from __future__ import annotations
+
+import json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MAX_INDEX = 100_000_000  # bytes, as for a header
+
+
+def shards_of(index: bytes) -> list[str]:
+    """The files beside it that an index names; empty where it is broken, which its opening will say."""
+    try:
+        return sorted({shard for shard in json.loads(index)["weight_map"].values() if is_file_name(shard)})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def is_file_name(shard: object) -> bool:
+    """Whether an index names a file beside it, and nothing elsewhere."""
+    if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or not shard.isprintable():
+        return False
+    return len(shard.encode()) <= 255

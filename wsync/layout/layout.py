@@ -1,0 +1,232 @@
+"""What a policy's weights look like: names, dtypes, shapes, byte offsets and tied names.
+
+A layout is data and nothing else: it knows neither files nor memory, and reading one from a module needs no
+import of torch here. Tensors lie one behind the other without gaps, in the order in which safetensors writes them
+(widest dtype first, then by name), so that a checkpoint of just these tensors is one contiguous copy, and every
+tensor is aligned to its own element.
+
+Tied weights (one storage under several names) are stored once, under the first of their names in sorted order, which
+is also the name that ``safetensors.torch.save_model`` keeps; the others are its ``aliases``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import Difference, SpecError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES: dict[str, tuple[int, str | None]] = {
+    "BOOL": (8, "bool"),
+    "F4": (4, None),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "I16": (16, "int16"),
+    "U16": (16, "uint16"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"),
+    "U32": (32, "uint32"),
+    "F32": (32, "float32"),
+    "C64": (64, "complex64"),
+    "F64": (64, "float64"),
+    "I64": (64, "int64"),
+    "U64": (64, "uint64"),
+}
+"""The safetensors dtypes in their rank: bits of one element, and the attribute of ``torch`` that is the same.
+
+None for those that torch has no whole element for.
+"""
+
+DTYPE_BITS = {dtype: bits for dtype, (bits, _) in _DTYPES.items()}
+TORCH_DTYPES = {dtype: attribute for dtype, (_, attribute) in _DTYPES.items() if attribute}
+_FROM_TORCH = {f"torch.{attribute}": dtype for dtype, attribute in TORCH_DTYPES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a layout.
+
+    Attributes:
+        name: its name, the first of its names in sorted order.
+        dtype: a safetensors dtype, such as ``"F32"``.
+        shape: its dimensions.
+        offset: bytes from the beginning of the weights.
+        aliases: the other names of the same storage, sorted.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def describe(self) -> str:
+        return describe(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a policy, in the order of their bytes."""
+
+    tensors: tuple[TensorEntry, ...]
+
+    @classmethod
+    def build(cls, tensors: Mapping[str, tuple[str, tuple[int, ...]]], ties: Mapping[str, str]) -> Layout:
+        """Lays tensors out.
+
+        Args:
+            tensors: dtype and shape of each tensor by its name, aliases left out.
+            ties: alias to the name that it is tied to.
+        """
+        aliases: dict[str, list[str]] = {}
+        for alias, name in ties.items():
+            aliases.setdefault(name, []).append(alias)
+        entries: list[TensorEntry] = []
+        offset = 0
+        for name in sorted(tensors, key=lambda name: (-_RANK[tensors[name][0]], name)):
+            dtype, shape = tensors[name]
+            entry = TensorEntry(name, dtype, shape, offset, tuple(sorted(aliases.get(name, ()))))
+            entries.append(entry)
+            offset += entry.nbytes
+        return cls(tuple(entries))
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of names, dtypes, shapes and ties: equal for equal architectures."""
+        import hashlib  # OpenSSL takes 4 ms to load, and a pass with nothing to do needs no digest
+
+        return hashlib.sha256(json.dumps(self.to_json()["tensors"]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [[e.name, e.dtype, list(e.shape), list(e.aliases)] for e in self.tensors]
+        return {"tensors": rows}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        ties: dict[str, str] = {}
+        for name, dtype, shape, aliases in data["tensors"]:
+            tensors[name] = (dtype, tuple(shape))
+            ties.update(dict.fromkeys(aliases, name))
+        return cls.build(tensors, ties)
+
+    def differences(self, other: Layout) -> tuple[Difference, ...]:
+        """What ``other`` has that this layout does not expect, and the reverse, tensor by tensor."""
+        expected = {name: e for e in self.tensors for name in e.names}
+        found = {name: e for e in other.tensors for name in e.names}
+        rows = []
+        for name in sorted(expected.keys() | found.keys()):
+            mine, theirs = expected.get(name), found.get(name)
+            if mine and theirs and (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape):
+                if mine.names != theirs.names:
+                    rows.append(Difference(name, _tie(mine, name), _tie(theirs, name)))
+            else:
+                rows.append(
+                    Difference(
+                        name,
+                        mine.describe() if mine else "absent",
+                        theirs.describe() if theirs else "absent",
+                    )
+                )
+        return tuple(rows)
+
+
+def describe(dtype: str, shape: Iterable[int]) -> str:
+    return f"{dtype} [{', '.join(map(str, shape))}]"
+
+
+def _tie(entry: TensorEntry, name: str) -> str:
+    others = [other for other in entry.names if other != name]
+    return f"tied to {', '.join(others)}" if others else "not tied"
+
+
+def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of a module, each under every name that it has in the module."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def layout_of(module: torch.nn.Module) -> Layout:
+    """The layout of a module's parameters and persistent buffers.
+
+    Works on the meta device, too: no byte of a weight is read.
+
+    Raises:
+        SpecError: there are none; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold.
+    """
+    return layout_of_tensors(named_tensors(module))
+
+
+def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
+    """The layout of named tensors; those that are one storage, offset, shape and stride are tied.
+
+    Raises:
+        SpecError: as ``layout_of``.
+    """
+    groups: dict[object, list[str]] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors:
+        try:
+            shape, storage = tuple(tensor.shape), tensor.untyped_storage()._cdata
+        except (RuntimeError, ValueError, NotImplementedError) as exc:
+            raise SpecError(
+                f"tensor {name!r} of the policy has no shape or storage of its own ({type(exc).__name__}). "
+                "Run a lazy module once before it is given to wsync."
+            ) from exc
+        dtype = _FROM_TORCH.get(str(tensor.dtype))
+        if dtype is None:
+            raise SpecError(f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold.")
+        shapes[name] = (dtype, shape)
+        where = (storage, tensor.storage_offset(), shape, tensor.stride(), dtype)
+        groups.setdefault(where if tensor.numel() else name, []).append(name)
+    if not shapes:
+        raise SpecError("the policy has neither parameters nor persistent buffers: there is nothing to keep in step.")
+    firsts, ties = {}, {}
+    for names in groups.values():
+        first, *others = sorted(set(names))
+        firsts[first] = shapes[first]
+        ties.update(dict.fromkeys(others, first))
+    return Layout.build(firsts, ties)
+
+
+def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[torch.Tensor]:
+    """The tensors of a layout whose first byte is at ``start`` of a storage, in the layout's order."""
+    import torch
+
+    tensors = []
+    for entry in layout.tensors:
+        dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+        strides = torch.empty(entry.shape, device="meta").stride()
+        first = (start + entry.offset) // dtype.itemsize
+        tensors.append(torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, entry.shape, strides))
+    return tensors

@@ -1,0 +1,261 @@
+"""A place where checkpoints appear: which entries are candidates, and which is newest.
+
+Choosing is a pure function of one listing (``select``). The listing costs one ``scandir`` and a ``stat`` an entry and
+opens no file, but for directories, whose own files are looked at too. Among 10,000 files a pass that finds nothing new
+takes about 60 ms, half of them in the system; so a candidate is a plain tuple, and its path, identity and place in the
+order are only worked out where they are asked for. Whether a candidate is complete is only known when it is opened: the
+caller goes down the list.
+
+The order by modification time believes the clock: what is written after the clock was set back is older than what was
+written before. The orders by step and by name do not ask the clock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ..checkpoints.files import identity, identity_of, parts_of, place_at, remote, unreadable
+from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
+from ..layout.filenames import ADAPTER, INDEX, SINGLE
+
+SUFFIX = ".safetensors"
+TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
+    r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
+    r"|[-_](?:tmp(?:[-_.]?\d+)?|temp|partial|incomplete)(?:\.safetensors)?$",
+    re.IGNORECASE,
+)
+_OTHERS = "lost+found"  # of a file system, in its root directory
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+Place = tuple[int, int, list[tuple[int, int, str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """Which entries of a directory are checkpoints, and which is newest: the settings of ``[select]``.
+
+    Attributes:
+        pattern: a glob that their names match.
+        order: ``"mtime"`` (ties by natural name), ``"step"`` (from the metadata, else the last integer of the name) or
+            ``"name"`` (natural, so that 10 comes after 9).
+        marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
+            before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``).
+        settle: seconds that a checkpoint must have stood still where nothing else tells that its writer is done: where
+            it has several files, or where the system does not tell whether one is open for writing.
+    """
+
+    pattern: str = "*"
+    order: Literal["mtime", "step", "name"] = "mtime"
+    marker: str = ""
+    settle: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.order not in ("mtime", "step", "name"):
+            raise UsageError(f"order = {self.order!r} is none of mtime, step and name. Use one of them.")
+        if not 0 <= self.settle <= 3600:
+            raise UsageError(f"settle = {self.settle} is no time. Give seconds, an hour at most.")
+        if "/" in self.marker or self.marker in (".", ".."):
+            raise UsageError(f"marker = {self.marker!r} is no file's name. Give the name alone.")
+
+
+class Candidate(NamedTuple):
+    """A file or directory that may be a checkpoint.
+
+    Attributes:
+        location: its absolute path.
+        stamp: its identity, or what the system says of it, from which the identity is worked out.
+        mtime_ns: when it was last written: its newest modification time; its change time where that is earlier, because
+            a modification time can be set to anything, and one ahead of the clock would hide all that comes after.
+        step: of its metadata, where the order needs it.
+    """
+
+    location: str | Path
+    stamp: str | os.stat_result
+    mtime_ns: int
+    step: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location) if isinstance(self.location, str) else self.location
+
+    @property
+    def identity(self) -> str:
+        return self.stamp if isinstance(self.stamp, str) else identity(self.stamp)
+
+    def place(self, order: str = "mtime") -> Place:
+        """Sorts candidates from oldest to newest."""
+        name = natural(os.path.basename(self.location))
+        if order == "name":
+            return (0, 0, name)
+        if order == "step":
+            return (-1 if self.step is None else self.step, self.mtime_ns, name)
+        return (0, self.mtime_ns, name)
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A sort key by which ``step_9`` comes before ``step_10``."""
+    return [
+        (0, int(part), "") if part.isdigit() and part.isascii() else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name[:255])
+        if part
+    ]
+
+
+def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> list[Candidate]:
+    """The candidates of a directory, or the one checkpoint that ``place`` is itself.
+
+    A directory that holds a sharded checkpoint of its own is a candidate, and so are the checkpoints beside it.
+
+    Args:
+        halves: list sharded ones, too, of which a part is missing; none of them can be opened.
+
+    Raises:
+        NoCheckpoint: there is no such place yet.
+        CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
+    """
+    exists: Callable[[str], bool] = os.path.exists
+    try:
+        if away := remote(place):  # one listing of the store answers all that is asked below
+            away = away.listed()
+            place, exists = place_at(away), away.has
+        info = place.stat()
+        if not stat.S_ISDIR(info.st_mode):
+            if settings.marker and not any(_is_there(place.parent / m) for m in _markers(place.name, settings.marker)):
+                return []
+            if place.name == ADAPTER:
+                return [_directory(place.absolute())]  # it is two files, too
+            return [Candidate(place.absolute(), info, _written(info))]
+        if away:
+            listed = away.entries()
+        else:
+            with os.scandir(place.absolute()) as entries:
+                listed = list(entries)
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
+    except OSError as exc:
+        if exc.errno == errno.EACCES:
+            raise unreadable(place, exc) from exc
+        raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
+    names = {entry.name for entry in listed}
+    found: list[Candidate] = []
+    trouble: CheckpointError | None = None
+    own: set[str] = set()  # files of the checkpoint that the place is itself
+    if names & {SINGLE, INDEX, ADAPTER}:
+        own = {SINGLE, ADAPTER}
+        try:
+            own |= {file.name for file in parts_of(place.absolute()).files}
+            if not settings.marker or settings.marker in names:
+                found.append(_directory(place.absolute()))
+        except CheckpointError as exc:
+            trouble = exc
+        except OSError as exc:
+            trouble = unreadable(place, exc)
+    matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
+    for entry in listed:
+        name = entry.name
+        if name in own or TEMPORARY.search(name) or _SHARD.search(name):
+            continue
+        if matches and not matches(name):
+            continue
+        try:
+            if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
+                if not settings.marker or any(each in names for each in _markers(name, settings.marker)):
+                    found.append(Candidate(entry.path, info, _written(info)))
+            elif entry.is_dir() and (not settings.marker or exists(os.path.join(entry.path, settings.marker))):
+                found.append(_directory(place / name if away else Path(entry.path)))
+        except FileNotFoundError:
+            continue  # retention was faster, or a link leads nowhere
+        except OSError as exc:
+            if (
+                exc.errno == errno.EACCES
+                and name != _OTHERS
+                and (closed := _unopened(Path(entry.path), Path(entry.path)))
+            ):
+                found += closed
+            elif exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
+                trouble = trouble or unreadable(Path(entry.path), exc)
+        except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
+            if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
+                path = place / name if away else Path(entry.path)
+                found += _unopened(path, path / INDEX)
+    if trouble and not found:
+        raise trouble
+    return found
+
+
+def listing_of(place: Path, settings: Select = Select()) -> object:
+    """Tells one state of a place from another: what it lists, or why it cannot be listed.
+
+    Other than an identity it tells, too, that a file's mode changed; and other than a time of access, that it was read.
+    """
+    try:
+        return {(c.location, c.identity, getattr(c.stamp, "st_ctime_ns", 0)) for c in scan(place, settings)}
+    except CheckpointError as exc:
+        return str(exc)
+
+
+def select(candidates: Iterable[Candidate], live: Candidate | None = None, order: str = "mtime") -> list[Candidate]:
+    """What is newer than what is live, newest first.
+
+    Args:
+        candidates: one listing.
+        live: where the live version came from; None takes everything as newer. A live file that was replaced under its
+            own name counts as new; one from another directory says nothing about what is newer here.
+        order: see ``Select``.
+    """
+    found = list(candidates)
+    if live is not None:
+        same = [c for c in found if c.identity == live.identity]
+        where_live = os.path.dirname(live.location)
+        beside = any(os.path.dirname(c.location) == where_live for c in found)
+        bound = same[0] if same else live if beside else None
+        if bound is not None:
+            where = str(live.location)
+            if order == "mtime":  # spares the thousands that are older their place
+                found = [c for c in found if c.mtime_ns >= bound.mtime_ns or str(c.location) == where]
+            least = bound.place(order)
+            found = [c for c in found if str(c.location) == where or c.place(order) >= least]
+        found = [c for c in found if c not in same]
+    return sorted(found, key=lambda c: c.place(order), reverse=True)
+
+
+def _directory(path: Path) -> Candidate:
+    """A directory as a candidate, or an adapter that is named by its file."""
+    parts = parts_of(path)
+    infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
+    return Candidate(path, identity_of(infos), max(map(_written, infos)))
+
+
+def _unopened(path: Path, file: Path) -> list[Candidate]:
+    """Candidate for what cannot be looked into, by this file of it, so that opening it says what is wrong."""
+    try:
+        info = file.stat()
+    except OSError:
+        return []
+    return [Candidate(path, info, _written(info))]
+
+
+def _written(info: os.stat_result) -> int:
+    """When a file was last written, ns; see ``Candidate.mtime_ns``."""
+    return min(info.st_mtime_ns, info.st_ctime_ns)
+
+
+def _markers(name: str, marker: str) -> tuple[str, ...]:
+    """The marker's possible names beside a file: one of them says that the file is whole."""
+    dotted = marker if marker.startswith(".") else f".{marker}"
+    own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
+    return (*own, marker) if name == SINGLE else own
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file, or an object of a store, exists; the listing of a named object does not show its neighbours."""
+    away = remote(file)
+    return away.store.head(away.key) is not None if away else os.path.lexists(file)

@@ -1,0 +1,196 @@
+"""The weight getter: the one thing that turns "this directory" into "the newest weights".
+
+Called, it gives a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and of ours does. For publishing
+it hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint, step_of
+from ..checkpoints.files import place_at, remote
+from ..checkpoints.fit import Fit
+from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ..layout.layout import TORCH_DTYPES, Layout
+from ..segment.files import Publication
+from .candidates import Candidate, Select, scan, select
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict
+
+
+_AHEAD = 60.0  # seconds by which the clock of a file server may be ahead of ours
+
+
+class CheckpointWeightGetter:
+    """Reads the newest complete checkpoint of a directory, or one named file.
+
+    Args:
+        checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file; or the URL of one.
+        only_new: a call gives None where no checkpoint is newer than the one that the last call gave.
+        select: which entries are checkpoints, and which is newest.
+        fit: which tensors are taken, and under which names.
+
+    Attributes:
+        path: of the checkpoint that a call gave last; None before.
+        step: its producer's number, None where it has none.
+
+    Example:
+        >>> getter = CheckpointWeightGetter("runs/cartpole")
+        >>> weights = getter()  # a TensorDict nested as TensorDict.from_module nests it, on the CPU
+    """
+
+    def __init__(
+        self,
+        checkpoints: str | os.PathLike[str],
+        *,
+        only_new: bool = False,
+        select: Select = Select(),  # noqa: B008  (frozen)
+        fit: Fit = Fit(),  # noqa: B008
+    ) -> None:
+        self.checkpoints = place_at(checkpoints)
+        self.only_new, self.select, self.fit = only_new, select, fit
+        self._steps: dict[tuple[str | Path, str], int | None] = {}
+        self.path: Path | None = None
+        self.step: int | None = None
+        self._last: Candidate | None = None
+
+    def __call__(self) -> TensorDict | None:
+        """The newest weights: names nested at their dots, the file's shapes and dtypes, on the CPU, a copy of our own.
+
+        Raises:
+            NoCheckpoint: there is no complete checkpoint yet.
+            CheckpointRejected: the newest one is broken, or holds NaN or infinity.
+            CheckpointError: it cannot be read, or changed while it was read.
+        """
+        checkpoint = self.open_newest(self._last if self.only_new else None)
+        if checkpoint is None:
+            return None
+        with checkpoint:
+            weights = _to_tensordict(checkpoint, self.fit)
+            self._last = _place(str(checkpoint.path), checkpoint.identity, checkpoint.step, time.time())
+            self.path, self.step = checkpoint.path, checkpoint.step
+            return weights
+
+    def open_newest(self, live: Candidate | None = None) -> Checkpoint | None:
+        """The newest complete checkpoint, opened for publishing; None where none is newer than what is live.
+
+        Raises:
+            NoCheckpoint: nothing is live, and there is no complete checkpoint.
+            IncompleteCheckpoint: nothing is live, and no candidate is complete.
+            CheckpointError: it cannot be read, or is no safetensors file.
+        """
+        failure: CheckpointError = self.nothing()
+        for candidate in self.candidates(live):
+            try:
+                return self.open(candidate)
+            except (NoCheckpoint, IncompleteCheckpoint) as exc:
+                failure = exc  # still being written, or gone: the next newest may be whole
+        if live is None:
+            raise failure
+        return None
+
+    def candidates(self, live: Candidate | None = None) -> list[Candidate]:
+        """What is newer than what is live, newest first; a file that was named itself is new whatever its age.
+
+        Raises:
+            NoCheckpoint: the place is not there.
+            CheckpointError: the place cannot be listed.
+        """
+        found = scan(self.checkpoints, self.select)
+        if self.select.order == "step":
+            found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
+            listed = {(candidate.location, candidate.identity) for candidate in found}
+            self._steps = {state: step for state, step in self._steps.items() if state in listed}
+        if [c.path for c in found] == [self.checkpoints]:
+            return [c for c in found if live is None or c.identity != live.identity]
+        return select(found, live, self.select.order)
+
+    def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
+        if not remote(self.checkpoints):
+            return ((candidate, self._step(candidate)) for candidate in found)
+        from ..checkpoints.remote import AT_ONCE
+        from ..stores.prefetch import prefetch
+
+        return prefetch(found, self._step, AT_ONCE)  # each is a request
+
+    def _step(self, candidate: Candidate) -> int | None:
+        """A candidate's step; its header is opened once for each name and state of its file."""
+        state = (candidate.location, candidate.identity)  # a step may come from the name, which a rename changes
+        if state not in self._steps:
+            try:
+                with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
+                    self._steps[state] = checkpoint.step
+            except CheckpointError as exc:  # told when it is tried; until then its name says what it is
+                step = step_of(candidate.path.name, {})
+                if not isinstance(exc, MalformedCheckpoint):
+                    return step
+                self._steps[state] = step
+        return self._steps[state]
+
+    def open(self, candidate: Candidate) -> Checkpoint:
+        """The opened checkpoint, for publishing without torch; the caller closes it."""
+        return open_checkpoint(candidate.path, settle=self.select.settle)
+
+    def nothing(self) -> NoCheckpoint:
+        wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
+        wanted += [f'a marker "{self.select.marker}"'] if self.select.marker else []
+        asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
+        return NoCheckpoint(
+            f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
+        )
+
+
+def place_of(live: Publication | None) -> Candidate | None:
+    """Where the live version came from, as a candidate to compare with; None where it came from memory."""
+    if live is None or not live.source:
+        return None
+    return _place(live.source, live.identity, live.step, live.published_at)
+
+
+def _place(source: str, identity: str, step: int | None, taken: float) -> Candidate:
+    written = int(identity.rpartition("-")[2])
+    if written > (taken + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
+        written = int(taken * 1e9)
+    return Candidate(source, identity, written, step)
+
+
+def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
+    import torch
+    from tensordict import TensorDict
+
+    named = ((settings.name(stored), tensor) for stored, tensor in checkpoint.tensors.items())
+    layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
+    try:
+        memory = torch.empty(layout.nbytes, dtype=torch.uint8)
+    except RuntimeError as exc:  # as torch has it for memory that is not given
+        raise CheckpointError(
+            f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, for which this process gets no memory. Take "
+            "fewer of its tensors (include, exclude), or raise the limit of this process."
+        ) from exc
+    plan = checkpoint.plan(layout, replace(settings, strict=False))
+    checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in layout.tensors:
+        if entry.dtype not in TORCH_DTYPES or any(size >= 1 << 63 for size in entry.shape):
+            raise CheckpointError(
+                f"{checkpoint.path}: {entry.name} is {entry.describe()}, which torch has no tensors of. Convert it."
+            )
+        part = memory[entry.offset : entry.offset + entry.nbytes]
+        tensors[entry.name] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+    try:
+        nested: TensorDict = TensorDict(tensors).unflatten_keys(".")
+    except (KeyError, ValueError) as exc:
+        parent = next(name for name in tensors if any(other.startswith(f"{name}.") for other in tensors))
+        raise CheckpointError(
+            f"{checkpoint.path}: {parent!r} is a tensor and the parent of another one, which cannot both stand in one "
+            "TensorDict. Rename one where the checkpoint is written."
+        ) from exc
+    return nested

@@ -1,0 +1,187 @@
+"""Attaching a policy: what it lies on, how it takes versions, and waiting for the first.
+
+``swap`` is for policies that do not write to their own weights. Where that can be known beforehand, one that does is
+refused it, and ``auto`` copies. Where it cannot, the write hits pages of the process's own, harms nobody, and is gone
+with the next version, of which a warning tells once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..errors import AttachTimeout, SegmentMissing, SwapRefused, UsageError
+from ..layout.layout import Layout, layout_of, named_tensors
+from ..segment.segment import Segment
+from ..system.memory import trim
+from .reader import Mode, Reader, deadline_of
+from .swap import own_uses
+from .tensors import Attached
+
+if TYPE_CHECKING:
+    from .device import Cuda
+
+Staging = Literal["device", "none"]
+_LOOK = 0.1  # seconds between two looks where no word will change
+
+
+def attach(
+    policy: torch.nn.Module,
+    name: str,
+    *,
+    timeout: float | None = None,
+    mode: Mode = "auto",
+    staging: Staging = "device",
+    runtime_dir: str | os.PathLike[str] | None = None,
+) -> Reader:
+    """Attaches a policy to a segment; returns when its first version is in.
+
+    Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
+
+    Args:
+        policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
+        name: of the segment.
+        timeout: seconds to wait for the first version; None waits for ever.
+        mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
+            policy's own, whose addresses stay (training mode, CUDA graphs, TorchScript, any device), ``"auto"`` swaps
+            where that is safe and copies elsewhere; so it does where other tensors lie in the policy's memory as it is
+            attached (a view that it keeps of its own weights, somebody's ``state_dict``), which swap leaves with the
+            weights that they have. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
+            CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
+            What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers alignments, too.
+        staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
+            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
+            A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Raises:
+        LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
+        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may.
+        AttachTimeout: no version came in time.
+        SegmentError: the segment can be neither opened nor made.
+        OutOfDeviceMemory: the GPU has no room for that copy.
+        UsageError: the mode, the staging, the name or the timeout is none; a tensor of the policy has no memory that
+            could be written.
+    """
+    if not isinstance(policy, torch.nn.Module):
+        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
+    if not isinstance(name, str):
+        raise UsageError(f"name={name!r} is no segment's name. Give the one that its publisher has, a string.")
+    if mode not in ("auto", "swap", "copy"):
+        raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
+    if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
+        raise UsageError(
+            f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
+        )
+    deadline = deadline_of(timeout)
+    reader = _make(policy, name, mode, staging, runtime_dir)
+    try:
+        while not reader.refresh(wait=True):
+            left = None if deadline is None else deadline - time.monotonic()
+            if not reader.wait(left) or (left is not None and left <= 0):
+                raise AttachTimeout(
+                    f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
+                    "or wait longer with timeout=."
+                )
+            if reader.refresh(wait=True):
+                break
+            time.sleep(_LOOK)  # there is a version, and its slot is locked by somebody who does not follow the protocol
+    except BaseException:
+        reader.close()
+        raise
+    if reader.mode == "swap":
+        trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
+    return reader
+
+
+def _make(
+    policy: torch.nn.Module, name: str, mode: Mode, staging: Staging, runtime: str | os.PathLike[str] | None
+) -> Reader:
+    layout = layout_of(policy)
+    device = _device_of(policy)
+    _check_memory(policy, device)
+    hindrance = None if mode == "copy" else _hindrance(policy, device)
+    if mode == "swap" and hindrance:
+        raise SwapRefused(
+            f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
+            'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
+        )
+    attached = Attached(policy, layout)
+    if device is None:
+        copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared(own_uses))
+        return Reader(attached, _open(name, layout, runtime), "copy" if copies else "swap")
+    from .device_reader import DeviceReader
+    from .device_weights import DeviceWeights, check_contiguous
+
+    chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
+    staged = staging == "device" and len(_places(policy)) == 1
+    if staging == "none":
+        check_contiguous(policy)
+    weights = DeviceWeights(attached, device, chosen, staged=staged)
+    return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
+
+
+def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
+    """Raises UsageError where a version of a tensor could not be written."""
+    for name, tensor in named_tensors(policy):
+        if tensor.is_meta and device is None:
+            raise UsageError(
+                f"{name} is on the meta device, where no weights can be. Give the policy memory with "
+                'policy.to_empty(device="cpu"), then attach: the first version fills it.'
+            )
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise UsageError(
+                f"{name} is an expanded tensor: several of its elements are one place in memory, which cannot have "
+                "the values of each. Make it one of its own (.contiguous()), then attach."
+            )
+
+
+def _device_of(policy: torch.nn.Module) -> Cuda | None:
+    """What a policy lies on that has tensors on a CUDA device, and none but there and on the host; or None."""
+    places = _places(policy)
+    cuda = [place for place in places if place.type == "cuda"]
+    if not cuda or {place.type for place in places} - {"cuda", "cpu"}:
+        return None
+    from .device import Cuda, Split
+
+    return Cuda(cuda[0]) if len(places) == 1 else Split({place: Cuda(place) for place in cuda})
+
+
+def _places(policy: torch.nn.Module) -> set[torch.device]:
+    return {tensor.device for _, tensor in named_tensors(policy)}
+
+
+def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
+    try:
+        return Segment.open(name, runtime_dir, layout=layout)
+    except SegmentMissing:
+        Segment.create(name, layout, runtime_dir).close()
+        return Segment.open(name, runtime_dir, layout=layout)
+
+
+def _hindrance(policy: torch.nn.Module, device: Cuda | None) -> str | None:
+    """Why the policy's tensors must not point at a slot, or None."""
+    for name, module in policy.named_modules():
+        where = f"{name or 'the policy'} ({type(module).__name__})"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{where} is TorchScript, whose code cannot be seen to leave its tensors alone"
+        if module.training:
+            return f"{where} is in training mode (policy.eval() leaves it)"
+        own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
+        kinds = type(module).__mro__[:-1]  # all of them: torch.nn makes a subclass of what it parametrizes
+        if own and not all(kind.__module__.startswith("torch.nn.") for kind in kinds):
+            return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
+    split = len(_places(policy)) > 1
+    for name, tensor in named_tensors(policy):
+        if tensor.device.type != "cpu" and (device is None or split):
+            return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
+        if tensor.is_inference():
+            return f"{name} was made in inference mode"
+        if not tensor.is_contiguous():
+            return f"{name} is not contiguous in memory"
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
+    return None

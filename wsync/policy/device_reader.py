@@ -1,0 +1,157 @@
+"""The reader of a policy with tensors on a CUDA device.
+
+It keeps the promises of every reader, and one more: the step never waits for the bus. A ``refresh()`` that finds a new
+version begins to copy it and returns False, as those after it do while the copy is under way; the first one after that
+gives the policy the version, and returns True. The slot is leased until the copy over the bus is done. What is
+published meanwhile comes next. Without a buffer on the device (``staging="none"``, or a policy that is split over
+devices) it is the step that waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+from ..errors import OutOfDeviceMemory, UsageError
+from ..segment.segment import Lease, Segment
+from .device_weights import DeviceWeights
+from .reader import _CLOSED, Reader, deadline_of
+from .tensors import Attached
+
+_log = logging.getLogger("wsync")
+_NAP = 0.0005  # seconds between two looks at a copy under way
+_AGAIN = 1.0  # seconds until a full device is asked again: to ask costs it its caches
+
+
+class DeviceReader(Reader):
+    """A ``Reader`` of a policy on a device; made by ``attach``."""
+
+    def __init__(
+        self,
+        attached: Attached,
+        segment: Segment,
+        mode: Literal["swap", "copy"],
+        weights: DeviceWeights,
+    ) -> None:
+        self._weights = weights
+        super().__init__(attached, segment, mode)
+        self._sent: tuple[Lease, int | None, float] | None = None  # the copy under way: its slot, step, and since when
+        self._again = 0.0
+        self._told_of_room = False
+        self._forked = False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As a reader on the CPU does; where a version is under way, until it has arrived."""
+        deadline = deadline_of(timeout)
+        while True:
+            with self._lock:
+                self._check_open()
+                flight = self._weights.flight
+                if flight is not None and flight.query():
+                    return True
+                busy = flight is not None or time.monotonic() < self._again
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not busy:
+                return super().wait(left)
+            if left == 0:
+                return False
+            time.sleep(_NAP)
+
+    def _refresh(self, wait: bool = False) -> bool:
+        with self._lock:
+            self._check_open()
+            landed = False
+            if self._sent is not None:
+                landed = self._land(wait)
+                if not (landed and wait):
+                    return landed
+            if time.monotonic() < self._again:
+                return landed
+            lease = self._newest()
+            return (lease is not None and self._begin(lease) and self._land(wait)) or landed
+
+    def _begin(self, lease: Lease) -> bool:
+        """Sends the leased version on its way; False where there is no room for it."""
+        try:
+            self._attached.check()
+            step = self._segment.step_of(lease)
+            self._weights.start(self._segment, lease.slot)
+        except OutOfDeviceMemory as exc:
+            lease.release()
+            if self.version == 0:
+                raise
+            self._no_room(exc)
+            return False
+        except BaseException:
+            lease.release()
+            raise
+        self._sent = lease, step, time.time()
+        self._again, self._told_of_room = 0.0, False
+        self._registration.update(self.version, *self._leases())
+        return True
+
+    def _land(self, wait: bool) -> bool:
+        assert self._sent is not None
+        if not self._weights.landed(wait=wait):
+            return False
+        (lease, step, _), self._sent = self._sent, None
+        lease.release()
+        self._attached.check()  # again: it may have been moved under the copy
+        first = self.version == 0
+        self._weights.take()
+        self._took(lease, step)
+        if first:
+            self._weights.make_room(self._segment.layout)  # what is too large is told while attaching
+        return True
+
+    def _no_room(self, exc: OutOfDeviceMemory) -> None:
+        self._again = time.monotonic() + _AGAIN
+        if not self._told_of_room:
+            self._told_of_room = True
+            _log.warning("the policy attached to %r keeps version %d: %s", self.name, self.version, exc)
+
+    def _leases(self) -> tuple[tuple[int, ...], float]:
+        return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[2])
+
+    def _find_again(self) -> bool:
+        if self._sent is not None:  # a thread that waits looks: the pages of a copy under way stay locked
+            return False
+        found = super()._find_again()
+        if found:
+            self._weights.lock(self._segment)
+        return found
+
+    def _give_own(self) -> None:
+        """Waits for a copy under way, whose version is not taken; the tensors are the policy's own already."""
+        try:
+            self._weights.close()
+        finally:
+            if self._sent is not None:
+                self._sent[0].release()
+                self._sent = None
+
+    def _check_open(self) -> None:
+        if self._forked:
+            raise UsageError(
+                f"this reader of {self.name!r} was attached before a fork, which CUDA does not outlive. Attach in the "
+                'child, in a process started with the method "spawn".'
+            )
+        super()._check_open()
+        self._weights.check_uncaptured(self.name)
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        if not self._closed:
+            self._closed = self._forked = True
+            self._registration.close()
+            self._weights.forget()
+            if self._sent is not None:
+                self._sent[0].release()  # this process's part of it alone
+                self._sent = None
+            self._words = _CLOSED
+
+    def __del__(self) -> None:
+        weights = getattr(self, "_weights", None)
+        if weights is not None:
+            weights.close()  # a copy under way still reads the slot that is leased

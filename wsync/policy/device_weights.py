@@ -1,0 +1,271 @@
+"""The weights of a policy on a device: how a version gets there, and how the policy gets it.
+
+A version crosses the bus as one contiguous copy, from the slot into a flat buffer on the device that is laid out like
+the slot. With ``mode="swap"`` the policy's tensors are views of one of two such buffers, and are pointed at the other;
+they are aligned to their element only, as in the slot. With ``mode="copy"`` there is one, and the policy's own tensors,
+whose addresses stay, are copied from its views on the policy's stream. Both take one more copy of the weights on the
+device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream. So is
+it where the policy is split over devices.
+
+A buffer is written only where nobody but ourselves holds its storage. Where a tensor was kept that points into one, the
+next version gets another buffer, and that one is left to the tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import SegmentError, UsageError
+from ..layout.layout import Layout, named_tensors, views
+from ..segment.segment import Segment
+from ..system.memory import address_of, populate
+from .device import Cuda, Flight
+from .tensors import Attached, Targets
+
+_log = logging.getLogger("wsync")
+_WORDS = {  # as what a tensor is copied whose own dtype has no kernel that copies many at once on a GPU
+    torch.float8_e5m2: torch.uint8,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2fnuz: torch.uint8,
+    torch.float8_e4m3fnuz: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+
+def check_contiguous(policy: torch.nn.Module) -> None:
+    """Raises UsageError where a tensor of the policy cannot be copied to without a buffer."""
+    for name, tensor in named_tensors(policy):
+        if not tensor.is_contiguous():
+            raise UsageError(
+                f"{name} is not contiguous in memory: to copy it takes a buffer on the device, and "
+                'staging="none" is to do without. Make it contiguous, or leave staging out.'
+            )
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+class LockedSlot:
+    """A slot's own pages, mapped once in this process for all its readers, and page-locked where that is allowed.
+
+    Attributes:
+        weights: uint8, the slot's weights.
+        refused: why the pages are not locked; empty where they are.
+    """
+
+    def __init__(self, segment: Segment, slot: int, mapped: mmap.mmap, device: Cuda) -> None:
+        self._mapped = mapped
+        self.refused = device.lock(address_of(mapped), len(mapped), read_only=True)
+        if self.refused:
+            self._lock_writable(segment, slot, device)
+        if self.refused:
+            populate(self._mapped)
+        memory = (ctypes.c_uint8 * len(self._mapped)).from_address(address_of(self._mapped))
+        with torch.inference_mode(False):
+            self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]
+        self._unlock = weakref.finalize(self, _unlock, None if self.refused else device, self._mapped, os.getpid())
+        self._unlock.atexit = False  # the process's end unlocks everything, and the driver may be gone by then
+
+    def _lock_writable(self, segment: Segment, slot: int, device: Cuda) -> None:
+        """Many a driver locks no memory that is mapped read-only (``cudaDevAttrHostRegisterReadOnlySupported``).
+
+        The segment's owner may map it otherwise; others, who may only read, may not.
+        """
+        try:
+            mapped, _ = segment.map_pages(slot, write=True)
+        except (OSError, SegmentError):
+            return
+        self.refused = device.lock(address_of(mapped), len(mapped), read_only=False)
+        if not self.refused:
+            self._mapped = mapped
+
+
+_slots: weakref.WeakValueDictionary[tuple[int, int], LockedSlot] = weakref.WeakValueDictionary()
+_locking = threading.Lock()
+
+
+def lock_slot(segment: Segment, slot: int, device: Cuda) -> LockedSlot:
+    """The slot's pages; those that another reader of this process has already, where there is one.
+
+    Raises:
+        SegmentError: the slot is not as it should be.
+    """
+    with _locking:
+        mapped, file = segment.map_pages(slot, write=False)
+        locked = _slots.get(file)
+        if locked is None:
+            locked = _slots[file] = LockedSlot(segment, slot, mapped, device)
+        return locked
+
+
+def _unlock(device: Cuda | None, mapped: mmap.mmap, pid: int) -> None:
+    if device is not None and pid == os.getpid() and not device.unlock(address_of(mapped)):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))  # for ever: no other slot may be mapped at its address
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A flat buffer on the device.
+
+    Attributes:
+        flat: uint8, the size of the weights.
+        storage: of it and of all its views.
+        tensors: views of it, one a tensor of the layout.
+        uses: of the storage by these alone.
+    """
+
+    flat: torch.Tensor
+    storage: torch.UntypedStorage
+    tensors: list[torch.Tensor]
+    uses: int = 0
+
+    def is_ours(self) -> bool:
+        return int(torch._C._storage_Use_Count(self.storage._cdata)) == self.uses
+
+
+class DeviceWeights:
+    """The tensors of one policy on a device, and at most one version on its way to them.
+
+    Args:
+        attached: the tensors.
+        staged: whether there is a buffer on the device.
+
+    Attributes:
+        flight: the copy over the bus that is under way; None where there is none.
+    """
+
+    def __init__(self, attached: Attached, device: Cuda, mode: Literal["swap", "copy"], *, staged: bool) -> None:
+        self._attached, self._targets, self._device = attached, attached.targets, device
+        self._mode, self._staged = mode, staged
+        self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
+        for tensor, index in attached.targets:
+            self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
+        self._slots: dict[int, LockedSlot] = {}
+        self._live: _Buffer | None = None  # the policy's tensors are views of it
+        self._spare: _Buffer | None = None
+        self._told = False
+        self.flight: Flight | None = None
+
+    def lock(self, segment: Segment) -> None:
+        """Page-locks all slots of a segment, so that no later version waits for that, and lets go of others.
+
+        Raises:
+            SegmentError: a slot is not as it should be.
+        """
+        self._slots = {}  # first: where a lock fails, another segment's slots must not be taken for this one's
+        self._slots = {slot: lock_slot(segment, slot, self._device) for slot in range(segment.slots)}
+        refused = {slot.refused for slot in self._slots.values()} - {""}
+        if refused and not self._told:
+            self._told = True
+            _log.warning(
+                "the slots of segment %r cannot be page-locked (%s): versions reach the device by unlocked copies, "
+                "which are slower, and refresh() takes part in them. Raise the limit (`ulimit -l`; LimitMEMLOCK= of "
+                "the systemd unit), or run as the segment's owner: many drivers lock only memory that may be written.",
+                segment.name,
+                ", ".join(sorted(refused)),
+            )
+
+    def check_uncaptured(self, name: str) -> None:
+        """Raises UsageError while the policy's stream is captured, which CUDA ends where it is asked for a copy."""
+        if self._device.capturing():
+            raise UsageError(
+                f"a CUDA graph is being captured, in which no version of {name!r} can be taken: it would be part of "
+                "the graph. Call attach, refresh and wait before the capture, or between replays."
+            )
+
+    def make_room(self, layout: Layout) -> None:
+        """Allocates the buffer that the next version goes to, where there is none.
+
+        Raises:
+            OutOfDeviceMemory: the device has no room for it.
+        """
+        if self._staged and self._spare is None:
+            with torch.inference_mode(False):  # or the policy's parameters would become inference tensors
+                flat = self._device.empty(layout.nbytes)
+                storage = flat.untyped_storage()
+                self._spare = _Buffer(flat, storage, views(layout, storage, 0))
+            self._spare.uses = int(torch._C._storage_Use_Count(storage._cdata))
+
+    def start(self, segment: Segment, slot: int) -> None:
+        """Begins to copy a leased slot; the lease must last until ``landed``.
+
+        Raises:
+            OutOfDeviceMemory: the device has no room; the policy goes on with what it has.
+            SegmentError: a slot is not as it should be.
+        """
+        if slot not in self._slots:
+            self.lock(segment)
+        self.make_room(segment.layout)
+        weights = self._slots[slot].weights
+        if self._spare is not None:
+            self.flight = self._device.send([self._spare.flat], [weights], aside=True)
+            return
+        slices = views(segment.layout, weights.untyped_storage(), segment.data_offset)
+        mine, new = [t for t, _ in self._targets], [slices[i] for _, i in self._targets]
+        with torch.inference_mode(any(t.is_inference() for t in mine)), torch.no_grad():
+            self.flight = self._device.send(mine, new, aside=False)
+
+    def landed(self, *, wait: bool) -> bool:
+        """Whether the copy over the bus is done; where it is, ``take`` comes next."""
+        if self.flight is None:  # the landing before was cut short
+            return True
+        if wait or not self._staged:
+            self.flight.synchronize()
+        elif not self.flight.query():
+            return False
+        self.flight = None
+        return True
+
+    def take(self) -> None:
+        """Gives the policy the version that landed."""
+        spare = self._spare
+        if spare is None:
+            return
+        if self._mode == "copy":
+            with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
+                for dtype, group in self._by_dtype.items():
+                    mine, new = [_as(t, dtype) for t, _ in group], [_as(spare.tensors[i], dtype) for _, i in group]
+                    torch._foreach_copy_(mine, new)
+            return
+        before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
+        self._attached.spare_holders()
+        for tensor, index in self._targets:
+            tensor.data = spare.tensors[index]
+        if before is None:
+            self._device.trim()  # the policy's own weights, which it has no more: two copies of them are enough
+        elif before.is_ours():
+            self._spare = before
+
+    def close(self) -> None:
+        """Waits for a copy that is under way, and lets go of all but what the policy's tensors point into."""
+        flight, self.flight = self.flight, None
+        if flight is not None:
+            try:
+                flight.synchronize()  # before the pages are unlocked and the buffer is freed
+            except RuntimeError:  # a device that failed copies nothing any more, and says so where the policy is used
+                pass
+        self._live = self._spare = None
+        self._slots = {}
+
+    def forget(self) -> None:
+        """In a forked child, where the device is out of reach: lets go without a word to it.
+
+        An event, and a buffer that two streams used, call CUDA where they are destroyed, and end the child with that:
+        they are kept for ever.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.flight, self._live, self._spare)))
+        self.flight = self._live = self._spare = None
+        self._slots = {}

@@ -1,0 +1,280 @@
+"""A policy process's side: refresh between steps, wait, close; ``attaching`` makes it.
+
+Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
+the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose addresses stay.
+
+A policy on a CUDA device has a reader of its own kind (``device_reader``).
+
+What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
+thread is inside the policy: it is between steps that a version changes.
+
+A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
+cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
+version, of which a warning tells once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from typing import Literal
+
+from ..errors import SegmentError, UsageError, WsyncError
+from ..segment.files import REMOVED, WORD_OFFSET
+from ..segment.readers import Registration
+from ..segment.segment import Lease, Segment
+from ..system.memory import sleep_on
+from .copying import Copy
+from .swap import Swap
+from .tensors import Attached
+
+Mode = Literal["auto", "swap", "copy"]
+
+_log = logging.getLogger("wsync")
+_LOOK = 0.1  # seconds between two looks where no word will change
+_SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
+_WORD = WORD_OFFSET // 8
+
+
+class Reader:
+    """Keeps a policy in step with a segment; made by ``attach``.
+
+    Attributes:
+        name: of the segment.
+        mode: ``"swap"`` or ``"copy"``.
+        version: of the weights in the policy; 0 before the first.
+        step: the producer's number for them, None where it gave none.
+    """
+
+    def __init__(self, attached: Attached, segment: Segment, mode: Literal["swap", "copy"]) -> None:
+        self.name, self.mode = segment.name, mode
+        self.version = 0
+        self.step: int | None = None
+        self._seen, self._taken = -1, 0
+        self._lock = threading.Lock()
+        self._closed = False
+        self._calls = self._calls_left = 1  # without a look at the clock
+        self._clock = self._looked = 0.0
+        self._next_look = 0.0
+        self._told_of_writing = False
+        self._attached = attached
+        self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
+        self._registration = self._take(segment)
+        _readers.add(self)
+
+    def refresh(self, wait: bool = False) -> bool:
+        """Takes the newest version if there is a newer one; call it between steps.
+
+        Args:
+            wait: on a GPU, for the version to be there; otherwise it is on its way, and a later call takes it. On the
+                CPU a version is there at once in any case.
+
+        Returns:
+            True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
+            logged once, and the reader attaches again when it comes back with the same layout.
+
+        Raises:
+            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; on a GPU also
+                while a CUDA graph is captured, and in a forked child.
+        """
+        if self._words[_WORD] == self._seen:
+            self._calls_left -= 1
+            return self._calls_left <= 0 and self._look_around()
+        return self._refresh(wait)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps until there is a version that ``refresh`` would take; True if there is one, False when time is up.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            UsageError: this reader is closed, or the timeout is none.
+        """
+        deadline = deadline_of(timeout)
+        while True:
+            with self._lock:
+                self._check_open()
+                self._notice_removal()
+                if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
+                    return True
+                word, address = self._words[_WORD], self._address
+            left = 3600.0 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            sleep_on(address, word, left)
+
+    def close(self) -> None:
+        """Gives the policy tensors of its own with the weights that it has, and lets go of the segment."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._give_own()
+            finally:
+                self._registration.close()
+                self._words = _CLOSED
+                self._segment.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"version {self.version}, step {self.step}"
+        return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
+
+    def _refresh(self, wait: bool = False) -> bool:
+        with self._lock:
+            self._check_open()
+            lease = self._newest()
+            if lease is None:
+                return False
+            try:
+                step = self._segment.step_of(lease)
+                written = self._way.take(self._segment, lease)
+            finally:
+                if not self._way.holds(lease):  # it was a copy, or it failed or was interrupted before
+                    lease.release()
+            self._took(lease, step)
+            if written and not self._told_of_writing:
+                self._told_of_writing = True
+                _log.warning(
+                    "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone "
+                    'with the next version. Attach with mode="copy" to keep its tensors its own.',
+                    self.name,
+                )
+            return True
+
+    def _newest(self) -> Lease | None:
+        """A lease of the version that is newer than the policy's; None where there is none to be had now."""
+        if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
+            return None
+        lease = self._segment.lease()
+        if lease is None:
+            return None
+        if lease.version == self._taken:
+            self._seen = lease.word
+            lease.release()
+            return None
+        return lease
+
+    def _took(self, lease: Lease, step: int | None) -> None:
+        self.version = self._taken = lease.version
+        self.step, self._seen = step, lease.word
+        self._registration.update(self.version, *self._leases())
+
+    def _look_around(self) -> bool:
+        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at.
+
+        A look at the clock would double what an idle call costs: so many calls do without as took no second before.
+        """
+        now = time.monotonic()
+        took, self._clock = max(now - self._clock, 1e-9), now
+        self._calls = max(1, min(_SELDOM, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
+        self._calls_left = self._calls
+        if now - self._looked < _SELDOM_SECONDS:
+            return False
+        self._looked = now
+        if self._closed or not self._is_gone():
+            return False
+        with self._lock:
+            found = self._find_again()
+        return found and self._refresh()
+
+    def _give_own(self) -> None:
+        """Gives the policy tensors of its own, where it has none."""
+        self._way.close()
+
+    def _leases(self) -> tuple[tuple[int, ...], float]:
+        """The slots that this reader leases, and since when the oldest of them."""
+        return self._way.leases()
+
+    def _take(self, segment: Segment) -> Registration:
+        """Makes a segment this reader's, and lists it there."""
+        self._segment = segment
+        self._words = segment.words
+        self._address = segment.word_address
+        self._seen, self._taken = -1, 0  # the WORD, and the version, of this very segment
+        return Registration(segment.path, self.mode)
+
+    def _notice_removal(self) -> None:
+        """A segment that was deleted by hand left no word of it: a sleeper looks at the directory itself."""
+        if self._is_gone():
+            self._find_again()
+
+    def _is_gone(self) -> bool:
+        try:
+            return not self._segment.is_current()
+        except OSError:  # the system does not tell; what is mapped is there
+            return False
+
+    def _find_again(self) -> bool:
+        """Attaches to a segment of the same name and layout that stands where ours was removed."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return False
+        if not self._next_look:
+            _log.warning("segment %r was removed; the policy keeps version %d", self.name, self.version)
+        self._next_look = now + _LOOK
+        try:
+            segment = Segment.open(self.name, self._segment.path.parent, layout=self._segment.layout)
+        except SegmentError:
+            return False
+        if segment.word & 0xFF == REMOVED:  # ours still, by a remover that was killed, or another on its way out
+            segment.close()
+            return False
+        self._registration.close()
+        self._segment.close()
+        self._registration = self._take(segment)
+        self._next_look = 0.0
+        return True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"this reader of {self.name!r} is closed. Attach again for new versions.")
+
+    def _after_fork(self) -> None:
+        """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
+        self._lock = threading.Lock()
+        self._way.after_fork()
+        if not self._closed:
+            try:
+                self._registration.close(unlink=False)
+                self._registration = Registration(self._segment.path, self.mode)
+                self._registration.update(self.version, *self._leases())
+            except (OSError, WsyncError) as exc:
+                _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """When so many seconds are over, by the monotonic clock; None for never.
+
+    Raises:
+        UsageError: it is no number of seconds.
+    """
+    try:
+        if timeout is None or not math.isnan(timeout):
+            return None if timeout is None else time.monotonic() + timeout
+    except TypeError:
+        pass
+    raise UsageError(f"timeout={timeout!r} is no number of seconds. Give one, or None to wait for ever.")
+
+
+_CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")
+_readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reader in list(_readers):
+        reader._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,187 @@
+"""How a policy comes to lie on another slot: each of its tensors is pointed at its part of the slot's memory.
+
+A slot is mapped once, and the views of its weights are made once. To take a version is ``parameter.data = view`` for
+each tensor: no bytes move, and the time depends on the number of tensors alone.
+
+The memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy leaves a
+slot, the uses of its storage are counted. If only our own views are left, the lease is released, and the mapping and
+the views wait for the slot's next version. Otherwise somebody keeps a tensor of the old version: we let go of the
+memory, which stays leased until that tensor is gone, and the slot is mapped anew for its next version.
+
+The mapping is private: what the policy writes to its weights in place hits pages of the process's own. They must be
+gone when the slot comes back. The look for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
+thread does it beside the policy's steps, as soon as the policy has left the slot.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from ..layout.layout import views
+from ..segment.segment import Lease, Segment, SlotMemory
+from ..system.memory import renew
+from .tensors import Attached, Targets, addresses
+
+_point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_looks = ThreadPoolExecutor(1, "wsync-look")
+
+
+class _Slot:
+    """A mapped slot.
+
+    Attributes:
+        memory: its pages; owns the lease while the policy points there, or a tensor that somebody kept.
+        views: of the weights, in the order of the policy's tensors.
+        addresses: of the views.
+        alone: the uses of the memory (see ``uses``) by our own views.
+        since: when its version was taken.
+        look: for pages that the policy wrote to; None where nobody has begun it.
+    """
+
+    def __init__(self, segment: Segment, slot: int, targets: Targets) -> None:
+        self.memory = segment.map_slot(slot)
+        with torch.inference_mode(False):
+            self._storage = torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage()  # nothing is copied
+            weights = views(segment.layout, self._storage, segment.data_offset)
+        self.views = [weights[index] for _, index in targets]
+        del weights
+        self.addresses = addresses(self.views)
+        self.alone = self.uses()
+        self.since = 0.0
+        self.look: Future[bool] | None = None
+        _mapped[self._storage._cdata] = self
+
+    def uses(self) -> tuple[int, int]:
+        """How many tensors point there, and how many have the storage object: torch gives the same one to all."""
+        return int(torch._C._storage_Use_Count(self._storage._cdata)), sys.getrefcount(self._storage)
+
+    def begin_look(self) -> None:
+        """Has a thread drop what the policy wrote here."""
+        try:
+            self.look = _looks.submit(renew, self.memory)
+        except RuntimeError:  # this process may have no more threads, or is about to end
+            self.look = None
+
+    def end_look(self) -> bool:
+        """Waits until the memory shows the file again; returns whether the policy had written there.
+
+        Raises:
+            OSError: the system refused to drop the pages. The next call tries again.
+        """
+        look, self.look = self.look, None
+        return look.result() if look else renew(self.memory)
+
+
+_mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
+
+
+def own_uses(storage: torch.UntypedStorage) -> int:
+    """How many uses of a storage are a reader's own; 0 where it is no slot."""
+    slot = _mapped.get(storage._cdata)
+    return slot.alone[0] if slot else 0
+
+
+class Swap:
+    """The tensors of one policy, pointed at the slots of a segment."""
+
+    def __init__(self, attached: Attached) -> None:
+        self._attached = attached
+        self._segment: Segment | None = None
+        self._slots: dict[int, _Slot] = {}
+        self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
+        self._kept: list[tuple[int, weakref.ref[SlotMemory], float]] = []  # memory that only kept tensors use
+
+    def take(self, segment: Segment, lease: Lease) -> bool:
+        """Points the policy at a leased slot; returns whether the policy had written to that slot before.
+
+        Whoever uses the old weights in a backward pass is told by autograd, as after any write in place.
+
+        Raises:
+            OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
+            UsageError: the policy's tensors are others than those that were attached, or of another form.
+        """
+        slots = self._slots if segment is self._segment else {}
+        slot, written = self._prepare(slots, segment, lease.slot)
+        self._attached.spare_holders()
+        others = {*self._slots.values(), *slots.values()} - {slot}
+        slot.memory.lease, slot.since = lease, time.time()
+        self._segment, self._slots, self._live = segment, slots, slot
+        # One call, so that no interrupt comes between two tensors.
+        deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
+        for other in others:  # more than one where the take before was interrupted
+            if self._leave(other):
+                other.begin_look()
+        return written
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the policy may point into this slot, also where a take was interrupted."""
+        return any(slot.memory.lease is lease for slot in self._slots.values())
+
+    def leases(self) -> tuple[tuple[int, ...], float]:
+        """The slots that the policy, or only a kept tensor, points into; since when the oldest."""
+        self._kept = [kept for kept in self._kept if kept[1]() is not None]
+        held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
+        held += [(slot, since) for slot, _, since in self._kept]
+        return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
+
+    def close(self) -> None:
+        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps stays leased."""
+        if self._live is None:
+            return
+        self._attached.spare_holders()
+        own: dict[int, torch.Tensor] = {}
+        with torch.inference_mode(False):  # in inference mode a parameter would become an inference tensor
+            for tensor, index in self._attached.targets:
+                if index not in own:  # tied tensors stay tied
+                    own[index] = tensor.detach().clone()
+                tensor.data = own[index]
+        slots, self._slots, self._live = self._slots, {}, None
+        for slot in slots.values():
+            self._leave(slot)
+
+    def after_fork(self) -> None:
+        """In the child, which has its own pages and none of its parent's threads: looks are begun anew."""
+        for slot in self._slots.values():
+            slot.look = None
+
+    def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
+        """The slot, mapped and as its file is; whether the policy had written there. The policy is checked, too."""
+        slot, written = slots.get(number), False
+        if slot:
+            written = slot.end_look()
+        else:
+            slot = slots[number] = _Slot(segment, number, self._attached.targets)
+        live, attached = self._live, self._attached
+        if not (live and attached.in_place() and addresses(attached.tensors) == live.addresses):
+            attached.check()
+        return slot, written
+
+    def _leave(self, slot: _Slot) -> bool:
+        """Whether a slot that the policy left had a lease, which is released; a tensor that somebody keeps keeps it."""
+        lease = slot.memory.lease
+        if lease is None:
+            return False
+        if slot.uses() == slot.alone:
+            slot.memory.lease = None
+            lease.release()
+            return True
+        self._kept.append((lease.slot, weakref.ref(slot.memory), slot.since))
+        if self._slots.get(lease.slot) is slot:
+            del self._slots[lease.slot]
+        return False
+
+
+def _after_fork() -> None:
+    global _looks
+    _looks = ThreadPoolExecutor(1, "wsync-look")
+
+
+os.register_at_fork(after_in_child=_after_fork)

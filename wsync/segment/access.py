@@ -1,0 +1,266 @@
+"""Who may open what: the check of every directory and file that is opened, and sharing a segment on purpose.
+
+A segment belongs to one user, who alone publishes into it, and is private unless ``Access`` says otherwise. What is
+opened is checked once it is open, so that nothing can be exchanged in between: a directory or a regular file, never
+reached through a symbolic link, of the owner that it must have, and writable by nobody else.
+
+Sharing (``--mode 0640 --group policies``) lets others read, never write:
+
+    the runtime directory   0750   made so, where it is made; a standing one is never changed, because a wider mode
+                                   would show the names of whatever else is there: who shares is told how to open it
+    the segment             0750
+    control, layout, slots  0640
+    publisher.lock          0600   always: whoever can open it could lock publishers out
+    readers/                3770   sticky: each reader puts a record of its own there, and removes no other's
+
+Reading another user's segments takes naming the place: the default one is believed only where it is one's own, since
+anybody may make a directory in /dev/shm. Who reads trusts the owner, who may do what he likes to his own segment. And
+who is let in can hold slots by leasing them, as every reader does; ``wsync status`` shows who.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import SegmentUnsafe, UsageError, refused
+from ..system.memory import default_runtime_dir, kept, no_room, shut
+
+_NAME = re.compile(r"[^\W_][\w.+@=-]*")
+_MODES = ("0600", "0640", "0644")
+
+
+def is_name(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and len(name.encode()) <= 200
+
+
+def check_name(name: str) -> str:
+    """A segment's name becomes a directory's: letters, digits and ``_ . + @ = -``, beginning with one of the first two.
+
+    Raises:
+        UsageError: it is not such a name.
+    """
+    if not is_name(name):
+        raise UsageError(
+            f"{name!r} cannot be a segment's name: use letters, digits and _ . + @ = -, beginning with a letter or "
+            "digit, at most 200 bytes. Set another with --name or `name` in the TOML."
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who besides its owner may read a segment; without either, nobody.
+
+    Attributes:
+        mode: of its files, as chmod has it: ``0600`` (private), ``0640`` (a group may read), ``0644`` (everybody may).
+        group: a name or number; default that of the process which makes the segment. Alone it means mode ``0640``.
+    """
+
+    mode: str | None = None
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and f"{self.mode:0>4}" not in _MODES:
+            raise UsageError(
+                f"mode {self.mode!r} is none that a segment can have: nobody but its owner may write, and directories "
+                "are searchable where they are readable. Give 0640 (a group may read), 0644 (everybody may), or 0600."
+            )
+        _ = self.gid
+
+    @property
+    def given(self) -> bool:
+        """Whether anything was asked for."""
+        return self.mode is not None or self.group is not None
+
+    @property
+    def bits(self) -> int:
+        """Of a file."""
+        return int(self.mode or ("0600" if self.group is None else "0640"), 8)
+
+    @property
+    def directory_bits(self) -> int:
+        return self.bits | (self.bits & 0o444) >> 2
+
+    @property
+    def readers_bits(self) -> int:
+        """Of ``readers/``: who may read may put a record there, in the directory's group, and remove only its own."""
+        return 0o700 | (0o3070 if self.bits & 0o040 else 0) | (0o1007 if self.bits & 0o004 else 0)
+
+    @property
+    def gid(self) -> int | None:
+        """Raises UsageError where there is no such group."""
+        if self.group is None:
+            return None
+        import grp
+
+        try:
+            return grp.getgrnam(self.group).gr_gid
+        except (KeyError, ValueError):
+            if re.fullmatch(r"\d{1,10}", self.group, re.ASCII) and int(self.group) < (1 << 32) - 1:
+                return int(self.group)
+        raise UsageError(f"there is no group {self.group!r} on this machine. Name one that `getent group` lists.")
+
+    def holds(self, directory: int) -> bool:
+        """Whether a segment's directory already is as it should be."""
+        info = os.fstat(directory)
+        return stat.S_IMODE(info.st_mode) == self.directory_bits and self.gid in (None, info.st_gid)
+
+    def grant(self, fd: int, bits: int) -> None:
+        """Gives an open file or directory the group and these bits, whatever the umask.
+
+        Raises:
+            UsageError: this user is not in the group.
+        """
+        gid = self.gid
+        try:
+            if gid is not None and os.fstat(fd).st_gid != gid:
+                os.fchown(fd, -1, gid)
+        except PermissionError as exc:
+            raise UsageError(
+                f"uid {os.geteuid()} is not in group {self.group}, and can give nothing to it. Join it (usermod -aG, "
+                "then log in anew), or name another --group."
+            ) from exc
+        os.fchmod(fd, bits)
+
+    def check_enterable(self, base: Path) -> None:
+        """Whether those who may read can get to a segment in ``base``.
+
+        Raises:
+            UsageError: they cannot; the message tells the command that opens it.
+        """
+        info = os.stat(base)
+        gid = os.getegid() if self.gid is None else self.gid
+        everybody = info.st_mode & 0o005 == 0o005
+        group = everybody or (info.st_gid == gid and info.st_mode & 0o050 == 0o050)
+        if (self.bits & 0o040 and not group) or (self.bits & 0o004 and not everybody):
+            raise UsageError(
+                f"{base} has mode {stat.S_IMODE(info.st_mode):04o} and group {info.st_gid}: those who should read a "
+                "segment there cannot enter it, and to open it would show the names of all that it holds. Do so "
+                f"(`chgrp {gid} {base} && chmod {self.directory_bits:04o} {base}`), or name another --runtime-dir, "
+                "which is made as needed."
+            )
+
+
+def open_dir(path: str | Path, owner: int | None = None, *, dir_fd: int | None = None, sticky: bool = False) -> int:
+    """Opens a directory that nobody but its owner can change.
+
+    Args:
+        owner: who that must be; default this user.
+        sticky: others may put files of their own into it, and remove none but those.
+
+    Raises:
+        OSError: there is none, or the system refuses a look.
+        SegmentUnsafe: a symbolic link, another user's, writable by others, not to be entered, or no directory.
+    """
+    owner = os.geteuid() if owner is None else owner
+    return _open(path, os.O_RDONLY | os.O_DIRECTORY, owner, dir_fd, sticky)
+
+
+def open_file(name: str, flags: int, dir_fd: int) -> int:
+    """Opens a regular file of a segment's directory, of the same owner, never through a link; a new one is private.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SegmentUnsafe: it is something else, another user's, writable by others, or not ours to open.
+    """
+    return _open(name, flags, os.fstat(dir_fd).st_uid, dir_fd)
+
+
+def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> int:
+    kind = "directory" if flags & os.O_DIRECTORY else "regular file"
+    way_out = "Remove it (`wsync rm` removes a segment), or name another place with --runtime-dir."
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+    except PermissionError as exc:
+        raise SegmentUnsafe(
+            f"{_named(path, dir_fd)} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync "
+            "push --mode 0640 --group GROUP), or name another place with --runtime-dir."
+        ) from exc
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG):
+            raise
+        raise SegmentUnsafe(f"{_named(path, dir_fd)} is not a {kind} ({exc.strerror}). {way_out}") from exc
+    with kept(fd):
+        info = os.fstat(fd)
+        shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
+        if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
+            raise SegmentUnsafe(
+                f"{_named(path, dir_fd)} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must "
+                f"be a {kind} of uid {owner} that nobody else may write. {way_out}"
+            )
+    return fd
+
+
+def _named(path: str | Path, dir_fd: int | None) -> Path:
+    return Path("" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}"), path)
+
+
+@contextmanager
+def opened(fd: int) -> Iterator[int]:
+    """Closes a descriptor when the block is left."""
+    try:
+        yield fd
+    finally:
+        shut(fd)
+
+
+def base_owner(base: Path, *, write: bool) -> int:
+    """Whose segments are read in a runtime directory; there may be none yet.
+
+    Raises:
+        SegmentUnsafe: it is another user's, and is to be written, or lies at our own default place, where it was not
+            named; or it is unsafe in itself.
+    """
+    me = os.geteuid()
+    try:
+        owner = os.stat(base, follow_symlinks=False).st_uid
+    except OSError:  # open_dir tells what is wrong
+        owner = me
+    if owner != me and (write or base == default_runtime_dir()):
+        why = "only that user publishes there" if write else f"it is the place of uid {me}'s own segments"
+        raise SegmentUnsafe(
+            f"{base} belongs to uid {owner}, and {why}. Publish as that user, have it removed, or name another place "
+            "with --runtime-dir."
+        )
+    try:
+        shut(open_dir(base, owner))
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        raise refused(exc, base) from exc
+    return owner
+
+
+def make_base(base: Path, access: Access) -> None:
+    """Makes the runtime directory, open to those who may read; checks one that stands, and never changes it.
+
+    Raises:
+        OutOfSharedMemory: there is no room for it.
+        SegmentUnsafe: it cannot be made, or what is there is not ours.
+        UsageError: it stands, and those who may read cannot enter it; or the group is not ours to give to.
+    """
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        base.mkdir(mode=0o700)
+    except FileExistsError:
+        base_owner(base, write=True)
+        access.check_enterable(base)
+        return
+    except OSError as exc:
+        raise no_room(exc, base.parent) or SegmentUnsafe(
+            f"{base} cannot be made ({exc.strerror}). Name another place with --runtime-dir."
+        ) from exc
+    with opened(open_dir(base)) as fd:
+        try:
+            if access.given:
+                access.grant(fd, access.directory_bits)
+        except BaseException:
+            os.rmdir(base)
+            raise

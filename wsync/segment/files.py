@@ -1,0 +1,265 @@
+"""The files of a segment: their form, making them all at once, believing them, and sweeping away what makers left.
+
+A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that describing another
+version moves nothing, and the whole to a page, so that the weights begin on one.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import SegmentUnsafe, UsageError
+from ..layout.layout import Layout
+from ..system.memory import PAGE, mapping, no_room, read_at, reserve, try_lock, write_at
+from .access import Access, open_dir, open_file, opened
+
+MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
+WORD_OFFSET = 64  # bytes into the control page
+NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
+METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
+MAX_SLOTS = 64
+SLOTS = 3
+MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
+END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
+
+
+@contextmanager
+def parsed() -> Iterator[None]:
+    """Makes a ValueError of whatever data raise that are not what they should be."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
+        raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What the header of a slot says of the version in it.
+
+    Attributes:
+        version: the segment's counter.
+        step: the producer's number, where it gave one.
+        source: path of the checkpoint; empty for weights that came from memory.
+        identity: the file's identity when it was read (see ``checkpoint.identity``).
+        published_at: seconds since the epoch.
+        spec: fingerprint of the policy spec that it was published for.
+    """
+
+    version: int
+    step: int | None
+    source: str
+    identity: str
+    published_at: float
+    spec: str
+
+    def to_metadata(self) -> dict[str, str]:
+        return {key: "" if value is None else str(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_header(cls, header: bytes) -> Publication:
+        """From the first ``METADATA_END`` bytes of a slot.
+
+        Raises:
+            ValueError: they say no such thing.
+        """
+        with parsed():
+            data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
+            texts = {key: data[key] for key in ("source", "identity", "spec")}
+            found = cls(
+                version=int(data["version"]),
+                step=int(data["step"]) if data["step"] else None,
+                published_at=float(data["published_at"]),
+                **texts,
+            )
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise TypeError("a text is none")
+            if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < END_OF_TIME):
+                raise ValueError("a number is beyond its bounds")
+            return found
+
+
+class About(NamedTuple):
+    """What ``layout.json`` says, checked but for the layout, which takes long to read and is not always needed."""
+
+    slots: int
+    data_offset: int
+    spec: str
+    table: Any
+
+    @classmethod
+    def read(cls, directory: int) -> About:
+        """Raises ValueError where it is not what ``make`` wrote."""
+        with parsed(), open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_TABLE:
+                raise ValueError(f"its layout.json has {size:,} bytes, over the bound of {MAX_TABLE:,}")
+            data = json.loads(file.read(size))
+            slots, data_offset, spec = data["slots"], data["data_offset"], data["spec"]
+            if type(slots) is not int or not 2 <= slots <= MAX_SLOTS or not isinstance(spec, str):
+                raise ValueError("its layout.json tells no possible number of slots")
+            least, most = METADATA_END, MAX_TABLE + PAGE
+            if type(data_offset) is not int or data_offset % PAGE or not least <= data_offset <= most:
+                raise ValueError("its layout.json tells no possible place of the weights")
+            return cls(slots, data_offset, spec, data["layout"])
+
+    def layout(self) -> Layout:
+        """Raises ValueError where it is none."""
+        with parsed():
+            layout = Layout.from_json(self.table)
+            sizes = [size for entry in layout.tensors for size in entry.shape]
+            names = [name for entry in layout.tensors for name in entry.names]
+            if not all(isinstance(name, str) for name in names) or not layout.tensors:
+                raise TypeError("a name is no text, or there is none")
+            if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes) or layout.nbytes >= 1 << 63:
+                raise ValueError("a size is beyond its bounds")
+            return layout
+
+
+class SpareSlot(NamedTuple):
+    """A slot that is being staged: locked, mapped, not live."""
+
+    number: int
+    fd: int
+    memory: mmap.mmap
+    data_offset: int
+
+    @property
+    def weights(self) -> memoryview:
+        """The slot's weights, writable."""
+        return memoryview(self.memory)[self.data_offset :]
+
+    def forget(self) -> None:
+        """Takes away what its header says that it holds."""
+        write_at(self.fd, BLANK, 8)
+
+    def describe(self, publication: Publication) -> None:
+        """Writes what the slot holds into its header."""
+        write_at(self.fd, metadata_block(publication.to_metadata()), 8)
+
+
+def map_control(directory: int, *, write: bool) -> mmap.mmap:
+    """The control page of a segment; raises ValueError where it is not of this format."""
+    with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
+        if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
+            raise ValueError("its control page is not of this format")
+        with mapping(PAGE, fd):
+            return mmap.mmap(fd, PAGE, prot=mmap.PROT_READ | (mmap.PROT_WRITE if write else 0))
+
+
+def slot_name(slot: int) -> str:
+    return f"slot-{slot}.safetensors"
+
+
+def metadata_block(metadata: Mapping[str, str]) -> bytes:
+    """The part of a slot's header from byte 8 to ``METADATA_END``."""
+    # A file name that is no UTF-8 is recorded with its odd bytes escaped; it is shown, and never opened by this record.
+    table = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()}
+    block = b'{"__metadata__":' + json.dumps(table, ensure_ascii=False).encode()
+    if len(block) > METADATA_END - 8:
+        raise UsageError("the path of the checkpoint is too long to be recorded. Use a shorter one.")
+    return block.ljust(METADATA_END - 8)
+
+
+BLANK = metadata_block({})
+"""Of a slot that holds nothing, or is being staged."""
+
+
+def slot_header(layout: Layout) -> bytes:
+    """A safetensors header without metadata that ends on a page, so that the weights begin on one."""
+    table = {
+        e.name: {"dtype": e.dtype, "shape": e.shape, "data_offsets": (e.offset, e.offset + e.nbytes)}
+        for e in layout.tensors
+    }
+    header = BLANK + b"," + json.dumps(table).encode().removeprefix(b"{")
+    header = header.ljust(-(-(len(header) + 8) // PAGE) * PAGE - 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> None:
+    """Makes the segment under another name and renames it: it is there whole or not at all.
+
+    Raises:
+        OutOfSharedMemory: there is no room; nothing is left behind.
+        UsageError: its group is not ours to give to.
+    """
+    header = slot_header(layout)
+    about = {"slots": slots, "data_offset": len(header), "spec": spec, "layout": layout.to_json()}
+    files = [
+        ("publisher.lock", b"", PAGE),
+        ("control", MAGIC.ljust(WORD_OFFSET, b"\0") + NO_SLOT.to_bytes(8, "little"), PAGE),
+        ("layout.json", json.dumps(about).encode(), 0),
+        *((slot_name(slot), header, len(header) + layout.nbytes) for slot in range(slots)),
+    ]
+    wanted = PAGE + sum(max(size, len(content)) for _, content, size in files)
+    try:
+        with ExitStack() as stack:
+            temporary, directory = _claim(path.parent, stack)
+            os.mkdir("readers", 0o700, dir_fd=directory)
+            for name, content, size in files:
+                with opened(open_file(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)) as fd:
+                    reserve(fd, max(size, len(content)))
+                    write_at(fd, content, 0)
+            if access.given:
+                share(directory, slots, access)
+            os.rename(temporary, path)
+    except OSError as exc:
+        if told := no_room(exc, path.parent, wanted, len(files) + 2):
+            raise told from exc
+        if not os.path.lexists(path):  # else another maker was first
+            raise
+
+
+def share(directory: int, slots: int, access: Access) -> None:
+    """Gives the files of a segment their group and mode; its directory last, so that what was cut short shows there."""
+    for name in ("control", "layout.json", *map(slot_name, range(slots))):
+        with opened(open_file(name, os.O_RDONLY, directory)) as fd:
+            access.grant(fd, access.bits)
+    with opened(open_dir("readers", dir_fd=directory, sticky=True)) as readers:
+        access.grant(readers, access.readers_bits)
+    access.grant(directory, access.directory_bits)
+
+
+def discard(path: Path) -> None:
+    """Removes a segment's directory: first its name, then what is in it, so that nobody opens half of it."""
+    import shutil
+
+    doomed = path.with_name(f".removed-{os.getpid()}-{os.urandom(4).hex()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what stays is the next sweeper's
+
+
+def sweep(base: Path) -> None:
+    """Removes what makers and removers that were killed left behind; a living maker locks its directory."""
+    import shutil
+
+    for path in (*base.glob(".new-*"), *base.glob(".removed-*")):
+        try:
+            directory = open_dir(path)
+        except (OSError, SegmentUnsafe):
+            continue
+        with opened(directory):
+            if try_lock(directory):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
+    """A new hidden directory, locked so that nobody sweeps it away; it is removed with the stack."""
+    import shutil
+    import tempfile
+
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        try:
+            directory = stack.enter_context(opened(open_dir(temporary)))
+        except FileNotFoundError:  # a sweeper was faster
+            continue
+        if try_lock(directory) and os.fstat(directory).st_nlink:
+            return temporary, directory

@@ -1,0 +1,238 @@
+"""The writing side: stage a checkpoint into a spare slot, verify it, make it live.
+
+Everything here runs under the publisher's lock. What is staged is checked before anything points to it; whatever goes
+wrong before the WORD is stored leaves the live version as it was.
+"""
+
+from __future__ import annotations
+
+import mmap
+import operator
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.fit import Fit, Plan
+from ..layout.finite import not_finite
+from ..layout.layout import Layout, views
+from ..system.memory import mapping
+from .files import Publication, SpareSlot, slot_name
+from .segment import Segment
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Staged(NamedTuple):
+    """Weights that are staged and verified, and not live: what a gate is asked about.
+
+    Attributes:
+        path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
+        name: of the segment.
+        version: that they get if they go live.
+        step: the producer's number, where it gave one.
+        checkpoint: path of their checkpoint; empty for weights from memory.
+    """
+
+    path: Path
+    name: str
+    version: int
+    step: int | None
+    checkpoint: str
+
+
+class Source(Protocol):
+    """What can be published: a ``Checkpoint``, or what stands for one that another box reads."""
+
+    @property
+    def path(self) -> str | Path: ...
+
+    @property
+    def step(self) -> int | None: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def kept(self) -> bool: ...
+
+    @property
+    def fitted(self) -> Fit | None: ...
+
+    def plan(self, layout: Layout, settings: Fit) -> Plan: ...
+
+    def read_into(
+        self, weights: memoryview, plan: Plan, *, finite: bool, progress: Callable[[int], None] | None
+    ) -> None: ...
+
+
+Gate = Callable[[Staged], None]
+"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or what else its caller is to get."""
+
+
+def publish(
+    segment: Segment,
+    checkpoint: Source,
+    *,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
+    spec: str = "",
+    progress: Callable[[int], None] | None = None,
+    gate: Gate | None = None,
+    last_version: int = 0,
+) -> Publication:
+    """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
+
+    Args:
+        fit: which tensors are taken, and how they fit.
+        spec: fingerprint of the policy spec, recorded with the version.
+        progress: called with the number of bytes of each read.
+        gate: looks at the staged weights last of all; what it raises is raised, and nothing is published.
+        last_version: the highest that was ever published under this name, for a segment that was made anew.
+
+    Raises:
+        CheckpointRejected: it does not fit, is not finite, or the gate does not want it.
+        PartialCheckpoint: the rest is to keep its live values, and nothing is live.
+        CheckpointChanged: it changed while it was read.
+        RetryLater: the gate cannot tell yet.
+        SegmentBusy: every spare slot is leased.
+    """
+    plan = _plan(checkpoint, segment.layout, fit, segment)
+    version, step = _next_version(segment, last_version), _whole(checkpoint.step)
+    with segment.spare_slot() as slot:
+        with slot.weights as weights:
+            if plan.kept and (live := segment.live_weights()):
+                for entry in plan.kept:
+                    part = slice(entry.offset, entry.offset + entry.nbytes)
+                    weights[part] = live[part]
+            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
+        about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec)
+        publication = _describe(segment, slot, about, gate)
+    segment.store(publication.version, slot.number)
+    return publication
+
+
+def publish_tensors(
+    segment: Segment,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    strict: bool = True,
+    finite: bool = True,
+    step: int | None = None,
+    spec: str = "",
+    gate: Gate | None = None,
+    last_version: int = 0,
+) -> Publication:
+    """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
+
+    Args:
+        tensors: by dotted name, on any device; another float dtype is cast to the segment's.
+        strict: every tensor must come; else what does not come keeps its live values.
+        finite: refuse NaN and infinity, also those that a cast made.
+        step: recorded with the version: a whole number, also one of numpy or in a tensor.
+        spec: fingerprint of the policy spec, recorded with the version.
+        gate, last_version: as for ``publish``.
+
+    Raises:
+        KeyError: a name is unknown, or missing.
+        ValueError: a shape is another, a value is not finite, or the step is beyond 64 bits.
+        TypeError: the segment's dtype cannot hold a tensor's values, or the step is no whole number.
+        SegmentBusy: every spare slot is leased.
+    """
+    import torch
+
+    from ..layout.weights import check, copy
+
+    layout = segment.layout
+    version, step = _next_version(segment, last_version), _whole(step)
+    sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
+    missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
+    kept = None if strict else segment.live_weights()
+    if missing and kept is None:
+        why = (
+            "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
+        )
+        raise KeyError(f"{len(missing)} tensors did not come: {', '.join(missing[:5])}. {why}.")
+    with segment.spare_slot() as slot:
+        staged = views(layout, torch.frombuffer(slot.memory, dtype=torch.uint8).untyped_storage(), slot.data_offset)
+        targets = {
+            tuple(name.split(".")): tensor
+            for entry, tensor in zip(layout.tensors, staged, strict=True)
+            for name in entry.names
+        }
+        check(targets, sources)
+        if finite:  # a cast to this dtype makes a finite number of an infinity, in which nothing is found afterwards
+            eight = torch.float8_e4m3fn
+            cast = {path: s for path, s in sources.items() if targets[path].dtype == eight != s.dtype}
+            check(targets, cast, finite=True)
+        if missing and kept is not None:
+            slot.weights[:] = kept
+        copy(targets, sources)  # P4 stage
+        if finite and (wrong := not_finite(slot.weights, layout)):  # P5 verify
+            raise ValueError(f"{wrong[0]!r} holds NaN or infinity. Nothing was published.")
+        publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate)
+    segment.store(publication.version, slot.number)
+    return publication
+
+
+def _next_version(segment: Segment, last_version: int) -> int:
+    return max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
+
+
+def _whole(step: int | None) -> int | None:
+    """A step as the plain number that a slot's header holds, and that every reader can read there."""
+    if step is None:
+        return None
+    try:
+        number = None if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"step = {step!r} is no whole number. Nothing was published: give an int, or None.")
+    if abs(number) >= 1 << 63:
+        raise ValueError(f"step = {number} is beyond 64 bits. Nothing was published: give a smaller one, or None.")
+    return number
+
+
+def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
+    """Writes the slot's header, then lets the gate look at the whole file: nothing points to it yet.
+
+    What is published is told with the time after the gate, which may take its own.
+    """
+    slot.describe(publication)
+    if gate:
+        place = segment.path / slot_name(slot.number)
+        gate(Staged(place, segment.name, publication.version, publication.step, publication.source))
+        publication = replace(publication, published_at=time.time())
+        slot.describe(publication)
+    return publication
+
+
+def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: Segment | None) -> Plan:
+    """The plan; a part alone needs live values beside which it can go."""
+    if segment is None or not segment.version:
+        settings = replace(settings, partial=False)
+    return checkpoint.plan(layout, settings)
+
+
+def rehearse(
+    layout: Layout,
+    checkpoint: Checkpoint,
+    segment: Segment | None = None,
+    *,
+    fit: Fit = Fit(),  # noqa: B008  (frozen)
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Everything that ``publish`` checks, in memory of this process that is given back.
+
+    Raises:
+        CheckpointRejected: it does not fit, or is not finite.
+        CheckpointChanged: it changed while it was read.
+    """
+    plan = _plan(checkpoint, layout, fit, segment)
+    # Given back with the last view of it, which an error may hold.
+    with mapping(layout.nbytes):
+        memory = mmap.mmap(-1, max(layout.nbytes, 1))
+    checkpoint.read_into(memoryview(memory), plan, finite=fit.finite, progress=progress)

@@ -1,0 +1,149 @@
+"""Who reads a segment: one small file a reader in the segment's ``readers/``, locked while the reader lives.
+
+The record is for people (``wsync status``, the message that names who holds a slot back); no decision hangs on it.
+That a reader lives is said by the lock on its file alone: pids mean nothing across containers. A file whose lock is
+free was left by a dead reader and is removed by whoever looks and may.
+
+In a shared segment others write these files. Nothing in them is believed: what is not a small regular file with the
+fields that we know is passed over, and what they say is made harmless to print. And a reader that finds no room for a
+record goes on without one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import SegmentUnsafe, printable
+from ..system.memory import kept, shut, try_lock
+from .access import open_dir, opened
+from .files import END_OF_TIME, MAX_SLOTS, parsed
+
+_SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
+_MOST = 2000  # records that one look takes in
+
+
+class ReaderRecord(NamedTuple):
+    """What a reader says of itself.
+
+    Attributes:
+        pid: its process, in its own pid namespace.
+        process: its program's name.
+        version: the version that it acts on; 0 before its first.
+        since: when it took that version, seconds since the epoch.
+        mode: ``"swap"`` or ``"copy"``.
+        slots: the slots that it leases.
+        oldest: when it took the oldest of these leases, seconds since the epoch; 0 where it has none.
+    """
+
+    pid: int
+    process: str
+    version: int
+    since: float
+    mode: str
+    slots: tuple[int, ...]
+    oldest: float = 0.0
+
+    @classmethod
+    def parse(cls, text: bytes) -> ReaderRecord:
+        """Raises ValueError where it is no record."""
+        with parsed():
+            said = cls(**json.loads(text))
+            if not isinstance(said.process, str) or said.mode not in ("swap", "copy"):
+                raise TypeError("a field is of another kind")
+            bounded = ((said.pid, 1 << 32), (said.version, 1 << 56), *((slot, MAX_SLOTS) for slot in said.slots))
+            if not all(type(number) is int and 0 <= number < most for number, most in bounded):
+                raise ValueError("a number is beyond its bounds")
+            times = said.since, said.oldest
+            if not all(type(moment) in (int, float) and 0 <= moment < END_OF_TIME for moment in times):
+                raise ValueError("a time is beyond its bounds")
+            return said._replace(process=printable(said.process)[:64], slots=tuple(said.slots))
+
+
+class Registration:
+    """A reader's own record, there as long as this object is open, where one can be made."""
+
+    def __init__(self, segment: Path, mode: str) -> None:
+        process = Path(sys.argv[0] or sys.executable).name[:64] if sys.argv else "python"
+        self._record = ReaderRecord(os.getpid(), process, 0, 0.0, mode, ())
+        self._fd = -1
+        try:
+            self._fd = self._make(segment / "readers")
+            self.update(0, ())
+        except (OSError, SegmentUnsafe) as exc:
+            import logging
+
+            logging.getLogger("wsync").warning(
+                "this reader of %r is not listed, and reads all the same: %s", segment.name, exc
+            )
+            self.close()
+
+    def update(self, version: int, slots: tuple[int, ...], oldest: float = 0.0) -> None:
+        self._record = self._record._replace(version=version, since=time.time(), slots=slots, oldest=oldest)
+        if self._fd >= 0:
+            os.pwrite(self._fd, json.dumps(self._record._asdict()).encode().ljust(_SIZE), 0)
+
+    def close(self, *, unlink: bool = True) -> None:
+        if self._fd >= 0:
+            if unlink:
+                with suppress(OSError):  # gone, or no longer ours to remove; whoever looks sees that it is free
+                    self._path.unlink()
+            shut(self._fd)
+            self._fd = -1
+
+    def _make(self, place: Path) -> int:
+        with opened(open_readers(place.parent)) as directory:
+            for _ in range(100):
+                self._path = place / f"{os.getpid()}-{os.urandom(8).hex()}"
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(self._path.name, flags, 0o600, dir_fd=directory)
+                with kept(fd):
+                    os.fchmod(fd, 0o600 | os.fstat(directory).st_mode & 0o044)
+                    if try_lock(fd) and os.fstat(fd).st_nlink:
+                        return fd
+                shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
+        raise SegmentUnsafe("its records are locked by somebody as soon as they are made")
+
+
+def open_readers(segment: Path) -> int:
+    """The directory of a segment's records, whose owner must be the segment's.
+
+    Raises:
+        FileNotFoundError: there is none.
+        SegmentUnsafe: it is something else, or others may do more in it than add files of their own.
+    """
+    return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
+
+
+def readers(segment: Path) -> list[ReaderRecord]:
+    """The living readers of a segment; the files of dead ones are removed on the way."""
+    try:
+        directory = open_readers(segment)
+    except FileNotFoundError:
+        return []
+    with opened(directory), os.scandir(directory) as entries:
+        names = sorted(entry.name for entry in itertools.islice(entries, _MOST))
+        return [record for name in names if (record := _look(name, directory))]
+
+
+def _look(name: str, directory: int) -> ReaderRecord | None:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    # An OSError: it is gone, a link, a socket, closed to us, or another's to remove.
+    with suppress(OSError), opened(os.open(name, flags, dir_fd=directory)) as fd:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
+            return None
+        if try_lock(fd):
+            os.unlink(name, dir_fd=directory)
+            return None
+        for _ in range(8):  # a record that is just being replaced may not parse
+            with suppress(ValueError):
+                return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
+    return None

@@ -1,0 +1,531 @@
+"""The shared-memory area of one policy, and the protocol by which whole versions pass through it.
+
+A segment is a directory of one user, who may let others read it (``access``):
+
+    control                one page: magic, format, and at byte 64 the WORD
+    layout.json            the layout, the number of slots, the spec that it was made from
+    publisher.lock         flock EX: the one publisher
+    slot-0.safetensors …   full buffers of weights, each a valid safetensors file in the layout's order
+    readers/               one locked file a living reader
+
+The WORD is one aligned u64, ``version << 8 | slot``. It is stored once for each publish, and that store is the publish:
+before it nobody looks at the new slot, after it everybody does. A load or store of eight aligned bytes is not torn
+on the machines that wsync runs on.
+
+The publisher                                The reader
+  P1 lock     publisher.lock, exclusive        R1 load      the WORD
+  P2 pick     a slot's lock, exclusive         R2 lease     the slot's lock, shared
+  P3 check    the WORD: that slot not live     R3 recheck   the whole WORD; start over if it changed
+  P4 stage    bytes into the slot              R4 use       swap to the slot, or copy out of it
+  P5 verify   finite, source unchanged, gate   R5 release   the lease of the version before
+  P6 release  the slot's lock
+  P7 store    the WORD
+  P8 wake     sleeping readers
+
+All locks are taken without waiting, so that nobody waits for a stopped process. Why each step is there:
+
+- A leased slot is not written (P2 fails), a slot being written is not leased (R2 fails): nobody sees half a version.
+- Between R1 and R2 the publisher may have published elsewhere and begun, or finished, writing this slot: R3 sees
+  another WORD. It compares the version too, because the same slot may be live again with other weights.
+- P3 comes after P1: a WORD that was read before it may be another publisher's by now, and its slot the live one. It is
+  looked at before P2 already, so that the publisher does not lock the live slot even for a moment.
+- P6 comes before P7, so that a reader that follows the new WORD never finds the publisher's own lock in its way; and
+  the system calls in between order the writes to the slot before the store, on every architecture.
+- The kernel drops flocks with their process: killed anywhere before P7 a publisher has published nothing, and the next
+  one finds every lock free. After P7 only the wake-up is lost, and sleepers look for themselves after a moment.
+
+Locks are flock on a descriptor of their own: fcntl locks vanish when any descriptor of the file is closed. A slot is
+never truncated and its bytes are reserved, so that no access can end in SIGBUS. ``multiprocessing.shared_memory`` is
+not used: its resource tracker unlinks memory that others still use.
+
+A slot number of ``NO_SLOT`` in the WORD means that nothing is live yet; ``REMOVED`` is stored before a segment is
+removed, so that readers, who keep its memory mapped, learn of it at the price of the same one load.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+
+from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
+from ..layout.layout import Layout
+from ..system.memory import address_of, mapping, populate, read_at, runtime_dir, shut, try_lock, wake
+from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
+from .files import (
+    MAX_SLOTS,
+    METADATA_END,
+    NO_SLOT,
+    REMOVED,
+    SLOTS,
+    WORD_OFFSET,
+    About,
+    Publication,
+    SpareSlot,
+    discard,
+    make,
+    map_control,
+    share,
+    slot_name,
+    sweep,
+)
+from .readers import ReaderRecord, open_readers, readers
+
+
+class Segment:
+    """An open segment; the publisher's handle when opened with ``write=True``, else a reader's.
+
+    Attributes:
+        words: the control page as u64s; the WORD is at ``WORD_OFFSET // 8``.
+    """
+
+    def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
+        self.name, self.path, self.write = name, path, write
+        self._dir = -1
+        try:
+            self._dir = open_dir(path, owner)
+            self._shut = weakref.finalize(self, shut, self._dir)  # also of one that is dropped without a close
+            self._control = map_control(self._dir, write=write)
+            self._about = About.read(self._dir)
+            shut(open_readers(path))
+        except FileNotFoundError as exc:
+            if self._dir >= 0 and self.is_current():
+                raise self._broken(f"has no {exc.filename}") from exc
+            raise SegmentMissing(
+                f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
+                "`wsync status` lists what is there."
+            ) from exc
+        except ValueError as exc:
+            raise self._broken(f"cannot be read by this wsync ({exc})") from exc
+        except OSError as exc:
+            raise refused(exc, path) from exc
+        self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
+        self.words = memoryview(self._control).cast("Q")
+        self._publishing = False
+        self._slot_maps: dict[int, mmap.mmap] = {}
+
+    # --- opening, making and removing
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        runtime: str | os.PathLike[str] | None = None,
+        *,
+        write: bool = False,
+        layout: Layout | None = None,
+    ) -> Segment:
+        """Opens a standing segment.
+
+        Args:
+            layout: what it must hold; default anything.
+
+        Raises:
+            LayoutDiffers: it holds another architecture.
+            SegmentMissing: there is none of this name.
+            SegmentUnsafe: what is there is not ours, or not a segment; see ``access`` for whose may be read.
+        """
+        base = runtime_dir(runtime)
+        segment = cls(name, base / check_name(name), write=write, owner=base_owner(base, write=write))
+        if layout:
+            segment._expect(layout)
+        return segment
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        layout: Layout,
+        runtime: str | os.PathLike[str] | None = None,
+        *,
+        slots: int = SLOTS,
+        spec: str = "",
+        access: Access = Access(),  # noqa: B008  (frozen)
+    ) -> Segment:
+        """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
+
+        Args:
+            slots: full buffers of weights; two work, three let a publish go on while one reader is late.
+            access: who else may read it; where nothing is asked for, a new one is private and a standing one stays.
+
+        Raises:
+            LayoutDiffers: the standing segment holds another architecture.
+            OutOfSharedMemory: there is no room.
+            UsageError: those who should read cannot be let in.
+        """
+        base = runtime_dir(runtime)
+        path = base / check_name(name)
+        if not 2 <= slots <= MAX_SLOTS:
+            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
+        make_base(base, access)
+        if not os.path.lexists(path):
+            sweep(base)
+            make(path, layout, slots, spec, access)
+        segment = cls(name, path, write=True)
+        segment._expect(layout)
+        segment.share(access)
+        return segment
+
+    def _expect(self, layout: Layout) -> None:
+        if self.layout.digest != layout.digest:
+            self.close()
+            differences = layout.differences(self.layout)
+            raise LayoutDiffers(
+                f"segment {self.name!r} holds another architecture than this policy: {len(differences)} tensors "
+                f"differ. Stop its processes and `wsync rm {self.name}`, give this policy another name, or build it as "
+                "the segment's publisher does.",
+                differences,
+            )
+
+    def share(self, access: Access) -> None:
+        """Lets others read as ``access`` says, where it says anything and that is not so already.
+
+        Raises:
+            UsageError: those who should read cannot be let in.
+        """
+        if access.given and not access.holds(self._dir):
+            access.check_enterable(self.path.parent)
+            share(self._dir, self.slots, access)
+
+    def remove(self) -> None:
+        """Tells the readers, then removes the segment; they keep the memory that they have mapped.
+
+        Raises:
+            SegmentBusy: a publisher holds it.
+        """
+        with self.publishing():
+            self.tell_removed()
+            discard(self.path)
+
+    def tell_removed(self) -> None:
+        """Tells the readers that this segment is none any more; also where it was deleted by hand."""
+        self.words[WORD_OFFSET // 8] = self.word | REMOVED
+        self.wake()
+
+    def close(self) -> None:
+        """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
+        self.unmap()
+        self.words.release()
+        self._shut()
+
+    def is_current(self) -> bool:
+        """Whether the name still leads to this very segment; raises OSError where the system does not tell."""
+        try:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._dir))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    # --- looking
+
+    def check(self) -> None:
+        """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe where that is broken."""
+        _ = self.live(), self.layout, self.readers()
+
+    @cached_property
+    def layout(self) -> Layout:
+        try:
+            return self._about.layout()
+        except ValueError as exc:
+            raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
+
+    @property
+    def word(self) -> int:
+        return int(self.words[WORD_OFFSET // 8])
+
+    @property
+    def version(self) -> int:
+        """The live version; 0 before the first."""
+        return self.word >> 8
+
+    def live(self) -> Publication | None:
+        """What is live, or None before the first version.
+
+        Needs no lease: a live slot is not written, so that a header read between two equal WORDs is whole.
+
+        Raises:
+            SegmentUnsafe: the slot's header does not say.
+        """
+        while (word := self.word) & 0xFF < NO_SLOT:
+            try:
+                head = self._head(word & 0xFF)
+            except SegmentBusy:  # the segment is being removed
+                return None
+            if self.word == word:
+                return self._publication(head, word & 0xFF)
+        return None
+
+    def step_of(self, lease: Lease) -> int | None:
+        """The producer's number for a leased version, None where it gave none.
+
+        Raises:
+            SegmentUnsafe: the slot's header does not say.
+        """
+        return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot).step
+
+    def _publication(self, head: bytes, slot: int) -> Publication:
+        """What the first ``METADATA_END`` bytes of a live slot say."""
+        try:
+            return Publication.from_header(head)
+        except ValueError as exc:
+            raise SegmentUnsafe(
+                f"{self.path / slot_name(slot)} is live, and its header was damaged ({exc!s:.100}). Remove the segment "
+                f"with `wsync rm {self.name}`; it is made anew."
+            ) from exc
+
+    def held_back(self, reader: ReaderRecord) -> list[int]:
+        """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
+        versions = set()
+        for slot in reader.slots:
+            with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is older than what it says
+                versions.add(Publication.from_header(self._head(slot)).version)
+        return sorted(versions - {reader.version})
+
+    def _head(self, slot: int) -> bytes:
+        with opened(self._open_slot(slot, os.O_RDONLY)) as fd:
+            return read_at(fd, METADATA_END, 0)
+
+    def readers(self) -> list[ReaderRecord]:
+        return readers(self.path)
+
+    # --- the reader's steps
+
+    def lease(self) -> Lease | None:
+        """R1 to R3: the live slot, held against being overwritten; None where there is none to be had now."""
+        for _ in range(1000):  # publishes that fast in a row do not happen; a reader must never hang
+            word = self.word  # R1 load
+            if word & 0xFF >= NO_SLOT:
+                return None
+            try:
+                fd = self._open_slot(word & 0xFF, os.O_RDONLY)
+            except SegmentBusy:  # the segment is being removed
+                return None
+            lease = Lease(word, fd)  # before the lock is had: an interrupt leaves none behind
+            if (
+                try_lock(fd, shared=True)  # R2 lease
+                and self.word == word  # R3 recheck
+            ):
+                return lease
+            lease.release()
+        return None
+
+    # --- the publisher's steps
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """P1: the one publisher, for as long as the block runs.
+
+        Raises:
+            SegmentBusy: another one is; the message names it.
+        """
+        if self._publishing:  # by this very object: a block within a block
+            yield
+            return
+        fd = self._open_file("publisher.lock", os.O_RDWR)
+        try:
+            if not try_lock(fd):  # P1 lock
+                holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
+                raise SegmentBusy(
+                    f"another publisher ({holder or 'unknown'}) is at work on segment {self.name!r}. "
+                    "Try again later, or stop the other one."
+                )
+            if not self.is_current():
+                raise self._removed()
+            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
+            self._publishing = True
+            yield
+        finally:
+            self._publishing = False
+            shut(fd)
+
+    def _removed(self) -> SegmentBusy:
+        return SegmentBusy(
+            f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
+        )
+
+    @contextmanager
+    def spare_slot(self) -> Iterator[SpareSlot]:
+        """P2, P3 and, when the block is left, P6: a slot that is not live and that nobody leases.
+
+        Raises:
+            SegmentBusy: readers lease every spare slot; the message names them.
+        """
+        for spare in self._spare_slots():
+            spare.forget()  # so that a header says what a slot holds only where that is whole
+            try:
+                yield spare
+            except BaseException:
+                spare.forget()
+                raise
+            return
+        live = self.word & 0xFF
+        holders = [r for r in self.readers() if any(slot != live for slot in r.slots)]
+        names = ", ".join(f"{r.process} (pid {r.pid}, version {r.version})" for r in holders)
+        raise SegmentBusy(
+            f"every spare slot of segment {self.name!r} is leased by readers: {names or 'unknown'}. Let them refresh, "
+            "stop them, or make the segment anew with more --slots."
+        )
+
+    @contextmanager
+    def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
+        """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
+        for spare in self._spare_slots():
+            try:
+                held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
+            except ValueError:  # it was being staged into
+                continue
+            if (held.version, held.identity) == (version, identity):
+                yield spare, held
+                return
+        yield None, None
+
+    def _spare_slots(self) -> Iterator[SpareSlot]:
+        """Every slot that is not live and that nobody leases, one after another, each locked while it is looked at."""
+        for slot in range(self.slots):
+            if slot == self.word & 0xFF:  # never locked, not even for a moment
+                continue
+            fd = self._open_slot(slot, os.O_RDWR)
+            try:
+                if (
+                    try_lock(fd)  # P2 pick
+                    and self.word & 0xFF != slot  # P3 check
+                ):
+                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
+            finally:
+                shut(fd)  # P6 release
+
+    def store(self, version: int, slot: int) -> None:
+        """P7 and P8: this slot is live from here on."""
+        _ = self.word_address  # whatever can fail in waking, an import included, fails before the store
+        self.words[WORD_OFFSET // 8] = version << 8 | slot  # P7 store
+        self.wake()  # P8 wake
+
+    def wake(self) -> None:
+        wake(self.word_address)
+
+    @property
+    def word_address(self) -> int:
+        return address_of(self._control) + WORD_OFFSET
+
+    # --- memory
+
+    def map_slot(self, slot: int) -> SlotMemory:
+        """A private mapping of a leased slot, whose pages are mapped at once; it is the caller's."""
+        mapped, _ = self.map_pages(slot, private=True)
+        populate(mapped)
+        return mapped
+
+    def live_weights(self) -> memoryview | None:
+        """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
+        slot = self.word & 0xFF
+        return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
+
+    def unmap(self) -> None:
+        """Lets the publisher's mappings of the slots go; the next access maps them anew."""
+        self._slot_maps.clear()
+
+    def _slot_map(self, slot: int) -> mmap.mmap:
+        if slot not in self._slot_maps:
+            self._slot_maps[slot], _ = self.map_pages(slot, write=True)
+            populate(self._slot_maps[slot])
+        return self._slot_maps[slot]
+
+    def map_pages(self, slot: int, *, write: bool = False, private: bool = False) -> tuple[SlotMemory, tuple[int, int]]:
+        """A mapping of a slot, which is the caller's, and the device and inode of its file.
+
+        Args:
+            write: it is a publisher's, or one of those who must be able to write and do not.
+            private: what is written there is this process's own; else the publisher's pages are shared.
+
+        It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
+        """
+        size = self.data_offset + self.layout.nbytes
+        with opened(self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)) as fd:
+            info = os.fstat(fd)
+            if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
+                raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+            flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
+            with mapping(size, fd):
+                return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
+
+    def _open_slot(self, slot: int, flags: int) -> int:
+        if slot >= self.slots:
+            raise self._broken(f"says that slot {slot} of {self.slots} is live")
+        return self._open_file(slot_name(slot), flags)
+
+    def _open_file(self, name: str, flags: int) -> int:
+        """Raises SegmentBusy where the segment is being removed."""
+        try:
+            return open_file(name, flags, self._dir)
+        except FileNotFoundError:
+            raise (self._broken(f"has no {name}") if self.is_current() else self._removed()) from None
+
+    def _broken(self, how: str) -> SegmentUnsafe:
+        return SegmentUnsafe(f"segment {self.name!r} {how}. Remove it with `wsync rm {self.name}`, and publish again.")
+
+
+class Lease:
+    """A reader's hold on one slot: the slot is not written until this object is gone.
+
+    It is let go by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
+    lets go only of its own part.
+    """
+
+    __slots__ = ("_fd", "slot", "version", "word")
+
+    def __init__(self, word: int, fd: int) -> None:
+        self.version, self.slot, self.word, self._fd = word >> 8, word & 0xFF, word, fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            shut(fd)  # R5 release
+
+    __del__ = release
+
+
+class SlotMemory(mmap.mmap):
+    """A mapping of a slot. A reader's is private: what the process writes there is its own, and in no version.
+
+    Attributes:
+        lease: released with the memory, which torch keeps for as long as a tensor points there.
+    """
+
+    lease: Lease | None = None
+
+
+def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
+    """Removes a segment, also one that is broken.
+
+    Raises:
+        SegmentMissing: there is none of this name.
+        SegmentBusy: a publisher holds it.
+        SegmentUnsafe: it is another user's, or no directory.
+    """
+    base = runtime_dir(runtime)
+    try:
+        with closing(Segment.open(name, runtime, write=True)) as segment:
+            segment.remove()
+    except SegmentUnsafe:
+        base_owner(base, write=True)
+        shut(open_dir(base / check_name(name)))
+        discard(base / name)
+
+
+def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names of the standing segments, sorted; those that this user may not enter are left out.
+
+    Raises:
+        SegmentUnsafe: the runtime directory is not to be believed.
+    """
+    base = runtime_dir(runtime)
+    base_owner(base, write=False)
+    names = os.listdir(base) if base.exists() else []
+    return sorted(name for name in names if is_name(name) and os.path.exists(base / name / "control"))

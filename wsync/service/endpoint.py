@@ -1,0 +1,97 @@
+"""``/metrics`` and ``/healthz`` over HTTP, in threads beside a watch.
+
+It listens on the loopback unless told otherwise: the figures name steps and processes, and nobody is asked who he is.
+Each client has a thread, and one that is silent is dropped.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import make_wsgi_app
+
+from ..errors import UsageError
+from .figures import Figures
+
+
+class Endpoint:
+    """Serves one watch's figures until it is closed.
+
+    Args:
+        max_staleness: seconds, see ``metrics.Metrics``; may be set anew at any time.
+
+    Attributes:
+        port: the actual one, also where any free one was asked for.
+
+    Raises:
+        UsageError: the port is taken or not allowed, or the address is not this machine's.
+    """
+
+    def __init__(self, figures: Figures, address: str, port: int, max_staleness: float | None = None) -> None:
+        self._figures, self.max_staleness = figures, max_staleness
+        self._metrics = make_wsgi_app(figures.registry)
+        try:
+            family, _, _, _, where = socket.getaddrinfo(
+                address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            self._server = _Server(family, where)
+        except (OSError, UnicodeError) as exc:
+            reason = getattr(exc, "strerror", None) or exc
+            raise UsageError(
+                f"figures cannot be served on {address} port {port} ({reason}). Name another with --metrics-port or "
+                "--metrics-address; --metrics-port 0 takes any free one."
+            ) from exc
+        self._server.set_app(self._answer)
+        host, self.port = str(where[0]), int(self._server.server_port)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="wsync-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., object]) -> list[bytes]:
+        is_head = environ["REQUEST_METHOD"] == "HEAD"
+        if is_head:
+            environ["REQUEST_METHOD"] = "GET"
+        if environ["PATH_INFO"] == "/metrics":
+            body: list[bytes] = self._metrics(environ, start_response)
+        else:
+            status, text = "404 Not Found", "there are /metrics and /healthz"
+            if environ["PATH_INFO"] == "/healthz":
+                healthy, text = self._figures.health(self.max_staleness)
+                status = "200 OK" if healthy else "503 Service Unavailable"
+            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+            body = [f"{text}\n".encode()]
+        return [] if is_head else body
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def __init__(self, family: socket.AddressFamily, where: Any) -> None:
+        self.address_family = family
+        super().__init__(where, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # of a client that is silent, or went away
+            super().handle_error(request, client_address)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # seconds that a client may be silent
+
+    def get_stderr(self) -> io.StringIO:
+        return io.StringIO()  # an odd request that the client library fails at is answered 500, without a traceback
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Logs nothing: a scrape is no event."""

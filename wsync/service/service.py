@@ -1,0 +1,227 @@
+"""A watch as a service: the loop, the signals that steer it, and what it tells the service manager.
+
+SIGTERM and SIGINT end it after the pass at hand. SIGHUP reads the TOML again, at once also while the loop waits: the
+new settings hold from the next pass on, those given on the command line still win, and a TOML that is broken leaves the
+old ones. No signal waits for an object store: a pass that reads from one is given up. The segment's name, and the port,
+address and file of the figures stay until a restart. A SIGHUP because the terminal was closed ends the watch.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..errors import SpecError, WsyncError
+from ..history.database import State
+from ..history.outcome import Outcome
+from ..settings.spec import Spec
+from ..sync.schedule import LONGEST
+from ..sync.syncer import Syncer
+from .notify import Notifier
+
+if TYPE_CHECKING:
+    from ..fleet.group import Group
+    from .monitor import Monitor
+
+
+class Log(Protocol):
+    """Where a watch tells what happens; the command line has one for terminals, files and programs."""
+
+    def tell(self, event: Outcome | WsyncError) -> None: ...
+
+    def progress(self, done: int, total: int) -> None: ...
+
+    def hook(self, kind: str, ok: bool, message: str) -> None: ...
+
+    def note(self, level: str, event: str, text: str) -> None: ...
+
+
+class Service:
+    """One watch, from its first look until it is stopped.
+
+    Args:
+        load: reads the spec, with what the command line says instead; called again at each SIGHUP.
+        toml: the file that ``load`` reads; None for an import string, of which there is nothing to read again.
+        checkpoints: a directory or file; default the spec's.
+        runtime: where segments live.
+        state: where history and pins are kept.
+
+    Attributes:
+        notifier: the way to the service manager.
+
+    Raises:
+        UsageError: the spec cannot be used, or nothing names checkpoints.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Spec],
+        toml: str | None,
+        checkpoints: str | os.PathLike[str] | None = None,
+        runtime: str | os.PathLike[str] | None = None,
+        state: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._state = state
+        self._load, self._toml, self._checkpoints, self._runtime = load, toml, checkpoints, runtime
+        self._wake = threading.Event()
+        self._stopped = self._hup = False
+        self._terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._signalled)
+        self._group: Group | None = None
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started it: one box of a group
+            from ..fleet.group import Group
+
+            self._group = Group(os.environ)
+        self.spec = load()
+        self.syncer = self._syncer(self.spec)
+        self.notifier = Notifier.from_environment()
+
+    def run(self, log: Log, monitor: Monitor | None = None) -> bool:
+        """Passes until it is stopped; False where too many passes failed in a row.
+
+        Raises:
+            UsageError: the policy cannot be used.
+        """
+
+        def tell(event: Outcome | WsyncError) -> None:
+            self.notifier.turned()
+            if monitor:  # before the log: who reads there what happened finds it in the figures
+                monitor.tell(event)
+            log.tell(event)
+            if isinstance(event, Outcome) and event.version:
+                self.notifier.ready()
+
+        def progress(done: int, total: int) -> None:
+            self.notifier.staging()
+            log.progress(done, total)
+
+        def report(kind: str, ok: bool, message: str) -> None:
+            if monitor:
+                monitor.figures.hook(kind, ok)
+            log.hook(kind, ok, message)
+
+        try:
+            while not self._stopped:
+                self.notifier.patience = _patience(self.spec)
+                self.syncer.progress, self.syncer.report = progress, report
+                if self._group:
+                    self._group.note = log.note
+                self.syncer.record.complain = lambda exc: log.note("warning", "history", str(exc))
+                if not self.syncer.run(self._wake, tell):
+                    return False
+                self._wake.clear()  # before the flags are looked at: a signal that comes now ends the next wait
+                if self._hup and not self._stopped:
+                    self._hup = False
+                    self._hang_up(log, monitor)
+            return True
+        finally:
+            self.syncer.close()
+            self.notifier.close()
+
+    def _signalled(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._hup = True
+        else:
+            self._stopped = True
+        try:  # not here: the thread that this interrupts may hold the event's lock
+            _thread.start_new_thread(self._wake.set, ())
+        except RuntimeError:  # no thread is to be had, or the process is ending
+            self._wake.set()
+
+    def _hang_up(self, log: Log, monitor: Monitor | None) -> None:
+        if self._terminal and not _has_terminal():
+            self._stopped = True
+            _leave_terminal()
+            return
+        if self._toml is None:
+            log.note("info", "reload", f"SIGHUP: {self.spec.policy} is no TOML, there is nothing to read again")
+            return
+        self.notifier.reloading()
+        try:
+            new = self._load()
+            if new.name != self.spec.name:
+                raise SpecError(
+                    f"{self._toml}: the name is now {new.name!r}, and this watch is that of {self.spec.name!r}. "
+                    "Restart it to take another name."
+                )
+            if new.fingerprint != self.spec.fingerprint:
+                new.layout()  # a policy that cannot be built must not end a watch that works
+            kept = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
+            late = changed(new.metrics, kept, "metrics.")
+            new = replace(new, metrics=kept)
+            syncer = self._syncer(new)
+        except WsyncError as exc:
+            log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
+        else:
+            differ = ", ".join(changed(self.spec, new))
+            self.syncer.close()
+            self.syncer, self.spec = syncer, new
+            if monitor and monitor.endpoint:
+                monitor.endpoint.max_staleness = kept.max_staleness
+            log.note("info", "reload", f"SIGHUP: {self._toml} read again: {differ or 'nothing'} changed")
+            if late:
+                log.note("warning", "reload", f"SIGHUP: {', '.join(late)} changed, which needs a restart")
+        self.notifier.turned()
+        self.notifier.reloaded()
+
+    def _syncer(self, spec: Spec) -> Syncer:
+        allowed = spec.metrics.max_staleness
+        if allowed is not None and allowed <= spec.poll:
+            raise SpecError(
+                f"metrics.max_staleness = {allowed} (--max-staleness) passes between any two looks, which are "
+                f"{spec.poll} seconds apart (--poll). Give several times that."
+            )
+        state = State(spec.name, self._state)
+        if self._group:
+            from ..fleet.fleet import FleetSyncer
+
+            return FleetSyncer(spec, self._checkpoints, group=self._group, runtime=self._runtime, state=state)
+        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
+
+
+def changed(old: Any, new: Any, table: str = "") -> list[str]:
+    """The names of the settings that differ; not their values, which may be secret."""
+    names = []
+    for field in fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if is_dataclass(before):
+            names += changed(before, after, f"{field.name}.")
+        elif before != after:
+            names.append(table + field.name)
+    return names
+
+
+def _patience(spec: Spec) -> float:
+    """Seconds that a loop which is well may take for a turn, staging aside: a pause, a gate, hooks that are to end."""
+    hooks = spec.hooks
+    gate = hooks.gate_timeout if hooks.gate else 0.0
+    ends = max(hooks.exec_timeout if hooks.exec else 0.0, hooks.webhook_timeout if hooks.webhook else 0.0)
+    return max(spec.poll, LONGEST) + gate + 2 * ends
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal, which a closed window takes away."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _leave_terminal() -> None:
+    """Lets the last lines go nowhere: a write to a terminal that is gone fails."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1, 2):
+        try:
+            if stat.S_ISCHR(os.fstat(fd).st_mode):
+                os.dup2(null, fd)
+        except OSError:  # that one was closed from the start
+            pass
+    os.close(null)

@@ -1,0 +1,5 @@
+"""What a policy spec says: the policy, its place of checkpoints, and every setting with its default.
+
+Settings are frozen dataclasses, passed whole. Loading the policy's own code happens in a process of its own. Imports
+``segment``, ``places`` and what lies below.
+"""

@@ -1,0 +1,114 @@
+"""The settings of gate and hooks, and what they find in their environment.
+
+A gate is asked about staged weights before they go live; hooks run after a publish. Both are the user's own: they run
+as this user, with what the publisher's environment holds, and the variables in ``VARIABLES`` say what they are about.
+This module is only their settings, which every command reads; what runs them is in ``gate`` and ``hook_runner``, and is
+imported where there is something to run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ..errors import UsageError
+
+VARIABLES = ("WSYNC_STAGED", "WSYNC_NAME", "WSYNC_VERSION", "WSYNC_STEP", "WSYNC_CHECKPOINT")
+"""What wsync itself sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``."""
+
+MAX_SECONDS = 86_400.0
+
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+_URL = re.compile(r"https?://[!-~]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """The settings of ``[hooks]``; an empty command or URL is none.
+
+    Attributes:
+        gate: ``package.module:function``, or else a command for ``/bin/sh``, run in the spec's directory.
+        gate_timeout: seconds that the gate may take; one that takes longer is ended and has rejected.
+        exec: command for ``/bin/sh`` after a publish, run in the spec's directory.
+        exec_timeout: seconds that it may take.
+        exec_backoff: seconds until it is tried again after it failed.
+        webhook: http or https URL that is told of a publish. It may hold secrets: it is never shown.
+        webhook_method: of the request.
+        webhook_timeout: seconds that the request may take in all.
+        webhook_backoff: seconds until it is tried again after it failed.
+        webhook_success_status: the answer's status that is a success; 0 takes any.
+    """
+
+    gate: str = ""
+    gate_timeout: float = 60.0
+    exec: str = ""
+    exec_timeout: float = 30.0
+    exec_backoff: float = 3.0
+    webhook: str = field(default="", repr=False)
+    webhook_method: str = "POST"
+    webhook_timeout: float = 1.0
+    webhook_backoff: float = 3.0
+    webhook_success_status: int = 200
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(setting.default, float) and not 0 < value <= MAX_SECONDS:
+                raise UsageError(
+                    f"hooks.{setting.name} = {value} is no time ({_flag(setting.name)}). Give seconds above 0, a day "
+                    "at most."
+                )
+            if isinstance(value, str) and "\0" in value:
+                raise UsageError(f"hooks.{setting.name} holds a NUL character ({_flag(setting.name)}). Remove it.")
+        if self.webhook and not self._is_url():
+            raise UsageError(
+                "hooks.webhook is no http or https URL (--webhook; it is not shown, since it may hold a secret). Give "
+                "one of printable ASCII, with a host."
+            )
+        if not re.fullmatch(r"[A-Za-z]+", self.webhook_method):
+            raise UsageError(
+                f"hooks.webhook_method = {self.webhook_method!r} is no HTTP method. Give POST, or another."
+            )
+        if self.webhook_success_status and not 100 <= self.webhook_success_status <= 599:
+            raise UsageError(
+                f"hooks.webhook_success_status = {self.webhook_success_status} is no HTTP status. Give 100 to 599, or "
+                "0 to take any."
+            )
+
+    @property
+    def gate_is_function(self) -> bool:
+        """Whether the gate is ``package.module:function``: names, dots and one colon, and nothing else."""
+        return bool(_FUNCTION.fullmatch(self.gate))
+
+    def _is_url(self) -> bool:
+        from urllib.parse import urlsplit
+
+        if not _URL.fullmatch(self.webhook):
+            return False
+        try:
+            parts = urlsplit(self.webhook)
+            return bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is no number, a broken IPv6 address
+            return False
+
+
+def environment(state_dir: Path | None, **about: object) -> dict[str, str]:
+    """This process's environment with the variables of a gate or hook.
+
+    The settings of gate and hooks themselves are not handed on: a wsync that a gate calls must not ask that gate again.
+
+    Args:
+        state_dir: where history and pins are kept; None leaves that as it is here.
+        about: the values, by the variable's name in lower case without ``WSYNC_``; None becomes empty.
+    """
+    own = {*VARIABLES, *(f"WSYNC_{setting.name.upper()}" for setting in fields(Hooks))}
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    if state_dir:
+        inherited["WSYNC_STATE_DIR"] = str(state_dir)
+    return inherited | {f"WSYNC_{name.upper()}": "" if value is None else str(value) for name, value in about.items()}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

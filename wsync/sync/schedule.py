@@ -1,0 +1,95 @@
+"""When a watch, or the rank 0 of a group, runs its next pass, and when it gives up.
+
+A pass is due at each notification, and every ``poll`` seconds. After a pass that failed (a disk's error, no shared
+memory, a runtime directory that is gone) the pause doubles from ``poll`` to ``LONGEST``: the pass may have read
+gigabytes before it failed, and somebody has to repair the cause. What repairs most failures is another checkpoint, or
+one that can be read again, so the pause ends early when the place is listed otherwise than before the failed pass. It
+is listed at each notification and every second, but not within a second of the failed pass. The listing counts, and not
+the notification: a storm of notifications about nothing new ends no pause, and a change on a remote file system, which
+sends no notification, does.
+
+A gate that asks for the same again later causes the same pauses, because each pass stages the weights anew; it is no
+failure, and is not counted as one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from ..checkpoints.files import remote
+from ..errors import RetryLater, WsyncError
+from ..history.outcome import Outcome
+from ..places.candidates import listing_of
+from ..places.changes import Changes
+from ..settings.spec import Spec
+
+LONGEST = 60.0  # seconds between two passes, however many failed
+_APART = 1.0  # seconds between two looks at the listing of a directory; a store is listed every ``poll`` seconds
+
+
+def pause_after(failures: int, poll: float) -> float:
+    """Seconds to pause after so many failures in a row, one or more."""
+    return min(poll * 2.0 ** min(failures - 1, 64), LONGEST)
+
+
+class Schedule:
+    """Says when the next pass is due; the first one is due at once.
+
+    Args:
+        spec: with ``poll``, ``max_failures``, and what counts as a checkpoint.
+        place: where checkpoints appear.
+        stop: ends a wait.
+
+    Attributes:
+        failures: passes that failed in a row.
+        pauses: passes in a row that are followed by a pause: failures, and those whose gate asked for later.
+    """
+
+    def __init__(self, spec: Spec, place: Path, stop: threading.Event) -> None:
+        self.failures = self.pauses = 0
+        self._spec, self._place, self._stop = spec, place, stop
+        self._changes = Changes(place, spec.poll, stop, spec.select.marker)
+        self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
+        # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
+        self._next = self._look = self._rest = 0.0
+        self._found: object = None  # the listing before the last pass, where one before it failed
+
+    def due(self, seconds: float) -> bool:
+        """Waits until the next pass is due, at most ``seconds``; whether it is."""
+        until, due, before = time.monotonic() + seconds, self._next, self._found
+        if before is not None:  # the last two passes failed: what a notification brings is a look at the listing
+            self._stop.wait(max(0.0, min(until, due, self._rest) - time.monotonic()))
+            if time.monotonic() < min(due, self._rest):
+                return False
+            due = min(due, self._look)
+        if not self._changes.wait(min(until, due) - time.monotonic()) and time.monotonic() < due:
+            return False
+        self._look = time.monotonic() + self._apart
+        self._found = listing_of(self._place, self._spec.select) if self.pauses else None
+        return before is None or self._found != before or time.monotonic() >= self._next
+
+    def add(self, event: Outcome | WsyncError) -> WsyncError | None:
+        """Counts a pass; an error that says so where more than ``max_failures`` failed in a row (-1: never)."""
+        failed = isinstance(event, WsyncError) or event.status == "failed"
+        later = not isinstance(event, WsyncError) and event.kind == RetryLater.kind
+        self.failures = self.failures + 1 if failed else 0
+        self.pauses = self.pauses + 1 if failed or later else 0
+        pause = pause_after(self.pauses, self._spec.poll) if self.pauses else self._spec.poll
+        self._next = time.monotonic() + pause
+        self._look = self._rest = time.monotonic() + self._apart
+        if not self.pauses:
+            self._found = None
+        bound = self._spec.max_failures
+        if not 0 <= bound < self.failures:
+            return None
+        reason = event if isinstance(event, WsyncError) else event.reason
+        passes = "1 pass" if self.failures == 1 else f"{self.failures:,} passes in a row"
+        return WsyncError(
+            f"{passes} failed, and --max-failures is {bound}: the watch ends. Mend the last failure, then start it "
+            f"again: {reason}"
+        )
+
+    def close(self) -> None:
+        self._changes.close()

@@ -1,0 +1,245 @@
+"""The system calls under a segment: reserved and mapped files, locks, and sleeping on a word of memory.
+
+Locks are ``flock`` on a descriptor of their own: they end with the process,
+whatever ends it, and work across pid namespaces.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import operator
+import os
+import platform
+import signal
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import starmap
+from pathlib import Path
+
+from ..errors import OutOfSharedMemory, UsageError
+
+PAGE = 4096
+
+_FUTEX = {"x86_64": 202, "ppc64le": 221}.get(platform.machine(), 98)  # 98 on all newer machines
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
+_MADV_POPULATE_READ, _MADV_DONTNEED_LOCKED = 22, 24  # asm-generic/mman-common.h
+_NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
+
+
+def runtime_dir(path: str | os.PathLike[str] | None = None) -> Path:
+    """Where segments live: ``path``, else ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Raises:
+        UsageError: this is not Linux, or not a little-endian machine.
+    """
+    if sys.platform != "linux" or sys.byteorder != "little":
+        raise UsageError(
+            f"wsync needs Linux on a little-endian machine (flock, futex, tmpfs); this is {sys.platform}, "
+            f"{sys.byteorder}-endian. Run it on the Linux box that runs the policy."
+        )
+    chosen = os.fspath(path or os.environ.get("WSYNC_RUNTIME_DIR") or default_runtime_dir())
+    if "\0" in chosen:
+        raise UsageError(f"{chosen!r} is no path. Name a directory with --runtime-dir.")
+    return Path(chosen).absolute()
+
+
+def default_runtime_dir() -> Path:
+    return Path(f"/dev/shm/wsync-{os.getuid()}")
+
+
+def reserve(fd: int, size: int) -> None:
+    """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out."""
+    os.posix_fallocate(fd, 0, size)
+
+
+def shut(fd: int) -> None:
+    """Closes a descriptor, which is gone also where close(2) fails; nothing of ours was still to be written by it."""
+    try:
+        os.close(fd)
+    except OSError:
+        pass
+
+
+@contextmanager
+def kept(fd: int) -> Iterator[None]:
+    """Closes a descriptor where the block fails."""
+    try:
+        yield
+    except BaseException:
+        shut(fd)
+        raise
+
+
+def read_at(fd: int, nbytes: int, offset: int) -> bytes:
+    """So many bytes of a file, fewer only where it ends; a single read may give less (of 2 GiB and more it does)."""
+    data = b""
+    while len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+def write_at(fd: int, data: bytes, offset: int) -> None:
+    """All of these bytes into a file."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        left, offset = left[written:], offset + written
+
+
+@contextmanager
+def mapping(size: int, fd: int = -1) -> Iterator[None]:
+    """Around the making of a mapping.
+
+    Args:
+        fd: of the file that is mapped, which the message names; -1 for none.
+
+    Raises:
+        OutOfSharedMemory: this process may not have so much.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno != errno.ENOMEM:
+            raise
+        what = f" of {os.path.realpath(f'/proc/self/fd/{fd}')}" if fd >= 0 else ""
+        raise OutOfSharedMemory(
+            f"this process cannot map {size:,} bytes{what}: its own memory is limited. Raise the limit (`ulimit -v`; "
+            "LimitAS= of its systemd unit), or that of mappings, if it has tens of thousands (`sysctl "
+            "vm.max_map_count`)."
+        ) from exc
+
+
+def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> OutOfSharedMemory | None:
+    """The error of files that could not be made for want of room; None where ``exc`` has another reason.
+
+    Args:
+        where: what is taken already is given back by now.
+        wanted: bytes in all.
+        files: and directories.
+    """
+    if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
+        return None
+    info = os.statvfs(next(path for path in (where, *where.parents) if path.exists()))
+    inodes = f" (inodes: {files} wanted, {info.f_favail:,} of {info.f_files:,} free)" if info.f_files else ""
+    return OutOfSharedMemory(
+        f"{where} has no room ({exc.strerror}): the segment takes {wanted:,} bytes, {info.f_bavail * info.f_frsize:,} "
+        f"are free{inodes}. Make it larger (docker run "
+        "--shm-size, or a memory-backed emptyDir with a sizeLimit; nr_inodes= of its mount), use fewer --slots, raise "
+        "what this process may write (`ulimit -f`; LimitFSIZE= of its systemd unit), or name another place with "
+        "--runtime-dir."
+    )
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Takes a flock without waiting; False where another description holds it."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def being_written(fd: int) -> bool | None:
+    """Whether some process has this file open for writing; None where the system does not tell.
+
+    A writer that opens it in that moment waits until the lease is given back, in the same breath: between the two calls
+    no other thread runs Python. Else one that opens the file with the interpreter's lock held, as safetensors'
+    ``save_file`` did, would come in between and wait for what only this process gives back.
+    """
+    import ctypes
+
+    try:  # a broken lease sends a signal, by default SIGIO, which would end us: one that is ignored by default instead
+        fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    except OSError:
+        return None
+    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first tells why
+    calls = [(take.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), (give.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)]
+    taken, _ = starmap(operator.call, calls)  # nothing is interpreted from the first call to the second
+    return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
+
+
+def populate(mapped: mmap.mmap) -> None:
+    """Maps the pages of a private or read-only mapping, so that the first use of each costs no fault."""
+    try:
+        mapped.madvise(_MADV_POPULATE_READ)
+    except OSError:  # before Linux 5.14
+        pass
+
+
+def renew(mapped: mmap.mmap) -> bool:
+    """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
+
+    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time of reading the memory. Where they
+    cannot be read, it drops the pages all the same.
+    """
+    written = has_own_pages(mapped)
+    if written is False:
+        return False
+    try:
+        mapped.madvise(mmap.MADV_DONTNEED)
+    except OSError:  # the process keeps all its memory from being swapped out (mlockall(2))
+        mapped.madvise(_MADV_DONTNEED_LOCKED)
+    return bool(written)
+
+
+def trim() -> None:
+    """Gives memory that was freed back to the system; glibc keeps it, some of it for ever (malloc_trim(3))."""
+    import ctypes
+
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def has_own_pages(mapped: mmap.mmap) -> bool | None:
+    """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
+    import numpy as np
+
+    pages = -(-len(mapped) // PAGE)
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            table = read_at(fd, pages * 8, address_of(mapped) // PAGE * 8)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    flags = np.frombuffer(table, np.uint8)[7::8]  # of each page: 0x80 is present, 0x40 is swapped, 0x20 is the file's
+    return bool(((flags & 0xC0 != 0) & (flags & 0x20 == 0)).any())
+
+
+def address_of(mapped: mmap.mmap | memoryview) -> int:
+    """Where a mapping lies, read-only ones included, for which ctypes alone has no answer."""
+    import ctypes
+
+    view = ctypes.py_object(mapped)
+    buffer = (ctypes.c_ssize_t * 11)()  # a Py_buffer: its first field is the address
+    ctypes.pythonapi.PyObject_GetBuffer(view, ctypes.byref(buffer), 0)
+    try:
+        return int(buffer[0])
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+
+
+def wake(address: int) -> None:
+    """Wakes whoever sleeps on the 32 bits at ``address``, in any process that maps them."""
+    _futex(address, _FUTEX_WAKE, 0x7FFFFFFF, None)
+
+
+def sleep_on(address: int, expected: int, seconds: float) -> None:
+    """Sleeps until the 32 bits at ``address`` are woken, or are not ``expected``, or the time is up.
+
+    May return early: the caller looks again. See futex(2).
+    """
+    seconds = min(max(seconds, 0.0), _NAP)
+    _futex(address, _FUTEX_WAIT, expected & 0xFFFFFFFF, struct.pack("@ll", 0, int(seconds * 1e9)))
+
+
+def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> None:
+    import ctypes  # 5 ms, and only needed by those who wait or wake
+
+    place, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
+    ctypes.CDLL(None).syscall(number, place, operation, ctypes.c_uint32(value), timeout)

@@ -1,0 +1,209 @@
+"""The weight updater whose one worker is a segment; ``wsync push`` and ``wsync watch`` publish through it.
+
+Torch is imported only where tensors are pushed: a checkpoint goes from its file into the slot without it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.fit import Fit
+from ..errors import SegmentMissing
+from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors
+from ..places.weight_getter import CheckpointWeightGetter, place_of
+from ..segment.access import Access
+from ..segment.files import Publication
+from ..segment.publisher import Gate, publish, publish_tensors
+from ..segment.segment import Segment
+from ..system.memory import runtime_dir
+from .vanilla import WeightUpdaterBase
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SharedMemoryWeightUpdater(WeightUpdaterBase):
+    """Publishes weights into a segment, which is its one worker: every attached policy on the box follows.
+
+    ``push_weights()`` with a ``CheckpointWeightGetter`` reads the newest checkpoint straight into shared memory;
+    ``push_weights(policy)`` publishes a trainer's weights from memory, with no file at all. The post hooks run only
+    when a version was published.
+
+    Args:
+        name: of the segment.
+        weight_getter: gives the weights of a push without any; None from it publishes nothing.
+        policy: makes the segment's layout, with its tied weights, where there is no segment yet; else weights that are
+            given make it as they come. It also tells which buffers do not persist, and stay at home: a TensorDict has
+            those too, and says nothing of it.
+        layout: the same for those who know the layout without the policy.
+        slots: buffers of a segment that is made.
+        strict: every tensor must come; else what does not come keeps its live values.
+        finite: refuse NaN and infinity.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Attributes:
+        step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
+        spec: fingerprint of the policy spec that versions are recorded with.
+        access: who else may read the segment; a standing one is opened to them at the next push.
+        gate: called with the staged weights (a ``publisher.Staged``) before they go live; what it raises is raised.
+        last_version: the highest that was ever published under this name, from which a segment made anew goes on.
+        published: the last version that this updater published; None before.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weight_getter: Callable[[], Any] | None = None,
+        policy: torch.nn.Module | None = None,
+        layout: Callable[[], Layout] | None = None,
+        slots: int = 3,
+        strict: bool = True,
+        finite: bool = True,
+        runtime_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.name, self.weight_getter = name, weight_getter
+        self.strict, self.finite, self.slots, self.runtime_dir = strict, finite, slots, runtime_dir
+        self.step: int | None = None
+        self.spec = ""
+        self.access = Access()
+        self.gate: Gate | None = None
+        self.last_version = 0
+        self.published: Publication | None = None
+        self._policy = policy
+        self._layout = layout if policy is None else partial(layout_of, policy)
+        self._segment: Segment | None = None
+        self._news = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
+
+    @property
+    def segment(self) -> Segment | None:
+        """The standing segment, opened anew where it was removed and made again; None where there is none."""
+        if self._segment and not self._segment.is_current():
+            self._segment.tell_removed()
+            self.close()
+        if self._segment is None:
+            try:
+                self._segment = Segment.open(self.name, self.runtime_dir, write=True)
+            except SegmentMissing:
+                return None
+        return self._segment
+
+    @property
+    def path(self) -> Path:
+        """Where the segment lies, whether it is there or not."""
+        return runtime_dir(self.runtime_dir) / self.name
+
+    @property
+    def opened(self) -> Segment | None:
+        """The segment as it is open here, without a look at whether it still stands; None where none is open."""
+        return self._segment
+
+    def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> Segment:
+        """The standing segment, or one that is made from the layout that this updater knows.
+
+        Args:
+            otherwise: gives a layout where the updater knows none.
+
+        Raises:
+            SegmentMissing: it is not there, and nothing says what its layout is.
+            OutOfSharedMemory: there is no room for it.
+        """
+        standing = self.segment
+        if standing is None:
+            layout = self._layout or otherwise
+            if layout is None:
+                raise SegmentMissing(
+                    f"there is no segment {self.name!r}, and nothing says what its layout is. Give the updater "
+                    "policy=, or attach a policy first."
+                )
+            self._segment = standing = Segment.create(
+                self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec, access=self.access
+            )
+        else:
+            standing.share(self.access)
+        return standing
+
+    def close(self) -> None:
+        """Lets go of the segment, which stays; the next push opens it again."""
+        segment, self._segment = self._segment, None
+        if segment:
+            segment.close()
+
+    def _get_server_weights(self) -> Any:
+        maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights
+        if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # who maps gets tensors to map
+            return None if self.weight_getter is None else self.weight_getter()
+        live = self.segment.live() if self.segment else None
+        return self.weight_getter.open_newest(place_of(live))
+
+    def _maybe_map_weights(self, server_weights: Any) -> Any:
+        """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
+        self._news = False  # also after a push that failed half-way
+        torch = sys.modules.get("torch")
+        if torch and isinstance(server_weights, torch.nn.Module):
+            return dict(named_tensors(server_weights))
+        return WeightUpdaterBase._maybe_map_weights(self, server_weights)
+
+    def _sync_weights_with_worker(self, *, worker_id: int | torch.device | None = None, server_weights: Any) -> None:
+        if server_weights is None:
+            return
+        if isinstance(server_weights, Checkpoint):
+            segment = self.make_segment()
+            with segment.publishing():
+                publication = publish(
+                    segment,
+                    server_weights,
+                    fit=self._fit(),
+                    spec=self.spec,
+                    gate=self.gate,
+                    last_version=self.last_version,
+                )
+        else:
+            from ..layout.weights import dotted, flatten
+
+            named, scratch = flatten(server_weights), self._scratch()
+            tensors = {name: tensor for path, tensor in named.items() if (name := dotted(path)) not in scratch}
+            if not tensors:
+                return
+            segment = self.make_segment(lambda: layout_of_tensors(tensors.items()))
+            with segment.publishing():
+                publication = publish_tensors(
+                    segment,
+                    tensors,
+                    strict=self.strict,
+                    finite=self.finite,
+                    step=self.step,
+                    spec=self.spec,
+                    gate=self.gate,
+                    last_version=self.last_version,
+                )
+        self.published, self.last_version, self._news = publication, publication.version, True
+
+    def _scratch(self) -> set[str]:
+        """The names of the policy's buffers that do not persist, where it is known."""
+        owners = self._policy.named_modules(remove_duplicate=False) if self._policy is not None else ()
+        return {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, owner in owners
+            for name in owner._non_persistent_buffers_set
+        }
+
+    def _fit(self) -> Fit:
+        """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""
+        fit = self.weight_getter.fit if isinstance(self.weight_getter, CheckpointWeightGetter) else Fit()
+        return replace(fit, strict=fit.strict and self.strict, finite=fit.finite and self.finite)
+
+    def _call_post_hooks(self) -> None:
+        news, self._news = self._news, False
+        if news:
+            WeightUpdaterBase._call_post_hooks(self)
