@@ -138,7 +138,7 @@ def run_cli(*arguments: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = cli.app(list(arguments), standalone_mode=False) or 0
+            code = cli.command_line(*arguments[:1])(list(arguments), standalone_mode=False) or 0
         except WsyncError as exc:
             code = exc.exit_code
             print(f"wsync: {exc}", file=err)

@@ -338,7 +338,7 @@ def test_the_command_line_itself_may_run_out(cli: Cli, monkeypatch: pytest.Monke
     def exhausted(**_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("wsync.cli.commands._just", lambda *_: exhausted)
+    monkeypatch.setattr("wsync.cli.commands.command_line", lambda *_: exhausted)
     monkeypatch.setattr("os._exit", ended.append)
     from wsync.cli.commands import main
 

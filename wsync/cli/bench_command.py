@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +81,8 @@ def bench(
         runtime = runtime.parent
     if not runtime.is_dir():
         raise UsageError(f"{runtime} is not a directory. Name an existing one with --runtime-dir.")
+    import tempfile
+
     temporary = directory or Path(tempfile.gettempdir())
     settings = Settings(nbytes, tensors, readers, quick, tuple(only or ()), temporary, runtime)
     for number in _ENDING:

@@ -16,10 +16,7 @@ import typer
 
 from .. import __version__
 from ..errors import UsageError, WsyncError, harmless
-from .bench_command import bench_command
-from .history_commands import check_variables, history
 from .options import (
-    VARIABLES,
     JsonOption,
     LogFormatOption,
     NameArgument,
@@ -28,6 +25,7 @@ from .options import (
     StateOption,
     argument,
     check_format,
+    check_variables,
     names,
     option,
     read_spec,
@@ -219,10 +217,6 @@ def rm(
     print(f"{name}: removed")
 
 
-app.add_typer(history)
-app.add_typer(bench_command)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"wsync {__version__}")
@@ -249,17 +243,23 @@ def _live(name: str, runtime: Path | None) -> int:
         return 0
 
 
-def _just(name: str = "") -> typer.Typer:
-    """The command line with this one of its commands; with all where it has none of that name.
+def command_line(name: str = "") -> typer.Typer:
+    """The command line with this one of its commands; with all where it is not one of this module's.
 
-    To build one command of its function takes a millisecond or two, and a push with nothing to do needs no other.
+    To import and to build the others takes milliseconds, and a push with nothing to do needs none of them.
     """
-    for command in [*app.registered_commands, *history.registered_commands, *bench_command.registered_commands]:
-        if name and name == (command.name or getattr(command.callback, "__name__", "")):
-            only = copy(app)
-            only.registered_commands, only.registered_groups = [command], []
-            return only
-    return app
+    command_line = copy(app)
+    mine = [command for command in app.registered_commands if getattr(command.callback, "__name__", "") == name]
+    if mine:
+        command_line.registered_commands = mine
+    else:
+        from .bench_command import bench_command
+        from .history_commands import history
+
+        command_line.registered_groups = []
+        command_line.add_typer(history)
+        command_line.add_typer(bench_command)
+    return command_line
 
 
 def main() -> None:
@@ -282,8 +282,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
     code: object = 0
     try:
-        check_variables(VARIABLES)
-        _just(*sys.argv[1:2])(prog_name="wsync")
+        check_variables()
+        command_line(*sys.argv[1:2])(prog_name="wsync")
     except WsyncError as exc:
         print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
         code = exc.exit_code

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,30 +157,3 @@ def config(
         from .tables import print_config
 
         print_config(rows)
-
-
-_SERVICE = re.compile(
-    r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
-    r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
-)
-"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
-
-
-def check_variables(known: set[str]) -> None:
-    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would be obeyed by nobody, in silence.
-
-    Those of a Kubernetes service are taken out of the environment: one of them may have the name of a setting
-    (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``), and is none.
-
-    Raises:
-        UsageError: with the nearest name.
-    """
-    for name in [name for name, value in os.environ.items() if _SERVICE.match(f"{name}={value}")]:
-        del os.environ[name]
-    unknown = sorted(name for name in os.environ if name.startswith("WSYNC_") and name not in known)
-    if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        advice = f"Did you mean {near[0]}?" if near else "Unset it; `wsync config SPEC` lists the settings."
-        raise UsageError(f"the variable {unknown[0]} is none of wsync's. {advice}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,6 +91,11 @@ SIZE TENSORS READERS QUICK ONLY DIR
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
+_SERVICE = re.compile(
+    r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
+)
+"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
 _VALUES = {"order": ["mtime", "step", "name"]}
 
 
@@ -196,3 +202,23 @@ def check_format(log_format: str | None) -> None:
     """Raises UsageError where this is no form of a watch's log."""
     if log_format not in (None, "rich", "plain", "json"):
         raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
+
+
+def check_variables() -> None:
+    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would be obeyed by nobody, in silence.
+
+    Those of a Kubernetes service are taken out of the environment: one of them may have the name of a setting
+    (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``), and is none.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    for name in [name for name, value in os.environ.items() if _SERVICE.match(f"{name}={value}")]:
+        del os.environ[name]
+    unknown = sorted(name for name in os.environ if name.startswith("WSYNC_") and name not in VARIABLES)
+    if unknown:
+        import difflib
+
+        near = difflib.get_close_matches(unknown[0], VARIABLES, 1)
+        advice = f"Did you mean {near[0]}?" if near else "Unset it; `wsync config SPEC` lists the settings."
+        raise UsageError(f"the variable {unknown[0]} is none of wsync's. {advice}")
