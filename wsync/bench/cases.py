@@ -10,6 +10,7 @@ import itertools
 import mmap
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -410,15 +411,12 @@ def chosen(only: tuple[str, ...]) -> list[str]:
     return [case for case in CASES if not only or case.startswith(only)]
 
 
-def run(settings: Settings, names: Iterable[str], say: Callable[[str], None] = lambda _: None) -> list[Row]:
-    """Measures case by case; one that cannot be measured, or fails, is one row with the reason.
-
-    Args:
-        say: called with a case's name before it is measured.
-    """
+def run(settings: Settings, names: Iterable[str]) -> list[Row]:
+    """Measures case by case; one that cannot be measured, or fails, is one row with the reason."""
     rows = []
     for name in names:
-        say(name)
+        if sys.stderr.isatty():
+            print(f"measuring: {name}", file=sys.stderr)
         try:
             with private_place(settings) as place:
                 rows += [replace(row, case=name) for row in CASES[name](place)]

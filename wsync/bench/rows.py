@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 import statistics
 import time
+import timeit
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..errors import UsageError
 
 MIB, GIB = 1 << 20, 1 << 30
-SHARED_MEMORY = Path("/dev/shm")
 
 Timed = Callable[[], float]
 """Does something once; returns the seconds that count."""
@@ -25,17 +25,7 @@ Timed = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured.
-
-    Attributes:
-        size: bytes of the policy's weights.
-        tensors: number of tensors that share them.
-        readers: processes that attach, and as many that load the file themselves.
-        quick: fewer rounds, and nothing that takes a GiB.
-        only: names of cases, or their beginnings; empty takes all.
-        directory: where checkpoints are written.
-        runtime: where segments are made.
-    """
+    """What was asked for: ``size`` is bytes of weights, ``directory`` is for checkpoints, ``runtime`` for segments."""
 
     size: int = 64 * MIB
     tensors: int = 200
@@ -43,7 +33,7 @@ class Settings:
     quick: bool = False
     only: tuple[str, ...] = ()
     directory: Path = Path("/tmp")
-    runtime: Path = SHARED_MEMORY
+    runtime: Path = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +44,20 @@ class Aim:
     bound: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """One figure, beside one other where there is something to compare it with.
 
     Attributes:
-        name: what was measured.
         unit: of the samples: seconds, bytes a second, bytes, or percent of a core.
         samples: of each round, ours and the other side's; ours alone where there is no other side.
-        beside: the other side.
-        aim: what the figure should be.
         skipped: why it could not be measured on this box.
         failed: the error that ended the case.
         case: the name that ``--only`` takes.
+        value: the median of our samples.
+        beside_value: the median of the other side's.
+        ratio: the median of the rounds' ratios, ours by the other: of times less is better, of speeds more.
+        met: whether the aim is met; None where there is none, or nothing was measured.
     """
 
     name: str
@@ -77,29 +68,20 @@ class Row:
     skipped: str = ""
     failed: str = ""
     case: str = ""
+    value: float | None = field(init=False, default=None)
+    beside_value: float | None = field(init=False, default=None)
+    ratio: float | None = field(init=False, default=None)
+    met: bool | None = field(init=False, default=None)
 
-    @property
-    def value(self) -> float | None:
-        """The median of our samples."""
-        return statistics.median(sample[0] for sample in self.samples) if self.samples else None
-
-    @property
-    def beside_value(self) -> float | None:
-        """The median of the other side's samples."""
-        return statistics.median(sample[1] for sample in self.samples) if self.samples and self.beside else None
-
-    @property
-    def ratio(self) -> float | None:
-        """The median of the rounds' ratios, ours by the other: less is better of times, more is better of speeds."""
-        return statistics.median(a / b for a, b in self.samples) if self.samples and self.beside else None
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the aim is met; None where there is no aim, or nothing was measured."""
-        figure = self.ratio if self.beside else self.value
-        if self.aim is None or figure is None:
-            return None
-        return figure <= self.aim.bound if self.aim.sense == "<=" else figure >= self.aim.bound
+    def __post_init__(self) -> None:
+        if not self.samples:
+            return
+        self.value = figure = statistics.median(sample[0] for sample in self.samples)
+        if self.beside:
+            self.beside_value = statistics.median(sample[1] for sample in self.samples)
+            self.ratio = figure = statistics.median(a / b for a, b in self.samples)
+        if self.aim:
+            self.met = figure <= self.aim.bound if self.aim.sense == "<=" else figure >= self.aim.bound
 
 
 class Skip(Exception):
@@ -126,14 +108,7 @@ def compare(
 
 def timed(work: Callable[[], object], times: int = 1) -> Timed:
     """Measures the seconds of one call, as the mean of so many in a row."""
-
-    def run() -> float:
-        began = time.perf_counter()
-        for _ in range(times):
-            work()
-        return (time.perf_counter() - began) / times
-
-    return run
+    return lambda: timeit.timeit(work, number=times) / times
 
 
 def parse_size(text: str) -> int:

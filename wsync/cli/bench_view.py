@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,8 @@ def box() -> dict[str, Any]:
 
 
 def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any]:
-    """One object: ``box``, ``settings`` and ``results``, a list of rows.
-
-    A row has the attributes of ``Row``; besides them ``value`` and ``beside_value`` (the medians of both sides),
-    ``ratio`` (the median of the rounds' ratios) and ``met``. What is missing is null or empty.
-    """
-    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    computed = ("value", "beside_value", "ratio", "met")
-    results = [{**asdict(row), **{name: getattr(row, name) for name in computed}} for row in rows]
-    return {"box": dict(about), "settings": asked, "results": results}
+    """``box``, ``settings`` and ``results``, a list of rows; what is missing is null or empty."""
+    return {"box": about, "settings": asdict(settings), "results": [asdict(row) for row in rows]}
 
 
 def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
@@ -57,22 +51,13 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
         f"{about['processor']}, {about['cores']} cores, {size(about['memory_free'])} free, load {about['load']}\n"
         f"Linux {about['kernel']}, Python {about['python']}, torch {about['torch']}\n"
         f"{size(settings.size)} in {settings.tensors:,} tensors, {settings.readers} readers",
-        markup=False,
     )
     if about["load"] > about["cores"] / 2:
         console.print("The box is busy with something else: take these figures again when it is idle.")
-    table = Table(
-        "measured",
-        Column("wsync", justify="right", no_wrap=True),
-        "beside",
-        Column(justify="right", no_wrap=True),
-        Column("ratio", justify="right", no_wrap=True),
-        Column("aim", no_wrap=True),
-        Column(no_wrap=True),
-        box=None,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    whole = partial(Column, no_wrap=True)
+    figure = partial(whole, justify="right")
+    columns = ("measured", figure("wsync"), "beside", figure(), figure("ratio"), whole("aim"), whole())
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
     told, absent = [], []
     for row in rows:
