@@ -234,12 +234,12 @@ import sys, signal
 from pathlib import Path
 import wsync
 from wsync.bench.place import private_place
-from wsync.bench.processes import make
+from wsync.bench.processes import COMMAND, make
 from wsync.bench.rows import Settings
 with private_place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2]))) as place:
     place.save("small/step_1.safetensors", 4096, 4)
     spec = place.write_spec("small", 4096, 4)
-    with place.process("-m", "wsync.bench.processes", "watch", spec) as process:
+    with place.process("-c", COMMAND, "watch", spec) as process:
         with wsync.attach(make(4096, 4), "small", timeout=60, runtime_dir=place.runtime):
             print(process.pid, flush=True)
             signal.pause()

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,18 +32,16 @@ from ..policy.reader import Mode, Reader
 from ..text import size as shown
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .place import Place, private_place, settle
-from .processes import make
+from .processes import COMMAND, make
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed
 
 BY_HAND = Path(__file__).with_name("by_hand.py")
 _PAGE = 4096
-_CALLS = 10_000  # of refresh() in one sample, which is a mean
-_READER_OVERHEAD = 8 * MIB  # of a process that maps a segment
 _DEADLINE = 30.0  # seconds until a file that was not noticed fails the case
 
 
 def push(place: Place) -> list[Row]:
-    """A push with nothing to do, then one of a checkpoint that is new, beside a script of thirty lines."""
+    """A push with nothing to do, then one of a checkpoint that is new, beside a script of twenty lines."""
     size, tensors = place.settings.size, place.settings.tensors
     place.need(5 * size)
     spec = place.write_spec("policy", size, tensors)
@@ -88,10 +88,6 @@ class Slot:
         with open_checkpoint(self.path) as checkpoint:
             checkpoint.read_into(self.weights, checkpoint.plan(self.layout, Fit()), finite=finite)
 
-    def memory_copy(self) -> Timed:
-        """A copy of as many bytes from memory, by one thread."""
-        return timed(partial(np.copyto, np.frombuffer(self.weights, "u1"), np.ones(self.nbytes, "u1")))
-
     def load_and_copy(self) -> None:
         """The usual way to the same bytes, with as many threads as staging has."""
         before = torch.get_num_threads()
@@ -106,25 +102,21 @@ def _slot(place: Place, nbytes: int, tensors: int) -> Slot:
     return Slot(place, place.save("staging.safetensors", nbytes, tensors))
 
 
-def staging(place: Place) -> list[Row]:
-    return _warm(place, place.settings.size, place.settings.tensors, Aim(">=", 0.85), Aim(">=", 1.0))
+def _memory_copy(target: memoryview) -> Timed:
+    """A copy of as many bytes from memory, by one thread."""
+    return timed(partial(np.copyto, np.frombuffer(target, "u1"), np.ones(target.nbytes, "u1")))
 
 
-def staging_large(place: Place) -> list[Row]:
-    if place.settings.quick:
+def staging(place: Place, *, least: int = 0, pages: int = 0) -> list[Row]:
+    """A file in the page cache: the policy, of so many bytes at least, or so many tensors of a page each."""
+    if least and place.settings.quick:
         raise Skip("--quick leaves out what takes a GiB")
-    return _warm(place, max(place.settings.size, GIB), place.settings.tensors, Aim(">=", 0.85), Aim(">=", 1.0))
-
-
-def staging_many(place: Place) -> list[Row]:
-    return _warm(place, 2000 * 4096, 2000, None, Aim(">=", 8.0))
-
-
-def _warm(place: Place, nbytes: int, tensors: int, copy: Aim | None, load: Aim) -> list[Row]:
+    nbytes, tensors = (pages * _PAGE, pages) if pages else (max(least, place.settings.size), place.settings.tensors)
+    copy, load = (None, Aim(">=", 8.0)) if pages else (Aim(">=", 0.85), Aim(">=", 1.0))
     slot = _slot(place, nbytes, tensors)
     name, ours, rounds = f"staging {shown(slot.nbytes)} in {tensors:,}, warm", timed(slot.stage), place.rounds(20)
     return [
-        compare(name, ours, "memory copy", slot.memory_copy(), copy, rounds, nbytes=slot.nbytes),
+        compare(name, ours, "memory copy", _memory_copy(slot.weights), copy, rounds, nbytes=slot.nbytes),
         compare(name, ours, "load_file, copy_", timed(slot.load_and_copy), load, rounds, nbytes=slot.nbytes),
     ]
 
@@ -137,18 +129,16 @@ def finite(place: Place) -> list[Row]:
 
 
 def staging_shifted(place: Place) -> list[Row]:
-    """The worst of files whose data begins 8, 16 or 24 bytes before a page, beside one whose data begins elsewhere.
+    """A file whose data begins 16 bytes before a page, beside one whose data begins elsewhere.
 
     ``rep movsb``, which read(2) uses, is slow on AMD's cores where the target's address is 8 to 24 bytes beyond the
     source's, modulo 4096.
     """
-    size, tensors = place.settings.size, place.settings.tensors
-    place.need(5 * size)
-    file = place.save("staging.safetensors", size, tensors)
-    usual, *slow = (Slot(place, _shifted(file, before)) for before in (1024, 8, 16, 24))
-    name, theirs, rounds = "staging, data 8 to 24 B before a page", timed(usual.stage), place.rounds(12)
-    rows = [compare(name, timed(slot.stage), "1 KiB", theirs, None, rounds, nbytes=usual.nbytes) for slot in slow]
-    return [min(rows, key=lambda row: row.ratio or 0.0)]
+    place.need(3 * place.settings.size)
+    file = place.save("staging.safetensors", place.settings.size, place.settings.tensors)
+    slow, usual = (Slot(place, _shifted(file, before)) for before in (16, 1024))
+    name, ours, theirs = "staging, data 16 B before a page", timed(slow.stage), timed(usual.stage)
+    return [compare(name, ours, "1 KiB", theirs, None, place.rounds(20), nbytes=slow.nbytes)]
 
 
 def _shifted(source: Path, before: int) -> Path:
@@ -168,136 +158,92 @@ def staging_cold(place: Place) -> list[Row]:
     slot = _slot(place, size, place.settings.tensors)
     dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", "bs=8M"]
     read_directly = partial(subprocess.run, dd, check=True, capture_output=True, start_new_session=True)
+    no_disk = Skip(f"the page cache of {slot.path.parent} cannot be dropped and gone round; name a disk with --dir")
 
     def dropped(work: Callable[[], object]) -> float:
-        drop_cache(slot.path)
+        with open(slot.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(BlockingIOError):  # what is not in memory
+                os.preadv(file.fileno(), [bytearray(1)], size // 2, os.RWF_NOWAIT)
+                raise no_disk
         return timed(work)()
 
     try:
         dropped(read_directly)
     except (OSError, subprocess.CalledProcessError) as exc:
-        raise Skip("dd cannot read directly there; name a disk with --dir") from exc
+        raise no_disk from exc
     name, ours, theirs = f"staging {shown(size)}, cold", partial(dropped, slot.stage), partial(dropped, read_directly)
     return [compare(name, ours, "dd iflag=direct", theirs, Aim(">=", 0.9), place.rounds(8), nbytes=slot.nbytes)]
-
-
-def drop_cache(path: Path) -> None:
-    """Takes a file that is on the disk out of the page cache.
-
-    Raises:
-        Skip: it stays there, as on tmpfs, or the system does not tell.
-    """
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return
-        except OSError:  # the file system does not tell
-            pass
-    raise Skip(f"the page cache of {path.parent} cannot be dropped; name a disk with --dir")
 
 
 # --- policies in this process
 
 
 @contextmanager
-def _attached(
-    place: Place, nbytes: int, tensors: int, mode: Mode, policies: int = 1
-) -> Iterator[tuple[Callable[[], object], list[Reader]]]:
-    """What publishes a version, and policies that have taken one from each slot."""
+def _attached(place: Place, nbytes: int, tensors: int, mode: Mode, policies: int = 1) -> Iterator[tuple[Timed, Reader]]:
+    """Policies that have taken a version from each slot.
+
+    Yields:
+        What publishes a version, has each policy take it, and returns the seconds of the last one; and its reader.
+    """
     state = {name: torch.rand_like(tensor) for name, tensor in make(nbytes, tensors).state_dict().items()}
-    updater = SharedMemoryWeightUpdater("policy", runtime_dir=place.runtime)
-    publish = partial(updater.push_weights, state)
-    publish()
     with ExitStack() as stack:
-        stack.callback(updater.close)
+        updater = stack.enter_context(closing(SharedMemoryWeightUpdater("policy", runtime_dir=place.runtime)))
+        updater.push_weights(state)
         attached = partial(attach, name="policy", mode=mode, runtime_dir=place.runtime)
         readers = [stack.enter_context(attached(make(nbytes, tensors))) for _ in range(policies)]
+
+        def renewed() -> float:
+            updater.push_weights(state)
+            return _last(Reader.refresh, readers)
+
         for _ in range(6):
-            publish()
-            for reader in readers:
-                _take(reader)
-        yield publish, readers
+            renewed()
+        yield renewed, readers[-1]
 
 
-def _take(reader: Reader) -> None:
-    if not reader.refresh():
-        raise RuntimeError("refresh() did not take the version that was published")
+def _last(work: Callable[[Any], object], each: Iterable[Any]) -> float:
+    """Does it with each in turn; returns the seconds of the last, for which those before it have warmed the caches."""
+    return [timed(partial(work, one))() for one in each][-1]
 
 
 def refresh_idle(place: Place) -> list[Row]:
     """Beside the least that a look can cost: a method call that loads eight bytes."""
-
-    class Word:
-        def __init__(self) -> None:
-            self._words = memoryview(mmap.mmap(-1, _PAGE)).cast("Q")
-
-        def load(self) -> int:
-            return self._words[0]
-
-    with _attached(place, MIB, 16, "swap") as (_, (reader,)):
-        ours, theirs = timed(reader.refresh, _CALLS), timed(Word().load, _CALLS)
+    load = partial(memoryview(bytes(8)).cast("Q").__getitem__, 0)
+    with _attached(place, MIB, 16, "swap") as (_, reader):
+        ours, theirs = timed(reader.refresh, 10_000), timed(load, 10_000)
         return [compare("refresh(), nothing new", ours, "loading 8 bytes", theirs, Aim("<=", 2.0), place.rounds(40))]
 
 
-def refresh(place: Place) -> list[Row]:
-    return _swap(place, place.settings.tensors, Aim("<=", 4.0))
-
-
-def refresh_many(place: Place) -> list[Row]:
-    return _swap(place, 2000, Aim("<=", 1.8))
-
-
-def _swap(place: Place, tensors: int, aim: Aim) -> list[Row]:
-    """Beside a loop that points parameters at other tensors, and beside ``load_state_dict``.
-
-    All are warm: another policy has just done the same.
-    """
+def refresh(place: Place, tensors: int = 0, aim: float = 4.0) -> list[Row]:
+    """Swap, beside a loop that points parameters at other tensors, and beside ``load_state_dict``."""
+    tensors = tensors or place.settings.tensors
     nbytes = max(place.settings.size, 4 * tensors)
     place.need(5 * nbytes)
     usual = [make(nbytes, tensors) for _ in range(2)]
-    views = itertools.cycle([[torch.empty_like(tensor) for tensor in usual[0].parameters()] for _ in range(2)])
+    pairs = [(list(policy.parameters()), list(map(torch.rand_like, policy.parameters()))) for policy in usual]
 
-    def point(parameters: list[torch.nn.Parameter], others: list[torch.Tensor]) -> None:
-        for parameter, view in zip(parameters, others, strict=True):
+    def point(pair: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        for parameter, view in zip(*pair, strict=True):
             parameter.data = view
 
-    def loop() -> float:
-        first, second = (partial(point, list(policy.parameters()), next(views)) for policy in usual)
-        first()
-        return timed(second)()
-
     def load() -> float:
-        state = usual[0].state_dict()
-        usual[1].load_state_dict(state)
-        return timed(partial(usual[1].load_state_dict, state))()
+        return _last(methodcaller("load_state_dict", usual[0].state_dict()), [usual[1]] * 2)
 
-    with _attached(place, nbytes, tensors, "swap", policies=2) as (publish, (other, reader)):
-
-        def ours() -> float:
-            publish()
-            _take(other)
-            return timed(partial(_take, reader))()
-
-        name = f"refresh() in swap, {tensors:,} tensors"
+    with _attached(place, nbytes, tensors, "swap", policies=2) as (ours, _):
+        name, loop = f"refresh() in swap, {tensors:,} tensors", partial(_last, point, pairs)
         return [
-            compare(name, ours, "loop, p.data = v", loop, aim, place.rounds(20)),
+            compare(name, ours, "loop, p.data = v", loop, Aim("<=", aim), place.rounds(20)),
             compare(name, ours, "load_state_dict", load, Aim("<=", 0.1), place.rounds(8)),
         ]
 
 
 def refresh_copy(place: Place) -> list[Row]:
-    place.need(5 * place.settings.size)
-    with _attached(place, place.settings.size, place.settings.tensors, "copy") as (publish, (reader,)):
-        nbytes = sum(parameter.nbytes for parameter in make(place.settings.size, place.settings.tensors).parameters())
-        source, target = np.ones(nbytes, "u1"), np.zeros(nbytes, "u1")
-
-        def ours() -> float:
-            publish()
-            return timed(partial(_take, reader))()
-
-        name, theirs = f"refresh() in copy, {shown(nbytes)}", timed(partial(np.copyto, target, source))
+    size, tensors = place.settings.size, place.settings.tensors
+    place.need(5 * size)
+    nbytes = sum(parameter.nbytes for parameter in make(size, tensors).parameters())
+    name, theirs = f"refresh() in copy, {shown(nbytes)}", _memory_copy(memoryview(bytearray(nbytes)))
+    with _attached(place, size, tensors, "copy") as (ours, _):
         return [compare(name, ours, "memory copy", theirs, Aim(">=", 0.85), place.rounds(20), nbytes=nbytes)]
 
 
@@ -311,34 +257,28 @@ def watch(place: Place) -> list[Row]:
     spec = place.write_spec("small", nbytes, tensors)
     taken = []
     with (
-        place.process("-m", "wsync.bench.processes", "watch", spec) as process,
+        place.process("-c", COMMAND, "watch", spec) as process,
         attach(make(nbytes, tensors), "small", timeout=60, runtime_dir=place.runtime) as reader,
     ):
         for number in range(1, place.rounds(48) + 1):
-            written = place.save("new.safetensors", nbytes, tensors, settled=False)
+            written = place.save("new.safetensors", nbytes, tensors)
+            os.utime(written)
             began = time.perf_counter()
             written.rename(place.files / "small" / f"step_{number}.safetensors")
             while not reader.refresh():
                 if not reader.wait(_DEADLINE):
                     raise RuntimeError(f"wsync watch did not publish a new file within {_DEADLINE:g} s")
             taken.append((time.perf_counter() - began,))
-        percent = _percent_of_a_core(process.pid, 1.5 if place.settings.quick else 5.0)
+        time.sleep(0.3)  # the end of a publish is not idle
+        clock = ~process.pid << 3 | 2  # of all its threads on the processor, as of clock_getcpuclockid(3)
+        before, began = time.clock_gettime(clock), time.perf_counter()
+        time.sleep(1.5 if place.settings.quick else 5.0)
+        percent = 100 * (time.clock_gettime(clock) - before) / (time.perf_counter() - began)
     return [
         Row("new file until refresh() is True", "s", tuple(taken), aim=Aim("<=", 0.015)),
         Row(f"the slowest of {len(taken)}", "s", (max(taken),), aim=Aim("<=", 0.04)),
         Row("wsync watch, idle, of a core", "%", ((percent,),), aim=Aim("<=", 0.3)),
     ]
-
-
-def _percent_of_a_core(pid: int, seconds: float) -> float:
-    def on_processor() -> float:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-
-    time.sleep(0.3)  # the end of a publish is not idle
-    before, began = on_processor(), time.perf_counter()
-    time.sleep(seconds)
-    return 100 * (on_processor() - before) / (time.perf_counter() - began)
 
 
 def readers(place: Place) -> list[Row]:
@@ -352,47 +292,37 @@ def readers(place: Place) -> list[Row]:
     file = place.save("policy/step_1.safetensors", size, tensors)
     place.run("-m", "wsync", "push", spec)
     samples = _growth(place, "policy"), _growth(place, str(file))
-    aim = Aim("<=", round(1.05 / number + _READER_OVERHEAD / size, 2))
+    aim = Aim("<=", round(1.05 / number + 8 * MIB / size, 2))  # 8 MiB to map a segment
     return [Row(f"memory of {number} readers", "B", (samples,), f"{number} with load_file", aim)]
 
 
 def _growth(place: Place, source: str) -> float:
     """By how many bytes the processes grow together between their imports and having the weights."""
-    role = ("-m", "wsync.bench.processes", "weigh", source, str(place.settings.size), str(place.settings.tensors))
+    role = ("-m", "wsync.bench.processes", source, str(place.settings.size), str(place.settings.tensors))
+    sizes = []
     with ExitStack() as stack:
         processes = [stack.enter_context(place.process(*role)) for _ in range(place.settings.readers)]
-        sizes = []
         for _ in ("imported", "attached or loaded"):
+            if not all(process.stdout and process.stdout.readline() for process in processes):
+                raise RuntimeError("a process of the measurement ended")
+            rollups = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
+            sizes.append(sum(int(text.partition("Pss:")[2].split()[0]) * 1024 for text in rollups))
             for process in processes:
-                assert process.stdout
-                if not process.stdout.readline():
-                    raise RuntimeError("a process of the measurement ended")
-            sizes.append(sum(map(_proportional_set, processes)))
-            for process in processes:
-                assert process.stdin
-                process.stdin.write("\n")
-                process.stdin.flush()
-        return float(sizes[1] - sizes[0])
+                print(file=process.stdin, flush=True)
+    return float(sizes[1] - sizes[0])
 
-
-def _proportional_set(process: subprocess.Popen[str]) -> int:
-    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-# --- all of them
 
 CASES: dict[str, Callable[[Place], list[Row]]] = {
     "push": push,
     "staging": staging,
-    "staging-large": staging_large,
-    "staging-many": staging_many,
+    "staging-large": partial(staging, least=GIB),
+    "staging-many": partial(staging, pages=2000),
     "staging-shifted": staging_shifted,
     "staging-cold": staging_cold,
     "finite": finite,
     "refresh-idle": refresh_idle,
     "refresh": refresh,
-    "refresh-many": refresh_many,
+    "refresh-many": partial(refresh, tensors=2000, aim=1.8),
     "refresh-copy": refresh_copy,
     "watch": watch,
     "readers": readers,
@@ -400,11 +330,7 @@ CASES: dict[str, Callable[[Place], list[Row]]] = {
 
 
 def chosen(only: tuple[str, ...]) -> list[str]:
-    """The names of the cases that begin with one of these; all where there are none.
-
-    Raises:
-        UsageError: no case is named so.
-    """
+    """The cases whose names begin with one of these, or all; raises UsageError where none does."""
     for name in only:
         if not any(case.startswith(name) for case in CASES):
             raise UsageError(f"--only {name!r}: there is no such case. There are {', '.join(CASES)}.")

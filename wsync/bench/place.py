@@ -41,20 +41,14 @@ class Place:
         if nbytes > free:
             raise Skip(f"takes {size(nbytes)} of memory and of the disk, and {size(free)} are free")
 
-    def save(self, path: str, nbytes: int, tensors: int, *, settled: bool = True) -> Path:
-        """Writes a checkpoint of float32 vectors with random values from 0 to 1.
-
-        Args:
-            path: below ``files``.
-            settled: it lies on the disk and is old; else it has just been written.
-        """
+    def save(self, path: str, nbytes: int, tensors: int) -> Path:
+        """Writes a checkpoint of float32 vectors with random values from 0 to 1, and settles it."""
         count = max(nbytes // tensors // 4, 1)
         values = np.random.default_rng(0).random(count + 4096, dtype="f4")
         file = self.files / path
         file.parent.mkdir(exist_ok=True)
         save_file({str(i): values[i % 4096 :][:count] for i in range(tensors)}, file)
-        if settled:
-            settle(file)
+        settle(file)
         return file
 
     def write_spec(self, name: str, nbytes: int, tensors: int) -> Path:
@@ -75,22 +69,17 @@ class Place:
         """
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WSYNC_")}
         kept.pop("PYTHONDONTWRITEBYTECODE", None)
-        package = str(Path(__file__).parents[2])
-        return {
-            **kept,
-            "PYTHONPATH": os.pathsep.join(filter(None, [package, kept.get("PYTHONPATH")])),
-            "WSYNC_RUNTIME_DIR": str(self.runtime),
-            "WSYNC_STATE_DIR": str(self.files / "state"),
-        }
+        own = {"WSYNC_RUNTIME_DIR": str(self.runtime), "WSYNC_STATE_DIR": str(self.files / "state")}
+        return {**kept, **own, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     @contextmanager
-    def process(self, *arguments: str | Path, stderr: int = subprocess.DEVNULL) -> Iterator[subprocess.Popen[str]]:
+    def process(self, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
         """The interpreter, in a session of its own because Ctrl-C is for the measurement alone; killed at the end."""
         with subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=stderr,
+            stderr=subprocess.PIPE,
             env=self.environment,
             cwd=self.files,
             text=True,
@@ -107,10 +96,10 @@ class Place:
         Raises:
             RuntimeError: it ended with a failure.
         """
-        with self.process(*arguments, stderr=subprocess.PIPE) as process:
+        with self.process(*arguments) as process:
             _, said = process.communicate()
         if process.returncode:
-            last = (said.strip().splitlines() or ["nothing"])[-1]
+            last = said.strip().rpartition("\n")[2]
             raise RuntimeError(f"{' '.join(map(str, arguments[:3]))} ended with {process.returncode}: {last}")
 
 
