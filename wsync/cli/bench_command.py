@@ -43,7 +43,8 @@ def bench(
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: Annotated[
-        Path, option("--runtime-dir", "Where segments are made meanwhile.", shown=True, resolve_path=True)
+        Path,
+        option("--runtime-dir", "Where segments are made meanwhile: shared memory.", shown=True, resolve_path=True),
     ] = Path("/dev/shm"),
 ) -> None:
     """What this box can do, beside the machine's limit and the usual ways; takes a minute or two.
