@@ -509,3 +509,62 @@ def test_leases_are_released(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) 
             assert reader.refresh()
             assert [one.version for one in taken if one.fileno() >= 0] == [mark]
     assert [one.version for one in taken if one.fileno() >= 0] == []
+
+
+# What is derived from weights
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_policy_inside_autocast_acts_on_the_new_weights(trainer: Trainer, mode: reading.Mode) -> None:
+    """Guards against the casts of older weights, which autocast keeps until its block ends."""
+    trainer.push(1)
+    policy, seen = mlp(), []
+    policy.requires_grad_(True)  # autocast keeps the casts of such weights alone
+    with wsync.attach(policy, "nets", mode=mode) as reader, torch.autocast("cpu", dtype=torch.bfloat16):
+        for version in (1, 2, 3):
+            seen.append(policy(torch.ones(1, 4)).detach().float())
+            trainer.push(version + 1)
+            assert reader.refresh()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_cached_parametrization_is_made_anew(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+    """Guards against the values that ``parametrize.cached()`` keeps while its block runs."""
+
+    def make() -> nn.Module:
+        policy = nn.Linear(2, 2, bias=False)
+        return nn.utils.parametrize.register_parametrization(policy, "weight", Doubled()).eval()
+
+    trainer, policy = Trainer(make, tmp_path), make()
+    trainer.push(1)
+    with wsync.attach(policy, "nets", mode=mode) as reader, nn.utils.parametrize.cached():
+        for version in (1, 2):
+            assert policy(torch.ones(1, 2)).unique().tolist() == [4.0 * version]
+            trainer.push(version + 1)
+            assert reader.refresh()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_a_cache_keyed_by_address_and_version_is_not_taken_for_current(
+    trainer: Trainer, mode: reading.Mode, frozen: bool
+) -> None:
+    """Guards modules that keep something derived from a weight until its address or its version changes."""
+    trainer.push(1)
+    policy = mlp().requires_grad_(not frozen)
+    kept: dict[tuple[str, int, int], torch.Tensor] = {}
+    with wsync.attach(policy, "nets", mode=mode) as reader:
+        for mark in range(1, 9):  # the slots come round several times
+            for name, weight in policy.named_parameters():
+                derived = kept.setdefault((name, weight.data_ptr(), weight._version), weight.detach().clone())
+                assert torch.equal(derived, weight)
+            trainer.push(mark + 1)
+            assert reader.refresh()

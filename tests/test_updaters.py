@@ -475,3 +475,13 @@ def test_the_names_are_there_for_users() -> None:
     """The package exports what the README names."""
     for name in wsync.__all__:
         assert getattr(wsync, name) is not None
+
+
+def test_an_updater_inside_autocast_leaves_no_old_cast() -> None:
+    """Guards a policy that is updated and asked within one autocast block, whose casts autocast keeps."""
+    policy = nn.Linear(2, 2, bias=False)
+    updater = VanillaWeightUpdater.from_policy(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for mark in (1.0, 2.0):
+            updater.push_weights({"weight": torch.full((2, 2), mark)})
+            assert policy(torch.ones(1, 2)).unique().tolist() == [2 * mark]

@@ -30,7 +30,7 @@ from ..segment.segment import Lease, Segment
 from ..system.memory import sleep_on
 from .copying import Copy
 from .swap import Swap
-from .tensors import Attached
+from .tensors import Attached, drop_caches
 
 Mode = Literal["auto", "swap", "copy"]
 
@@ -167,6 +167,7 @@ class Reader:
         return lease
 
     def _took(self, lease: Lease, step: int | None) -> None:
+        drop_caches()
         self.version = self._taken = lease.version
         self.step, self._seen = step, lease.word
         self._registration.update(self.version, *self._leases())

@@ -8,11 +8,13 @@ policy behind. What a policy may do is to gain and lose modules without tensors,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from operator import call, is_
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from ..errors import moved
 from ..layout.layout import Layout, named_tensors
@@ -66,14 +68,16 @@ class Attached:
     def spare_holders(self) -> None:
         """Before the tensors are pointed elsewhere: sees to those that hold a tensor itself, and not only its memory.
 
-        A graph that saved a parameter would go on with other weights: it is told that the parameter was written, so
-        that its backward pass is autograd's error. A frozen tensor may have been exported, by ``torch.from_dlpack`` or
-        numpy's: its Python object gets another body, and the old one stays with who holds it, and so does its memory.
+        A graph that saved a parameter, or a module's cache that is keyed by the version of one, would go on with other
+        weights. So the versions of all tensors move, and a backward pass over the old ones is autograd's error. A
+        frozen tensor may have been exported, by ``torch.from_dlpack`` or numpy's: its Python object gets another body,
+        and the old one stays with who holds it, and so does its memory.
         """
-        if sum(map(_use_count, self.tensors)) == len(self.tensors):
-            return
-        held = [tensor for tensor in self.tensors if _use_count(tensor) > 1]
-        torch.autograd.graph.increment_version([tensor for tensor in held if not _give_new_body(tensor)])
+        if sum(map(_use_count, self.tensors)) > len(self.tensors):
+            for tensor in self.tensors:
+                if _use_count(tensor) > 1 and not tensor.requires_grad:
+                    _give_new_body(tensor)
+        torch.autograd.graph.increment_version(self.tensors)
 
     def are_shared(self, own_uses: Callable[[torch.UntypedStorage], int]) -> bool:
         """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous.
@@ -113,17 +117,21 @@ class Attached:
         return [list(map(form, self.tensors)) for form in _FORMS]
 
 
-def _give_new_body(tensor: torch.Tensor) -> bool:
-    """Whether a frozen tensor could be given another body; autograd knows the others by the body that they have."""
-    if tensor.requires_grad:
-        return False
+def _give_new_body(tensor: torch.Tensor) -> None:
+    """Gives a frozen tensor another body; autograd knows the others by the body that they have."""
     body = tensor.data
     body.grad = tensor.grad
-    try:
+    with suppress(RuntimeError):  # something has a weak reference to it in C++
         torch._C._swap_tensor_impl(tensor, body)
-    except RuntimeError:  # something has a weak reference to it in C++
-        return False
-    return True
+
+
+def drop_caches() -> None:
+    """Drops what torch derived from weights that have just changed.
+
+    These are the casts that autocast keeps until its block ends, and what ``torch.nn.utils.parametrize.cached`` keeps.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def addresses(tensors: list[torch.Tensor]) -> list[int]:

@@ -248,6 +248,7 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         if server_weights is None:
             return
         from ..layout.weights import check, copy, flatten
+        from ..policy.tensors import drop_caches
 
         sources = flatten(server_weights)
         if not sources and not self.strict:
@@ -255,6 +256,7 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         targets = flatten(self._get_local_weights())
         check(targets, sources, strict=self.strict, finite=self.finite)
         copy(targets, sources)
+        drop_caches()
 
 
 def _register_with_torchrl() -> None:
