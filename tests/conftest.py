@@ -41,6 +41,7 @@ DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; not
 
 compileall.compile_dir(TESTS.parent / "wsync", quiet=2)  # else all that is started does, under PYTHONDONTWRITEBYTECODE
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which ignores it, hands that on
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as does nohup(1)
 
 _TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
 

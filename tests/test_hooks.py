@@ -21,11 +21,12 @@ import pytest
 from conftest import DEADLINE, Cli, Spawn, heard, signal_another_thread, write
 from policies import mlp
 
+from wsync.cli.commands import ended
 from wsync.cli.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command
-from wsync.hooks.runner import Hook, request
+from wsync.hooks.runner import Hook, HookRunner, request
 from wsync.segment.files import Publication
 from wsync.segment.segment import Segment
 from wsync.settings.hooks import VARIABLES, Hooks
@@ -221,6 +222,26 @@ def test_an_interrupt_does_not_wait_for_hooks(make: MakeBox, fifo: Callable[[str
         assert heard(up) == b"up\n"
         raise KeyboardInterrupt
     assert heard(up) == b"" and "was stopped" in box.next()[2]
+
+
+def test_a_signal_while_a_push_is_closing_ends_its_hook(
+    make: MakeBox, fifo: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the moments before the hooks are waited for: a signal there left their commands at work."""
+    up, closed, close = fifo("up"), list[bool](), HookRunner.close
+    box = make(exec="exec > up; echo up; sleep 99", exec_timeout=3600)
+
+    def signalled(self: HookRunner, *, now: bool = False) -> None:
+        closed.append(now)
+        if len(closed) == 1:
+            sys.exit(143)
+        close(self, now=now)
+
+    monkeypatch.setattr(HookRunner, "close", signalled)
+    with pytest.raises(SystemExit), ended(box.syncer):
+        box.publish(1)
+        assert heard(up) == b"up\n"
+    assert heard(up) == b"" and closed == [False, True]
 
 
 def test_an_interrupt_ends_the_command(fifo: Callable[[str], int], tmp_path: Path) -> None:

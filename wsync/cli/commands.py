@@ -7,10 +7,11 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +32,9 @@ from .options import (
     read_spec,
     with_settings,
 )
+
+if TYPE_CHECKING:
+    from ..sync.syncer import Syncer
 
 app = typer.Typer(
     name="wsync",
@@ -72,7 +76,7 @@ def push(
     loaded = read_spec(spec, settings)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, _end)
     figures = None
     if loaded.metrics.file and not dry_run:
         from ..service.figures import RunFigures
@@ -87,7 +91,7 @@ def push(
 
     event: Outcome | WsyncError
     try:
-        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir)) as syncer:
+        with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir))) as syncer:
             syncer.report, syncer.record.complain = report, complain
             if retry:
                 syncer.record.forget()
@@ -108,6 +112,24 @@ def push(
         raise event
     tell(event, as_json=as_json)
     raise typer.Exit(event.exit_code)
+
+
+def _end(number: int, _: object) -> None:
+    """Unwinds a push, which ends its gate and its hooks; further signals do not disturb that."""
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+@contextmanager
+def ended(syncer: Syncer) -> Iterator[Syncer]:
+    """Closes a syncer at the end of the block, also where a signal comes while it is being closed."""
+    try:
+        with syncer:
+            yield syncer
+    except (SystemExit, KeyboardInterrupt):
+        syncer.close(now=True)
+        raise
 
 
 @app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
