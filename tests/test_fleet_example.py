@@ -1,4 +1,4 @@
-"""examples/fleet and the README's command for a group say what is true, and work as far as this machine can tell."""
+"""examples/fleet says what is true, its README with it, and works as far as this machine can tell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from conftest import DEADLINE, TESTS, Cli, Lines, Spawn, write
 from wsync.settings.spec import load_spec
 
 UNIT = TESTS.parent / "examples" / "fleet" / "wsync-fleet@.service"
-README = (TESTS.parent / "README.md").read_text()
+PAGE = (TESTS.parent / "examples" / "fleet" / "README.md").read_text()
 
 
 def options(command: list[str]) -> list[str]:
@@ -67,9 +67,9 @@ def test_the_unit_starts_what_there_is(cli: Cli) -> None:
     assert checks[1] == "config" and cli("config", "policies:mlp", *checks[3:]).returncode == 0
 
 
-def test_the_readmes_command_makes_a_group(tmp_path: Path, runtime: Path, spawn: Spawn) -> None:
-    """The command of the README, with a free port of this box, is a group of one that publishes."""
-    (shown,) = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def test_the_shown_command_makes_a_group(tmp_path: Path, runtime: Path, spawn: Spawn) -> None:
+    """The command that the page shows, with a free port of this box, is a group of one that publishes."""
+    (shown,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     variable, program, *command = shlex.split(shown.replace("\\\n", " "))
     assert program == "torchrun"
     with socket.create_server(("127.0.0.1", 0)) as free:
