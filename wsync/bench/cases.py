@@ -61,8 +61,8 @@ def push(place: Place) -> list[Row]:
     new, our_new, script_new = f"wsync push, new {shown(size)}", partial(renewed, ours), partial(renewed, script)
     return [
         compare(idle, ours, "import typer, rich", imports, Aim("<=", 1.45), place.rounds(12)),
-        compare(idle, ours, "script, load_file", script, Aim("<=", 1 / 25), few),
-        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 15), few),
+        compare(idle, ours, "script, load_file", script, Aim("<=", 1 / 10), few),
+        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 7), few),
     ]
 
 

@@ -3,7 +3,7 @@
 The format is safetensors (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON
 header that gives dtype, shape and byte range of each tensor, then the bytes without gaps. A checkpoint is data from
 elsewhere: nothing in it is believed before it is checked against the file's real size. It is used through one
-descriptor, and looked at again when all is read; how its bytes come into the weights is staging.py.
+descriptor, and looked at again when all is read; ``reading`` brings its bytes into the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A watch that keeps a whole group of boxes in step: one of them reads a checkpoint, and all go live with it, or none.
 
 All boxes of a group (``group``) go through the same rounds. In each, every box tells what is live on it and whether a
-pin holds there, and all draw the same conclusion (``convergence``). Rank 0 looks for checkpoints, opens the newest, and
+pin holds there, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and
 offers it; each box then publishes by ``publisher.publish``, with three votes on the way, of which each is unanimous or
 ends the matter on all boxes, with those named that refused, and why:
 

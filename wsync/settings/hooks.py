@@ -2,7 +2,7 @@
 
 A gate is asked about staged weights before they go live; hooks run after a publish. Both are the user's own: they run
 as this user, with what the publisher's environment holds, and the variables in ``VARIABLES`` say what they are about.
-This module is only their settings, which every command reads; what runs them is in ``gate`` and ``hook_runner``, and is
+This module is only their settings, which every command reads. ``hooks.gate`` and ``hooks.runner`` run them, and are
 imported where there is something to run.
 """
 
