@@ -49,14 +49,14 @@ class Row:
 
     Attributes:
         unit: of the samples: seconds, bytes a second, bytes, or percent of a core.
-        samples: of each round, ours and the other side's; ours alone where there is no other side.
+        samples: of each round: ours, and the other side's if there is one.
         skipped: why it could not be measured on this box.
         failed: the error that ended the case.
         case: the name that ``--only`` takes.
         value: the median of our samples.
         beside_value: the median of the other side's.
         ratio: the median of the rounds' ratios, ours by the other: of times less is better, of speeds more.
-        met: whether the aim is met; None where there is none, or nothing was measured.
+        met: whether the aim is met; None without an aim or a measurement.
     """
 
     name: str

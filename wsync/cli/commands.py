@@ -65,7 +65,8 @@ def push(
     """One pass: put the newest complete checkpoint, or the one named, into shared memory.
 
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
-    complete checkpoint yet; 75 try later. What was rejected is told of once, and is 65 until something newer comes.
+    complete checkpoint yet; 75 try later. A rejection is reported once; later pushes exit with 65 until a newer
+    checkpoint appears.
     """
     from ..checkpoints.files import remote
     from ..history.database import State
@@ -185,7 +186,7 @@ def status(
     watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
     max_staleness: Annotated[
         float | None,
-        option("--max-staleness", "Exit with 1 where a live version is older, in seconds, or there is none."),
+        option("--max-staleness", "Exit with 1 if a live version is older, in seconds, or is missing."),
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,

@@ -96,7 +96,7 @@ def tell(outcome: Outcome, *, as_json: bool) -> None:
     """Tells what a push did: what went live on stdout, what did not on stderr, with what differs."""
     told = [*outcome.passed_over]
     if outcome.exit_code and not as_json and (not outcome.known or sys.stderr.isatty()):
-        told.append(outcome)  # but not what a run before told of: cron mails what is printed
+        told.append(outcome)  # what an earlier run reported stays out: cron mails what is printed
     for refused in told:
         text = f"{refused.name}: {outcome_line(refused)}"
         print(harmless(str(WithDifferences(text, refused.differences))), file=sys.stderr)

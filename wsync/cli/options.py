@@ -31,7 +31,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
         "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
     ),
     "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
-    "keep": ("spec", int, "Published versions of which a copy is kept for a rollback. (default: 0)"),
+    "keep": ("spec", int, "How many published versions to copy for a rollback. (default: 0)"),
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
