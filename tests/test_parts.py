@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from wsync.checkpoints import checkpoint as module
 from wsync.checkpoints import files as parts
+from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity, parts_of
 from wsync.cli.inspection import inspect
@@ -580,7 +581,7 @@ def test_a_clock_of_whole_seconds_is_waited_out(
     second = int(time.time()) + 1
     path = age(write(tmp_path / "a.safetensors", policies.mlp()), second)
     slept.append(second + seconds - time.time())
-    monkeypatch.setattr(module, "being_written", lambda _: False)
+    monkeypatch.setattr(settling, "being_written", lambda _: False)
     Checkpoint(path).close()
     assert sum(slept[1:]) == pytest.approx(waited, abs=0.001)
 
@@ -602,7 +603,7 @@ def test_a_file_waits_only_where_the_system_does_not_tell(
     """Guards that a file whose writer is known to be done is taken at once, and one on a remote disk is not."""
     slept.append(100.0)
     path = age(write(tmp_path / "a.safetensors", policies.mlp()), time.time())
-    monkeypatch.setattr(module, "being_written", lambda _: answer)
+    monkeypatch.setattr(settling, "being_written", lambda _: answer)
     Checkpoint(path, settle=0.3).close()
     assert sum(slept[1:]) == pytest.approx(waited, abs=0.001)
 

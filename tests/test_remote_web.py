@@ -102,11 +102,11 @@ def test_a_named_adapter_on_a_web_server_has_its_configuration(web: Web) -> None
 def test_a_file_of_this_moment_is_waited_for(web: Web, monkeypatch: Any) -> None:
     """A web server tells two writes within a second apart by nothing: a file that was just written has to stand."""
     asked: list[float] = []
-    monkeypatch.setattr("wsync.checkpoints.remote.time.sleep", asked.append)
+    monkeypatch.setattr("wsync.checkpoints.settling.time.sleep", asked.append)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     url = f"http://{web.host}/x.safetensors"
     moment = time.time()
-    monkeypatch.setattr("wsync.checkpoints.remote.time.time", lambda: moment)
+    monkeypatch.setattr("wsync.checkpoints.settling.time.time", lambda: moment)
     for age, waits in ((0.0, 1), (1.0, 2), (60.0, 2)):
         os.utime(file, (moment - age, moment - age))
         CheckpointWeightGetter(url).open(CheckpointWeightGetter(url).candidates()[0]).close()

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from conftest import DEADLINE, Cli, write
 from policies import mlp
 from test_processes import NAME, SPEC, mark_of
 
+from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.files import Parts
 from wsync.cli.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
@@ -299,14 +301,14 @@ def test_a_checkpoint_settles_before_the_lock_is_taken(
 ) -> None:
     """Guards that a publisher that waits for a checkpoint to stand still does not hold off another one."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    settle, free = Checkpoint._let_settle, []
+    settle, free = settling.let_files_settle, []
 
-    def settling(self: Checkpoint, seconds: float) -> None:
+    def settled(parts: Parts, fds: Sequence[int], seconds: float) -> None:
         with Segment.open(NAME, write=True).publishing():
             free.append(True)
-        settle(self, seconds)
+        settle(parts, fds, seconds)
 
-    monkeypatch.setattr(Checkpoint, "_let_settle", settling)
+    monkeypatch.setattr(settling, "let_files_settle", settled)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert syncer.once().status == "published" and free == [True]
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from ..errors import (
-    BeingWritten,
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
@@ -31,15 +29,12 @@ from ..layout.filenames import ADAPTER, SINGLE
 from ..layout.finite import Region, all_finite, float_regions, is_finite, not_finite
 from ..layout.layout import Layout, TensorEntry
 from ..system.memory import being_written, kept, read_at, shut
+from . import settling
 from .cast import Pair, Piece, convert, pieces
 from .files import identity, identity_of, parts_of, place_at, remote, unreadable
 from .fit import CHUNK, Fit, Plan, Read, fit
 from .header import StoredTensor, malformed, read_header
 from .reading import Files
-
-LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
-_TICK = 0.01  # seconds: no coarser than a file system's clock ticks
-_SECOND = 1.0 + _TICK  # the same where its times have whole seconds, as on ext3, and NFS from there
 
 
 class Checkpoint:
@@ -115,7 +110,7 @@ class Checkpoint:
         """Opens the files, and takes down what they are."""
         for file in self.parts.files:
             self._fds.append(_open(file))
-        self._let_settle(settle)
+        settling.let_files_settle(self.parts, self._fds, settle)
         self._infos = [os.fstat(fd) for fd in self._fds]
         self._files = Files(self._fds, self._changed)
 
@@ -257,46 +252,6 @@ class Checkpoint:
         return CheckpointChanged(
             f"{self.path} changed while it was read; what was read is thrown away. Nothing to do: it is read again "
             "at the next pass. Writers do best to write another name and rename it into place."
-        )
-
-    def _let_settle(self, settle: float) -> None:
-        """Waits until a further write would show in a file's modification time, or its writer is likely done.
-
-        A file system's clock may stand still for some milliseconds, or for a second: of a write in the same tick as the
-        last one before the file was opened, nothing would be seen. Several files are written one after another, and not
-        every system tells whether a file is still open for writing: there the checkpoint must have stood still for
-        ``settle``.
-
-        Raises:
-            BeingWritten: a file is still open for writing, or does not stand still.
-        """
-        writing = [being_written(fd) for fd in self._fds]
-        if True in writing:
-            raise BeingWritten(
-                f"{self.parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
-                "writers do best to write another name and rename it into place."
-            )
-        told = not self.parts.is_several and None not in writing
-        wanted = _TICK if told else max(settle, _TICK)
-        infos = [os.fstat(fd) for fd in self._fds]
-        # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
-        # more than a second says nothing.
-        now = time.time()
-        times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
-        ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
-        left = max(ends, default=now) - now
-        if left <= 0:
-            return
-        if left <= LONGEST_WAIT:
-            time.sleep(left)
-            if [identity(os.fstat(fd)) for fd in self._fds] == list(map(identity, infos)):
-                return
-        raise self._unsettled(wanted)
-
-    def _unsettled(self, wanted: float) -> BeingWritten:
-        return BeingWritten(
-            f"{self.path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again "
-            "at the next pass."
         )
 
     def _staged(

@@ -15,7 +15,6 @@ import os
 import re
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -26,12 +25,12 @@ from ..layout.finite import Region, all_finite
 from ..stores.prefetch import prefetch
 from ..stores.store import SCHEMES, OtherVersion, Store, Stored, directory_stat, into
 from .cast import Piece
-from .checkpoint import LONGEST_WAIT, Checkpoint
+from .checkpoint import Checkpoint
 from .fit import Read
+from .settling import let_objects_settle
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
-_WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
 _ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # what obstore takes for no name
 
 
@@ -200,17 +199,8 @@ class RemoteCheckpoint(Checkpoint):
     def _open_files(self, settle: float) -> None:
         self._stored = [self._listed_as(file) for file in self.parts.files]
         self._infos = [file.stat() for file in self.parts.files]
-        wanted = settle if self.parts.is_several else 0.0  # one object is there whole, or not at all
-        if cast(RemotePath, self.path).store.is_web:
-            wanted = max(wanted, _WEB_TICK)
-        now = time.time()
-        left = wanted - (now - max((i.st_mtime for i in self._infos if i.st_mtime <= now + 1), default=0.0))
-        if left > LONGEST_WAIT + _WEB_TICK:
-            raise self._unsettled(wanted)
-        if left > 0:
-            time.sleep(left)
-            if not self._stands():
-                raise self._unsettled(wanted)
+        is_web = cast(RemotePath, self.path).store.is_web
+        let_objects_settle(self.parts, settle, self._stands, is_web=is_web)
 
     @staticmethod
     def _listed_as(file: Path) -> Stored:

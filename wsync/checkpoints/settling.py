@@ -1,0 +1,91 @@
+"""Whether the writer of a checkpoint is done with it: seen before its bytes are believed.
+
+A file that some process has open for writing is not done. Where the system does not tell, and where a checkpoint has
+several files, which are written one after another, it must have stood still for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import BeingWritten
+from ..system.memory import being_written
+from .files import Parts, identity
+
+LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
+_TICK = 0.01  # seconds: no coarser than a file system's clock ticks
+_SECOND = 1.0 + _TICK  # the same where its times have whole seconds, as on ext3, and NFS from there
+_WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
+
+
+def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
+    """Waits until a further write would show in a file's modification time, or its writer is likely done.
+
+    A file system's clock may stand still for some milliseconds, or for a second: of a write in the same tick as the
+    last one before the file was opened, nothing would be seen. Several files are written one after another, and not
+    every system tells whether a file is still open for writing: there the checkpoint must have stood still for
+    ``settle``.
+
+    Args:
+        fds: open descriptors, one for each of ``parts.files``.
+        settle: seconds.
+
+    Raises:
+        BeingWritten: a file is still open for writing, or does not stand still.
+    """
+    writing = [being_written(fd) for fd in fds]
+    if True in writing:
+        raise BeingWritten(
+            f"{parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
+            "writers do best to write another name and rename it into place."
+        )
+    told = not parts.is_several and None not in writing
+    wanted = _TICK if told else max(settle, _TICK)
+    infos = [os.fstat(fd) for fd in fds]
+    # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
+    # more than a second says nothing.
+    now = time.time()
+    times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
+    ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
+    left = max(ends, default=now) - now
+    if left <= 0:
+        return
+    if left <= LONGEST_WAIT:
+        time.sleep(left)
+        if [identity(os.fstat(fd)) for fd in fds] == list(map(identity, infos)):
+            return
+    raise _unsettled(parts.path, wanted)
+
+
+def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
+    """The same for objects of a store, each of which is there whole or not at all.
+
+    Args:
+        stands: whether the store still has all objects as they were listed.
+        is_web: whether the store is a web server.
+
+    Raises:
+        BeingWritten: they do not stand still.
+    """
+    wanted = settle if parts.is_several else 0.0
+    if is_web:
+        wanted = max(wanted, _WEB_TICK)
+    now = time.time()
+    written = [file.stat().st_mtime for file in parts.files]
+    left = wanted - (now - max((t for t in written if t <= now + 1), default=0.0))
+    if left > LONGEST_WAIT + _WEB_TICK:
+        raise _unsettled(parts.path, wanted)
+    if left > 0:
+        time.sleep(left)
+        if not stands():
+            raise _unsettled(parts.path, wanted)
+
+
+def _unsettled(path: Path, wanted: float) -> BeingWritten:
+    return BeingWritten(
+        f"{path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again at the "
+        "next pass."
+    )
