@@ -26,9 +26,9 @@ import torch
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync.checkpoints import fit as fitting
+from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
-from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.checkpoints.table import TensorTable
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.settings.spec import load_spec
@@ -118,7 +118,7 @@ def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Has files come in pieces of so many bytes: from the page cache, or past it by two threads."""
 
     def of(nbytes: int) -> None:
-        monkeypatch.setattr(Checkpoint, "_piece", nbytes)
+        monkeypatch.setattr(TensorTable, "piece", nbytes)
         monkeypatch.setattr(fitting, "CHUNK", nbytes)
         monkeypatch.setattr(staging, "_BUFFER", max(nbytes // 16, 1) * 8)
         if request.param == "cold":

@@ -29,8 +29,8 @@ from test_processes import SPEC
 from test_processes import mark_of as marks_of
 from test_retry import stop
 
-from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
+from wsync.checkpoints.table import TensorTable
 from wsync.cli.console import WatchLog
 from wsync.errors import SegmentError, SegmentUnsafe
 from wsync.layout.layout import layout_of
@@ -180,7 +180,7 @@ def test_a_source_that_changes_while_it_is_read(
     segment: Segment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that only bytes of one state of a file go live, and that the next pass takes what is there then."""
-    monkeypatch.setattr(Checkpoint, "_piece", 64)
+    monkeypatch.setattr(TensorTable, "piece", 64)
     act, status, afterwards, mark = CHANGES[change]
     spec = replace(load_spec(SPEC), weights=Fit(cast=True))
     write(runs / "step_1.safetensors", mlp(), 1.0)

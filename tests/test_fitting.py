@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from wsync.checkpoints import advice
 from wsync.checkpoints.cast import pieces
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit, Plan, fit
+from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.header import StoredTensor
+from wsync.checkpoints.plan import Plan, plan_of
 from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
 from wsync.history.database import State
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
@@ -572,10 +573,10 @@ def test_advice_is_true_whatever_was_done_to_the_names(data: st.DataObject) -> N
         "strict": data.draw(st.sampled_from([True, True, False])),
     }
     try:
-        fit(stored, layout, Fit(**given), Path("a"))
+        plan_of(stored, layout, Fit(**given), Path("a"))
     except CheckpointMismatch as exc:
         if "fit with" in exc.message:
-            fit(stored, layout, Fit(**{**given, **advised(exc.message)}), Path("a"))
+            plan_of(stored, layout, Fit(**{**given, **advised(exc.message)}), Path("a"))
         else:
             alone = done in (["prefix"], ["half"], ["inner"])
             assert not alone or not given["strict"] or any(given[name] for name in ("prefix", "rename", "exclude"))
@@ -609,17 +610,17 @@ def test_a_hostile_header_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(advice, "match", count)
     for settings in (Fit(), Fit(rename={"a": "b"}), Fit(prefix="x")):
         with pytest.raises(CheckpointMismatch):
-            fit(stored, LAYOUT, settings, Path("a"))
+            plan_of(stored, LAYOUT, settings, Path("a"))
     assert len(trials) < 100
     trials.clear()
     stored = {f"{number:x}.w": StoredTensor(f"{number:x}.w", "F32", (number,), 0, 0) for number in range(20_000)}
     with pytest.raises(CheckpointMismatch, match="fit with"):
-        fit(stored, lay(w=("F32", (3,))), Fit(), Path("a"))
+        plan_of(stored, lay(w=("F32", (3,))), Fit(), Path("a"))
     assert len(trials) < 100
     trials.clear()
     monkeypatch.setattr(advice, "_WORK", 60_000)
     with pytest.raises(CheckpointMismatch):
-        fit(stored, LAYOUT, Fit(rename={"a": "b"}), Path("a"))
+        plan_of(stored, LAYOUT, Fit(rename={"a": "b"}), Path("a"))
     assert len(trials) < 10
 
 

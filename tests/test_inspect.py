@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from wsync.checkpoints.cast import Piece
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
+from wsync.checkpoints.reading import Files
+from wsync.checkpoints.table import TensorTable
 from wsync.cli.inspection import inspect
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
@@ -88,7 +90,7 @@ def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, runtime: Pat
 def test_a_scan_goes_in_parts(cut: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards bounded memory whatever a file claims, and that every tensor is looked at to its last element."""
     if cut:
-        monkeypatch.setattr(Checkpoint, "_piece", 8 * cut)
+        monkeypatch.setattr(TensorTable, "piece", 8 * cut)
     state = {f"t{n}": torch.ones(n * 7, dtype=dtype) for n, dtype in enumerate([torch.float32, torch.float64] * 9)}
     state |= {"i": torch.full((9,), -1), "e": torch.zeros(0), "s": torch.tensor(1.0)}
     ill = {"t3", "t8", "t17", "s"}
@@ -103,11 +105,11 @@ def test_a_scan_of_what_claims_a_terabyte_takes_no_memory(tmp_path: Path, monkey
     """Guards against a sparse file, which costs its writer nothing."""
     read: list[int] = []
 
-    def each(_: Checkpoint, pieces: list[Piece], work: object) -> tuple[()]:
+    def each(_: Files, pieces: list[Piece], work: object) -> tuple[()]:
         read.extend(piece.nbytes for piece in pieces)
         return ()
 
-    monkeypatch.setattr(Checkpoint, "_each", each)
+    monkeypatch.setattr(Files, "converted", each)
     path = tmp_path / "a.safetensors"
     raw(path, {"a": {"dtype": "F32", "shape": [1 << 36], "data_offsets": [0, 1 << 38]}})
     os.truncate(path, path.stat().st_size + (1 << 38))

@@ -24,9 +24,9 @@ import torch
 from conftest import TESTS, write
 from safetensors.torch import save_file
 
-from wsync.checkpoints import checkpoint as module
 from wsync.checkpoints import files as parts
 from wsync.checkpoints import settling
+from wsync.checkpoints import table as module
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity, parts_of
 from wsync.cli.inspection import inspect

@@ -152,7 +152,7 @@ def test_every_range_is_of_the_listed_version(cloud: Cloud) -> None:
 
 def test_overwritten_while_it_is_read_is_read_again(cloud: Cloud, monkeypatch: Any) -> None:
     """Of an object that is overwritten in the middle nothing goes live; what took its place does."""
-    monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 64)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
     cloud.save("run/x.safetensors", mlp(), 1.0)
     fault = cloud.proxy.arm(
         r"GET \S*safetensors[\s\S]*bytes=(?!0-)", before=lambda: cloud.save("run/x.safetensors", mlp(), 2.0)

@@ -15,7 +15,7 @@ from object_stores import SECRET, Bucket
 from policies import mlp
 
 import wsync
-from wsync.checkpoints import fit as fitting
+from wsync.checkpoints import plan as fitting
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
@@ -228,7 +228,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
     layout = layout_of(mlp())
     weights = bytearray(layout.nbytes)
     ended = threading.Event()
-    fetch = wsync.checkpoints.remote.RemoteCheckpoint._fetch
+    fetch = wsync.checkpoints.objects.Objects._fetch
 
     def watched(self: Any, *args: Any) -> None:
         try:
@@ -241,7 +241,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
         if over.is_set():
             ended.set()
 
-    monkeypatch.setattr("wsync.checkpoints.remote.RemoteCheckpoint._fetch", watched)
+    monkeypatch.setattr("wsync.checkpoints.objects.Objects._fetch", watched)
     checkpoint = CheckpointWeightGetter(f"{RUN}/step_2.safetensors").open_newest()
     assert checkpoint
     with checkpoint, pytest.raises(CheckpointError):

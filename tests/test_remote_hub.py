@@ -172,7 +172,7 @@ def test_the_newest_of_a_repository_goes_live(hub: Repository, tmp_path: Path) -
 
 def test_a_commit_in_the_middle_of_the_read_is_seen(hub: Repository, tmp_path: Path, monkeypatch: Any) -> None:
     """Every range is of one commit; where the file is another by the end, it is read again at the new one."""
-    monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 64)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
     hub.commit(**{"x.safetensors": data(tmp_path, 1.0)})
     other, done = data(tmp_path, 2.0), threading.Event()
 

@@ -170,7 +170,7 @@ def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeyp
 def test_a_file_replaced_while_it_is_read_is_thrown_away(web: Web, etags: bool, monkeypatch: Any) -> None:
     """With an ETag or by its time alone: what changed in the middle goes live in none of its states."""
     web.etags = etags
-    monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 32)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 32)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     os.utime(file, (1e9, 1e9))
     checkpoint = CheckpointWeightGetter(f"http://{web.host}/x.safetensors").open_newest()
@@ -329,8 +329,8 @@ def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -
     program = (
         "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "
-        "print([m for m in sys.modules if m in ('wsync.checkpoints.remote', 'wsync.stores.store', 'obstore', "
-        "'concurrent.futures', 'boto3')])"
+        "print([m for m in sys.modules if m in ('wsync.checkpoints.objects', 'wsync.stores.path', "
+        "'wsync.stores.store', 'obstore', 'concurrent.futures', 'boto3')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -54,7 +54,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Has a small file come in many parts, like a large one, by as many threads as so many processors allow."""
 
     def of(processors: int) -> None:
-        monkeypatch.setattr("wsync.checkpoints.fit.CHUNK", 800)
+        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 800)
         monkeypatch.setattr(staging, "_LARGE", 1)
         monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
@@ -164,7 +164,7 @@ def test_what_the_disk_has_yet_to_give_is_read_past_the_page_cache(path: Path) -
     with Checkpoint(path) as checkpoint:
         weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
         checkpoint.read_into(memoryview(weights), plan)
-        assert checkpoint._files._direct
+        assert vars(checkpoint.table.source)["_direct"]
     assert cached_pages(path) < pages // 4  # what was read ahead beside the header
     assert bytes(weights) == weights_of(path)
 
@@ -176,7 +176,7 @@ def test_a_file_in_the_page_cache_is_read_from_there(path: Path, in_parts: Calla
     with Checkpoint(path) as checkpoint:
         weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
         checkpoint.read_into(memoryview(weights), plan)
-        assert not checkpoint._files._direct
+        assert not vars(checkpoint.table.source)["_direct"]
 
 
 def test_a_closed_checkpoint_leaves_no_descriptor(path: Path, cold: list[int]) -> None:

@@ -1,142 +1,42 @@
-"""A PEFT adapter merged into its base weights: W + scale · B A, in float32, from the base as it is stored, then cast.
+"""How a PEFT adapter is merged into its base weights, tensor by tensor.
 
-The layout of the files and the scale are those of PEFT (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
+The layout of the files is PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
 ``base_model.model.<module>.lora_A.weight`` of shape (r, in), its ``lora_B`` of shape (out, r), and the adapter's
-``adapter_config.json`` with ``lora_alpha``, which is divided by r, or by its root under ``use_rslora``. Where the base
-lies is said by the spec alone: what the adapter's own configuration says of it is data from elsewhere.
+``adapter_config.json``. Where the base lies is said by the spec alone.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
     Difference,
-    IncompleteCheckpoint,
-    MalformedCheckpoint,
     NonFiniteWeights,
     PartialCheckpoint,
     UnusableBase,
 )
-from ..layout.filenames import CONFIG
-from ..layout.finite import Region, all_finite
-from ..layout.layout import DTYPE_BITS, Layout, TensorEntry, describe
-from .cast import Pair, Piece, convert
-from .checkpoint import Checkpoint, open_checkpoint
-from .files import Parts, read_small, unreadable
-from .fit import FLOATS, Fit, Plan
+from ..layout.layout import Layout, TensorEntry, describe
+from . import plan as plan_module
+from .adapter_config import Config, read_config
+from .cast import Pair
+from .files import place_at, unreadable
+from .fit import FLOATS, Fit
 from .header import StoredTensor
+from .plan import Delta, Merge, Plan
+from .table import TensorTable
 
-_MAX_CONFIG = 1 << 20  # bytes
-_MAX_PATTERNS = 1000
 _SMALL = 1 << 24  # elements of both halves, whatever their rank; a hostile file of 4 KiB can claim any
 _ROOT = "base_model.model."
 _BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _MORE = re.compile(r"(.*?)\.(?:lora_|token_adapter\.)")  # a part of a module that PEFT has beside its weight
-_PLAIN = re.compile(r"[\w.^$|\\\-]+")  # an expression without repetition costs no more than its length
-_KINDS = (
-    *("use_dora", "use_qalora", "use_bdlora", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-    *("lora_bias", "trainable_token_indices"),
-)
-"""What makes of an adapter one that is more, or elsewhere, than W + scale · B A."""
-_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` by which training began with another base than the one it was given."""
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What an adapter's configuration says of its merge.
-
-    Attributes:
-        alpha: divided by the rank, or by its root, it is the scale.
-        patterns: alphas of single modules, by expressions that their names match; the first counts.
-        root: whether it is the rank's root.
-        transposed: whether the modules keep their weights so.
-    """
-
-    alpha: float
-    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
-    root: bool = False
-    transposed: bool = False
-
-    def scale(self, module: str, rank: int) -> float:
-        alpha = next((alpha for pattern, alpha in self.patterns if pattern.match(module)), self.alpha)
-        return alpha / (math.sqrt(rank) if self.root else rank)
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so.
-
-    Attributes:
-        weight: what it is added to, as it is stored.
-        of_base: whether that is the base's, and not one that the adapter brings itself.
-    """
-
-    entry: TensorEntry
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-    transposed: bool
-    weight: StoredTensor
-    of_base: bool
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What an adapter is added to: its base, which brings all other weights as ``plan`` says."""
-
-    base: Checkpoint
-    plan: Plan
-    deltas: list[Delta]
-
-    @property
-    def conversions(self) -> tuple[Pair, ...]:
-        added = ((d.weight, d.entry) for d in self.deltas if d.weight.dtype != d.entry.dtype)
-        return (*self.plan.conversions, *added)
-
-    def add(
-        self,
-        adapter: Checkpoint,
-        weights: memoryview,
-        regions: Sequence[Region],
-        progress: Callable[[int], None] | None,
-    ) -> bool:
-        """Reads the adapted weights, each with what is added to it; returns whether the sums are finite.
-
-        Raises:
-            UnusableBase: one is not finite in the base.
-        """
-        finite = True
-        rows: list[Difference] = []
-        for delta in self.deltas:
-            pairs = [(delta.weight, delta.entry)]
-            work = _adding(weights, delta, adapter.whole(delta.a), adapter.whole(delta.b), regions)
-            if not delta.of_base:
-                finite = adapter.convert_each(pairs, work, progress) and finite
-                continue
-            with blaming(self.base.path, adapter.path):
-                if not self.base.convert_each(pairs, work, progress):
-                    finite = False
-                    if not self.base.is_finite(delta.weight):
-                        rows.append(Difference(delta.entry.name, "finite", "NaN or infinity"))
-        with blaming(self.base.path, adapter.path):
-            self.base.check_unchanged()
-            if rows:
-                raise NonFiniteWeights(f"{self.base.path} holds NaN or infinity in {len(rows)} tensors.", tuple(rows))
-        return finite
 
 
 @contextmanager
@@ -157,17 +57,17 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
         raise CheckpointError(f"the base of the adapter {adapter} cannot be had: {told}") from exc
 
 
-def open_base(path: str, adapter: Path) -> Checkpoint:
+def open_base(path: str, adapter: Path) -> TensorTable:
     """What an adapter is merged into, opened."""
     with blaming(path, adapter):
-        base = open_checkpoint(path)
+        base = TensorTable(place_at(path))
         if not base.parts.is_adapter:
             return base
         base.close()
         raise CheckpointError(f"{base.path} is an adapter itself. Name the weights that both were trained on.")
 
 
-def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) -> Plan:
+def plan_of(adapter: TensorTable, base: TensorTable, layout: Layout, settings: Fit) -> Plan:
     """How an adapter is merged into a policy's weights.
 
     Raises:
@@ -177,7 +77,7 @@ def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) 
         UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
     """
     with blaming(base.path, adapter.path):
-        plan = base.plan(layout, settings)
+        plan = plan_module.plan_of(base.tensors, layout, settings, base.path)
     try:
         config = read_config(adapter.parts)
     except OSError as exc:
@@ -210,7 +110,7 @@ def merge(adapter: Checkpoint, base: Checkpoint, layout: Layout, settings: Fit) 
     replaced = {entry.name for _, entry in own.pairs}
     added = {delta.entry.name for delta in deltas}
     kept = tuple(entry for entry in plan.kept if entry.name not in replaced)
-    return replace(own.without(added), kept=kept, merge=Merge(base, plan.without(replaced | added), deltas))
+    return replace(own.without(added), kept=kept, merge=Merge(plan.without(replaced | added), tuple(deltas)))
 
 
 def _replace(
@@ -283,115 +183,6 @@ def _add(
         else:
             lacking.append(Difference(entry.name, entry.describe(), "absent"))
     return deltas, lacking
-
-
-def read_config(parts: Parts) -> Config:
-    """An adapter's configuration.
-
-    Raises:
-        IncompleteCheckpoint: it has not come, or not all of it.
-        MalformedCheckpoint: it is of a kind of adapter that is not merged here.
-        OSError: the system could not read it.
-    """
-    file = parts.files[0].parent / CONFIG
-    try:
-        if parts.index is None:
-            raise FileNotFoundError("it is not there")
-        return _config(json.loads(read_small(file, _MAX_CONFIG)))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as exc:
-        raise IncompleteCheckpoint(
-            f"{file} does not tell how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "
-            "or write it again."
-        ) from exc
-    except (ValueError, OverflowError, RecursionError) as exc:
-        raise MalformedCheckpoint(
-            f"{file} does not describe an adapter that wsync can merge ({exc!s:.100}). Merge it where it was trained, "
-            "and write the merged weights."
-        ) from exc
-
-
-def _config(table: Any) -> Config:
-    """A configuration from its JSON; a ValueError says why it is none."""
-    if not isinstance(table, dict) or table.get("peft_type") != "LORA":
-        raise ValueError("no LoRA")
-    if odd := [kind for kind in _KINDS if table.get(kind)]:
-        raise ValueError(f"it has {odd[0]}")
-    start = table.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise ValueError(f"{start:.40} changed the base that it was trained on")
-    parameters = table.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(f".{name}".endswith(".weight") for name in parameters):
-        raise ValueError("its target_parameters are not weights alone")
-    patterns = table.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
-        raise ValueError("its alpha_pattern is no short table")
-    return Config(
-        _number(table.get("lora_alpha")),
-        tuple((_expression(key), _number(alpha)) for key, alpha in patterns.items()),
-        bool(table.get("use_rslora")),
-        bool(table.get("fan_in_fan_out")),
-    )
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("an alpha is no number")
-    return float(value)
-
-
-def _expression(key: str) -> re.Pattern[str]:
-    """The modules that a key of ``alpha_pattern`` means, by PEFT's own rule; it is not to cost more than a look."""
-    if not _PLAIN.fullmatch(key):
-        raise ValueError(f"its alpha_pattern {key!r:.40} is no plain name")
-    try:
-        return re.compile(rf"(.*\.)?({key})$")
-    except re.error as exc:
-        raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc
-
-
-def _adding(
-    weights: memoryview, delta: Delta, a: memoryview, b: memoryview, regions: Sequence[Region]
-) -> Callable[[Piece, memoryview], bool]:
-    """Returns a function that adds the delta to pieces of a weight and casts each sum once, into the weights.
-
-    It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
-
-    Args:
-        a: with ``b`` the bytes of the delta's halves.
-    """
-    import numpy as np
-
-    entry, scale = delta.entry, np.float32(delta.scale)
-    left, right = _single(b, delta.b), _single(a, delta.a)
-    if delta.transposed:
-        left, right = right.T, left.T
-    width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
-
-    def product(first: int, number: int) -> Any:
-        """So many elements of the product, by rows, from ``first`` on."""
-        top, begin = divmod(first, columns)
-        if begin + number <= columns:
-            return left[top] @ right[:, begin : begin + number]
-        rows = left[top : -(-(first + number) // columns)] @ right
-        return rows.reshape(-1)[begin : begin + number]
-
-    def work(piece: Piece, data: memoryview) -> bool:
-        wide = "F64" if "F64" in (piece.source, piece.target) else "F32"
-        summed = convert(data, piece.source, wide)
-        values = np.frombuffer(summed, "f8" if wide == "F64" else "f4")
-        with np.errstate(all="ignore"):  # what overflows is found by the finite check
-            values += product((piece.offset - entry.offset) // width, len(values)) * scale
-        convert(summed, wide, piece.target, weights[piece.offset : piece.offset + piece.becomes])
-        return all_finite(weights, regions, ((piece.offset, piece.becomes),))
-
-    return work
-
-
-def _single(data: memoryview, tensor: StoredTensor) -> Any:
-    import numpy as np
-
-    floats = data if tensor.dtype == "F32" else convert(data, tensor.dtype, "F32")
-    return np.frombuffer(floats, "f4").reshape(tensor.shape)
 
 
 def _multiplies(a: StoredTensor, b: StoredTensor, entry: TensorEntry, transposed: bool) -> bool:

@@ -15,8 +15,9 @@ from itertools import islice
 from typing import Any
 
 from ..layout.layout import Layout
-from .fit import Fit, Match, match
+from .fit import Fit
 from .header import StoredTensor
+from .match import Match, match
 
 _WRAPPERS = (
     "module.",  # DistributedDataParallel

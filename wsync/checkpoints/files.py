@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from ..layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, is_file_name
 from ..system.memory import read_at
 
 if TYPE_CHECKING:
-    from .remote import RemotePath
+    from ..stores.path import RemotePath
 
 _KEPT = 1 << 18  # bytes of an index that is remembered at most
 _STEADY = 1.0  # seconds after which a further write of an index shows in its times
@@ -43,7 +43,7 @@ def place_at(place: str | os.PathLike[str]) -> Path:
     text = os.fspath(place)
     if "://" not in text:
         return Path(text).absolute()
-    from .remote import RemotePath, open_url
+    from ..stores.path import RemotePath, open_url
 
     return cast(Path, place if isinstance(place, RemotePath) else open_url(text))
 
@@ -201,6 +201,13 @@ def _weight_map(index: Path) -> dict[str, Any]:
                 f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
             ) from exc
         raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
+
+
+def changed(path: Path) -> CheckpointChanged:
+    return CheckpointChanged(
+        f"{path} changed while it was read; what was read is thrown away. Nothing to do: it is read again at the next "
+        "pass. Writers do best to write another name and rename it into place."
+    )
 
 
 def unreadable(path: Path, exc: OSError) -> CheckpointError:

@@ -14,15 +14,20 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
-from ..errors import CheckpointChanged
+from ..errors import NoCheckpoint
 from ..layout.finite import Region, all_finite
-from ..system.memory import PAGE, shut
+from ..system.memory import PAGE, being_written, kept, read_at, shut
+from . import settling
 from .cast import Piece, split
-from .fit import Read
+from .files import Parts, changed, identity, parts_of, unreadable
+from .header import malformed
+from .plan import Read
 
 _BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; they stay in its second cache
 _LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
@@ -36,27 +41,65 @@ _J = TypeVar("_J", Read, Piece)
 
 
 class Files:
-    """The open files of a checkpoint.
+    """The open files of a checkpoint on a disk: a ``ByteSource``.
 
-    Args:
-        fds: one descriptor for each; the caller closes them.
-        changed: makes the error of a file that ends early.
+    Each is used through one descriptor, and looked at again when all is read.
     """
 
-    def __init__(self, fds: Sequence[int], changed: Callable[[], CheckpointChanged]) -> None:
-        self._fds, self._changed = fds, changed
+    def __init__(self, parts: Parts, settle: float) -> None:
+        self.parts = parts
+        self._fds: list[int] = []
         self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
         self._own = threading.local()
+        try:
+            for file in parts.files:
+                self._fds.append(_open(file))
+            settling.let_files_settle(parts, self._fds, settle)
+            self.infos = [os.fstat(fd) for fd in self._fds]
+            self._index = parts.index.stat() if parts.index else None
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         while self._direct:
             shut(self._direct.popitem()[1])
+        while self._fds:
+            shut(self._fds.pop())
+
+    def linked_name(self) -> str:
+        path = self.parts.path
+        try:
+            if not path.is_symlink():
+                return ""
+            real = Path(os.readlink(f"/proc/self/fd/{self._fds[0]}"))
+        except OSError:
+            return ""
+        return (real if self.parts.files[0] == path else real.parent).name
+
+    def stands(self) -> bool:
+        """As a ``ByteSource`` tells it.
+
+        On tmpfs what is written through a mapping shows in no time; who writes so is seen while the mapping stands.
+        """
+        for fd, info in zip(self._fds, self.infos, strict=True):
+            if identity(os.fstat(fd)) != identity(info) or being_written(fd):
+                return False
+        if not self.parts.is_several:  # files that are replaced one after another are each whole, and together none
+            return True
+        parts = parts_of(self.parts.path)
+        if parts != self.parts or not all(
+            os.path.samestat(file.stat(), info) for file, info in zip(parts.files, self.infos, strict=True)
+        ):
+            return False
+        return not (parts.index and self._index) or identity(parts.index.stat()) == identity(self._index)
+
+    def read(self, file: int, nbytes: int, start: int) -> bytes:
+        return read_at(self._fds[file], nbytes, start)
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
-        """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
-
         def stage(read: Read) -> bool:
             slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]  # P4 stage
             if read.file in self._direct or (read.slices[0][0] - read.start) % PAGE in _SLOW_DISTANCES:
@@ -71,12 +114,6 @@ class Files:
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
-        """Yields each piece with whether ``work`` returned True for all of it.
-
-        Args:
-            work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
-        """
-
         def convert(piece: Piece) -> bool:
             parts = split(piece, _BUFFER)
             stored = self._pieces(piece.file, piece.start, piece.nbytes)
@@ -131,13 +168,28 @@ class Files:
         while missing:
             got = os.preadv(self._fds[file], buffers, start)
             if not got:
-                raise self._changed()
+                raise changed(self.parts.path)
             start, missing = start + got, missing - got
             while got and missing:
                 if got >= len(buffers[0]):
                     got -= len(buffers.pop(0))
                 else:
                     buffers[0], got = buffers[0][got:], 0
+
+
+def _open(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:  # a socket
+            raise malformed(path, "it is not a regular file") from exc
+        raise unreadable(path, exc) from exc
+    with kept(fd):
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise malformed(path, "it is not a regular file")
+    return fd
 
 
 def _is_cached(fd: int, at: int) -> bool:

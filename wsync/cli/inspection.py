@@ -95,7 +95,7 @@ def _described(path: Path, checkpoint: Checkpoint, broken: set[str] | None) -> d
         "kind": None,
         "step": checkpoint.step,
         "bytes": checkpoint.size,
-        "files": [file.name for file in checkpoint.parts.files],
+        "files": [file.name for file in checkpoint.table.parts.files],
         "metadata": checkpoint.metadata,
         "tensors": [
             {
@@ -103,7 +103,7 @@ def _described(path: Path, checkpoint: Checkpoint, broken: set[str] | None) -> d
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
                 "bytes": tensor.nbytes,
-                "file": checkpoint.parts.files[tensor.file].name,
+                "file": checkpoint.table.parts.files[tensor.file].name,
                 **({} if broken is None else {"finite": tensor.name not in broken}),
             }
             for tensor in checkpoint.tensors.values()
@@ -145,8 +145,10 @@ def _not_finite(checkpoint: Checkpoint) -> set[str]:
         return True
 
     try:
-        checkpoint.convert_each([(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look)
-        checkpoint.check_unchanged()
+        checkpoint.table.convert_each(
+            [(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look
+        )
+        checkpoint.table.check_unchanged()
     except OSError as exc:
         raise unreadable(checkpoint.path, exc) from exc
     return broken

@@ -14,7 +14,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..checkpoints.fit import Fit, Plan
+from ..checkpoints.fit import Fit
+from ..checkpoints.plan import Plan
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
 from ..layout.layout import Layout
 from . import group as transport

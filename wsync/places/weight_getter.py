@@ -116,7 +116,7 @@ class CheckpointWeightGetter:
     def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
         if not remote(self.checkpoints):
             return ((candidate, self._step(candidate)) for candidate in found)
-        from ..checkpoints.remote import AT_ONCE
+        from ..checkpoints.objects import AT_ONCE
         from ..stores.prefetch import prefetch
 
         return prefetch(found, self._step, AT_ONCE)  # each is a request

@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.fit import Fit, Plan
+from ..checkpoints.fit import Fit
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..system.memory import mapping
@@ -24,6 +23,9 @@ from .segment import Segment
 
 if TYPE_CHECKING:
     import torch
+
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.plan import Plan
 
 
 class Staged(NamedTuple):

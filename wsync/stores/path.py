@@ -1,12 +1,7 @@
-"""Checkpoints behind a URL: what stands for a path there, and a checkpoint that is read by ranges.
+"""What stands for a path in a store, and which store a URL names.
 
 A ``RemotePath`` answers what listing and opening ask of a path, all of it from one listing of the store, so that
-order, shards, markers, completeness and temporaries are decided by the same lines as on disk. A ``RemoteCheckpoint``
-reads its headers first and then the planned ranges alone, ``AT_ONCE`` at a time, piece by piece straight into the slot:
-beyond the slot it takes a few pieces of 64 KiB for each range, and where tensors are converted ``AHEAD`` chunks.
-
-All is read of the versions that were listed, or nothing: an object that is overwritten in between ends the pass, and
-what was read is thrown away. A thread that is late writes nothing any more.
+order, shards, markers, completeness and temporaries are decided by the same lines as on disk.
 """
 
 from __future__ import annotations
@@ -14,25 +9,14 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
 
-from ..errors import NoCheckpoint, UsageError, printable
-from ..layout.finite import Region, all_finite
-from ..stores.prefetch import prefetch
-from ..stores.store import SCHEMES, OtherVersion, Store, Stored, directory_stat, into
-from .cast import Piece
-from .checkpoint import Checkpoint
-from .fit import Read
-from .settling import let_objects_settle
+from ..errors import UsageError, printable
+from .store import SCHEMES, Store, Stored, directory_stat
 
-AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
-AHEAD = 4  # chunks that wait in memory to be converted
 _ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # what obstore takes for no name
-
 
 Tree = dict[str, Stored | None]
 """What a store had at one moment: objects by their keys, and None for a name that others lie below."""
@@ -171,7 +155,7 @@ def open_url(url: str) -> RemotePath | Path:
         user, _, host = web.netloc.rpartition("@")
         store, key = Store(scheme, host, (user, web.query)), unquote(web.path)
     elif scheme == "hf":
-        from ..stores.hub import Hub, split
+        from .hub import Hub, split
 
         host, key = split(rest)
         store = Hub(scheme, host)
@@ -191,89 +175,3 @@ def open_url(url: str) -> RemotePath | Path:
             "characters in it that no name has. Write the name as the store lists it."
         )
     return place
-
-
-class RemoteCheckpoint(Checkpoint):
-    """A checkpoint in a store; see ``Checkpoint`` for all but how it is read."""
-
-    def _open_files(self, settle: float) -> None:
-        self._stored = [self._listed_as(file) for file in self.parts.files]
-        self._infos = [file.stat() for file in self.parts.files]
-        is_web = cast(RemotePath, self.path).store.is_web
-        let_objects_settle(self.parts, settle, self._stands, is_web=is_web)
-
-    @staticmethod
-    def _listed_as(file: Path) -> Stored:
-        stored = cast(RemotePath, file).stored()
-        if stored is None:
-            raise NoCheckpoint(f"there is no {file}. Name a checkpoint that exists.")
-        return stored
-
-    def check_unchanged(self) -> None:
-        if not self._stands():
-            raise self._changed()
-
-    def _stands(self) -> bool:
-        """Whether the store has all files as they were listed."""
-        files = [*self._stored, *([self._listed_as(self.parts.index)] if self.parts.index else [])]
-        store = cast(RemotePath, self.path).store
-        return all(
-            now and now.is_version(file) for file, now in prefetch(files, lambda file: store.head(file.key), AT_ONCE)
-        )
-
-    def _at(self, number: int, nbytes: int, start: int) -> bytes:
-        data = bytearray(nbytes)
-        self._fetch(number, nbytes, start, into(data))
-        return bytes(data)
-
-    def _fetch(self, number: int, nbytes: int, start: int, take: Callable[[int, memoryview], object]) -> None:
-        if not nbytes:
-            return
-        try:
-            cast(RemotePath, self.path).store.read(self._stored[number], start, nbytes, take)
-        except OtherVersion:
-            raise self._changed() from None
-        except FileNotFoundError:
-            raise NoCheckpoint(f"{self.parts.files[number]} is gone. The next pass takes what is there.") from None
-
-    def _staged(
-        self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
-    ) -> Iterator[tuple[Read, bool]]:
-        lock, over = threading.Lock(), threading.Event()
-
-        def work(read: Read) -> None:
-            def take(at: int, piece: memoryview) -> None:
-                with lock:  # a pass that failed has given the slot back
-                    if over.is_set():
-                        raise _Abandoned
-                    _scatter(weights, read, at, piece)
-
-            self._fetch(read.file, read.nbytes, read.start, take)
-
-        try:
-            for read, _ in prefetch(reads, work, AT_ONCE):
-                yield read, all_finite(weights, regions, read.slices)
-        finally:
-            with lock:
-                over.set()
-
-    def _each(self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]) -> Iterator[tuple[Piece, bool]]:
-        fetch = lambda piece: self._at(piece.file, piece.nbytes, piece.start)  # noqa: E731
-        for piece, data in prefetch(listed, fetch, AHEAD):
-            yield piece, work(piece, memoryview(data))
-
-
-class _Abandoned(Exception):
-    """The pass is over; nobody waits for this range."""
-
-
-def _scatter(weights: memoryview, read: Read, at: int, piece: memoryview) -> None:
-    """Puts a piece of a read, ``at`` bytes into it, into the slices that it belongs to."""
-    for offset, nbytes in read.slices:
-        if at < nbytes:
-            part = piece[: nbytes - at]
-            weights[offset + at : offset + at + len(part)] = part
-            piece, at = piece[len(part) :], at + len(part)
-            if not piece:
-                return
-        at -= nbytes

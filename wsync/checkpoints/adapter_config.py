@@ -1,0 +1,114 @@
+"""What a PEFT adapter's ``adapter_config.json`` says of how it is merged.
+
+The scale is PEFT's own (https://github.com/huggingface/peft, ``tuners/lora``): ``lora_alpha`` divided by the rank, or
+by its root under ``use_rslora``. What the file says of where the base lies is data from elsewhere, and not used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import IncompleteCheckpoint, MalformedCheckpoint
+from ..layout.filenames import CONFIG
+from .files import Parts, read_small
+
+_MAX_CONFIG = 1 << 20  # bytes
+_MAX_PATTERNS = 1000
+_PLAIN = re.compile(r"[\w.^$|\\\-]+")  # an expression without repetition costs no more than its length
+_KINDS = (
+    *("use_dora", "use_qalora", "use_bdlora", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+    *("lora_bias", "trainable_token_indices"),
+)
+"""What makes of an adapter one that is more, or elsewhere, than W + scale · B A."""
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` by which training began with another base than the one it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What an adapter's configuration says of its merge.
+
+    Attributes:
+        alpha: divided by the rank, or by its root, it is the scale.
+        patterns: alphas of single modules, by expressions that their names match; the first counts.
+        root: whether it is the rank's root.
+        transposed: whether the modules keep their weights so.
+    """
+
+    alpha: float
+    patterns: tuple[tuple[re.Pattern[str], float], ...] = ()
+    root: bool = False
+    transposed: bool = False
+
+    def scale(self, module: str, rank: int) -> float:
+        alpha = next((alpha for pattern, alpha in self.patterns if pattern.match(module)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def read_config(parts: Parts) -> Config:
+    """An adapter's configuration.
+
+    Raises:
+        IncompleteCheckpoint: it has not come, or not all of it.
+        MalformedCheckpoint: it is of a kind of adapter that is not merged here.
+        OSError: the system could not read it.
+    """
+    file = parts.files[0].parent / CONFIG
+    try:
+        if parts.index is None:
+            raise FileNotFoundError("it is not there")
+        return _config(json.loads(read_small(file, _MAX_CONFIG)))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise IncompleteCheckpoint(
+            f"{file} does not tell how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "
+            "or write it again."
+        ) from exc
+    except (ValueError, OverflowError, RecursionError) as exc:
+        raise MalformedCheckpoint(
+            f"{file} does not describe an adapter that wsync can merge ({exc!s:.100}). Merge it where it was trained, "
+            "and write the merged weights."
+        ) from exc
+
+
+def _config(table: Any) -> Config:
+    """A configuration from its JSON; a ValueError says why it is none."""
+    if not isinstance(table, dict) or table.get("peft_type") != "LORA":
+        raise ValueError("no LoRA")
+    if odd := [kind for kind in _KINDS if table.get(kind)]:
+        raise ValueError(f"it has {odd[0]}")
+    start = table.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise ValueError(f"{start:.40} changed the base that it was trained on")
+    parameters = table.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(f".{name}".endswith(".weight") for name in parameters):
+        raise ValueError("its target_parameters are not weights alone")
+    patterns = table.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
+        raise ValueError("its alpha_pattern is no short table")
+    return Config(
+        _number(table.get("lora_alpha")),
+        tuple((_expression(key), _number(alpha)) for key, alpha in patterns.items()),
+        bool(table.get("use_rslora")),
+        bool(table.get("fan_in_fan_out")),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("an alpha is no number")
+    return float(value)
+
+
+def _expression(key: str) -> re.Pattern[str]:
+    """The modules that a key of ``alpha_pattern`` means, by PEFT's own rule; it is not to cost more than a look."""
+    if not _PLAIN.fullmatch(key):
+        raise ValueError(f"its alpha_pattern {key!r:.40} is no plain name")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except re.error as exc:
+        raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc

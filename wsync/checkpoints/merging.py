@@ -1,0 +1,114 @@
+"""Reads a base's weights with an adapter added: W + scale · B A, in float32, from the base as stored, then cast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import Difference, NonFiniteWeights
+from ..layout.finite import Region, all_finite, float_regions
+from ..layout.layout import DTYPE_BITS
+from . import staging
+from .adapter import blaming
+from .cast import Piece, convert
+from .files import unreadable
+from .header import StoredTensor
+from .plan import Delta, Plan
+from .staging import Progress
+from .table import TensorTable
+
+
+def read_into(
+    adapter: TensorTable, base: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress
+) -> None:
+    """Reads what the plan of a merge says; see ``Checkpoint.read_into``."""
+    assert plan.merge
+    regions = float_regions(plan.layout) if finite else ()
+    try:
+        with blaming(base.path, adapter.path):
+            staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
+        clean = staging.stage(adapter, weights, plan, regions, progress)
+        clean = _add(adapter, base, plan.merge.deltas, weights, regions, progress) and clean
+        adapter.check_unchanged()  # P5 verify
+    except OSError as exc:
+        raise unreadable(adapter.path, exc) from exc
+    if not clean:
+        raise staging.non_finite(adapter, weights, plan)
+
+
+def _add(
+    adapter: TensorTable,
+    base: TensorTable,
+    deltas: Sequence[Delta],
+    weights: memoryview,
+    regions: Sequence[Region],
+    progress: Progress,
+) -> bool:
+    """Reads the adapted weights, each with what is added to it; returns whether the sums are finite.
+
+    Raises:
+        UnusableBase: one is not finite in the base.
+    """
+    finite = True
+    rows: list[Difference] = []
+    for delta in deltas:
+        pairs = [(delta.weight, delta.entry)]
+        work = _adding(weights, delta, adapter.whole(delta.a), adapter.whole(delta.b), regions)
+        if not delta.of_base:
+            finite = adapter.convert_each(pairs, work, progress) and finite
+            continue
+        with blaming(base.path, adapter.path):
+            if not base.convert_each(pairs, work, progress):
+                finite = False
+                if not base.is_finite(delta.weight):
+                    rows.append(Difference(delta.entry.name, "finite", "NaN or infinity"))
+    with blaming(base.path, adapter.path):
+        base.check_unchanged()
+        if rows:
+            raise NonFiniteWeights(f"{base.path} holds NaN or infinity in {len(rows)} tensors.", tuple(rows))
+    return finite
+
+
+def _adding(
+    weights: memoryview, delta: Delta, a: memoryview, b: memoryview, regions: Sequence[Region]
+) -> Callable[[Piece, memoryview], bool]:
+    """Returns a function that adds the delta to pieces of a weight and casts each sum once, into the weights.
+
+    It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
+
+    Args:
+        a: with ``b`` the bytes of the delta's halves.
+    """
+    import numpy as np
+
+    entry, scale = delta.entry, np.float32(delta.scale)
+    left, right = _single(b, delta.b), _single(a, delta.a)
+    if delta.transposed:
+        left, right = right.T, left.T
+    width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
+
+    def product(first: int, number: int) -> Any:
+        """So many elements of the product, by rows, from ``first`` on."""
+        top, begin = divmod(first, columns)
+        if begin + number <= columns:
+            return left[top] @ right[:, begin : begin + number]
+        rows = left[top : -(-(first + number) // columns)] @ right
+        return rows.reshape(-1)[begin : begin + number]
+
+    def work(piece: Piece, data: memoryview) -> bool:
+        wide = "F64" if "F64" in (piece.source, piece.target) else "F32"
+        summed = convert(data, piece.source, wide)
+        values = np.frombuffer(summed, "f8" if wide == "F64" else "f4")
+        with np.errstate(all="ignore"):  # what overflows is found by the finite check
+            values += product((piece.offset - entry.offset) // width, len(values)) * scale
+        convert(summed, wide, piece.target, weights[piece.offset : piece.offset + piece.becomes])
+        return all_finite(weights, regions, ((piece.offset, piece.becomes),))
+
+    return work
+
+
+def _single(data: memoryview, tensor: StoredTensor) -> Any:
+    import numpy as np
+
+    floats = data if tensor.dtype == "F32" else convert(data, tensor.dtype, "F32")
+    return np.frombuffer(floats, "f4").reshape(tensor.shape)

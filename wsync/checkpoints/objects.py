@@ -1,0 +1,117 @@
+"""Reads the bytes of objects in a store into the weights, by ranges.
+
+The planned ranges alone are read, ``AT_ONCE`` at a time, piece by piece straight into the slot: beyond the slot it
+takes a few pieces of 64 KiB for each range, and where tensors are converted ``AHEAD`` chunks.
+
+All is read of the versions that were listed, or nothing: an object that is overwritten in between ends the pass, and
+what was read is thrown away. A thread that is late writes nothing any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from ..errors import NoCheckpoint
+from ..layout.finite import Region, all_finite
+from ..stores.path import RemotePath
+from ..stores.prefetch import prefetch
+from ..stores.store import OtherVersion, Stored, into
+from . import settling
+from .cast import Piece
+from .files import Parts, changed
+from .plan import Read
+
+AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
+AHEAD = 4  # chunks that wait in memory to be converted
+
+
+class Objects:
+    """The objects of a checkpoint in a store: a ``ByteSource``."""
+
+    def __init__(self, parts: Parts, settle: float) -> None:
+        self.parts = parts
+        self.infos = [file.stat() for file in parts.files]
+        self._store = cast(RemotePath, parts.path).store
+        self._stored = [_listed_as(file) for file in parts.files]
+        self._index = [_listed_as(parts.index)] if parts.index else []
+        settling.let_objects_settle(parts, settle, self.stands, is_web=self._store.is_web)
+
+    def close(self) -> None:
+        pass
+
+    def linked_name(self) -> str:
+        return ""
+
+    def stands(self) -> bool:
+        files = [*self._stored, *self._index]
+        looks = prefetch(files, lambda file: self._store.head(file.key), AT_ONCE)
+        return all(now and now.is_version(file) for file, now in looks)
+
+    def read(self, file: int, nbytes: int, start: int) -> bytes:
+        data = bytearray(nbytes)
+        self._fetch(file, nbytes, start, into(data))
+        return bytes(data)
+
+    def staged(
+        self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
+    ) -> Iterator[tuple[Read, bool]]:
+        lock, over = threading.Lock(), threading.Event()
+
+        def work(read: Read) -> None:
+            def take(at: int, piece: memoryview) -> None:
+                with lock:  # a pass that failed has given the slot back
+                    if over.is_set():
+                        raise _Abandoned
+                    _scatter(weights, read, at, piece)
+
+            self._fetch(read.file, read.nbytes, read.start, take)
+
+        try:
+            for read, _ in prefetch(reads, work, AT_ONCE):
+                yield read, all_finite(weights, regions, read.slices)
+        finally:
+            with lock:
+                over.set()
+
+    def converted(
+        self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
+    ) -> Iterator[tuple[Piece, bool]]:
+        fetch = lambda piece: self.read(piece.file, piece.nbytes, piece.start)  # noqa: E731
+        for piece, data in prefetch(listed, fetch, AHEAD):
+            yield piece, work(piece, memoryview(data))
+
+    def _fetch(self, file: int, nbytes: int, start: int, take: Callable[[int, memoryview], object]) -> None:
+        if not nbytes:
+            return
+        try:
+            self._store.read(self._stored[file], start, nbytes, take)
+        except OtherVersion:
+            raise changed(self.parts.path) from None
+        except FileNotFoundError:
+            raise NoCheckpoint(f"{self.parts.files[file]} is gone. The next pass takes what is there.") from None
+
+
+class _Abandoned(Exception):
+    """The pass is over; nobody waits for this range."""
+
+
+def _listed_as(file: Path) -> Stored:
+    stored = cast(RemotePath, file).stored()
+    if stored is None:
+        raise NoCheckpoint(f"there is no {file}. Name a checkpoint that exists.")
+    return stored
+
+
+def _scatter(weights: memoryview, read: Read, at: int, piece: memoryview) -> None:
+    """Puts a piece of a read, ``at`` bytes into it, into the slices that it belongs to."""
+    for offset, nbytes in read.slices:
+        if at < nbytes:
+            part = piece[: nbytes - at]
+            weights[offset + at : offset + at + len(part)] = part
+            piece, at = piece[len(part) :], at + len(part)
+            if not piece:
+                return
+        at -= nbytes

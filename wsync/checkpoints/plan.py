@@ -1,0 +1,167 @@
+"""How a checkpoint's bytes reach a layout: which bytes of which file go where.
+
+A plan is data, and carries what was found on the way: what is cast, what keeps its live values, what an adapter adds.
+What does not fit is told as a whole, tensor by tensor; and where one setting would make it fit, the message says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CheckpointMismatch, PartialCheckpoint
+from ..layout.layout import Layout, TensorEntry
+from .cast import Pair
+from .fit import Fit
+from .header import StoredTensor
+from .match import match
+
+CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
+_MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+
+
+class Read(NamedTuple):
+    """One system call: ``nbytes`` from ``start`` of a file into slices ``(offset, nbytes)`` of the weights."""
+
+    file: int
+    start: int
+    nbytes: int
+    slices: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a checkpoint's bytes reach a layout.
+
+    Attributes:
+        pairs: what is read of the checkpoint, and what it becomes.
+        twins: further copies of a tied tensor, which must equal the one that is read.
+        kept: tensors that do not come and keep their live values.
+        merge: what an adapter adds to its base, and what is read of that.
+    """
+
+    layout: Layout
+    pairs: tuple[Pair, ...] = ()
+    twins: tuple[Pair, ...] = ()
+    kept: tuple[TensorEntry, ...] = ()
+    merge: Merge | None = None
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """What is read as it is stored, in the order of the files."""
+        return _reads(pair for pair in self.pairs if pair[0].dtype == pair[1].dtype)
+
+    @cached_property
+    def casts(self) -> tuple[Pair, ...]:
+        """What is converted on the way."""
+        return tuple(pair for pair in self.pairs if pair[0].dtype != pair[1].dtype)
+
+    @property
+    def conversions(self) -> tuple[Pair, ...]:
+        """The same with what an adapter's base brings."""
+        return (*self.merge.conversions, *self.casts) if self.merge else self.casts
+
+    def without(self, names: Collection[str]) -> Plan:
+        """The same without these tensors, unless a further copy is compared with them."""
+        left_out = set(names) - {entry.name for _, entry in self.twins}
+        return replace(self, pairs=tuple(pair for pair in self.pairs if pair[1].name not in left_out))
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so.
+
+    Attributes:
+        weight: what it is added to, as it is stored.
+        of_base: whether that is the base's, and not one that the adapter brings itself.
+    """
+
+    entry: TensorEntry
+    a: StoredTensor
+    b: StoredTensor
+    scale: float
+    transposed: bool
+    weight: StoredTensor
+    of_base: bool
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What an adapter adds to its base, which brings all other weights as ``plan`` says."""
+
+    plan: Plan
+    deltas: tuple[Delta, ...]
+
+    @property
+    def conversions(self) -> tuple[Pair, ...]:
+        added = ((d.weight, d.entry) for d in self.deltas if d.weight.dtype != d.entry.dtype)
+        return (*self.plan.conversions, *added)
+
+
+_last: tuple[Mapping[str, StoredTensor], Layout, Fit, Plan] | None = None  # those of one run are planned alike
+
+
+def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path: Path) -> Plan:
+    """Plans how a checkpoint's tensors reach a layout.
+
+    Args:
+        path: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
+            setting that would make them fit where there is one.
+        PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
+    """
+    global _last
+    if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
+        return _last[3]
+    found = match(tensors, layout, settings)
+    if found.rows:
+        rows = tuple(sorted(found.rows, key=lambda row: row.name))
+        if not settings.strict and not match(tensors, layout, replace(settings, partial=True)).rows:
+            raise PartialCheckpoint(
+                f"{path} holds a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors do not "
+                "come. Nothing is live whose values they could keep. Publish a whole checkpoint first.",
+                rows,
+            )
+        from .advice import advice  # which few passes need
+
+        raise CheckpointMismatch(
+            f"{path} does not fit the policy: {len(rows)} of its tensors differ. " + advice(tensors, layout, settings),
+            rows,
+        )
+    plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept))
+    _last = (tensors, layout, settings, plan)
+    return plan
+
+
+def _reads(chosen: Iterable[Pair]) -> tuple[Read, ...]:
+    """Reads of at most ``CHUNK`` bytes that follow the files, each filling as many tensors as lie in it in a row."""
+    reads: list[Read] = []
+    slices: list[tuple[int, int]] = []
+    file = start = end = 0
+
+    def flush() -> None:
+        if slices:
+            reads.append(Read(file, start, end - start, tuple(slices)))
+            slices.clear()
+
+    for stored, entry in sorted(chosen, key=lambda pair: (pair[0].file, pair[0].start)):
+        at = 0
+        while at < stored.nbytes:
+            here = stored.start + at
+            room = CHUNK - (end - start) & ~7  # so that no element is split
+            if (stored.file, here) != (file, end) or not room or len(slices) >= _MAX_BUFFERS:
+                flush()
+                file, start, end, room = stored.file, here, here, CHUNK
+            size = min(stored.nbytes - at, room)
+            if slices and sum(slices[-1]) == entry.offset + at:
+                slices[-1] = (slices[-1][0], slices[-1][1] + size)
+            else:
+                slices.append((entry.offset + at, size))
+            end, at = here + size, at + size
+    flush()
+    return tuple(reads)

@@ -1,0 +1,67 @@
+"""Where a checkpoint's bytes come from: local files, or objects of a store, behind the same few methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from ..layout.finite import Region
+from .cast import Piece
+from .files import Parts, remote
+from .plan import Read
+from .reading import Files
+
+
+class ByteSource(Protocol):
+    """The files of one checkpoint, opened.
+
+    Attributes:
+        infos: what the system, or the store, said of each file when it was opened.
+    """
+
+    infos: list[os.stat_result]
+
+    def read(self, file: int, nbytes: int, start: int) -> bytes:
+        """Bytes of one of the files; fewer where it ends."""
+
+    def staged(
+        self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
+    ) -> Iterator[tuple[Read, bool]]:
+        """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
+
+    def converted(
+        self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
+    ) -> Iterator[tuple[Piece, bool]]:
+        """Yields each piece with whether ``work`` returned True for all of it.
+
+        Args:
+            work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
+        """
+
+    def stands(self) -> bool:
+        """Whether the files are still those that were opened, unchanged, and nobody is writing to them."""
+
+    def linked_name(self) -> str:
+        """The name of what a link, such as ``latest``, led to when it was opened; empty where the path is none."""
+
+    def close(self) -> None: ...
+
+
+def open_source(parts: Parts, settle: float) -> ByteSource:
+    """Opens the files of a checkpoint.
+
+    Args:
+        settle: seconds that they must have stood still where nothing else tells that their writer is done.
+
+    Raises:
+        NoCheckpoint: one is not there.
+        BeingWritten: the writer is still at work.
+        MalformedCheckpoint: one is not a regular file.
+        CheckpointError: one cannot be read.
+    """
+    if remote(parts.path) is None:
+        return Files(parts, settle)
+    from .objects import Objects
+
+    return Objects(parts, settle)

@@ -1,0 +1,114 @@
+"""The tensors of one checkpoint: a source of bytes, opened once, and a table of what lies where in it.
+
+The format is safetensors (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON
+header that gives dtype, shape and byte range of each tensor, then the bytes without gaps. A checkpoint is data from
+elsewhere: nothing in it is believed before it is checked against the file's real size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..errors import CheckpointError, IncompleteCheckpoint
+from ..layout.finite import is_finite
+from ..layout.layout import TensorEntry
+from .cast import Pair, Piece, pieces
+from .files import changed, identity_of, parts_of, unreadable
+from .header import StoredTensor, read_header
+from .plan import CHUNK
+from .source import ByteSource, open_source
+
+
+class TensorTable:
+    """The open tensors of a checkpoint, its headers validated; however many files it has, they are one table.
+
+    Attributes:
+        path: the file or directory where it was found, absolute.
+        parts: what it consists of.
+        source: gives its bytes.
+        identity: of its files as they were opened.
+        tensors: what it holds, by name, in the order of the files.
+        metadata: the headers' ``__metadata__``.
+    """
+
+    piece = CHUNK
+    """Bytes of what is converted at once."""
+
+    def __init__(self, path: Path, settle: float = 0.0) -> None:
+        """Opens a checkpoint; see ``Checkpoint``."""
+        self.path, self.identity = path, ""
+        source: ByteSource | None = None
+        try:
+            self.parts = parts_of(path)
+            self.source = source = open_source(self.parts, settle)
+            index = [self.parts.index.stat()] if self.parts.index else []
+            self.identity = identity_of([*index, *source.infos])
+            self.tensors: Mapping[str, StoredTensor] = {}
+            self.metadata: dict[str, str] = {}
+            for number, file in enumerate(self.parts.files):
+                self._read_header(number, file)
+        except BaseException as exc:
+            if source:
+                source.close()
+            if isinstance(exc, OSError):
+                raise unreadable(path, exc) from exc
+            if isinstance(exc, CheckpointError):
+                exc.identity = self.identity
+            raise
+
+    def _read_header(self, number: int, file: Path) -> None:
+        size = self.source.infos[number].st_size
+        tensors, metadata = read_header(partial(self.source.read, number), size, file, number)
+        self.metadata |= metadata
+        if self.parts.names and tensors.keys() != self.parts.names[number]:
+            odd = sorted(tensors.keys() ^ self.parts.names[number])
+            raise IncompleteCheckpoint(
+                f"{file} does not hold the tensors that the index gives it: {odd[0]:.200} is in one of them alone. "
+                "Wait for its writer to finish, or write it again."
+            )
+        self.tensors = {**self.tensors, **tensors} if self.tensors else tensors
+
+    def close(self) -> None:
+        self.source.close()
+
+    def check_unchanged(self) -> None:
+        """Whether the open files are still those whose headers were read, and nobody writes to them by now.
+
+        Raises:
+            CheckpointChanged: they are not.
+        """
+        if not self.source.stands():
+            raise changed(self.path)
+
+    def whole(self, tensor: StoredTensor) -> memoryview:
+        """All bytes of a tensor."""
+        data = self.source.read(tensor.file, tensor.nbytes, tensor.start)
+        if len(data) != tensor.nbytes:
+            raise changed(self.path)
+        return memoryview(data)
+
+    def convert_each(
+        self,
+        pairs: Sequence[Pair],
+        work: Callable[[Piece, memoryview], bool],
+        progress: Callable[[int], None] | None = None,
+    ) -> bool:
+        """Applies ``work`` to the stored bytes of these tensors, piece by piece; returns whether all returned True.
+
+        Args:
+            work: called with a piece and its bytes, which are good until it returns.
+            progress: called with the bytes that each piece becomes.
+        """
+        every = True
+        for piece, result in self.source.converted(list(pieces(pairs, self.piece)), work):
+            every = every and result
+            if progress:
+                progress(piece.becomes)
+        return every
+
+    def is_finite(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor is finite as it is stored."""
+        entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, 0)
+        return self.convert_each([(tensor, entry)], lambda piece, data: is_finite(data, piece.source))
