@@ -49,6 +49,10 @@ class Bucket:
     def put(self, key: str, data: bytes) -> None:
         self._obstore.put(self._store, key, data)
 
+    def written(self, key: str) -> float:
+        """When an object was put there, in whole seconds since the epoch."""
+        return float(self._obstore.head(self._store, key)["last_modified"].timestamp() // 1)
+
     def delete(self, key: str) -> None:
         self._obstore.delete(self._store, key)
 
@@ -60,7 +64,7 @@ class Bucket:
         return data
 
     def upload(self, folder: Path, key: str) -> None:
-        """All files of a directory."""
-        for file in folder.rglob("*"):
+        """All files of a directory, in the order in which they were written."""
+        for file in sorted(folder.rglob("*"), key=lambda file: file.stat().st_mtime_ns):
             if file.is_file():
                 self.put(f"{key}/{file.relative_to(folder)}", file.read_bytes())

@@ -870,6 +870,35 @@ def test_a_named_file_waits_for_its_marker(beside: str, tmp_path: Path) -> None:
     assert len(scan(tmp_path / "checkpoint-7" / SINGLE, Select(marker="STABLE"))) == 1
 
 
+@pytest.mark.parametrize("form", ["single", "shards", "adapter", "itself", "file", "named file"])
+def test_a_marker_of_an_earlier_save_does_not_count(form: str, tmp_path: Path) -> None:
+    """Guards a save in place: the marker that the one before left says nothing of files that are newer."""
+    path = tmp_path / "checkpoint-5"
+    match form:
+        case "file" | "named file":
+            files = [write(tmp_path / "step_5.safetensors", policies.mlp(), 1.0)]
+            marker = tmp_path / "step_5.safetensors.STABLE"
+        case "shards" | "itself":
+            shard(path, tensors())
+            files, marker = [*path.iterdir()], path / "STABLE"
+        case "adapter":
+            path.mkdir()
+            save_file(tensors(), path / ADAPTER)
+            (path / CONFIG).write_text("{}")
+            files, marker = [*path.iterdir()], path / "STABLE"
+        case _:
+            files, marker = [single(path, 1.0) / SINGLE], path / "STABLE"
+    place = {"itself": path, "named file": files[0]}.get(form, tmp_path)
+    marker.touch()
+    for newer in files:
+        for file in files:
+            os.utime(file, (100, 100))
+        os.utime(newer, (200, 200))
+        for when, counts in ((100, False), (199, False), (200, True), (300, True)):  # equal where times are coarse
+            os.utime(marker, (when, when))
+            assert len(scan(place, Select(marker="STABLE"))) == counts, (newer, when)
+
+
 def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the price of a pass with nothing new among sharded checkpoints; and that a new index is seen at once."""
     path = shard(tmp_path / "checkpoint-1", tensors())

@@ -108,6 +108,22 @@ def test_a_named_object_waits_for_its_marker(bucket: Bucket, segment: Segment, b
         assert syncer.once().status == "published"
 
 
+def test_a_marker_that_is_older_than_its_objects_does_not_count(bucket: Bucket, segment: Segment) -> None:
+    """Guards a save over the last one in a store: the marker that is left from it counts once it is written again."""
+    bucket.put("run/step_5/STABLE", b"")
+    written = bucket.written("run/step_5/STABLE")
+    bucket.save("run/step_5/model.safetensors", mlp(), 5.0)
+    while bucket.written("run/step_5/model.safetensors") == written:  # its times have whole seconds
+        bucket.save("run/step_5/model.safetensors", mlp(), 5.0)
+    spec = replace(load_spec(SPEC), select=Select(marker="STABLE"))
+    for place in (RUN, f"{RUN}/step_5"):
+        with Syncer(spec, place) as syncer:
+            assert syncer.once().status == "empty"
+    bucket.put("run/step_5/STABLE", b"")
+    with Syncer(spec, RUN) as syncer:
+        assert syncer.once().status == "published"
+
+
 def test_a_bucket_that_is_not_there_is_told(cli: Cli, bucket: Bucket) -> None:
     """A wrong bucket fails with the store's own word for it, and is not tried again and again."""
     done = cli("push", SPEC, "s3://no-such-bucket/run")

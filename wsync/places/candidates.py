@@ -47,7 +47,8 @@ class Select:
         order: ``"mtime"`` (ties by natural name), ``"step"`` (from the metadata, else the last integer of the name) or
             ``"name"`` (natural, so that 10 comes after 9).
         marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
-            before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``).
+            before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``). One that is older than a file of its
+            checkpoint was left by an earlier save, and does not count.
         settle: seconds that a checkpoint must have stood still where nothing else tells that its writer is done: where
             it has several files, or where the system does not tell whether one is open for writing.
     """
@@ -128,11 +129,10 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             place, exists = place_at(away), away.has
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            if settings.marker and not any(_is_there(place.parent / m) for m in _markers(place.name, settings.marker)):
-                return []
-            if place.name == ADAPTER:
-                return [_directory(place.absolute())]  # it is two files, too
-            return [Candidate(place.absolute(), info, _written(info))]
+            here = place.absolute()  # an adapter is two files, too
+            named = _directory(here) if place.name == ADAPTER else Candidate(here, info, _written(info))
+            beside = (place.parent / name for name in _markers(place.name, settings.marker))
+            return [named] if not settings.marker or _is_marked(named, beside) else []
         if away:
             listed = away.entries()
         else:
@@ -152,8 +152,9 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
         own = {SINGLE, ADAPTER}
         try:
             own |= {file.name for file in parts_of(place.absolute()).files}
-            if not settings.marker or settings.marker in names:
-                found.append(_directory(place.absolute()))
+            itself = _directory(place.absolute())
+            if not settings.marker or _is_marked(itself, [place / settings.marker]):
+                found.append(itself)
         except CheckpointError as exc:
             trouble = exc
         except OSError as exc:
@@ -167,10 +168,15 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             continue
         try:
             if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
-                if not settings.marker or any(each in names for each in _markers(name, settings.marker)):
-                    found.append(Candidate(entry.path, info, _written(info)))
+                single = Candidate(entry.path, info, _written(info))
+                beside = (place / each for each in _markers(name, settings.marker) if each in names)
+                if not settings.marker or _is_marked(single, beside):
+                    found.append(single)
             elif entry.is_dir() and (not settings.marker or exists(os.path.join(entry.path, settings.marker))):
-                found.append(_directory(place / name if away else Path(entry.path)))
+                path = place / name if away else Path(entry.path)
+                several = _directory(path)
+                if not settings.marker or _is_marked(several, [path / settings.marker]):
+                    found.append(several)
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
@@ -255,7 +261,18 @@ def _markers(name: str, marker: str) -> tuple[str, ...]:
     return (*own, marker) if name == SINGLE else own
 
 
-def _is_there(file: Path) -> bool:
-    """Whether a file, or an object of a store, exists; the listing of a named object does not show its neighbours."""
-    away = remote(file)
-    return away.store.head(away.key) is not None if away else os.path.lexists(file)
+def _is_marked(candidate: Candidate, markers: Iterable[Path]) -> bool:
+    """Whether one of these markers is there and no older than the checkpoint: an older one is of an earlier save."""
+    infos = map(_look, markers)
+    return any(_written(info) >= candidate.mtime_ns for info in infos if info)
+
+
+def _look(file: Path) -> os.stat_result | None:
+    """Looks at a file, or at an object of a store; None where there is none."""
+    if away := remote(file):  # the listing of a named object does not show its neighbours
+        stored = away.stored() or away.store.head(away.key)
+        return stored.stat(str(away.store)) if stored else None
+    try:
+        return file.lstat()
+    except OSError:
+        return None

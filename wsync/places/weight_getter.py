@@ -141,7 +141,9 @@ class CheckpointWeightGetter:
 
     def nothing(self) -> NoCheckpoint:
         wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
-        wanted += [f'a marker "{self.select.marker}"'] if self.select.marker else []
+        wanted += (
+            [f'a marker "{self.select.marker}" that is no older than its checkpoint'] if self.select.marker else []
+        )
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
         return NoCheckpoint(
             f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
