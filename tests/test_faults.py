@@ -195,11 +195,11 @@ def test_a_source_that_changes_while_it_is_read(
                 assert done < total
                 act(path)
 
-        syncer.progress = progress
+        syncer.box.progress = progress
         outcome = syncer.once()
         assert outcome.status == status and (status == "published" or "changed" in str(outcome.reason))
         assert marks_of(segment) == {2.0 if status == "published" else 1.0}
-        syncer.progress = None
+        syncer.box.progress = None
         assert syncer.once().status == afterwards
         assert marks_of(segment) == {mark}
         write(runs / "step_9.safetensors", mlp(), 9.0)
@@ -308,6 +308,7 @@ import wsync.places.changes, wsync.sync.schedule
 from wsync.layout.layout import Layout
 from wsync.history.outcome import Outcome
 from wsync.settings.spec import Spec
+from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
 place, runtime, layout = Path(sys.argv[1]), Path(sys.argv[2]), Layout.from_json(json.loads(sys.argv[3]))
@@ -325,7 +326,7 @@ def watch(poll, *then, first=lambda: None):
     box.prepare()
     first()
     with Syncer(replace(box.spec, poll=poll), place, runtime=runtime) as syncer:
-        assert syncer.run(stop, tell)
+        assert run(syncer, stop, tell)
     print(json.dumps(told))
 
 def tell(event):

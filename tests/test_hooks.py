@@ -46,7 +46,7 @@ class Box:
         self.told: Queue[Told] = Queue()
         self.runs = runs
         self.syncer = Syncer(replace(load_spec(SPEC), hooks=settings), runs)
-        self.syncer.report = lambda kind, ok, message: self.told.put((kind, ok, message))
+        self.syncer.box.report = lambda kind, ok, message: self.told.put((kind, ok, message))
 
     def publish(self, step: int) -> Outcome:
         write(self.runs / f"step_{step}.safetensors", mlp(), float(step))
@@ -58,8 +58,8 @@ class Box:
         return self.told.get(timeout=DEADLINE)
 
     def hook(self, kind: str) -> Hook:
-        assert self.syncer.hooks
-        return self.syncer.hooks.hooks[kind]
+        assert self.syncer.box.hooks
+        return self.syncer.box.hooks.hooks[kind]
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_exec_is_told_of_the_version(make: MakeBox, runs: Path, segment: Segment
 def test_no_hook_without_a_publish(make: MakeBox, runs: Path) -> None:
     """A pass that publishes nothing runs nothing, and starts no thread."""
     box = make(exec="touch ran")
-    assert box.syncer.once().status == "empty" and box.syncer.hooks is None
+    assert box.syncer.once().status == "empty" and box.syncer.box.hooks is None
     box.publish(1)
     assert box.next()[1] and box.hook("exec").runs == 1
     assert box.syncer.once().status == "current"

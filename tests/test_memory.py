@@ -24,6 +24,7 @@ from wsync.segment.access import Access
 from wsync.segment.publisher import publish
 from wsync.segment.segment import Segment, remove
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 from wsync.system.memory import PAGE
 
@@ -182,7 +183,7 @@ def test_the_command_line_says_how_to_enlarge_it(small: Path, tmp_path: Path, cl
 
         Spec.layout = Spec.read_layout  # type: ignore[method-assign]  # in a process that ends with this work
         with Syncer(load_spec("policies:mlp"), tmp_path / "a.safetensors") as syncer:
-            syncer.run(stop, tell)
+            run(syncer, stop, tell)
         assert isinstance(told[0], OutOfSharedMemory) and isinstance(told[1], Outcome), told
         assert told[1].status == "published"
 
@@ -315,7 +316,7 @@ def test_memory_that_is_gone_is_one_message(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsync.sync.syncer.publish", fail)
+        patch.setattr("wsync.sync.box.publish", fail)
         code, _, err = run_cli("push", "policies:mlp", str(path))
         assert code == 1 and err.startswith("wsync: ") and err.count("\n") == 1
         stop, told = threading.Event(), []
@@ -327,7 +328,7 @@ def test_memory_that_is_gone_is_one_message(
                 stop.set()
 
         with Syncer(load_spec("policies:mlp"), path) as syncer:
-            syncer.run(stop, tell)
+            run(syncer, stop, tell)
     assert isinstance(told[0], WsyncError) and isinstance(told[1], Outcome) and told[1].status == "published"
 
 

@@ -28,6 +28,7 @@ from wsync.history.outcome import Outcome
 from wsync.places.candidates import Candidate
 from wsync.segment.segment import Segment
 from wsync.settings.spec import load_spec
+from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
 SPEC, NAME = "policies:mlp", "policies.mlp"
@@ -220,7 +221,7 @@ def test_refusal_is_said_once_over_many_passes(
             if passes == 20:
                 stop.set()
 
-        syncer.run(stop, tell)
+        run(syncer, stop, tell)
     assert passes == 20 and len(opened) == 1
     assert capsys.readouterr().out.count("rejected") == 1
 
@@ -249,7 +250,7 @@ def test_checkpoint_between_first_look_and_notifier(segment: Segment, runs: Path
             stop.set()
 
     with Syncer(replace(load_spec(SPEC), poll=3600.0), runs) as syncer:
-        syncer.run(stop, tell)
+        run(syncer, stop, tell)
     give_up.cancel()
     give_up.join()
     assert steps == [None, 1]

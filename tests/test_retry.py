@@ -25,6 +25,7 @@ from wsync.places.candidates import Candidate, Select, listing_of
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.loop import run
 from wsync.sync.schedule import Schedule, pause_after
 from wsync.sync.syncer import Syncer
 
@@ -248,7 +249,7 @@ def pass_by_pass(
         else:
             stop.set()
 
-    assert syncer.run(stop, tell)
+    assert run(syncer, stop, tell)
     return statuses, events
 
 
@@ -290,7 +291,7 @@ def test_a_setting_that_is_wrong_later_is_a_failure(
         monkeypatch.setattr(Syncer, "once", broken)
         stop.clear()
         with pytest.raises(UsageError):
-            syncer.run(stop, lambda _: None)
+            run(syncer, stop, lambda _: None)
 
 
 # Locks and what is remembered

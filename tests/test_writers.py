@@ -31,6 +31,7 @@ from wsync.layout.layout import layout_of, named_tensors
 from wsync.places.candidates import Select, scan
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
+from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
 HIDDEN = 50_000  # units: 1.4 MB of weights, so that a copy takes a while
@@ -171,7 +172,7 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            self.syncer.run(self.stop, self._tell)
+            run(self.syncer, self.stop, self._tell)
         except BaseException as exc:  # told to the test, which fails by it
             self.told.put(exc)
 

@@ -66,7 +66,7 @@ def anonymous():
 with Syncer(load_spec(sys.argv[1]), sys.argv[2]) as syncer:
     import numpy, obstore
     seen = [anonymous()]
-    syncer.progress = lambda done, total: seen.append(anonymous())
+    syncer.box.progress = lambda done, total: seen.append(anonymous())
     syncer.once(force=True)
 print(json.dumps([seen[0], max(seen)]))
 """

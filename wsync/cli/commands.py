@@ -93,11 +93,11 @@ def push(
     event: Outcome | WsyncError
     try:
         with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir))) as syncer:
-            syncer.report, syncer.record.complain = report, complain
+            syncer.box.report, syncer.record.complain = report, complain
             if retry:
                 syncer.record.forget()
             shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
-            with transfer_bar() if shown else nullcontext() as syncer.progress:
+            with transfer_bar() if shown else nullcontext() as syncer.box.progress:
                 event = syncer.once(force=force, dry_run=dry_run)
     except WsyncError as exc:
         event = exc

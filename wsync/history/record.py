@@ -94,6 +94,10 @@ class Record:
             self._refused = {state: why for state, why in self._refused.items() if state in wanted}
         return self._refused
 
+    def reason(self, identity: str) -> str:
+        """Why a checkpoint of the last listing was refused."""
+        return self._refused[identity]
+
     def is_fresh(self, identity: str) -> bool:
         """Whether it was refused in this very process, and not in one before."""
         return identity in self._fresh

@@ -21,11 +21,13 @@ from ..errors import SpecError, WsyncError
 from ..history.database import State
 from ..history.outcome import Outcome
 from ..settings.spec import Spec
+from ..sync.loop import run
 from ..sync.schedule import LONGEST
 from ..sync.syncer import Syncer
 from .notify import Notifier
 
 if TYPE_CHECKING:
+    from ..fleet.fleet import Fleet
     from ..fleet.group import Group
     from .monitor import Monitor
 
@@ -80,7 +82,7 @@ class Service:
 
             self._group = Group(os.environ)
         self.spec = load()
-        self.syncer = self._syncer(self.spec)
+        self._use(self._syncer(self.spec))
         self.notifier = Notifier.from_environment()
 
     def run(self, log: Log, monitor: Monitor | None = None) -> bool:
@@ -110,11 +112,11 @@ class Service:
         try:
             while not self._stopped:
                 self.notifier.patience = _patience(self.spec)
-                self.syncer.progress, self.syncer.report = progress, report
+                self.syncer.box.progress, self.syncer.box.report = progress, report
                 if self._group:
                     self._group.note = log.note
                 self.syncer.record.complain = lambda exc: log.note("warning", "history", str(exc))
-                if not self.syncer.run(self._wake, tell):
+                if not (self._fleet.run(self._wake, tell) if self._fleet else run(self.syncer, self._wake, tell)):
                     return False
                 self._wake.clear()  # before the flags are looked at: a signal that comes now ends the next wait
                 if self._hup and not self._stopped:
@@ -122,7 +124,7 @@ class Service:
                     self._hang_up(log, monitor)
             return True
         finally:
-            self.syncer.close()
+            self._close()
             self.notifier.close()
 
     def _signalled(self, number: int, frame: object) -> None:
@@ -161,8 +163,9 @@ class Service:
             log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
         else:
             differ = ", ".join(changed(self.spec, new))
-            self.syncer.close()
-            self.syncer, self.spec = syncer, new
+            self._close()
+            self._use(syncer)
+            self.spec = new
             if monitor and monitor.endpoint:
                 monitor.endpoint.max_staleness = kept.max_staleness
             log.note("info", "reload", f"SIGHUP: {self._toml} read again: {differ or 'nothing'} changed")
@@ -178,12 +181,19 @@ class Service:
                 f"metrics.max_staleness = {allowed} (--max-staleness) passes between any two looks, which are "
                 f"{spec.poll} seconds apart (--poll). Give several times that."
             )
-        state = State(spec.name, self._state)
-        if self._group:
-            from ..fleet.fleet import FleetSyncer
+        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=State(spec.name, self._state))
 
-            return FleetSyncer(spec, self._checkpoints, group=self._group, runtime=self._runtime, state=state)
-        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
+    def _use(self, syncer: Syncer) -> None:
+        """Goes on with this syncer, for this box alone or as one of the group."""
+        self.syncer = syncer
+        self._fleet: Fleet | None = None
+        if self._group:
+            from ..fleet.fleet import Fleet
+
+            self._fleet = Fleet(syncer, self._group)
+
+    def _close(self) -> None:
+        (self._fleet or self.syncer).close()
 
 
 def changed(old: Any, new: Any, table: str = "") -> list[str]:

@@ -1,0 +1,61 @@
+"""Choosing: what a pass tries, from what is listed, live, refused and pinned."""
+
+from __future__ import annotations
+
+import pytest
+
+from wsync.history.database import Pin
+from wsync.places.candidates import Candidate
+from wsync.segment.files import Publication
+from wsync.sync.choosing import Choice, choose
+
+NEW, MIDDLE, OLD = (Candidate(f"/runs/step_{n}.safetensors", f"{n}-10-{n}", n) for n in (3, 2, 1))
+LIVE = Publication(7, 1, "/runs/step_1.safetensors", OLD.identity, 0.0, "spec")
+FROM_MEMORY = Publication(7, None, "", "", 0.0, "spec")
+
+
+def pin(identity: str, version: int = 0) -> Pin:
+    return Pin("/runs/x.safetensors" if identity else "", identity, version, None, 0.0, "by hand")
+
+
+@pytest.mark.parametrize(
+    ("newer", "live", "refused", "held", "force", "choice"),
+    [
+        pytest.param((), LIVE, (), None, False, Choice(), id="nothing is newer"),
+        pytest.param((), None, (), None, False, Choice(), id="nothing is there"),
+        pytest.param((NEW, MIDDLE), LIVE, (), None, False, Choice((NEW, MIDDLE)), id="newest first"),
+        pytest.param((NEW, MIDDLE), None, (), None, False, Choice((NEW, MIDDLE)), id="nothing is live"),
+        pytest.param(
+            (NEW, MIDDLE), LIVE, {NEW.identity}, None, False, Choice((MIDDLE,), NEW), id="the newest was refused"
+        ),
+        pytest.param((NEW, MIDDLE), LIVE, {MIDDLE.identity}, None, False, Choice((NEW,)), id="an older was refused"),
+        pytest.param((NEW,), LIVE, {NEW.identity}, None, False, Choice((), NEW), id="all were refused"),
+        pytest.param(
+            (NEW,), LIVE, {OLD.identity}, None, False, Choice((NEW,)), id="one that is not listed was refused"
+        ),
+        pytest.param((NEW, OLD), LIVE, {NEW.identity}, None, True, Choice((NEW, OLD)), id="forced"),
+        pytest.param(
+            (), LIVE, (), pin(OLD.identity), False, Choice(pin=pin(OLD.identity)), id="what is live is pinned"
+        ),
+        pytest.param(
+            (NEW,), LIVE, (), pin(MIDDLE.identity), True, Choice(pin=pin(MIDDLE.identity), reopen=True), id="pinned"
+        ),
+        pytest.param(
+            (), None, (), pin(OLD.identity), False, Choice(pin=pin(OLD.identity), reopen=True), id="not live yet"
+        ),
+        pytest.param((), FROM_MEMORY, (), pin("", 7), False, Choice(pin=pin("", 7)), id="weights from memory"),
+        pytest.param(
+            (), FROM_MEMORY, (), pin("", 6), False, Choice(pin=pin("", 6), reopen=True), id="others from memory"
+        ),
+    ],
+)
+def test_what_a_pass_tries(
+    newer: tuple[Candidate, ...],
+    live: Publication | None,
+    refused: set[str],
+    held: Pin | None,
+    force: bool,
+    choice: Choice,
+) -> None:
+    """A pin comes first, then --force, then the newest candidates that were not refused."""
+    assert choose(newer, live, refused, held, force=force) == choice

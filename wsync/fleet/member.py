@@ -1,0 +1,78 @@
+"""One box as a member of its group: what it reports, and which of its versions came from the group."""
+
+from __future__ import annotations
+
+from ..errors import SegmentBusy, WsyncError
+from ..segment.segment import Segment
+from ..sync.box import Box
+from .group import Group
+from .membership import Badge
+from .reconcile import Report
+
+
+class Member:
+    """What one box knows of itself between two rounds.
+
+    Attributes:
+        settled: all boxes were the same once; what goes live from then on counts as the group's.
+        declined: identity of the group's live weights that this box's gate does not want; None without.
+        seen: the version that this box reported.
+    """
+
+    def __init__(self, box: Box, group: Group) -> None:
+        self.settled, self.seen = False, 0
+        self.declined: str | None = None
+        self._box, self._group = box, group
+        self._badge: Badge | None = None
+        self._last = (0, "")  # the highest version on record here, and what it came from
+
+    def begin(self) -> None:
+        """Looks up what was published here before."""
+        self._last = self._box.record.last_published()
+
+    def report(self, due: bool) -> Report:
+        """What this box has; what is wrong with it is told by the round."""
+        try:
+            segment = self._box.updater.segment
+            live = segment.live() if segment else None
+            pin = self._box.record.pin()
+            if segment:
+                self.wear(segment)
+        except (WsyncError, OSError):
+            return Report(last=self._last[0], last_identity=self._last[1], due=due)
+        version, identity = (live.version, live.identity) if live else (0, "")
+        self.seen = version
+        if version >= self._last[0]:
+            self._last = (version, identity)
+        known = self._badge is not None and live is not None and self._badge.came_from_group(live)
+        ours = live is None or known or (self.settled and self.declined is None)
+        held = pin is not None and live is not None and pin.holds(live)
+        return Report(version, identity, *self._last, ours, pin.name if pin else "", held, self.declined, due)
+
+    def wear(self, segment: Segment) -> None:
+        """Shows in the segment which group this box is in."""
+        if self._badge and self._badge.is_at(segment.path):
+            return
+        self.close()
+        about = {"run": self._group.run, "rank": self._group.rank, "size": self._group.size, "boxes": self._group.names}
+        self._badge = Badge(segment.path, about)
+
+    def check_unchanged(self, segment: Segment) -> None:
+        """Raises SegmentBusy if another publisher published since this box reported."""
+        if segment.version != self.seen:
+            raise SegmentBusy(
+                f"version {segment.version} went live while the group was about to publish. It goes to all boxes first."
+            )
+
+    def takes(self, version: int, identity: str) -> None:
+        """Notes, before it is live, that a version comes from the group."""
+        if self._badge:
+            self._badge.give(version, identity)
+
+    def took(self, version: int, identity: str) -> None:
+        """The group's version is live here."""
+        self.seen, self._last, self.declined = version, (version, identity), None
+
+    def close(self) -> None:
+        if self._badge:
+            self._badge.close()

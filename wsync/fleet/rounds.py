@@ -1,0 +1,242 @@
+"""One round of a group, as one box goes through it: prepare, bring all boxes to the same version, then lead or follow.
+
+The box that leads makes a pass like any other; this module is the route that the pass is given, which offers its
+checkpoint to all boxes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.fit import Fit
+from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
+from ..history.outcome import Outcome
+from ..segment.publisher import Source, Staged
+from ..segment.segment import Segment
+from ..sync.looks import Look
+from ..sync.passes import Pass
+from ..sync.policy_layout import check_layout, is_known
+from ..sync.syncer import Syncer
+from .delivery import Shared, Turn, deliver, judge
+from .group import Group
+from .member import Member
+from .membership import few
+from .reconcile import Change, Report, change_of, holder_of, leader_of
+
+_T = TypeVar("_T")
+
+
+class Rounds:
+    """The rounds of this box.
+
+    Args:
+        syncer: makes the passes when this box leads; it gets this as its route.
+        member: what this box knows of itself.
+    """
+
+    def __init__(self, syncer: Syncer, group: Group, member: Member) -> None:
+        self._syncer, self._box, self._group, self._member = syncer, syncer.box, group, member
+        self._failed: Change | None = None  # what is only tried again when rank 0 is due
+        self._reports: Sequence[Report] = ()
+        syncer.route = self
+
+    def is_needed(self, reports: Sequence[Report]) -> bool:
+        """Whether these reports ask for a round now."""
+        return reports[0].due or change_of(reports) not in (None, self._failed)
+
+    def make(self, reports: Sequence[Report]) -> Outcome:
+        """Makes a round from what the boxes reported; returns what came of it on this box.
+
+        Raises:
+            GroupBroken: a box is gone.
+            WsyncError: a box cannot take part.
+        """
+        self._reports, started = reports, time.perf_counter()
+        change = self._failed = change_of(reports)
+        segment = self._prepare()
+        this = Pass(self._box.spec.name, None, started).at(segment)
+        if change:
+            outcome = self._change(this, segment, change)
+            self._failed = None
+            return outcome
+        self._member.settled = True
+        holder, leader = holder_of(reports), leader_of(reports)
+        if holder is not None:
+            pin, box = reports[holder].pin, self._group.names[holder]
+            reason = f"{pin} is pinned on {box}; `wsync unpin {this.name}` there goes on with the newest"
+            return this.standing("pinned", reason=reason, pin=pin)
+        return self._lead() if leader == self._group.rank else self._follow(this, leader)
+
+    def _prepare(self) -> Segment:
+        """A segment on every box, of the same layout, and a pin that can be read, if there is one.
+
+        Raises:
+            WsyncError: a box cannot have that, or has another policy.
+        """
+
+        def ready() -> dict[str, Any]:
+            try:
+                try:
+                    self._box.record.pin()
+                    segment = self._box.make_segment()
+                    if not is_known(self._box.spec, segment, segment.live()):
+                        check_layout(self._box.spec, segment)
+                    self._member.wear(segment)
+                    return {"layout": segment.layout.digest, "name": segment.name}
+                except OSError as exc:
+                    raise refused(exc, self._box.updater.path) from exc
+            except WsyncError as exc:
+                return {"kind": "WsyncError", "text": str(exc)}
+
+        answers, names = self._group.together(ready), self._group.names
+        judge([answer if "kind" in answer else {} for answer in answers], names)
+        for answer, name in zip(answers, names, strict=True):
+            if answer != answers[0]:
+                raise WsyncError(
+                    f"{name} keeps another policy than {names[0]}: its segment {answer['name']!r} has another name, or "
+                    "other tensors. One group is for one policy: give all boxes the same spec, or form another group "
+                    "(--rdzv-id) for this one."
+                )
+        assert self._box.updater.opened
+        return self._box.updater.opened
+
+    # The box that leads
+
+    def _lead(self) -> Outcome:
+        """A pass of one box; what it publishes is offered to all boxes, and they are told what comes of it."""
+        try:
+            outcome = self._syncer.look()
+        except GroupBroken:
+            raise
+        except WsyncError as exc:
+            self._group.tell({"failed": str(exc)})
+            raise
+        self._group.tell({"outcome": asdict(outcome)})
+        return outcome
+
+    def busy(self, work: Callable[[], _T]) -> _T:
+        """See ``Route``; the other boxes are told meanwhile that this one lives."""
+        return self._group.busy(work)
+
+    def deliver(self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+        """See ``Route``; goes to all boxes, this one among them."""
+        offer = {
+            "path": os.fspath(checkpoint.path),
+            "step": checkpoint.step,
+            "identity": checkpoint.identity,
+            "version": max(report.last for report in self._reports) + 1,
+            "gated": look.staged is not None,
+        }
+        self._group.tell({"offer": offer})
+        turn = Turn(self._group)
+        return self._take(this, turn, Shared(offer, self._group.rank, turn, checkpoint), offer, fit)
+
+    # The boxes that follow
+
+    def _follow(self, this: Pass, leader: int) -> Outcome:
+        taken: Outcome | None = None
+        names = self._group.names
+        while True:
+            told = self._group.hear(leader)
+            if "failed" in told:
+                named = any(told["failed"].startswith(f"{name}: ") for name in names)
+                raise WsyncError(told["failed"] if named else f"{names[leader]}: {told['failed']}")
+            if "outcome" in told:
+                break
+            turn = Turn(self._group)
+            try:
+                taken = self._take(this, turn, Shared(told["offer"], leader, turn), told["offer"])
+            except GroupBroken:
+                raise
+            except WsyncError:  # the leader tells what comes of it
+                pass
+        said, record = Outcome.from_dict(told["outcome"]), self._box.record
+        rejected = [each for each in (said, *said.passed_over) if each.status == "rejected" and not each.known]
+        told_of = record.refusals(each.identity for each in rejected)
+        for each in rejected:
+            if each.identity not in told_of and not each.pin:
+                record.refuse(each.identity, each.reason or "", replace(each, version=self._member.seen))
+        mine = taken or this.outcome(said.status)
+        own = {name: getattr(mine, name) for name in ("version", "bytes", "seconds", "readers", "backwards")}
+        return replace(said, casts=(), **own)
+
+    # A publish
+
+    def _take(
+        self,
+        this: Pass,
+        turn: Turn,
+        source: Source,
+        offer: dict[str, Any],
+        fit: Fit = Fit(),  # noqa: B008  (frozen)
+    ) -> Outcome:
+        """Publishes what is offered, with all boxes, under the number that is offered."""
+
+        def before(now: Pass) -> None:
+            self._member.check_unchanged(segment)
+
+        look = Look(before, lambda staged: self._agree(turn, staged, offer))
+        try:
+            try:
+                segment = self._box.make_segment()
+                published = self._box.put_live(this, segment, source, fit, look, offer["version"] - 1)
+            except OSError as exc:
+                raise refused(exc, self._box.updater.path) from exc
+        except WsyncError as exc:
+            turn.refuse(exc)
+        self._member.took(offer["version"], offer["identity"])
+
+        def keep() -> dict[str, Any]:
+            self._box.keep(segment)
+            return {}
+
+        self._group.together(keep)  # a copy may take longer than a box may be silent
+        return published
+
+    def _agree(self, turn: Turn, staged: Staged, offer: dict[str, Any]) -> None:
+        asked = offer["gated"] and self._box.spec.hooks.gate
+        turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
+        self._member.takes(offer["version"], offer["identity"])
+
+    def _change(self, this: Pass, segment: Segment, change: Change) -> Outcome:
+        """Brings the boxes that are behind to what the provider has."""
+        rank, provider, live = self._group.rank, change.provider, this.live
+        if rank == provider:
+            assert live
+            offer: dict[str, Any] = {
+                "path": live.source,
+                "step": live.step,
+                "identity": live.identity,
+                "version": change.version,
+                "gated": change.gated,
+            }
+            self._group.tell(offer)
+            offer["gated"] = False  # it is live here
+        else:
+            offer = self._group.hear(provider)
+        turn = Turn(self._group)
+        try:
+            if rank in change.takers and rank != provider:
+                return self._take(this, turn, Shared(offer, provider, turn), offer)
+            with segment.publishing():
+                self._member.check_unchanged(segment)
+                weights = segment.live_weights() if rank == provider else None
+                if rank in change.takers:
+                    return self._take(this, turn, Shared(offer, provider, turn, live=weights), offer)
+                deliver(turn, provider, weights, segment.layout.nbytes)  # it is sent from here, or goes by
+                turn.vote()  # agreed
+                self._group.together(dict)  # others keep copies
+        except CheckpointRejected as exc:
+            if turn.objected:
+                self._member.declined = offer["identity"]
+            raise WsyncError(f"what is live in the group is refused: {exc}") from exc
+        except WsyncError as exc:
+            turn.refuse(exc)
+        names = few([self._group.names[each] for each in sorted(change.takers)])
+        self._group.note("info", "group", f"version {change.version} of {self._group.names[provider]} went to {names}")
+        return this.standing("current")

@@ -1,0 +1,165 @@
+"""One box's end of a publish: its segment, the gate before, the history, the copies and the hooks after.
+
+Every version of a spec goes live through ``Box.put_live``, whether it comes from a checkpoint, a pin, or another box.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..checkpoints.fit import Fit
+from ..errors import WsyncError
+from ..history.outcome import Outcome
+from ..history.record import Record
+from ..segment.files import Publication
+from ..segment.publisher import Source, Staged, publish
+from ..segment.segment import Segment
+from ..settings.spec import Spec
+from ..updaters.shared_memory import SharedMemoryWeightUpdater
+from .looks import NO_LOOK, Look
+from .passes import Pass
+
+if TYPE_CHECKING:
+    from ..hooks.runner import HookRunner
+
+
+class Box:
+    """The segment of a spec, and who hears of what is published there.
+
+    Args:
+        spec: the policy and its settings.
+        updater: opens and makes the segment.
+        record: what is known of the past.
+
+    Attributes:
+        progress: called with bytes done and bytes in all while weights are staged.
+        report: called from a hook's thread with its kind, whether it worked, and a message; None logs failures.
+        hooks: what runs after a publish; None before the first, or if there is nothing to run.
+        stop: ends a gate early, once set.
+        version: that this box published last; 0 before.
+    """
+
+    def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record) -> None:
+        self.spec, self.updater, self.record = spec, updater, record
+        self.progress: Callable[[int, int], None] | None = None
+        self.report: Callable[[str, bool, str], None] | None = None
+        self.hooks: HookRunner | None = None
+        self.stop: threading.Event | None = None
+        self.version = 0
+
+    def make_segment(self) -> Segment:
+        """The standing segment, or a new one."""
+        self.updater.spec = self.spec.fingerprint  # of the policy as it is now
+        return self.updater.make_segment()
+
+    def put_live(
+        self,
+        this: Pass,
+        segment: Segment,
+        source: Source,
+        fit: Fit,
+        look: Look = NO_LOOK,
+        last_version: int | None = None,
+    ) -> Outcome:
+        """Publishes weights, and tells the history and the hooks.
+
+        Args:
+            look: what is looked at again under the lock.
+            last_version: the version before it, if the caller knows better than the segment and the history.
+
+        Raises:
+            WsyncError: as of ``publisher.publish``; what was live stays live.
+        """
+        with segment.publishing():
+            this = this.at(segment)
+            if look.before and (ended := look.before(this)):
+                return ended
+            if last_version is None:
+                last_version = 0 if this.live else self.record.last_published()[0]
+            publication = publish(
+                segment,
+                source,
+                fit=fit,
+                spec=self.spec.fingerprint,
+                progress=self.counter(segment.layout.nbytes),
+                gate=look.staged,
+                last_version=last_version,
+            )
+            self.version = publication.version
+            fit = source.fitted or fit  # a copy was fitted when it was made
+            kept = replace(fit, kept=publication.version) if source.kept else fit
+            return self._tell(this, segment, publication, kept)
+
+    def _tell(self, this: Pass, segment: Segment, publication: Publication, fit: Fit) -> Outcome:
+        step, last = publication.step, this.live.step if this.live else None
+        try:
+            readers = segment.readers()
+        except (OSError, WsyncError):  # it is live already, whoever can be counted
+            readers = []
+        outcome = this.outcome(
+            "published",
+            version=publication.version,
+            step=step,
+            checkpoint=publication.source,
+            bytes=segment.layout.nbytes,
+            readers=len(readers),
+            backwards=step is not None and last is not None and step < last,
+            identity=publication.identity,
+        )
+        lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
+        self.record.published(outcome, lag, fit)
+        if self.spec.hooks.exec or self.spec.hooks.webhook:
+            from ..hooks.runner import HookRunner
+
+            self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report, self.record.directory)
+            self.hooks.send(publication)
+        return outcome
+
+    def keep(self, segment: Segment) -> None:
+        """Keeps a copy of what is live, if copies are kept; without the lock, so that others need not wait."""
+        self.record.keep(segment, self.spec.keep)
+
+    def ask_gate(self, staged: Staged) -> None:
+        """Asks the spec's gate, and records its answer.
+
+        Raises:
+            GateRejected: it does not accept.
+            RetryLater: it wants the same weights again later.
+        """
+        from ..hooks.gate import ask
+
+        try:
+            ask(self.spec, staged, self.stop, self.record.directory)
+        except WsyncError as exc:
+            self.record.gate(str(exc), staged)
+            raise
+        self.record.gate("accepted", staged)
+
+    def counter(self, total: int) -> Callable[[int], None] | None:
+        """Adds up the bytes of each read for ``progress``."""
+        if self.progress is None:
+            return None
+        done, report = 0, self.progress
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report(done, total)
+
+        return count
+
+    def close(self, *, now: bool = False) -> None:
+        """Lets go of the segment once hooks that still run have ended, each within its time.
+
+        Args:
+            now: end the hooks instead.
+        """
+        try:
+            if self.hooks:
+                self.hooks.close(now=now)
+        finally:
+            self.updater.close()
+            self.record.close()

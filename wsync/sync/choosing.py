@@ -1,0 +1,51 @@
+"""Choosing what a pass tries: a pure function of what was listed, what is live, what was refused and what is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..history.database import Pin
+from ..places.candidates import Candidate
+from ..segment.files import Publication
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a pass tries.
+
+    Attributes:
+        todo: candidates, newest first; the first one that can be published goes live.
+        refused: the newest candidate, if it was refused before and is not tried again.
+        pin: the pin that holds; no candidate is tried.
+        reopen: what is pinned is not live, and is published again.
+    """
+
+    todo: tuple[Candidate, ...] = ()
+    refused: Candidate | None = None
+    pin: Pin | None = None
+    reopen: bool = False
+
+
+def choose(
+    newer: Sequence[Candidate],
+    live: Publication | None,
+    refusals: Collection[str],
+    pin: Pin | None,
+    *,
+    force: bool = False,
+) -> Choice:
+    """Chooses what a pass tries; nothing if what is live stays live.
+
+    Args:
+        newer: the candidates that are newer than what is live, newest first.
+        refusals: identities of checkpoints that were refused before.
+        pin: the pin that holds; it comes before everything else.
+        force: try refused candidates again.
+    """
+    if pin:
+        return Choice(pin=pin, reopen=not (live and pin.holds(live)))
+    if force:
+        return Choice(tuple(newer))
+    todo = tuple(candidate for candidate in newer if candidate.identity not in refusals)
+    return Choice(todo, newer[0] if newer and newer[0].identity in refusals else None)

@@ -1,0 +1,54 @@
+"""One pass, as a record: what it is for, when it began, and what was live then."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from ..history.database import Pin
+from ..history.outcome import Outcome
+from ..segment.files import Publication
+from ..segment.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What stays the same during one pass.
+
+    Attributes:
+        name: of the segment.
+        live: what was live when the pass last looked.
+        started: when it began, by ``time.perf_counter``.
+        force: publish the newest checkpoint again even if it is live.
+        dry_run: check everything, publish nothing.
+        again: start over if an object of a store was overwritten while it was read. On a disk its writer may still be
+            at work, and a notification comes when it is done.
+    """
+
+    name: str
+    live: Publication | None
+    started: float
+    force: bool = False
+    dry_run: bool = False
+    again: bool = False
+
+    def at(self, segment: Segment | None) -> Pass:
+        """The same pass with what is live by now."""
+        return replace(self, live=segment.live() if segment else None)
+
+    def outcome(self, status: str, **more: object) -> Outcome:
+        """What the pass did; the version is the one that is live."""
+        version, seconds = self.live.version if self.live else 0, round(time.perf_counter() - self.started, 6)
+        return Outcome(status, self.name, **{"version": version, "seconds": seconds, **more})  # type: ignore[arg-type]
+
+    def standing(self, status: str, **more: object) -> Outcome:
+        """The outcome of a pass that leaves the live version alone, with that version's step and checkpoint."""
+        live = self.live
+        return self.outcome(
+            status, step=live.step if live else None, checkpoint=(live.source or None) if live else None, **more
+        )
+
+    def pinned(self, pin: Pin) -> Outcome:
+        """The outcome of a pass that a pin of this box holds."""
+        reason = f"{pin.name} is pinned ({pin.reason}); `wsync unpin {self.name}` goes on with the newest"
+        return self.standing("pinned", reason=reason, pin=pin.name)
