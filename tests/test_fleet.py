@@ -291,7 +291,7 @@ def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
     """What one box's gate does not want is live nowhere, each box says who was against it, and the next one goes on."""
     group = fleet("2")
     a = group.box("a").start()
-    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_STEP\" != 2 || { echo too weak; false; }'\n")
+    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_HOOK_STEP\" != 2 || { echo too weak; false; }'\n")
     group.publish(1)
     group.until(1, 1)
     group.publish(2)
@@ -427,7 +427,7 @@ def test_a_joining_box_asks_its_own_gate(fleet: Callable[..., Fleet]) -> None:
     a = group.box("a").start()
     group.publish(1)
     group.until(1, 1, a)
-    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_STEP\" != 1 || { echo not here; false; }'\n")
+    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_HOOK_STEP\" != 1 || { echo not here; false; }'\n")
     line = b.lines.until("refused")
     assert "b: " in line and "not here" in line
     group.publish(2)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import wsync
 from wsync import SharedMemoryWeightUpdater
-from wsync.errors import GateRejected, RetryLater, SpecError, UsageError
+from wsync.errors import GateRejected, RetryLater, SegmentError, SpecError, UsageError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command, gate
 from wsync.layout.layout import layout_of
@@ -128,15 +128,20 @@ def asked(count: str = "asked") -> int:
 def test_command_sees_the_staged_file(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """The gate finds a whole safetensors file with the new weights and their step, while the old ones are live."""
     path = write(runs / "step_2.safetensors", mlp(), 2.0)
-    took = syncer('cp "$WSYNC_STAGED" seen.safetensors; env > seen.env; echo "$WSYNC_STAGED" > seen.path').once()
+    took = syncer(
+        'cp "$WSYNC_HOOK_STAGED" seen.safetensors; env > seen.env; echo "$WSYNC_HOOK_STAGED" > seen.path'
+    ).once()
     assert (took.status, took.version, mark_of(live)) == ("published", 2, {2.0})
     with safe_open("seen.safetensors", "pt") as file:
         metadata = file.metadata()
         assert {float(x) for name in file.keys() for x in file.get_tensor(name).flatten()} == {2.0}  # noqa: SIM118
     assert (metadata["version"], metadata["step"], metadata["source"]) == ("2", "2", str(path.absolute()))
-    assert Path("seen.path").read_text().strip() == str(slot_of(live))
     seen = dict(line.split("=", 1) for line in Path("seen.env").read_text().splitlines() if line.startswith("WSYNC_"))
-    assert (seen["WSYNC_NAME"], seen["WSYNC_STEP"], seen["WSYNC_CHECKPOINT"]) == (NAME, "2", str(path.absolute()))
+    assert (seen["WSYNC_HOOK_NAME"], seen["WSYNC_HOOK_STEP"], seen["WSYNC_HOOK_CHECKPOINT"]) == (
+        NAME,
+        "2",
+        str(path.absolute()),
+    )
     assert seen.keys() - os.environ.keys() <= set(VARIABLES)
 
 
@@ -174,7 +179,7 @@ def test_next_newest_is_tried_after_a_rejection(live: Segment, syncer: Callable[
     """Where the gate does not want the newest, the one before it goes live, and the newest is told as refused."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     write(runs / "step_3.safetensors", mlp(), 3.0)
-    took = syncer("test $WSYNC_STEP != 3").once()
+    took = syncer("test $WSYNC_HOOK_STEP != 3").once()
     assert (took.status, took.step, mark_of(live)) == ("published", 2, {2.0})
     assert [(each.status, each.step) for each in took.passed_over] == [("rejected", 3)]
 
@@ -216,6 +221,57 @@ def test_timeout_ends_the_whole_group(
     assert told.status == "rejected" and told.reason and "took longer than 1.5 s: up" in told.reason
     assert (heard(up), heard(up)) == (b"up\n", b"")
     assert live.version == 1
+
+
+def test_timeout_ends_sessions_of_their_own(
+    live: Segment,
+    syncer: Callable[..., Syncer],
+    runs: Path,
+    fifo: Callable[[str], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a gate started in another session, and whose parent is gone, outlives the gate's time no more than it."""
+    monkeypatch.setattr(command, "GRACE", 0.2)
+    up = fifo("up")
+    write(runs / "step_2.safetensors", mlp(), 2.0)
+    gate = "exec > up 2>&1; (setsid sh -c 'trap \"\" TERM; echo up; sleep 99' &); sleep 99"
+    told = syncer(gate, gate_timeout=1).once()
+    assert told.status == "rejected" and "took longer than 1 s" in (told.reason or "")
+    assert heard(up) == b"up\n" and heard(up) == b""
+
+
+CHANGES = {
+    "view": '(echo x > "$WSYNC_HOOK_STAGED") && touch done',
+    "view-cut": '(: > "$WSYNC_HOOK_STAGED") && touch done',
+    "view-removed": 'rm -f "$WSYNC_HOOK_STAGED" && touch done',
+    "written": "for slot in {}; do printf x | dd of=$slot bs=1 seek=9000 conv=notrunc; done",
+    "written-and-refused": "for slot in {}; do printf x | dd of=$slot bs=1 seek=9000 conv=notrunc; done; exit 1",
+    "cut": "for slot in {}; do : > $slot; done",
+    "lengthened": "for slot in {}; do echo x >> $slot; done",
+    "unlinked": "rm {}",
+    "replaced": "for slot in {}; do cp $slot other; mv other $slot; done",
+    "gone": 'rm -r "$WSYNC_RUNTIME_DIR/$WSYNC_HOOK_NAME"',
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_goes_live_is_what_the_gate_was_shown(
+    live: Segment, syncer: Callable[..., Syncer], runs: Path, change: str
+) -> None:
+    """A gate cannot change what it is shown; where it finds the slot itself and changes that, nothing goes live."""
+    spare = " ".join(str(live.path / f"slot-{slot}.safetensors") for slot in (1, 2))
+    write(runs / "step_2.safetensors", mlp(), 2.0)
+    pushing = syncer(f"({CHANGES[change].format(spare)}){'' if change.endswith('refused') else '; true'}")
+    if change.startswith("view"):
+        assert pushing.once().version == 2 and not Path("done").exists() and mark_of(live) == {2.0}
+        return
+    word = live.word
+    with pytest.raises(SegmentError, match="the gate looked at"):
+        pushing.once()
+    assert live.word == word
+    if change not in ("unlinked", "replaced", "gone"):  # the segment is whole
+        with Syncer(load_spec(SPEC), runs) as again:
+            assert again.once().version == 2 and mark_of(live) == {2.0}
 
 
 def test_sigterm_comes_first(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
@@ -265,7 +321,7 @@ def test_gate_may_call_wsync(
     for option in ("WSYNC_GATE", "WSYNC_EXEC", "WSYNC_WEBHOOK"):
         monkeypatch.setenv(option, "exit 1")
     write(runs / "step_2.safetensors", mlp(), 2.0)
-    look = f'env > seen.env; {sys.executable} -m wsync status "$WSYNC_NAME" --json > seen.json'
+    look = f'env > seen.env; {sys.executable} -m wsync status "$WSYNC_HOOK_NAME" --json > seen.json'
     with Syncer(replace(load_spec(SPEC), hooks=Hooks(gate=look)), runs, runtime=runtime) as pushing:
         assert pushing.once().status == "published"
     seen = json.loads(Path("seen.json").read_text())
@@ -273,12 +329,45 @@ def test_gate_may_call_wsync(
     assert not {line.partition("=")[0] for line in Path("seen.env").read_text().splitlines()} & OPTIONS
 
 
+def test_gate_and_hook_get_what_the_publisher_was_given(segment: Segment, runs: Path, cli: Cli) -> None:
+    """Nothing that wsync, or Python, sets for itself, and no option of the push; what Kubernetes sets stays."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    service = {"WSYNC_METRICS_PORT": "tcp://10.0.0.2:9464"}
+    kept = {name: os.environ[name] for name in ("PYTHONPATH", "WSYNC_RUNTIME_DIR", "WSYNC_STATE_DIR")}
+    kept |= service | {"PATH": os.environ["PATH"], "ODD": "a=b\n", "NOT": "\udcff"}
+    options = {"KEEP": "3", "NAME": NAME, "SLOTS": "4", "FORCE": "1", "HOOK_VERSION": "9", "GATE": "env -0 > gate"}
+    given = {f"WSYNC_{name}": value for name, value in options.items()}
+    done = cli("push", SPEC, "runs", "--exec", "env -0 > exec", env={**kept, **given})
+    assert done.returncode == 0, done.stderr
+    for file in ("gate", "exec"):
+        pairs = [pair.partition("=") for pair in os.fsdecode(Path(file).read_bytes()).split("\0") if pair]
+        seen = {name: value for name, _, value in pairs if not name.startswith("WSYNC_HOOK_")}
+        assert {name: value for name, value in seen.items() if name not in ("PWD", "_", "SHLVL", "OLDPWD")} == kept
+        assert {name for name, _, _ in pairs} - seen.keys() <= set(VARIABLES)
+    assert "WSYNC_HOOK_VERSION=9" not in Path("gate").read_text(errors="replace")
+
+
+def test_a_hook_pushes_another_policy_into_its_own_segment(segment: Segment, runs: Path, cli: Cli) -> None:
+    """What a hook calls goes by its own spec: neither the name nor other variables of the outer push act on it."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    Path("critic.toml").write_text('policy = "policies:mlp"\ncheckpoints = "runs"\n')
+    Segment.create("critic", layout_of(mlp()), spec=load_spec("critic.toml").fingerprint).close()
+    push = f"{sys.executable} -m wsync push critic.toml"
+    outer = {"WSYNC_NAME": NAME, "WSYNC_PATTERN": "step_*", "WSYNC_FORCE": "1", "WSYNC_DRY_RUN": "0"}
+    for _ in range(2):
+        done = cli("push", SPEC, "runs", "--exec", push, env={**os.environ, **outer})
+        assert done.returncode == 0 and not done.stderr, done.stderr
+    critic = Segment.open("critic")
+    assert (segment.version, critic.version) == (2, 1)
+    critic.close()
+
+
 def test_gate_and_hook_find_the_state(segment: Segment, runs: Path, cli: Cli, tmp_path: Path) -> None:
     """Also where its directory was no variable: a hook may look at the log, pin, or roll back what it dislikes."""
     env = {name: value for name, value in os.environ.items() if name != "WSYNC_STATE_DIR"}
     env["XDG_STATE_HOME"] = str(tmp_path / "elsewhere")
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    call = f'{sys.executable} -m wsync log "$WSYNC_NAME" --json'
+    call = f'{sys.executable} -m wsync log "$WSYNC_HOOK_NAME" --json'
     arguments = ("--state-dir", "kept", "--gate", f"{call} > gate.json", "--exec", f"{call} > exec.json")
     for _ in range(2):
         assert cli("push", SPEC, "runs", "--force", *arguments, env=env).returncode == 0
@@ -289,7 +378,7 @@ def test_gate_and_hook_find_the_state(segment: Segment, runs: Path, cli: Cli, tm
 def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:
     """The command of a TOML runs in its directory, wherever the push was started."""
     Path("box").mkdir()
-    Path("box/gate.sh").write_text('echo "$WSYNC_NAME" > seen\n')
+    Path("box/gate.sh").write_text('echo "$WSYNC_HOOK_NAME" > seen\n')
     Path("box/actor.toml").write_text(
         'policy = "policies:mlp"\ncheckpoints = "../runs"\n[hooks]\ngate = "sh gate.sh"\ngate_timeout = 50\n'
     )
@@ -299,15 +388,14 @@ def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:
     assert Path("box/seen").read_text() == "actor\n"
 
 
-def test_killed_publisher_leaves_the_live_version(
+def test_killed_publisher_leaves_the_live_version_and_no_gate(
     live: Segment, runs: Path, spawn: Spawn, cli: Cli, fifo: Callable[[str], int]
 ) -> None:
-    """Killed while its gate runs a publisher has published nothing and holds nothing, though the gate lives on."""
-    up, _ = fifo("up"), fifo("hold")
-    hold = os.open("hold", os.O_WRONLY)
-    word = live.word
+    """Killed while its gate runs a publisher has published nothing, and all that the gate started ends with it."""
+    up, word = fifo("up"), live.word
     write(runs / "step_2.safetensors", mlp(), 2.0)
-    publisher = spawn("-m", "wsync", "push", SPEC, "runs", "--gate", "echo up > up; read x < hold; echo gone > up")
+    gate = "exec > up; setsid sh -c 'trap \"\" TERM; echo up; sleep 99' & sleep 99"
+    publisher = spawn("-m", "wsync", "push", SPEC, "runs", "--gate", gate)
     policy = mlp()
     with wsync.attach(policy, NAME) as reader:
         assert heard(up) == b"up\n"
@@ -318,9 +406,7 @@ def test_killed_publisher_leaves_the_live_version(
         assert not reader.refresh() and (live.word, mark_of(live)) == (word, {1.0})
         assert cli("push", SPEC, "runs").returncode == 0
         assert reader.refresh() and marks(policy) == {2.0}
-    os.close(hold)
-    while heard(up) != b"gone\n":
-        pass
+    assert heard(up) == b""
 
 
 @pytest.mark.parametrize(("command", "code"), [("push", 143), ("watch", 0)])

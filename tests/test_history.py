@@ -671,7 +671,7 @@ def test_a_misspelt_variable_is_an_error(cli: Cli, runtime: Path) -> None:
     """Guards against a setting that nobody obeys; what wsync itself sets for gates is known."""
     done = cli("status", env={**os.environ, "WSYNC_RUNTIM_DIR": "/tmp"})
     assert done.returncode == 2 and "WSYNC_RUNTIME_DIR" in done.stderr
-    known = {"WSYNC_STAGED": "/x", "WSYNC_STEP": "1", "WSYNC_CHECKPOINT": "/y", "WSYNC_VERSION": "2"}
+    known = {"WSYNC_HOOK_STAGED": "/x", "WSYNC_HOOK_STEP": "1", "WSYNC_HOOK_NAME": "/y", "WSYNC_HOOK_VERSION": "2"}
     assert cli("status", env={**os.environ, **known}).returncode == 0
 
 

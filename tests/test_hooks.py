@@ -133,12 +133,12 @@ def server() -> Iterator[Server]:
 
 def test_exec_is_told_of_the_version(make: MakeBox, runs: Path, segment: Segment) -> None:
     """The command finds name, version, step and checkpoint, when the version is live; it may call wsync."""
-    box = make(exec=f'env > seen.env; {sys.executable} -m wsync status "$WSYNC_NAME" --json > seen.json')
+    box = make(exec=f'env > seen.env; {sys.executable} -m wsync status "$WSYNC_HOOK_NAME" --json > seen.json')
     box.publish(7)
     assert box.next()[:2] == ("exec", True)
     seen = dict(line.split("=", 1) for line in Path("seen.env").read_text().splitlines() if line.startswith("WSYNC_"))
-    assert (seen["WSYNC_NAME"], seen["WSYNC_VERSION"], seen["WSYNC_STEP"]) == (NAME, "1", "7")
-    assert seen["WSYNC_CHECKPOINT"] == str((runs / "step_7.safetensors").absolute())
+    assert (seen["WSYNC_HOOK_NAME"], seen["WSYNC_HOOK_VERSION"], seen["WSYNC_HOOK_STEP"]) == (NAME, "1", "7")
+    assert seen["WSYNC_HOOK_CHECKPOINT"] == str((runs / "step_7.safetensors").absolute())
     assert seen.keys() - os.environ.keys() <= set(VARIABLES)
     assert json.loads(Path("seen.json").read_text())["version"] == 1
 
@@ -166,7 +166,7 @@ def test_failed_exec_is_tried_again(make: MakeBox) -> None:
 
 def test_newer_version_ends_the_backoff(make: MakeBox) -> None:
     """While a failed version waits to be tried again, a newer one takes its place at once."""
-    box = make(exec="echo $WSYNC_VERSION >> ran; test $WSYNC_VERSION = 2", exec_backoff=3600)
+    box = make(exec="echo $WSYNC_HOOK_VERSION >> ran; test $WSYNC_HOOK_VERSION = 2", exec_backoff=3600)
     box.publish(1)
     assert not box.next()[1]
     box.publish(2)

@@ -333,8 +333,8 @@ def test_a_gate_and_a_hook_get_the_url(cli: Cli, bucket: Bucket, tmp_path: Path)
     """Gate and hook run as for a file, and are told the URL."""
     bucket.save("run/step_3.safetensors", mlp(), 1.0, 3)
     (tmp_path / "p.toml").write_text(
-        f'policy = "policies:mlp"\ncheckpoints = "{RUN}"\n[hooks]\ngate = "echo $WSYNC_CHECKPOINT > gate"\n'
-        'exec = "echo $WSYNC_CHECKPOINT > hook"\n'
+        f'policy = "policies:mlp"\ncheckpoints = "{RUN}"\n[hooks]\ngate = "echo $WSYNC_HOOK_CHECKPOINT > gate"\n'
+        'exec = "echo $WSYNC_HOOK_CHECKPOINT > hook"\n'
     )
     done = cli("push", str(tmp_path / "p.toml"))
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,7 @@ import typer
 
 from ..errors import UsageError, WsyncError
 from ..settings.hooks import VARIABLES as OWN_VARIABLES
+from ..system.surroundings import SERVICE
 
 if TYPE_CHECKING:
     from ..settings.spec import Spec
@@ -91,11 +91,6 @@ SIZE TENSORS READERS QUICK ONLY DIR
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
-_SERVICE = re.compile(
-    r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
-    r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
-)
-"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
 _VALUES = {"order": ["mtime", "step", "name"]}
 
 
@@ -213,7 +208,7 @@ def check_variables() -> None:
     Raises:
         UsageError: with the nearest name.
     """
-    for name in [name for name, value in os.environ.items() if _SERVICE.match(f"{name}={value}")]:
+    for name in [name for name, value in os.environ.items() if SERVICE.match(f"{name}={value}")]:
         del os.environ[name]
     unknown = sorted(name for name in os.environ if name.startswith("WSYNC_") and name not in VARIABLES)
     if unknown:

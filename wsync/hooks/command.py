@@ -1,9 +1,10 @@
 """Runs a user's command within bounds: of time, of output, and of the processes that it starts.
 
-The command gets a session, and so a process group, of its own and no terminal, so that Ctrl-C reaches wsync alone,
-which then ends the command. When its time is up the whole group gets SIGTERM, and ``GRACE`` seconds later SIGKILL. A
-command that ends by itself is not followed: what it left in the background goes on and is not waited for, although it
-may hold the pipe of the output, which a thread reads until then. Only the end of the output is kept.
+The command gets a session of its own and no terminal, so that Ctrl-C reaches wsync alone, which then ends the command.
+A small process stands between (``system.supervisor``). When time is up, and when wsync is gone, it ends the command and
+all that this started: with SIGTERM, and ``GRACE`` seconds later with SIGKILL. A command that ends by itself is not
+followed: what it left in the background goes on and is not waited for, although it may hold the pipe of the output,
+which a thread reads until then. Only the end of the output is kept.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import WsyncError, printable
+from ..system import supervisor
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
@@ -94,8 +97,9 @@ def run(
 
 
 def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Event], **more: Any) -> Ended:
+    between = [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(GRACE)]
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **more
+        [*between, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **more
     )
     deadline, how, output = time.monotonic() + timeout, "", bytearray()
     reader = threading.Thread(target=_read, args=(process.stdout, output), name="wsync-output", daemon=True)
@@ -110,7 +114,8 @@ def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Eve
             elif time.monotonic() >= deadline:
                 how = f"took longer than {timeout:g} s"
     if how:
-        _end(process, reader)
+        _end(process)
+        reader.join(_LOOK)
         return Ended(None, how, plain(output))
     reader.join(_LOOK)  # all that the pipe holds; not what background processes go on writing
     code = process.returncode
@@ -125,18 +130,13 @@ def _read(pipe: IO[bytes], output: bytearray) -> None:
             output[:] = (output + data)[-4 * CHARACTERS :]
 
 
-def _end(process: subprocess.Popen[bytes], reader: threading.Thread) -> None:
-    """Ends a command and all of its group, and reaps it last: until then the group's number belongs to no other."""
-    until = time.monotonic() + GRACE
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a command with all that it started."""
     try:
-        os.killpg(process.pid, signal.SIGTERM)
-        ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while time.monotonic() < until and (reader.is_alive() or not os.waitid(os.P_PID, process.pid, ended)):
-            time.sleep(_LOOK)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(GRACE)
+        process.terminate()
+        process.wait(3 * GRACE)
     except (PermissionError, subprocess.TimeoutExpired):
-        pass  # it runs as another user (sudo), or no signal reaches it: it must not hold us up
+        pass  # what runs as another user (sudo), or hangs in the kernel, must not hold us up
 
 
 def plain(data: bytes | bytearray) -> str:

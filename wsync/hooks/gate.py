@@ -1,8 +1,9 @@
 """A gate: the user's look at staged weights, the last thing before they go live.
 
 A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
-in its environment ``WSYNC_STAGED`` (the slot, a plain safetensors file), ``WSYNC_NAME``, ``WSYNC_STEP`` (empty where
-there is none) and ``WSYNC_CHECKPOINT``. Status 0 accepts, 75 asks for the same again later, anything else rejects.
+in its environment ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
+``WSYNC_HOOK_STEP`` (empty where there is none) and ``WSYNC_HOOK_CHECKPOINT``. Status 0 accepts, 75 asks for the same
+again later, anything else rejects.
 
 A function is called with the policy, in eval mode, with the staged weights in it. Whatever it returns accepts, but for
 ``False``, which is a check that failed and whose author forgot to raise; ``RetryLater`` asks for the same again later,
@@ -26,6 +27,7 @@ from ..settings.hooks import environment
 from ..settings.spec import Spec, origin
 from ..system import child
 from . import command
+from .view import view_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,20 +47,14 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         GateRejected: it does not accept.
         RetryLater: it asks for the same again later, or was ended by ``stop``.
         SpecError: its function, or the policy for it, cannot be imported or built.
+        SegmentError: it changed what it was to look at.
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
-    place, about = staged.path, {"name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
-    variables = environment(state_dir, staged=place, runtime_dir=place.parent.parent, **about)
-    run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
-    if spec.hooks.gate_is_function:
-        answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
-        if isinstance(answer, WsyncError):
-            raise answer
-        silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
-        verdict, why = answer or ("reject", silent)
-    else:
-        ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
-        verdict, why = _VERDICTS.get(ended.code, "reject"), str(ended)
+    with view_of(staged.path) as view:
+        try:
+            verdict, why, ended = _answer_of(spec, staged._replace(path=view.path), staged.path, stop, state_dir)
+        finally:
+            view.check()
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
@@ -67,6 +63,24 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
     if verdict == "retry" or was_stopped:
         raise RetryLater(f"{told}It is asked again at the next pass.")
     raise GateRejected(f"{told}The checkpoint stays rejected until it changes.")
+
+
+def _answer_of(
+    spec: Spec, staged: Staged, slot: Path, stop: threading.Event | None, state_dir: Path | None
+) -> tuple[str, str, command.Ended]:
+    """The gate's verdict, why, and how it ended."""
+    about = {"staged": staged.path, "name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
+    variables = environment(slot.parent.parent, state_dir, **about)
+    run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
+    if not spec.hooks.gate_is_function:
+        ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
+        return _VERDICTS.get(ended.code, "reject"), str(ended), ended
+    answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
+    if isinstance(answer, WsyncError):
+        raise answer
+    silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
+    verdict, why = answer or ("reject", silent)
+    return verdict, why, ended
 
 
 # --- in the child

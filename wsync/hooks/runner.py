@@ -4,10 +4,10 @@ Each kind of hook has a thread and a mailbox for one version. The newest wins: a
 is replaced by the next. A hook that failed is tried again after its backoff, until it succeeds or a newer version
 comes. At the end what runs may finish within its time, what waits gets one run, and nothing is tried again.
 
-``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_NAME``,
-``WSYNC_VERSION``, ``WSYNC_STEP`` (empty where there is none) and ``WSYNC_CHECKPOINT``. ``webhook`` is one request with
-name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a redirect is an
-answer like any other and is not followed, and no proxy is asked.
+``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_HOOK_NAME``,
+``WSYNC_HOOK_VERSION``, ``WSYNC_HOOK_STEP`` (empty where there is none) and ``WSYNC_HOOK_CHECKPOINT``. ``webhook`` is
+one request with name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a
+redirect is an answer like any other and is not followed, and no proxy is asked.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication,
     ended = command.run(
         ["/bin/sh", "-c", spec.hooks.exec],
         timeout=spec.hooks.exec_timeout,
-        environment=environment(state_dir, **about, runtime_dir=runtime),
+        environment=environment(runtime, state_dir, **about),
         directory=spec.directory,
         stop=cancel,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import operator
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..checkpoints.fit import Fit
+from ..errors import SegmentError
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
-from ..system.memory import mapping
-from .files import Publication, SpareSlot, slot_name
+from ..system.memory import mapping, reserve, write_at
+from .files import Publication, SpareSlot, slot_header, slot_name
 from .segment import Segment
 
 if TYPE_CHECKING:
@@ -206,10 +208,48 @@ def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate:
     slot.describe(publication)
     if gate:
         place = segment.path / slot_name(slot.number)
-        gate(Staged(place, segment.name, publication.version, publication.step, publication.source))
+        staged = Staged(place, segment.name, publication.version, publication.step, publication.source)
+        try:
+            try:
+                gate(staged)
+            finally:
+                _check_file(segment, slot, place)
+        except SegmentError:  # the slot was changed: it is made whole, and holds nothing
+            _restore(segment, slot)
+            raise
         publication = replace(publication, published_at=time.time())
         slot.describe(publication)
     return publication
+
+
+def _check_file(segment: Segment, slot: SpareSlot, place: Path) -> None:
+    """Whether the slot is still the whole file at its place.
+
+    Raises:
+        SegmentError: it is not.
+    """
+    info = os.fstat(slot.fd)
+    try:
+        there = segment.is_current() and os.path.samestat(info, os.stat(place, follow_symlinks=False))
+    except FileNotFoundError:
+        there = False
+    if not there:
+        raise SegmentError(
+            f"{place} was removed while the gate looked at it, and nothing went live. Let the gate change no file of a "
+            f"segment; where the next pass misses that file, `wsync rm {segment.name}` clears the way."
+        )
+    if info.st_size != slot.data_offset + segment.layout.nbytes:
+        raise SegmentError(
+            f"{place} was cut or lengthened while the gate looked at it, and nothing went live. Let the gate change no "
+            "file of a segment."
+        )
+
+
+def _restore(segment: Segment, slot: SpareSlot) -> None:
+    size = slot.data_offset + segment.layout.nbytes
+    os.ftruncate(slot.fd, size)
+    reserve(slot.fd, size)
+    write_at(slot.fd, slot_header(segment.layout), 0)
 
 
 def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: Segment | None) -> Plan:

@@ -1,7 +1,7 @@
 """The settings of gate and hooks, and what they find in their environment.
 
 A gate is asked about staged weights before they go live; hooks run after a publish. Both are the user's own: they run
-as this user, with what the publisher's environment holds, and the variables in ``VARIABLES`` say what they are about.
+as this user, with the environment that the publisher was given, and ``VARIABLES`` say what they are about.
 This module is only their settings, which every command reads. ``hooks.gate`` and ``hooks.runner`` run them, and are
 imported where there is something to run.
 """
@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..errors import UsageError
+from ..system.surroundings import given
 
-VARIABLES = ("WSYNC_STAGED", "WSYNC_NAME", "WSYNC_VERSION", "WSYNC_STEP", "WSYNC_CHECKPOINT")
-"""What wsync itself sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``."""
+VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT"))
+"""What wsync sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has
+such a name: a wsync that they run for another policy must not take the name of this one."""
 
 MAX_SECONDS = 86_400.0
 
@@ -94,20 +96,20 @@ class Hooks:
             return False
 
 
-def environment(state_dir: Path | None, **about: object) -> dict[str, str]:
-    """This process's environment with the variables of a gate or hook.
+def environment(runtime: Path, state_dir: Path | None, **about: object) -> dict[str, str]:
+    """The environment of a gate or hook: what this process was given, its places, and what the run is about.
 
-    The settings of gate and hooks themselves are not handed on: a wsync that a gate calls must not ask that gate again.
+    A wsync that is run there acts as one that the operator types, on the same segments and the same history.
 
     Args:
-        state_dir: where history and pins are kept; None leaves that as it is here.
-        about: the values, by the variable's name in lower case without ``WSYNC_``; None becomes empty.
+        runtime: where segments live.
+        state_dir: where history and pins are kept; None leaves that to the default.
+        about: the values, by the variable's name in lower case without ``WSYNC_HOOK_``; None becomes empty.
     """
-    own = {*VARIABLES, *(f"WSYNC_{setting.name.upper()}" for setting in fields(Hooks))}
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
-    if state_dir:
-        inherited["WSYNC_STATE_DIR"] = str(state_dir)
-    return inherited | {f"WSYNC_{name.upper()}": "" if value is None else str(value) for name, value in about.items()}
+    places = {"WSYNC_RUNTIME_DIR": runtime, "WSYNC_STATE_DIR": state_dir or os.environ.get("WSYNC_STATE_DIR")}
+    own = {name: str(place) for name, place in places.items() if place}
+    own |= {f"WSYNC_HOOK_{name.upper()}": "" if value is None else str(value) for name, value in about.items()}
+    return given() | own
 
 
 def _flag(name: str) -> str:

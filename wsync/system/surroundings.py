@@ -1,0 +1,29 @@
+"""The environment that this process was given, for the commands that it starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+SERVICE = re.compile(
+    r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
+)
+"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
+
+_ADDED = ("OPENBLAS_NUM_THREADS", "LC_CTYPE")
+"""What ``cli.commands.main`` sets, and Python's own start (PEP 538), where they are missing."""
+
+
+def given() -> dict[str, str]:
+    """The variables that this process was started with, and what its own code set since, without wsync's options.
+
+    Options are those of this very command: a wsync that a gate or hook runs is another one. What Kubernetes calls by
+    such a name is none, and stays. ``NOTIFY_SOCKET`` was taken out: nothing that we start may speak in our name.
+    """
+    text = Path("/proc/self/environ").read_bytes()
+    start = dict(os.fsdecode(pair).partition("=")[::2] for pair in text.split(b"\0") if b"=" in pair)
+    kept = {name: value for name, value in os.environ.items() if name not in _ADDED or name in start}
+    services = {name: value for name, value in start.items() if SERVICE.match(f"{name}={value}")}
+    return {name: value for name, value in kept.items() if not name.startswith("WSYNC_")} | services
