@@ -24,9 +24,10 @@ from safetensors.torch import save_file, save_model
 
 from wsync.checkpoints import header
 from wsync.checkpoints import plan as fitting
-from wsync.checkpoints.checkpoint import Checkpoint, step_of
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity
 from wsync.checkpoints.fit import Fit
+from wsync.checkpoints.steps import step_of
 from wsync.checkpoints.table import TensorTable
 from wsync.errors import (
     CheckpointChanged,

@@ -7,15 +7,13 @@ and reads is imported when the first checkpoint is opened: a pass with nothing t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointMismatch, PartialCheckpoint
-from ..layout.filenames import ADAPTER, SINGLE
 from ..layout.layout import Layout
-from .files import place_at
+from .files import led_to, place_at
 from .fit import Fit
 
 if TYPE_CHECKING:
@@ -29,10 +27,9 @@ class Checkpoint:
 
     Attributes:
         table: its tensors, and where their bytes come from.
-        path: the file or directory where it was found, absolute.
+        path: the file or directory where it was found, absolute, and through a link where that led.
         identity: of its files as they were opened.
-        step: the producer's number: metadata ``step``, else the last integer of the name, or of the name that a link
-            leads to, else None.
+        step: the producer's number, None where it has none; see ``steps``.
         size: bytes of its files.
         planned: the last plan.
         fitted: how it was fitted when it was copied, where it is a copy.
@@ -52,18 +49,16 @@ class Checkpoint:
             MalformedCheckpoint: it breaks the format.
             CheckpointError: it cannot be read.
         """
+        from .steps import step_at
         from .table import TensorTable
 
-        self.table = table = TensorTable(place_at(path), settle)
+        self.table = table = TensorTable(led_to(place_at(path)), settle)
         self.path, self.identity = table.path, table.identity
         self.size = sum(info.st_size for info in table.source.infos)
         self.planned: Plan | None = None
         self.fitted: Fit | None = None
         self._base: TensorTable | None = None  # of an adapter that is merged
-        own = self.path.parent.name if self.path.name in (SINGLE, ADAPTER) else self.path.name
-        self.step = step_of(own, table.metadata)
-        if self.step is None:
-            self.step = step_of(table.source.linked_name(), {})
+        self.step = step_at(self.path, table.metadata).number
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -163,15 +158,3 @@ class Checkpoint:
 def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:
     """The checkpoint at a path or URL, opened; see ``Checkpoint``."""
     return Checkpoint(path, settle=settle)
-
-
-def step_of(name: str, metadata: Mapping[str, str]) -> int | None:
-    """A checkpoint's step: its metadata's ``step``, else the last integer of its name, else None."""
-    stated = metadata.get("step", "").strip()
-    if re.fullmatch(r"-?\d{1,19}", stated) and abs(int(stated)) < 1 << 63:
-        return int(stated)
-    numbers = re.findall(r"\d+", name.removesuffix(".safetensors"))
-    if not numbers:
-        return None
-    number = int(numbers[-1])  # a time in nanoseconds has 19 digits
-    return number if number < 1 << 63 else int(numbers[-1][-18:])

@@ -48,6 +48,22 @@ def place_at(place: str | os.PathLike[str]) -> Path:
     return cast(Path, place if isinstance(place, RemotePath) else open_url(text))
 
 
+def led_to(path: Path) -> Path:
+    """Where links lead to at this moment, so that what is recorded does not move with them.
+
+    A file that is a link keeps its own name where the other one is no safetensors file's, as in Hugging Face's cache.
+    """
+    if remote(path):
+        return path
+    try:
+        real = Path(os.path.realpath(path))
+        return (
+            real if real.suffix == ".safetensors" or real.is_dir() else Path(os.path.realpath(path.parent), path.name)
+        )
+    except OSError:  # a link was replaced meanwhile: opening it says what is there
+        return path
+
+
 def remote(place: object) -> RemotePath | None:
     """What stands for a URL; None for a path on disk."""
     return None if isinstance(place, Path) else cast("RemotePath", place)

@@ -42,9 +42,6 @@ class Objects:
     def close(self) -> None:
         pass
 
-    def linked_name(self) -> str:
-        return ""
-
     def stands(self) -> bool:
         files = [*self._stored, *self._index]
         looks = prefetch(files, lambda file: self._store.head(file.key), AT_ONCE)

@@ -67,16 +67,6 @@ class Files:
         while self._fds:
             shut(self._fds.pop())
 
-    def linked_name(self) -> str:
-        path = self.parts.path
-        try:
-            if not path.is_symlink():
-                return ""
-            real = Path(os.readlink(f"/proc/self/fd/{self._fds[0]}"))
-        except OSError:
-            return ""
-        return (real if self.parts.files[0] == path else real.parent).name
-
     def stands(self) -> bool:
         """As a ``ByteSource`` tells it.
 

@@ -42,9 +42,6 @@ class ByteSource(Protocol):
     def stands(self) -> bool:
         """Whether the files are still those that were opened, unchanged, and nobody is writing to them."""
 
-    def linked_name(self) -> str:
-        """The name of what a link, such as ``latest``, led to when it was opened; empty where the path is none."""
-
     def close(self) -> None: ...
 
 

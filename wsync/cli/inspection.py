@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoints.cast import Piece
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import parts_of, place_at, unreadable
+from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
@@ -30,10 +31,11 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
 
     Returns:
         ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
-        "reason", "kind", "step", "bytes", "files", "metadata", "tensors"}``, with a spec ``"fits"``, and with
-        ``"candidates"`` where there are others in it.
+        "reason", "kind", "step", "step_from", "other_numbers", "bytes", "files", "metadata", "tensors"}``, with a
+        spec ``"fits"``, and with ``"candidates"`` where there are others in it.
 
-        Each tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
+        ``step_from`` says where the step was read, and ``other_numbers`` are those that the name holds besides. Each
+        tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
         was read, ``finite``. What fits has ``casts`` (each ``name``, ``from``, ``to``), ``kept`` (the policy's tensors
         that keep their live values), ``left_out`` (the checkpoint's that are not taken) and ``base`` (what an adapter
         is merged into). ``kind`` is the reason in a word: ``incomplete``, ``malformed`` or ``failed``.
@@ -46,7 +48,7 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
     settings = spec.select if spec else Select()
     try:
         if not path.is_dir():
-            return _look(path, fits, scan_values)
+            return _look(path, settings, fits, scan_values)
         parts_of(path)
     except NoCheckpoint:
         return {"path": str(path), "candidates": _verdicts(scan(path, settings, halves=True), settings, fits)}
@@ -54,7 +56,7 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
         raise unreadable(path, exc) from exc
     except CheckpointError:
         pass  # told below, where it is opened
-    looked = _look(path, fits, scan_values)
+    looked = _look(path, settings, fits, scan_values)
     try:
         others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != path]
     except CheckpointError:
@@ -63,23 +65,23 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
 
 
 def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> list[dict[str, Any]]:
-    kept = ("path", "complete", "step", "bytes", "reason", "kind", "fits")
+    kept = ("path", "complete", "step", "step_from", "other_numbers", "bytes", "reason", "kind", "fits")
     verdicts = []
     for candidate in select(found, order=settings.order):
         try:
-            looked = _look(candidate.path, fits, False)
+            looked = _look(candidate.path, settings, fits, False)
         except NoCheckpoint:
             continue  # retention was faster
         verdicts.append({key: looked[key] for key in kept if key in looked})
     return verdicts
 
 
-def _look(path: Path, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
+def _look(path: Path, settings: Select, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
         checkpoint = open_checkpoint(path)
         with checkpoint:
             broken = _not_finite(checkpoint) if scan_values else None
-            return _described(path, checkpoint, broken) | (fits(checkpoint) if fits else {})
+            return _described(path, checkpoint, settings, broken) | (fits(checkpoint) if fits else {})
     except NoCheckpoint:
         raise
     except CheckpointError as exc:
@@ -87,13 +89,16 @@ def _look(path: Path, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
         return {"path": str(path), **about}
 
 
-def _described(path: Path, checkpoint: Checkpoint, broken: set[str] | None) -> dict[str, Any]:
+def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set[str] | None) -> dict[str, Any]:
+    step = step_at(checkpoint.path, checkpoint.metadata, settings.step)
     return {
         "path": str(path),
         "complete": True,
         "reason": None,
         "kind": None,
-        "step": checkpoint.step,
+        "step": step.number,
+        "step_from": step.source or None,
+        "other_numbers": list(step.others),
         "bytes": checkpoint.size,
         "files": [file.name for file in checkpoint.table.parts.files],
         "metadata": checkpoint.metadata,

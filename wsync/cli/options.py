@@ -38,6 +38,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "order": ("select", str, "Which is newest: mtime, step or name. (default: mtime)"),
     "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
     "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
+    "step": ("select", str, "/REGEX/ with a group: the step in a checkpoint's name."),
     "prefix": ("weights", str, "Take only tensors whose names begin so, and drop it."),
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),
     "include": ("weights", list[str], "Glob of names to take; may be given again."),

@@ -121,11 +121,19 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
     for each in found:
         good = each["complete"] and each.get("fits", True)
         verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
+        verdict += f"; step from the {_origin(each)}" if each.get("other_numbers") else ""
         step = "" if each["step"] is None else str(each["step"])
         weight = "" if each["bytes"] is None else size(each["bytes"])
         name = printable(Path(each["path"]).name)
         table.add_row(name, step, weight, Text(printable(verdict), "" if good else "red"))
     console.print(table)
+
+
+def _origin(looked: dict[str, Any]) -> str:
+    """Where the step was read, and what a setting could read instead."""
+    others = ", ".join(looked["other_numbers"])
+    more = f", which also holds {others}: select.step would take another" if others else ""
+    return printable(f"{looked['step_from']}{more}")
 
 
 def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
@@ -137,6 +145,8 @@ def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
     tensors = looked["tensors"]
     title = f"{printable(looked['path'])}: {count(len(tensors), 'tensor')}, {size(looked['bytes'])}{files}{step}"
     console.print(title, soft_wrap=True)
+    if looked["step_from"]:
+        console.print(f"step {looked['step']} is from the {_origin(looked)}", soft_wrap=True)
     for key, value in looked["metadata"].items():
         console.print(f"  {printable(key)} = {printable(value)}", soft_wrap=True)
     if "fits" in looked:

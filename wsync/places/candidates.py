@@ -44,21 +44,28 @@ class Select:
 
     Attributes:
         pattern: a glob that their names match.
-        order: ``"mtime"`` (ties by natural name), ``"step"`` (from the metadata, else the last integer of the name) or
-            ``"name"`` (natural, so that 10 comes after 9).
+        order: ``"mtime"`` (ties by natural name), ``"step"`` (of the metadata, else of the name) or ``"name"``
+            (natural, so that 10 comes after 9).
         marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
             before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``). One that is older than a file of its
             checkpoint was left by an earlier save, and does not count.
         settle: seconds that a checkpoint must have stood still where nothing else tells that its writer is done: where
             it has several files, or where the system does not tell whether one is open for writing.
+        step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
+            ``checkpoints.steps`` finds.
     """
 
     pattern: str = "*"
     order: Literal["mtime", "step", "name"] = "mtime"
     marker: str = ""
     settle: float = 1.0
+    step: str = ""
 
     def __post_init__(self) -> None:
+        if self.step:
+            from ..checkpoints.steps import expression
+
+            expression(self.step)
         if self.order not in ("mtime", "step", "name"):
             raise UsageError(f"order = {self.order!r} is none of mtime, step and name. Use one of them.")
         if not 0 <= self.settle <= 3600:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint, step_of
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
@@ -127,17 +128,26 @@ class CheckpointWeightGetter:
         if state not in self._steps:
             try:
                 with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
-                    self._steps[state] = checkpoint.step
+                    self._steps[state] = self.step_at(candidate.path, checkpoint.metadata)
             except CheckpointError as exc:  # told when it is tried; until then its name says what it is
-                step = step_of(candidate.path.name, {})
+                step = self.step_at(candidate.path)
                 if not isinstance(exc, MalformedCheckpoint):
                     return step
                 self._steps[state] = step
         return self._steps[state]
 
+    def step_at(self, path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
+        """The step of the checkpoint at a path, as far as its name and these metadata tell."""
+        from ..checkpoints.steps import step_at
+
+        return step_at(path, metadata, self.select.step).number
+
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
-        return open_checkpoint(candidate.path, settle=self.select.settle)
+        checkpoint = open_checkpoint(candidate.path, settle=self.select.settle)
+        if self.select.step:
+            checkpoint.step = self.step_at(checkpoint.path)
+        return checkpoint
 
     def nothing(self) -> NoCheckpoint:
         wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import Checkpoint, step_of
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import remote
 from ..errors import (
     CheckpointChanged,
@@ -138,7 +138,7 @@ class Syncer:
         choice = self.route.busy(partial(self._choose, this))
         if choice.pin:
             return self._pinned(this, choice.pin, reopen=choice.reopen)
-        refusal = _known(self.record, this, choice.refused) if choice.refused else None
+        refusal = self._known(this, choice.refused) if choice.refused else None
         if not choice.todo:
             if not refusal and self._has_nothing_for(this):
                 raise self.getter.nothing()
@@ -161,6 +161,17 @@ class Syncer:
         newer = [] if pin else self.getter.candidates(None if this.force else place_of(this.live))
         refusals = self.record.refusals(candidate.identity for candidate in newer)
         return choose(newer, this.live, refusals, pin, force=this.force)
+
+    def _known(self, this: Pass, candidate: Candidate) -> Outcome:
+        """The refusal of an earlier pass, once more."""
+        return this.outcome(
+            "rejected",
+            step=self.getter.step_at(candidate.path),
+            checkpoint=str(candidate.path),
+            reason=self.record.reason(candidate.identity),
+            identity=candidate.identity,
+            known=not self.record.is_fresh(candidate.identity),
+        )
 
     def _has_nothing_for(self, this: Pass) -> bool:
         """Whether the place is empty, and what is live never came from there: only retention empties a place."""
@@ -195,7 +206,7 @@ class Syncer:
                     this,
                     exc,
                     named=candidate.path == self.getter.checkpoints,
-                    step=step_of(candidate.path.name, {}),
+                    step=self.getter.step_at(candidate.path),
                     checkpoint=str(candidate.path),
                     identity=opened or getattr(exc, "identity", "") or candidate.identity,
                 )
@@ -279,18 +290,6 @@ def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) ->
     else:
         box.record.worked()
     return outcome
-
-
-def _known(record: Record, this: Pass, candidate: Candidate) -> Outcome:
-    """The refusal of an earlier pass, once more."""
-    return this.outcome(
-        "rejected",
-        step=step_of(candidate.path.name, {}),
-        checkpoint=str(candidate.path),
-        reason=record.reason(candidate.identity),
-        identity=candidate.identity,
-        known=not record.is_fresh(candidate.identity),
-    )
 
 
 def _refusal(this: Pass, exc: CheckpointError | RetryLater, *, named: bool, **about: object) -> Outcome:

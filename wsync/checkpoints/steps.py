@@ -1,0 +1,151 @@
+"""A checkpoint's step: the producer's own number, read from the metadata or from the name.
+
+Trainers write more than one number into a name (``ckpt-500-loss0.25``, ``policy_step_500_seed_1``), so the number after
+a word such as ``step`` or ``checkpoint`` wins over all others. This module is pure: it opens nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError
+
+_METADATA = ("step", "global_step")
+_STATED = re.compile(r"(-?\d{1,19})(?:\.0*)?")
+_GAP = r"[ _.=:\-]*"
+_WORDS = (  # the first that matches wins
+    re.compile(rf"steps?{_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
+    re.compile(r"(\d+)([km])?[ _\-]?(?:time)?steps(?![a-z])", re.IGNORECASE),  # as stable-baselines3 has it
+    re.compile(rf"(?<![a-z])iter(?:ation)?s?{_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
+    re.compile(rf"(?:checkpoint|ckpt){_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
+    re.compile(rf"epochs?{_GAP}(\d+)", re.IGNORECASE),
+)
+_DECIMAL = re.compile(r"\d+\.\d+")
+_LIGHTNING = re.compile(r"-v\d+$")  # added where a file of that name exists
+_FIXED = re.compile(  # what libraries call the file, whatever the step
+    r"(?:adapter_model|diffusion_pytorch_model|open_clip_model|model)(?:_\d+)?\.safetensors(?:\.index\.json)?"
+)
+_UNITS = {"k": 1_000, "m": 1_000_000}
+_MOST = 1 << 63
+_SUFFIX = ".safetensors"
+
+
+class Step(NamedTuple):
+    """What was read.
+
+    Attributes:
+        number: the step; None where there is no number.
+        source: where it was read, in words; empty where there is no number.
+        others: the numbers of the name that were not taken, where the step is from the name.
+        certain: whether the name leaves no doubt about it: it follows a known word, or is the only number.
+    """
+
+    number: int | None
+    source: str = ""
+    others: tuple[str, ...] = ()
+    certain: bool = True
+
+
+def step_of(name: str, metadata: Mapping[str, str], pattern: str = "") -> int | None:
+    """A checkpoint's step; see ``read_step``."""
+    return read_step(name, metadata, pattern).number
+
+
+def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step:
+    """The step by the setting's pattern; else of the metadata; else the number of the name.
+
+    Args:
+        pattern: ``select.step``; where it is set, nothing else gives a step.
+    """
+    return step_in_name(name, pattern) if pattern else step_in_metadata(metadata) or step_in_name(name)
+
+
+def step_at(path: Path, metadata: Mapping[str, str], pattern: str = "") -> Step:
+    """The step of the checkpoint at a path: its metadata's, else its name's, else that of a directory around it.
+
+    A file that libraries always call the same, such as ``model.safetensors`` or ``model_1.safetensors``, goes by
+    its directory's name. Two directories above a checkpoint count where they are named after a step alone, as in
+    ``000100/pretrained_model`` and ``checkpoint-1/policy/actor``.
+    """
+    if not pattern and (stated := step_in_metadata(metadata)):
+        return stated
+    names = [path.name, path.parent.name, path.parent.parent.name]
+    if pattern:
+        steps = [step_in_name(name, pattern) for name in names]
+    elif _FIXED.fullmatch(path.name):
+        names = [*names[1:], path.parent.parent.parent.name]
+        steps = [step_in_name(name) for name in names if names_a_step(name)]
+        steps += map(step_in_name, (path.name, names[0]))
+    else:
+        steps = [step_in_name(path.name), *(step_in_name(name) for name in names[1:] if names_a_step(name))]
+    return next((step for step in steps if step.number is not None), Step(None))
+
+
+def step_in_metadata(metadata: Mapping[str, str]) -> Step | None:
+    """The step that the metadata state, as in ``"500"`` and ``"500.0"``; None where they state none."""
+    for key in _METADATA:
+        if (stated := _STATED.fullmatch(metadata.get(key, "").strip())) and abs(int(stated[1])) < _MOST:
+            return Step(int(stated[1]), f"metadata {key!r}")
+    return None
+
+
+def step_in_name(name: str, pattern: str = "") -> Step:
+    """The number after ``step``, ``iter``, ``checkpoint`` or ``epoch``, in this order; else the name's last integer."""
+    if pattern:
+        found = expression(pattern).search(name)
+        digits = next((group for group in found.groups() if group), "") if found else ""
+        return Step(_number(digits), f"name, by {pattern}") if digits.isdecimal() else Step(None)
+    stem = _LIGHTNING.sub("", name.removesuffix(_SUFFIX))
+    digits = re.findall(r"\d+", stem)
+    for word in _WORDS:
+        if found := word.search(stem):
+            number = _number(found[1])
+            if word.groups > 1 and found[2] and number < 10**9:
+                number *= _UNITS[found[2].lower()]
+            return Step(number, f"name, {found[0]!r}", _others(digits, found[1]))
+    if not digits:
+        return Step(None)
+    last = (re.findall(r"\d+", _DECIMAL.sub("", stem)) or digits)[-1]
+    return Step(_number(last), "name, its last integer", _others(digits, last), certain=len(digits) == 1)
+
+
+def names_a_step(name: str) -> bool:
+    """Whether a directory is named after a step and nothing else: ``000100``, ``step_5``, ``checkpoint-500``."""
+    step = step_in_name(name)
+    return name.isdecimal() or (not step.others and step.source not in ("", "name, its last integer"))
+
+
+@lru_cache(maxsize=8)
+def expression(pattern: str) -> re.Pattern[str]:
+    """The regular expression of ``select.step``, which stands between slashes.
+
+    Raises:
+        UsageError: it is not one, or has no group.
+    """
+    try:
+        if len(pattern) < 3 or not pattern[0] == pattern[-1] == "/":
+            raise re.error("it does not stand between slashes")
+        compiled = re.compile(pattern[1:-1])
+        if not compiled.groups:
+            raise re.error("it has no group")
+    except re.error as exc:
+        raise UsageError(
+            f"select.step: {pattern!r} is no regular expression with a group ({exc}). Write it between slashes, with "
+            "the number in parentheses, such as '/step_([0-9]+)/'."
+        ) from exc
+    return compiled
+
+
+def _number(digits: str) -> int:
+    number = int(digits)  # a time in nanoseconds has 19 digits
+    return number if number < _MOST else int(digits[-18:])
+
+
+def _others(digits: list[str], taken: str) -> tuple[str, ...]:
+    rest = list(digits)
+    rest.remove(taken)
+    return tuple(rest)
