@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import compileall
-import ctypes
-import json
 import os
-import platform
 import pty
 import select
 import shutil
@@ -15,16 +12,14 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+from builders import ROOT, SUPPORT
 from policies import mlp
-from safetensors.torch import save_file
+from processes import DEADLINE, Cli, Spawn
 
 from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
@@ -36,64 +31,9 @@ from wsync.settings.spec import load_spec
 if TYPE_CHECKING:
     from object_stores import Bucket
 
-TESTS = Path(__file__).parent
-DEADLINE = 60.0  # seconds that anything awaited may take on a busy machine; nothing waits that long when it works
-
-compileall.compile_dir(TESTS.parent / "wsync", quiet=2)  # else all that is started does, under PYTHONDONTWRITEBYTECODE
+compileall.compile_dir(ROOT / "wsync", quiet=2)  # else all that is started does, under PYTHONDONTWRITEBYTECODE
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, which ignores it, hands that on
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as does nohup(1)
-
-_TGKILL = {"x86_64": 234, "aarch64": 131}.get(platform.machine())
-
-Spawn = Callable[..., "subprocess.Popen[str]"]
-Cli = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-class Lines:
-    """What a process says, line by line, each awaited with a deadline."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.seen: list[str] = []
-        self._queue: Queue[str] = Queue()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self._queue.put(line.rstrip("\n"))
-
-    def next(self) -> str:
-        try:
-            line = self._queue.get(timeout=DEADLINE)
-        except Empty:
-            pytest.fail("nothing more was said after\n" + "\n".join(self.seen))
-        self.seen.append(line)
-        return line
-
-    def until(self, *words: str) -> str:
-        """The next line that has all these words."""
-        line = self.next()
-        while not all(word in line for word in words):
-            line = self.next()
-        return line
-
-    def rest(self) -> list[str]:
-        """What is left to read, once the process has ended."""
-        self.process.wait(DEADLINE)
-        self._thread.join(DEADLINE)
-        left = list(self._queue.queue)
-        self.seen += left
-        return left
-
-
-def signal_another_thread(pid: int, number: signal.Signals) -> None:
-    """Sends a signal to a thread of the process that is not its main one, as the kernel may choose."""
-    if _TGKILL is None:
-        pytest.skip(f"the number of tgkill(2) on {platform.machine()} is not known here")
-    others = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir() if task.name != str(pid)]
-    assert any(ctypes.CDLL(None).syscall(_TGKILL, pid, tid, number) == 0 for tid in others)
 
 
 @pytest.fixture
@@ -105,7 +45,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WSYNC_RUNTIME_DIR", str(path))
     state = path.with_name(f"{path.name}-state")
     monkeypatch.setenv("WSYNC_STATE_DIR", str(state))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT)]))
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     monkeypatch.setenv("COLUMNS", "100")
     yield path
@@ -266,39 +206,3 @@ def bucket(moto: int, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.setenv(name, value)
     yield made
     made.proxy.close()
-
-
-def heard(fd: int) -> bytes:
-    """The next word of those who hold a pipe's other end; empty when the last of them is gone."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    while poll.poll(DEADLINE * 1000):
-        try:
-            return os.read(fd, 1000)
-        except BlockingIOError:  # one was gone, and another one came
-            pass
-    pytest.fail("nothing was heard, and somebody still holds the pipe")
-
-
-def write(path: Path, policy: torch.nn.Module, mark: float | None = None, step: int | None = None) -> Path:
-    """Writes a policy's checkpoint as a careful trainer does (whole, then renamed), every weight set to ``mark``."""
-    state = {name: tensor.detach().clone() for name, tensor in policy.state_dict().items()}
-    if mark is not None:
-        state = {name: torch.full_like(tensor, mark) for name, tensor in state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state, temporary, metadata=None if step is None else {"step": str(step)})
-    temporary.rename(path)
-    return path
-
-
-def raw(path: Path, header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None) -> Path:
-    """Writes a safetensors file as given, right or wrong."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
-    return path
-
-
-def marks(policy: torch.nn.Module) -> set[float]:
-    """The distinct values among a policy's weights: exactly one where a version is whole."""
-    return {float(value) for tensor in policy.state_dict().values() for value in tensor.flatten().unique()}

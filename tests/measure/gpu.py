@@ -41,7 +41,7 @@ from wsync.policy.device_weights import lock_slot
 from wsync.segment.publisher import publish
 from wsync.segment.segment import Segment
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # of the tests' own modules
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # of the tests' own modules
 from devices import LateDevice
 
 TENSORS = 300

@@ -1,0 +1,28 @@
+"""What the tests of the command line share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders import NAME, SPEC, write
+from policies import mlp
+
+from wsync.layout.layout import layout_of
+from wsync.segment.segment import Segment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
+
+
+@pytest.fixture
+def live(runs: Path) -> Iterator[Segment]:
+    """A segment whose version 1 is ``runs/step_10.safetensors``, weights of mark 1, as a push leaves it."""
+    write(runs / "step_10.safetensors", mlp(), 1.0)
+    spec = load_spec(SPEC)
+    Segment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()  # here, since torch is here already
+    with Syncer(spec, runs) as syncer:
+        assert syncer.once().status == "published"
+    segment = Segment.open(NAME, write=True)
+    yield segment
+    segment.close()

@@ -1,0 +1,182 @@
+"""The files of examples/operations say what is true, and work as far as this machine can tell."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import RawConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import ROOT, SUPPORT, write
+from policies import mlp
+from processes import DEADLINE, Cli
+
+OPERATIONS = ROOT / "examples" / "operations"
+
+
+def yaml_of(name: str) -> Any:
+    yaml = pytest.importorskip("yaml", reason="PyYAML, of the extra test, is not installed")
+    return yaml.safe_load((OPERATIONS / name).read_text())
+
+
+def check_options(cli: Cli, arguments: list[str]) -> None:
+    """Fails where a wsync command line has an option that the command does not know."""
+    program, command, *rest = arguments
+    assert program.endswith("wsync")
+    text = cli(command, "--help", env={**os.environ, "TERM": "dumb", "COLUMNS": "300"}).stdout
+    given = [word for word in rest if word.startswith("--")]
+    assert given and all(re.search(rf"{word}\b", text) for word in given), (given, text)
+
+
+def unit() -> RawConfigParser:
+    parser = RawConfigParser(strict=False, comment_prefixes=("#",), delimiters=("=",))
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(OPERATIONS / "wsync@.service")
+    return parser
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """systemd-analyze finds nothing wrong, once the program and the user that it names are there."""
+    if not (analyze := shutil.which("systemd-analyze")):
+        pytest.skip("systemd-analyze is not installed")
+    program = tmp_path / "wsync"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    me = pwd.getpwuid(os.getuid()).pw_name
+    text = (OPERATIONS / "wsync@.service").read_text()
+    text = text.replace("/opt/policy/.venv/bin/wsync", str(program)).replace("User=policy", f"User={me}")
+    (tmp_path / "wsync@cartpole.service").write_text(text.replace("/opt/policy", str(tmp_path)))
+    done = subprocess.run(
+        [analyze, "verify", "--man=no", str(tmp_path / "wsync@cartpole.service")],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if "wsync" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+def test_the_unit_uses_what_the_watch_speaks(cli: Cli) -> None:
+    """Notify, watchdog and reload are those that test_service.py tests, and its options are the watch's."""
+    service = unit()["Service"]
+    assert service["Type"] == "notify" and float(service["WatchdogSec"]) > 30
+    assert service["TimeoutStartSec"] == "infinity" and "-HUP $MAINPID" in service["ExecReload"]
+    assert service["ReadWritePaths"] == "/dev/shm" and "PrivateIPC" not in service and "DynamicUser" not in service
+    check_options(cli, shlex.split(service["ExecStart"]))
+
+
+def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime: Path) -> None:
+    """cron's shell pushes, leaves figures, is silent about a missing checkpoint and fails for a refused one."""
+    pytest.importorskip("prometheus_client")
+    lines = [line for line in (OPERATIONS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
+    assignment, line = lines
+    assert assignment.startswith("MAILTO=")
+    assert line.split()[:5] == ["*"] * 5 and "%" not in line  # which cron would take for a line break
+    box = tmp_path / "opt"
+    (box / "bin").mkdir(parents=True)
+    program = box / "bin" / "wsync"
+    program.write_text(f'#!/bin/sh\nexec env PYTHONPATH={SUPPORT}:{ROOT} {sys.executable} -m wsync "$@"\n')
+    program.chmod(0o755)
+    (box / "cartpole.toml").write_text('policy = "policies:mlp"\ncheckpoints = "runs"\n')
+    (box / "runs").mkdir()
+    command = line.split(maxsplit=5)[5]
+    for real, here in (
+        ("/opt/policy/.venv/bin/wsync", str(program)),
+        ("/opt/policy", str(box)),
+        ("/var/lib/node_exporter", str(tmp_path)),
+        (" push ", f" push --runtime-dir {runtime} --state-dir {tmp_path / 'state'} "),
+    ):
+        assert real in command
+        command = command.replace(real, here)
+    bare = {"HOME": str(tmp_path), "LOGNAME": "policy", "SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+
+    def run() -> tuple[int, str]:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], env=bare, cwd=tmp_path, timeout=DEADLINE, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr  # which cron mails
+
+    figures = tmp_path / "wsync_cartpole.prom"
+    assert run() == (0, "")
+    assert 'wsync_last_run_exit_code{name="cartpole"} 66.0' in figures.read_text()
+    write(box / "runs" / "step_1.safetensors", mlp(), 1.0)
+    assert [run(), run()] == [(0, "")] * 2
+    assert 'wsync_version{name="cartpole"} 1.0' in figures.read_text()
+    assert 'wsync_last_run_exit_code{name="cartpole"} 0.0' in figures.read_text()
+    write(box / "runs" / "step_2.safetensors", mlp(), float("nan"))
+    code, mail = run()
+    assert code and "step_2.safetensors" in mail
+    assert 'wsync_last_run_exit_code{name="cartpole"} 65.0' in figures.read_text()
+    (box / "cartpole.toml").write_text("nonsense")
+    code, mail = run()
+    assert code and "not TOML" in mail and "(exit 2)" in mail
+    program.write_text("#!/bin/sh\nkill -9 $$\n")  # as the system does where memory runs out
+    code, mail = run()
+    assert code and "(exit 137)" in mail
+    program.unlink()
+    code, mail = run()
+    assert code and "not found" in mail and "(exit 127)" in mail
+
+
+def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:
+    """Both containers have the volume in memory and the runtime directory on it; probes reach what is served."""
+    pod = yaml_of("sidecar.yaml")["spec"]
+    (memory,) = (volume for volume in pod["volumes"] if volume.get("emptyDir", {}).get("medium") == "Memory")
+    assert memory["emptyDir"]["sizeLimit"]
+    containers = {container["name"]: container for container in pod["containers"]}
+    places = set()
+    for container in (containers["policy"], containers["wsync"]):
+        (mount,) = (m for m in container["volumeMounts"] if m["name"] == memory["name"])
+        assert not mount.get("readOnly")  # a reader writes its record, and its lock
+        (place,) = (each["value"] for each in container["env"] if each["name"] == "WSYNC_RUNTIME_DIR")
+        assert place.startswith(f"{mount['mountPath']}/")
+        places.add(place)
+        assert "securityContext" not in container or "runAsUser" not in container["securityContext"]
+    assert len(places) == 1 and pod["securityContext"]["runAsUser"]
+    watch = containers["wsync"]
+    arguments = [*watch["command"], *watch["args"]]
+    check_options(cli, arguments)
+    port = watch["ports"][0]
+    assert arguments[arguments.index("--metrics-port") + 1] == str(port["containerPort"])
+    assert arguments[arguments.index("--metrics-address") + 1] == "0.0.0.0"  # the kubelet is outside the pod
+    probes = {kind: watch[kind]["httpGet"] for kind in ("readinessProbe", "livenessProbe")}
+    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    assert (probes["readinessProbe"]["path"], probes["livenessProbe"]["path"]) == ("/healthz", "/metrics")
+
+
+def test_each_alert_is_on_figures_that_there_are(tmp_path: Path) -> None:
+    """Every metric that a rule names, and every label and status, is one that is exposed."""
+    pytest.importorskip("prometheus_client")
+    from wsync.service.figures import STATUSES, Figures, RunFigures
+
+    families = [*Figures("actor").registry.collect(), *RunFigures("actor", tmp_path / "actor.prom").collect()]
+    exposed = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    rules = [rule for group in yaml_of("alerts.yaml")["groups"] for rule in group["rules"]]
+    assert len(rules) > 5 and len({rule["alert"] for rule in rules}) == len(rules)
+    named = set()
+    for rule in rules:
+        metrics = re.findall(r"\bwsync_\w+", rule["expr"])
+        assert metrics and rule["annotations"]["summary"] and rule["labels"]["severity"]
+        assert {metric.removesuffix("_bucket") for metric in metrics} <= exposed, rule
+        named |= {*metrics}
+        labels = {"name", "le", "status", "reason", "reader", "hook"}
+        used = re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])
+        used += [word for group in re.findall(r"by \(([^)]*)\)", rule["expr"]) for word in group.split(", ")]
+        assert {*used} <= labels, rule
+        assert {*re.findall(r'status="(\w+)"', rule["expr"])} <= {*STATUSES}
+    assert len(named) > 5
+
+
+def test_promtool_takes_the_rules() -> None:
+    """Prometheus' own checker, where it is there, finds the expressions right."""
+    if not (promtool := shutil.which("promtool")):
+        pytest.skip("promtool is not installed")
+    done = subprocess.run([promtool, "check", "rules", str(OPERATIONS / "alerts.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,573 @@
+"""Groups of boxes, by real torchrun processes on loopback; each box has a runtime and a state directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import SUPPORT, write
+from faulty_proxy import Proxy
+from policies import mlp
+from processes import DEADLINE, Lines, signal_another_thread
+from safetensors.torch import load_file
+from web_server import Web, serve
+
+from wsync.errors import SegmentError
+from wsync.segment.files import WORD_OFFSET, slot_name
+from wsync.segment.segment import Segment
+
+NAME = "nets"
+BOX = str(SUPPORT / "fleet_box.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [
+            int(each)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for each in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+
+
+class Box:
+    """One box: its directories, and the torchrun that keeps its watch."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        self.fleet, self.name = fleet, name
+        self.runtime = fleet.base / name
+        self.runtime.mkdir()
+        self.checkpoints = fleet.base / "runs"
+        self.source = ""  # a URL in their place
+        self.agent: subprocess.Popen[str] | None = None
+        self.seen: list[tuple[int, int | None]] = []
+        self._looked_at: tuple[int, bytes] | None = None
+        self.within: tuple[str, ...] = ()  # a command that starts others in a network of their own
+        self.lines: Lines
+
+    def start(self, *options: str, program: tuple[str, ...] = (BOX,), settings: str = "", **variables: str) -> Box:
+        toml = self.fleet.base / f"{self.name}.toml"
+        source = self.source or self.checkpoints
+        toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{source}"\n{settings}')
+        environment = {**os.environ, **self.variables(), "FLEET_BOX": self.name, "FLEET_PIECE": "64", **variables}
+        environment["FLEET_DIE"] = str(self.deaths)
+        command = [
+            *self.within,
+            *TORCHRUN,
+            *self.fleet.arguments,
+            "--rdzv-conf",
+            f"last_call_timeout=1,keep_alive_interval=1,is_host={int(self is self.fleet.first)}",
+            *options,
+            *program,
+            "watch",
+            str(toml),
+            "--log-format",
+            "plain",
+        ]
+        self.agent = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.fleet.base
+        )
+        self.lines = Lines(self.agent)
+        return self
+
+    def variables(self) -> dict[str, str]:
+        return {"WSYNC_RUNTIME_DIR": str(self.runtime), "WSYNC_STATE_DIR": str(self.runtime / ".state")}
+
+    @property
+    def worker(self) -> int:
+        assert self.agent
+        (pid,) = children(self.agent.pid)
+        return pid
+
+    @property
+    def deaths(self) -> Path:
+        """The file that tells where and how its watch is to die next; gone once it did."""
+        return self.fleet.base / f"{self.name}.dies"
+
+    def look(self) -> None:
+        """Adds what is live to ``seen``, where a WORD was stored since the last look."""
+        try:
+            with (self.runtime / NAME / "control").open("rb") as control:
+                word = os.fstat(control.fileno()).st_ino, os.pread(control.fileno(), 8, WORD_OFFSET)
+        except OSError:
+            return
+        if word != self._looked_at:
+            found, self._looked_at = self.live(), word
+            if found[0] and [found] != self.seen[-1:]:
+                self.seen.append(found)
+
+    def live(self) -> tuple[int, int | None]:
+        """The live version and its step; every weight in it is its step."""
+        try:
+            segment = Segment.open(NAME, self.runtime)
+        except SegmentError:
+            return 0, None
+        try:
+            lease = segment.lease()
+            if lease is None:
+                return 0, None
+            live = load_file(self.runtime / NAME / slot_name(lease.slot))
+            values = {float(bound) for tensor in live.values() for bound in tensor.aminmax()}
+            said = segment.live()
+            assert said is None or said.version != lease.version or values == {float(said.step or 0)}
+            lease.release()
+            return (lease.version, int(values.pop())) if len(values) == 1 else (lease.version, -1)
+        finally:
+            segment.close()
+
+    def status(self) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "wsync", "status", NAME, "--json"],
+            env={**os.environ, **self.variables()},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        return dict(json.loads(done.stdout))
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "wsync", *arguments],
+            env={**os.environ, **self.variables()},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+
+    def end(self) -> None:
+        if self.agent is None:
+            return
+        for pid in children(self.agent.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.agent.kill()
+        self.agent.wait()
+        self.lines.rest()
+        assert self.agent.stdout
+        self.agent.stdout.close()
+        self.agent = None
+
+
+class Fleet:
+    """Boxes of one group, and a look at what is live on each, again and again until the end."""
+
+    def __init__(self, base: Path, nodes: str) -> None:
+        self.base = base
+        (base / "runs").mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.arguments = [
+            *("--nnodes", nodes, "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "fleet"),
+            *("--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "100", "--monitor-interval", "0.1"),
+        ]
+        self.boxes: dict[str, Box] = {}
+        self._end = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+        self._watch.start()
+
+    def box(self, name: str) -> Box:
+        self.boxes[name] = Box(self, name)
+        return self.boxes[name]
+
+    @property
+    def first(self) -> Box:
+        """The box that holds torchrun's store, and, its torchrun being the oldest, has rank 0."""
+        return next(iter(self.boxes.values()))
+
+    def publish(self, step: int, mark: float | None = None) -> Path:
+        return write(self.base / "runs" / f"step_{step}.safetensors", mlp(), step if mark is None else mark, step)
+
+    def publish_large(self, step: int, hidden: int) -> Path:
+        return write(self.base / "runs" / f"step_{step}.safetensors", mlp(hidden), step, step)
+
+    def until(self, version: int, step: int, *boxes: Box) -> None:
+        """Until that is live on all of these boxes."""
+        deadline = time.monotonic() + DEADLINE
+        for box in boxes or self.boxes.values():
+            while box.seen[-1:] != [(version, step)]:
+                assert time.monotonic() < deadline, {
+                    b.name: (b.seen, b.lines.seen, list(b.lines._queue.queue)) for b in self.boxes.values()
+                }
+                self._end.wait(0.02)
+
+    def _look(self) -> None:
+        while not self._end.wait(0.005):
+            for box in list(self.boxes.values()):
+                box.look()
+
+    def close(self) -> None:
+        self._end.set()
+        self._watch.join()
+        for box in self.boxes.values():
+            box.end()
+
+    def story(self) -> str:
+        lines = []
+        for box in self.boxes.values():
+            lines += [f"--- {box.name}: {box.seen}", *box.lines.seen, "...", *list(box.lines._queue.queue)]
+        return "\n".join(lines)
+
+    def steps_ever_live(self) -> set[int | None]:
+        return {step for box in self.boxes.values() for _, step in box.seen}
+
+    def check(self) -> None:
+        """One number is one checkpoint on all boxes, and each box's numbers only grow."""
+        steps: dict[int, set[int | None]] = {}
+        for box in self.boxes.values():
+            versions = [version for version, _ in box.seen]
+            assert versions == sorted(set(versions)), (box.name, box.seen)
+            for version, step in box.seen:
+                steps.setdefault(version, set()).add(step)
+        assert all(len(found) == 1 for found in steps.values()), steps
+
+
+@pytest.fixture
+def fleet(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fleet]]:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    started: list[Fleet] = []
+    base = runtime.with_name(f"{runtime.name}-boxes")
+
+    def make(nodes: str) -> Fleet:
+        base.mkdir()
+        started.append(Fleet(base, nodes))
+        return started[-1]
+
+    yield make
+    for each in started:
+        each.close()
+    shutil.rmtree(base, ignore_errors=True)
+    for each in started:
+        each.check()
+
+
+def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:
+    """One box reads, all have the version, one that joins late at once; status shows the group while it lives."""
+    group = fleet("2:3")
+    a, b, c = (group.box(name) for name in "abc")
+    for box in (a, b):
+        box.checkpoints = group.base / f"only-{box.name}"
+        box.checkpoints.mkdir()
+        box.start()
+    line = a.lines.until("nets: rank")
+    reader, other = (a, b) if "rank 0 of 2" in line else (b, a)
+    other.lines.until("rank 1 of 2")
+    write(reader.checkpoints / "step_1.safetensors", mlp(), 1.0, 1)  # which the other box does not have
+    group.until(1, 1, a, b)
+    status = other.status()["group"]
+    assert (status["rank"], status["size"], sorted(status["boxes"])) == (1, 2, ["a", "b"])
+    c.start()
+    group.until(1, 1, c)
+    for box in (a, b, c):
+        box.lines.until("of 3", "a", "b", "c")
+    assert len(c.status()["group"]["boxes"]) == 3
+    assert c.command("rollback", NAME).returncode == 2  # there is nothing before the first version
+    c.lines.until("nets: version 1, step 1")
+    assert c.command("rm", NAME).returncode == 0
+    c.lines.until("nets: version 1, step 1")
+    assert c.agent
+    c.agent.send_signal(signal.SIGTERM)
+    c.agent.wait(DEADLINE)
+    for box in (a, b):
+        box.lines.until("of 2")
+    assert "group" not in c.status()
+    assert not [line for box in (a, b, c) for line in box.lines.seen if "wsync/" in line and "File" in line]
+
+
+def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
+    """What one box's gate does not want is live nowhere, each box says who was against it, and the next one goes on."""
+    group = fleet("2")
+    a = group.box("a").start()
+    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_HOOK_STEP\" != 2 || { echo too weak; false; }'\n")
+    group.publish(1)
+    group.until(1, 1)
+    group.publish(2)
+    for box in (a, b):
+        line = box.lines.until("rejected")
+        assert "b: " in line and "too weak" in line and "Version 1 stays live" in line
+    group.publish(3, float("nan"))
+    for box in (a, b):
+        box.lines.until("rejected", "NaN")
+    signal_another_thread(b.worker, signal.SIGHUP)
+    b.lines.until("read again")
+    group.publish(4)
+    group.until(2, 4)
+    assert group.steps_ever_live() == {1, 4}
+    assert b.command("log", NAME, "--json").stdout.count('"reject"') == 2
+
+
+DEATHS = (
+    ("stage", "worker", "b"),
+    ("agree", "worker", "b"),
+    ("store", "worker", "b"),
+    ("stored", "worker", "b"),
+    ("agree", "agent", "b"),
+    ("stage", "worker", "a"),  # who reads
+    ("stored", "worker", "a"),
+)
+
+
+def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet]) -> None:
+    """Killed at any step, with its torchrun or without: the others go on, and it comes back to what they have."""
+    group = fleet("1:2")
+    a, b = group.box("a").start(), group.box("b").start()
+    a.lines.until("rank 0 of 2")
+    for version, (step, how, victim) in enumerate(DEATHS, 1):
+        dies = group.boxes[victim].deaths
+        dies.write_text(f"{step} {how}")
+        group.publish(version)
+        if how == "agent":
+            assert b.agent
+            b.agent.wait(DEADLINE)
+            group.until(version, version, a)
+            b.end()
+            b.start()
+        group.until(version, version)
+        assert not dies.exists()
+        a.lines.until("rank 0 of 2")
+    group.publish(len(DEATHS) + 1)
+    group.until(len(DEATHS) + 1, len(DEATHS) + 1)
+
+
+def test_a_box_that_hangs_holds_nobody_for_long(fleet: Callable[..., Fleet]) -> None:
+    """A stopped watch is given up after the bound; the others say so in one line, and go on without it."""
+    group = fleet("1:2")
+    a, b = (group.box(name).start(FLEET_TIMEOUT="4") for name in "ab")
+    a.lines.until("rank 0 of 2")
+    hung = b.worker
+    b.deaths.write_text("agree stop")
+    group.publish(1)
+    line = a.lines.until("wsync: the group of 2 boxes")
+    assert "torchrun forms the group again" in line
+    assert not a.seen  # b was not asked to its end
+    os.kill(hung, signal.SIGCONT)
+    group.until(1, 1)
+    assert not [line for box in (a, b) for line in box.lines.seen if "/wsync/" in line]
+
+
+def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
+    """What an operator does on any box holds on all, whoever reads, until it is taken back there."""
+    group = fleet("2")
+    a, b = group.box("a").start(), group.box("b").start()
+    for version in (1, 2):
+        group.publish(version)
+        group.until(version, version)
+    reader, other = (a, b) if "rank 0" in a.lines.until("nets: rank") else (b, a)
+    assert other.command("rollback", NAME).returncode == 0
+    group.until(3, 1)
+    group.publish(3)
+    line = reader.lines.until("pinned")
+    assert other.name in line and "unpin" in line
+    assert other.command("unpin", NAME).returncode == 0
+    group.until(4, 3)
+    assert reader.command("pin", NAME, str(group.base / "runs" / "step_2.safetensors")).returncode == 0
+    group.until(5, 2)
+    assert reader.command("unpin", NAME).returncode == 0
+    group.until(6, 3)
+
+
+def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> None:
+    """What is not what was sent goes live nowhere, the box where it came wrong is named, and it is sent again."""
+    group = fleet("2")
+    a = group.box("a").start()
+    group.box("b").start(FLEET_GARBLE="1")
+    group.publish(1)
+    line = a.lines.until("other bytes came")
+    assert "b: " in line
+    group.until(1, 1)
+
+
+def test_a_push_by_hand_in_between_goes_first(fleet: Callable[..., Fleet]) -> None:
+    """What goes live on one box while a checkpoint is on its way takes its number, on all boxes, and first."""
+    group = fleet("2")
+    (group.base / "own").mkdir()
+    own = write(group.base / "own" / "step_7.safetensors", mlp(), 7, 7)
+    a, b = group.box("a").start(), group.box("b").start(FLEET_PUSH=str(own))
+    group.publish(1)
+    group.until(1, 1)
+    group.publish(2)
+    group.until(3, 2)
+    assert (2, 7) in a.seen and (2, 7) in b.seen
+
+
+def test_weights_of_a_stranger_give_way(fleet: Callable[..., Fleet]) -> None:
+    """A box that comes with numbers and weights of its own gets the group's, under a number that is new to all."""
+    group = fleet("1:2")
+    a, b = group.box("a").start(), group.box("b")
+    group.publish(5)
+    group.until(1, 5, a)
+    (group.base / "own").mkdir()
+    own = [write(group.base / "own" / f"step_{step}.safetensors", mlp(), step, step) for step in (1, 2, 3)]
+    for file in own:
+        assert b.command("push", "policies:mlp", str(file), "--name", NAME).returncode == 0
+    b.seen.clear()  # until it joins, its numbers are its own
+    b.start()
+    group.until(4, 5)
+    b.lines.until("version 4, step 5")
+    group.publish(6)
+    group.until(5, 6)
+
+
+def test_a_joining_box_asks_its_own_gate(fleet: Callable[..., Fleet]) -> None:
+    """Where the group's live weights do not pass a joining box's gate it stays without, and the group goes on."""
+    group = fleet("1:2")
+    a = group.box("a").start()
+    group.publish(1)
+    group.until(1, 1, a)
+    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_HOOK_STEP\" != 1 || { echo not here; false; }'\n")
+    line = b.lines.until("refused")
+    assert "b: " in line and "not here" in line
+    group.publish(2)
+    group.until(2, 2)
+    assert [step for _, step in b.seen] == [2]
+
+
+def test_another_policy_on_one_box_is_told(fleet: Callable[..., Fleet]) -> None:
+    """A box whose spec is of other tensors is named, and nothing goes live anywhere."""
+    group = fleet("2")
+    a = group.box("a").start()
+    b = group.box("b").start(settings="[policy_kwargs]\nhidden = 9\n")
+    group.publish(1)
+    for box in (a, b):
+        line = box.lines.until("keeps another policy")
+        assert "a" in line and "b" in line
+    assert not group.steps_ever_live()
+
+
+@pytest.mark.parametrize("kind", ["a store", "a cast"])
+def test_what_is_not_read_in_order_is_sent_when_it_is_whole(fleet: Callable[..., Fleet], kind: str) -> None:
+    """Guards against pieces that go before they are filled: ranges overtake each other, a cast comes in pieces."""
+    settings = "[policy_kwargs]\nhidden = 600000\n[weights]\ncast = true\n"
+    group = fleet("2:2")
+    for name in "ab":
+        box = group.box(name)
+        if kind == "a store":
+            pytest.importorskip("obstore")
+            box.source = f"file://{box.checkpoints}"
+        box.start(settings=settings, FLEET_PIECE="100000")
+    for step in (1, 2):
+        policy = mlp(600_000) if kind == "a store" else mlp(600_000).double()
+        write(group.base / "runs" / f"step_{step}.safetensors", policy, step, step)
+        group.until(step, step)
+
+
+@pytest.mark.parametrize("slow", ["bytes=0-0", "bytes=(?!0-)"], ids=["look", "read"])
+def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet], slow: str) -> None:
+    """However long the store takes to answer, the box that reads goes on telling the others that it lives."""
+    pytest.importorskip("obstore")
+    group = fleet("2")
+    busy = group.base / "busy"
+    os.utime(group.publish(1), (1e9, 1e9))
+    with serve(Web(group.base / "runs")) as web:
+        proxy = Proxy(web.port)
+
+        def before() -> None:
+            while not proxy.closed.wait(0.1) and (not busy.exists() or len(busy.read_text().splitlines()) < 3):
+                pass
+
+        proxy.arm(slow, before=before, times=1000)
+        for name in "ab":
+            box = group.box(name)
+            box.source = f"{proxy.url}/step_1.safetensors"
+            box.start(FLEET_BUSY=str(busy))
+        try:
+            group.until(1, 1)
+        finally:
+            proxy.close()
+
+
+def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:
+    """All that the watches of a group read from files for one checkpoint is its bytes, once."""
+    group = fleet("2")
+    settings = "[policy_kwargs]\nhidden = 600000\n"
+    boxes = [group.box(name).start(settings=settings, FLEET_PIECE=str(1 << 20)) for name in "ab"]
+    file = group.publish_large(1, 600_000)
+    group.until(1, 1)
+    before = [read_by(box.worker) for box in boxes]
+    group.publish_large(2, 600_000)
+    group.until(2, 2)
+    read = [read_by(box.worker) - was for box, was in zip(boxes, before, strict=True)]
+    size = file.stat().st_size
+    assert size < max(read) < 1.1 * size and min(read) < 0.1 * size
+
+
+@pytest.fixture
+def networks() -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Two network namespaces with one link between them; of each its name and its address."""
+    ends = [(f"wsync-{os.getpid()}-{end}", f"10.231.77.{number}") for number, end in enumerate("ab", 1)]
+
+    def ip(*arguments: str) -> bool:
+        return subprocess.run(["ip", *arguments], capture_output=True, timeout=DEADLINE).returncode == 0
+
+    if os.geteuid() or not shutil.which("ip") or not ip("netns", "add", ends[0][0]):
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        (a, _), (b, _) = ends
+        assert ip("netns", "add", b)
+        assert ip("link", "add", "box", "netns", a, "type", "veth", "peer", "name", "box", "netns", b)
+        for name, address in ends:
+            assert ip("-n", name, "address", "add", f"{address}/24", "dev", "box")
+            assert ip("-n", name, "link", "set", "lo", "up") and ip("-n", name, "link", "set", "box", "up")
+        yield ends[0], ends[1]
+    finally:
+        for name, _ in ends:
+            ip("netns", "del", name)
+
+
+def test_a_box_that_is_cut_off_comes_back(
+    fleet: Callable[..., Fleet], networks: tuple[tuple[str, str], tuple[str, str]]
+) -> None:
+    """A cut link ends a group within its bound; the others go on, the one cut off keeps what it had, and catches up."""
+    group = fleet("1:2")
+    at = group.arguments.index("--rdzv-endpoint") + 1
+    group.arguments[at] = f"{networks[0][1]}:29400"
+    a, b = group.box("a"), group.box("b")
+    for box, (name, address) in zip((a, b), networks, strict=True):
+        box.within = ("ip", "netns", "exec", name)
+        place = ("--local-addr", address)
+        box.start(*place, FLEET_TIMEOUT="4", GLOO_SOCKET_IFNAME="box")
+        box.lines.until("nets: rank")
+    a.lines.until("of 2")
+    group.publish(1)
+    group.until(1, 1)
+    cut = ["ip", "-n", networks[1][0], "link", "set", "box"]
+    subprocess.run([*cut, "down"], check=True, timeout=DEADLINE)
+    group.publish(2)
+    group.until(2, 2, a)
+    assert b.seen == [(1, 1)]
+    subprocess.run([*cut, "up"], check=True, timeout=DEADLINE)
+    b.end()  # its torchrun may have given up, and is started again as systemd does
+    b.start(*place, GLOO_SOCKET_IFNAME="box")
+    group.until(2, 2)
+
+
+def read_by(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/io").read_text().split()[1])
+
+
+def test_a_watch_of_one_box_knows_of_no_group(runtime: Path) -> None:
+    """Without torchrun neither a watch nor status loads any of this."""
+    code = """
+import sys
+import wsync.service.service, wsync.cli.status, wsync.cli.commands
+service = wsync.service.service.Service(lambda: wsync.settings.spec.load_spec("policies:mlp"), None, "runs")
+assert type(service.syncer).__name__ == "Syncer"
+heavy = {"torch", "wsync.fleet.group", "wsync.fleet.fleet", "wsync.fleet.delivery"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.stdout == "[]\n", done.stderr

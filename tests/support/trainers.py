@@ -1,0 +1,65 @@
+"""A trainer beside a reader in one process, and what can be seen of the policy's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from builders import write
+from torch import nn
+
+from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.layout.layout import layout_of
+from wsync.segment.publisher import publish
+from wsync.segment.segment import Segment
+from wsync.system import memory
+
+
+class Trainer:
+    """Publishes marked checkpoints of one policy, each with its mark as the step."""
+
+    def __init__(self, make: Callable[[], nn.Module], directory: Path, name: str = "nets") -> None:
+        self.segment = Segment.create(name, layout_of(make()))
+        self._make, self._path = make, directory / f"{name}.safetensors"
+
+    def push(self, mark: int) -> int:
+        policy = self._make()
+        for parameter in policy.parameters():
+            parameter.data = parameter.data.contiguous()  # as the official writer wants it
+        path = write(self._path, policy, float(mark), mark)
+        with self.segment.publishing(), Checkpoint(path) as checkpoint:
+            return publish(self.segment, checkpoint).version
+
+
+def noncontiguous() -> nn.Module:
+    """A parameter that lies transposed in memory."""
+    policy = nn.Linear(3, 5).eval()
+    policy.weight = nn.Parameter(torch.zeros(3, 5).t())
+    return policy
+
+
+def slot_ranges(segment: Segment, name: str = "slot-") -> list[range]:
+    """The addresses at which this process maps slots of a segment, or the one of a name."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if f"{segment.path}/{name}" in line:
+            begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+            found.append(range(begin, end))
+    return found
+
+
+def addresses(policy: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in policy.state_dict().values()]
+
+
+def leased(segment: Segment) -> list[int]:
+    """The slots that a publisher could not have."""
+    found = []
+    for slot in range(segment.slots):
+        fd = os.open(segment.path / f"slot-{slot}.safetensors", os.O_RDWR | os.O_CLOEXEC)
+        if not memory.try_lock(fd):
+            found.append(slot)
+        os.close(fd)
+    return found
