@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from wsync.sync.syncer import Syncer
 
 parser = pytest.importorskip("prometheus_client.parser")
 
-from wsync.service.endpoint import Endpoint, _Handler  # noqa: E402  (they need the client)
+from wsync.service.endpoint import PATIENCE, Endpoint, _Server  # noqa: E402  (they need the client)
 from wsync.service.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
 from wsync.service.monitor import Monitor  # noqa: E402
 
@@ -208,6 +209,9 @@ def test_only_get_and_head_of_two_paths(serving: Callable[..., tuple[Lines, str]
         b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
         b"GET /metrics HTTP/1.1\r\n" + b"X: x\r\n" * 200 + b"\r\n",
         b"GET /healthz HT",
+        b"GET http://[::1/metrics HTTP/1.1\r\n\r\n",
+        b"GET //[x/metrics HTTP/1.1\r\nAccept: \xff;q=;=\r\nHost: [::1\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\n\r\n",
     ],
 )
 def test_an_odd_request_leaves_no_traceback(runs: Path, capfd: pytest.CaptureFixture[str], request_: bytes) -> None:
@@ -225,19 +229,37 @@ def test_an_odd_request_leaves_no_traceback(runs: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr() == ("", "")
 
 
-def test_silent_clients_do_not_pile_up(
-    runs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Clients that say nothing keep no other one waiting; after a while they are let go, and their threads end."""
-    assert 0 < (_Handler.timeout or 0) <= 10
-    monkeypatch.setattr(_Handler, "timeout", 0.5)
-    before = threading.active_count()
+def test_what_cannot_be_read_is_400(runs: Path) -> None:
+    """Half an IPv6 host, or a version that is no number, is the client's fault; a whole address is taken."""
     with closing(Endpoint(Figures(NAME), "127.0.0.1", 0)) as endpoint:
-        silent = [socket.create_connection(("127.0.0.1", endpoint.port), DEADLINE) for _ in range(20)]
-        silent[0].sendall(b"GET /metrics HT")
-        assert get(f"http://127.0.0.1:{endpoint.port}/metrics")[0] == 200
-        for client in silent:
-            with client:
+        for target, accept, status in (
+            ("http://[::1/metrics", "*/*", b"400"),
+            ("/metrics", "application/openmetrics-text;version=x", b"400"),
+            ("http://[::1]/metrics", "*/*", b"200"),
+        ):
+            with socket.create_connection(("127.0.0.1", endpoint.port), DEADLINE) as client:
+                client.sendall(f"GET {target} HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode())
+                assert client.makefile("rb").readline().split()[1] == status, (target, accept)
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_slow_clients_keep_nobody_waiting(
+    runs: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, drips: bool
+) -> None:
+    """The oldest of too many clients goes at once, the others when their time is up, and their threads end."""
+    assert PATIENCE <= 10
+    monkeypatch.setattr(_Server, "patience", 0.5)
+    before = threading.active_count()
+    with closing(Endpoint(Figures(NAME), "127.0.0.1", 0)) as endpoint, ExitStack() as stack:
+        where = "127.0.0.1", endpoint.port
+        slow = [stack.enter_context(socket.create_connection(where, DEADLINE)) for _ in range(100)]
+        slow[-1].sendall(b"GET /metrics HT")
+        assert get(f"http://127.0.0.1:{endpoint.port}/healthz")[0] == 503
+        while drips and not select.select([slow[-1]], [], [], 0.05)[0]:
+            with suppress(OSError):
+                slow[-1].sendall(b"x")
+        for client in slow:
+            with suppress(ConnectionResetError):
                 assert client.recv(1) == b""
         until(lambda: threading.active_count() == before + 1)  # which is the server's own
     assert capfd.readouterr() == ("", "")

@@ -1,24 +1,32 @@
 """``/metrics`` and ``/healthz`` over HTTP, in threads beside a watch.
 
 It listens on the loopback unless told otherwise: the figures name steps and processes, and nobody is asked who he is.
-Each client has a thread, and one that is silent is dropped.
+Each client has a thread, ``PATIENCE`` seconds, and one request. Where there are too many clients the oldest is dropped,
+so that slow ones keep nobody waiting.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from socketserver import ThreadingMixIn
 from typing import Any
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import make_wsgi_app
 
 from ..errors import UsageError
 from .figures import Figures
+
+_log = logging.getLogger("wsync")
+PATIENCE = 10.0  # seconds that a client may take in all
+_MOST = 64  # clients at a time
 
 
 class Endpoint:
@@ -63,33 +71,65 @@ class Endpoint:
         is_head = environ["REQUEST_METHOD"] == "HEAD"
         if is_head:
             environ["REQUEST_METHOD"] = "GET"
-        if environ["PATH_INFO"] == "/metrics":
-            body: list[bytes] = self._metrics(environ, start_response)
-        else:
-            status, text = "404 Not Found", "there are /metrics and /healthz"
-            if environ["PATH_INFO"] == "/healthz":
-                healthy, text = self._figures.health(self.max_staleness)
-                status = "200 OK" if healthy else "503 Service Unavailable"
-            start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-            body = [f"{text}\n".encode()]
-        return [] if is_head else body
+        path = environ["PATH_INFO"]
+        status, text = "404 Not Found", "there are /metrics and /healthz"
+        try:
+            if "://" in path:  # as to a proxy
+                path = urlsplit(path).path
+            if path == "/metrics":
+                body: list[bytes] = self._metrics(environ, start_response)
+                return [] if is_head else body
+        except (ValueError, TypeError):  # of urlsplit, and of the client library where a version is no number
+            status, text = "400 Bad Request", "the address, or the Accept header, cannot be read"
+        if path == "/healthz":
+            healthy, text = self._figures.health(self.max_staleness)
+            status = "200 OK" if healthy else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [] if is_head else [f"{text}\n".encode()]
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 2 * _MOST
+    patience = PATIENCE
 
     def __init__(self, family: socket.AddressFamily, where: Any) -> None:
         self.address_family = family
+        self._clients: dict[Any, float] = {}  # when each came, the oldest first
         super().__init__(where, _Handler)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._clients) >= _MOST:
+            self._drop(next(iter(self._clients)))
+        self._clients[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Drops those whose time is up; called after each client, and twice a second."""
+        late = time.monotonic() - self.patience
+        for request, since in list(self._clients.items()):
+            if since < late:
+                self._drop(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._clients.pop(request, None)
+        super().shutdown_request(request)
+
+    def _drop(self, request: Any) -> None:
+        """Wakes the thread of a client, which ends."""
+        self._clients.pop(request, None)
+        try:
+            request.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is gone already
+            pass
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # of a client that is silent, or went away
-            super().handle_error(request, client_address)
+        exc = sys.exception()
+        if not isinstance(exc, OSError):  # of a client that is silent, or went away
+            _log.warning("a request to the figures' port failed: %s", f"{type(exc).__name__}: {exc!s:.200}")
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10  # seconds that a client may be silent
-
     def get_stderr(self) -> io.StringIO:
         return io.StringIO()  # an odd request that the client library fails at is answered 500, without a traceback
 
