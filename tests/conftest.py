@@ -25,7 +25,7 @@ from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
 from wsync.checkpoints.table import TensorTable
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def segment(runs: Path) -> Iterator[Segment]:
+def segment(runs: Path) -> Iterator[WritableSegment]:
     """The standing segment of ``policies:mlp``, with nothing in it."""
-    made = Segment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint)
+    made = WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint)
     yield made
     made.close()
 

@@ -31,7 +31,7 @@ from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights
 from wsync.history.database import State
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.segment.publisher import publish, rehearse
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer
 
@@ -311,7 +311,7 @@ def test_two_copies_of_a_tied_tensor_are_compared_as_cast(
 # A part of the policy
 
 
-def live(segment: Segment) -> dict[str, torch.Tensor]:
+def live(segment: WritableSegment) -> dict[str, torch.Tensor]:
     weights = segment.live_weights()
     assert weights is not None
     return unpack(bytes(weights), segment.layout)
@@ -321,7 +321,7 @@ def test_a_part_keeps_the_live_values_of_the_rest(tmp_path: Path, runtime: Path)
     """Guards partial updates, also in another dtype: what comes is new, and what does not is as it was."""
     layout = lay(a=("F32", (3,)), b=("BF16", (5,)), c=("F32", (2,)))
     first = {"a": torch.randn(3), "b": torch.randn(5).bfloat16(), "c": torch.randn(2)}
-    with closing(Segment.create("part", layout)) as segment, segment.publishing():
+    with closing(WritableSegment.create("part", layout)) as segment, segment.publishing():
         with Checkpoint(save(tmp_path / "first", first)) as checkpoint:
             publish(segment, checkpoint)
         for number in range(4):  # through each of the slots
@@ -338,7 +338,11 @@ def test_a_part_with_nothing_live_is_refused(tmp_path: Path, runtime: Path) -> N
     """Guards that weights nobody ever wrote do not go live beside those that came."""
     own = state()
     path = save(tmp_path / "a", {"0.weight": own["0.weight"]})
-    with closing(Segment.create("part", LAYOUT)) as segment, segment.publishing(), Checkpoint(path) as checkpoint:
+    with (
+        closing(WritableSegment.create("part", LAYOUT)) as segment,
+        segment.publishing(),
+        Checkpoint(path) as checkpoint,
+    ):
         with pytest.raises(PartialCheckpoint, match="2.bias"):
             publish(segment, checkpoint, fit=Fit(strict=False))
         with pytest.raises(PartialCheckpoint, match="2.bias"):
@@ -351,7 +355,7 @@ def test_a_part_waits_for_a_whole_one(tmp_path: Path, runtime: Path) -> None:
     spec = Spec("policies:mlp", "part", SUPPORT, weights=Fit(strict=False))
     (tmp_path / "runs").mkdir()
     part = save(tmp_path / "runs" / "step_2.safetensors", {"2.bias": torch.ones(2)})
-    with closing(Segment.create("part", LAYOUT, spec=spec.fingerprint)), State("part") as state:
+    with closing(WritableSegment.create("part", LAYOUT, spec=spec.fingerprint)), State("part") as state:
         with Syncer(spec, part.parent, state=state) as syncer:
             alone = syncer.once()
             assert (alone.status, alone.exit_code, len(alone.differences)) == ("empty", 66, 3)
@@ -369,7 +373,11 @@ def test_a_whole_one_with_others_beside_fits_without_strict(tmp_path: Path, runt
     """Guards that strict = false also takes the first version, where all of it comes."""
     own = state()
     path = save(tmp_path / "a", own | EXTRA)
-    with closing(Segment.create("part", LAYOUT)) as segment, segment.publishing(), Checkpoint(path) as checkpoint:
+    with (
+        closing(WritableSegment.create("part", LAYOUT)) as segment,
+        segment.publishing(),
+        Checkpoint(path) as checkpoint,
+    ):
         publish(segment, checkpoint, fit=Fit(strict=False))
         assert same(live(segment), own)
 
@@ -721,7 +729,7 @@ def test_finite_and_strict_of_the_toml_reach_the_pass(tmp_path: Path, runtime: P
     write(tmp_path / "runs" / "step_1.safetensors", policy, float("nan"))
     spec = tmp_path / "a.toml"
     base = 'policy = "policies:mlp"\ncheckpoints = "runs"\n'
-    Segment.create("a", LAYOUT).close()
+    WritableSegment.create("a", LAYOUT).close()
     for text, status in (("", "rejected"), ("[weights]\nfinite = false", "published")):
         spec.write_text(base + text)
         with Syncer(load_spec(str(spec))) as syncer:

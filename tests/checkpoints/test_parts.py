@@ -42,7 +42,7 @@ from wsync.layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE
 from wsync.layout.layout import Layout, layout_of
 from wsync.places.candidates import Candidate, Select, scan
 from wsync.places.weight_getter import CheckpointWeightGetter
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer
 from wsync.system.memory import being_written
@@ -502,7 +502,10 @@ def test_a_named_file_that_is_being_written_is_not_refused(tmp_path: Path, runti
     spec = Spec("policies:mlp", "a", SUPPORT)
     path = write(tmp_path / "latest.safetensors", policies.mlp(), 1.0)
     whole = path.read_bytes()
-    with closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)), Syncer(spec, path) as syncer:
+    with (
+        closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)),
+        Syncer(spec, path) as syncer,
+    ):
         with path.open("wb") as file:
             file.write(whole[:300])
             file.flush()
@@ -736,7 +739,7 @@ def test_an_unfinished_directory_is_no_candidate(tmp_path: Path) -> None:
 def test_an_index_that_names_files_elsewhere_is_refused_once(tmp_path: Path, runtime: Path) -> None:
     """Guards that a hostile index among the checkpoints is told as such, and then passed over until it changes."""
     spec = Spec("policies:mlp", "a", SUPPORT)
-    with closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)):
+    with closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)):
         runs = tmp_path / "runs"
         index(runs / "checkpoint-7", {"0.weight": "../model.safetensors"})
         with Syncer(spec, runs) as syncer:
@@ -1043,7 +1046,7 @@ def test_a_refusal_is_of_what_was_opened(wrong: str, tmp_path: Path, runtime: Pa
         bad.write_bytes(bad.read_bytes().replace(b"F32", b'F"2'))
     latest = tmp_path / "latest.safetensors"
     link(latest, "1")
-    segment = closing(Segment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint))
+    segment = closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint))
     with segment, Syncer(spec, latest) as syncer:
         opens = syncer.getter.open
 

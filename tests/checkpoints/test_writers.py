@@ -30,7 +30,7 @@ from wsync.history.outcome import Outcome
 from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
 from wsync.layout.layout import layout_of, named_tensors
 from wsync.places.candidates import Select, scan
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
@@ -164,7 +164,7 @@ class Watch:
     def __init__(self, runs: Path, settle: float = 0.05) -> None:
         policy = policies.mlp(HIDDEN)
         spec = Spec("policies:mlp", "copied", SUPPORT, {"hidden": HIDDEN}, poll=0.005, select=Select(settle=settle))
-        Segment.create("copied", layout_of(policy), spec=spec.fingerprint).close()
+        WritableSegment.create("copied", layout_of(policy), spec=spec.fingerprint).close()
         self.syncer, self.stop = Syncer(spec, runs), threading.Event()
         self.versions: list[list[float]] = []
         self.told: queue.Queue[Outcome | WsyncError | BaseException] = queue.Queue()
@@ -329,7 +329,7 @@ def test_a_first_shard_is_no_partial_update(tmp_path: Path, runtime: Path) -> No
     """Guards that with strict = false one shard of a checkpoint does not go live beside the old others."""
     policy = policies.mlp(HIDDEN)
     spec = Spec("policies:mlp", "parts", SUPPORT, {"hidden": HIDDEN}, weights=Fit(strict=False))
-    with closing(Segment.create("parts", layout_of(policy), spec=spec.fingerprint)):
+    with closing(WritableSegment.create("parts", layout_of(policy), spec=spec.fingerprint)):
         runs = source(tmp_path, "shards", 1).rename(tmp_path / "runs")
         with Syncer(spec, runs) as syncer:
             assert syncer.once().status == "published"

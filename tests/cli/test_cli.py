@@ -22,6 +22,7 @@ import wsync
 from wsync.checkpoints.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -45,7 +46,7 @@ def test_first_push_makes_the_segment(cli: Cli, runs: Path) -> None:
     assert mark_of(Segment.open(NAME)) == {10.0}
 
 
-def test_push_again_is_current(cli: Cli, live: Segment) -> None:
+def test_push_again_is_current(cli: Cli, live: WritableSegment) -> None:
     """Nothing new is 0 and publishes nothing, by line and by JSON."""
     data, line = report(cli("push", SPEC, "runs", "--json")), cli("push", SPEC, "runs")
     assert data.keys() >= PUSH_KEYS
@@ -55,7 +56,7 @@ def test_push_again_is_current(cli: Cli, live: Segment) -> None:
     assert live.version == 1
 
 
-def test_push_of_the_next_one(cli: Cli, live: Segment, runs: Path) -> None:
+def test_push_of_the_next_one(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A newer checkpoint is the next version; the line says version, step and file."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs")
@@ -77,7 +78,7 @@ def test_nothing_there_is_empty(cli: Cli, runs: Path, place: str) -> None:
 @pytest.mark.parametrize("options", [("elsewhere",), ("elsewhere/a.safetensors", "--marker", "STABLE"),
                                      ("elsewhere/a.safetensors", "--marker", "STABLE", "--force")])  # fmt: skip
 def test_a_place_with_nothing_for_us_is_empty_whatever_is_live(
-    cli: Cli, live: Segment, tmp_path: Path, options: tuple[str, ...]
+    cli: Cli, live: WritableSegment, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     """A script that waits for a place's first checkpoint is not told that it is there already: 66."""
     (tmp_path / "elsewhere").mkdir()
@@ -87,7 +88,7 @@ def test_a_place_with_nothing_for_us_is_empty_whatever_is_live(
     assert result.returncode == 66 and report(result)["version"] == live.version == 1
 
 
-def test_a_place_that_retention_emptied_is_current(cli: Cli, live: Segment, runs: Path) -> None:
+def test_a_place_that_retention_emptied_is_current(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """What came from there is live still, and nothing is newer."""
     for file in runs.iterdir():
         file.unlink()
@@ -95,7 +96,7 @@ def test_a_place_that_retention_emptied_is_current(cli: Cli, live: Segment, runs
     assert result.returncode == 0 and report(result)["status"] == "current"
 
 
-def test_only_a_half_written_one_is_empty(cli: Cli, segment: Segment, runs: Path) -> None:
+def test_only_a_half_written_one_is_empty(cli: Cli, segment: WritableSegment, runs: Path) -> None:
     """In a directory, what is incomplete may become whole: 66, not a rejection."""
     path = write(runs / "step_1.safetensors", mlp(), 1.0)
     path.write_bytes(path.read_bytes()[:-4])
@@ -103,7 +104,7 @@ def test_only_a_half_written_one_is_empty(cli: Cli, segment: Segment, runs: Path
     assert (result.returncode, report(result)["status"]) == (66, "empty")
 
 
-def test_half_written_newest_gives_the_one_before(cli: Cli, live: Segment, runs: Path) -> None:
+def test_half_written_newest_gives_the_one_before(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """The newest that is complete goes live while a newer one is still being written."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     (runs / "step_12.safetensors").write_bytes((runs / "step_11.safetensors").read_bytes()[:100])
@@ -111,7 +112,7 @@ def test_half_written_newest_gives_the_one_before(cli: Cli, live: Segment, runs:
     assert (result.returncode, report(result)["step"], mark_of(live)) == (0, 11, {2.0})
 
 
-def test_other_publisher_is_busy(cli: Cli, live: Segment, runs: Path) -> None:
+def test_other_publisher_is_busy(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A segment that another publisher holds is 75, and the reason names it."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     with live.publishing():
@@ -120,7 +121,7 @@ def test_other_publisher_is_busy(cli: Cli, live: Segment, runs: Path) -> None:
     assert f"pid {os.getpid()}" in report(result)["reason"]
 
 
-def test_leased_spare_slots_are_busy(cli: Cli, live: Segment, runs: Path) -> None:
+def test_leased_spare_slots_are_busy(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """Where readers lease every spare slot a push is 75 and names them; what is live stays."""
     readers = []
     for step in (11, 12):
@@ -137,7 +138,7 @@ def test_leased_spare_slots_are_busy(cli: Cli, live: Segment, runs: Path) -> Non
     assert cli("push", SPEC, "runs").returncode == 0
 
 
-def test_failure_is_one(cli: Cli, live: Segment) -> None:
+def test_failure_is_one(cli: Cli, live: WritableSegment) -> None:
     """A segment that cannot be used is 1, a JSON object says why, and nothing is a traceback."""
     (live.path / "control").write_bytes(b"")
     result = cli("push", SPEC, "runs", "--json")
@@ -145,7 +146,7 @@ def test_failure_is_one(cli: Cli, live: Segment) -> None:
     assert "wsync rm" in report(result)["reason"] and "Traceback" not in result.stderr
 
 
-def test_failure_has_the_fields_of_any_push(cli: Cli, live: Segment, runtime: Path) -> None:
+def test_failure_has_the_fields_of_any_push(cli: Cli, live: WritableSegment, runtime: Path) -> None:
     """The object of a failed push names the segment, and the version that stays live where that can be told."""
     state = Path(os.environ["WSYNC_STATE_DIR"])
     state.mkdir(exist_ok=True)
@@ -156,7 +157,7 @@ def test_failure_has_the_fields_of_any_push(cli: Cli, live: Segment, runtime: Pa
     assert report(cli("push", SPEC, "runs", "--json"))["version"] == 0
 
 
-def test_named_older_file_is_published(cli: Cli, live: Segment, runs: Path) -> None:
+def test_named_older_file_is_published(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A file that is named is what the operator wants, whatever its age; the directory then has nothing newer."""
     old = write(runs / "step_3.safetensors", mlp(), 3.0)
     os.utime(old, ns=(0, 0))
@@ -168,7 +169,7 @@ def test_named_older_file_is_published(cli: Cli, live: Segment, runs: Path) -> N
     assert report(cli("push", SPEC, str(old), "--json"))["status"] == "current"
 
 
-def test_force_publishes_again(cli: Cli, live: Segment) -> None:
+def test_force_publishes_again(cli: Cli, live: WritableSegment) -> None:
     """What is live already gets a new version only by --force, or by its variable."""
     assert report(cli("push", SPEC, "runs", "--force", "--json"))["version"] == 2
     environment = {**os.environ, "WSYNC_FORCE": "1"}
@@ -184,7 +185,7 @@ def test_dry_run_makes_nothing(runs: Path, runtime: Path) -> None:
     assert list(runtime.iterdir()) == []
 
 
-def test_dry_run_publishes_nothing(cli: Cli, live: Segment, runs: Path) -> None:
+def test_dry_run_publishes_nothing(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A rehearsal beside a live version says what would come, refuses what would be refused, and changes neither."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     before = [(live.path / f"slot-{slot}.safetensors").read_bytes() for slot in range(3)]
@@ -203,7 +204,7 @@ def imported(stderr: str) -> set[str]:
     return found
 
 
-def test_nothing_to_do_imports_little(cli: Cli, live: Segment) -> None:
+def test_nothing_to_do_imports_little(cli: Cli, live: WritableSegment) -> None:
     """A cron job that finds nothing new imports no torch, and not what only staging or drawing takes."""
     result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
@@ -211,7 +212,7 @@ def test_nothing_to_do_imports_little(cli: Cli, live: Segment) -> None:
     assert not imported(result.stderr) & heavy
 
 
-def test_publishing_imports_no_torch(cli: Cli, live: Segment, runs: Path) -> None:
+def test_publishing_imports_no_torch(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A new checkpoint goes into a standing segment without torch and without the user's code."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
@@ -231,7 +232,7 @@ def test_changed_policy_is_told_from_a_wrong_checkpoint(runs: Path, noticed: str
     """When the policy's code changed since its segment was made, the segment is named as stale, not the checkpoint."""
     Path("net.py").write_text("from torch import nn\nmake = lambda: nn.Linear(6, 2)\n")
     spec = "of another net.py" if noticed == "by its file" else load_spec("net:make").fingerprint
-    segment = Segment.create("net.make", layout_of(nn.Linear(4, 2)), spec=spec)
+    segment = WritableSegment.create("net.make", layout_of(nn.Linear(4, 2)), spec=spec)
     write(runs / "step_11.safetensors", nn.Linear(6, 2), 1.0)
     code, _, err = run_main("push", "net:make", "runs/step_11.safetensors")
     assert code == 1 and "Traceback" not in err
@@ -247,7 +248,7 @@ def test_status_without_segments(cli: Cli, runs: Path, runtime: Path) -> None:
     assert report(cli("status", "--json", "--runtime-dir", str(runtime / "nowhere"))) == {"segments": []}
 
 
-def test_status_shows_readers_and_their_lag(cli: Cli, live: Segment, runs: Path) -> None:
+def test_status_shows_readers_and_their_lag(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """Each reader is there with its pid, its version and how many versions it lags."""
     with wsync.attach(mlp(), NAME, mode="swap"), wsync.attach(mlp(), NAME, mode="copy") as fresh:
         for step in (11, 12):
@@ -270,13 +271,13 @@ def test_status_shows_readers_and_their_lag(cli: Cli, live: Segment, runs: Path)
 
 def test_status_before_the_first_version(cli: Cli, runs: Path) -> None:
     """A segment that a policy made and nobody published into is shown as that."""
-    Segment.create("nets", layout_of(mlp()))
+    WritableSegment.create("nets", layout_of(mlp()))
     data = report(cli("status", "nets", "--json"))
     assert (data["version"], data["step"], data["checkpoint"], data["readers"]) == (0, None, None, [])
     assert "no version yet" in cli("status").stdout
 
 
-def test_rm_removes(cli: Cli, live: Segment, runtime: Path) -> None:
+def test_rm_removes(cli: Cli, live: WritableSegment, runtime: Path) -> None:
     """rm removes the segment, says so, and a policy that is attached keeps its weights."""
     with wsync.attach(mlp(), NAME, mode="copy") as reader:
         result = cli("rm", NAME)
@@ -287,7 +288,7 @@ def test_rm_removes(cli: Cli, live: Segment, runtime: Path) -> None:
     assert result.returncode == 1 and NAME in result.stderr
 
 
-def test_rm_removes_what_is_broken(cli: Cli, live: Segment, runtime: Path) -> None:
+def test_rm_removes_what_is_broken(cli: Cli, live: WritableSegment, runtime: Path) -> None:
     """The way out that the message names, rm, works for a segment that cannot be read."""
     (live.path / "layout.json").unlink()
     assert "wsync rm" in cli("push", SPEC, "runs").stderr
@@ -295,9 +296,9 @@ def test_rm_removes_what_is_broken(cli: Cli, live: Segment, runtime: Path) -> No
     assert list(runtime.iterdir()) == []
 
 
-def test_status_shows_the_others_beside_a_broken_one(cli: Cli, live: Segment) -> None:
+def test_status_shows_the_others_beside_a_broken_one(cli: Cli, live: WritableSegment) -> None:
     """A segment that cannot be read is named, and the others are still shown."""
-    (Segment.create("broken", layout_of(mlp())).path / "layout.json").unlink()
+    (WritableSegment.create("broken", layout_of(mlp())).path / "layout.json").unlink()
     result = cli("status")
     assert NAME in result.stdout and "version 1" in result.stdout
     assert "broken" in result.stdout + result.stderr and "Traceback" not in result.stderr

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 
 def state(mark: float = 2.0) -> dict[str, torch.Tensor]:
@@ -72,7 +73,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_misfit_is_rejected_with_a_table(live: Segment, kind: str) -> None:
+def test_misfit_is_rejected_with_a_table(live: WritableSegment, kind: str) -> None:
     """A checkpoint of other tensors is 65, every difference is a row of a table, and what is live stays live."""
     change, row = MISFITS[kind]
     saved(change)(Path("runs/step_11.safetensors"))
@@ -85,7 +86,7 @@ def test_misfit_is_rejected_with_a_table(live: Segment, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_checkpoint_is_refused(cli: Cli, live: Segment, kind: str) -> None:
+def test_broken_checkpoint_is_refused(cli: Cli, live: WritableSegment, kind: str) -> None:
     """What is no whole, finite checkpoint is refused with its reason, and what is live stays live."""
     make, reason = BROKEN[kind]
     make(Path("runs/step_11.safetensors"))
@@ -96,7 +97,7 @@ def test_broken_checkpoint_is_refused(cli: Cli, live: Segment, kind: str) -> Non
     assert (live.version, mark_of(live)) == (1, {1.0})
 
 
-def test_rejection_in_json_carries_the_rows(cli: Cli, live: Segment) -> None:
+def test_rejection_in_json_carries_the_rows(cli: Cli, live: WritableSegment) -> None:
     """A program gets the table as data: one object for each tensor that differs."""
     write(Path("runs/step_11.safetensors"), mlp(hidden=16), 2.0)
     data = report(cli("push", SPEC, "runs", "--json"))
@@ -108,7 +109,7 @@ def test_rejection_in_json_carries_the_rows(cli: Cli, live: Segment) -> None:
     assert all(d.keys() == {"name", "expected", "found"} for d in data["differences"])
 
 
-def test_good_one_behind_a_bad_one_is_published(cli: Cli, live: Segment, runs: Path) -> None:
+def test_good_one_behind_a_bad_one_is_published(cli: Cli, live: WritableSegment, runs: Path) -> None:
     """A rejected newest does not hold back a good one that is newer than what is live."""
     write(runs / "step_11.safetensors", mlp(), 11.0)
     write(runs / "step_12.safetensors", mlp(), float("nan"))
@@ -214,7 +215,7 @@ def test_what_the_users_code_prints_is_not_our_output(cli: Cli, runs: Path) -> N
     assert report(cli("push", "chatty:make", "runs", "--json"))["status"] == "published"
 
 
-def test_closed_outputs_are_no_error(cli: Cli, live: Segment) -> None:
+def test_closed_outputs_are_no_error(cli: Cli, live: WritableSegment) -> None:
     """Guards a service that starts its children without stdout and stderr."""
     for closed in (">&-", "2>&-", ">&- 2>&-"):
         done = subprocess.run(["/bin/sh", "-c", f"{sys.executable} -m wsync status {closed}"], capture_output=True)

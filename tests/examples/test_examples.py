@@ -19,7 +19,7 @@ from processes import DEADLINE, Cli, Spawn
 from torch import nn
 
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
 EXAMPLES = ROOT / "examples"
@@ -31,7 +31,7 @@ def box(runtime: Path, tmp_path: Path) -> Path:
     """The files of CartPole, copied, and their segment, which stands: here torch is already."""
     shutil.copytree(EXAMPLES / "cartpole", tmp_path / "box")
     spec = load_spec(str(tmp_path / "box" / "cartpole.toml"))
-    Segment.create(spec.name, layout_of(POLICY), spec=spec.fingerprint).close()
+    WritableSegment.create(spec.name, layout_of(POLICY), spec=spec.fingerprint).close()
     return tmp_path / "box"
 
 

@@ -24,6 +24,7 @@ from processes import DEADLINE, Cli, Lines, Spawn
 
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 
 PAGES = {page.parent.name: page for page in (ROOT / "examples").glob("*/README.md")} | {"README": ROOT / "README.md"}
@@ -96,7 +97,7 @@ def box(tmp_path: Path) -> Path:
 def stand(toml: Path) -> None:
     """Makes a spec's segment here, where torch is already, before the first push does."""
     spec = load_spec(str(toml))
-    Segment.create(spec.name, layout_of(built(spec)), spec=spec.fingerprint).close()
+    WritableSegment.create(spec.name, layout_of(built(spec)), spec=spec.fingerprint).close()
 
 
 def test_every_block_has_its_test() -> None:

@@ -39,7 +39,7 @@ from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.hooks import gate
 from wsync.layout.layout import layout_of
 from wsync.places.weight_getter import CheckpointWeightGetter
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.hooks import Hooks
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer
@@ -127,13 +127,13 @@ def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, sta
         wrapped = torch.nn.ModuleDict({"actor": mlp()})
         write(runs / f"step_{mark:g}.safetensors", wrapped, mark, int(mark))
         assert push(spec=spec).status == "published"
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     push(spec=spec, force=True)
     assert rollback(NAME, 1, runtime=None, state=state)[0].version == 4
     assert live_marks() == {1.0}
     state.set_pin(None)
     write(runs / "step_1.safetensors", mlp(), 7.0)
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     push(spec=spec)
     with pytest.raises(WsyncError, match="These can be had"):
         rollback(NAME, 1, runtime=None, state=state)
@@ -147,13 +147,13 @@ def test_kept_copies_are_the_way_back_when_all_else_is_gone(push: Push, runs: Pa
     assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
     for file in runs.iterdir():
         file.unlink()
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     write(runs / "step_5.safetensors", mlp(), 5.0, 5)
     assert push(spec=spec).version == 5
     (state.kept / "5.safetensors").unlink()
     live, pin, _ = rollback(NAME, 4, runtime=None, state=state)
     assert (live.version, live.step) == (6, 4) and live_marks() == {4.0}
-    Segment.open(NAME, write=True).remove()  # a reboot: the pinned one comes back, and not the newest
+    WritableSegment.open(NAME).remove()  # a reboot: the pinned one comes back, and not the newest
     assert (push(spec=spec).status, push(spec=spec).status) == ("published", "pinned")
     assert live_marks() == {4.0} and pin.identity
 
@@ -164,13 +164,13 @@ def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, run
     push(1, spec=spec)
     push(2, spec=spec)
     for version in (3, 4):
-        Segment.open(NAME, write=True).remove()
+        WritableSegment.open(NAME).remove()
         assert push(spec=spec).version == version
     assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for to in (1, 2, 3):  # by whatever number it was live
-        Segment.open(NAME, write=True).remove()
-        Segment.create(NAME, layout_of(mlp())).close()
+        WritableSegment.open(NAME).remove()
+        WritableSegment.create(NAME, layout_of(mlp())).close()
         assert rollback(NAME, to, runtime=None, state=state)[0].step == min(to, 2)
         assert live_marks() == {float(min(to, 2))}
 
@@ -183,10 +183,10 @@ def test_copies_of_a_history_that_was_removed_are_no_others(push: Push, runs: Pa
     for file in (*runs.iterdir(), *state.directory.glob("*.sqlite*")):
         file.unlink()
     for mark in (4, 5):
-        Segment.open(NAME, write=True).remove()
+        WritableSegment.open(NAME).remove()
         push(mark, spec=spec)
     assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     (state.kept / "1.safetensors").unlink()
     push(6, spec=spec)
     shutil.copy(state.kept / "2.safetensors", state.kept / "1.safetensors")
@@ -206,7 +206,7 @@ def test_what_is_pinned_is_kept(push: Push, runs: Path, state: State) -> None:
     assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for version in (5, 6):
-        Segment.open(NAME, write=True).remove()
+        WritableSegment.open(NAME).remove()
         again = push(spec=spec)
         assert (again.status, again.version, live_marks()) == ("published", version, {1.0})
 
@@ -272,13 +272,13 @@ def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Pus
         rollback(NAME, to, runtime=None, state=state)
         assert mixture() == (9.0, rest)
         for _ in range(2):
-            Segment.open(NAME, write=True).remove()
+            WritableSegment.open(NAME).remove()
             assert push(spec=spec).status == "published" and mixture() == (9.0, rest)
         state.set_pin(None)
     rollback(NAME, 2, runtime=None, state=state)
     for copy in state.kept.iterdir():
         copy.unlink()
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     lost = push(spec=spec)
     assert lost.status == "failed" and "in no file, and no copy" in (lost.reason or "")
 
@@ -289,7 +289,7 @@ def test_odd_names_are_gone_back_to_and_listed(push: Push, runs: Path, state: St
     for number, name in enumerate((b"step_\xff2.safetensors", b"step\n3.safetensors"), 2):
         write(runs / os.fsdecode(name), mlp(), float(number))
         assert push().status == "published"
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     assert push(4).version == 4
     with pytest.raises(WsyncError, match=r"\n  3  step 3  .*/step\\n3\.safetensors\n  2  step 2  "):
         rollback(NAME, 9, runtime=None, state=state)
@@ -312,8 +312,8 @@ def test_rollback_where_nothing_is_live(push: Push, state: State) -> None:
     """Guards the way back after a reboot, where the pinned one is gone: what can be had is told, and can be had."""
     push(1)
     push(2)
-    Segment.open(NAME, write=True).remove()
-    Segment.create(NAME, layout_of(mlp())).close()
+    WritableSegment.open(NAME).remove()
+    WritableSegment.create(NAME, layout_of(mlp())).close()
     with pytest.raises(WsyncError, match=r"(?s)nothing is live.*These can be had.*  1  step 1"):
         rollback(NAME, runtime=None, state=state)
     live, pin, _ = rollback(NAME, 1, runtime=None, state=state)
@@ -324,7 +324,7 @@ def test_rollback_waits_a_little_for_a_publisher(push: Push, state: State, monke
     """Guards an operator in a hurry against a watch that stages at this moment; one that goes on is named."""
     push(1)
     push(2)
-    other = Segment.open(NAME, write=True)
+    other = WritableSegment.open(NAME)
     with ExitStack() as held:
         held.enter_context(other.publishing())
         monkeypatch.setattr(way_back, "_PATIENCE", 0.0)
@@ -375,7 +375,7 @@ def test_a_watch_outlives_the_deletion_of_its_segment(runs: Path, spawn: Spawn, 
         assert reader.version == 2
 
 
-def test_a_running_watch_obeys_a_pin(segment: Segment, runs: Path, spawn: Spawn, cli: Cli) -> None:
+def test_a_running_watch_obeys_a_pin(segment: WritableSegment, runs: Path, spawn: Spawn, cli: Cli) -> None:
     """Guards that rollback holds against a watch, that the watch says so, and that unpin resumes."""
     for step in (1, 2):
         write(runs / f"step_{step}.safetensors", mlp(), float(step), step)
@@ -408,7 +408,7 @@ def test_pin_names_a_file_that_the_next_pass_puts_live(push: Push, cli: Cli, run
     assert cli("pin", NAME, "absent.safetensors").returncode == 66
 
 
-def test_a_rejection_is_told_once_and_stays(cli: Cli, segment: Segment, runs: Path) -> None:
+def test_a_rejection_is_told_once_and_stays(cli: Cli, segment: WritableSegment, runs: Path) -> None:
     """Guards cron's mails: one for a rejected file, 65 until something newer comes, ``--retry`` tries it again."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     assert cli("push", "policies:mlp", str(runs)).returncode == 0
@@ -426,7 +426,7 @@ def test_a_rejection_is_told_once_and_stays(cli: Cli, segment: Segment, runs: Pa
 
 
 def test_a_history_that_cannot_be_written_is_not_in_the_way(
-    cli: Cli, segment: Segment, runs: Path, tmp_path: Path
+    cli: Cli, segment: WritableSegment, runs: Path, tmp_path: Path
 ) -> None:
     """Guards that weights go live where the state directory is broken, and that it is said."""
     (tmp_path / "state").write_bytes(b"")
@@ -489,7 +489,7 @@ def test_a_pinned_copy_is_kept_once_over_reboots(push: Push, runs: Path, state: 
     pin_checkpoint(NAME, None, runtime=None, state=state)
     for file in runs.iterdir():
         file.unlink()
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     assert push(spec=spec).status == "published" and live_marks() == {2.0}
     assert len({event.settings for event in state.events(kinds=("publish",))}) == 1
     live, _, was = rollback(NAME, 1, runtime=None, state=state)
@@ -518,7 +518,7 @@ def test_what_was_tried_again_with_success_is_taken_after_a_reboot(push: Push, s
     with Syncer(refusing, "runs", state=State(NAME)) as syncer:
         syncer.record.forget()
         assert syncer.once().status == "published"
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     assert push(spec=refusing).status == "published"
 
 
@@ -763,7 +763,7 @@ def test_the_shell_completes(push: Push, cli: Cli, typed: str, offered: set[str]
     assert set(cli(env=os.environ | asked).stdout.split()) == offered
 
 
-def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, segment: Segment, runs: Path) -> None:
+def test_a_dry_run_leaves_no_memory_of_a_refusal(cli: Cli, segment: WritableSegment, runs: Path) -> None:
     """Guards against a push that says nothing because somebody looked before what it would do."""
     write(runs / "step_1.safetensors", mlp(), float("nan"))
     assert cli("push", "policies:mlp", str(runs), "--dry-run").returncode == 65
@@ -775,7 +775,7 @@ def test_looking_for_an_old_version_never_locks_the_live_slot(push: Push) -> Non
     """Guards against a reader that finds the slot of the WORD locked while a rollback looks around."""
     for mark in (1, 2, 3):
         push(mark)
-    segment = Segment.open(NAME, write=True)
+    segment = WritableSegment.open(NAME)
     with segment.publishing(), segment.slot_with(99, "") as found:
         assert found == (None, None)
     seen = []

@@ -28,6 +28,7 @@ from wsync.hooks import command, gate
 from wsync.layout.layout import layout_of
 from wsync.segment.publisher import Staged
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.hooks import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -86,9 +87,9 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def live(runs: Path) -> Iterator[Segment]:
+def live(runs: Path) -> Iterator[WritableSegment]:
     """A segment whose version 1 is ``runs/step_1.safetensors``, weights of mark 1."""
-    segment = Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
+    segment = WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert syncer.once().status == "published"
@@ -97,7 +98,7 @@ def live(runs: Path) -> Iterator[Segment]:
 
 
 @pytest.fixture
-def syncer(live: Segment, runs: Path) -> Iterator[Callable[..., Syncer]]:
+def syncer(live: WritableSegment, runs: Path) -> Iterator[Callable[..., Syncer]]:
     """Makes a syncer of the segment with a gate."""
     made: list[Syncer] = []
 
@@ -125,7 +126,7 @@ def asked(count: str = "asked") -> int:
 # --- commands
 
 
-def test_command_sees_the_staged_file(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_command_sees_the_staged_file(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """The gate finds a whole safetensors file with the new weights and their step, while the old ones are live."""
     path = write(runs / "step_2.safetensors", mlp(), 2.0)
     took = syncer(
@@ -146,7 +147,7 @@ def test_command_sees_the_staged_file(live: Segment, syncer: Callable[..., Synce
 
 
 def test_version_is_dated_after_the_gate(
-    live: Segment, syncer: Callable[..., Syncer], runs: Path, monkeypatch: pytest.MonkeyPatch
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A version is as old as its publish, not as its staging: the gate's own time does not count."""
     now = time.time()
@@ -157,7 +158,9 @@ def test_version_is_dated_after_the_gate(
     assert publication and publication.published_at == now + 1000
 
 
-def test_rejected_is_remembered_and_never_live(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_rejected_is_remembered_and_never_live(
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path
+) -> None:
     """Another status rejects with the output as the reason; it is asked once, and again when the file changed."""
     path = write(runs / "step_2.safetensors", mlp(), 2.0)
     pushing = syncer("printf x >> asked; echo return 20 is too low; echo or so >&2; exit 3")
@@ -175,7 +178,9 @@ def test_rejected_is_remembered_and_never_live(live: Segment, syncer: Callable[.
         assert (asked(), reader.refresh(), live.version) == (2, False, 1)
 
 
-def test_next_newest_is_tried_after_a_rejection(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_next_newest_is_tried_after_a_rejection(
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path
+) -> None:
     """Where the gate does not want the newest, the one before it goes live, and the newest is told as refused."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     write(runs / "step_3.safetensors", mlp(), 3.0)
@@ -184,7 +189,7 @@ def test_next_newest_is_tried_after_a_rejection(live: Segment, syncer: Callable[
     assert [(each.status, each.step) for each in took.passed_over] == [("rejected", 3)]
 
 
-def test_75_tries_the_same_later(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_75_tries_the_same_later(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """Status 75 is busy, not remembered, and nothing older goes live in its place; accepted later it does."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     write(runs / "step_3.safetensors", mlp(), 3.0)
@@ -198,7 +203,7 @@ def test_75_tries_the_same_later(live: Segment, syncer: Callable[..., Syncer], r
     assert (pushing.once().status, mark_of(live)) == ("published", {3.0})
 
 
-def test_ended_by_a_signal_rejects(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_ended_by_a_signal_rejects(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """A gate that is killed has accepted nothing, and the reason names the signal."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     told = syncer("kill -9 $$").once()
@@ -206,7 +211,7 @@ def test_ended_by_a_signal_rejects(live: Segment, syncer: Callable[..., Syncer],
 
 
 def test_timeout_ends_the_whole_group(
-    live: Segment,
+    live: WritableSegment,
     syncer: Callable[..., Syncer],
     runs: Path,
     fifo: Callable[[str], int],
@@ -224,7 +229,7 @@ def test_timeout_ends_the_whole_group(
 
 
 def test_timeout_ends_sessions_of_their_own(
-    live: Segment,
+    live: WritableSegment,
     syncer: Callable[..., Syncer],
     runs: Path,
     fifo: Callable[[str], int],
@@ -256,7 +261,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_goes_live_is_what_the_gate_was_shown(
-    live: Segment, syncer: Callable[..., Syncer], runs: Path, change: str
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, change: str
 ) -> None:
     """A gate cannot change what it is shown; where it finds the slot itself and changes that, nothing goes live."""
     spare = " ".join(str(live.path / f"slot-{slot}.safetensors") for slot in (1, 2))
@@ -274,7 +279,7 @@ def test_what_goes_live_is_what_the_gate_was_shown(
             assert again.once().version == 2 and mark_of(live) == {2.0}
 
 
-def test_sigterm_comes_first(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_sigterm_comes_first(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """A gate whose time is up may clean up: its handler of SIGTERM runs, and its shell's end does not cut it short."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     inner = 'trap "sleep 0.2; touch cleaned; exit" TERM; echo up; for i in $(seq 999); do sleep 0.05; done'
@@ -283,7 +288,7 @@ def test_sigterm_comes_first(live: Segment, syncer: Callable[..., Syncer], runs:
 
 
 def test_background_child_holds_nobody_up(
-    live: Segment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
 ) -> None:
     """What a gate leaves running keeps its pipe open, and is not waited for."""
     fifo("hold")
@@ -295,7 +300,7 @@ def test_background_child_holds_nobody_up(
 
 
 def test_a_gate_that_closes_its_output_is_waited_for(
-    live: Segment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
+    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
 ) -> None:
     """The end of the output is not the end of the gate: its status counts."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
@@ -303,7 +308,7 @@ def test_a_gate_that_closes_its_output_is_waited_for(
     assert told.status == "rejected" and told.reason and "status 1, without a word" in told.reason
 
 
-def test_output_is_bounded_and_harmless(live: Segment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_output_is_bounded_and_harmless(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
     """Of a flood the end is kept, and nothing of it reaches the terminal as a control character."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     told = syncer("yes tick | head -c 200000000; printf '\\033[31mred\\007 \\342\\200\\256bad\\377'; exit 1").once()
@@ -314,7 +319,7 @@ def test_output_is_bounded_and_harmless(live: Segment, syncer: Callable[..., Syn
 
 
 def test_gate_may_call_wsync(
-    live: Segment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch, syncer: Callable[..., Syncer]
+    live: WritableSegment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch, syncer: Callable[..., Syncer]
 ) -> None:
     """Also where the runtime directory was no variable: status of the name that it was given says what is live."""
     monkeypatch.delenv("WSYNC_RUNTIME_DIR")
@@ -329,7 +334,7 @@ def test_gate_may_call_wsync(
     assert not {line.partition("=")[0] for line in Path("seen.env").read_text().splitlines()} & OPTIONS
 
 
-def test_gate_and_hook_get_what_the_publisher_was_given(segment: Segment, runs: Path, cli: Cli) -> None:
+def test_gate_and_hook_get_what_the_publisher_was_given(segment: WritableSegment, runs: Path, cli: Cli) -> None:
     """Nothing that wsync, or Python, sets for itself, and no option of the push; what Kubernetes sets stays."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     service = {"WSYNC_METRICS_PORT": "tcp://10.0.0.2:9464"}
@@ -347,11 +352,11 @@ def test_gate_and_hook_get_what_the_publisher_was_given(segment: Segment, runs: 
     assert "WSYNC_HOOK_VERSION=9" not in Path("gate").read_text(errors="replace")
 
 
-def test_a_hook_pushes_another_policy_into_its_own_segment(segment: Segment, runs: Path, cli: Cli) -> None:
+def test_a_hook_pushes_another_policy_into_its_own_segment(segment: WritableSegment, runs: Path, cli: Cli) -> None:
     """What a hook calls goes by its own spec: neither the name nor other variables of the outer push act on it."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     Path("critic.toml").write_text('policy = "policies:mlp"\ncheckpoints = "runs"\n')
-    Segment.create("critic", layout_of(mlp()), spec=load_spec("critic.toml").fingerprint).close()
+    WritableSegment.create("critic", layout_of(mlp()), spec=load_spec("critic.toml").fingerprint).close()
     push = f"{sys.executable} -m wsync push critic.toml"
     outer = {"WSYNC_NAME": NAME, "WSYNC_PATTERN": "step_*", "WSYNC_FORCE": "1", "WSYNC_DRY_RUN": "0"}
     for _ in range(2):
@@ -362,7 +367,7 @@ def test_a_hook_pushes_another_policy_into_its_own_segment(segment: Segment, run
     critic.close()
 
 
-def test_gate_and_hook_find_the_state(segment: Segment, runs: Path, cli: Cli, tmp_path: Path) -> None:
+def test_gate_and_hook_find_the_state(segment: WritableSegment, runs: Path, cli: Cli, tmp_path: Path) -> None:
     """Also where its directory was no variable: a hook may look at the log, pin, or roll back what it dislikes."""
     env = {name: value for name, value in os.environ.items() if name != "WSYNC_STATE_DIR"}
     env["XDG_STATE_HOME"] = str(tmp_path / "elsewhere")
@@ -383,13 +388,13 @@ def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:
         'policy = "policies:mlp"\ncheckpoints = "../runs"\n[hooks]\ngate = "sh gate.sh"\ngate_timeout = 50\n'
     )
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    Segment.create("actor", layout_of(mlp()), spec=load_spec("box/actor.toml").fingerprint).close()
+    WritableSegment.create("actor", layout_of(mlp()), spec=load_spec("box/actor.toml").fingerprint).close()
     assert cli("push", "box/actor.toml").returncode == 0
     assert Path("box/seen").read_text() == "actor\n"
 
 
 def test_killed_publisher_leaves_the_live_version_and_no_gate(
-    live: Segment, runs: Path, spawn: Spawn, cli: Cli, fifo: Callable[[str], int]
+    live: WritableSegment, runs: Path, spawn: Spawn, cli: Cli, fifo: Callable[[str], int]
 ) -> None:
     """Killed while its gate runs a publisher has published nothing, and all that the gate started ends with it."""
     up, word = fifo("up"), live.word
@@ -411,7 +416,7 @@ def test_killed_publisher_leaves_the_live_version_and_no_gate(
 
 @pytest.mark.parametrize(("command", "code"), [("push", 143), ("watch", 0)])
 def test_stopped_ends_its_gate(
-    live: Segment, runs: Path, spawn: Spawn, fifo: Callable[[str], int], command: str, code: int
+    live: WritableSegment, runs: Path, spawn: Spawn, fifo: Callable[[str], int], command: str, code: int
 ) -> None:
     """SIGTERM to a push or a watch ends the gate that it waits for, and nothing is published."""
     up = fifo("up")
@@ -429,7 +434,7 @@ def test_stopped_ends_its_gate(
 def test_function_gets_the_real_policy(runs: Path) -> None:
     """In eval mode with the staged weights in it, ties among them; what it does to them does not reach the slot."""
     spec = replace(load_spec("policies:Tied"), hooks=Hooks(gate="gates:sees"))
-    segment = Segment.create(spec.name, layout_of(Tied()), spec=spec.fingerprint)
+    segment = WritableSegment.create(spec.name, layout_of(Tied()), spec=spec.fingerprint)
     policy = Tied()
     source = write(runs / "step_1.safetensors", policy, 2.0)
     with Syncer(spec, source) as pushing:
@@ -449,7 +454,7 @@ def test_function_gets_the_real_policy(runs: Path) -> None:
     ],
 )
 def test_function_in_its_process(
-    live: Segment, runs: Path, syncer: Callable[..., Syncer], name: str, status: str, words: list[str]
+    live: WritableSegment, runs: Path, syncer: Callable[..., Syncer], name: str, status: str, words: list[str]
 ) -> None:
     """An exception rejects with its text and line, RetryLater is later, and a process without a verdict rejects."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
@@ -461,7 +466,7 @@ def test_function_in_its_process(
 
 
 @pytest.fixture
-def staged(live: Segment) -> Staged:
+def staged(live: WritableSegment) -> Staged:
     return Staged(slot_of(live), NAME, 2, 2, "there/step_2.safetensors")
 
 
@@ -493,7 +498,7 @@ def test_policy_of_another_shape_is_not_asked(staged: Staged) -> None:
         gate.load(mlp().to(torch.float64), staged.path)
 
 
-def test_missing_function_is_usage(live: Segment, runs: Path, cli: Cli) -> None:
+def test_missing_function_is_usage(live: WritableSegment, runs: Path, cli: Cli) -> None:
     """A gate that cannot be imported is a wrong setting, and no word about the checkpoint."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs", "--gate", "gates:refuse")
@@ -501,7 +506,9 @@ def test_missing_function_is_usage(live: Segment, runs: Path, cli: Cli) -> None:
     assert live.version == 1
 
 
-def test_function_dies_with_its_publisher(live: Segment, runs: Path, spawn: Spawn, fifo: Callable[[str], int]) -> None:
+def test_function_dies_with_its_publisher(
+    live: WritableSegment, runs: Path, spawn: Spawn, fifo: Callable[[str], int]
+) -> None:
     """A publisher that is killed takes the process of its gate's function along; what was live stays."""
     up, _ = fifo("up"), fifo("hold")
     hold = os.open("hold", os.O_WRONLY)
@@ -533,7 +540,7 @@ def test_function_is_told_from_command(text: str, function: bool) -> None:
     assert Hooks(gate=text).gate_is_function is function
 
 
-def test_options_and_variables(live: Segment, runs: Path, cli: Cli) -> None:
+def test_options_and_variables(live: WritableSegment, runs: Path, cli: Cli) -> None:
     """--gate, or its variable, is the TOML's; the exit code is 65 or 75, and the empty gate is none."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     Path("actor.toml").write_text(
@@ -549,14 +556,14 @@ def test_options_and_variables(live: Segment, runs: Path, cli: Cli) -> None:
     assert cli("push", "actor.toml", "--gate", "").returncode == 0
 
 
-def test_dry_run_says_that_it_did_not_ask(live: Segment, runs: Path) -> None:
+def test_dry_run_says_that_it_did_not_ask(live: WritableSegment, runs: Path) -> None:
     """A rehearsal has no slot to look at: it says that the gate was left out."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     code, out, _ = run_main("push", SPEC, "runs", "--gate", "touch asked; exit 1", "--dry-run")
     assert code == 0 and "the gate was not asked" in out and not Path("asked").exists()
 
 
-def test_publisher_with_a_function_imports_no_torch(live: Segment, runs: Path, cli: Cli) -> None:
+def test_publisher_with_a_function_imports_no_torch(live: WritableSegment, runs: Path, cli: Cli) -> None:
     """The user's function brings torch into its own process, never into the publisher's."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     result = cli("push", SPEC, "runs", "--gate", "gates:sees", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
@@ -564,7 +571,7 @@ def test_publisher_with_a_function_imports_no_torch(live: Segment, runs: Path, c
     assert not {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()} & {"torch", "gates", "policies"}
 
 
-def test_updater_takes_a_gate(live: Segment) -> None:
+def test_updater_takes_a_gate(live: WritableSegment) -> None:
     """A library's gate is any callable: it sees weights from memory, too, and its error is the push's."""
     updater = SharedMemoryWeightUpdater(NAME)
     seen: list[Staged] = []

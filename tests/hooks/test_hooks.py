@@ -29,7 +29,7 @@ from wsync.history.outcome import Outcome
 from wsync.hooks import command
 from wsync.hooks.runner import Hook, HookRunner, request
 from wsync.segment.files import Publication
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.hooks import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -62,7 +62,7 @@ class Box:
 
 
 @pytest.fixture
-def make(segment: Segment, runs: Path) -> Iterator[Callable[..., Box]]:
+def make(segment: WritableSegment, runs: Path) -> Iterator[Callable[..., Box]]:
     """Makes a syncer with hooks; its threads have ended after the test."""
     made: list[Box] = []
 
@@ -130,7 +130,7 @@ def server() -> Iterator[Server]:
 # --- exec
 
 
-def test_exec_is_told_of_the_version(make: MakeBox, runs: Path, segment: Segment) -> None:
+def test_exec_is_told_of_the_version(make: MakeBox, runs: Path, segment: WritableSegment) -> None:
     """The command finds name, version, step and checkpoint, when the version is live; it may call wsync."""
     box = make(exec=f'env > seen.env; {sys.executable} -m wsync status "$WSYNC_HOOK_NAME" --json > seen.json')
     box.publish(7)
@@ -186,7 +186,7 @@ def test_exec_timeout_ends_the_whole_group(
     assert (heard(up), heard(up)) == (b"up\n", b"")
 
 
-def test_push_runs_its_hooks_once(segment: Segment, runs: Path, cli: Cli, server: Server) -> None:
+def test_push_runs_its_hooks_once(segment: WritableSegment, runs: Path, cli: Cli, server: Server) -> None:
     """A one-shot push waits for its hooks; what fails is a warning, tried once, and the exit code stays 0."""
     server.answer = lambda version: 500
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -201,7 +201,7 @@ def test_push_runs_its_hooks_once(segment: Segment, runs: Path, cli: Cli, server
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_stopped_push_ends_its_hook(
-    segment: Segment, runs: Path, spawn: Spawn, fifo: Callable[[str], int], number: signal.Signals
+    segment: WritableSegment, runs: Path, spawn: Spawn, fifo: Callable[[str], int], number: signal.Signals
 ) -> None:
     """A push that is stopped while its command runs ends that, with all it started; the version stays live."""
     up = fifo("up")
@@ -264,7 +264,7 @@ def test_an_interrupt_ends_the_command(fifo: Callable[[str], int], tmp_path: Pat
     assert heard(up) == b""
 
 
-def test_watch_goes_on_beside_a_failing_hook(segment: Segment, runs: Path, spawn: Spawn) -> None:
+def test_watch_goes_on_beside_a_failing_hook(segment: WritableSegment, runs: Path, spawn: Spawn) -> None:
     """The log tells of the failure once, as long as it is the same, and each version is published."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     hooks = ["--exec", "echo broken; exit 1", "--exec-backoff", "0.01", "--log-format", "json", "--poll", "0.1"]
@@ -443,7 +443,9 @@ def test_the_log_tells_a_failure_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert told == [["warning", "b"], ["warning", "c"], ["info", "d"], ["warning", "c"]]
 
 
-def test_without_a_report_failures_are_logged(segment: Segment, runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_report_failures_are_logged(
+    segment: WritableSegment, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A library that sets no report finds failures in the log of ``wsync``, and no successes."""
     for step, code in ((1, 0), (2, 1)):
         write(runs / f"step_{step}.safetensors", mlp(), float(step))
@@ -452,7 +454,7 @@ def test_without_a_report_failures_are_logged(segment: Segment, runs: Path, capl
     assert len(caplog.messages) == 1 and "version 2 is live, but the command 'exit 1'" in caplog.messages[0]
 
 
-def test_nothing_to_do_costs_nothing(segment: Segment, runs: Path, cli: Cli) -> None:
+def test_nothing_to_do_costs_nothing(segment: WritableSegment, runs: Path, cli: Cli) -> None:
     """With gate and hooks set, a push that has nothing to do imports nothing that would run them."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     settings = ["--gate", "true", "--exec", "true", "--webhook", "http://127.0.0.1:9/"]

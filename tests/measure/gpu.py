@@ -39,7 +39,7 @@ from wsync.policy.attaching import Staging
 from wsync.policy.device import Cuda
 from wsync.policy.device_weights import lock_slot
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # of the tests' own modules
 from devices import LateDevice
@@ -54,11 +54,11 @@ import itertools, sys, threading
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
-segment = Segment.open(sys.argv[1], write=True)
+segment = WritableSegment.open(sys.argv[1])
 for turn, file in enumerate(itertools.cycle(sys.argv[2:])):
     if ended.is_set():
         break
@@ -162,7 +162,7 @@ def prepare(folder: Path, *, rehearse: bool) -> Bench:
 # --- the bus
 
 
-def bus(bench: Bench, segment: Segment) -> None:
+def bus(bench: Bench, segment: WritableSegment) -> None:
     """The slot's locked pages over the bus, beside the same bytes from a plain page-locked buffer."""
     locked = lock_slot(segment, segment.word & 0xFF, bench.device)
     nbytes = locked.weights.numel()
@@ -194,7 +194,7 @@ def bus(bench: Bench, segment: Segment) -> None:
 # --- what a version takes
 
 
-def taking(bench: Bench, segment: Segment) -> None:
+def taking(bench: Bench, segment: WritableSegment) -> None:
     """Both refresh() calls of a version, until the stream is done with them, beside load_state_dict from the CPU."""
     theirs = loading(bench)
     ways: list[tuple[Mode, Staging]] = [("swap", "device"), ("copy", "device"), ("copy", "none")]
@@ -214,7 +214,7 @@ def taking(bench: Bench, segment: Segment) -> None:
         )
 
 
-def version(bench: Bench, segment: Segment, reader: wsync.Reader, turn: int) -> tuple[float, float, float]:
+def version(bench: Bench, segment: WritableSegment, reader: wsync.Reader, turn: int) -> tuple[float, float, float]:
     """Publishes one; seconds of the refresh that notices it, of the one that takes it, and of all with the bus."""
     put(segment, bench.folder / f"large-{turn % 2}.safetensors")
     bench.sync()
@@ -369,12 +369,12 @@ def flat(nbytes: int) -> nn.ParameterList:
 
 
 @contextmanager
-def standing(name: str, policy: nn.Module, folder: Path, marks: int) -> Iterator[Segment]:
+def standing(name: str, policy: nn.Module, folder: Path, marks: int) -> Iterator[WritableSegment]:
     """A segment with a first version, and checkpoints to publish, all weights of each its mark, which is its step."""
     for mark in range(marks):
         state = {key: torch.full_like(tensor, mark + 1.0) for key, tensor in policy.state_dict().items()}
         save_file(state, folder / f"{name}-{mark}.safetensors", metadata={"step": str(mark + 1)})
-    segment = Segment.create(name, layout_of(policy))
+    segment = WritableSegment.create(name, layout_of(policy))
     try:
         put(segment, folder / f"{name}-0.safetensors")
         yield segment
@@ -385,7 +385,7 @@ def standing(name: str, policy: nn.Module, folder: Path, marks: int) -> Iterator
             file.unlink()
 
 
-def put(segment: Segment, file: Path) -> None:
+def put(segment: WritableSegment, file: Path) -> None:
     with segment.publishing(), Checkpoint(file) as checkpoint:
         publish(segment, checkpoint)
 

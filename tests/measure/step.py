@@ -22,7 +22,7 @@ from torch import nn
 
 import wsync
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 LAYERS, SECONDS, TURNS = 100, 1.0, 8
 
@@ -31,9 +31,9 @@ import sys
 from wsync.checkpoints.checkpoint import open_checkpoint
 from wsync.errors import SegmentBusy
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
-segment = Segment.open("policy", sys.argv[1], write=True)
+segment = WritableSegment.open("policy", sys.argv[1])
 while True:
     try:
         with segment.publishing(), open_checkpoint(sys.argv[2]) as checkpoint:
@@ -55,7 +55,7 @@ def main() -> None:
         file = Path(disk, "step.safetensors")
         save_file(policy.state_dict(), file)
         os.utime(file, (0, 0))
-        Segment.create("policy", layout_of(policy), shared).close()
+        WritableSegment.create("policy", layout_of(policy), shared).close()
         command = [sys.executable, "-c", PUBLISHER, shared, str(file)]
         with subprocess.Popen(command) as publisher:
             try:

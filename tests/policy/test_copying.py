@@ -16,7 +16,7 @@ from wsync.layout.layout import layout_of
 from wsync.policy.reader import Reader
 from wsync.policy.tensors import Attached
 from wsync.segment.publisher import publish_tensors
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 WIDE = (1 << 20) + 7  # elements that torch may share between threads
 
@@ -60,7 +60,7 @@ def varied() -> nn.Module:
 def test_every_tensor_is_copied_whole(runtime: Path) -> None:
     """Guards tensors of every form: large and empty ones, strided, lazily negated and of classes of their own."""
     policy = varied()
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     generator = torch.Generator().manual_seed(7)
     for version in (1, 2, 3):
         new = {
@@ -128,7 +128,7 @@ def test_an_interrupt_leaves_no_mixture(runtime: Path) -> None:
     policy.register_buffer("first", torch.zeros(5))
     policy.register_buffer("middle", Interrupted(torch.zeros(5)))
     policy.register_buffer("rest", torch.zeros(5))
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
 
     def publish(mark: float) -> None:
         with segment.publishing():
@@ -151,7 +151,7 @@ def test_a_backward_pass_is_told_beside_a_tensor_of_inference_mode(runtime: Path
     policy = mlp()
     with torch.inference_mode():
         policy.register_buffer("made", torch.zeros(2))
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     with segment.publishing():
         publish_tensors(segment, policy.state_dict())
     with wsync.attach(policy, "nets", mode="copy") as reader:
@@ -166,7 +166,7 @@ def test_a_backward_pass_is_told_beside_a_tensor_of_inference_mode(runtime: Path
 def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
     """Guards against addresses that are none of this process's: an offloaded parameter is no reason to crash."""
     policy = mlp()
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     with segment.publishing():
         publish_tensors(segment, {name: torch.full_like(each, 3) for name, each in policy.state_dict().items()})
     policy.get_submodule("2").bias = nn.Parameter(torch.zeros(2, device="meta"))
@@ -177,7 +177,7 @@ def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
 def test_a_tensor_without_bytes_is_left_to_torch(runtime: Path) -> None:
     """Guards against an address that is none: torch says why such a tensor takes no values."""
     policy = mlp()
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     with segment.publishing():
         publish_tensors(segment, policy.state_dict())
     policy.get_parameter("2.bias").data = torch._efficientzerotensor(2)

@@ -21,7 +21,7 @@ import wsync
 from wsync.errors import OutOfDeviceMemory, SegmentUnsafe, UsageError
 from wsync.policy import device_reader
 from wsync.policy import reader as reading
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def trainer(trainer: Trainer) -> Trainer:
     return trainer
 
 
-def mappings(segment: Segment) -> list[tuple[range, str]]:
+def mappings(segment: WritableSegment) -> list[tuple[range, str]]:
     """Where, and how, this process maps slots of a segment."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -435,12 +435,12 @@ def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
         "from trainers import leased\n"
         "from wsync.policy import attaching\n"
         "from wsync.errors import UsageError\n"
-        "from wsync.segment.segment import Segment\n"
+        "from wsync.segment.writable import WritableSegment\n"
         "device = LateDevice()\n"
         "attaching._device_of = lambda policy: device\n"
         "policy = mlp()\n"
         "reader = wsync.attach(policy, 'nets')\n"
-        "segment = Segment.open('nets', write=True)\n"
+        "segment = WritableSegment.open('nets')\n"
         "print('attached', flush=True)\n"
         "input()\n"
         "assert not reader.refresh() and len(leased(segment)) == 1\n"

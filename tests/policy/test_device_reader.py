@@ -24,7 +24,7 @@ from wsync.policy import attaching
 from wsync.policy import reader as reading
 from wsync.policy.device import Split
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 MODES = [("swap", "device"), ("copy", "device"), ("copy", "none")]
 
@@ -150,7 +150,7 @@ def test_every_weight_gets_its_own_bytes(
         for parameter in trained.parameters():
             parameter.copy_(torch.randn(parameter.shape))
         trained.norm.running_mean.copy_(torch.randn(3))  # type: ignore[union-attr]
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     save_file({k: v for k, v in trained.state_dict().items() if k != "head.weight"}, tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
         publish(segment, checkpoint)
@@ -182,7 +182,7 @@ def test_every_dtype_of_a_checkpoint_arrives(
         copy(targets, sources)
 
     trained, policy = every_dtype(1), every_dtype(5)
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
         publish(segment, checkpoint)

@@ -27,7 +27,7 @@ from wsync.policy import reader as reading
 from wsync.policy.device import Cuda
 from wsync.policy.device_weights import lock_slot
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device here")
 gpus = torch.cuda.device_count()
@@ -79,7 +79,7 @@ def test_every_weight_gets_its_own_bytes_on_a_gpu(
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.copy_(torch.randn(parameter.shape))
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     save_file({k: v for k, v in trained.state_dict().items() if k != "head.weight"}, tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
         publish(segment, checkpoint)
@@ -96,7 +96,7 @@ def test_every_dtype_of_a_checkpoint_arrives_on_a_gpu(
 ) -> None:
     """Also those for which torch has few kernels: small floats, unsigned integers."""
     trained, policy = every_dtype(1), every_dtype(5).cuda()
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     save_file(trained.state_dict(), tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
         publish(segment, checkpoint)

@@ -24,6 +24,7 @@ from wsync.layout.layout import layout_of
 from wsync.policy import reader as reading
 from wsync.segment.publisher import publish
 from wsync.segment.segment import Lease, Segment
+from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 
@@ -71,7 +72,7 @@ def test_every_weight_gets_its_own_bytes(
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.copy_(torch.randn(parameter.shape))
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     state = {k: v.contiguous() for k, v in trained.state_dict().items() if k != "head.weight"}
     save_file(state, tmp_path / "weights.safetensors")
     with segment.publishing(), Checkpoint(tmp_path / "weights.safetensors") as checkpoint:
@@ -404,8 +405,8 @@ def test_wait_is_woken_by_a_publish_of_another_process(
         "import sys\n"
         "from wsync.checkpoints.checkpoint import Checkpoint\n"
         "from wsync.segment.publisher import publish\n"
-        "from wsync.segment.segment import Segment\n"
-        "segment = Segment.open('nets', write=True)\n"
+        "from wsync.segment.writable import WritableSegment\n"
+        "segment = WritableSegment.open('nets')\n"
         "sys.stdin.readline()\n"
         "with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint: publish(segment, checkpoint)\n"
     )
@@ -453,9 +454,9 @@ def test_lease_that_fails_leaves_the_policy(trainer: Trainer, monkeypatch: pytes
 def test_leases_are_released(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all leases that a reader took, none is held but that of the version it is on."""
     taken: list[Lease] = []
-    lease = Segment.lease
+    lease = WritableSegment.lease
 
-    def counted(segment: Segment) -> Lease | None:
+    def counted(segment: WritableSegment) -> Lease | None:
         got = lease(segment)
         taken.extend([got] if got else [])
         return got

@@ -30,6 +30,7 @@ from wsync.layout.layout import layout_of
 from wsync.policy import reader as reading
 from wsync.policy import swap
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 
@@ -200,7 +201,7 @@ def test_fork_shares_the_lease(trainer: Trainer, spawn: Spawn) -> None:
         "from builders import marks\n"
         "from policies import mlp\n"
         "from trainers import leased\n"
-        "from wsync.segment.segment import Segment\n"
+        "from wsync.segment.segment import Segment; from wsync.segment.writable import WritableSegment\n"
         "policy = mlp()\n"
         "reader = wsync.attach(policy, 'nets', mode='swap')\n"
         "segment = Segment.open('nets')\n"
@@ -553,9 +554,9 @@ def test_modules_that_hold_the_same_tensors_are_the_same_policy(
 def test_a_slot_is_mapped_once(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts what makes a swap cost the same for any size: a slot is mapped anew only if a tensor of it was kept."""
     mapped: list[int] = []
-    real = Segment.map_slot
+    real = WritableSegment.map_slot
 
-    def count(segment: Segment, slot: int) -> Any:
+    def count(segment: WritableSegment, slot: int) -> Any:
         mapped.append(slot)
         return real(segment, slot)
 
@@ -611,7 +612,7 @@ def test_refresh_notices_a_segment_that_was_deleted_by_hand(trainer: Trainer, ca
             assert not reader.refresh()
         assert [r.levelname for r in caplog.records] == ["WARNING"] and marks(policy) == {1.0}
         trainer.segment.close()
-        trainer.segment = Segment.create("nets", layout_of(mlp()))
+        trainer.segment = WritableSegment.create("nets", layout_of(mlp()))
         trainer.push(5)
         while not reader.refresh() and time.monotonic() < deadline:
             pass
@@ -628,6 +629,6 @@ def test_a_slow_policy_notices_a_segment_that_was_deleted_by_hand(
         assert not any(reader.refresh() for _ in range(100))
         shutil.rmtree(trainer.segment.path)
         trainer.segment.close()
-        trainer.segment = Segment.create("nets", layout_of(mlp()))
+        trainer.segment = WritableSegment.create("nets", layout_of(mlp()))
         trainer.push(5)
         assert reader.refresh() and reader.step == 5

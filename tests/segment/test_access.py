@@ -25,7 +25,8 @@ from wsync.layout.layout import layout_of
 from wsync.segment.access import Access
 from wsync.segment.publisher import publish
 from wsync.segment.readers import ReaderRecord, Registration, open_readers
-from wsync.segment.segment import Segment, remove, segments
+from wsync.segment.segment import Segment, segments
+from wsync.segment.writable import WritableSegment, remove
 from wsync.settings.spec import load_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -57,15 +58,15 @@ def base(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def shared(base: Path, tmp_path: Path) -> Segment:
+def shared(base: Path, tmp_path: Path) -> WritableSegment:
     """A segment of ours that the group may read, with version 1 in it."""
     needs_root()
-    segment = Segment.create("nets", LAYOUT, access=SHARED)
+    segment = WritableSegment.create("nets", LAYOUT, access=SHARED)
     push(segment, tmp_path, 1.0)
     return segment
 
 
-def push(segment: Segment, place: Path, mark: float) -> None:
+def push(segment: WritableSegment, place: Path, mark: float) -> None:
     with segment.publishing(), Checkpoint(write(place / "weights.safetensors", mlp(), mark)) as checkpoint:
         publish(segment, checkpoint)
 
@@ -81,7 +82,7 @@ def test_a_segment_is_private_unless_asked(base: Path) -> None:
     """Nobody else can read anything of it, whatever the umask says."""
     before = os.umask(0)
     try:
-        segment = Segment.create("nets", LAYOUT)
+        segment = WritableSegment.create("nets", LAYOUT)
     finally:
         os.umask(before)
     found = modes(segment.path) | {"base": stat.S_IMODE(base.stat().st_mode)}
@@ -94,7 +95,7 @@ def test_a_shared_segment_has_the_modes_of_the_table(base: Path, umask: int) -> 
     needs_root()
     before = os.umask(umask)
     try:
-        segment = Segment.create("nets", LAYOUT, access=SHARED)
+        segment = WritableSegment.create("nets", LAYOUT, access=SHARED)
     finally:
         os.umask(before)
     assert modes(segment.path) == TABLE
@@ -165,7 +166,7 @@ def test_a_standing_segment_is_opened_and_closed(base: Path) -> None:
     """The same segment gets the access that is asked for later, and keeps what it has where nothing is asked for."""
     needs_root()
     updater = wsync.SharedMemoryWeightUpdater("nets", policy=mlp())
-    Segment.create("other", LAYOUT, access=SHARED)
+    WritableSegment.create("other", LAYOUT, access=SHARED)
     first = updater.make_segment()
     assert modes(first.path)["."] == 0o700
     for access, expected in ((SHARED, 0o750), (Access(), 0o750), (Access("0600"), 0o700)):
@@ -178,14 +179,14 @@ def test_a_standing_segment_is_opened_and_closed(base: Path) -> None:
 def test_a_standing_runtime_directory_is_never_opened_by_us(base: Path) -> None:
     """Sharing in a private one is refused with the command that opens it, which then is enough."""
     needs_root()
-    private = Segment.create("private", LAYOUT)
-    for share in (lambda: Segment.create("nets", LAYOUT, access=SHARED), lambda: private.share(SHARED)):
+    private = WritableSegment.create("private", LAYOUT)
+    for share in (lambda: WritableSegment.create("nets", LAYOUT, access=SHARED), lambda: private.share(SHARED)):
         with pytest.raises(UsageError, match="chgrp") as caught:
             share()
     assert modes(base) == {".": 0o700, "private": 0o700}
     command = str(caught.value).split("`")[1]
     assert os.system(command) == 0
-    Segment.create("nets", LAYOUT, access=SHARED)
+    WritableSegment.create("nets", LAYOUT, access=SHARED)
     assert modes(base) == {".": 0o750, "private": 0o700, "nets": 0o750}
 
 
@@ -200,7 +201,7 @@ def test_a_group_of_others_is_refused(runtime: Path, monkeypatch: pytest.MonkeyP
             place.mkdir()
             place.chmod(0o755)
         with pytest.raises(UsageError, match="not in group"):
-            Segment.create("nets", LAYOUT, place, access=SHARED)
+            WritableSegment.create("nets", LAYOUT, place, access=SHARED)
 
     as_person(OWNER, make, group=None)
     assert os.listdir(place if standing else runtime) == []
@@ -210,7 +211,7 @@ def test_a_group_of_others_is_refused(runtime: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
-def test_a_member_follows_and_is_listed(shared: Segment, tmp_path: Path, mode: Any) -> None:
+def test_a_member_follows_and_is_listed(shared: WritableSegment, tmp_path: Path, mode: Any) -> None:
     """Another user of the group attaches by naming the place, gets each version whole, and is seen to."""
     policy = mlp()
     held: list[wsync.Reader] = []
@@ -240,10 +241,10 @@ def test_an_owner_who_is_not_root_sees_its_readers(base: Path, tmp_path: Path) -
     needs_root()
     base.parent.chmod(0o777)
     tmp_path.chmod(0o777)
-    opened: list[Segment] = []
+    opened: list[WritableSegment] = []
 
     def make() -> None:
-        opened.append(Segment.create("nets", LAYOUT, base, access=SHARED))
+        opened.append(WritableSegment.create("nets", LAYOUT, base, access=SHARED))
 
     def look() -> tuple[list[int], int]:
         return [r.pid for r in opened[0].readers()], len(os.listdir(opened[0].path / "readers"))
@@ -262,7 +263,7 @@ def test_an_owner_who_is_not_root_sees_its_readers(base: Path, tmp_path: Path) -
         assert owner() == ([], 0)
 
 
-def test_a_member_writes_nothing(shared: Segment) -> None:
+def test_a_member_writes_nothing(shared: WritableSegment) -> None:
     """Neither weights nor control nor layout nor lock can be written, removed or replaced, by a mapping neither."""
     theirs = Registration(shared.path, "swap")
     (record,) = os.listdir(shared.path / "readers")
@@ -292,20 +293,20 @@ def test_a_member_writes_nothing(shared: Segment) -> None:
         mapped[-1] ^= 0xFF  # hits a page of its own
         assert (shared.path / "slot-0.safetensors").read_bytes() == before
         with pytest.raises(TypeError):
-            opened.words[8] = 1
+            opened.control.words[8] = 1
 
     as_person(MEMBER, attempt)
     assert shared.version == 1 and len(shared.readers()) == 1
     theirs.close()
 
 
-def test_a_member_makes_and_removes_no_segment(shared: Segment) -> None:
+def test_a_member_makes_and_removes_no_segment(shared: WritableSegment) -> None:
     """Publishing, making, sharing and removing are the owner's; the message says whose place it is."""
     place = shared.path.parent
     uses: tuple[Callable[[], object], ...] = (
-        lambda: Segment.open("nets", place, write=True),
-        lambda: Segment.create("nets", LAYOUT, place),
-        lambda: Segment.create("more", LAYOUT, place),
+        lambda: WritableSegment.open("nets", place),
+        lambda: WritableSegment.create("nets", LAYOUT, place),
+        lambda: WritableSegment.create("more", LAYOUT, place),
         lambda: wsync.attach(mlp(), "more", timeout=1, runtime_dir=place),
         lambda: remove("nets", place),
     )
@@ -319,9 +320,9 @@ def test_a_member_makes_and_removes_no_segment(shared: Segment) -> None:
     assert segments(place) == ["nets"] and shared.is_current()
 
 
-def test_a_member_sees_the_status(shared: Segment) -> None:
+def test_a_member_sees_the_status(shared: WritableSegment) -> None:
     """``wsync status`` of a named place works for a member, by name and without, and passes over private segments."""
-    Segment.create("private", LAYOUT)
+    WritableSegment.create("private", LAYOUT)
     place = str(shared.path.parent)
     with person(
         MEMBER,
@@ -337,7 +338,7 @@ def test_a_member_sees_the_status(shared: Segment) -> None:
         assert code == 1 and "--group" in err
 
 
-def test_a_stranger_gets_nowhere(shared: Segment) -> None:
+def test_a_stranger_gets_nowhere(shared: WritableSegment) -> None:
     """Who is not in the group is told whom to ask."""
     place = shared.path.parent
     uses: tuple[Callable[[], object], ...] = (
@@ -355,11 +356,11 @@ def test_a_stranger_gets_nowhere(shared: Segment) -> None:
 
 
 @pytest.fixture
-def squatted(shared: Segment) -> Iterator[Path]:
+def squatted(shared: WritableSegment) -> Iterator[Path]:
     """The member's own default place, taken by somebody else, with a fine segment in it."""
     place = Path(f"/dev/shm/wsync-{MEMBER}")
     try:
-        Segment.create("nets", LAYOUT, place, access=SHARED)
+        WritableSegment.create("nets", LAYOUT, place, access=SHARED)
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -379,7 +380,7 @@ def test_ones_own_default_place_is_believed_only_where_it_is_ones_own(squatted: 
 
 
 @pytest.mark.parametrize("path", ["", "nets", "nets/control", "nets/layout.json", "nets/slot-0.safetensors"])
-def test_what_more_than_its_owner_may_write_is_not_read(shared: Segment, path: str) -> None:
+def test_what_more_than_its_owner_may_write_is_not_read(shared: WritableSegment, path: str) -> None:
     """A place, segment or file that a group may write is refused: it could say anything."""
     target = shared.path.parent / path
     target.chmod(stat.S_IMODE(target.stat().st_mode) | 0o020)
@@ -394,7 +395,7 @@ def test_what_more_than_its_owner_may_write_is_not_read(shared: Segment, path: s
 @pytest.mark.parametrize(
     "path", ["nets", "nets/control", "nets/layout.json", "nets/slot-0.safetensors", "nets/readers"]
 )
-def test_what_belongs_to_a_third_is_not_read(shared: Segment, path: str) -> None:
+def test_what_belongs_to_a_third_is_not_read(shared: WritableSegment, path: str) -> None:
     """All of a segment is of the place's owner; what somebody else put there is refused."""
     os.chown(shared.path.parent / path, STRANGER, GROUP)
 
@@ -463,7 +464,7 @@ def hostile(directory: int) -> list[int]:
 
 
 @pytest.mark.parametrize("many", [0, 3000])
-def test_hostile_records_stop_nobody(shared: Segment, tmp_path: Path, many: int) -> None:
+def test_hostile_records_stop_nobody(shared: WritableSegment, tmp_path: Path, many: int) -> None:
     """FIFOs, links, sockets, directories, broken and endless files among the records fail neither side."""
     held: list[int] = []
 
@@ -489,7 +490,7 @@ def test_hostile_records_stop_nobody(shared: Segment, tmp_path: Path, many: int)
 
 
 def test_a_record_that_others_lock_at_once_holds_no_reader_up(
-    shared: Segment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shared: WritableSegment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever grabs each new record's lock first keeps a reader off the list, and not from reading."""
     fchmod, grabbed = os.fchmod, []
@@ -506,7 +507,7 @@ def test_a_record_that_others_lock_at_once_holds_no_reader_up(
         os.close(fd)
 
 
-def test_a_look_is_bounded(shared: Segment) -> None:
+def test_a_look_is_bounded(shared: WritableSegment) -> None:
     """However many records there are, a look opens a bounded number of them."""
     for number in range(2500):
         (shared.path / "readers" / f"{number}").touch()
@@ -514,13 +515,13 @@ def test_a_look_is_bounded(shared: Segment) -> None:
     assert len(os.listdir(shared.path / "readers")) == 500
 
 
-def test_a_file_with_another_name_is_no_record(shared: Segment) -> None:
+def test_a_file_with_another_name_is_no_record(shared: WritableSegment) -> None:
     """What is linked into the records is neither locked against its users nor removed."""
     os.link(shared.path / "slot-1.safetensors", shared.path / "readers" / "1-1")
     assert shared.readers() == [] and os.listdir(shared.path / "readers") == ["1-1"]
 
 
-def test_names_of_others_are_harmless_to_print(shared: Segment, cli: Cli, tmp_path: Path) -> None:
+def test_names_of_others_are_harmless_to_print(shared: WritableSegment, cli: Cli, tmp_path: Path) -> None:
     """Neither markup nor an escape sequence in a process's name means anything in a table or a message."""
     evil = "[red]x[/]\x1b]0;owned\x07\u202e\n"
     registrations = [Registration(shared.path, "swap") for _ in range(2)]

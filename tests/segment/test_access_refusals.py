@@ -22,7 +22,8 @@ from wsync.errors import SegmentError, SegmentUnsafe, UsageError, WsyncError
 from wsync.layout.layout import layout_of
 from wsync.segment.files import MAX_TABLE, METADATA_END, NO_SLOT, WORD_OFFSET, Publication
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment, remove, segments
+from wsync.segment.segment import Segment, segments
+from wsync.segment.writable import WritableSegment, remove
 from wsync.system.memory import PAGE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -95,12 +96,12 @@ KINDS: dict[str, Callable[[Path], None]] = {
 def base(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A named runtime directory with a segment in it, version 1 live in slot 0."""
     monkeypatch.setenv("WSYNC_RUNTIME_DIR", str(runtime / "base"))
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     push(segment, runtime)
     yield runtime / "base"
 
 
-def push(segment: Segment, place: Path) -> Publication:
+def push(segment: WritableSegment, place: Path) -> Publication:
     with segment.publishing(), Checkpoint(write(place / "weights.safetensors", mlp(), 1.0)) as checkpoint:
         return publish(segment, checkpoint)
 
@@ -111,8 +112,8 @@ def use_all() -> list[WsyncError]:
     uses: tuple[Callable[[], object], ...] = (
         lambda: Segment.open("nets").live(),
         lambda: Segment.open("nets").lease(),
-        lambda: push(Segment.create("nets", LAYOUT), place),
-        lambda: push(Segment.create("nets", LAYOUT), place),
+        lambda: push(WritableSegment.create("nets", LAYOUT), place),
+        lambda: push(WritableSegment.create("nets", LAYOUT), place),
         lambda: wsync.attach(mlp(), "nets", timeout=0.1).close(),
         segments,
     )
@@ -197,7 +198,7 @@ def test_a_runtime_directory_that_is_too_long_is_refused(runtime: Path, length: 
     """So is one whose name is longer than the system takes, for making as for opening."""
     place = runtime / ("x" * length)
     uses: tuple[Callable[[], object], ...]
-    uses = (lambda: Segment.open("nets", place), lambda: Segment.create("nets", LAYOUT, place))
+    uses = (lambda: Segment.open("nets", place), lambda: WritableSegment.create("nets", LAYOUT, place))
     for use in uses:
         with pytest.raises(SegmentUnsafe, match="--runtime-dir"):
             use()
@@ -306,7 +307,7 @@ def test_a_slot_of_another_size_never_ends_a_process(base: Path, size: int, mode
 def test_a_spare_slot_of_another_size_is_not_published_into(base: Path, runtime: Path, size: int) -> None:
     """A publisher refuses it before it writes, and what is live stays."""
     os.truncate(base / "nets/slot-1.safetensors", size)
-    segment = Segment.open("nets", write=True)
+    segment = WritableSegment.open("nets")
     with pytest.raises(SegmentUnsafe, match="slot-1"):
         push(segment, runtime)
     live = segment.live()
@@ -363,7 +364,7 @@ def test_a_source_is_harmless_to_print(base: Path, cli: Cli) -> None:
 def test_a_broken_segment_hides_no_other(base: Path, cli: Cli) -> None:
     """status tells of each segment that cannot be read, exits with 1, and shows the rest."""
     for name in ("layout", "header", "word", "fine"):
-        Segment.create(name, LAYOUT)
+        WritableSegment.create(name, LAYOUT)
     (base / "layout/layout.json").write_bytes(about(base, layout={"tensors": 5}))
     for name, word in (("header", 1 << 8), ("word", 1 << 8 | 9)):
         with open(base / name / "control", "r+b") as file:

@@ -31,7 +31,8 @@ from wsync.segment import files as segment_files
 from wsync.segment import segment as segment_module
 from wsync.segment.files import REMOVED
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment, segments
+from wsync.segment.segment import segments
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
 KILLS = int(os.environ.get("TEST_KILLS", "60"))
@@ -71,7 +72,7 @@ class Storm:
         self.runtime, self.light, self.heavy = runtime, light, heavy
         Path("runs").mkdir()
         Path("storm.toml").write_text(f'policy = "policies:mlp"\nname = "{NAME}"\n[policy_kwargs]\nhidden = {HIDDEN}\n')
-        self.segment = Segment.create(NAME, LAYOUT, spec=load_spec("storm.toml").fingerprint)
+        self.segment = WritableSegment.create(NAME, LAYOUT, spec=load_spec("storm.toml").fingerprint)
         self.children: list[Child] = []
         self.marks: dict[int, float] = {}
         self.last: dict[int, int] = {}
@@ -337,7 +338,7 @@ def test_maker_killed_at_every_line(storm: Storm) -> None:
     storm.segment.remove()
     arguments = (NAME, LAYOUT.to_json())
     lines = places(storm, "create", *arguments, functions=functions)
-    Segment.open(NAME, write=True).remove()
+    WritableSegment.open(NAME).remove()
     assert len(lines) > 30
     for file, line, times in lines:
         for when in ("before", "after"):
@@ -346,7 +347,7 @@ def test_maker_killed_at_every_line(storm: Storm) -> None:
             assert victim.ended() == -9, where
             storm.forget(victim)
             assert segments() in ([], [NAME]), where
-            segment = Segment.create(NAME, LAYOUT)
+            segment = WritableSegment.create(NAME, LAYOUT)
             assert os.listdir(storm.runtime) == [NAME], where
             assert set(os.listdir(segment.path)) == FILES, where
             segment.remove()
@@ -364,7 +365,7 @@ def test_remover_killed_at_every_line(storm: Storm) -> None:
     for file, line, times in lines:
         for when in ("before", "after"):
             where = f"{Path(file).name}:{line} {when}, time {times}"
-            segment = Segment.create(NAME, LAYOUT)
+            segment = WritableSegment.create(NAME, LAYOUT)
             assert os.listdir(storm.runtime) == [NAME], where
             with segment.publishing(), Checkpoint(path) as checkpoint:
                 version = publish(segment, checkpoint).version
@@ -376,7 +377,7 @@ def test_remover_killed_at_every_line(storm: Storm) -> None:
                 with segment.publishing(), Checkpoint(path) as checkpoint:
                     assert publish(segment, checkpoint).version == version + 1, where
             segment.close()
-    Segment.create(NAME, LAYOUT).close()
+    WritableSegment.create(NAME, LAYOUT).close()
     assert os.listdir(storm.runtime) == [NAME]
 
 

@@ -23,7 +23,8 @@ from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.access import Access
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment, remove
+from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment, remove
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
@@ -43,7 +44,7 @@ def small(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return runtime / "small"
 
 
-def push(segment: Segment, checkpoint: Path) -> None:
+def push(segment: WritableSegment, checkpoint: Path) -> None:
     with segment.publishing(), Checkpoint(checkpoint) as opened:
         publish(segment, opened)
 
@@ -83,14 +84,14 @@ def test_every_page_but_the_last_is_too_few(small: Path) -> None:
         for pages in range(PAGES):
             fill(small, pages=pages)
             with pytest.raises(OutOfSharedMemory) as caught:
-                Segment.create("nets", LAYOUT)
+                WritableSegment.create("nets", LAYOUT)
             text = str(caught.value)
             assert f"{pages * PAGE:,} are free" in text and "--shm-size" in text and "sizeLimit" in text, text
             needed = int(text.split("takes ")[1].split()[0].replace(",", ""))
             assert (PAGES - 2) * PAGE - 3 * PAGE < needed <= PAGES * PAGE
             assert names(small) == ["base"] and os.statvfs(small).f_bavail == pages
         fill(small, pages=PAGES)
-        Segment.create("nets", LAYOUT)
+        WritableSegment.create("nets", LAYOUT)
         assert os.statvfs(small).f_bavail == 0
 
     in_a_small_place(small, work)
@@ -101,7 +102,7 @@ def test_a_standing_segment_needs_no_more_room(small: Path, tmp_path: Path, capl
     checkpoints = [write(tmp_path / f"{mark}.safetensors", mlp(), float(mark)) for mark in range(1, 7)]
 
     def work() -> None:
-        segment = Segment.create("nets", LAYOUT)
+        segment = WritableSegment.create("nets", LAYOUT)
         fill(small)
         push(segment, checkpoints[0])
         policies = mlp(), mlp()
@@ -118,7 +119,7 @@ def test_a_standing_segment_needs_no_more_room(small: Path, tmp_path: Path, capl
         with (
             segment.publishing(),
             pytest.raises(SegmentBusy, match=f"pid {os.getpid()}"),
-            Segment.open("nets", write=True).publishing(),
+            WritableSegment.open("nets").publishing(),
         ):
             pytest.fail("two publishers")
         (small / "base").chmod(0o755)
@@ -139,14 +140,14 @@ def test_what_is_live_stays_when_another_finds_no_room(small: Path, tmp_path: Pa
     checkpoint = write(tmp_path / "a.safetensors", mlp(), 1.0)
 
     def work() -> None:
-        push(Segment.create("nets", LAYOUT), checkpoint)
+        push(WritableSegment.create("nets", LAYOUT), checkpoint)
         policy = mlp()
         reader = wsync.attach(policy, "nets", timeout=10)
         before = names(small)
         for pages in (0, 1, 2, 3, PAGES - 1):
             fill(small, pages=pages)
             with pytest.raises(OutOfSharedMemory):
-                Segment.create("more", LAYOUT)
+                WritableSegment.create("more", LAYOUT)
             with pytest.raises(OutOfSharedMemory):
                 wsync.attach(mlp(), "more", timeout=1)
         assert names(small) == before and marks(policy) == {1.0} and reader.version == 1
@@ -202,16 +203,16 @@ def test_inodes_that_run_out_are_told_as_such(small: Path, tmp_path: Path, caplo
         for left in range(9):
             fill_inodes(small, left=left)
             with pytest.raises(OutOfSharedMemory, match=f"inodes: {8 if left else 1} wanted, {max(left - 1, 0)} of 60"):
-                Segment.create("nets", LAYOUT)
+                WritableSegment.create("nets", LAYOUT)
             assert set(names(small)) <= {"base"}
             (small / "base").rmdir() if (small / "base").exists() else None
         fill_inodes(small, left=9)  # the place, the segment, three files, readers/ and three slots
-        push(Segment.create("nets", LAYOUT), checkpoint)
+        push(WritableSegment.create("nets", LAYOUT), checkpoint)
         assert os.statvfs(small).f_favail == 0
         policy = mlp()
         assert wsync.attach(policy, "nets", timeout=10).version == 1 and marks(policy) == {1.0}
         assert "is not listed" in caplog.text
-        push(Segment.open("nets", write=True), checkpoint)
+        push(WritableSegment.open("nets"), checkpoint)
         remove("nets")
 
     with caplog.at_level(logging.WARNING, "wsync"):
@@ -227,7 +228,7 @@ def test_a_limit_of_file_sizes_is_told(runtime: Path, more: int) -> None:
 
     def work() -> None:
         with pytest.raises(OutOfSharedMemory, match=r"File too large.*ulimit -f"):
-            Segment.create("nets", LAYOUT)
+            WritableSegment.create("nets", LAYOUT)
 
     limited(work, resource.RLIMIT_FSIZE, more)
     assert os.listdir(runtime) == []
@@ -235,7 +236,7 @@ def test_a_limit_of_file_sizes_is_told(runtime: Path, more: int) -> None:
 
 def test_a_reader_under_a_limit_of_file_sizes_attaches(runtime: Path, tmp_path: Path) -> None:
     """It cannot write its record, and reads all the same."""
-    push(Segment.create("nets", LAYOUT), write(tmp_path / "a.safetensors", mlp(), 1.0))
+    push(WritableSegment.create("nets", LAYOUT), write(tmp_path / "a.safetensors", mlp(), 1.0))
 
     def work() -> int:
         return wsync.attach(mlp(), "nets", timeout=10).version
@@ -245,25 +246,25 @@ def test_a_reader_under_a_limit_of_file_sizes_attaches(runtime: Path, tmp_path: 
 
 
 @pytest.fixture
-def live(runtime: Path) -> Segment:
+def live(runtime: Path) -> WritableSegment:
     """A large segment that takes more address space than the limited process has left."""
-    return Segment.create("nets", LARGE)
+    return WritableSegment.create("nets", LARGE)
 
 
-def test_an_address_space_that_is_full_is_told(live: Segment) -> None:
+def test_an_address_space_that_is_full_is_told(live: WritableSegment) -> None:
     """Neither side can map a slot: both say how much, which limit it is, and leave everything as it was."""
 
     def work() -> None:
-        for write_too in (True, False):
+        for handle in (WritableSegment, Segment):
             with pytest.raises(OutOfSharedMemory, match="ulimit -v") as caught:
-                Segment.open("nets", write=write_too).map_slot(0)
+                handle.open("nets").map_slot(0)
             assert f"{LARGE.nbytes + live.data_offset:,} bytes" in str(caught.value)
 
     limited(work, resource.RLIMIT_AS, 16 << 20)
     assert live.version == 0
 
 
-def test_a_control_page_that_finds_no_memory_leaves_nothing_open(live: Segment) -> None:
+def test_a_control_page_that_finds_no_memory_leaves_nothing_open(live: WritableSegment) -> None:
     """A watch that looks again at each pass does not run out of descriptors besides, nor is told to remove anything."""
 
     def work() -> None:
@@ -293,7 +294,7 @@ def test_push_under_a_limit_is_one_message(
     (tmp_path / "nets.toml").write_text('policy = "policies:mlp"\n[policy_kwargs]\nhidden = 500000\n')
     spec = load_spec(str(tmp_path / "nets.toml"))
     paths = [write(tmp_path / f"{mark}.safetensors", mlp(500_000), float(mark)) for mark in (1, 2)]
-    segment = Segment.create("nets", layout_of(mlp(500_000)), spec=spec.fingerprint)
+    segment = WritableSegment.create("nets", layout_of(mlp(500_000)), spec=spec.fingerprint)
     push(segment, paths[0])
     segment.unmap()
     code, out, err = limited(lambda: run_cli("push", str(tmp_path / "nets.toml"), str(paths[1]), *options), limit, more)
@@ -311,7 +312,7 @@ def test_memory_that_is_gone_is_one_message(
     import threading
 
     path = write(tmp_path / "a.safetensors", mlp(), 1.0)
-    Segment.create("policies.mlp", LAYOUT, spec=load_spec("policies:mlp").fingerprint)
+    WritableSegment.create("policies.mlp", LAYOUT, spec=load_spec("policies:mlp").fingerprint)
 
     def fail(*_: Any, **__: Any) -> None:
         raise error

@@ -16,9 +16,9 @@ import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
 from wsync.layout.layout import layout_of
-from wsync.segment import segment as protocol
+from wsync.segment import writable
 from wsync.segment.publisher import publish, publish_tensors
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 TORN: Property = "no torn read"
@@ -106,7 +106,7 @@ def test_code_runs_through_the_steps_in_their_order(
 ) -> None:
     """A publish, of a file and from memory, and a refresh after another pass the marked lines as the essay has them."""
     policy = mlp()
-    segment = Segment.create("nets", layout_of(policy))
+    segment = WritableSegment.create("nets", layout_of(policy))
     path = write(tmp_path / "step_1.safetensors", mlp(), 1.0)
     with Trace() as first, segment.publishing(), Checkpoint(path) as checkpoint:
         publish(segment, checkpoint)
@@ -123,7 +123,7 @@ def test_code_runs_through_the_steps_in_their_order(
 
 def test_publisher_never_locks_the_live_slot(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The look before P2: whoever follows the WORD while a publisher picks a slot is not turned away."""
-    segment = Segment.create("nets", layout_of(mlp()))
+    segment = WritableSegment.create("nets", layout_of(mlp()))
     path = write(tmp_path / "step_1.safetensors", mlp(), 1.0)
     locked: list[str] = []
 
@@ -131,7 +131,7 @@ def test_publisher_never_locks_the_live_slot(runtime: Path, tmp_path: Path, monk
         locked.append(os.readlink(f"/proc/self/fd/{fd}"))
         return memory.try_lock(fd, shared=shared)
 
-    monkeypatch.setattr(protocol, "try_lock", noted)
+    monkeypatch.setattr(writable, "try_lock", noted)
     for _ in range(4):
         live = segment.word & 0xFF
         locked.clear()
@@ -143,15 +143,15 @@ def test_publisher_never_locks_the_live_slot(runtime: Path, tmp_path: Path, monk
 
 def test_publisher_late_by_a_removal_is_turned_away(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who opened the lock of a segment that was removed before it got the lock publishes nothing into the void."""
-    segment = Segment.create("nets", layout_of(mlp()))
+    segment = WritableSegment.create("nets", layout_of(mlp()))
     due = [True]
 
     def late(fd: int, *, shared: bool = False) -> bool:
         if due and due.pop():
-            protocol.remove("nets")
+            writable.remove("nets")
         return memory.try_lock(fd, shared=shared)
 
-    monkeypatch.setattr(protocol, "try_lock", late)
+    monkeypatch.setattr(writable, "try_lock", late)
     with pytest.raises(SegmentBusy, match="removed at this moment"), segment.publishing():
         pytest.fail("the publisher of a segment that is gone")
     segment.close()

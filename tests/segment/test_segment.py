@@ -27,10 +27,13 @@ from wsync.errors import (
 )
 from wsync.segment import files as segment_files
 from wsync.segment import segment as protocol
+from wsync.segment import writable
+from wsync.segment.control import ControlPage
 from wsync.segment.files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
 from wsync.segment.publisher import publish
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment, segments
+from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 __all__ = ["push", "segment"]  # fixtures
@@ -45,7 +48,7 @@ def is_free(path: Path) -> bool:
         os.close(fd)
 
 
-def test_a_fresh_slot_is_a_safetensors_file(segment: Segment) -> None:
+def test_a_fresh_slot_is_a_safetensors_file(segment: WritableSegment) -> None:
     """The official reader reads every slot of a new segment: names, shapes, zeros."""
     for slot in range(segment.slots):
         tensors = load_file(slot_file(segment, slot))
@@ -53,7 +56,7 @@ def test_a_fresh_slot_is_a_safetensors_file(segment: Segment) -> None:
         assert not any(t.any() for t in tensors.values())
 
 
-def test_a_published_slot_is_a_safetensors_file(segment: Segment, push: Push, tmp_path: Path) -> None:
+def test_a_published_slot_is_a_safetensors_file(segment: WritableSegment, push: Push, tmp_path: Path) -> None:
     """The official reader sees the weights of each publish, and whose they are in the metadata."""
     for mark, step in ((1.0, 10), (2.0, 20), (3.0, None), (4.0, 40)):
         publication = push(mark, step)
@@ -66,12 +69,12 @@ def test_a_published_slot_is_a_safetensors_file(segment: Segment, push: Push, tm
         assert metadata["source"] == str(tmp_path / "weights.safetensors")
 
 
-def test_nothing_is_live_at_first(segment: Segment) -> None:
+def test_nothing_is_live_at_first(segment: WritableSegment) -> None:
     """A new segment has version 0, no live weights and nothing to lease."""
     assert (segment.version, segment.word, segment.live(), segment.lease()) == (0, NO_SLOT, None, None)
 
 
-def test_version_grows_by_one(segment: Segment, push: Push) -> None:
+def test_version_grows_by_one(segment: WritableSegment, push: Push) -> None:
     """Every publish adds one, whatever the step does, and the WORD says version and slot."""
     for version, step in enumerate((100, 5, 5, -7), start=1):
         push(float(version), step)
@@ -97,7 +100,9 @@ def test_a_damaged_header_is_no_crash(step: int | None, source: str, at: int, da
         Publication.from_header(head[:at] + damage + head[at + len(damage) :] + end)
 
 
-def test_live_is_never_what_is_only_staged(segment: Segment, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_is_never_what_is_only_staged(
+    segment: WritableSegment, push: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A look that is late meets a slot that is already being staged again: it looks again, and tells what is live."""
     first = push(1.0, 10)
     pread, due = os.pread, [True]
@@ -115,19 +120,19 @@ def test_live_is_never_what_is_only_staged(segment: Segment, push: Push, monkeyp
     assert live and (live.version, live.step) == (2, 20)
 
 
-def test_another_handle_sees_the_version(segment: Segment, push: Push) -> None:
+def test_another_handle_sees_the_version(segment: WritableSegment, push: Push) -> None:
     """A reader's own mapping of the control page follows the publisher's."""
     other = Segment.open("nets")
     push(1.0, 3)
     live = other.live()
     assert live and (other.version, live.step) == (1, 3)
-    assert other.words[WORD_OFFSET // 8] == segment.word
+    assert other.control.words[WORD_OFFSET // 8] == segment.word
 
 
-def test_second_maker_opens_the_first_ones(segment: Segment, push: Push) -> None:
+def test_second_maker_opens_the_first_ones(segment: WritableSegment, push: Push) -> None:
     """Whoever comes second gets the standing segment with what is live in it, and its slots stay."""
     push(1.0)
-    again = Segment.create("nets", LAYOUT, slots=5)
+    again = WritableSegment.create("nets", LAYOUT, slots=5)
     assert os.path.samestat(os.stat(again.path), os.stat(segment.path))
     assert (again.version, again.slots) == (1, 3)
 
@@ -139,18 +144,18 @@ def test_maker_that_loses_the_race_opens_the_winners(runtime: Path, monkeypatch:
     def slow(fd: int, size: int, **rest: Any) -> None:
         if not inside:
             inside.append(True)
-            inside.append(bool(Segment.create("nets", LAYOUT, slots=2)))
+            inside.append(bool(WritableSegment.create("nets", LAYOUT, slots=2)))
         memory.reserve(fd, size, **rest)
 
     monkeypatch.setattr(segment_files, "reserve", slow)
-    assert Segment.create("nets", LAYOUT, slots=4).slots == 2
+    assert WritableSegment.create("nets", LAYOUT, slots=4).slots == 2
     assert os.listdir(runtime) == ["nets"]
 
 
-def test_second_publisher_is_told_who_holds_it(segment: Segment, spawn: Spawn) -> None:
+def test_second_publisher_is_told_who_holds_it(segment: WritableSegment, spawn: Spawn) -> None:
     """The one publisher is named by its pid; once it is killed the next one gets in."""
-    hold = "import sys; from wsync.segment.segment import Segment\n"
-    hold += "with Segment.open('nets', write=True).publishing(): print('held', flush=True); sys.stdin.read()"
+    hold = "import sys; from wsync.segment.segment import Segment; from wsync.segment.writable import WritableSegment\n"
+    hold += "with WritableSegment.open('nets').publishing(): print('held', flush=True); sys.stdin.read()"
     holder = spawn("-c", hold, stdin=-1)
     assert holder.stdout and holder.stdout.readline() == "held\n"
     with pytest.raises(SegmentBusy, match=f"pid {holder.pid}"), segment.publishing():
@@ -161,17 +166,17 @@ def test_second_publisher_is_told_who_holds_it(segment: Segment, spawn: Spawn) -
         pass
 
 
-def test_second_publisher_of_one_process_is_refused(segment: Segment) -> None:
+def test_second_publisher_of_one_process_is_refused(segment: WritableSegment) -> None:
     """The lock is one of the open file, not of the process, so two publishers of one process exclude each other."""
     with (
         segment.publishing(),
         pytest.raises(SegmentBusy, match=f"pid {os.getpid()}"),
-        Segment.open("nets", write=True).publishing(),
+        WritableSegment.open("nets").publishing(),
     ):
         pytest.fail("two publishers")
 
 
-def test_leased_slot_is_never_written(segment: Segment, push: Push) -> None:
+def test_leased_slot_is_never_written(segment: WritableSegment, push: Push) -> None:
     """However often is published, the bytes of a leased slot stay; released, it is used again."""
     push(1.0)
     lease = segment.lease()
@@ -190,7 +195,7 @@ def test_leased_slot_is_never_written(segment: Segment, push: Push) -> None:
     assert slot_file(segment, lease.slot).read_bytes() != before
 
 
-def test_all_spare_slots_leased_is_busy(segment: Segment, push: Push) -> None:
+def test_all_spare_slots_leased_is_busy(segment: WritableSegment, push: Push) -> None:
     """With every spare slot leased nothing is published, the readers are named, and a release is enough to go on."""
     registration = Registration(segment.path, "swap")
     leases = []
@@ -207,7 +212,7 @@ def test_all_spare_slots_leased_is_busy(segment: Segment, push: Push) -> None:
     registration.close()
 
 
-def test_mapping_holds_no_lock(segment: Segment, push: Push) -> None:
+def test_mapping_holds_no_lock(segment: WritableSegment, push: Push) -> None:
     """A released slot is free though both sides still map it: no mapping keeps a lock's descriptor."""
     reader = Segment.open("nets")
     push(1.0)
@@ -224,7 +229,7 @@ def test_mapping_holds_no_lock(segment: Segment, push: Push) -> None:
     assert len(weights) == LAYOUT.nbytes and len(mapped) == staged.stat().st_size
 
 
-def test_failed_staging_leaves_what_is_live(segment: Segment, push: Push, tmp_path: Path) -> None:
+def test_failed_staging_leaves_what_is_live(segment: WritableSegment, push: Push, tmp_path: Path) -> None:
     """A source that changes under the read, or is not finite, is never live, and its slot is free again."""
     push(1.0)
     path = write(tmp_path / "weights.safetensors", mlp(), 2.0)
@@ -242,7 +247,7 @@ def test_reader_checks_the_word_again(
     runtime: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, publishes: int
 ) -> None:
     """A publish between a reader's load of the WORD and its lock is noticed, also one to the same slot."""
-    segment = Segment.create("nets", LAYOUT, slots=2)
+    segment = WritableSegment.create("nets", LAYOUT, slots=2)
     reader = Segment.open("nets")
 
     def publish_marks(*numbers: int) -> None:
@@ -271,7 +276,7 @@ def test_reader_starts_over_while_the_slot_is_staged(
     runtime: Path, monkeypatch: pytest.MonkeyPatch, push: Push
 ) -> None:
     """A reader that is late by whole publishes meets the publisher's lock, and never reads what is being written."""
-    segment = Segment.open("nets", write=True)
+    segment = WritableSegment.open("nets")
     fds: list[int] = []
     push(1.0)
 
@@ -291,7 +296,7 @@ def test_reader_starts_over_while_the_slot_is_staged(
 
 
 def test_publisher_checks_the_word_under_the_lock(
-    segment: Segment, push: Push, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, push: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slot that went live before its lock was had is not staged over."""
     push(1.0)
@@ -302,22 +307,24 @@ def test_publisher_checks_the_word_under_the_lock(
             segment.store(2, spare)
         return memory.try_lock(fd, shared=shared)
 
-    monkeypatch.setattr(protocol, "try_lock", late)
+    monkeypatch.setattr(writable, "try_lock", late)
     with segment.spare_slot() as slot:
         assert slot.number != spare
 
 
-def test_published_slot_never_looks_locked(segment: Segment, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_slot_never_looks_locked(
+    segment: WritableSegment, push: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The publisher lets go of a slot before its store: whoever follows the new WORD at once gets the lease."""
     leases = []
     reader = Segment.open("nets")
-    monkeypatch.setattr(Segment, "wake", lambda _: leases.append(reader.lease()))
+    monkeypatch.setattr(ControlPage, "wake", lambda _: leases.append(reader.lease()))
     push(1.0)
     push(2.0)
     assert [lease.version for lease in leases if lease] == [1, 2]
 
 
-def test_remove_tells_the_readers_who_keep_their_memory(segment: Segment, push: Push, runtime: Path) -> None:
+def test_remove_tells_the_readers_who_keep_their_memory(segment: WritableSegment, push: Push, runtime: Path) -> None:
     """The WORD says removed, the directory is gone, and what a reader has mapped keeps its bytes."""
     push(3.0)
     reader = Segment.open("nets")
@@ -329,27 +336,27 @@ def test_remove_tells_the_readers_who_keep_their_memory(segment: Segment, push: 
     assert reader.word & 0xFF == REMOVED and reader.version == 1
     assert (reader.live(), reader.lease(), reader.is_current()) == (None, None, False)
     assert os.listdir(runtime) == [] and bytes(mapped) == before
-    again = Segment.create("nets", LAYOUT)
+    again = WritableSegment.create("nets", LAYOUT)
     assert again.is_current() and not reader.is_current()
 
 
-def test_remove_waits_for_no_publisher(segment: Segment, push: Push) -> None:
+def test_remove_waits_for_no_publisher(segment: WritableSegment, push: Push) -> None:
     """A segment that a publisher holds stays as it is."""
     push(1.0)
     with segment.publishing(), pytest.raises(SegmentBusy):
-        Segment.open("nets", write=True).remove()
+        WritableSegment.open("nets").remove()
     assert segment.version == 1 and segment.live() and segment.is_current()
 
 
-def test_segments_are_listed_by_name(segment: Segment, runtime: Path) -> None:
+def test_segments_are_listed_by_name(segment: WritableSegment, runtime: Path) -> None:
     """Only whole segments are listed, sorted; what is being made or removed is not."""
-    Segment.create("Actor", LAYOUT)
+    WritableSegment.create("Actor", LAYOUT)
     (runtime / ".new-abc").mkdir()
     (runtime / "state").mkdir()
     assert segments() == ["Actor", "nets"]
 
 
-def test_busy_pass_keeps_no_descriptor(segment: Segment, push: Push) -> None:
+def test_busy_pass_keeps_no_descriptor(segment: WritableSegment, push: Push) -> None:
     """A watch that finds every spare slot leased, pass after pass, does not run out of descriptors."""
     leases = []
     for mark in (1.0, 2.0, 3.0):

@@ -16,7 +16,7 @@ from wsync.errors import OutOfSharedMemory
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment import files as segment_files
 from wsync.segment.readers import ReaderRecord, Registration
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 LAYOUT = layout_of(mlp())
 LARGE = Layout.build({"weight": ("F32", (1 << 20,))}, {})  # 4 MiB a slot
@@ -42,7 +42,7 @@ def test_no_room_is_said_with_both_numbers(small: Path) -> None:
     """A segment that does not fit is refused before anything could end in SIGBUS, and leaves nothing behind."""
     free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
     with pytest.raises(OutOfSharedMemory) as caught:
-        Segment.create("nets", LARGE, small)
+        WritableSegment.create("nets", LARGE, small)
     text = str(caught.value)
     needed = [int(word.replace(",", "")) for word in text.split() if word.replace(",", "").isdigit()]
     assert any(3 * LARGE.nbytes <= number < 4 * LARGE.nbytes for number in needed), text
@@ -56,12 +56,12 @@ def test_free_is_what_was_free_before(small: Path) -> None:
     """The message tells how much room there is for a smaller segment, not what the failed try left over."""
     free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
     with pytest.raises(OutOfSharedMemory, match=f"{free:,}"):
-        Segment.create("nets", LARGE, small)
+        WritableSegment.create("nets", LARGE, small)
 
 
 def test_every_byte_of_a_slot_is_reserved(runtime: Path) -> None:
     """Slots take their memory when they are made, so that no later write finds none."""
-    segment = Segment.create("nets", LARGE, slots=2)
+    segment = WritableSegment.create("nets", LARGE, slots=2)
     for slot in range(2):
         info = os.stat(segment.path / f"slot-{slot}.safetensors")
         assert info.st_blocks * 512 >= info.st_size >= LARGE.nbytes
@@ -73,8 +73,8 @@ def test_limit_of_file_sizes_is_no_traceback(runtime: Path, spawn: Spawn) -> Non
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "from wsync.errors import OutOfSharedMemory\n"
         "from wsync.layout.layout import Layout\n"
-        "from wsync.segment.segment import Segment\n"
-        "try: Segment.create('nets', Layout.build({'weight': ('F32', (1 << 20,))}, {}))\n"
+        "from wsync.segment.writable import WritableSegment\n"
+        "try: WritableSegment.create('nets', Layout.build({'weight': ('F32', (1 << 20,))}, {}))\n"
         "except OutOfSharedMemory as exc: print('refused', exc)\n"
     )
     out, err = spawn("-c", script).communicate()
@@ -88,19 +88,19 @@ def test_remains_of_killed_makers_are_swept(runtime: Path, spawn: Spawn) -> None
         "import sys\n"
         "from wsync.segment import files as segment_files\n"
         "from wsync.layout.layout import Layout\n"
-        "from wsync.segment.segment import Segment\n"
+        "from wsync.segment.writable import WritableSegment\n"
         "def reserve(*_, **__): print('making', flush=True); sys.stdin.read()\n"
         "segment_files.reserve = reserve\n"
-        "Segment.create('other', Layout.build({'weight': ('F32', (4,))}, {}))\n"
+        "WritableSegment.create('other', Layout.build({'weight': ('F32', (4,))}, {}))\n"
     )
     maker = spawn("-c", script, stdin=-1)
     assert maker.stdout and maker.stdout.readline() == "making\n"
     (begun,) = os.listdir(runtime)
-    Segment.create("first", LAYOUT)
+    WritableSegment.create("first", LAYOUT)
     assert sorted(os.listdir(runtime)) == sorted([begun, "first"])
     maker.kill()
     maker.wait()
-    Segment.create("second", LAYOUT)
+    WritableSegment.create("second", LAYOUT)
     assert sorted(os.listdir(runtime)) == ["first", "second"]
 
 
@@ -118,18 +118,18 @@ def test_maker_whose_directory_is_swept_makes_another(
         return real(*arguments, **more)
 
     monkeypatch.setattr(segment_files, step, late)
-    Segment.create("nets", LAYOUT).close()
+    WritableSegment.create("nets", LAYOUT).close()
     assert os.listdir(runtime) == ["nets"]
 
 
 def test_remains_of_a_killed_remover_are_swept(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A removal that was cut short after its rename is finished by the next maker."""
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
         segment.remove()
     assert len(os.listdir(runtime)) == 1
-    Segment.create("nets", LAYOUT)
+    WritableSegment.create("nets", LAYOUT)
     assert os.listdir(runtime) == ["nets"]
 
 
@@ -141,13 +141,13 @@ def test_failed_making_leaves_nothing(runtime: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(segment_files, "reserve", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Segment.create("nets", LAYOUT)
+        WritableSegment.create("nets", LAYOUT)
     assert os.listdir(runtime) == []
 
 
 def test_living_reader_is_listed(runtime: Path) -> None:
     """A registered reader is listed with what it last said, once, until it closes."""
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     registration = Registration(segment.path, "swap")
     registration.update(7, (2,))
     for _ in range(2):
@@ -161,7 +161,7 @@ def test_living_reader_is_listed(runtime: Path) -> None:
 
 def test_killed_reader_is_not_listed(runtime: Path, spawn: Spawn) -> None:
     """A reader that had no chance to say goodbye is gone at the next look, and its record with it."""
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     script = (
         "import pathlib, sys\n"
         "from wsync.segment.readers import ReaderRecord, Registration\n"
@@ -178,7 +178,7 @@ def test_killed_reader_is_not_listed(runtime: Path, spawn: Spawn) -> None:
 
 def test_unreadable_record_stops_nobody(runtime: Path) -> None:
     """A record that cannot be read, as of another wsync, hides no other reader and fails nothing."""
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     strange, good = Registration(segment.path, "swap"), Registration(segment.path, "copy")
     os.pwrite(strange._fd, b"?" * 1024, 0)
     assert [r.mode for r in segment.readers()] == ["copy"]
@@ -188,7 +188,7 @@ def test_unreadable_record_stops_nobody(runtime: Path) -> None:
 
 def test_record_of_slots_that_hold_nothing_holds_nothing_back(runtime: Path) -> None:
     """A record may name an empty slot, one that is not there, or a segment that is gone: none of it is a version."""
-    segment = Segment.create("nets", LAYOUT)
+    segment = WritableSegment.create("nets", LAYOUT)
     record = ReaderRecord(1, "x", 1, 1.0, "swap", (0, 63))
     assert segment.held_back(record) == []
     segment.remove()

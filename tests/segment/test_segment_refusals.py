@@ -16,15 +16,16 @@ from wsync.layout.layout import layout_of
 from wsync.segment import segment as protocol
 from wsync.segment.files import map_control
 from wsync.segment.segment import Segment, segments
+from wsync.segment.writable import WritableSegment
 
 __all__ = ["push", "segment"]  # fixtures
 
 
-def test_another_layout_is_refused(segment: Segment, push: Push) -> None:
+def test_another_layout_is_refused(segment: WritableSegment, push: Push) -> None:
     """A policy of another architecture is told every tensor that differs, and what is live stays."""
     push(1.0)
     with pytest.raises(LayoutDiffers) as caught:
-        Segment.create("nets", layout_of(mlp(hidden=16)))
+        WritableSegment.create("nets", layout_of(mlp(hidden=16)))
     rows = {d.name: (d.expected, d.found) for d in caught.value.differences}
     assert rows["0.weight"] == ("F32 [16, 4]", "F32 [8, 4]")
     assert rows.keys() == {"0.weight", "0.bias", "2.weight"}
@@ -36,7 +37,7 @@ def test_another_layout_is_refused(segment: Segment, push: Push) -> None:
 def test_impossible_numbers_of_slots_are_refused(runtime: Path, slots: int) -> None:
     """One slot could never be published into; the number is refused before anything is made."""
     with pytest.raises(UsageError, match="slots"):
-        Segment.create("nets", LAYOUT, slots=slots)
+        WritableSegment.create("nets", LAYOUT, slots=slots)
     assert os.listdir(runtime) == []
 
 
@@ -47,7 +48,7 @@ def test_impossible_numbers_of_slots_are_refused(runtime: Path, slots: int) -> N
 def test_names_that_could_lead_elsewhere_are_refused(runtime: Path, name: str) -> None:
     """A name is one path component that is safe to print, for making as for opening."""
     with pytest.raises(UsageError):
-        Segment.create(name, LAYOUT)
+        WritableSegment.create(name, LAYOUT)
     with pytest.raises(UsageError):
         Segment.open(name)
     assert os.listdir(runtime) == []
@@ -63,7 +64,7 @@ def test_missing_segment_is_said_to_be_missing(runtime: Path) -> None:
 
 
 def test_segment_that_is_removed_while_it_is_opened_is_missing(
-    segment: Segment, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What vanishes between its directory and its first file was removed, and is not called broken."""
 
@@ -89,7 +90,7 @@ def test_unsafe_runtime_directory_is_refused(runtime: Path, kind: str) -> None:
         place.mkdir()
         place.chmod(0o777)
     uses: tuple[Callable[[], Segment], ...]
-    uses = (lambda: Segment.create("nets", LAYOUT, place), lambda: Segment.open("nets", place))
+    uses = (lambda: WritableSegment.create("nets", LAYOUT, place), lambda: Segment.open("nets", place))
     for use in uses:
         with pytest.raises(SegmentUnsafe, match="place"):
             use()
@@ -99,7 +100,9 @@ def test_unsafe_runtime_directory_is_refused(runtime: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link"])
-def test_slot_that_is_no_regular_file_is_refused(segment: Segment, push: Push, tmp_path: Path, kind: str) -> None:
+def test_slot_that_is_no_regular_file_is_refused(
+    segment: WritableSegment, push: Push, tmp_path: Path, kind: str
+) -> None:
     """Neither a publisher nor a reader follows a link, or hangs on a FIFO, that stands where a slot was."""
     push(1.0)
     outside = tmp_path / "outside"
@@ -126,7 +129,7 @@ def test_slot_that_is_no_regular_file_is_refused(segment: Segment, push: Push, t
         ("layout.json", b"{}"),
     ],
 )
-def test_what_is_no_segment_is_refused(segment: Segment, file: str, content: bytes) -> None:
+def test_what_is_no_segment_is_refused(segment: WritableSegment, file: str, content: bytes) -> None:
     """A directory of the right name with other content is told apart, with the way out."""
     (segment.path / file).write_bytes(content)
     with pytest.raises(SegmentUnsafe, match="wsync rm nets"):

@@ -86,7 +86,7 @@ def test_makers_and_removers_at_once(runtime: Path, tmp_path: Path, spawn: Spawn
     """Guards against a traceback, a half-made segment or a lock left where pushes and removals meet."""
     write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
     code = (
-        "import sys; from wsync.segment.segment import Segment, remove; from wsync.errors import WsyncError; "
+        "import sys; from wsync.segment.writable import WritableSegment, remove; from wsync.errors import WsyncError; "
         "from wsync.layout.layout import layout_of; from wsync.checkpoints.checkpoint import Checkpoint; "
         "from wsync.segment.publisher import publish; "
         "import policies; layout = layout_of(policies.mlp()); print('ready', flush=True); input()\n"
@@ -95,7 +95,7 @@ def test_makers_and_removers_at_once(runtime: Path, tmp_path: Path, spawn: Spawn
         "        if sys.argv[1] == 'rm':\n"
         f"            remove({NAME!r})\n"
         "        else:\n"
-        f"            s = Segment.create({NAME!r}, layout)\n"
+        f"            s = WritableSegment.create({NAME!r}, layout)\n"
         "            with s.publishing(), Checkpoint(sys.argv[2]) as c:\n"
         "                publish(s, c)\n"
         "            s.close()\n"

@@ -29,6 +29,7 @@ from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.metrics import Metrics
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -47,7 +48,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """An empty directory of checkpoints, and the standing segment of its policy with nothing in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
     return Path("runs")
 
 

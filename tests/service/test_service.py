@@ -28,7 +28,7 @@ from wsync.cli.console import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.service.notify import Notifier
 from wsync.service.service import changed
 from wsync.settings.spec import Spec, load_spec
@@ -86,7 +86,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "runs").mkdir()
     (tmp_path / "actor.toml").write_text(TOML)
     for name, spec in ((NAME, SPEC), ("actor", "actor.toml")):
-        Segment.create(name, layout_of(mlp()), spec=load_spec(spec).fingerprint).close()
+        WritableSegment.create(name, layout_of(mlp()), spec=load_spec(spec).fingerprint).close()
     return Path("runs")
 
 

@@ -30,7 +30,7 @@ from wsync.cli.inspection import inspect
 from wsync.layout.layout import layout_of
 from wsync.places.candidates import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -38,10 +38,10 @@ SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 
 
 @pytest.fixture
-def segment(bucket: Bucket) -> Iterator[Segment]:
+def segment(bucket: Bucket) -> Iterator[WritableSegment]:
     """A segment of the policy, made here so that no process has to import torch for it."""
     spec = load_spec(SPEC)
-    made = Segment.create(NAME, layout_of(mlp()), spec=spec.fingerprint)
+    made = WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint)
     yield made
     made.close()
 
@@ -68,7 +68,7 @@ def test_the_newest_of_a_bucket_goes_live(cli: Cli, bucket: Bucket) -> None:
     assert live_marks() == {10.0}
 
 
-def test_nothing_new_is_current(bucket: Bucket, segment: Segment) -> None:
+def test_nothing_new_is_current(bucket: Bucket, segment: WritableSegment) -> None:
     """What is live is known by its ETag, from a listing as by its own name; to find nothing is one request."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0)
     spec = load_spec(SPEC)
@@ -81,7 +81,7 @@ def test_nothing_new_is_current(bucket: Bucket, segment: Segment) -> None:
     assert len(bucket.proxy.requests) - before == 1
 
 
-def test_replaced_under_its_own_name_is_new(bucket: Bucket, segment: Segment) -> None:
+def test_replaced_under_its_own_name_is_new(bucket: Bucket, segment: WritableSegment) -> None:
     """Another object under the live one's name is published, even within the same second."""
     with Syncer(load_spec(SPEC), RUN) as syncer:
         for mark in (1.0, 2.0):
@@ -98,7 +98,7 @@ def test_nothing_there_is_empty(cli: Cli, bucket: Bucket, place: str) -> None:
 
 
 @pytest.mark.parametrize("beside", ["step_5.safetensors.STABLE", "step_5.STABLE"])
-def test_a_named_object_waits_for_its_marker(bucket: Bucket, segment: Segment, beside: str) -> None:
+def test_a_named_object_waits_for_its_marker(bucket: Bucket, segment: WritableSegment, beside: str) -> None:
     """Guards that the marker holds for an object that is named itself, as for a file."""
     bucket.save("run/step_5.safetensors", mlp(), 5.0)
     bucket.put("run/step_50.STABLE", b"")
@@ -109,7 +109,7 @@ def test_a_named_object_waits_for_its_marker(bucket: Bucket, segment: Segment, b
         assert syncer.once().status == "published"
 
 
-def test_a_marker_that_is_older_than_its_objects_does_not_count(bucket: Bucket, segment: Segment) -> None:
+def test_a_marker_that_is_older_than_its_objects_does_not_count(bucket: Bucket, segment: WritableSegment) -> None:
     """Guards a save over the last one in a store: the marker that is left from it counts once it is written again."""
     bucket.put("run/step_5/STABLE", b"")
     written = bucket.written("run/step_5/STABLE")
@@ -170,7 +170,7 @@ def test_the_choice_is_that_of_a_directory(bucket: Bucket, tmp_path: Path, setti
     assert len(here) == (2 if settings.marker or settings.pattern != "*" else 6)
 
 
-def test_a_folder_object_hides_nothing(bucket: Bucket, segment: Segment) -> None:
+def test_a_folder_object_hides_nothing(bucket: Bucket, segment: WritableSegment) -> None:
     """The empty objects that consoles make for folders are neither checkpoints nor in the way of those below."""
     bucket.save("run/checkpoint-1/model.safetensors", mlp(), 1.0)
     for key in ("run/", "run/checkpoint-1/", "run/empty/"):
@@ -182,7 +182,7 @@ def test_a_folder_object_hides_nothing(bucket: Bucket, segment: Segment) -> None
 
 
 @pytest.mark.parametrize("key", ["run//x.safetensors", "run/%1B%5B31mx.safetensors"])
-def test_a_name_that_cannot_be_read_is_told(bucket: Bucket, segment: Segment, key: str) -> None:
+def test_a_name_that_cannot_be_read_is_told(bucket: Bucket, segment: WritableSegment, key: str) -> None:
     """An object whose name nobody can ask for ends the listing: it is named, at once, and nothing moves the cursor."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0)
     url = f"http://127.0.0.1:{bucket.port}/bucket/{key}"
@@ -193,7 +193,7 @@ def test_a_name_that_cannot_be_read_is_told(bucket: Bucket, segment: Segment, ke
     assert "s3://bucket/run/" in outcome.reason and "x.safetensors" in outcome.reason and "\x1b" not in outcome.reason
 
 
-def test_odd_names_are_read(bucket: Bucket, segment: Segment) -> None:
+def test_odd_names_are_read(bucket: Bucket, segment: WritableSegment) -> None:
     """Names with blanks, signs and letters of any kind are found, read and told as they are."""
     for name in ("epoch=3 step=7.safetensors", "a+b#c%20d.safetensors", "größe-雪.safetensors"):
         bucket.save(f"run/{name}", mlp(), 1.0)
@@ -203,7 +203,7 @@ def test_odd_names_are_read(bucket: Bucket, segment: Segment) -> None:
     assert len(CheckpointWeightGetter(RUN).candidates()) == 3
 
 
-def test_shards_go_live_together(bucket: Bucket, segment: Segment, tmp_path: Path) -> None:
+def test_shards_go_live_together(bucket: Bucket, segment: WritableSegment, tmp_path: Path) -> None:
     """A sharded checkpoint is published from its objects; its index is read once, however often it is looked at."""
     bucket.upload(shards(tmp_path / "a", mlp(), 4.0), "run/checkpoint-1")
     select = Select(settle=0)
@@ -213,7 +213,7 @@ def test_shards_go_live_together(bucket: Bucket, segment: Segment, tmp_path: Pat
     assert len(bucket.proxy.heads(r"GET .*index\.json")) == 1
 
 
-def test_shards_of_a_moment_ago_have_to_settle(bucket: Bucket, segment: Segment, tmp_path: Path) -> None:
+def test_shards_of_a_moment_ago_have_to_settle(bucket: Bucket, segment: WritableSegment, tmp_path: Path) -> None:
     """Several objects are written one after another: they wait until they have stood still for ``settle`` seconds."""
     bucket.upload(shards(tmp_path / "a", mlp(), 4.0), "run/checkpoint-1")
     with Syncer(replace(load_spec(SPEC), select=Select(settle=3000)), RUN) as syncer:
@@ -262,7 +262,7 @@ def test_weights_are_fitted_as_on_disk(bucket: Bucket, tmp_path: Path, case: str
     assert results[0] == results[1] != bytes(layout.nbytes)
 
 
-def test_only_what_the_policy_needs_is_asked_for(bucket: Bucket, segment: Segment, tmp_path: Path) -> None:
+def test_only_what_the_policy_needs_is_asked_for(bucket: Bucket, segment: WritableSegment, tmp_path: Path) -> None:
     """Of a file with a large tensor that the policy does not know, its header and the policy's ranges come."""
     state = {**mlp().state_dict(), "critic.w": torch.zeros(1 << 20)}
     save_file(state, tmp_path / "x.safetensors")
@@ -273,7 +273,7 @@ def test_only_what_the_policy_needs_is_asked_for(bucket: Bucket, segment: Segmen
     assert bucket.proxy.sent < 100_000
 
 
-def test_every_range_is_of_the_listed_version(bucket: Bucket, segment: Segment, monkeypatch: Any) -> None:
+def test_every_range_is_of_the_listed_version(bucket: Bucket, segment: WritableSegment, monkeypatch: Any) -> None:
     """Header and ranges carry the ETag of the listing as If-Match, and nothing is read without a range."""
     monkeypatch.setattr(fitting, "CHUNK", 64)
     bucket.save("run/x.safetensors", mlp(), 1.0)
@@ -284,7 +284,7 @@ def test_every_range_is_of_the_listed_version(bucket: Bucket, segment: Segment, 
     assert all('\r\nif-match: "' in head and "\r\nrange: bytes=" in head for head in gets)
 
 
-def test_ranges_come_many_at_a_time(bucket: Bucket, segment: Segment, monkeypatch: Any) -> None:
+def test_ranges_come_many_at_a_time(bucket: Bucket, segment: WritableSegment, monkeypatch: Any) -> None:
     """As many ranges as allowed are under way together, and never more."""
     monkeypatch.setattr(fitting, "CHUNK", 8)
     bucket.save("run/x.safetensors", mlp(), 1.0)
@@ -367,7 +367,9 @@ def test_a_signal_that_another_thread_gets_ends_the_wait_for_the_clock(spawn: Sp
 
 
 @pytest.mark.parametrize("request_", ["list-type", r"GET \S*step_2[\s\S]*bytes=(?!0-)"], ids=["listing", "range"])
-def test_a_stop_waits_for_no_store(spawn: Spawn, cli: Cli, bucket: Bucket, segment: Segment, request_: str) -> None:
+def test_a_stop_waits_for_no_store(
+    spawn: Spawn, cli: Cli, bucket: Bucket, segment: WritableSegment, request_: str
+) -> None:
     """A signal ends a watch while a store does not answer, without a word of failure; what is live stays live."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
     watch = spawn("-m", "wsync", "watch", SPEC, RUN, "--poll", "0.1")
@@ -389,7 +391,9 @@ def test_a_stop_waits_for_no_store(spawn: Spawn, cli: Cli, bucket: Bucket, segme
     assert '"failure"' not in cli("log", NAME, "--json").stdout
 
 
-def test_an_interrupt_ends_a_push_that_waits_for_a_store(spawn: Spawn, bucket: Bucket, segment: Segment) -> None:
+def test_an_interrupt_ends_a_push_that_waits_for_a_store(
+    spawn: Spawn, bucket: Bucket, segment: WritableSegment
+) -> None:
     """Ctrl-C is not held up by a store that does not answer."""
     reached = threading.Event()
 
@@ -405,7 +409,7 @@ def test_an_interrupt_ends_a_push_that_waits_for_a_store(spawn: Spawn, bucket: B
     assert push.returncode
 
 
-def test_a_terminal_shows_a_bar(spawn: Spawn, bucket: Bucket, segment: Segment) -> None:
+def test_a_terminal_shows_a_bar(spawn: Spawn, bucket: Bucket, segment: WritableSegment) -> None:
     """A push of a URL on a terminal shows bytes and rate while it reads; without one stderr stays empty."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
     ours, theirs = os.openpty()

@@ -25,7 +25,7 @@ from processes import DEADLINE, Cli, Lines
 import wsync
 from wsync.layout.layout import layout_of
 from wsync.places.candidates import Select
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -88,7 +88,7 @@ def make_container(port: int, name: str) -> None:
 @pytest.fixture(params=["gs", "az"])
 def cloud(request: pytest.FixtureRequest, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """An empty bucket of each kind, an environment in which wsync finds it, and a segment of the policy."""
-    Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
     if request.param == "gs":
         bucket: Bucket = request.getfixturevalue("bucket")
         for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):

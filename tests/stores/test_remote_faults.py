@@ -21,7 +21,7 @@ from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.places.weight_getter import CheckpointWeightGetter
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE
 from wsync.sync.syncer import Syncer
@@ -37,7 +37,7 @@ def live(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Syncer]:
     monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
     monkeypatch.setattr(fitting, "CHUNK", 64)
     spec = load_spec(SPEC)
-    Segment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
     with Syncer(spec, RUN) as syncer:
         bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
         assert syncer.once().status == "published"

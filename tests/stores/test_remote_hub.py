@@ -21,7 +21,7 @@ from safetensors.torch import save
 import wsync
 from wsync.checkpoints.fit import Fit
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -133,7 +133,7 @@ def hub(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
-    Segment.create(NAME, layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
     with Server(("127.0.0.1", 0), Handler) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -30,7 +30,7 @@ from wsync.errors import CheckpointError
 from wsync.layout.layout import Layout, layout_of
 from wsync.places.candidates import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE, SCHEMES, Store, Stored
 from wsync.sync.syncer import Syncer
@@ -51,7 +51,7 @@ cli.main()
 @pytest.fixture
 def web(runtime: Path, tmp_path: Path) -> Iterator[Web]:
     """A server of an empty folder, and a segment."""
-    Segment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
     with serve(Web(tmp_path)) as served:
         yield served
 
@@ -189,7 +189,7 @@ def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
     web.password, web.query = f"me:{PASSWORD}", f"X-Sig={SIGNATURE}"
     toml = tmp_path / "p.toml"
     toml.write_text(f'policy = "policies:mlp"\ncheckpoints = "{url}"\n')
-    Segment.create("p", layout_of(mlp()), spec=load_spec(str(toml)).fingerprint).close()
+    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(toml)).fingerprint).close()
     said = []
     for command in (
         ("push", str(toml), "--json"),
@@ -242,7 +242,7 @@ def test_errors_of_the_library_hide_what_caused_them(web: Web, monkeypatch: Any)
     assert PASSWORD not in text and SIGNATURE not in text
 
 
-def test_a_file_url_is_a_path(segment: Segment, cli: Cli, tmp_path: Path) -> None:
+def test_a_file_url_is_a_path(segment: WritableSegment, cli: Cli, tmp_path: Path) -> None:
     """file:// is the directory itself, with all that directories have."""
     write(tmp_path / "a run" / "step_1.safetensors", mlp(), 1.0, 1)
     url = f"file://{tmp_path}/a%20run"
@@ -308,7 +308,7 @@ def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -
     toml = tmp_path / "p.toml"
     toml.write_text('policy = "a:b"\nslots = 2\n')
     layout = Layout.build({"w": ("F32", (size // 4,))}, {})
-    Segment.create("p", layout, slots=2, spec=load_spec(str(toml)).fingerprint).close()
+    WritableSegment.create("p", layout, slots=2, spec=load_spec(str(toml)).fingerprint).close()
     sender = type("One", (Sender,), {"file": str(file)})
     with Server(("127.0.0.1", 0), sender) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -324,7 +324,7 @@ def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -
 def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -> None:
     """Who uses no URL pays nothing for them."""
     write(tmp_path / "x.safetensors", mlp(), 1.0)
-    Segment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
+    WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
     program = (
         "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "

@@ -20,7 +20,7 @@ from typing import Any
 from wsync.cli import commands as cli
 from wsync.fleet import delivery, group
 from wsync.fleet import membership as badge
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 
 def die_at(step: str) -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     group.Group.share = sharing  # type: ignore[method-assign]
     around(delivery.Turn, "vote", voting)
     around(badge.Badge, "give", lambda _: die_at("counted"))
-    around(Segment, "store", lambda _: die_at("store"), lambda: die_at("stored"))
+    around(WritableSegment, "store", lambda _: die_at("store"), lambda: die_at("stored"))
     cli.main()
 
 

@@ -13,20 +13,20 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
 from wsync.segment.files import Publication
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 LAYOUT = layout_of(mlp())
 Push = Callable[..., Publication]
 
 
 @pytest.fixture
-def segment(runtime: Path) -> Segment:
+def segment(runtime: Path) -> WritableSegment:
     """A segment of three slots with nothing in it, opened as the publisher does."""
-    return Segment.create("nets", LAYOUT)
+    return WritableSegment.create("nets", LAYOUT)
 
 
 @pytest.fixture
-def push(segment: Segment, tmp_path: Path) -> Push:
+def push(segment: WritableSegment, tmp_path: Path) -> Push:
     """Publishes a checkpoint whose every weight is ``mark``."""
 
     def run(mark: float, step: int | None = None) -> Publication:
@@ -37,5 +37,5 @@ def push(segment: Segment, tmp_path: Path) -> Push:
     return run
 
 
-def slot_file(segment: Segment, slot: int) -> Path:
+def slot_file(segment: WritableSegment, slot: int) -> Path:
     return segment.path / f"slot-{slot}.safetensors"

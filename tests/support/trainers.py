@@ -13,7 +13,7 @@ from torch import nn
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
 from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 
@@ -21,7 +21,7 @@ class Trainer:
     """Publishes marked checkpoints of one policy, each with its mark as the step."""
 
     def __init__(self, make: Callable[[], nn.Module], directory: Path, name: str = "nets") -> None:
-        self.segment = Segment.create(name, layout_of(make()))
+        self.segment = WritableSegment.create(name, layout_of(make()))
         self._make, self._path = make, directory / f"{name}.safetensors"
 
     def push(self, mark: int) -> int:
@@ -40,7 +40,7 @@ def noncontiguous() -> nn.Module:
     return policy
 
 
-def slot_ranges(segment: Segment, name: str = "slot-") -> list[range]:
+def slot_ranges(segment: WritableSegment, name: str = "slot-") -> list[range]:
     """The addresses at which this process maps slots of a segment, or the one of a name."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -54,7 +54,7 @@ def addresses(policy: nn.Module) -> list[int]:
     return [tensor.data_ptr() for tensor in policy.state_dict().values()]
 
 
-def leased(segment: Segment) -> list[int]:
+def leased(segment: WritableSegment) -> list[int]:
     """The slots that a publisher could not have."""
     found = []
     for slot in range(segment.slots):

@@ -90,10 +90,10 @@ def tensors(mark: float) -> None:
     from policies import mlp
 
     from wsync.segment.publisher import publish_tensors
-    from wsync.segment.segment import Segment
+    from wsync.segment.writable import WritableSegment
 
     state = {name: tensor.detach().fill_(mark) for name, tensor in mlp(HIDDEN).state_dict().items()}
-    segment = Segment.open(NAME, write=True)
+    segment = WritableSegment.open(NAME)
     with segment.publishing():
         publish_tensors(segment, state, step=int(mark))
 
@@ -101,14 +101,14 @@ def tensors(mark: float) -> None:
 def create(name: str, layout: dict[str, Any]) -> None:
     """Makes a segment without any policy."""
     from wsync.layout.layout import Layout
-    from wsync.segment.segment import Segment
+    from wsync.segment.writable import WritableSegment
 
-    Segment.create(name, Layout.from_json(layout)).close()
+    WritableSegment.create(name, Layout.from_json(layout)).close()
 
 
 def remove(name: str) -> None:
     """Removes a segment, as ``wsync rm`` does."""
-    from wsync.segment.segment import remove
+    from wsync.segment.writable import remove
 
     remove(name)
 

@@ -34,6 +34,7 @@ from wsync.cli.console import WatchLog
 from wsync.errors import SegmentError, SegmentUnsafe
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -174,7 +175,7 @@ def Double() -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_source_that_changes_while_it_is_read(
-    segment: Segment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that only bytes of one state of a file go live, and that the next pass takes what is there then."""
     monkeypatch.setattr(TensorTable, "piece", 64)
@@ -203,7 +204,9 @@ def test_a_source_that_changes_while_it_is_read(
         assert syncer.once().status == "published" and marks_of(segment) == {9.0}
 
 
-def test_what_can_fail_fails_before_the_store(segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_fail_fails_before_the_store(
+    segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards that a pass that failed has published nothing: waking readers, last of all, loads a library first."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
 
@@ -212,7 +215,7 @@ def test_what_can_fail_fails_before_the_store(segment: Segment, runs: Path, monk
 
     with Syncer(load_spec(SPEC), runs) as syncer:
         with monkeypatch.context() as patch:
-            patch.setattr("wsync.segment.segment.address_of", refuse)
+            patch.setattr("wsync.segment.control.address_of", refuse)
             with pytest.raises(SegmentError, match="Too many open files"):
                 syncer.once()
         assert segment.version == 0
@@ -220,21 +223,21 @@ def test_what_can_fail_fails_before_the_store(segment: Segment, runs: Path, monk
 
 
 def test_readers_that_cannot_be_counted_do_not_make_a_publish_a_failure(
-    segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that what went live is told as published, though a look after it fails."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
 
-    def refuse(_: Segment) -> list[object]:
+    def refuse(_: WritableSegment) -> list[object]:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Segment, "readers", refuse)
+    monkeypatch.setattr(WritableSegment, "readers", refuse)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert (syncer.once().status, segment.version) == ("published", 1)
 
 
 @pytest.mark.parametrize("damage", ["header", "slot"])
-def test_a_damaged_live_slot_is_told(segment: Segment, runs: Path, damage: str) -> None:
+def test_a_damaged_live_slot_is_told(segment: WritableSegment, runs: Path, damage: str) -> None:
     """Guards that a slot that somebody overwrote or emptied is a message with the way out, never a traceback."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
@@ -279,7 +282,7 @@ def test_a_policy_that_cannot_be_looked_at_has_a_fingerprint(monkeypatch: pytest
     assert load_spec(SPEC).fingerprint
 
 
-def test_the_panel_of_a_segment_that_is_being_closed(segment: Segment, runs: Path) -> None:
+def test_the_panel_of_a_segment_that_is_being_closed(segment: WritableSegment, runs: Path) -> None:
     """Guards the thread that draws: what the watch closes or loses under it is shown as nothing, not a traceback."""
     publication = write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), publication) as syncer:

@@ -27,6 +27,7 @@ from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.places.candidates import Candidate
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
@@ -56,17 +57,18 @@ from wsync import CheckpointWeightGetter
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.segment.publisher import publish
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 def progress(nbytes):
     print("staged", nbytes, flush=True)
     sys.stdin.read()
-segment = Segment.open("policies.mlp", write=True)
+segment = WritableSegment.open("policies.mlp")
 with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint:
     publish(segment, checkpoint, progress=progress)
 """
 
 
 @pytest.fixture
-def watch(spawn: Spawn, segment: Segment) -> Callable[..., Lines]:
+def watch(spawn: Spawn, segment: WritableSegment) -> Callable[..., Lines]:
     """Starts a watch of ``runs`` and waits until its signals are handled."""
 
     def start(*options: str, place: str = "runs") -> Lines:
@@ -83,7 +85,7 @@ def ended(lines: Lines, number: signal.Signals) -> int:
 
 
 def test_readers_see_whole_versions_in_order(
-    watch: Callable[..., Lines], spawn: Spawn, segment: Segment, runs: Path
+    watch: Callable[..., Lines], spawn: Spawn, segment: WritableSegment, runs: Path
 ) -> None:
     """Under a trainer that writes on, each read is one whole version, none goes back, and the last arrives."""
     log = watch("--poll", "0.1")
@@ -106,7 +108,7 @@ def test_readers_see_whole_versions_in_order(
     assert ended(log, signal.SIGTERM) == 0
 
 
-def test_publisher_killed_while_staging(segment: Segment, spawn: Spawn, cli: Cli, runs: Path) -> None:
+def test_publisher_killed_while_staging(segment: WritableSegment, spawn: Spawn, cli: Cli, runs: Path) -> None:
     """Killed in the middle a publisher has published nothing, and the next push is not held up by it."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     assert cli("push", SPEC, "runs").returncode == 0
@@ -126,7 +128,7 @@ def test_publisher_killed_while_staging(segment: Segment, spawn: Spawn, cli: Cli
     assert (json.loads(result.stdout)["version"], mark_of(segment)) == (2, {4.0})
 
 
-def test_killed_reader_frees_its_slot(segment: Segment, spawn: Spawn, cli: Cli, runs: Path) -> None:
+def test_killed_reader_frees_its_slot(segment: WritableSegment, spawn: Spawn, cli: Cli, runs: Path) -> None:
     """While a reader holds a slot it is listed with its lag; once it is killed the slot is free and it is not."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     assert cli("push", SPEC, "runs").returncode == 0
@@ -152,7 +154,9 @@ def test_killed_reader_frees_its_slot(segment: Segment, spawn: Spawn, cli: Cli, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_watch_stops_cleanly(watch: Callable[..., Lines], segment: Segment, runs: Path, number: signal.Signals) -> None:
+def test_watch_stops_cleanly(
+    watch: Callable[..., Lines], segment: WritableSegment, runs: Path, number: signal.Signals
+) -> None:
     """Asked to stop, a watch says so and ends with 0, quickly also with a long poll, and the version stays live."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     log = watch("--poll", "3600")
@@ -172,7 +176,9 @@ def test_watch_stops_before_there_is_anything(watch: Callable[..., Lines]) -> No
     assert ended(log, signal.SIGTERM) == 0
 
 
-def test_refusal_is_said_once_and_the_watch_goes_on(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_refusal_is_said_once_and_the_watch_goes_on(
+    watch: Callable[..., Lines], segment: WritableSegment, runs: Path
+) -> None:
     """A refused checkpoint is one line, what was live stays, and the next good one goes live."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     log = watch("--poll", "0.1")
@@ -189,7 +195,7 @@ def test_refusal_is_said_once_and_the_watch_goes_on(watch: Callable[..., Lines],
 
 
 def test_refusal_is_said_once_over_many_passes(
-    segment: Segment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twenty passes that meet the same refused file read it once and say so once."""
     write(runs / "step_2.safetensors", mlp(), float("nan"))
@@ -228,7 +234,7 @@ def test_every_publish_is_logged(runs: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("step_1.safetensors") == 2
 
 
-def test_checkpoint_between_first_look_and_notifier(segment: Segment, runs: Path) -> None:
+def test_checkpoint_between_first_look_and_notifier(segment: WritableSegment, runs: Path) -> None:
     """A checkpoint that appears right after the first pass does not wait for the clock."""
     steps: list[int | None] = []
     stop = threading.Event()
@@ -250,7 +256,7 @@ def test_checkpoint_between_first_look_and_notifier(segment: Segment, runs: Path
     assert steps == [None, 1]
 
 
-def test_directory_may_come_later(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_directory_may_come_later(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """A watch may be started before the trainer has made its directory; what appears in it goes live."""
     log = watch("--poll", "0.1", place="runs/later/still")
     log.until("empty")
@@ -261,7 +267,7 @@ def test_directory_may_come_later(watch: Callable[..., Lines], segment: Segment,
     assert mark_of(segment) == {2.0}
 
 
-def test_burst_is_one_version(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_burst_is_one_version(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """Of many checkpoints that lie there at the start only the newest is published."""
     for step in range(1, 21):
         write(runs / f"step_{step}.safetensors", mlp(), float(step))
@@ -273,7 +279,7 @@ def test_burst_is_one_version(watch: Callable[..., Lines], segment: Segment, run
     assert (segment.version, mark_of(segment)) == (1, {20.0})
 
 
-def test_notification_beats_the_clock(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_notification_beats_the_clock(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """With a poll of an hour a new checkpoint goes live by the file system's notification alone."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     log = watch("--poll", "3600")
@@ -296,7 +302,7 @@ def wait_for_notifier(process: subprocess.Popen[str]) -> None:
     pytest.fail("no notifier")
 
 
-def test_json_log(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_json_log(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """Each line of a JSON log is one object with time, level and event; outcomes carry what a push reports."""
     log = watch("--log-format", "json", "--poll", "0.1")
     log.until('"empty"')
@@ -315,7 +321,7 @@ def test_json_log(watch: Callable[..., Lines], segment: Segment, runs: Path) -> 
     assert {d["name"] for d in rejected["differences"]} == {"0.weight", "0.bias", "2.weight"}
 
 
-def test_watch_beside_another_publisher(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_watch_beside_another_publisher(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """A watch that finds the segment held says so and takes its turn when it is free."""
     with segment.publishing():
         log = watch("--poll", "0.05")
@@ -325,7 +331,7 @@ def test_watch_beside_another_publisher(watch: Callable[..., Lines], segment: Se
     assert mark_of(segment) == {1.0}
 
 
-def test_watch_makes_a_removed_segment_anew(watch: Callable[..., Lines], segment: Segment, runs: Path) -> None:
+def test_watch_makes_a_removed_segment_anew(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """A segment that is removed under a watch comes back with the newest checkpoint under the next number."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     log = watch("--poll", "0.05")
@@ -339,7 +345,7 @@ def test_watch_makes_a_removed_segment_anew(watch: Callable[..., Lines], segment
 
 
 def test_a_refusal_behind_an_older_good_one_is_said_once_with_its_table(
-    runs: Path, segment: Segment, capsys: pytest.CaptureFixture[str]
+    runs: Path, segment: WritableSegment, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where the newest is refused and an older one goes live, the log tells both in that pass, and the refusal once."""
     good = write(runs / "step_1.safetensors", mlp(), 1.0)

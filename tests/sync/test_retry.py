@@ -24,6 +24,7 @@ from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.places.candidates import Candidate, Select, listing_of
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.loop import run
 from wsync.sync.schedule import Schedule, pause_after
@@ -243,7 +244,7 @@ def pass_by_pass(
 
 
 def test_a_runtime_directory_that_is_gone_and_one_that_is_unsafe(
-    segment: Segment, runs: Path, runtime: Path, stop: threading.Event
+    segment: WritableSegment, runs: Path, runtime: Path, stop: threading.Event
 ) -> None:
     """Guards that neither ends a watch, wherever it notices: in a pass, or when it rests between two."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -261,7 +262,7 @@ def test_a_runtime_directory_that_is_gone_and_one_that_is_unsafe(
 
 
 def test_a_setting_that_is_wrong_later_is_a_failure(
-    segment: Segment, runs: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that a policy's file that is being edited does not end the watch; at the start it does."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -287,14 +288,14 @@ def test_a_setting_that_is_wrong_later_is_a_failure(
 
 
 def test_a_checkpoint_settles_before_the_lock_is_taken(
-    segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that a publisher that waits for a checkpoint to stand still does not hold off another one."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     settle, free = settling.let_files_settle, []
 
     def settled(parts: Parts, fds: Sequence[int], seconds: float) -> None:
-        with Segment.open(NAME, write=True).publishing():
+        with WritableSegment.open(NAME).publishing():
             free.append(True)
         settle(parts, fds, seconds)
 
@@ -305,7 +306,7 @@ def test_a_checkpoint_settles_before_the_lock_is_taken(
 
 @pytest.mark.parametrize("same", [True, False])
 def test_what_another_publisher_just_published_is_not_published_again(
-    segment: Segment, runs: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+    segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
     """Guards the second look under the lock: no second version of the same weights, and nothing older after newer."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -328,7 +329,7 @@ def test_what_another_publisher_just_published_is_not_published_again(
 
 
 def test_what_is_remembered_of_checkpoints_is_bounded(
-    segment: Segment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that a watch of months keeps nothing of checkpoints that are gone: steps, refusals, what was told."""
     monkeypatch.setattr("wsync.cli.console._REMEMBERED", 3)

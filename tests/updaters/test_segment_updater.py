@@ -25,6 +25,7 @@ from wsync import CheckpointWeightGetter, SharedMemoryWeightUpdater
 from wsync.errors import NoCheckpoint, NonFiniteWeights, SegmentMissing
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 
 
 def filled(mark: float, policy: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
@@ -198,7 +199,7 @@ def test_a_segment_needs_somebody_who_knows_its_layout(runtime: Path, tmp_path: 
     updater = SharedMemoryWeightUpdater("who", weight_getter=CheckpointWeightGetter(tmp_path))
     with pytest.raises(SegmentMissing, match="policy="):
         updater.push_weights()
-    Segment.create("who", wsync.SharedMemoryWeightUpdater("other", policy=mlp()).make_segment().layout).close()
+    WritableSegment.create("who", wsync.SharedMemoryWeightUpdater("other", policy=mlp()).make_segment().layout).close()
     updater.push_weights()
     assert updater.published and updater.published.version == 1
 
@@ -210,11 +211,11 @@ def test_a_removed_segment_is_made_again(runtime: Path, tmp_path: Path) -> None:
         updater.push_weights(filled(mark))
     running = mlp()
     with wsync.attach(running, "again", timeout=DEADLINE) as reader:
-        Segment.open("again", write=True).remove()
+        WritableSegment.open("again").remove()
         updater.push_weights(filled(4.0))
         assert Segment.open("again").version == 4
         assert reader.wait(DEADLINE) and reader.refresh() and reader.version == 4 and marks(running) == {4.0}
-    Segment.open("again", write=True).remove()
+    WritableSegment.open("again").remove()
     updater.weight_getter = CheckpointWeightGetter(write(tmp_path / "step_5.safetensors", mlp(), 5.0, 5))
     updater.push_weights()
     assert Segment.open("again").version == 5
@@ -283,7 +284,7 @@ def test_an_updater_can_be_pickled_with_its_policy(runtime: Path) -> None:
     twin.push_weights(filled(1.0, Tied()))
     assert Segment.open("sent").layout.digest == layout_of(Tied()).digest
     later = pickle.loads(pickle.dumps(twin))
-    Segment.open("sent", write=True).remove()
+    WritableSegment.open("sent").remove()
     later.push_weights(filled(2.0, Tied()))
     assert Segment.open("sent").version == 2
 

@@ -234,7 +234,7 @@ def rm(
     runtime_dir: RuntimeOption = None,
 ) -> None:
     """Remove a segment; policies that are attached keep the weights they have."""
-    from ..segment.segment import remove
+    from ..segment.writable import remove
 
     remove(name, runtime_dir)
     print(f"{name}: removed")

@@ -17,7 +17,7 @@ from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
 from ..history.outcome import Outcome
 from ..segment.publisher import Source, Staged
-from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from ..sync.looks import Look
 from ..sync.passes import Pass
 from ..sync.policy_layout import check_layout, is_known
@@ -72,7 +72,7 @@ class Rounds:
             return this.standing("pinned", reason=reason, pin=pin)
         return self._lead() if leader == self._group.rank else self._follow(this, leader)
 
-    def _prepare(self) -> Segment:
+    def _prepare(self) -> WritableSegment:
         """A segment on every box, of the same layout, and a pin that can be read, if there is one.
 
         Raises:
@@ -123,7 +123,7 @@ class Rounds:
         """See ``Route``; the other boxes are told meanwhile that this one lives."""
         return self._group.busy(work)
 
-    def deliver(self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
         """See ``Route``; goes to all boxes, this one among them."""
         offer = {
             "path": os.fspath(checkpoint.path),
@@ -203,7 +203,7 @@ class Rounds:
         turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
         self._member.takes(offer["version"], offer["identity"])
 
-    def _change(self, this: Pass, segment: Segment, change: Change) -> Outcome:
+    def _change(self, this: Pass, segment: WritableSegment, change: Change) -> Outcome:
         """Brings the boxes that are behind to what the provider has."""
         rank, provider, live = self._group.rank, change.provider, this.live
         if rank == provider:

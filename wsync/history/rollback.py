@@ -17,6 +17,7 @@ from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, Usag
 from ..segment.files import Publication
 from ..segment.publisher import publish
 from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from .database import Event, Pin, State
 from .record import IN_NO_FILE, NO_COPY, PUBLISHED, copies, fit_from_json, reopen, what
 
@@ -41,7 +42,7 @@ def rollback(
         StateError: the pin cannot be written; nothing was published.
     """
     with ExitStack() as stack:
-        segment = stack.enter_context(closing(Segment.open(name, runtime, write=True)))
+        segment = stack.enter_context(closing(WritableSegment.open(name, runtime)))
         _begin_publishing(segment, stack)
         live = segment.live()
         events = state.events(kinds=PUBLISHED)
@@ -69,7 +70,7 @@ def rollback(
         return publication, pin, event.version
 
 
-def _begin_publishing(segment: Segment, stack: ExitStack) -> None:
+def _begin_publishing(segment: WritableSegment, stack: ExitStack) -> None:
     """Takes the publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator is in a hurry."""
     deadline = time.monotonic() + _PATIENCE
     while True:
@@ -109,7 +110,7 @@ def _target(state: State, live: Publication | None, to: int | None, events: list
     return earlier[-1]
 
 
-def _again(segment: Segment, last: int, event: Event, state: State, events: list[Event]) -> Publication:
+def _again(segment: WritableSegment, last: int, event: Event, state: State, events: list[Event]) -> Publication:
     """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
     with segment.slot_with(event.version, event.identity or "") as (slot, held):

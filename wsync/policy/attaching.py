@@ -16,6 +16,7 @@ import torch
 from ..errors import AttachTimeout, SegmentMissing, SwapRefused, UsageError
 from ..layout.layout import Layout, layout_of, named_tensors
 from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from ..system.memory import trim
 from .reader import Mode, Reader, deadline_of
 from .swap import own_uses
@@ -158,7 +159,7 @@ def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None)
     try:
         return Segment.open(name, runtime_dir, layout=layout)
     except SegmentMissing:
-        Segment.create(name, layout, runtime_dir).close()
+        WritableSegment.create(name, layout, runtime_dir).close()
         return Segment.open(name, runtime_dir, layout=layout)
 
 

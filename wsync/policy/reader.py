@@ -201,8 +201,8 @@ class Reader:
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
         self._segment = segment
-        self._words = segment.words
-        self._address = segment.word_address
+        self._words = segment.control.words
+        self._address = segment.control.address
         self._seen, self._taken = -1, 0  # the WORD, and the version, of this very segment
         return Registration(segment.path, self.mode)
 

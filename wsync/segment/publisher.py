@@ -21,7 +21,7 @@ from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..system.memory import mapping, reserve, write_at
 from .files import Publication, SpareSlot, slot_header, slot_name
-from .segment import Segment
+from .writable import WritableSegment
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ Gate = Callable[[Staged], None]
 
 
 def publish(
-    segment: Segment,
+    segment: WritableSegment,
     checkpoint: Source,
     *,
     fit: Fit = Fit(),  # noqa: B008  (frozen)
@@ -119,7 +119,7 @@ def publish(
 
 
 def publish_tensors(
-    segment: Segment,
+    segment: WritableSegment,
     tensors: Mapping[str, torch.Tensor],
     *,
     strict: bool = True,
@@ -181,7 +181,7 @@ def publish_tensors(
     return publication
 
 
-def _next_version(segment: Segment, last_version: int) -> int:
+def _next_version(segment: WritableSegment, last_version: int) -> int:
     return max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
 
 
@@ -200,7 +200,7 @@ def _whole(step: int | None) -> int | None:
     return number
 
 
-def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
+def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
     """Writes the slot's header, then lets the gate look at the whole file: nothing points to it yet.
 
     What is published is told with the time after the gate, which may take its own.
@@ -222,7 +222,7 @@ def _describe(segment: Segment, slot: SpareSlot, publication: Publication, gate:
     return publication
 
 
-def _check_file(segment: Segment, slot: SpareSlot, place: Path) -> None:
+def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
     """Whether the slot is still the whole file at its place.
 
     Raises:
@@ -245,14 +245,14 @@ def _check_file(segment: Segment, slot: SpareSlot, place: Path) -> None:
         )
 
 
-def _restore(segment: Segment, slot: SpareSlot) -> None:
+def _restore(segment: WritableSegment, slot: SpareSlot) -> None:
     size = slot.data_offset + segment.layout.nbytes
     os.ftruncate(slot.fd, size)
     reserve(slot.fd, size)
     write_at(slot.fd, slot_header(segment.layout), 0)
 
 
-def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: Segment | None) -> Plan:
+def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: WritableSegment | None) -> Plan:
     """The plan; a part alone needs live values beside which it can go."""
     if segment is None or not segment.version:
         settings = replace(settings, partial=False)
@@ -262,7 +262,7 @@ def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: Segment | 
 def rehearse(
     layout: Layout,
     checkpoint: Checkpoint,
-    segment: Segment | None = None,
+    segment: WritableSegment | None = None,
     *,
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     progress: Callable[[int], None] | None = None,

@@ -22,6 +22,8 @@ The publisher                                The reader
   P7 store    the WORD
   P8 wake     sleeping readers
 
+The reader's steps are in this module, P1 to P6 in ``writable``, P7 and P8 in ``control``.
+
 All locks are taken without waiting, so that nobody waits for a stopped process. Why each step is there:
 
 - A leased slot is not written (P2 fails), a slot being written is not leased (R2 fails): nobody sees half a version.
@@ -47,49 +49,41 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
-from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, UsageError, printable, refused
+from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
-from ..system.memory import address_of, mapping, populate, read_at, runtime_dir, shut, try_lock, wake
-from .access import Access, base_owner, check_name, is_name, make_base, open_dir, open_file, opened
-from .files import (
-    MAX_SLOTS,
-    METADATA_END,
-    NO_SLOT,
-    REMOVED,
-    SLOTS,
-    WORD_OFFSET,
-    About,
-    Publication,
-    SpareSlot,
-    discard,
-    make,
-    map_control,
-    share,
-    slot_name,
-    sweep,
-)
+from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
+from .access import base_owner, check_name, is_name, open_dir, open_file, opened
+from .control import ControlPage
+from .files import METADATA_END, NO_SLOT, About, Publication, map_control, slot_name
 from .readers import ReaderRecord, open_readers, readers
 
 
 class Segment:
-    """An open segment; the publisher's handle when opened with ``write=True``, else a reader's.
+    """An open segment as a reader has it, and whoever looks; ``writable`` has the publisher's handle.
 
     Attributes:
-        words: the control page as u64s; the WORD is at ``WORD_OFFSET // 8``.
+        name: of the segment.
+        path: of its directory.
+        slots: full buffers of weights.
+        data_offset: bytes into a slot at which the weights begin.
+        spec: fingerprint of the policy spec that it was made for.
+        control: the page with the WORD.
     """
 
-    def __init__(self, name: str, path: Path, *, write: bool = False, owner: int | None = None) -> None:
-        self.name, self.path, self.write = name, path, write
+    _write = False
+
+    def __init__(self, name: str, path: Path, *, owner: int | None = None) -> None:
+        self.name, self.path = name, path
         self._dir = -1
         try:
             self._dir = open_dir(path, owner)
             self._shut = weakref.finalize(self, shut, self._dir)  # also of one that is dropped without a close
-            self._control = map_control(self._dir, write=write)
+            self.control = ControlPage(map_control(self._dir, write=self._write))
             self._about = About.read(self._dir)
             shut(open_readers(path))
         except FileNotFoundError as exc:
@@ -104,11 +98,6 @@ class Segment:
         except OSError as exc:
             raise refused(exc, path) from exc
         self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
-        self.words = memoryview(self._control).cast("Q")
-        self._publishing = False
-        self._slot_maps: dict[int, mmap.mmap] = {}
-
-    # --- opening, making and removing
 
     @classmethod
     def open(
@@ -116,9 +105,8 @@ class Segment:
         name: str,
         runtime: str | os.PathLike[str] | None = None,
         *,
-        write: bool = False,
         layout: Layout | None = None,
-    ) -> Segment:
+    ) -> Self:
         """Opens a standing segment.
 
         Args:
@@ -130,44 +118,9 @@ class Segment:
             SegmentUnsafe: what is there is not ours, or not a segment; see ``access`` for whose may be read.
         """
         base = runtime_dir(runtime)
-        segment = cls(name, base / check_name(name), write=write, owner=base_owner(base, write=write))
+        segment = cls(name, base / check_name(name), owner=base_owner(base, write=cls._write))
         if layout:
             segment._expect(layout)
-        return segment
-
-    @classmethod
-    def create(
-        cls,
-        name: str,
-        layout: Layout,
-        runtime: str | os.PathLike[str] | None = None,
-        *,
-        slots: int = SLOTS,
-        spec: str = "",
-        access: Access = Access(),  # noqa: B008  (frozen)
-    ) -> Segment:
-        """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
-
-        Args:
-            slots: full buffers of weights; two work, three let a publish go on while one reader is late.
-            access: who else may read it; where nothing is asked for, a new one is private and a standing one stays.
-
-        Raises:
-            LayoutDiffers: the standing segment holds another architecture.
-            OutOfSharedMemory: there is no room.
-            UsageError: those who should read cannot be let in.
-        """
-        base = runtime_dir(runtime)
-        path = base / check_name(name)
-        if not 2 <= slots <= MAX_SLOTS:
-            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
-        make_base(base, access)
-        if not os.path.lexists(path):
-            sweep(base)
-            make(path, layout, slots, spec, access)
-        segment = cls(name, path, write=True)
-        segment._expect(layout)
-        segment.share(access)
         return segment
 
     def _expect(self, layout: Layout) -> None:
@@ -181,35 +134,9 @@ class Segment:
                 differences,
             )
 
-    def share(self, access: Access) -> None:
-        """Lets others read as ``access`` says, where it says anything and that is not so already.
-
-        Raises:
-            UsageError: those who should read cannot be let in.
-        """
-        if access.given and not access.holds(self._dir):
-            access.check_enterable(self.path.parent)
-            share(self._dir, self.slots, access)
-
-    def remove(self) -> None:
-        """Tells the readers, then removes the segment; they keep the memory that they have mapped.
-
-        Raises:
-            SegmentBusy: a publisher holds it.
-        """
-        with self.publishing():
-            self.tell_removed()
-            discard(self.path)
-
-    def tell_removed(self) -> None:
-        """Tells the readers that this segment is none any more; also where it was deleted by hand."""
-        self.words[WORD_OFFSET // 8] = self.word | REMOVED
-        self.wake()
-
     def close(self) -> None:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
-        self.unmap()
-        self.words.release()
+        self.control.close()
         self._shut()
 
     def is_current(self) -> bool:
@@ -218,8 +145,6 @@ class Segment:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._dir))
         except (FileNotFoundError, NotADirectoryError):
             return False
-
-    # --- looking
 
     def check(self) -> None:
         """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe where that is broken."""
@@ -234,7 +159,7 @@ class Segment:
 
     @property
     def word(self) -> int:
-        return int(self.words[WORD_OFFSET // 8])
+        return self.control.word
 
     @property
     def version(self) -> int:
@@ -291,8 +216,6 @@ class Segment:
     def readers(self) -> list[ReaderRecord]:
         return readers(self.path)
 
-    # --- the reader's steps
-
     def lease(self) -> Lease | None:
         """R1 to R3: the live slot, held against being overwritten; None where there is none to be had now."""
         for _ in range(1000):  # publishes that fast in a row do not happen; a reader must never hang
@@ -312,126 +235,11 @@ class Segment:
             lease.release()
         return None
 
-    # --- the publisher's steps
-
-    @contextmanager
-    def publishing(self) -> Iterator[None]:
-        """P1: the one publisher, for as long as the block runs.
-
-        Raises:
-            SegmentBusy: another one is; the message names it.
-        """
-        if self._publishing:  # by this very object: a block within a block
-            yield
-            return
-        fd = self._open_file("publisher.lock", os.O_RDWR)
-        try:
-            if not try_lock(fd):  # P1 lock
-                holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
-                raise SegmentBusy(
-                    f"another publisher ({holder or 'unknown'}) is at work on segment {self.name!r}. "
-                    "Try again later, or stop the other one."
-                )
-            if not self.is_current():
-                raise self._removed()
-            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
-            self._publishing = True
-            yield
-        finally:
-            self._publishing = False
-            shut(fd)
-
-    def _removed(self) -> SegmentBusy:
-        return SegmentBusy(
-            f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
-        )
-
-    @contextmanager
-    def spare_slot(self) -> Iterator[SpareSlot]:
-        """P2, P3 and, when the block is left, P6: a slot that is not live and that nobody leases.
-
-        Raises:
-            SegmentBusy: readers lease every spare slot; the message names them.
-        """
-        for spare in self._spare_slots():
-            spare.forget()  # so that a header says what a slot holds only where that is whole
-            try:
-                yield spare
-            except BaseException:
-                spare.forget()
-                raise
-            return
-        live = self.word & 0xFF
-        holders = [r for r in self.readers() if any(slot != live for slot in r.slots)]
-        names = ", ".join(f"{r.process} (pid {r.pid}, version {r.version})" for r in holders)
-        raise SegmentBusy(
-            f"every spare slot of segment {self.name!r} is leased by readers: {names or 'unknown'}. Let them refresh, "
-            "stop them, or make the segment anew with more --slots."
-        )
-
-    @contextmanager
-    def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
-        """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
-        for spare in self._spare_slots():
-            try:
-                held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
-            except ValueError:  # it was being staged into
-                continue
-            if (held.version, held.identity) == (version, identity):
-                yield spare, held
-                return
-        yield None, None
-
-    def _spare_slots(self) -> Iterator[SpareSlot]:
-        """Every slot that is not live and that nobody leases, one after another, each locked while it is looked at."""
-        for slot in range(self.slots):
-            if slot == self.word & 0xFF:  # never locked, not even for a moment
-                continue
-            fd = self._open_slot(slot, os.O_RDWR)
-            try:
-                if (
-                    try_lock(fd)  # P2 pick
-                    and self.word & 0xFF != slot  # P3 check
-                ):
-                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
-            finally:
-                shut(fd)  # P6 release
-
-    def store(self, version: int, slot: int) -> None:
-        """P7 and P8: this slot is live from here on."""
-        _ = self.word_address  # whatever can fail in waking, an import included, fails before the store
-        self.words[WORD_OFFSET // 8] = version << 8 | slot  # P7 store
-        self.wake()  # P8 wake
-
-    def wake(self) -> None:
-        wake(self.word_address)
-
-    @property
-    def word_address(self) -> int:
-        return address_of(self._control) + WORD_OFFSET
-
-    # --- memory
-
     def map_slot(self, slot: int) -> SlotMemory:
         """A private mapping of a leased slot, whose pages are mapped at once; it is the caller's."""
         mapped, _ = self.map_pages(slot, private=True)
         populate(mapped)
         return mapped
-
-    def live_weights(self) -> memoryview | None:
-        """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
-        slot = self.word & 0xFF
-        return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
-
-    def unmap(self) -> None:
-        """Lets the publisher's mappings of the slots go; the next access maps them anew."""
-        self._slot_maps.clear()
-
-    def _slot_map(self, slot: int) -> mmap.mmap:
-        if slot not in self._slot_maps:
-            self._slot_maps[slot], _ = self.map_pages(slot, write=True)
-            populate(self._slot_maps[slot])
-        return self._slot_maps[slot]
 
     def map_pages(self, slot: int, *, write: bool = False, private: bool = False) -> tuple[SlotMemory, tuple[int, int]]:
         """A mapping of a slot, which is the caller's, and the device and inode of its file.
@@ -463,6 +271,11 @@ class Segment:
             return open_file(name, flags, self._dir)
         except FileNotFoundError:
             raise (self._broken(f"has no {name}") if self.is_current() else self._removed()) from None
+
+    def _removed(self) -> SegmentBusy:
+        return SegmentBusy(
+            f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
+        )
 
     def _broken(self, how: str) -> SegmentUnsafe:
         return SegmentUnsafe(f"segment {self.name!r} {how}. Remove it with `wsync rm {self.name}`, and publish again.")
@@ -499,24 +312,6 @@ class SlotMemory(mmap.mmap):
     """
 
     lease: Lease | None = None
-
-
-def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
-    """Removes a segment, also one that is broken.
-
-    Raises:
-        SegmentMissing: there is none of this name.
-        SegmentBusy: a publisher holds it.
-        SegmentUnsafe: it is another user's, or no directory.
-    """
-    base = runtime_dir(runtime)
-    try:
-        with closing(Segment.open(name, runtime, write=True)) as segment:
-            segment.remove()
-    except SegmentUnsafe:
-        base_owner(base, write=True)
-        shut(open_dir(base / check_name(name)))
-        discard(base / name)
 
 
 def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:

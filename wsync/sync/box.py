@@ -16,7 +16,7 @@ from ..history.outcome import Outcome
 from ..history.record import Record
 from ..segment.files import Publication
 from ..segment.publisher import Source, Staged, publish
-from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .looks import NO_LOOK, Look
@@ -50,7 +50,7 @@ class Box:
         self.stop: threading.Event | None = None
         self.version = 0
 
-    def make_segment(self) -> Segment:
+    def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
         self.updater.spec = self.spec.fingerprint  # of the policy as it is now
         return self.updater.make_segment()
@@ -58,7 +58,7 @@ class Box:
     def put_live(
         self,
         this: Pass,
-        segment: Segment,
+        segment: WritableSegment,
         source: Source,
         fit: Fit,
         look: Look = NO_LOOK,
@@ -93,7 +93,7 @@ class Box:
             kept = replace(fit, kept=publication.version) if source.kept else fit
             return self._tell(this, segment, publication, kept)
 
-    def _tell(self, this: Pass, segment: Segment, publication: Publication, fit: Fit) -> Outcome:
+    def _tell(self, this: Pass, segment: WritableSegment, publication: Publication, fit: Fit) -> Outcome:
         step, last = publication.step, this.live.step if this.live else None
         try:
             readers = segment.readers()
@@ -118,7 +118,7 @@ class Box:
             self.hooks.send(publication)
         return outcome
 
-    def keep(self, segment: Segment) -> None:
+    def keep(self, segment: WritableSegment) -> None:
         """Keeps a copy of what is live, if copies are kept; without the lock, so that others need not wait."""
         self.record.keep(segment, self.spec.keep)
 

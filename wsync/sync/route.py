@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..history.outcome import Outcome
-from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from .box import Box
 from .looks import Look
 from .passes import Pass
@@ -23,7 +23,7 @@ class Route(Protocol):
         """Returns what this work returns; it may take long, for a store may not answer."""
         ...
 
-    def deliver(self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
         """Publishes an opened checkpoint.
 
         Raises:
@@ -41,7 +41,7 @@ class OneBox:
     def busy(self, work: Callable[[], T]) -> T:
         return work()
 
-    def deliver(self, this: Pass, segment: Segment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
         outcome = self._box.put_live(this, segment, checkpoint, fit, look)
         if outcome.status == "published":
             self._box.keep(segment)

@@ -35,7 +35,7 @@ from ..history.record import Record
 from ..places.candidates import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.publisher import rehearse
-from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .box import Box
@@ -219,7 +219,7 @@ class Syncer:
             raise self.getter.nothing()
         return refusals[0]
 
-    def _publish(self, this: Pass, segment: Segment, checkpoint: Checkpoint) -> Outcome:
+    def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
         if not is_known(self.spec, segment, this.live):
             check_layout(self.spec, segment)

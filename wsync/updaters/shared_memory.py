@@ -21,7 +21,7 @@ from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
 from ..segment.files import Publication
 from ..segment.publisher import Gate, publish, publish_tensors
-from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
 from ..system.memory import runtime_dir
 from .vanilla import WeightUpdaterBase
 
@@ -79,21 +79,21 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.published: Publication | None = None
         self._policy = policy
         self._layout = layout if policy is None else partial(layout_of, policy)
-        self._segment: Segment | None = None
+        self._segment: WritableSegment | None = None
         self._news = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
 
     @property
-    def segment(self) -> Segment | None:
+    def segment(self) -> WritableSegment | None:
         """The standing segment, opened anew where it was removed and made again; None where there is none."""
         if self._segment and not self._segment.is_current():
             self._segment.tell_removed()
             self.close()
         if self._segment is None:
             try:
-                self._segment = Segment.open(self.name, self.runtime_dir, write=True)
+                self._segment = WritableSegment.open(self.name, self.runtime_dir)
             except SegmentMissing:
                 return None
         return self._segment
@@ -104,11 +104,11 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         return runtime_dir(self.runtime_dir) / self.name
 
     @property
-    def opened(self) -> Segment | None:
+    def opened(self) -> WritableSegment | None:
         """The segment as it is open here, without a look at whether it still stands; None where none is open."""
         return self._segment
 
-    def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> Segment:
+    def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> WritableSegment:
         """The standing segment, or one that is made from the layout that this updater knows.
 
         Args:
@@ -126,7 +126,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     f"there is no segment {self.name!r}, and nothing says what its layout is. Give the updater "
                     "policy=, or attach a policy first."
                 )
-            self._segment = standing = Segment.create(
+            self._segment = standing = WritableSegment.create(
                 self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec, access=self.access
             )
         else:

@@ -1,0 +1,49 @@
+"""The control page of an open segment: one mapped page, in it the WORD, and the sleepers who wait for it to change."""
+
+from __future__ import annotations
+
+import mmap
+
+from ..system.memory import address_of, wake
+from .files import REMOVED, WORD_OFFSET
+
+_WORD = WORD_OFFSET // 8
+
+
+class ControlPage:
+    """The mapped control page.
+
+    Attributes:
+        words: the page as u64s.
+    """
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self.words = memoryview(mapped).cast("Q")
+
+    @property
+    def word(self) -> int:
+        return int(self.words[_WORD])
+
+    @property
+    def address(self) -> int:
+        """Where the WORD lies, for those who sleep on it."""
+        return address_of(self._mapped) + WORD_OFFSET
+
+    def store(self, word: int) -> None:
+        """P7 and P8: what the WORD says is so from here on."""
+        _ = self.address  # whatever can fail in waking, an import included, fails before the store
+        self.words[_WORD] = word  # P7 store
+        self.wake()  # P8 wake
+
+    def tell_removed(self) -> None:
+        """Tells the readers that the segment is none any more."""
+        self.words[_WORD] = self.word | REMOVED
+        self.wake()
+
+    def wake(self) -> None:
+        """Wakes every reader that sleeps on the WORD."""
+        wake(self.address)
+
+    def close(self) -> None:
+        self.words.release()

@@ -1,0 +1,217 @@
+"""The publisher's handle on a segment: making it, P1 to P8 of the protocol (see ``segment``), sharing, removing."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Self
+
+from ..errors import SegmentBusy, SegmentUnsafe, UsageError, printable
+from ..layout.layout import Layout
+from ..system.memory import populate, read_at, runtime_dir, shut, try_lock
+from .access import Access, base_owner, check_name, make_base, open_dir
+from .files import (
+    MAX_SLOTS,
+    METADATA_END,
+    NO_SLOT,
+    SLOTS,
+    Publication,
+    SpareSlot,
+    discard,
+    make,
+    share,
+    sweep,
+)
+from .segment import Segment
+
+
+class WritableSegment(Segment):
+    """An open segment of this user, as its publisher has it: everything that a reader may do, and the P steps."""
+
+    _write = True
+
+    def __init__(self, name: str, path: Path, *, owner: int | None = None) -> None:
+        super().__init__(name, path, owner=owner)
+        self._publishing = False
+        self._slot_maps: dict[int, mmap.mmap] = {}
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        layout: Layout,
+        runtime: str | os.PathLike[str] | None = None,
+        *,
+        slots: int = SLOTS,
+        spec: str = "",
+        access: Access = Access(),  # noqa: B008  (frozen)
+    ) -> Self:
+        """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
+
+        Args:
+            slots: full buffers of weights; two work, three let a publish go on while one reader is late.
+            access: who else may read it; where nothing is asked for, a new one is private and a standing one stays.
+
+        Raises:
+            LayoutDiffers: the standing segment holds another architecture.
+            OutOfSharedMemory: there is no room.
+            UsageError: those who should read cannot be let in.
+        """
+        base = runtime_dir(runtime)
+        path = base / check_name(name)
+        if not 2 <= slots <= MAX_SLOTS:
+            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
+        make_base(base, access)
+        if not os.path.lexists(path):
+            sweep(base)
+            make(path, layout, slots, spec, access)
+        segment = cls(name, path)
+        segment._expect(layout)
+        segment.share(access)
+        return segment
+
+    def share(self, access: Access) -> None:
+        """Lets others read as ``access`` says, where it says anything and that is not so already.
+
+        Raises:
+            UsageError: those who should read cannot be let in.
+        """
+        if access.given and not access.holds(self._dir):
+            access.check_enterable(self.path.parent)
+            share(self._dir, self.slots, access)
+
+    def remove(self) -> None:
+        """Tells the readers, then removes the segment; they keep the memory that they have mapped.
+
+        Raises:
+            SegmentBusy: a publisher holds it.
+        """
+        with self.publishing():
+            self.tell_removed()
+            discard(self.path)
+
+    def tell_removed(self) -> None:
+        """Tells the readers that this segment is none any more; also where it was deleted by hand."""
+        self.control.tell_removed()
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """P1: the one publisher, for as long as the block runs.
+
+        Raises:
+            SegmentBusy: another one is; the message names it.
+        """
+        if self._publishing:  # by this very object: a block within a block
+            yield
+            return
+        fd = self._open_file("publisher.lock", os.O_RDWR)
+        try:
+            if not try_lock(fd):  # P1 lock
+                holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
+                raise SegmentBusy(
+                    f"another publisher ({holder or 'unknown'}) is at work on segment {self.name!r}. "
+                    "Try again later, or stop the other one."
+                )
+            if not self.is_current():
+                raise self._removed()
+            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
+            self._publishing = True
+            yield
+        finally:
+            self._publishing = False
+            shut(fd)
+
+    @contextmanager
+    def spare_slot(self) -> Iterator[SpareSlot]:
+        """P2, P3 and, when the block is left, P6: a slot that is not live and that nobody leases.
+
+        Raises:
+            SegmentBusy: readers lease every spare slot; the message names them.
+        """
+        for spare in self._spare_slots():
+            spare.forget()  # so that a header says what a slot holds only where that is whole
+            try:
+                yield spare
+            except BaseException:
+                spare.forget()
+                raise
+            return
+        live = self.word & 0xFF
+        holders = [r for r in self.readers() if any(slot != live for slot in r.slots)]
+        names = ", ".join(f"{r.process} (pid {r.pid}, version {r.version})" for r in holders)
+        raise SegmentBusy(
+            f"every spare slot of segment {self.name!r} is leased by readers: {names or 'unknown'}. Let them refresh, "
+            "stop them, or make the segment anew with more --slots."
+        )
+
+    @contextmanager
+    def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
+        """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
+        for spare in self._spare_slots():
+            try:
+                held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
+            except ValueError:  # it was being staged into
+                continue
+            if (held.version, held.identity) == (version, identity):
+                yield spare, held
+                return
+        yield None, None
+
+    def _spare_slots(self) -> Iterator[SpareSlot]:
+        """Every slot that is not live and that nobody leases, one after another, each locked while it is looked at."""
+        for slot in range(self.slots):
+            if slot == self.word & 0xFF:  # never locked, not even for a moment
+                continue
+            fd = self._open_slot(slot, os.O_RDWR)
+            try:
+                if (
+                    try_lock(fd)  # P2 pick
+                    and self.word & 0xFF != slot  # P3 check
+                ):
+                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
+            finally:
+                shut(fd)  # P6 release
+
+    def store(self, version: int, slot: int) -> None:
+        """P7 and P8: this slot is live from here on."""
+        self.control.store(version << 8 | slot)
+
+    def live_weights(self) -> memoryview | None:
+        """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
+        slot = self.word & 0xFF
+        return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
+
+    def close(self) -> None:
+        self.unmap()
+        super().close()
+
+    def unmap(self) -> None:
+        """Lets the publisher's mappings of the slots go; the next access maps them anew."""
+        self._slot_maps.clear()
+
+    def _slot_map(self, slot: int) -> mmap.mmap:
+        if slot not in self._slot_maps:
+            self._slot_maps[slot], _ = self.map_pages(slot, write=True)
+            populate(self._slot_maps[slot])
+        return self._slot_maps[slot]
+
+
+def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
+    """Removes a segment, also one that is broken.
+
+    Raises:
+        SegmentMissing: there is none of this name.
+        SegmentBusy: a publisher holds it.
+        SegmentUnsafe: it is another user's, or no directory.
+    """
+    base = runtime_dir(runtime)
+    try:
+        with closing(WritableSegment.open(name, runtime)) as segment:
+            segment.remove()
+    except SegmentUnsafe:
+        base_owner(base, write=True)
+        shut(open_dir(base / check_name(name)))
+        discard(base / name)
