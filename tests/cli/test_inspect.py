@@ -24,7 +24,9 @@ from wsync.checkpoints.reading import Files
 from wsync.checkpoints.table import TensorTable
 from wsync.cli.inspection import inspect
 from wsync.segment.segment import Segment
+from wsync.settings import layout_process
 from wsync.settings.spec import Spec
+from wsync.settings.user_code import read_layout
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
 
 def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that what is missing beside a checkpoint is told as its verdict, and ends no look."""
-    monkeypatch.setattr(Spec, "layout", Spec.read_layout)
+    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
     lora = {f"base_model.model.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     (tmp_path / "adapter").mkdir()
     save_file(lora, tmp_path / "adapter" / "adapter_model.safetensors")

@@ -26,6 +26,7 @@ from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
+from wsync.settings.user_code import build
 
 PAGES = {page.parent.name: page for page in (ROOT / "examples").glob("*/README.md")} | {"README": ROOT / "README.md"}
 README = PAGES["README"].read_text()
@@ -78,7 +79,7 @@ def setup_lines() -> list[str]:
 
 def built(spec: Spec) -> torch.nn.Module:
     """The policy of a spec, of whose directory nothing stays imported."""
-    policy = spec.build()
+    policy = build(spec)
     sys.modules.pop("policy", None)
     sys.path.remove(str(spec.directory))
     return policy

@@ -19,6 +19,7 @@ from builders import ROOT, write
 from processes import DEADLINE, Cli, Lines, Spawn
 
 from wsync.settings.spec import load_spec
+from wsync.settings.user_code import build
 
 UNIT = ROOT / "examples" / "fleet" / "wsync-fleet@.service"
 PAGE = (ROOT / "examples" / "fleet" / "README.md").read_text()
@@ -76,7 +77,7 @@ def test_the_shown_command_makes_a_group(tmp_path: Path, runtime: Path, spawn: S
     with socket.create_server(("127.0.0.1", 0)) as free:
         command[command.index("--rdzv-endpoint") + 1] = f"127.0.0.1:{free.getsockname()[1]}"
     shutil.copytree(ROOT / "examples" / "cartpole", tmp_path, dirs_exist_ok=True)
-    write(tmp_path / "checkpoints" / "step_2.safetensors", load_spec(str(tmp_path / "cartpole.toml")).build(), 2.0, 2)
+    write(tmp_path / "checkpoints" / "step_2.safetensors", build(load_spec(str(tmp_path / "cartpole.toml"))), 2.0, 2)
     sys.modules.pop("policy", None)
     sys.path.remove(str(tmp_path))
     name, _, value = variable.partition("=")

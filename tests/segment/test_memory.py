@@ -25,7 +25,9 @@ from wsync.segment.access import Access
 from wsync.segment.publisher import publish
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment, remove
-from wsync.settings.spec import Spec, load_spec
+from wsync.settings import layout_process
+from wsync.settings.spec import load_spec
+from wsync.settings.user_code import read_layout
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 from wsync.system.memory import PAGE
@@ -183,7 +185,7 @@ def test_the_command_line_says_how_to_enlarge_it(small: Path, tmp_path: Path, cl
                 stop.set()
             (small / "filler").unlink(missing_ok=True)
 
-        Spec.layout = Spec.read_layout  # type: ignore[method-assign]  # in a process that ends with this work
+        layout_process.layout_of_spec = read_layout  # in a process that ends with this work
         with Syncer(load_spec("policies:mlp"), tmp_path / "a.safetensors") as syncer:
             run(syncer, stop, tell)
         assert isinstance(told[0], OutOfSharedMemory) and isinstance(told[1], Outcome), told

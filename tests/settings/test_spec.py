@@ -18,7 +18,9 @@ from torch import nn
 from wsync.errors import SpecError, UsageError, WsyncError
 from wsync.layout.layout import layout_of
 from wsync.segment.files import SLOTS
+from wsync.settings.layout_process import layout_of_spec
 from wsync.settings.spec import POLL, Spec, load_spec
+from wsync.settings.user_code import build, read_layout
 
 NETS = '''
 import torch
@@ -273,9 +275,9 @@ def test_reading_settings_runs_and_imports_nothing(runtime: Path, train: Path) -
 def test_each_failure_of_the_users_code_is_told_apart(policy: str, words: str, train: Path) -> None:
     """Guards that a user is told where the fault is: spelling, installation, own module, or what it makes."""
     spec = load_spec(policy)
-    for use in (spec.build, spec.read_layout):
+    for use in (build, read_layout):
         with pytest.raises(SpecError, match=f"(?s){words}") as caught:
-            use()
+            use(spec)
         assert caught.value.exit_code == 2
 
 
@@ -291,31 +293,31 @@ def test_wrong_arguments_are_told(policy: str, words: str, train: Path) -> None:
     """Guards that policy_kwargs that cannot be used are named in the message."""
     spec = load_spec(toml(train, f'policy = "{policy}"\n[policy_kwargs]\nhidden = 3'))
     with pytest.raises(SpecError, match=words):
-        spec.build()
+        build(spec)
 
 
 @pytest.mark.parametrize("policy", ["nets:Net", "nets:make_policy", "nets:Zoo.make", "package.nets:Net"])
 def test_a_policy_is_built_with_its_arguments(policy: str, train: Path) -> None:
     """Guards that a class, a function, a nested attribute and a module of a package all give the policy."""
     spec = load_spec(toml(train, f'policy = "{policy}"\n[policy_kwargs]\nhidden = 3\ndepth = 2'))
-    built = spec.build()
+    built = build(spec)
     assert isinstance(built, nn.Module)
     assert [tuple(t.shape) for t in built.state_dict().values()] == [(3, 3), (3,)] * 2
-    assert spec.read_layout() == layout_of(built)
+    assert read_layout(spec) == layout_of(built)
 
 
 def test_the_layout_is_read_on_the_meta_device(train: Path) -> None:
     """Guards that the layout of a policy of any size costs no memory, while build() gives a real one."""
     spec = load_spec("nets:Net")
-    spec.read_layout()
+    read_layout(spec)
     assert sys.modules["nets"].built[1:] == ["meta"]  # the first is the module's own instance
-    assert not any(t.is_meta for t in spec.build().parameters())
+    assert not any(t.is_meta for t in build(spec).parameters())
     assert torch.get_default_device().type == "cpu"
 
 
 def test_a_policy_that_looks_at_its_values_is_really_built(train: Path) -> None:
     """Guards the way back to a real build where the meta device does not do."""
-    layout = load_spec("nets:Choosy").read_layout()
+    layout = read_layout(load_spec("nets:Choosy"))
     assert sys.modules["nets"].built[1:] == ["meta", "cpu"]
     assert [e.name for e in layout.tensors] == ["body.0.bias", "body.0.weight"]
 
@@ -323,8 +325,8 @@ def test_a_policy_that_looks_at_its_values_is_really_built(train: Path) -> None:
 def test_a_module_instance_stays_real(train: Path) -> None:
     """Guards that what a user's module makes at import never lands on the meta device."""
     spec = load_spec("nets:instance")
-    layout = spec.read_layout()
-    policy = spec.build()
+    layout = read_layout(spec)
+    policy = build(spec)
     assert policy is sys.modules["nets"].instance
     assert not any(t.is_meta for t in policy.parameters())
     assert layout == layout_of(policy)
@@ -333,21 +335,21 @@ def test_a_module_instance_stays_real(train: Path) -> None:
 def test_a_lazy_policy_is_refused(train: Path) -> None:
     """Guards that a policy without shapes is told as such, also after the second try."""
     with pytest.raises(SpecError, match="lazy"):
-        load_spec("nets:Lazy").read_layout()
+        read_layout(load_spec("nets:Lazy"))
 
 
 def test_an_attribute_that_fails_when_it_is_looked_up(train: Path) -> None:
     """Guards modules whose own __getattr__ imports what it gives, and fails."""
     (train / "deferred.py").write_text("def __getattr__(name):\n    import a_package_that_nobody_has\n")
     with pytest.raises(SpecError, match="a_package_that_nobody_has"):
-        load_spec("deferred:Net").build()
+        build(load_spec("deferred:Net"))
 
 
 def test_the_users_prints_go_to_stderr(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards that stdout, which carries our JSON, is not the user's."""
     spec = load_spec("talking:make_policy")
-    spec.read_layout()
-    spec.build()
+    read_layout(spec)
+    build(spec)
     out, err = capsys.readouterr()
     assert out == ""
     assert "hello from the module" in err and "made" in err
@@ -363,13 +365,13 @@ def test_a_layout_is_read_in_a_process_of_its_own(
 ) -> None:
     """Guards that layout() gives what read_layout() gives, leaves no import here, and sees the code as it is now."""
     spec = load_spec(toml(train, 'policy = "talking:make_policy"\n[policy_kwargs]\nhidden = 3'))
-    first = spec.layout()
+    first = layout_of_spec(spec)
     assert "talking" not in sys.modules
     out, err = capfd.readouterr()
     assert out == "" and "hello from the module" in err
     assert [e.shape for e in first.tensors] == [(3,), (3, 3)]
     (train / "talking.py").write_text("from package.nets import Net\ndef make_policy(hidden): return Net(hidden, 2)\n")
-    assert spec.layout() == spec.read_layout() != first
+    assert layout_of_spec(spec) == read_layout(spec) != first
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_an_error_comes_out_of_the_process(policy: str, words: str, runtime: Pat
     """Guards that a SpecError of the other process is told here as it is, and so is a death without a word."""
     (train / "dying.py").write_text("import os\nos._exit(9)\n")
     with pytest.raises(SpecError, match=words):
-        load_spec(policy).layout()
+        layout_of_spec(load_spec(policy))
 
 
 @pytest.mark.parametrize("gate", [[], ["--gate", "policies:mlp"]], ids=["layout", "gate"])
@@ -402,7 +404,7 @@ def test_a_layout_whose_process_was_killed_is_no_wrong_spec(runtime: Path, train
     """Guards a watch against ending with a usage error where the kernel ran out of memory."""
     (train / "killed.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
     with pytest.raises(WsyncError, match="status -9") as caught:
-        load_spec("killed:Net").layout()
+        layout_of_spec(load_spec("killed:Net"))
     assert not isinstance(caught.value, UsageError)
 
 
@@ -410,7 +412,7 @@ def test_what_the_process_writes_past_python_harms_nothing(runtime: Path, train:
     """Guards the answer against what user code, its libraries or its children put on the descriptor itself."""
     acts = "os.write(1, b'loud'); sys.__stdout__.write('loud'); os.system('echo loud'); atexit.register(print, 'loud')"
     (train / "loud.py").write_text(f"import atexit, os, sys\nfrom package.nets import Net\n{acts}\n")
-    assert len(load_spec("loud:Net").layout().tensors) == 2
+    assert len(layout_of_spec(load_spec("loud:Net")).tensors) == 2
 
 
 # Fingerprint

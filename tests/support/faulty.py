@@ -33,6 +33,7 @@ from wsync.layout.layout import Layout
 from wsync.places.candidates import Select
 from wsync.segment.files import slot_name
 from wsync.segment.segment import Segment
+from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer
 
@@ -203,7 +204,7 @@ def main() -> None:
     )  # no pass remembers an index, so that each makes the same calls however slow the machine is
     place, runtime = Path(sys.argv[1]), Path(sys.argv[2])
     layout = Layout.from_json(json.loads(Path(sys.argv[3]).read_text()))
-    Spec.layout = lambda self: layout  # type: ignore[method-assign]  # else a process with torch each time
+    layout_process.layout_of_spec = lambda spec: layout  # else a process with torch each time
     faults = Faults(place, runtime)
     for scenario in sys.argv[4:]:
         box = Box(place, runtime, replace(layout), scenario)

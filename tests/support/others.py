@@ -36,7 +36,8 @@ from wsync.cli import console, tables
 from wsync.cli import inspection as inspect
 from wsync.errors import WsyncError
 from wsync.policy import reader
-from wsync.settings import spec
+from wsync.settings import layout_process, spec
+from wsync.settings.user_code import read_layout
 from wsync.sync import syncer
 
 __all__ = ["console", "inspect", "reader", "rich", "spec", "syncer", "tables", "wsync"]
@@ -155,7 +156,7 @@ def run_main(*arguments: str) -> tuple[int, str, str]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", ["wsync", *arguments]),
-            mock.patch.object(spec.Spec, "layout", spec.Spec.read_layout),
+            mock.patch.object(layout_process, "layout_of_spec", read_layout),
             mock.patch.object(os, "_exit", codes.append),
         ):
             cli.main()

@@ -307,6 +307,7 @@ from faulty import NAME, Box, Faults
 import wsync.places.changes, wsync.sync.schedule
 from wsync.layout.layout import Layout
 from wsync.history.outcome import Outcome
+from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer

@@ -17,6 +17,7 @@ from ..errors import CheckpointError, NoCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from ..places.candidates import Candidate, Select, scan, select
+from ..settings import layout_process
 from ..settings.spec import Spec
 
 Fits = Callable[[Checkpoint], dict[str, Any]]
@@ -118,7 +119,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
 
 def _fitter(spec: Spec) -> Fits:
     """Tells of checkpoints whether they fit the policy, whose layout is read once."""
-    layout, settings = spec.layout(), spec.weights
+    layout, settings = layout_process.layout_of_spec(spec), spec.weights
     known = {name for entry in layout.tensors for name in entry.names}
 
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:

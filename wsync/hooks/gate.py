@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 from ..errors import GateRejected, RetryLater, SpecError, WsyncError
 from ..segment.publisher import Staged
 from ..settings.hooks import environment
-from ..settings.spec import Spec, origin
+from ..settings.spec import Spec
+from ..settings.user_code import build, find, origin
 from ..system import child
 from . import command
 from .view import view_of
@@ -87,8 +88,8 @@ def _answer_of(
 
 
 def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
-    function = spec.find(spec.hooks.gate)
-    policy = spec.build()
+    function = find(spec, spec.hooks.gate)
+    policy = build(spec)
     if not callable(function):
         raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
     load(policy.eval(), staged.path)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import SpecError, WsyncError
 from ..history.database import State
 from ..history.outcome import Outcome
+from ..settings import layout_process
 from ..settings.spec import Spec
 from ..sync.loop import run
 from ..sync.schedule import LONGEST
@@ -154,7 +155,7 @@ class Service:
                     "Restart it to take another name."
                 )
             if new.fingerprint != self.spec.fingerprint:
-                new.layout()  # a policy that cannot be built must not end a watch that works
+                layout_process.layout_of_spec(new)  # a policy that cannot be built must not end a watch that works
             kept = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
             late = changed(new.metrics, kept, "metrics.")
             new = replace(new, metrics=kept)

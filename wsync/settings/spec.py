@@ -1,35 +1,27 @@
 """Which policy, and its settings: an import string ``package.module:attr``, or a TOML file that holds one.
 
-This is the only place that runs a user's code, and it does so only when the layout is really needed: reading the
-settings imports nothing. What the user's code prints goes to stderr, because stdout carries our own output.
+A spec is data: reading it imports nothing of the user's. ``user_code`` loads what it names.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import importlib
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.files import place_at, remote
 from ..checkpoints.fit import Fit
-from ..errors import SpecError, WsyncError
-from ..layout.layout import Layout, layout_of
+from ..errors import SpecError
 from ..places.candidates import Select
 from ..segment.access import Access, check_name
 from ..segment.files import MAX_SLOTS, SLOTS
 from .hooks import Hooks
 from .metrics import Metrics
-
-if TYPE_CHECKING:
-    import torch
 
 POLL = 1.0
 REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money
@@ -141,149 +133,6 @@ class Spec:
         text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def layout(self) -> Layout:
-        """The policy's layout, read in a process of its own.
-
-        Raises:
-            SpecError: the policy cannot be imported or built, or is none.
-            WsyncError: that process was ended, or torch cannot be loaded.
-        """
-        import subprocess
-
-        from ..system import child
-
-        answer: Layout | WsyncError | None
-        answer, ended = child.ask(
-            Spec.read_layout, self, run=lambda words, link: subprocess.run(words, stdin=link, stdout=2, check=False)
-        )
-        if isinstance(answer, WsyncError):
-            raise answer
-        if answer is None:
-            kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
-            raise kind(
-                f"the process that read the layout of {self.policy} ended with status {ended.returncode} and no "
-                "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
-                "raise the limit."
-            )
-        return answer
-
-    def read_layout(self) -> Layout:
-        """The policy's layout, read in this process.
-
-        The module is built on the meta device where it allows that, which costs no memory.
-
-        Raises:
-            SpecError: the policy cannot be imported or built, or is none.
-            WsyncError: torch cannot be loaded.
-        """
-        with self._user_code():
-            import torch
-
-            target = self._import(self.policy)  # not under the meta device: what a module makes at import stays real
-            try:
-                with torch.device("meta"):
-                    return layout_of(self._make(target))
-            except SpecError:
-                return layout_of(self._make(target))
-
-    def build(self) -> torch.nn.Module:
-        """The policy itself.
-
-        Raises:
-            SpecError: it cannot be imported or built, or is no ``nn.Module``.
-            WsyncError: torch cannot be loaded.
-        """
-        with self._user_code():
-            return self._make(self._import(self.policy))
-
-    def _make(self, target: Any) -> torch.nn.Module:
-        import torch
-
-        if isinstance(target, torch.nn.Module):
-            if self.policy_kwargs:
-                raise SpecError(
-                    f"{self.policy} is a module already, so policy_kwargs would do nothing. Name its class or a "
-                    "function that makes it, or remove [policy_kwargs]."
-                )
-            return target
-        if not callable(target):
-            raise SpecError(
-                f"{self.policy} is a {type(target).__name__}, not a policy. Name an nn.Module, its class, or a "
-                "function that returns one."
-            )
-        try:
-            policy = target(**self.policy_kwargs)
-        except (Exception, SystemExit) as exc:
-            raise SpecError(
-                f"{self.policy} failed when it was called with {dict(self.policy_kwargs)}: {origin(exc)}. Mend "
-                "it, or its [policy_kwargs]."
-            ) from exc
-        if not isinstance(policy, torch.nn.Module):
-            raise SpecError(
-                f"{self.policy} returned a {type(policy).__name__}, not an nn.Module. Return the policy itself."
-            )
-        return policy
-
-    def find(self, text: str) -> Any:
-        """What an import string names, beside the policy or among the installed packages.
-
-        Raises:
-            SpecError: it cannot be imported.
-            WsyncError: torch, which it will need, cannot be loaded.
-        """
-        with self._user_code():
-            return self._import(text)
-
-    def _import(self, text: str) -> Any:
-        module_name, _, attributes = text.partition(":")
-        try:
-            target: Any = importlib.import_module(module_name)
-        except (Exception, SystemExit) as exc:
-            missing = exc.name if isinstance(exc, ModuleNotFoundError) else None
-            if missing and (module_name == missing or module_name.startswith(f"{missing}.")):
-                raise SpecError(
-                    f"there is no module {module_name!r} (no {missing!r}) in {self.directory} or among the "
-                    "installed packages. Check the spelling, or run wsync from the directory that holds it."
-                ) from None
-            raise SpecError(
-                f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Correct it, or install "
-                "what it needs."
-            ) from exc
-        for attribute in attributes.split("."):
-            try:
-                target = getattr(target, attribute)
-            except (Exception, SystemExit) as exc:
-                if not isinstance(exc, AttributeError):
-                    raise SpecError(
-                        f"{text} is there, but looking it up failed: {origin(exc)}. Mend it first."
-                    ) from exc
-                near = difflib.get_close_matches(attribute, dir(target), 1)
-                raise SpecError(
-                    f"module {module_name!r} has no attribute {attributes!r}. "
-                    + (f"Did you mean {near[0]!r}?" if near else "Check the spelling after the colon.")
-                ) from None
-        return target
-
-    @contextlib.contextmanager
-    def _user_code(self) -> Iterator[None]:
-        """Runs code of the user's beside the spec, with what it prints on stderr.
-
-        Raises:
-            WsyncError: torch cannot be loaded, which is not the policy's fault.
-        """
-        try:
-            import torch  # noqa: F401
-        except (ImportError, OSError, MemoryError) as exc:
-            raise WsyncError(
-                f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited "
-                "(`ulimit -v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
-            ) from exc
-        directory = str(self.directory)
-        if directory not in sys.path:
-            sys.path.insert(0, directory)
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-
 
 def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathLike[str] | None = None) -> Spec:
     """Reads a spec: a path of a TOML file, or ``package.module:attr``.
@@ -381,14 +230,3 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
             odd = [v for v in (value.values() if isinstance(value, dict) else value) if not isinstance(v, str)]
             if odd:
                 raise SpecError(f"{path}: {prefix}{key} holds {odd[0]!r}. Give strings.")
-
-
-def origin(exc: BaseException) -> str:
-    """The error and the user's line that it came from."""
-    import traceback
-
-    frames = traceback.extract_tb(exc.__traceback__)
-    own = [f for f in frames if not f.filename.startswith("<frozen") and f.filename != __file__]
-    last = next((f for f in reversed(own) if f"{os.sep}importlib{os.sep}" not in f.filename), None)
-    where = f" ({last.filename}:{last.lineno})" if last else ""
-    return f"{type(exc).__name__}: {exc}{where}"

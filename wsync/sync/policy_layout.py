@@ -9,6 +9,7 @@ from ..errors import LayoutDiffers
 from ..layout.layout import Layout
 from ..segment.files import Publication
 from ..segment.segment import Segment
+from ..settings import layout_process
 from ..settings.spec import Spec
 
 
@@ -27,7 +28,7 @@ def check_layout(spec: Spec, segment: Segment, layout: Layout | None = None) -> 
         LayoutDiffers: it does not.
         SpecError: the policy cannot be imported or built.
     """
-    layout = layout or spec.layout()
+    layout = layout or layout_process.layout_of_spec(spec)
     if layout.digest != segment.layout.digest:
         differences = segment.layout.differences(layout)
         raise LayoutDiffers(

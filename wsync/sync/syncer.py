@@ -36,6 +36,7 @@ from ..places.candidates import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.publisher import rehearse
 from ..segment.writable import WritableSegment
+from ..settings import layout_process
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .box import Box
@@ -85,7 +86,11 @@ class Syncer:
         self.spec = spec
         self.getter = CheckpointWeightGetter(place, select=spec.select, fit=spec.weights)
         self.updater = SharedMemoryWeightUpdater(
-            spec.name, weight_getter=self.getter, layout=spec.layout, slots=spec.slots, runtime_dir=runtime
+            spec.name,
+            weight_getter=self.getter,
+            layout=lambda: layout_process.layout_of_spec(spec),
+            slots=spec.slots,
+            runtime_dir=runtime,
         )
         self.updater.access = spec.access
         self.record = Record(state, spec.digest)
@@ -253,7 +258,7 @@ class Syncer:
             return outcome
 
     def _rehearse(self, this: Pass, checkpoint: Checkpoint) -> Outcome:
-        layout, segment = self.spec.layout(), self.updater.opened
+        layout, segment = layout_process.layout_of_spec(self.spec), self.updater.opened
         if segment:
             check_layout(self.spec, segment, layout)
         rehearse(layout, checkpoint, segment, fit=self.spec.weights, progress=self.box.counter(layout.nbytes))

@@ -1,0 +1,35 @@
+"""The layout of a spec's policy, read in a process of its own: torch and the user's code stay out of this one."""
+
+from __future__ import annotations
+
+from ..errors import SpecError, WsyncError
+from ..layout.layout import Layout
+from .spec import Spec
+
+
+def layout_of_spec(spec: Spec) -> Layout:
+    """The policy's layout, read in a process of its own.
+
+    Raises:
+        SpecError: the policy cannot be imported or built, or is none.
+        WsyncError: that process was ended, or torch cannot be loaded.
+    """
+    import subprocess
+
+    from ..system import child
+    from .user_code import read_layout
+
+    answer: Layout | WsyncError | None
+    answer, ended = child.ask(
+        read_layout, spec, run=lambda words, link: subprocess.run(words, stdin=link, stdout=2, check=False)
+    )
+    if isinstance(answer, WsyncError):
+        raise answer
+    if answer is None:
+        kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
+        raise kind(
+            f"the process that read the layout of {spec.policy} ended with status {ended.returncode} and no "
+            "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
+            "raise the limit."
+        )
+    return answer

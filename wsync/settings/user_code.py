@@ -1,0 +1,154 @@
+"""Loading a user's code: the policy that a spec names, and functions beside it.
+
+This is the only place that imports what a spec names, and it does so only when that is really needed. What the user's
+code prints goes to stderr, because stdout carries our own output.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SpecError, WsyncError
+from ..layout.layout import Layout, layout_of
+from .spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_layout(spec: Spec) -> Layout:
+    """The policy's layout, read in this process.
+
+    The module is built on the meta device where it allows that, which costs no memory.
+
+    Raises:
+        SpecError: the policy cannot be imported or built, or is none.
+        WsyncError: torch cannot be loaded.
+    """
+    with _running(spec):
+        import torch
+
+        target = _import(spec, spec.policy)  # not under the meta device: what a module makes at import stays real
+        try:
+            with torch.device("meta"):
+                return layout_of(_make(spec, target))
+        except SpecError:
+            return layout_of(_make(spec, target))
+
+
+def build(spec: Spec) -> torch.nn.Module:
+    """The policy itself.
+
+    Raises:
+        SpecError: it cannot be imported or built, or is no ``nn.Module``.
+        WsyncError: torch cannot be loaded.
+    """
+    with _running(spec):
+        return _make(spec, _import(spec, spec.policy))
+
+
+def _make(spec: Spec, target: Any) -> torch.nn.Module:
+    import torch
+
+    if isinstance(target, torch.nn.Module):
+        if spec.policy_kwargs:
+            raise SpecError(
+                f"{spec.policy} is a module already, so policy_kwargs would do nothing. Name its class or a "
+                "function that makes it, or remove [policy_kwargs]."
+            )
+        return target
+    if not callable(target):
+        raise SpecError(
+            f"{spec.policy} is a {type(target).__name__}, not a policy. Name an nn.Module, its class, or a "
+            "function that returns one."
+        )
+    try:
+        policy = target(**spec.policy_kwargs)
+    except (Exception, SystemExit) as exc:
+        raise SpecError(
+            f"{spec.policy} failed when it was called with {dict(spec.policy_kwargs)}: {origin(exc)}. Mend "
+            "it, or its [policy_kwargs]."
+        ) from exc
+    if not isinstance(policy, torch.nn.Module):
+        raise SpecError(
+            f"{spec.policy} returned a {type(policy).__name__}, not an nn.Module. Return the policy itself."
+        )
+    return policy
+
+
+def find(spec: Spec, text: str) -> Any:
+    """What an import string names, beside the policy or among the installed packages.
+
+    Raises:
+        SpecError: it cannot be imported.
+        WsyncError: torch, which it will need, cannot be loaded.
+    """
+    with _running(spec):
+        return _import(spec, text)
+
+
+def _import(spec: Spec, text: str) -> Any:
+    module_name, _, attributes = text.partition(":")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as exc:
+        missing = exc.name if isinstance(exc, ModuleNotFoundError) else None
+        if missing and (module_name == missing or module_name.startswith(f"{missing}.")):
+            raise SpecError(
+                f"there is no module {module_name!r} (no {missing!r}) in {spec.directory} or among the "
+                "installed packages. Check the spelling, or run wsync from the directory that holds it."
+            ) from None
+        raise SpecError(
+            f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Correct it, or install "
+            "what it needs."
+        ) from exc
+    for attribute in attributes.split("."):
+        try:
+            target = getattr(target, attribute)
+        except (Exception, SystemExit) as exc:
+            if not isinstance(exc, AttributeError):
+                raise SpecError(f"{text} is there, but looking it up failed: {origin(exc)}. Mend it first.") from exc
+            near = difflib.get_close_matches(attribute, dir(target), 1)
+            raise SpecError(
+                f"module {module_name!r} has no attribute {attributes!r}. "
+                + (f"Did you mean {near[0]!r}?" if near else "Check the spelling after the colon.")
+            ) from None
+    return target
+
+
+@contextmanager
+def _running(spec: Spec) -> Iterator[None]:
+    """Runs code of the user's beside the spec, with what it prints on stderr.
+
+    Raises:
+        WsyncError: torch cannot be loaded, which is not the policy's fault.
+    """
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError, MemoryError) as exc:
+        raise WsyncError(
+            f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited "
+            "(`ulimit -v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
+        ) from exc
+    directory = str(spec.directory)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def origin(exc: BaseException) -> str:
+    """The error and the user's line that it came from."""
+    import traceback
+
+    frames = traceback.extract_tb(exc.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<frozen") and f.filename != __file__]
+    last = next((f for f in reversed(own) if f"{os.sep}importlib{os.sep}" not in f.filename), None)
+    where = f" ({last.filename}:{last.lineno})" if last else ""
+    return f"{type(exc).__name__}: {exc}{where}"
