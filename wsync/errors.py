@@ -10,6 +10,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     ├── CheckpointError             1   something about one checkpoint
     │   ├── CheckpointRejected      65  it can never be published as it is
     │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
+    │   │   ├── WrongDigest         65  its bytes are not those that its writer's, or its store's, digest names
     │   │   ├── CheckpointMismatch  65  it does not fit the policy
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
     │   │   └── GateRejected        65  the user's gate does not want it
@@ -141,6 +142,12 @@ class MalformedCheckpoint(CheckpointRejected):
     """The file breaks the safetensors format."""
 
     kind = "malformed"
+
+
+class WrongDigest(CheckpointRejected):
+    """The bytes of the file are not those that its writer's, or its store's, digest names."""
+
+    kind = "digest"
 
 
 class CheckpointMismatch(CheckpointRejected):

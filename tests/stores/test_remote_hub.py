@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class Repository:
     def entry(self, number: int, path: str) -> dict[str, Any]:
         since = next(n for n, files in enumerate(self.commits) if files.get(path) == self.commits[number][path])
         data = self.commits[number][path]
-        content = f"{hash(data) & (1 << 64) - 1:064x}"
+        content = sha256(data).hexdigest()
         date = f"2026-01-{since + 1:02}T00:00:00.000Z"
         return {
             "type": "file",
@@ -207,3 +208,21 @@ def test_a_repository_that_is_not_there_is_told(hub: Repository) -> None:
         outcome = syncer.once()
     assert outcome.status == "failed" and outcome.reason
     assert "hf://owner/other/run" in outcome.reason and "404" in outcome.reason and TOKEN not in outcome.reason
+
+
+def test_the_hubs_own_digest_is_compared(hub: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against other bytes than were uploaded, which the hub names by their SHA-256."""
+    hub.commit(**{"x.safetensors": data(tmp_path, 1.0)})
+    entry = Repository.entry
+
+    def other(self: Repository, number: int, path: str) -> dict[str, Any]:
+        told = entry(self, number, path)
+        told["lfs"]["oid"] = "0" * 64
+        return told
+
+    with Syncer(load_spec("policies:mlp"), "hf://owner/net/x.safetensors") as syncer:
+        assert syncer.once().status == "published"
+    monkeypatch.setattr(Repository, "entry", other)
+    with Syncer(load_spec("policies:mlp"), "hf://owner/net/x.safetensors") as syncer:
+        outcome = syncer.once()
+        assert (outcome.status, outcome.kind, outcome.version) == ("rejected", "digest", 1)

@@ -35,24 +35,26 @@ class Checkpoint:
         fitted: how it was fitted when it was copied, where it is a copy.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0, digest: str = "") -> None:
         """Opens a checkpoint.
 
         Args:
             path: of a file or directory, or a URL.
             settle: seconds that it must have stood still where nothing else tells that its writer is done; waited for
                 here.
+            digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
 
         Raises:
             NoCheckpoint: there is none at this path.
             IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or another write's.
             MalformedCheckpoint: it breaks the format.
+            WrongDigest: the configuration of an adapter is another than its digest names.
             CheckpointError: it cannot be read.
         """
         from .steps import step_at
         from .table import TensorTable
 
-        self.table = table = TensorTable(led_to(place_at(path)), settle)
+        self.table = table = TensorTable(led_to(place_at(path)), settle, digest)
         self.path, self.identity = table.path, table.identity
         self.size = sum(info.st_size for info in table.source.infos)
         self.planned: Plan | None = None
@@ -138,6 +140,8 @@ class Checkpoint:
         Raises:
             NonFiniteWeights: the tensors that hold NaN or infinity are listed.
             CheckpointMismatch: two copies of a tied tensor differ.
+            WrongDigest: the bytes that were read are others than their digest names.
+            BeingWritten: the same, and the digest is older than they are.
             CheckpointChanged: the file changed, or was cut, while it was read.
             CheckpointError: the system could not read it.
         """
@@ -155,6 +159,6 @@ class Checkpoint:
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0, digest: str = "") -> Checkpoint:
     """The checkpoint at a path or URL, opened; see ``Checkpoint``."""
-    return Checkpoint(path, settle=settle)
+    return Checkpoint(path, settle=settle, digest=digest)

@@ -25,6 +25,7 @@ def read_into(
     assert plan.merge
     regions = float_regions(plan.layout) if finite else ()
     try:
+        adapter.hold()
         with blaming(base.path, adapter.path):
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
         clean = staging.stage(adapter, weights, plan, regions, progress)

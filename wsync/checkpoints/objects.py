@@ -19,8 +19,9 @@ from ..layout.finite import Region, all_finite
 from ..stores.path import RemotePath
 from ..stores.prefetch import prefetch
 from ..stores.store import OtherVersion, Stored, into
-from . import settling
-from .cast import Piece
+from . import plan, settling
+from .cast import Piece, split
+from .digest import Digest
 from .files import Parts, changed
 from .plan import Read
 
@@ -37,6 +38,9 @@ class Objects:
         self._store = cast(RemotePath, parts.path).store
         self._stored = [_listed_as(file) for file in parts.files]
         self._index = [_listed_as(parts.index)] if parts.index else []
+        told = [self._store.sha256(stored) for stored in self._stored]
+        names = zip(parts.files, told, strict=True)
+        self.digests = tuple(Digest(file, sha256, "the store") for file, sha256 in names) if all(told) else ()
         settling.let_objects_settle(parts, settle, self.stands, is_web=self._store.is_web)
 
     def close(self) -> None:
@@ -51,6 +55,11 @@ class Objects:
         data = bytearray(nbytes)
         self._fetch(file, nbytes, start, into(data))
         return bytes(data)
+
+    def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
+        parts = split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK)
+        for _, data in prefetch(parts, lambda part: self.read(file, part.nbytes, part.start), AT_ONCE):
+            yield memoryview(data)
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]

@@ -25,6 +25,7 @@ from ..layout.finite import Region, all_finite
 from ..system.memory import PAGE, being_written, kept, read_at, shut
 from . import settling
 from .cast import Piece, split
+from .digest import Digest
 from .files import Parts, changed, identity, parts_of, unreadable
 from .header import malformed
 from .plan import Read
@@ -48,6 +49,7 @@ class Files:
 
     def __init__(self, parts: Parts, settle: float) -> None:
         self.parts = parts
+        self.digests: tuple[Digest, ...] = ()
         self._fds: list[int] = []
         self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
         self._own = threading.local()
@@ -86,6 +88,10 @@ class Files:
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
         return read_at(self._fds[file], nbytes, start)
+
+    def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
+        self._open_direct([Piece(file, start, nbytes, "U8", "U8", 0)] if nbytes else [])
+        yield from self._pieces(file, start, nbytes)
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]

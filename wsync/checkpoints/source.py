@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..layout.finite import Region
 from .cast import Piece
+from .digest import Digest
 from .files import Parts, remote
 from .plan import Read
 from .reading import Files
@@ -18,12 +19,17 @@ class ByteSource(Protocol):
 
     Attributes:
         infos: what the system, or the store, said of each file when it was opened.
+        digests: what the store itself says that the files have to be; empty where it does not say it of all.
     """
 
     infos: list[os.stat_result]
+    digests: tuple[Digest, ...]
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
         """Bytes of one of the files; fewer where it ends."""
+
+    def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
+        """Yields a part of one of the files from its beginning to its end, in pieces that are good until the next."""
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]

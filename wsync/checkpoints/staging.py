@@ -8,6 +8,7 @@ from ..errors import CheckpointMismatch, Difference, NonFiniteWeights
 from ..layout.finite import Region, all_finite, float_regions, not_finite
 from ..layout.layout import TensorEntry
 from .cast import Piece, convert
+from .digest import Digest
 from .files import unreadable
 from .header import StoredTensor
 from .plan import Plan
@@ -34,6 +35,14 @@ def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence
     Raises:
         CheckpointMismatch: two copies of a tied tensor differ.
     """
+    if digests := digests_for(table, plan):
+        from . import verified
+
+        clean, different = verified.stage(table, weights, plan, regions, digests, progress)
+        if different:
+            table.check_unchanged()
+            raise _different(table, *different)
+        return clean
     clean = True
     for read, finite_too in table.source.staged(weights, plan.reads, regions):
         clean = clean and finite_too
@@ -58,11 +67,27 @@ def _compare(table: TensorTable, weights: memoryview, twin: StoredTensor, entry:
 
     if not table.convert_each([(twin, entry)], work):
         table.check_unchanged()
-        raise CheckpointMismatch(
-            f"{table.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
-            "in the file. Write the checkpoint from a model whose weights are tied.",
-            (Difference(twin.name, f"equal to {entry.name}", "different"),),
-        )
+        raise _different(table, twin, entry)
+
+
+def _different(table: TensorTable, twin: StoredTensor, entry: TensorEntry) -> CheckpointMismatch:
+    return CheckpointMismatch(
+        f"{table.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
+        "in the file. Write the checkpoint from a model whose weights are tied.",
+        (Difference(twin.name, f"equal to {entry.name}", "different"),),
+    )
+
+
+def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
+    """The digests that are checked while this is staged.
+
+    One that the writer was to leave is always checked. One that the store knows by itself is checked where the plan
+    takes every tensor, so that nothing more is read for it.
+    """
+    if table.digests or not table.source.digests:
+        return table.digests
+    taken = sum(stored.nbytes for stored, _ in (*plan.pairs, *plan.twins))
+    return table.source.digests if taken == sum(tensor.nbytes for tensor in table.tensors.values()) else ()
 
 
 def non_finite(table: TensorTable, weights: memoryview, plan: Plan) -> NonFiniteWeights:

@@ -7,16 +7,18 @@ elsewhere: nothing in it is believed before it is checked against the file's rea
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from ..errors import CheckpointError, IncompleteCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from .cast import Pair, Piece, pieces
+from .digest import digests_of
 from .files import changed, identity_of, parts_of, unreadable
 from .header import StoredTensor, read_header
+from .held import Held
 from .plan import CHUNK
 from .source import ByteSource, open_source
 
@@ -31,12 +33,14 @@ class TensorTable:
         identity: of its files as they were opened.
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
+        heads: the bytes of each file before its first tensor.
+        digests: what the files have to be, where that was asked for.
     """
 
     piece = CHUNK
     """Bytes of what is converted at once."""
 
-    def __init__(self, path: Path, settle: float = 0.0) -> None:
+    def __init__(self, path: Path, settle: float = 0.0, digest: str = "") -> None:
         """Opens a checkpoint; see ``Checkpoint``."""
         self.path, self.identity = path, ""
         source: ByteSource | None = None
@@ -47,6 +51,8 @@ class TensorTable:
             self.identity = identity_of([*index, *source.infos])
             self.tensors: Mapping[str, StoredTensor] = {}
             self.metadata: dict[str, str] = {}
+            self.heads: list[bytes] = []
+            self.digests = digests_of(self.parts) if digest else ()
             for number, file in enumerate(self.parts.files):
                 self._read_header(number, file)
         except BaseException as exc:
@@ -59,8 +65,17 @@ class TensorTable:
             raise
 
     def _read_header(self, number: int, file: Path) -> None:
-        size = self.source.infos[number].st_size
-        tensors, metadata = read_header(partial(self.source.read, number), size, file, number)
+        size, head = self.source.infos[number].st_size, bytearray()
+
+        def read(nbytes: int, start: int) -> bytes:
+            data = self.source.read(number, nbytes, start)
+            head[start:] = data
+            return data
+
+        tensors, metadata = read_header(read, size, file, number)
+        if self.digests or self.source.digests:
+            begin = next(iter(tensors.values())).start if tensors else size
+            self.heads.append(bytes(head[:begin]))
         self.metadata |= metadata
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
@@ -72,6 +87,18 @@ class TensorTable:
 
     def close(self) -> None:
         self.source.close()
+
+    def hold(self) -> None:
+        """Reads all files into memory, if digests were asked for, and compares those: nothing else is read then.
+
+        Raises:
+            WrongDigest: the bytes are others than their digest names.
+            BeingWritten: the same, and the digest is older than they are.
+        """
+        if self.digests and not isinstance(self.source, Held):
+            self.source = held = Held(self.source)
+            for digest, data in zip(self.digests, held.data, strict=True):
+                digest.check(hashlib.sha256(data).hexdigest())
 
     def check_unchanged(self) -> None:
         """Whether the open files are still those whose headers were read, and nobody writes to them by now.

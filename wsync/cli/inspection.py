@@ -13,6 +13,7 @@ from ..checkpoints.cast import Piece
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import parts_of, place_at, unreadable
 from ..checkpoints.steps import step_at
+from ..checkpoints.verified import check_digests
 from ..errors import CheckpointError, NoCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
@@ -28,7 +29,7 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
 
     Args:
         spec: tells whether it fits this policy, and how.
-        scan_values: reads every tensor to tell whether it is finite.
+        scan_values: reads every tensor to tell whether it is finite, and compares digests where the spec asks for them.
 
     Returns:
         ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
@@ -79,9 +80,11 @@ def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> li
 
 def _look(path: Path, settings: Select, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, digest=settings.digest)
         with checkpoint:
             broken = _not_finite(checkpoint) if scan_values else None
+            if scan_values:
+                check_digests(checkpoint.table)
             return _described(path, checkpoint, settings, broken) | (fits(checkpoint) if fits else {})
     except NoCheckpoint:
         raise

@@ -39,6 +39,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
     "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
     "step": ("select", str, "/REGEX/ with a group: the step in a checkpoint's name."),
+    "digest": ("select", str, "sha256: compare each file with the digest that its writer leaves beside it."),
     "prefix": ("weights", str, "Take only tensors whose names begin so, and drop it."),
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),
     "include": ("weights", list[str], "Glob of names to take; may be given again."),
@@ -92,7 +93,7 @@ SIZE TENSORS READERS QUICK ONLY DIR
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
-_VALUES = {"order": ["mtime", "step", "name"]}
+_VALUES = {"order": ["mtime", "step", "name"], "digest": ["sha256"]}
 
 
 def names(incomplete: str) -> list[str]:

@@ -53,6 +53,7 @@ class Select:
             it has several files, or where the system does not tell whether one is open for writing.
         step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
             ``checkpoints.steps`` finds.
+        digest: ``"sha256"`` takes only checkpoints beside which the digest of each file stands, and compares them.
     """
 
     pattern: str = "*"
@@ -60,6 +61,7 @@ class Select:
     marker: str = ""
     settle: float = 1.0
     step: str = ""
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if self.step:
@@ -70,6 +72,8 @@ class Select:
             raise UsageError(f"order = {self.order!r} is none of mtime, step and name. Use one of them.")
         if not 0 <= self.settle <= 3600:
             raise UsageError(f"settle = {self.settle} is no time. Give seconds, an hour at most.")
+        if self.digest not in ("", "sha256"):
+            raise UsageError(f'digest = {self.digest!r} is not a kind of digest. Use "sha256", or leave it out.')
         if "/" in self.marker or self.marker in (".", ".."):
             raise UsageError(f"marker = {self.marker!r} is no file's name. Give the name alone.")
 

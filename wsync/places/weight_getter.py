@@ -144,7 +144,7 @@ class CheckpointWeightGetter:
 
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
-        checkpoint = open_checkpoint(candidate.path, settle=self.select.settle)
+        checkpoint = open_checkpoint(candidate.path, settle=self.select.settle, digest=self.select.digest)
         if self.select.step:
             checkpoint.step = self.step_at(checkpoint.path)
         return checkpoint

@@ -63,6 +63,9 @@ class Hub(Store):
 
         return self._ask(key, work)
 
+    def sha256(self, stored: Stored) -> str:
+        return stored.etag if len(stored.etag) == 64 else ""  # of a file that is not in LFS it is Git's SHA-1
+
     def _ask(self, key: str, work: Callable[[Any, dict[str, Any]], _T]) -> _T | None:
         """Asks the hub; None where it has no such path."""
         try:

@@ -1,0 +1,153 @@
+"""SHA-256 of a checkpoint's files: what its writer, or its store, says it is.
+
+``[select] digest = "sha256"`` asks for it. The digest of a file stands in ``NAME.sha256`` beside it; for a directory
+also in ``SHA256SUMS`` within it, or in ``DIRECTORY.sha256`` beside it, a line a file. The lines are those of
+``sha256sum``, also with ``--binary`` and ``--tag``; a line of a digest alone is that of ``NAME``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import BeingWritten, MalformedCheckpoint, WrongDigest
+from ..layout.filenames import MAX_INDEX
+from .files import Parts, read_small, remote
+
+_MOST = 10_000_000  # bytes of a file of digests
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")
+_SUMS = "SHA256SUMS"
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What one file has to be.
+
+    Attributes:
+        file: the checkpoint's file.
+        expected: 64 hexadecimal digits in lower case.
+        told_by: who says so.
+        older: whether what says so was written before the file, and may be about an earlier state of it.
+    """
+
+    file: Path
+    expected: str
+    told_by: str
+    older: bool = False
+
+    def check(self, found: str) -> None:
+        """Compares it with the digest of the bytes that were read.
+
+        Raises:
+            BeingWritten: they differ, and the digest is older than the file.
+            WrongDigest: they differ.
+        """
+        if found == self.expected:
+            return
+        says = f"{self.file} has the SHA-256 {found}, and {self.told_by} says {self.expected}"
+        if self.older:
+            raise BeingWritten(f"{says}, but is older than the file. Wait for its writer to write the new digest.")
+        raise WrongDigest(
+            f"{says}: its bytes are not those that were written. Write or copy it again. If the digest was wrong, "
+            "correct it, and push once with --retry."
+        )
+
+
+def digests_of(parts: Parts) -> tuple[Digest, ...]:
+    """The digests of a checkpoint's files, in their order.
+
+    The small file beside them is compared at once: an adapter's configuration, and an index where a list has it.
+
+    Raises:
+        BeingWritten: a digest has not come.
+        WrongDigest: the small file is another than its digest names.
+        MalformedCheckpoint: a list of digests is too large, or not a regular file.
+        OSError: one could not be read.
+    """
+    known: dict[Path, list[tuple[str, str]]] = {}
+    found = tuple(_needed(file, _digest(file, known)) for file in parts.files)
+    if small := parts.index:
+        digest = _digest(small, known)
+        if parts.is_adapter:
+            digest = _needed(small, digest)
+        if digest:
+            digest.check(hashlib.sha256(read_small(small, MAX_INDEX)).hexdigest())
+    return found
+
+
+def _needed(file: Path, digest: Digest | None) -> Digest:
+    if digest:
+        return digest
+    raise BeingWritten(
+        f"{file} is not complete yet: neither {file.name}.sha256 beside it nor {_SUMS} has its digest. Wait for its "
+        "writer, or leave out `digest`."
+    )
+
+
+def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | None:
+    """The digest of a file, of the first list that has it.
+
+    Args:
+        known: lists that were read before; added to.
+    """
+    own = file.parent / f"{file.name}.sha256"
+    for listing in (own, file.parent / _SUMS, file.parent.parent / f"{file.parent.name}.sha256"):
+        if listing not in known:
+            known[listing] = list(_lines(listing))
+        lines = known[listing]
+        if listing == own and len(lines) == 1 and lines[0][1] in ("", "-"):
+            lines = [(lines[0][0], file.name)]
+        near = [(_shared(name, file), digest) for digest, name in lines if os.path.basename(name) == file.name]
+        if near:
+            most = max(shared for shared, _ in near)
+            expected = [digest for shared, digest in near if shared == most][-1]  # lists grow by `>>`
+            return Digest(file, expected, str(listing), _is_older(listing, file))
+    return None
+
+
+def _lines(listing: Path) -> Iterator[tuple[str, str]]:
+    """Digest and name of each line of a list; what is torn, or not a digest, is left out."""
+    try:
+        data = _read(listing)
+    except FileNotFoundError:
+        return
+    except ValueError as exc:
+        raise MalformedCheckpoint(f"{listing} is not a list of digests ({exc}). Write it again.") from exc
+    for line in data.decode(errors="surrogateescape").split("\n"):
+        if match := _LINE.fullmatch(line.rstrip("\r")):
+            escaped, digest, name, tagged, tagged_digest = match.groups()
+            name = name or tagged or ""
+            if escaped:
+                name = name.replace("\\n", "\n").replace("\\\\", "\\")
+            yield (digest or tagged_digest).lower(), name
+
+
+def _read(listing: Path) -> bytes:
+    away = remote(listing)
+    if away is None:
+        return read_small(listing, _MOST)
+    stored = away.stored() or away.store.head(away.key)  # the listing of a named object does not show its neighbours
+    if stored is None:
+        raise FileNotFoundError
+    if stored.size > _MOST:
+        raise ValueError(f"{stored.size:,} bytes")
+    return away.store.read_whole(stored)
+
+
+def _shared(name: str, file: Path) -> int:
+    """How many parts at their ends a name in a list and a path have in common."""
+    pairs = zip(reversed(name.split("/")), reversed(str(file).split("/")), strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), name.count("/") + 1)
+
+
+def _is_older(listing: Path, file: Path) -> bool:
+    """Whether a list was written before the file, by either of the system's times."""
+    try:
+        ours, theirs = listing.stat(), file.stat()
+    except FileNotFoundError:  # an object beside one that was named
+        return False
+    return ours.st_mtime_ns < theirs.st_mtime_ns or ours.st_ctime_ns < theirs.st_ctime_ns
