@@ -2,7 +2,8 @@
 
 A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
 ``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors`` with its
-``adapter_config.json``. Whatever else lies there is ignored, stale shards of an older write included.
+``adapter_config.json``; else the first two under the stems of diffusers and OpenCLIP. Whatever else lies there is
+ignored, stale shards of an older write included.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
-from ..layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE, is_file_name
+from ..layout.filenames import ADAPTER, CONFIG, FORMS, INDEX, INDEX_SUFFIX, MAX_INDEX, SINGLE, is_file_name
 from ..system.memory import read_at
 
 if TYPE_CHECKING:
@@ -124,18 +125,23 @@ def parts_of(path: Path) -> Parts:
     """
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
-            return _adapter(path, path) if path.name == ADAPTER else Parts(path, (path,))
+            return _by(path, path)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
-    for name in (SINGLE, INDEX, ADAPTER):
+    for name in FORMS:
         if (path / name).exists():
-            if name == INDEX:
-                return _sharded(path)
-            return _adapter(path, path / name) if name == ADAPTER else Parts(path, (path / name,))
+            return _by(path, path / name)
     raise NoCheckpoint(
         f"{path} holds no checkpoint: neither {SINGLE}, nor {INDEX}, nor {ADAPTER}. Wait for its writer, or name "
         "another."
     )
+
+
+def _by(path: Path, file: Path) -> Parts:
+    """The parts of a checkpoint that is known by this file of it."""
+    if file.name.endswith(INDEX_SUFFIX):
+        return _sharded(path, file)
+    return _adapter(path, file) if file.name == ADAPTER else Parts(path, (file,))
 
 
 def read_small(file: Path, most: int) -> bytes:
@@ -166,8 +172,7 @@ def _adapter(path: Path, file: Path) -> Parts:
     return Parts(path, (file,), config if config.exists() else None)
 
 
-def _sharded(path: Path) -> Parts:
-    index = path / INDEX
+def _sharded(path: Path, index: Path) -> Parts:
     info, away = index.stat(), remote(index)
     is_told = away and not away.store.is_web  # each version has an ETag or a commit
     if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass with nothing new
@@ -175,13 +180,15 @@ def _sharded(path: Path) -> Parts:
     else:
         shards = _shards(index)
     for number, shard in enumerate(sorted(shards), 1):
-        if not (path / shard).exists():
+        if not (index.parent / shard).exists():
             raise IncompleteCheckpoint(
                 f"{path} is incomplete: shard {number} of {len(shards)}, {shard:.100}, is not there. Wait for its "
                 "writer to finish, or write it again."
             )
     ordered = sorted(shards)
-    return Parts(path, tuple(path / shard for shard in ordered), index, tuple(shards[shard] for shard in ordered))
+    return Parts(
+        path, tuple(index.parent / shard for shard in ordered), index, tuple(shards[shard] for shard in ordered)
+    )
 
 
 def _shards(index: Path) -> Mapping[str, frozenset[str]]:

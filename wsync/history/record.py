@@ -280,6 +280,8 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoi
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
         return checkpoint, Fit(finite=False, kept=fit.kept)
     original = None if fit.kept else _same(event.checkpoint, event.identity)
+    if original:
+        original.step = event.step  # a setting may have told it, and not the name alone
     return (original, fit) if original else None
 
 

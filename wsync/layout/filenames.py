@@ -8,6 +8,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+FORMS = (
+    SINGLE,
+    INDEX,
+    ADAPTER,
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_model.safetensors.index.json",
+)
+"""The files by which a directory is known as a checkpoint; the first that is there counts."""
 MAX_INDEX = 100_000_000  # bytes, as for a header
 
 

@@ -17,21 +17,22 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..checkpoints.files import identity, identity_of, parts_of, place_at, remote, unreadable
+from ..checkpoints.files import Parts, identity, identity_of, led_to, parts_of, place_at, remote, unreadable
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
-from ..layout.filenames import ADAPTER, INDEX, SINGLE
+from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
+from .inside import inside, pointed
 
-SUFFIX = ".safetensors"
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
     r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
     r"|[-_](?:tmp(?:[-_.]?\d+)?|temp|partial|incomplete)(?:\.safetensors)?$",
     re.IGNORECASE,
 )
+_LEVELS = 3  # between a checkpoint's directory and its weights
 _OTHERS = "lost+found"  # of a file system, in its root directory
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
@@ -51,6 +52,10 @@ class Select:
             checkpoint was left by an earlier save, and does not count.
         settle: seconds that a checkpoint must have stood still where nothing else tells that its writer is done: where
             it has several files, or where the system does not tell whether one is open for writing.
+        within: the directory in each checkpoint that holds the weights: ``pretrained_model``, or ``policy/actor``.
+        file: the file in each checkpoint that holds the weights, where there are several: ``model_1.safetensors``. With
+            one of these two, an entry of the place is a checkpoint if it is a directory that has it.
+        pointer: a file of the place, or a link, that names the one checkpoint to take.
         step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
             ``checkpoints.steps`` finds.
         digest: ``"sha256"`` takes only checkpoints beside which the digest of each file stands, and compares them.
@@ -60,6 +65,9 @@ class Select:
     order: Literal["mtime", "step", "name"] = "mtime"
     marker: str = ""
     settle: float = 1.0
+    within: str = ""
+    file: str = ""
+    pointer: str = ""
     step: str = ""
     digest: str = ""
 
@@ -76,6 +84,18 @@ class Select:
             raise UsageError(f'digest = {self.digest!r} is not a kind of digest. Use "sha256", or leave it out.')
         if "/" in self.marker or self.marker in (".", ".."):
             raise UsageError(f"marker = {self.marker!r} is no file's name. Give the name alone.")
+        if self.pointer and not is_file_name(self.pointer):
+            raise UsageError(f"pointer = {self.pointer!r} is no file's name. Name a file of the place.")
+        if self.file and not (is_file_name(self.file) and self.file.endswith(SUFFIX)):
+            raise UsageError(
+                f"file = {self.file!r} is no name of a {SUFFIX} file. Write it as it stands in a checkpoint."
+            )
+        levels = self.within.split("/") if self.within else []
+        if len(levels) > _LEVELS or not all(map(is_file_name, levels)):
+            raise UsageError(
+                f"within = {self.within!r} is no directory in a checkpoint. Write its name, or up to {_LEVELS} names "
+                "with / between them, such as pretrained_model or policy/actor."
+            )
 
 
 class Candidate(NamedTuple):
@@ -87,12 +107,14 @@ class Candidate(NamedTuple):
         mtime_ns: when it was last written: its newest modification time; its change time where that is earlier, because
             a modification time can be set to anything, and one ahead of the clock would hide all that comes after.
         step: of its metadata, where the order needs it.
+        name: its path below the place where it was found; empty where it is the place itself.
     """
 
     location: str | Path
     stamp: str | os.stat_result
     mtime_ns: int
     step: int | None = None
+    name: str = ""
 
     @property
     def path(self) -> Path:
@@ -102,9 +124,15 @@ class Candidate(NamedTuple):
     def identity(self) -> str:
         return self.stamp if isinstance(self.stamp, str) else identity(self.stamp)
 
+    @property
+    def home(self) -> str:
+        """The place where it was found."""
+        where, below = str(self.location), f"/{self.name}"
+        return where.removesuffix(below) if where.endswith(below) else os.path.dirname(where)
+
     def place(self, order: str = "mtime") -> Place:
         """Sorts candidates from oldest to newest."""
-        name = natural(os.path.basename(self.location))
+        name = natural(self.name or os.path.basename(self.location))
         if order == "name":
             return (0, 0, name)
         if order == "step":
@@ -124,7 +152,8 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
-    A directory that holds a sharded checkpoint of its own is a candidate, and so are the checkpoints beside it.
+    A directory that is itself a checkpoint offers what it is. The checkpoints in it count only where a pattern asks for
+    them: they may be anything, such as the parts of a pipeline.
 
     Args:
         halves: list sharded ones, too, of which a part is missing; none of them can be opened.
@@ -133,22 +162,15 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
         NoCheckpoint: there is no such place yet.
         CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
     """
-    exists: Callable[[str], bool] = os.path.exists
     try:
-        if away := remote(place):  # one listing of the store answers all that is asked below
-            away = away.listed()
-            place, exists = place_at(away), away.has
+        away = remote(place)  # one listing of the store answers all that is asked below
+        place = place_at(away.listed()) if away else led_to(place)
         info = place.stat()
         if not stat.S_ISDIR(info.st_mode):
-            here = place.absolute()  # an adapter is two files, too
-            named = _directory(here) if place.name == ADAPTER else Candidate(here, info, _written(info))
-            beside = (place.parent / name for name in _markers(place.name, settings.marker))
-            return [named] if not settings.marker or _is_marked(named, beside) else []
-        if away:
-            listed = away.entries()
-        else:
-            with os.scandir(place.absolute()) as entries:
-                listed = list(entries)
+            return _named(place.absolute(), info, settings)
+        if settings.pointer:
+            return _pointed(place, settings)
+        listed = _entries(place)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
     except OSError as exc:
@@ -159,53 +181,115 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
     found: list[Candidate] = []
     trouble: CheckpointError | None = None
     own: set[str] = set()  # files of the checkpoint that the place is itself
-    if names & {SINGLE, INDEX, ADAPTER}:
-        own = {SINGLE, ADAPTER}
+    if names & _known_by(settings):
         try:
-            own |= {file.name for file in parts_of(place.absolute()).files}
-            itself = _directory(place.absolute())
-            if not settings.marker or _is_marked(itself, [place / settings.marker]):
-                found.append(itself)
+            parts = parts_of(inside(place.absolute(), settings.within, settings.file))
+            own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
+            found += _marked(_of_parts(parts), [place / settings.marker], settings)
+        except NoCheckpoint:
+            pass
         except CheckpointError as exc:
-            trouble = exc
+            own, trouble = {*FORMS}, exc
         except OSError as exc:
-            trouble = unreadable(place, exc)
+            own, trouble = {*FORMS}, unreadable(place, exc)
+    if own and settings.pattern == "*":
+        listed = []
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
+    links: set[str] = set()
     for entry in listed:
         name = entry.name
-        if name in own or TEMPORARY.search(name) or _SHARD.search(name):
-            continue
-        if matches and not matches(name):
+        if name in own or TEMPORARY.search(name) or _SHARD.search(name) or (matches and not matches(name)):
             continue
         try:
-            if name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
-                single = Candidate(entry.path, info, _written(info))
-                beside = (place / each for each in _markers(name, settings.marker) if each in names)
-                if not settings.marker or _is_marked(single, beside):
-                    found.append(single)
-            elif entry.is_dir() and (not settings.marker or exists(os.path.join(entry.path, settings.marker))):
-                path = place / name if away else Path(entry.path)
-                several = _directory(path)
-                if not settings.marker or _is_marked(several, [path / settings.marker]):
-                    found.append(several)
+            several = _entry(place, entry, names, settings)
+            found += several
+            if several and not remote(place) and entry.is_symlink():
+                links.add(several[0].name)
         except FileNotFoundError:
             continue  # retention was faster, or a link leads nowhere
         except OSError as exc:
-            if (
-                exc.errno == errno.EACCES
-                and name != _OTHERS
-                and (closed := _unopened(Path(entry.path), Path(entry.path)))
-            ):
+            path = Path(entry.path)
+            if exc.errno == errno.EACCES and name != _OTHERS and (closed := _unopened(path, path, name)):
                 found += closed
             elif exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
-                trouble = trouble or unreadable(Path(entry.path), exc)
+                trouble = trouble or unreadable(path, exc)
         except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
             if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
-                path = place / name if away else Path(entry.path)
-                found += _unopened(path, path / INDEX)
+                path = place / name
+                found += _unopened(path, path / INDEX, name)
     if trouble and not found:
         raise trouble
-    return found
+    return _without_links(found, links) if links else found
+
+
+def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidate]:
+    """The one file that the place is; an adapter is two files, too, and an index names several."""
+    is_several = place.name == ADAPTER or place.name.endswith(INDEX_SUFFIX)
+    named = _of_parts(parts_of(place)) if is_several else Candidate(place, info, _written(info))
+    return _marked(named, (place.parent / name for name in _markers(place.name, settings.marker)), settings)
+
+
+def _pointed(place: Path, settings: Select) -> list[Candidate]:
+    """The checkpoint that the pointer names; nothing while that is not complete."""
+    name = pointed(place, settings.pointer)
+    path = place / name
+    if stat.S_ISDIR(path.stat().st_mode):
+        path = inside(path, settings.within, settings.file)
+        beside = [place / name / settings.marker]
+    else:
+        beside = [place / each for each in _markers(name, settings.marker)]
+    return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
+
+
+def _entries(place: Path) -> list[os.DirEntry[str]]:
+    if away := remote(place):
+        return away.entries()
+    with os.scandir(place.absolute()) as entries:
+        return list(entries)
+
+
+def _known_by(settings: Select) -> set[str]:
+    """Names by one of which a place may be a checkpoint itself."""
+    if settings.within:
+        return {settings.within.partition("/")[0]}
+    return {settings.file, settings.file.removesuffix(SUFFIX) + INDEX_SUFFIX} if settings.file else {*FORMS}
+
+
+def _entry(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> list[Candidate]:
+    """The candidate that an entry of a place is, if it is one.
+
+    Args:
+        names: of all entries.
+
+    Raises:
+        CheckpointError: it is a directory, and no complete checkpoint.
+        OSError: the system refuses a look.
+    """
+    name, is_nested = entry.name, bool(settings.within or settings.file)
+    if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
+        where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
+        single = Candidate(where, info, _written(info), None, name)
+        return _marked(single, (place / m for m in _markers(name, settings.marker) if m in names), settings)
+    if not entry.is_dir():
+        return []
+    path = Path(entry.path) if remote(place) is None else place / name
+    if not remote(place) and entry.is_symlink():
+        path = led_to(path)
+    if settings.marker and not (path / settings.marker).exists():
+        return []
+    lies = inside(path, settings.within, settings.file) if is_nested else path
+    below = f"{name}{str(lies)[len(str(path)) :]}"
+    return _marked(_of_parts(parts_of(lies), below), [path / settings.marker], settings)
+
+
+def _marked(candidate: Candidate, markers: Iterable[Path], settings: Select) -> list[Candidate]:
+    return [candidate] if not settings.marker or _is_marked(candidate, markers) else []
+
+
+def _without_links(found: list[Candidate], links: Collection[str]) -> list[Candidate]:
+    """The same without the links to others of them."""
+    real = {candidate.identity for candidate in found if candidate.name not in links}
+    return [c for c in found if c.name not in links or c.identity not in real]
 
 
 def listing_of(place: Path, settings: Select = Select()) -> object:
@@ -231,8 +315,7 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     found = list(candidates)
     if live is not None:
         same = [c for c in found if c.identity == live.identity]
-        where_live = os.path.dirname(live.location)
-        beside = any(os.path.dirname(c.location) == where_live for c in found)
+        beside = any(c.home == live.home for c in found)
         bound = same[0] if same else live if beside else None
         if bound is not None:
             where = str(live.location)
@@ -244,20 +327,19 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     return sorted(found, key=lambda c: c.place(order), reverse=True)
 
 
-def _directory(path: Path) -> Candidate:
-    """A directory as a candidate, or an adapter that is named by its file."""
-    parts = parts_of(path)
+def _of_parts(parts: Parts, name: str = "") -> Candidate:
+    """A checkpoint of several files, or in a directory, as a candidate."""
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
-    return Candidate(path, identity_of(infos), max(map(_written, infos)))
+    return Candidate(parts.path, identity_of(infos), max(map(_written, infos)), None, name)
 
 
-def _unopened(path: Path, file: Path) -> list[Candidate]:
+def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
     """Candidate for what cannot be looked into, by this file of it, so that opening it says what is wrong."""
     try:
         info = file.stat()
     except OSError:
         return []
-    return [Candidate(path, info, _written(info))]
+    return [Candidate(path, info, _written(info), None, name)]
 
 
 def _written(info: os.stat_result) -> int:

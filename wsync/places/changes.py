@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.files import remote
-from ..layout.filenames import CONFIG, INDEX
-from .candidates import SUFFIX, TEMPORARY
+from ..layout.filenames import CONFIG, INDEX, SUFFIX
+from .candidates import TEMPORARY
 
 if TYPE_CHECKING:
     from inotify_simple import INotify

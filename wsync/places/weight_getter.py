@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.files import place_at, remote
+from ..checkpoints.files import led_to, place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout
@@ -105,14 +105,28 @@ class CheckpointWeightGetter:
             NoCheckpoint: the place is not there.
             CheckpointError: the place cannot be listed.
         """
-        found = scan(self.checkpoints, self.select)
+        try:
+            found = scan(self.checkpoints, self.select)
+        except NoCheckpoint:
+            if live is None or not self.select.pointer:
+                raise
+            found = []  # the pointer is ahead of what it names
         if self.select.order == "step":
             found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
             listed = {(candidate.location, candidate.identity) for candidate in found}
             self._steps = {state: step for state, step in self._steps.items() if state in listed}
-        if [c.path for c in found] == [self.checkpoints]:
+        if self.select.pointer or not any(c.name for c in found):
             return [c for c in found if live is None or c.identity != live.identity]
-        return select(found, live, self.select.order)
+        return select(found, live and live._replace(name=self._below(str(live.location))), self.select.order)
+
+    def holds(self, source: str) -> bool:
+        """Whether the checkpoint at this path is the place, or lies in it."""
+        return bool(self._below(source)) or source == str(led_to(self.checkpoints))
+
+    def _below(self, source: str) -> str:
+        """The path of a checkpoint below the place; empty where it lies elsewhere."""
+        place = f"{led_to(self.checkpoints)}/"
+        return source.removeprefix(place) if source.startswith(place) else ""
 
     def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
         if not remote(self.checkpoints):
@@ -128,25 +142,28 @@ class CheckpointWeightGetter:
         if state not in self._steps:
             try:
                 with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
-                    self._steps[state] = self.step_at(candidate.path, checkpoint.metadata)
+                    self._steps[state] = self.step_of(candidate, checkpoint.metadata)
             except CheckpointError as exc:  # told when it is tried; until then its name says what it is
-                step = self.step_at(candidate.path)
+                step = self.step_of(candidate)
                 if not isinstance(exc, MalformedCheckpoint):
                     return step
                 self._steps[state] = step
         return self._steps[state]
 
-    def step_at(self, path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
-        """The step of the checkpoint at a path, as far as its name and these metadata tell."""
-        from ..checkpoints.steps import step_at
+    def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
+        """A candidate's step, as far as its name and these metadata tell: of the level below the place that has one."""
+        from ..checkpoints.steps import read_step, step_at
 
-        return step_at(path, metadata, self.select.step).number
+        if not candidate.name:
+            return step_at(led_to(candidate.path), metadata, self.select.step).number
+        steps = (read_step(name, metadata, self.select.step).number for name in candidate.name.split("/"))
+        return next((step for step in steps if step is not None), None)
 
     def open(self, candidate: Candidate) -> Checkpoint:
         """The opened checkpoint, for publishing without torch; the caller closes it."""
         checkpoint = open_checkpoint(candidate.path, settle=self.select.settle, digest=self.select.digest)
-        if self.select.step:
-            checkpoint.step = self.step_at(checkpoint.path)
+        step = self.step_of(candidate, checkpoint.metadata)
+        checkpoint.step = checkpoint.step if step is None else step
         return checkpoint
 
     def nothing(self) -> NoCheckpoint:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 _PIECE = 1 << 16  # bytes of a body that are handed over at a time; larger ones are slower, for the cache
-DEPTH = 2  # of the names that a listing keeps: checkpoints, and the files of those that are directories
+DEPTH = 5  # of the names that a listing keeps: checkpoints that are directories, and three more within those
 _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"

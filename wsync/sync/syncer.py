@@ -171,7 +171,7 @@ class Syncer:
         """The refusal of an earlier pass, once more."""
         return this.outcome(
             "rejected",
-            step=self.getter.step_at(candidate.path),
+            step=self.getter.step_of(candidate),
             checkpoint=str(candidate.path),
             reason=self.record.reason(candidate.identity),
             identity=candidate.identity,
@@ -180,8 +180,7 @@ class Syncer:
 
     def _has_nothing_for(self, this: Pass) -> bool:
         """Whether the place is empty, and what is live never came from there: only retention empties a place."""
-        place, live = os.fspath(self.getter.checkpoints), this.live
-        here = live is not None and place in (live.source, os.path.dirname(live.source))
+        here = this.live is not None and self.getter.holds(this.live.source)
         return not here and not self.getter.candidates()
 
     def _current(self, this: Pass) -> Outcome:
@@ -210,8 +209,8 @@ class Syncer:
                 refusal = _refusal(
                     this,
                     exc,
-                    named=candidate.path == self.getter.checkpoints,
-                    step=self.getter.step_at(candidate.path),
+                    named=not candidate.name,
+                    step=self.getter.step_of(candidate),
                     checkpoint=str(candidate.path),
                     identity=opened or getattr(exc, "identity", "") or candidate.identity,
                 )

@@ -1,0 +1,66 @@
+"""Where in an entry of a place its checkpoint lies, and which entry a pointer names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..checkpoints.files import read_small, remote
+from ..errors import MalformedCheckpoint, NoCheckpoint
+from ..layout.filenames import INDEX_SUFFIX, SUFFIX, is_file_name
+
+_MAX_POINTER = 4096  # bytes
+
+
+def inside(entry: Path, within: str, file: str) -> Path:
+    """The checkpoint of an entry that is a directory.
+
+    Args:
+        within: the directory below it that holds the weights, ``pretrained_model`` or ``policy/actor``, or "".
+        file: the name of the file with the weights, where it is not one that is known; its index counts as well.
+
+    Raises:
+        NoCheckpoint: it has no such file.
+    """
+    directory = entry / within if within else entry
+    if not file:
+        return directory
+    for name in (file, f"{file.removesuffix(SUFFIX)}{INDEX_SUFFIX}"):
+        if (directory / name).exists():
+            return directory / name
+    raise NoCheckpoint(f"{directory} has no {file}. Wait for its writer, or name another file (select.file).")
+
+
+def pointed(place: Path, pointer: str) -> str:
+    """The name of the entry that a pointer file in a place names.
+
+    A pointer is data: what it names is never outside the place. It holds a name, as DeepSpeed's ``latest`` does; or a
+    path of the place with the name at its end; or the number of Megatron's ``iter_0000500``. A link counts as well.
+
+    Raises:
+        NoCheckpoint: there is no such pointer yet, or what it names is not there.
+        MalformedCheckpoint: it names something outside the place.
+    """
+    file = place / pointer
+    try:
+        if not remote(place) and file.is_dir():
+            text = os.path.realpath(file)
+        else:
+            text = read_small(file, _MAX_POINTER).decode().strip()
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no pointer {file} yet. It is looked at again at the next pass.") from exc
+    except ValueError as exc:
+        raise MalformedCheckpoint(f"{file} is no pointer: it does not hold a name. Mend select.pointer.") from exc
+    real = place if remote(place) else Path(os.path.realpath(place))
+    named = text.rstrip("/").removeprefix(f"{real}/").removeprefix(f"{place}/").removeprefix("./")
+    names = (f"iter_{int(named):07d}", named) if named.isdecimal() and len(named) < 20 else (named,)
+    if not named:
+        raise NoCheckpoint(f"the pointer {file} is empty. It is looked at again at the next pass.")
+    if not is_file_name(named):
+        raise MalformedCheckpoint(f"{file} names {text!a:.100}, which is no entry of {place}. Write a name in it.")
+    found = next((name for name in names if (place / name).exists()), "")
+    if not found:
+        raise NoCheckpoint(f"{file} names {named}, which is not there yet. It is looked at again at the next pass.")
+    if not remote(place) and os.path.dirname(os.path.realpath(place / found)) != str(real):
+        raise MalformedCheckpoint(f"{file} names {named}, a link that leads out of {place}. Name what lies in it.")
+    return found
