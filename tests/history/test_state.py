@@ -158,10 +158,14 @@ def test_files_are_private(tmp_path: Path) -> None:
 
 
 def test_a_broken_or_unwritable_database_is_told(tmp_path: Path) -> None:
-    """Guards against a traceback, and against a broken database being taken for an empty one."""
+    """Guards against a traceback; what is no database is set aside, what cannot be made is an error."""
+    warned: list[StateError] = []
     (tmp_path / "nets.sqlite").write_bytes(b"no database at all" * 100)
-    with State("nets", tmp_path) as state, pytest.raises(StateError, match="cannot be kept"):
+    with State("nets", tmp_path) as state:
+        state.warn = warned.append
         state.record("publish", version=1)
+        assert len(state.events()) == 1 and "set aside" in str(*warned)
+    assert (tmp_path / "nets.sqlite.damaged").read_bytes().startswith(b"no database")
     (tmp_path / "file").write_bytes(b"")
     with State("nets", tmp_path / "file") as state, pytest.raises(StateError, match="--state-dir"):
         state.record("publish", version=1)
@@ -203,7 +207,7 @@ def test_a_history_that_another_process_just_makes_is_waited_for(
     other.execute("BEGIN IMMEDIATE")
     monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Asking))
     if not ends:
-        monkeypatch.setattr("wsync.history.database._PATIENCE", 0.0)
+        monkeypatch.setattr("wsync.history.storage.PATIENCE", 0.0)
     release = threading.Thread(target=lambda: asked.wait(DEADLINE) and ends and other.execute("ROLLBACK"))
     release.start()
     with State("nets", tmp_path) as state:

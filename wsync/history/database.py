@@ -10,30 +10,36 @@ Nothing of this is needed to keep a policy in step: where the state cannot be wr
 from __future__ import annotations
 
 import json
+import logging
 import os
+import stat
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import StateError, UsageError
-from ..segment.access import check_name
-from ..segment.files import parsed
+from ..segment.access import check_name, opened
+from ..segment.files import END_OF_TIME, MAX_VERSION, parsed
+from ..system.memory import read_at
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator
 
     from ..segment.files import Publication
+    from .storage import Storage
+
+T = TypeVar("T")
+
+_log = logging.getLogger("wsync")
 
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _KEEP_EVENTS = 100_000  # of what went live, and as many of all else; 30 MB each, at one a minute in two months
 _TRIM = 100  # events, of which one looks whether there are too many
 _KEEP_REJECTIONS = 1_000
-_PATIENCE = 10.0  # seconds that another process may be at work on the database
+_MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,25 @@ class Event(NamedTuple):
     reason: str | None = None
     settings: str | None = None
 
+    @classmethod
+    def checked(cls, row: Sequence[Any]) -> Event:
+        """From a row; raises ValueError or TypeError where it is none that ``record`` wrote."""
+        event = cls(*row)
+        if not (isinstance(event.at, float) and 0 <= event.at < END_OF_TIME and event.kind in KINDS):
+            raise ValueError("an event has no time, or is of no kind")
+        numbers = ((event.version, MAX_VERSION), (event.bytes, 1 << 63), (event.lag, MAX_VERSION))
+        for number, bound in numbers:
+            if number is not None and not (isinstance(number, int) and -bound < number < bound):
+                raise ValueError(f"an event tells {number!r:.40}")
+        if not isinstance(event.step, int | None) or not isinstance(event.seconds, int | float | None):
+            raise TypeError("an event's step or time is no number")
+        texts = event.checkpoint, event.identity, event.reason, event.settings
+        if not all(isinstance(text, str | None) for text in texts):
+            raise TypeError("an event's words are no text")
+        if event.settings is not None and not isinstance(json.loads(event.settings), dict):
+            raise TypeError("an event's settings are no table")
+        return event
+
 
 _FIELDS = Event._fields[3:]  # without id, at and kind
 _SCHEMA = f"""
@@ -137,12 +162,23 @@ def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).absolute()
 
 
+def _read_file(path: Path) -> bytes:
+    """The bytes of a regular file, and no pipe for whose writer one would wait."""
+    with opened(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is not a regular file")
+        return read_at(fd, _MOST_OF_A_PIN, 0)
+
+
 class State:
     """The record of one segment.
 
     Args:
         name: of the segment.
         directory: default ``state_dir()``.
+
+    Attributes:
+        warn: called when the history was damaged, and a new one begins; logs by default.
 
     Raises:
         UsageError: that is no name.
@@ -153,8 +189,8 @@ class State:
         self.directory = state_dir(directory)
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
-        self._connection: sqlite3.Connection | None = None
-        self._opened: os.stat_result | None = None
+        self._storage: Storage | None = None
+        self.warn: Callable[[StateError], None] = lambda exc: _log.warning("%s", exc)
 
     def __enter__(self) -> State:
         return self
@@ -163,9 +199,8 @@ class State:
         self.close()
 
     def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection:
-            connection.close()
+        if self._storage:
+            self._storage.close()
 
     @property
     def kept(self) -> Path:
@@ -181,7 +216,7 @@ class State:
             StateError: it cannot be read; taking it for none would let go what the operator holds.
         """
         try:
-            return Pin.from_json(self._pin_file.read_bytes())
+            return Pin.from_json(_read_file(self._pin_file))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as exc:
@@ -227,12 +262,15 @@ class State:
         """
         columns = [name for name in _FIELDS if fields.get(name) is not None]
         marks = ", ".join("?" * (len(columns) + 2))
-        with self._database() as database:
-            added = database.execute(
-                f"INSERT INTO events ({', '.join(['at', 'kind', *columns])}) VALUES ({marks})",
-                (time.time(), kind, *(_text(fields[name]) for name in columns)),
-            ).lastrowid
-            assert added
+        values = time.time(), kind, *(_text(fields[name]) for name in columns)
+
+        def add(database: sqlite3.Connection) -> None:
+            added = (
+                database.execute(
+                    f"INSERT INTO events ({', '.join(['at', 'kind', *columns])}) VALUES ({marks})", values
+                ).lastrowid
+                or 0
+            )
             if not added % _TRIM:  # what fails again and again pushes nothing out that a rollback needs
                 database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - _KEEP_EVENTS,))
                 last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"
@@ -241,6 +279,8 @@ class State:
                 database.execute(
                     "DELETE FROM rejections WHERE identity = ? AND settings = ?", (fields.get("identity"), accepted)
                 )
+
+        self._write(add)
 
     def events(
         self, *, kinds: Iterable[str] = (), since: float = 0.0, after: int = 0, limit: int | None = None
@@ -252,84 +292,90 @@ class State:
             since: only what came later, seconds since the epoch.
             after: only what came after the event of this id.
         """
-        if not self._file.exists():
-            return []
         wanted = tuple(kinds) or KINDS
         query = (
             f"SELECT id, at, kind, {', '.join(_FIELDS)} FROM events WHERE at >= ? AND id > ? "
             f"AND kind IN ({', '.join('?' * len(wanted))}) ORDER BY id DESC LIMIT ?"
         )
-        with self._database() as database:
-            rows = database.execute(query, (since, after, *wanted, -1 if limit is None else limit)).fetchall()
-        return [Event(*row) for row in reversed(rows)]
+        values = since, after, *wanted, -1 if limit is None else limit
+        return self._read(lambda database: [Event.checked(row) for row in database.execute(query, values)][::-1]) or []
 
     def last(self) -> tuple[int, str]:
         """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""
-        if not self._file.exists():
-            return 0, ""
-        with self._database() as database:
-            row = database.execute(f"SELECT max(version), identity FROM events WHERE {_PUBLISHED}").fetchone()
-        return row[0] or 0, row[1] or ""
+
+        def look(database: sqlite3.Connection) -> tuple[int, str]:
+            query = f"SELECT max(version), identity FROM events WHERE {_PUBLISHED}"
+            version, identity = database.execute(query).fetchone()
+            if not (isinstance(version, int | None) and 0 <= (version or 0) < MAX_VERSION):
+                raise ValueError(f"it tells of version {version!r:.40}")
+            if not isinstance(identity, str | None):
+                raise TypeError("an identity is no text")
+            return version or 0, identity or ""
+
+        return self._read(look) or (0, "")
 
     # --- what was rejected
 
     def reject(self, identity: str, settings: str, reason: str) -> None:
         """Remembers a rejection, as long as neither the file nor the settings change."""
-        with self._database() as database:
-            database.execute(
-                "REPLACE INTO rejections VALUES (?, ?, ?, ?)", (identity, settings, _text(reason), time.time())
-            )
+        values = identity, settings, _text(reason), time.time()
+
+        def add(database: sqlite3.Connection) -> None:
+            database.execute("REPLACE INTO rejections VALUES (?, ?, ?, ?)", values)
             database.execute(
                 "DELETE FROM rejections WHERE at < (SELECT at FROM rejections ORDER BY at DESC LIMIT 1 OFFSET ?)",
                 (_KEEP_REJECTIONS,),
             )
 
+        self._write(add)
+
     def rejections(self, settings: str) -> Mapping[str, str]:
         """Identity to reason of what was rejected under these settings."""
-        if not self._file.exists():
-            return {}
-        with self._database() as database:
-            rows = database.execute("SELECT identity, reason FROM rejections WHERE settings = ?", (settings,))
-            return dict(rows.fetchall())
+
+        def look(database: sqlite3.Connection) -> dict[str, str]:
+            rows = database.execute(
+                "SELECT identity, reason FROM rejections WHERE settings = ?", (settings,)
+            ).fetchall()
+            if not all(isinstance(text, str) for row in rows for text in row):
+                raise TypeError("a rejection is no text")
+            return dict(rows)
+
+        return self._read(look) or {}
 
     # --- the files
 
     def _make(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
-        """A transaction on the database, which is made where there is none."""
+    def _read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
+        """What the work finds in the database; None where there is none.
+
+        Raises:
+            StateError: it cannot be read.
+        """
+        return self._do(lambda storage: storage.read(work)) if self._file.exists() else None
+
+    def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Does the work within a transaction on the database.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        return self._do(lambda storage: storage.write(work))
+
+    def _do(self, work: Callable[[Storage], T]) -> T:
         try:
-            import sqlite3
-        except ImportError as exc:  # a Python without it, or no memory left to load it
+            from .storage import ERRORS, Storage
+        except ImportError as exc:  # a Python without SQLite, or no memory left to load it
             raise self._failed(exc) from exc
         try:
-            if self._connection and not self._is_there():
-                self.close()
-            if self._connection is None:
-                self._make()
-                fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._opened = os.fstat(fd)
-                os.close(fd)
-                self._connection = sqlite3.connect(self._file, timeout=_PATIENCE, check_same_thread=False)
-                # Where another process just makes it so, SQLite says at once that it is locked, and all below waits.
-                with suppress(sqlite3.OperationalError):
-                    self._connection.execute("PRAGMA journal_mode = WAL")
-                self._connection.execute("PRAGMA synchronous = NORMAL")
-                self._connection.executescript(_SCHEMA)
-            with self._connection as database:
-                yield database
-        except (OSError, sqlite3.Error) as exc:
-            self.close()
+            self._storage = self._storage or Storage(self._file, _SCHEMA, self._tell_damage)
+            return work(self._storage)
+        except ERRORS as exc:
             raise self._failed(exc) from exc
 
-    def _is_there(self) -> bool:
-        """Whether the open database is still the file of that name: SQLite goes on with one that was removed."""
-        try:
-            return self._opened is not None and os.path.samestat(os.stat(self._file), self._opened)
-        except OSError:
-            return False
+    def _tell_damage(self, what: str) -> None:
+        self.warn(StateError(f"the history of {self.name!r} {what}. A new one begins: look at the disk."))
 
     def _failed(self, exc: Exception) -> StateError:
         return StateError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.fit import Fit
-from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, WsyncError
+from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError
 from ..segment.access import opened
 from ..system.memory import try_lock
 from .database import State
@@ -52,6 +52,8 @@ class Record:
     def __init__(self, state: State | None, settings: str) -> None:
         self.complain: Callable[[StateError], None] | None = None
         self._state, self._settings = state, settings
+        if state:
+            state.warn = lambda exc: self.complain(exc) if self.complain else None
         self._refused: dict[str, str] = {}
         self._fresh: set[str] = set()
         self._loaded = False
@@ -174,9 +176,15 @@ def fit_to_json(fit: Fit) -> str:
 
 
 def fit_from_json(text: str | None) -> Fit:
+    """Raises StateError where it tells no settings that this wsync knows."""
     table: dict[str, Any] = json.loads(text) if text else {}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    return Fit(**settings)
+    try:
+        return Fit(**settings)
+    except (TypeError, ValueError, UsageError) as exc:
+        raise StateError(
+            f"the settings of a version on record cannot be read ({exc!s:.200}). Go back to another one."
+        ) from exc
 
 
 def keep(state: State, segment: Segment, number: int) -> None:
@@ -273,7 +281,10 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoi
     Args:
         kept: the ``copies``.
     """
-    fit = fit_from_json(event.settings)
+    try:
+        fit = fit_from_json(event.settings)
+    except StateError:  # another wsync's
+        return None
     copy = kept.get(what(event))
     if copy and _holds(copy, event.identity or ""):
         checkpoint = Checkpoint(copy)

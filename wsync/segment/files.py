@@ -25,6 +25,7 @@ WORD_OFFSET = 64  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
+MAX_VERSION = 1 << 56  # the WORD has no room for more
 SLOTS = 3
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
@@ -80,7 +81,7 @@ class Publication:
             )
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("a text is none")
-            if not (0 <= found.version < 1 << 56 and 0 <= found.published_at < END_OF_TIME):
+            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")
             return found
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..checkpoints.fit import Fit
-from ..errors import SegmentError
+from ..errors import SegmentError, SegmentUnsafe
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..system.memory import mapping, reserve, write_at
-from .files import Publication, SpareSlot, slot_header, slot_name
+from .files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
 from .writable import WritableSegment
 
 if TYPE_CHECKING:
@@ -182,7 +182,14 @@ def publish_tensors(
 
 
 def _next_version(segment: WritableSegment, last_version: int) -> int:
-    return max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
+    segment.live()  # raises where the WORD and its slot tell of two versions: from a damaged one none is counted
+    version = max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
+    if version >= MAX_VERSION:
+        raise SegmentUnsafe(
+            f"segment {segment.name!r} says that its version is {version - 1}, which is damage. Remove it with `wsync "
+            f"rm {segment.name}`, and publish again."
+        )
+    return version
 
 
 def _whole(step: int | None) -> int | None:

@@ -180,7 +180,10 @@ class Segment:
             except SegmentBusy:  # the segment is being removed
                 return None
             if self.word == word:
-                return self._publication(head, word & 0xFF)
+                live = self._publication(head, word & 0xFF)
+                if live.version != word >> 8:
+                    raise self._broken(f"says that version {word >> 8} is live, and its slot holds {live.version}")
+                return live
         return None
 
     def step_of(self, lease: Lease) -> int | None:

@@ -1,0 +1,127 @@
+"""The SQLite file under a history: opened, written in transactions, set aside where it is damaged, and read anyway.
+
+Importing this imports SQLite, which takes 10 ms, so ``database`` does it where there is something to read or write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from ..segment.access import opened
+
+T = TypeVar("T")
+
+PATIENCE = 10.0  # seconds that another process may be at work on the database
+ERRORS = (OSError, ValueError, TypeError, OverflowError, sqlite3.Error)
+"""What reading or writing raises; all but the first and the last come of values that were never written."""
+
+_NO_DAMAGE = {3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23}
+"""SQLite's codes for what is no fault of the file: permission, busy, locked, no memory, read-only, interrupted, an
+error of the disk, full, cannot open, a lock's protocol, no large files, not authorized (sqlite.org/rescode.html)."""
+
+
+class Storage:
+    """One database file, which is made when it is first written.
+
+    Args:
+        schema: statements that make what is missing.
+        warn: called with what was damaged when the file was set aside and a new one began.
+    """
+
+    def __init__(self, file: Path, schema: str, warn: Callable[[str], None]) -> None:
+        self._file, self._schema, self._warn = file, schema, warn
+        self._connection: sqlite3.Connection | None = None
+        self._opened: os.stat_result | None = None
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection:
+            connection.close()
+
+    def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Does work that only reads; on a copy where nothing can be written, since SQLite writes also to read.
+
+        Raises:
+            OSError, sqlite3.Error: it cannot be read.
+        """
+        try:
+            return self.write(work)
+        except ERRORS as exc:
+            with suppress(*ERRORS):
+                return self._read_copy(work)
+            raise exc
+
+    def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Does work in a transaction; a file that is damaged is set aside, and it is done on a new one.
+
+        Raises:
+            OSError, sqlite3.Error: it cannot be done.
+        """
+        try:
+            try:
+                return self._transact(work)
+            except ERRORS as exc:
+                if not _is_damage(exc):
+                    raise
+                self._set_aside(exc)
+            return self._transact(work)
+        except BaseException:
+            self.close()
+            raise
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._connection and not self._is_there():
+            self.close()
+        if self._connection is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with opened(os.open(self._file, flags, 0o600)) as fd:
+                self._opened = os.fstat(fd)
+            if not stat.S_ISREG(self._opened.st_mode):
+                raise OSError(f"{self._file} is not a regular file")
+            self._connection = sqlite3.connect(self._file, timeout=PATIENCE, check_same_thread=False)
+            # Where another process just makes it so, SQLite says at once that it is locked, and all below waits.
+            with suppress(sqlite3.OperationalError):
+                self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.executescript(self._schema)
+        with self._connection as database:
+            return work(database)
+
+    def _is_there(self) -> bool:
+        """Whether the open database is still the file of that name: SQLite goes on with one that was removed."""
+        try:
+            return self._opened is not None and os.path.samestat(os.stat(self._file), self._opened)
+        except OSError:
+            return False
+
+    def _set_aside(self, why: Exception) -> None:
+        """Renames the damaged file, unless another process did so already."""
+        self.close()
+        if self._is_there():
+            for end in ("", "-wal", "-shm"):
+                with suppress(FileNotFoundError):
+                    os.replace(f"{self._file}{end}", f"{self._file}.damaged{end}")
+            self._warn(f"is damaged ({why!s:.200}), and was set aside as {self._file}.damaged")
+
+    def _read_copy(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place, self._file.name)
+            for end in ("", "-wal"):
+                if end == "" or os.path.exists(f"{self._file}{end}"):
+                    shutil.copyfile(f"{self._file}{end}", f"{copy}{end}")
+            with closing(sqlite3.connect(copy)) as database:
+                return work(database)
+
+
+def _is_damage(exc: Exception) -> bool:
+    """Whether the file is not what was written: all but what SQLite, or the system, says of access and of the disk."""
+    return not isinstance(exc, OSError) and getattr(exc, "sqlite_errorcode", 1) & 0xFF not in _NO_DAMAGE
