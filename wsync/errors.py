@@ -29,7 +29,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
         ├── LayoutDiffers           1   it holds another architecture
         ├── OutOfSharedMemory       1   there is no room for it
         ├── OutOfDeviceMemory       1   the GPU has no room for a second copy of the weights
-        ├── SegmentBusy             75  another publisher holds it, or every spare slot is leased
+        ├── SegmentBusy             75  another publisher holds it, or readers every slot that it may have
         └── AttachTimeout           1   it did not get its first version in time (also a TimeoutError)
 """
 
@@ -255,7 +255,7 @@ class OutOfDeviceMemory(SegmentError):
 
 
 class SegmentBusy(SegmentError):
-    """Try later: another publisher holds the segment, or readers lease every spare slot."""
+    """Try later: another publisher holds the segment, or readers lease every slot that it may have."""
 
     exit_code = 75
 

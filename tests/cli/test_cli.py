@@ -122,16 +122,16 @@ def test_other_publisher_is_busy(cli: Cli, live: WritableSegment, runs: Path) ->
 
 
 def test_leased_spare_slots_are_busy(cli: Cli, live: WritableSegment, runs: Path) -> None:
-    """Where readers lease every spare slot a push is 75 and names them; what is live stays."""
+    """Where readers lease every slot that there may be, a push is 75 and names them; what is live stays."""
     readers = []
     for step in (11, 12):
         readers.append(wsync.attach(mlp(), NAME, mode="swap"))
         write(runs / f"step_{step}.safetensors", mlp(), float(step))
         assert Syncer(load_spec(SPEC), runs).once().status == "published"
     write(runs / "step_13.safetensors", mlp(), 13.0)
-    result = cli("push", SPEC, "runs")
+    result = cli("push", SPEC, "runs", "--max-slots", "3")
     assert result.returncode == 75 and result.stdout == ""
-    assert f"pid {os.getpid()}" in result.stderr and "--slots" in result.stderr
+    assert f"pid {os.getpid()}, version 1" in result.stderr and "--max-slots" in result.stderr
     assert mark_of(live) == {12.0}
     for reader in readers:
         reader.close()

@@ -782,7 +782,7 @@ def test_looking_for_an_old_version_never_locks_the_live_slot(push: Push) -> Non
         assert found == (None, None)
     seen = []
     with segment.publishing():
-        for spare in segment._spare_slots():
+        for spare in segment._spare_slots(segment.slot_numbers()):
             seen.append(spare.number)
             lease = segment.lease()
             assert lease is not None and lease.version == 3

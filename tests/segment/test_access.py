@@ -533,6 +533,7 @@ def test_names_of_others_are_harmless_to_print(shared: WritableSegment, cli: Cli
         push(shared, tmp_path, 2.0)
     out = cli("status", "nets").stdout
     assert r"[red]x[/]\x1b]0;owned\x07\u202e" in out and not {"\x1b", "\x07", "\u202e"} & set(out)
+    shared.control.bound = 3
     with pytest.raises(SegmentBusy) as caught:
         push(shared, tmp_path, 3.0)
     assert r"[red]x[/]\x1b" in str(caught.value) and str(caught.value).isprintable()

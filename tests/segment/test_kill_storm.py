@@ -401,7 +401,9 @@ def test_remover_killed_before_anything_is_gone(storm: Storm, caplog: pytest.Log
 
 
 def test_stopped_reader_holds_up_nobody(storm: Storm) -> None:
-    """Others go on past a reader that stands still; only when no slot is spare is it busy, and who holds it is told."""
+    """Others go on past a reader that stands still; at the bound of slots it is busy, and names them."""
+    spec = Path("storm.toml")
+    spec.write_text(f"max_slots = 3\n{spec.read_text()}")
     storm.write()
     storm.push()
     stopped, other, third = (storm.reader("swap") for _ in range(3))

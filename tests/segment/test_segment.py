@@ -198,6 +198,7 @@ def test_leased_slot_is_never_written(segment: WritableSegment, push: Push) -> N
 def test_all_spare_slots_leased_is_busy(segment: WritableSegment, push: Push) -> None:
     """With every spare slot leased nothing is published, the readers are named, and a release is enough to go on."""
     registration = Registration(segment.path, "swap")
+    segment.control.bound = 3
     leases = []
     for mark in (1.0, 2.0, 3.0):
         push(mark)
@@ -358,6 +359,7 @@ def test_segments_are_listed_by_name(segment: WritableSegment, runtime: Path) ->
 
 def test_busy_pass_keeps_no_descriptor(segment: WritableSegment, push: Push) -> None:
     """A watch that finds every spare slot leased, pass after pass, does not run out of descriptors."""
+    segment.control.bound = 3
     leases = []
     for mark in (1.0, 2.0, 3.0):
         push(mark)

@@ -12,6 +12,7 @@ from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
+from wsync.policy import swap
 from wsync.segment.publisher import publish
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
@@ -54,10 +55,15 @@ def addresses(policy: nn.Module) -> list[int]:
     return [tensor.data_ptr() for tensor in policy.state_dict().values()]
 
 
+def taken_over() -> None:
+    """Waits until what was kept of older versions is in memory of this process's own."""
+    swap._looks.submit(int).result()
+
+
 def leased(segment: WritableSegment) -> list[int]:
     """The slots that a publisher could not have."""
     found = []
-    for slot in range(segment.slots):
+    for slot in segment.slot_numbers():
         fd = os.open(segment.path / f"slot-{slot}.safetensors", os.O_RDWR | os.O_CLOEXEC)
         if not memory.try_lock(fd):
             found.append(slot)

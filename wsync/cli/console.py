@@ -136,6 +136,8 @@ def segment_json(segment: Segment) -> dict[str, Any]:
         "bytes": segment.layout.nbytes,
         "tensors": len(segment.layout.tensors),
         "slots": segment.slots,
+        "added_slots": len(segment.slot_numbers()) - segment.slots,
+        "max_slots": segment.bound,
         "readers": [
             {
                 "pid": r.pid,

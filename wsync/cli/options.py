@@ -31,6 +31,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
         "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
     ),
     "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
+    "max_slots": ("spec", int, "Buffers that it may grow to while readers keep older versions. (default: 8)"),
     "keep": ("spec", int, "How many published versions to copy for a rollback. (default: 0)"),
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),

@@ -35,12 +35,16 @@ class Copy:
         self._attached.check()
         if segment is not self._segment:
             self._segment, self._slots = segment, {}
-        if lease.slot not in self._slots:
-            self._slots[lease.slot] = self._map(segment, lease.slot)
+        if lease.slot >= segment.slots:  # it was added, and may be another file the next time
+            sources = self._map(segment, lease.slot)
+        elif lease.slot in self._slots:
+            sources = self._slots[lease.slot]
+        else:
+            sources = self._slots[lease.slot] = self._map(segment, lease.slot)
         try:
-            self._copy(self._slots[lease.slot])
+            self._copy(sources)
         except KeyboardInterrupt:  # in the code of a tensor's own class, between two tensors
-            self._copy(self._slots[lease.slot])
+            self._copy(sources)
             raise
         return False
 

@@ -154,6 +154,7 @@ class DeviceWeights:
         for tensor, index in attached.targets:
             self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
+        self._added: LockedSlot | None = None  # of the copy under way, where the segment was made without it
         self._live: _Buffer | None = None  # the policy's tensors are views of it
         self._spare: _Buffer | None = None
         self._told = False
@@ -206,10 +207,12 @@ class DeviceWeights:
             OutOfDeviceMemory: the device has no room; the policy goes on with what it has.
             SegmentError: a slot is not as it should be.
         """
-        if slot not in self._slots:
+        added = slot >= segment.slots  # its file may be another one the next time
+        self._added = lock_slot(segment, slot, self._device) if added else None
+        if not added and slot not in self._slots:
             self.lock(segment)
         self.make_room(segment.layout)
-        weights = self._slots[slot].weights
+        weights = (self._added or self._slots[slot]).weights
         if self._spare is not None:
             self.flight = self._device.send([self._spare.flat], [weights], aside=True)
             return
@@ -226,7 +229,7 @@ class DeviceWeights:
             self.flight.synchronize()
         elif not self.flight.query():
             return False
-        self.flight = None
+        self.flight = self._added = None
         return True
 
     def take(self) -> None:

@@ -6,7 +6,9 @@ each tensor: no bytes move, and the time depends on the number of tensors alone.
 The memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy leaves a
 slot, the uses of its storage are counted. If only our own views are left, the lease is released, and the mapping and
 the views wait for the slot's next version. Otherwise somebody keeps a tensor of the old version: we let go of the
-memory, which stays leased until that tensor is gone, and the slot is mapped anew for its next version.
+memory, and the slot is mapped anew for its next version. What is still kept when the version after that comes is made
+this process's own, page by page, by a thread that releases the lease then: keeping costs the keeper memory, and nobody
+else a slot. Where the system cannot do that (before Linux 5.14) it stays leased until that tensor is gone.
 
 The mapping is private: what the policy writes to its weights in place hits pages of the process's own. They must be
 gone when the slot comes back. The look for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
@@ -27,7 +29,7 @@ import torch
 
 from ..layout.layout import views
 from ..segment.segment import Lease, Segment, SlotMemory
-from ..system.memory import renew
+from ..system.memory import renew, take_over
 from .tensors import Attached, Targets, addresses
 
 _point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -39,6 +41,8 @@ class _Slot:
 
     Attributes:
         memory: its pages; owns the lease while the policy points there, or a tensor that somebody kept.
+        added: whether the segment was made without it. Its file may be another one the next time, so that it is mapped
+            for one version alone.
         views: of the weights, in the order of the policy's tensors.
         addresses: of the views.
         alone: the uses of the memory (see ``uses``) by our own views.
@@ -48,6 +52,7 @@ class _Slot:
 
     def __init__(self, segment: Segment, slot: int, targets: Targets) -> None:
         self.memory = segment.map_slot(slot)
+        self.added = slot >= segment.slots
         with torch.inference_mode(False):
             self._storage = torch.frombuffer(self.memory, dtype=torch.uint8).untyped_storage()  # nothing is copied
             weights = views(segment.layout, self._storage, segment.data_offset)
@@ -80,6 +85,9 @@ class _Slot:
         return look.result() if look else renew(self.memory)
 
 
+_Kept = tuple[int, weakref.ref[SlotMemory], float]
+"""Of memory that only kept tensors use: the slot that it leases, and since when."""
+
 _mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
 
 
@@ -97,7 +105,7 @@ class Swap:
         self._segment: Segment | None = None
         self._slots: dict[int, _Slot] = {}
         self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
-        self._kept: list[tuple[int, weakref.ref[SlotMemory], float]] = []  # memory that only kept tensors use
+        self._kept: list[_Kept] = []  # memory that only kept tensors use
 
     def take(self, segment: Segment, lease: Lease) -> bool:
         """Points the policy at a leased slot; returns whether the policy had written to that slot before.
@@ -116,6 +124,7 @@ class Swap:
         self._segment, self._slots, self._live = segment, slots, slot
         # One call, so that no interrupt comes between two tensors.
         deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
+        self._take_over_kept()
         for other in others:  # more than one where the take before was interrupted
             if self._leave(other):
                 other.begin_look()
@@ -127,13 +136,13 @@ class Swap:
 
     def leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that the policy, or only a kept tensor, points into; since when the oldest."""
-        self._kept = [kept for kept in self._kept if kept[1]() is not None]
+        self._kept = [kept for kept in self._kept if (memory := kept[1]()) and memory.lease]
         held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
         held += [(slot, since) for slot, _, since in self._kept]
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps stays leased."""
+        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps lasts."""
         if self._live is None:
             return
         self._attached.spare_holders()
@@ -146,6 +155,7 @@ class Swap:
         slots, self._slots, self._live = self._slots, {}, None
         for slot in slots.values():
             self._leave(slot)
+        self._take_over_kept()
 
     def after_fork(self) -> None:
         """In the child, which has its own pages and none of its parent's threads: looks are begun anew."""
@@ -155,7 +165,7 @@ class Swap:
     def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
         """The slot, mapped and as its file is; whether the policy had written there. The policy is checked, too."""
         slot, written = slots.get(number), False
-        if slot:
+        if slot and not slot.added:
             written = slot.end_look()
         else:
             slot = slots[number] = _Slot(segment, number, self._attached.targets)
@@ -164,19 +174,39 @@ class Swap:
             attached.check()
         return slot, written
 
+    def _take_over_kept(self) -> None:
+        """Has a thread free the slots whose memory was kept for a version already; most of it is gone before that."""
+        kept, self._kept = self._kept, []
+        for one in kept:
+            try:
+                _looks.submit(self._take_over, one)
+            except RuntimeError:  # this process may have no more threads, or is about to end
+                self._kept.append(one)
+
+    def _take_over(self, kept: _Kept) -> None:
+        """Lets the slot of kept memory go, once its pages are this process's own."""
+        memory = kept[1]()
+        lease = memory.lease if memory else None
+        if memory and lease and take_over(memory):
+            memory.lease = None
+            lease.release()
+        else:
+            self._kept.append(kept)
+
     def _leave(self, slot: _Slot) -> bool:
         """Whether a slot that the policy left had a lease, which is released; a tensor that somebody keeps keeps it."""
         lease = slot.memory.lease
         if lease is None:
             return False
-        if slot.uses() == slot.alone:
+        kept = slot.uses() != slot.alone
+        if kept:
+            self._kept.append((lease.slot, weakref.ref(slot.memory), slot.since))
+        else:
             slot.memory.lease = None
             lease.release()
-            return True
-        self._kept.append((lease.slot, weakref.ref(slot.memory), slot.since))
-        if self._slots.get(lease.slot) is slot:
+        if (kept or slot.added) and self._slots.get(lease.slot) is slot:
             del self._slots[lease.slot]
-        return False
+        return not kept and not slot.added
 
 
 def _after_fork() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 
 from ..system.memory import address_of, wake
-from .files import REMOVED, WORD_OFFSET
+from .files import BOUND, BOUND_OFFSET, MAX_SLOTS, REMOVED, WORD_OFFSET
 
-_WORD = WORD_OFFSET // 8
+_WORD, _BOUND = WORD_OFFSET // 8, BOUND_OFFSET // 8
 
 
 class ControlPage:
@@ -24,6 +24,16 @@ class ControlPage:
     @property
     def word(self) -> int:
         return int(self.words[_WORD])
+
+    @property
+    def bound(self) -> int:
+        """How many slots the segment may grow to; its publishers say it, and nothing is believed of it but a number."""
+        return min(int(self.words[_BOUND]) or BOUND, MAX_SLOTS)
+
+    @bound.setter
+    def bound(self, slots: int) -> None:
+        if self.words[_BOUND] != slots:
+            self.words[_BOUND] = slots
 
     @property
     def address(self) -> int:

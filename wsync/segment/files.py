@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from ..system.memory import PAGE, mapping, no_room, read_at, reserve, try_lock, 
 from .access import Access, open_dir, open_file, opened
 
 MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
-WORD_OFFSET = 64  # bytes into the control page
+WORD_OFFSET, BOUND_OFFSET = 64, 72  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
 MAX_VERSION = 1 << 56  # the WORD has no room for more
-SLOTS = 3
+_UNNAMED = "slot.new"  # a slot that is being added
+SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, where nothing else is said
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 
@@ -158,6 +160,42 @@ def slot_name(slot: int) -> str:
     return f"slot-{slot}.safetensors"
 
 
+def added_slots(directory: int, slots: int) -> list[int]:
+    """The numbers of the slots that a segment has beside those that it was made with, sorted."""
+    names = set(os.listdir(directory))
+    return [slot for slot in range(slots, MAX_SLOTS) if slot_name(slot) in names]
+
+
+def add_slot(directory: int, slot: int, header: bytes, nbytes: int) -> None:
+    """Makes one more slot of a standing segment, for those who may read the others: it is there whole or not at all.
+
+    Args:
+        header: of a slot that holds nothing.
+        nbytes: of the weights.
+
+    Raises:
+        OSError: there is no room, or the system refuses it; nothing is left behind.
+    """
+    like = os.stat(slot_name(0), dir_fd=directory)
+    sweep_slot(directory)
+    try:
+        with opened(open_file(_UNNAMED, os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)) as fd:
+            reserve(fd, len(header) + nbytes)
+            write_at(fd, header, 0)
+            os.fchown(fd, -1, like.st_gid)
+            os.fchmod(fd, stat.S_IMODE(like.st_mode))
+            os.rename(_UNNAMED, slot_name(slot), src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        sweep_slot(directory)
+        raise
+
+
+def sweep_slot(directory: int) -> None:
+    """Removes what a publisher that was killed while it added a slot left behind."""
+    with suppress(FileNotFoundError):
+        os.unlink(_UNNAMED, dir_fd=directory)
+
+
 def metadata_block(metadata: Mapping[str, str]) -> bytes:
     """The part of a slot's header from byte 8 to ``METADATA_END``."""
     # A file name that is no UTF-8 is recorded with its odd bytes escaped; it is shown, and never opened by this record.
@@ -208,7 +246,7 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
                     reserve(fd, max(size, len(content)))
                     write_at(fd, content, 0)
             if access.given:
-                share(directory, slots, access)
+                share(directory, range(slots), access)
             os.rename(temporary, path)
     except OSError as exc:
         if told := no_room(exc, path.parent, wanted, len(files) + 2):
@@ -217,9 +255,9 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
             raise
 
 
-def share(directory: int, slots: int, access: Access) -> None:
+def share(directory: int, slots: Iterable[int], access: Access) -> None:
     """Gives the files of a segment their group and mode; its directory last, so that what was cut short shows there."""
-    for name in ("control", "layout.json", *map(slot_name, range(slots))):
+    for name in ("control", "layout.json", *map(slot_name, slots)):
         with opened(open_file(name, os.O_RDONLY, directory)) as fd:
             access.grant(fd, access.bits)
     with opened(open_dir("readers", dir_fd=directory, sticky=True)) as readers:

@@ -33,6 +33,10 @@ All locks are taken without waiting, so that nobody waits for a stopped process.
   looked at before P2 already, so that the publisher does not lock the live slot even for a moment.
 - P6 comes before P7, so that a reader that follows the new WORD never finds the publisher's own lock in its way; and
   the system calls in between order the writes to the slot before the store, on every architecture.
+- Where every spare slot is leased (by an idle notebook, a forked child, a tensor that somebody keeps), P2 adds a slot,
+  up to a bound. The publisher does it, because those who hold a lease may run no code of ours for hours. After a later
+  publish it removes an added slot that nobody leases. What had been opened of it before is at R3 with another WORD; and
+  since a slot of that number may be another file afterwards, a reader maps an added slot for one version alone.
 - The kernel drops flocks with their process: killed anywhere before P7 a publisher has published nothing, and the next
   one finds every lock free. After P7 only the wake-up is lost, and sleepers look for themselves after a moment.
 
@@ -59,7 +63,7 @@ from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import base_owner, check_name, is_name, open_dir, open_file, opened
 from .control import ControlPage
-from .files import METADATA_END, NO_SLOT, About, Publication, map_control, slot_name
+from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, map_control, slot_name
 from .readers import ReaderRecord, open_readers, readers
 
 
@@ -69,7 +73,7 @@ class Segment:
     Attributes:
         name: of the segment.
         path: of its directory.
-        slots: full buffers of weights.
+        slots: full buffers of weights that it was made with; see ``slot_numbers``.
         data_offset: bytes into a slot at which the weights begin.
         spec: fingerprint of the policy spec that it was made for.
         control: the page with the WORD.
@@ -157,6 +161,15 @@ class Segment:
         except ValueError as exc:
             raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
 
+    def slot_numbers(self) -> list[int]:
+        """Of all slots that are there now: those that it was made with, and those that were added."""
+        return [*range(self.slots), *added_slots(self._dir, self.slots)]
+
+    @property
+    def bound(self) -> int:
+        """How many slots there may be at a time."""
+        return max(self.slots, self.control.bound)
+
     @property
     def word(self) -> int:
         return self.control.word
@@ -179,6 +192,10 @@ class Segment:
                 head = self._head(word & 0xFF)
             except SegmentBusy:  # the segment is being removed
                 return None
+            except SegmentUnsafe:
+                if self.word == word:
+                    raise
+                continue  # it was an added slot, and was given back
             if self.word == word:
                 live = self._publication(head, word & 0xFF)
                 if live.version != word >> 8:
@@ -229,6 +246,10 @@ class Segment:
                 fd = self._open_slot(word & 0xFF, os.O_RDONLY)
             except SegmentBusy:  # the segment is being removed
                 return None
+            except SegmentUnsafe:
+                if self.word == word:
+                    raise
+                continue  # it was an added slot, and was given back
             lease = Lease(word, fd)  # before the lock is had: an interrupt leaves none behind
             if (
                 try_lock(fd, shared=True)  # R2 lease
@@ -264,8 +285,8 @@ class Segment:
                 return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
 
     def _open_slot(self, slot: int, flags: int) -> int:
-        if slot >= self.slots:
-            raise self._broken(f"says that slot {slot} of {self.slots} is live")
+        if slot >= MAX_SLOTS:
+            raise self._broken(f"says that slot {slot} is live, and has {MAX_SLOTS} at most")
         return self._open_file(slot_name(slot), flags)
 
     def _open_file(self, name: str, flags: int) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
-from ..errors import SegmentBusy, SegmentUnsafe, UsageError, printable
+from ..errors import SegmentBusy, SegmentUnsafe, UsageError, printable, refused
 from ..layout.layout import Layout
-from ..system.memory import populate, read_at, runtime_dir, shut, try_lock
-from .access import Access, base_owner, check_name, make_base, open_dir
+from ..system.memory import no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
+from .access import Access, base_owner, check_name, make_base, open_dir, opened
 from .files import (
     MAX_SLOTS,
     METADATA_END,
@@ -20,10 +21,15 @@ from .files import (
     SLOTS,
     Publication,
     SpareSlot,
+    add_slot,
+    added_slots,
     discard,
     make,
     share,
+    slot_header,
+    slot_name,
     sweep,
+    sweep_slot,
 )
 from .segment import Segment
 
@@ -81,7 +87,7 @@ class WritableSegment(Segment):
         """
         if access.given and not access.holds(self._dir):
             access.check_enterable(self.path.parent)
-            share(self._dir, self.slots, access)
+            share(self._dir, self.slot_numbers(), access)
 
     def remove(self) -> None:
         """Tells the readers, then removes the segment; they keep the memory that they have mapped.
@@ -128,10 +134,12 @@ class WritableSegment(Segment):
     def spare_slot(self) -> Iterator[SpareSlot]:
         """P2, P3 and, when the block is left, P6: a slot that is not live and that nobody leases.
 
+        Where readers lease all of them, another one is added.
+
         Raises:
-            SegmentBusy: readers lease every spare slot; the message names them.
+            SegmentBusy: readers lease every slot, and another one is not to be had; the message names them.
         """
-        for spare in self._spare_slots():
+        for spare in self._spare_slots(chain(self.slot_numbers(), self._add_slot())):
             spare.forget()  # so that a header says what a slot holds only where that is whole
             try:
                 yield spare
@@ -139,18 +147,64 @@ class WritableSegment(Segment):
                 spare.forget()
                 raise
             return
-        live = self.word & 0xFF
-        holders = [r for r in self.readers() if any(slot != live for slot in r.slots)]
-        names = ", ".join(f"{r.process} (pid {r.pid}, version {r.version})" for r in holders)
-        raise SegmentBusy(
-            f"every spare slot of segment {self.name!r} is leased by readers: {names or 'unknown'}. Let them refresh, "
-            "stop them, or make the segment anew with more --slots."
+
+    def _add_slot(self) -> Iterator[int]:
+        """Adds a slot, and gives its number.
+
+        Raises:
+            SegmentBusy: there are as many as there may be, or there is no memory for one.
+        """
+        there, size = self.slot_numbers(), self.data_offset + self.layout.nbytes
+        if len(there) >= self.bound:
+            raise self._leased(f"and it may have no more than {self.bound}. ", "raise max_slots (--max-slots)")
+        if spare_memory() < 2 * size:  # what is left is others' to work with
+            raise self._leased(f"and there is no memory for another one of {size:,} bytes. ", "free memory")
+        slot = min(set(range(MAX_SLOTS)).difference(there))
+        try:
+            add_slot(self._dir, slot, slot_header(self.layout), self.layout.nbytes)
+        except OSError as exc:
+            if not no_room(exc, self.path, size):
+                raise refused(exc, self.path) from exc
+            raise self._leased(f"and there is no room for another one of {size:,} bytes. ", "make room") from exc
+        yield slot
+
+    def _leased(self, why_no_more: str, remedy: str) -> SegmentBusy:
+        live, holders = self.word & 0xFF, []
+        for r in self.readers():
+            if any(slot != live for slot in r.slots):
+                kept = ", ".join(map(str, self.held_back(r)))
+                holders.append(f"{r.process} (pid {r.pid}, version {r.version}{kept and f', keeps {kept}'})")
+        return SegmentBusy(
+            f"every spare slot of segment {self.name!r} is leased by readers, {why_no_more}They are: "
+            f"{', '.join(holders) or 'unknown'}. Let them refresh, stop them, or {remedy}."
         )
+
+    def _give_back(self) -> None:
+        """Removes added slots that nobody uses, as long as a spare one is left for the next publish.
+
+        A reader that was about to lease such a slot finds it gone, or locked, or another WORD at R3, and starts over.
+        """
+        sweep_slot(self._dir)
+        added = added_slots(self._dir, self.slots)
+        if not added:
+            return
+        spare = 0
+        for slot in [*range(self.slots), *added]:
+            if slot == self.word & 0xFF:
+                continue
+            with opened(self._open_slot(slot, os.O_RDWR)) as fd:
+                if not try_lock(fd):
+                    continue
+                if spare and slot >= self.slots:
+                    os.unlink(slot_name(slot), dir_fd=self._dir)
+                    self._slot_maps.pop(slot, None)
+                else:
+                    spare += 1
 
     @contextmanager
     def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
         """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
-        for spare in self._spare_slots():
+        for spare in self._spare_slots(self.slot_numbers()):
             try:
                 held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
             except ValueError:  # it was being staged into
@@ -160,9 +214,9 @@ class WritableSegment(Segment):
                 return
         yield None, None
 
-    def _spare_slots(self) -> Iterator[SpareSlot]:
-        """Every slot that is not live and that nobody leases, one after another, each locked while it is looked at."""
-        for slot in range(self.slots):
+    def _spare_slots(self, slots: Iterable[int]) -> Iterator[SpareSlot]:
+        """Those that are not live and that nobody leases, one after another, each locked while it is looked at."""
+        for slot in slots:
             if slot == self.word & 0xFF:  # never locked, not even for a moment
                 continue
             fd = self._open_slot(slot, os.O_RDWR)
@@ -178,6 +232,7 @@ class WritableSegment(Segment):
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: this slot is live from here on."""
         self.control.store(version << 8 | slot)
+        self._give_back()
 
     def live_weights(self) -> memoryview | None:
         """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""

@@ -19,7 +19,7 @@ from ..checkpoints.fit import Fit
 from ..errors import SpecError
 from ..places.candidates import Select
 from ..segment.access import Access, check_name
-from ..segment.files import MAX_SLOTS, SLOTS
+from ..segment.files import BOUND, MAX_SLOTS, SLOTS
 from .hooks import Hooks
 from .metrics import Metrics
 
@@ -46,6 +46,7 @@ _KEYS: dict[str, Any] = {
     "name": str,
     "checkpoints": str,
     "slots": int,
+    "max_slots": int,
     "keep": int,
     "watch": {"poll": (int, float), "max_failures": int},
     "mode": str,
@@ -69,6 +70,7 @@ class Spec:
         poll: seconds between two looks that no notification asked for.
         max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
         slots: buffers of a segment that is made.
+        max_slots: how many it may grow to while readers keep older versions.
         keep: published versions of which a copy is kept beside the state, for a rollback.
         access: who else may read the segment.
         select: which entries are checkpoints, and which is newest.
@@ -85,6 +87,7 @@ class Spec:
     poll: float = POLL
     max_failures: int = MAX_FAILURES
     slots: int = SLOTS
+    max_slots: int = BOUND
     keep: int = 0
     access: Access = field(default_factory=Access)
     select: Select = field(default_factory=Select)
@@ -96,6 +99,10 @@ class Spec:
         check_name(self.name)
         if not 2 <= self.slots <= MAX_SLOTS:
             raise SpecError(f"slots = {self.slots}: a segment has 2 to {MAX_SLOTS} slots. Two work, three are better.")
+        if not 2 <= self.max_slots <= MAX_SLOTS:
+            raise SpecError(
+                f"max_slots = {self.max_slots} (--max-slots): give 2 to {MAX_SLOTS}, to which a segment may grow."
+            )
         if not 0 <= self.keep <= MAX_KEEP:
             raise SpecError(f"keep = {self.keep} (--keep): give the number of versions to keep, {MAX_KEEP} at most.")
         if not 0 < self.poll <= MAX_POLL:
@@ -173,6 +180,7 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         poll=float(watch.get("poll", REMOTE_POLL if place and remote(place) else POLL)),
         max_failures=watch.get("max_failures", MAX_FAILURES),
         slots=data.get("slots", SLOTS),
+        max_slots=data.get("max_slots", BOUND),
         keep=data.get("keep", 0),
         access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
         **made,

@@ -90,6 +90,7 @@ class Syncer:
             weight_getter=self.getter,
             layout=lambda: layout_process.layout_of_spec(spec),
             slots=spec.slots,
+            max_slots=spec.max_slots,
             runtime_dir=runtime,
         )
         self.updater.access = spec.access

@@ -27,7 +27,8 @@ PAGE = 4096
 _FUTEX = {"x86_64": 202, "ppc64le": 221}.get(platform.machine(), 98)  # 98 on all newer machines
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
-_MADV_POPULATE_READ, _MADV_DONTNEED_LOCKED = 22, 24  # asm-generic/mman-common.h
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE, _MADV_DONTNEED_LOCKED = 22, 23, 24  # asm-generic/mman-common.h
+_PIECE = 4 << 20  # bytes that are copied at a time
 _NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
 
 
@@ -135,6 +136,28 @@ def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> Ou
     )
 
 
+def spare_memory() -> int:
+    """Bytes that the machine, and each cgroup that this process is in, can still give without taking them from others.
+
+    A cgroup at its limit does not refuse memory: the kernel ends one of its processes (cgroup-v2.rst, "memory.max").
+    What it keeps of files counts as spare.
+    """
+    with open("/proc/meminfo") as table:
+        spare = [int(line.split()[1]) * 1024 for line in table if line.startswith("MemAvailable:")]
+    with open("/proc/self/cgroup") as table:
+        own = [line.strip().removeprefix("0::/") for line in table if line.startswith("0::/")]
+    places = [Path("/sys/fs/cgroup", name) for name in own]
+    for group in [group for place in places for group in (place, *place.parents)]:
+        try:
+            limit, used = ((group / f"memory.{what}").read_text().strip() for what in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:  # the root has no limit, and another hierarchy none of these files
+            continue
+        if limit != "max":
+            spare.append(int(limit) - int(used) + int(stat["inactive_file"]) + int(stat["active_file"]))
+    return min(spare)
+
+
 def try_lock(fd: int, *, shared: bool = False) -> bool:
     """Takes a flock without waiting; False where another description holds it."""
     try:
@@ -185,6 +208,20 @@ def renew(mapped: mmap.mmap) -> bool:
     except OSError:  # the process keeps all its memory from being swapped out (mlockall(2))
         mapped.madvise(_MADV_DONTNEED_LOCKED)
     return bool(written)
+
+
+def take_over(mapped: mmap.mmap) -> bool:
+    """Makes every page of a private mapping this process's own, with the bytes that it has; False where that fails.
+
+    It takes a copy of the memory, piece by piece and without the interpreter's lock, so that other threads go on.
+    """
+    import ctypes
+
+    libc, start = ctypes.CDLL(None), address_of(mapped)
+    pieces = ((at, min(_PIECE, len(mapped) - at)) for at in range(0, len(mapped), _PIECE))
+    return not any(
+        libc.madvise(ctypes.c_void_p(start + at), ctypes.c_size_t(size), _MADV_POPULATE_WRITE) for at, size in pieces
+    )
 
 
 def trim() -> None:

@@ -19,7 +19,7 @@ from ..errors import SegmentMissing
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
-from ..segment.files import Publication
+from ..segment.files import BOUND, SLOTS, Publication
 from ..segment.publisher import Gate, publish, publish_tensors
 from ..segment.writable import WritableSegment
 from ..system.memory import runtime_dir
@@ -44,6 +44,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
             those too, and says nothing of it.
         layout: the same for those who know the layout without the policy.
         slots: buffers of a segment that is made.
+        max_slots: how many it may grow to while readers keep older versions.
         strict: every tensor must come; else what does not come keeps its live values.
         finite: refuse NaN and infinity.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
@@ -64,13 +65,15 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         weight_getter: Callable[[], Any] | None = None,
         policy: torch.nn.Module | None = None,
         layout: Callable[[], Layout] | None = None,
-        slots: int = 3,
+        slots: int = SLOTS,
+        max_slots: int = BOUND,
         strict: bool = True,
         finite: bool = True,
         runtime_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name, self.weight_getter = name, weight_getter
-        self.strict, self.finite, self.slots, self.runtime_dir = strict, finite, slots, runtime_dir
+        self.strict, self.finite, self.runtime_dir = strict, finite, runtime_dir
+        self.slots, self.max_slots = slots, max_slots
         self.step: int | None = None
         self.spec = ""
         self.access = Access()
@@ -131,6 +134,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
             )
         else:
             standing.share(self.access)
+        standing.control.bound = self.max_slots
         return standing
 
     def close(self) -> None:
