@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from wsync.errors import (
 )
 from wsync.layout.layout import Layout, layout_of, views
 from wsync.places.candidates import Select, scan
+from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer
 
@@ -44,14 +46,17 @@ class Net(nn.Module):
         self.last = nn.Linear(5, 2)
 
 
-class OwnPolicy(Spec):
-    """A spec of this test's own ``Net``, whose layout needs no process."""
+@pytest.fixture(autouse=True)
+def policy_of_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of a spec is that of ``Net``, which no process can import."""
 
-    def layout(self) -> Layout:
+    def layout_of_spec(spec: Spec) -> Layout:
         net = Net()
-        if self.policy_kwargs:
+        if spec.policy_kwargs:
             net.again = net.last
         return layout_of(net)
+
+    monkeypatch.setattr(layout_process, "layout_of_spec", layout_of_spec)
 
 
 def trained(**config: Any) -> Any:
@@ -149,7 +154,7 @@ def test_a_merged_adapter_reaches_a_policy(runtime: Path, tmp_path: Path) -> Non
     runs = tmp_path / "runs"
     runs.mkdir()
     (tmp_path / "adapter-5").rename(runs / "adapter-5")
-    spec = OwnPolicy("nets:Net", "net", tmp_path, weights=Fit(base=str(base)))
+    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)))
     with Syncer(spec, runs) as syncer:
         outcome = syncer.once()
     assert (outcome.status, outcome.step) == ("published", 5), outcome.reason
@@ -291,7 +296,7 @@ def test_a_configuration_that_has_still_to_come_refuses_nothing(
     if content is not None:
         file.write_text(content)
     wsync.SharedMemoryWeightUpdater("net", policy=Net()).make_segment()
-    spec = OwnPolicy("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
+    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
     (tmp_path / "runs").mkdir()
     adapter.rename(tmp_path / "runs" / adapter.name)
     with Syncer(spec, tmp_path / "runs") as syncer:
@@ -355,7 +360,7 @@ def test_a_named_file_of_an_adapter_is_current_and_changes(runtime: Path, tmp_pa
     config = adapter / "adapter_config.json"
     whole = json.loads(config.read_text())
     wsync.SharedMemoryWeightUpdater("net", policy=Net()).make_segment()
-    spec = OwnPolicy("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
+    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)), select=Select(settle=0.01))
     with Syncer(spec, adapter / "adapter_model.safetensors") as syncer:
         for change, found in (({"use_dora": True}, "rejected"), ({}, "published"), ({"lora_alpha": 77}, "published")):
             config.write_text(json.dumps({**whole, **change}))
@@ -514,6 +519,20 @@ def test_a_base_that_cannot_be_used_does_not_refuse_the_adapter(tmp_path: Path) 
         assert not isinstance(caught.value, CheckpointRejected)
 
 
+def test_an_adapter_survives_its_deletion_once_it_is_open(tmp_path: Path) -> None:
+    """Guards that its configuration, too, is what was there when it was opened."""
+    base, adapter = saved(trained(), tmp_path)
+    layout, settings = layout_of(Net()), Fit(base=str(base))
+    expected = staged(adapter, settings)
+    memory = bytearray(layout.nbytes)
+    with Checkpoint(adapter) as checkpoint:
+        shutil.rmtree(adapter)
+        checkpoint.read_into(memoryview(memory), checkpoint.plan(layout, settings))
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    for entry, tensor in zip(layout.tensors, views(layout, storage, 0), strict=True):
+        assert torch.equal(tensor, expected[entry.name])
+
+
 @pytest.mark.parametrize("fault", ["shape", "names", "NaN", "NaN elsewhere", "NaN, cast", "tied apart", "lacks"])
 def test_a_fault_of_the_base_is_not_the_adapters(fault: str, runtime: Path, tmp_path: Path) -> None:
     """Guards that a base that does not fit, or is not finite, is named itself, and that its mend is enough."""
@@ -543,7 +562,7 @@ def test_a_fault_of_the_base_is_not_the_adapters(fault: str, runtime: Path, tmp_
         save_file(right, tmp_path / "runs" / "step_1.safetensors")
     tied = {"tied": True} if fault == "tied apart" else {}
     select = Select(order="step", settle=0.01)
-    spec = OwnPolicy("nets:Net", "net", tmp_path, tied, weights=fit, select=select)
+    spec = Spec("nets:Net", "net", tmp_path, tied, weights=fit, select=select)
     with Syncer(spec, tmp_path / "runs") as syncer:
         before = syncer.once().version if fault == "lacks" else 0
         adapter.rename(tmp_path / "runs" / adapter.name)

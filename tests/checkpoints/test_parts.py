@@ -33,7 +33,6 @@ from wsync.cli.inspection import inspect
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
-    CheckpointRejected,
     IncompleteCheckpoint,
     MalformedCheckpoint,
     NoCheckpoint,
@@ -377,17 +376,75 @@ def test_a_change_of_one_shard_while_reading_is_noticed(change: str, number: int
         read(path, during)
 
 
-def test_shards_that_are_removed_while_reading_are_no_verdict(tmp_path: Path) -> None:
-    """Guards that a trainer's retention at work does not get a good checkpoint refused for good."""
+@pytest.mark.parametrize("form", ["file", "single", "shards"])
+def test_a_checkpoint_survives_its_deletion_once_it_is_open(form: str, tmp_path: Path) -> None:
+    """Guards that a trainer that keeps one checkpoint does not take it away from a pass that has opened it."""
+    path, state = tmp_path / "checkpoint", tensors(1.0)
+    if form == "shards":
+        shard(path, state)
+    else:
+        path.mkdir()
+        save_file(state, path / "model.safetensors")
+    with Checkpoint(path / "model.safetensors" if form == "file" else path) as checkpoint:
+        shutil.rmtree(path)
+        weights = bytearray(checkpoint.layout.nbytes)
+        checkpoint.read_into(memoryview(weights), checkpoint.plan(checkpoint.layout))
+    assert bytes(weights) == read(shard(tmp_path / "again", state))[1]
+
+
+def test_shards_that_are_being_removed_are_waited_for(tmp_path: Path) -> None:
+    """Guards that a deletion is told from a rewrite, whose files are missing for a moment only."""
     path = shard(tmp_path / "checkpoint", tensors(1.0))
+    first, *others = sorted(path.iterdir())
+    removing = threading.Timer(0.2, lambda: list(map(os.unlink, others)))
+    with Checkpoint(path) as checkpoint:
+        first.unlink()
+        removing.start()
+        weights = bytearray(checkpoint.layout.nbytes)
+        checkpoint.read_into(memoryview(weights), checkpoint.plan(checkpoint.layout))
+    removing.join()
 
-    def remove(_: int) -> None:
-        for file in path.iterdir():
-            file.unlink()
 
-    with pytest.raises(CheckpointError) as caught:
-        read(path, remove)
-    assert not isinstance(caught.value, CheckpointRejected)
+def test_a_shard_that_is_missing_for_a_moment_is_a_change(tmp_path: Path) -> None:
+    """Guards that a writer which deletes each shard before it writes the new one is seen at work."""
+    path = shard(tmp_path / "checkpoint", tensors(1.0))
+    file = path / "model-00002-of-00003.safetensors"
+    new = file.read_bytes()
+    writing = threading.Timer(0.2, lambda: file.write_bytes(new))
+    with Checkpoint(path) as checkpoint:
+        file.unlink()
+        writing.start()
+        weights = memoryview(bytearray(checkpoint.layout.nbytes))
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(weights, checkpoint.plan(checkpoint.layout))
+    writing.join()
+
+
+def test_a_shard_that_stays_away_is_a_change(tmp_path: Path) -> None:
+    """Guards that half a deletion is not taken for a whole one, however long it takes."""
+    path = shard(tmp_path / "checkpoint", tensors(1.0))
+    with Checkpoint(path) as checkpoint:
+        (path / INDEX).unlink()
+        weights = memoryview(bytearray(checkpoint.layout.nbytes))
+        with pytest.raises(CheckpointChanged):
+            checkpoint.read_into(weights, checkpoint.plan(checkpoint.layout))
+
+
+def test_shards_of_two_directories_are_not_opened_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the moment between the first shard that is opened and the last."""
+    path, other = shard(tmp_path / "checkpoint", tensors(1.0)), shard(tmp_path / "other", tensors(2.0))
+    first = path / "model-00001-of-00003.safetensors"
+    real = os.open
+
+    def replacing(file: Any, *more: Any, **options: Any) -> int:
+        fd = real(file, *more, **options)
+        if file == first:
+            os.replace(other / first.name, first)
+        return fd
+
+    monkeypatch.setattr(os, "open", replacing)
+    with pytest.raises(CheckpointChanged):
+        Checkpoint(path)
 
 
 def test_a_file_is_the_same_after_a_reboot(tmp_path: Path) -> None:

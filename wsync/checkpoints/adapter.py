@@ -22,6 +22,7 @@ from ..errors import (
     PartialCheckpoint,
     UnusableBase,
 )
+from ..layout.filenames import CONFIG
 from ..layout.layout import Layout, TensorEntry, describe
 from . import plan as plan_module
 from .adapter_config import Config, read_config
@@ -79,7 +80,7 @@ def plan_of(adapter: TensorTable, base: TensorTable, layout: Layout, settings: F
     with blaming(base.path, adapter.path):
         plan = plan_module.plan_of(base.tensors, layout, settings, base.path)
     try:
-        config = read_config(adapter.parts)
+        config = read_config(adapter.source, adapter.parts.files[0].parent / CONFIG)
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
     entries = {name: entry for entry in layout.tensors for name in entry.names}

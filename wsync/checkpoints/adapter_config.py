@@ -10,11 +10,11 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import IncompleteCheckpoint, MalformedCheckpoint
-from ..layout.filenames import CONFIG
-from .files import Parts, read_small
+from .source import ByteSource
 
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000
@@ -50,19 +50,19 @@ class Config:
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def read_config(parts: Parts) -> Config:
+def read_config(adapter: ByteSource, file: Path) -> Config:
     """An adapter's configuration.
+
+    Args:
+        file: where it lies, for messages.
 
     Raises:
         IncompleteCheckpoint: it has not come, or not all of it.
         MalformedCheckpoint: it is of a kind of adapter that is not merged here.
         OSError: the system could not read it.
     """
-    file = parts.files[0].parent / CONFIG
     try:
-        if parts.index is None:
-            raise FileNotFoundError("it is not there")
-        return _config(json.loads(read_small(file, _MAX_CONFIG)))
+        return _config(json.loads(adapter.read_index(_MAX_CONFIG)))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as exc:
         raise IncompleteCheckpoint(
             f"{file} does not tell how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "

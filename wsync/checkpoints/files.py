@@ -155,16 +155,26 @@ def read_small(file: Path, most: int) -> bytes:
         if (size := file.stat().st_size) <= most:
             return file.read_bytes()
         raise ValueError(f"{size:,} bytes")
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)  # of a pipe, too, at once
+    fd = open_small(file)
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError("it is not a regular file")
-        if info.st_size > most:
-            raise ValueError(f"{info.st_size:,} bytes")
-        return read_at(fd, info.st_size, 0)
+        return read_opened(fd, most)
     finally:
         os.close(fd)
+
+
+def open_small(file: Path) -> int:
+    """Opens such a file; a pipe is opened at once, too."""
+    return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def read_opened(fd: int, most: int) -> bytes:
+    """All of such a file, once it is open; see ``read_small``."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("it is not a regular file")
+    if info.st_size > most:
+        raise ValueError(f"{info.st_size:,} bytes")
+    return read_at(fd, info.st_size, 0)
 
 
 def _adapter(path: Path, file: Path) -> Parts:

@@ -16,6 +16,7 @@ class Held:
     def __init__(self, source: ByteSource) -> None:
         self._source, self.infos, self.digests = source, source.infos, source.digests
         self.stands, self.close = source.stands, source.close
+        self.index, self.read_index = source.index, source.read_index
         self.data = [source.read(file, info.st_size, 0) for file, info in enumerate(source.infos)]
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:

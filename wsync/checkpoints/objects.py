@@ -22,7 +22,7 @@ from ..stores.store import OtherVersion, Stored, into
 from . import plan, settling
 from .cast import Piece, split
 from .digest import Digest
-from .files import Parts, changed
+from .files import Parts, changed, read_small
 from .plan import Read
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
@@ -35,6 +35,7 @@ class Objects:
     def __init__(self, parts: Parts, settle: float) -> None:
         self.parts = parts
         self.infos = [file.stat() for file in parts.files]
+        self.index = parts.index.stat() if parts.index else None
         self._store = cast(RemotePath, parts.path).store
         self._stored = [_listed_as(file) for file in parts.files]
         self._index = [_listed_as(parts.index)] if parts.index else []
@@ -45,6 +46,11 @@ class Objects:
 
     def close(self) -> None:
         pass
+
+    def read_index(self, most: int) -> bytes:
+        if self.parts.index is None:
+            raise FileNotFoundError("it is not there")
+        return read_small(self.parts.index, most)
 
     def stands(self) -> bool:
         files = [*self._stored, *self._index]

@@ -16,17 +16,19 @@ import mmap
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import NoCheckpoint
+from ..errors import IncompleteCheckpoint, NoCheckpoint
 from ..layout.finite import Region, all_finite
 from ..system.memory import PAGE, being_written, kept, read_at, shut
 from . import settling
 from .cast import Piece, split
 from .digest import Digest
-from .files import Parts, changed, identity, parts_of, unreadable
+from .files import Parts, changed, identity, open_small, parts_of, read_opened, unreadable
 from .header import malformed
 from .plan import Read
 
@@ -34,6 +36,8 @@ _BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; t
 _LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
 _WORTH_THREADS = 16 << 20  # bytes; fewer are staged before a second thread has begun
 _MOST_THREADS = 8
+_DELETING = 1.0  # seconds that the files of one checkpoint may take to go, one after another
+_TICK = 0.01
 # read(2) copies with `rep movsb`. Where (target - source) mod 4096 is one of these, AMD's cores take two to four times
 # as long for it; two copies, by way of a buffer that lies elsewhere in its page, take half of that.
 _SLOW_DISTANCES = {8, 16, 24}
@@ -51,14 +55,19 @@ class Files:
         self.parts = parts
         self.digests: tuple[Digest, ...] = ()
         self._fds: list[int] = []
+        self._index = -1
         self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
         self._own = threading.local()
         try:
             for file in parts.files:
                 self._fds.append(_open(file))
+            if parts.index:
+                self._index = open_small(parts.index)
+            self.index = os.fstat(self._index) if parts.index else None
+            if parts.is_several and not self._lies_there(parts):
+                raise changed(parts.path)
             settling.let_files_settle(parts, self._fds, settle)
             self.infos = [os.fstat(fd) for fd in self._fds]
-            self._index = parts.index.stat() if parts.index else None
         except BaseException:
             self.close()
             raise
@@ -68,6 +77,14 @@ class Files:
             shut(self._direct.popitem()[1])
         while self._fds:
             shut(self._fds.pop())
+        if self._index >= 0:
+            shut(self._index)
+            self._index = -1
+
+    def read_index(self, most: int) -> bytes:
+        if self._index < 0:
+            raise FileNotFoundError("it is not there")
+        return read_opened(self._index, most)
 
     def stands(self) -> bool:
         """As a ``ByteSource`` tells it.
@@ -77,14 +94,36 @@ class Files:
         for fd, info in zip(self._fds, self.infos, strict=True):
             if identity(os.fstat(fd)) != identity(info) or being_written(fd):
                 return False
-        if not self.parts.is_several:  # files that are replaced one after another are each whole, and together none
-            return True
-        parts = parts_of(self.parts.path)
-        if parts != self.parts or not all(
-            os.path.samestat(file.stat(), info) for file, info in zip(parts.files, self.infos, strict=True)
-        ):
+        if self.index and identity(os.fstat(self._index)) != identity(self.index):
             return False
-        return not (parts.index and self._index) or identity(parts.index.stat()) == identity(self._index)
+        return not self.parts.is_several or self._lies_there_or_is_gone()
+
+    def _lies_there_or_is_gone(self) -> bool:
+        """Whether all files are where they were opened, or none.
+
+        Files that are replaced one after another are each whole, and together none. A trainer that keeps few
+        checkpoints deletes whole ones, and while it is at it some files are still there.
+        """
+        files = [*self.parts.files, *([self.parts.index] if self.parts.index else [])]
+        until = time.monotonic() + _DELETING
+        while True:
+            there = [os.path.lexists(file) for file in files]
+            if not any(there):
+                return True
+            with suppress(FileNotFoundError, NoCheckpoint, IncompleteCheckpoint):
+                return self._lies_there(parts_of(self.parts.path))
+            if time.monotonic() > until:
+                return False
+            time.sleep(_TICK)
+
+    def _lies_there(self, parts: Parts) -> bool:
+        """Whether a checkpoint of these parts consists of the files that were opened."""
+        infos = [os.fstat(fd) for fd in self._fds]
+        return (
+            parts == self.parts
+            and all(os.path.samestat(file.stat(), info) for file, info in zip(parts.files, infos, strict=True))
+            and (not parts.index or os.path.samestat(parts.index.stat(), os.fstat(self._index)))
+        )
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
         return read_at(self._fds[file], nbytes, start)

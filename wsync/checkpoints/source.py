@@ -20,10 +20,21 @@ class ByteSource(Protocol):
     Attributes:
         infos: what the system, or the store, said of each file when it was opened.
         digests: what the store itself says that the files have to be; empty where it does not say it of all.
+        index: the same of the small file beside them (``Parts.index``); None without one.
     """
 
     infos: list[os.stat_result]
+    index: os.stat_result | None
     digests: tuple[Digest, ...]
+
+    def read_index(self, most: int) -> bytes:
+        """All of the small file beside them, as it was when they were opened.
+
+        Raises:
+            FileNotFoundError: there was none.
+            ValueError: it has more than ``most`` bytes, or is not a regular file.
+            OSError: it cannot be read.
+        """
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
         """Bytes of one of the files; fewer where it ends."""
@@ -46,7 +57,10 @@ class ByteSource(Protocol):
         """
 
     def stands(self) -> bool:
-        """Whether the files are still those that were opened, unchanged, and nobody is writing to them."""
+        """Whether the files are still those that were opened, unchanged, and nobody is writing to them.
+
+        A checkpoint that was deleted as a whole stands, as far as it can still be read.
+        """
 
     def close(self) -> None: ...
 

@@ -47,7 +47,7 @@ class TensorTable:
         try:
             self.parts = parts_of(path)
             self.source = source = open_source(self.parts, settle)
-            index = [self.parts.index.stat()] if self.parts.index else []
+            index = [source.index] if source.index else []
             self.identity = identity_of([*index, *source.infos])
             self.tensors: Mapping[str, StoredTensor] = {}
             self.metadata: dict[str, str] = {}

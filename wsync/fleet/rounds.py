@@ -20,7 +20,6 @@ from ..segment.publisher import Source, Staged
 from ..segment.writable import WritableSegment
 from ..sync.looks import Look
 from ..sync.passes import Pass
-from ..sync.policy_layout import check_layout, is_known
 from ..sync.syncer import Syncer
 from .delivery import Shared, Turn, deliver, judge
 from .group import Group
@@ -84,8 +83,7 @@ class Rounds:
                 try:
                     self._box.record.pin()
                     segment = self._box.make_segment()
-                    if not is_known(self._box.spec, segment, segment.live()):
-                        check_layout(self._box.spec, segment)
+                    self._syncer.policy.check(segment, segment.live())
                     self._member.wear(segment)
                     return {"layout": segment.layout.digest, "name": segment.name}
                 except OSError as exc:

@@ -15,7 +15,8 @@ from .syncer import Syncer
 def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
     """Runs passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
 
-    After passes that failed, or whose gate asked for later, it pauses longer (see ``schedule``).
+    Before the first pass it reads the policy's layout, unless that is known to fit. After passes that failed, or whose
+    gate asked for later, it pauses longer (see ``schedule``).
 
     Args:
         tell: called with the outcome of each pass; with an error if the pass failed.
@@ -38,6 +39,8 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
             if not schedule.due(syncer.spec.poll):
                 continue
             try:
+                if not passed:
+                    syncer.prepare()
                 event, passed = syncer.once(), True
             except WsyncError as exc:
                 if isinstance(exc, UsageError) and not passed:

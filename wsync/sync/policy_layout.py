@@ -1,6 +1,8 @@
-"""Whether a segment has the layout of the spec's policy.
+"""The layout of the spec's policy: when it is read, and what is remembered of it.
 
-Reading that layout starts a process that runs the user's code and imports torch, which takes seconds.
+Reading it starts a process that runs the user's code and imports torch, which takes seconds: a trainer that keeps one
+checkpoint may have replaced it by then. So it is read before a checkpoint is opened, and not again while the policy's
+file stays as it is.
 """
 
 from __future__ import annotations
@@ -13,26 +15,76 @@ from ..settings import layout_process
 from ..settings.spec import Spec
 
 
-def is_known(spec: Spec, segment: Segment, live: Publication | None) -> bool:
-    """Whether the segment, or what is live in it, was made for this very policy, so that its layout fits."""
-    return spec.fingerprint in (segment.spec, live.spec if live else "")
+class PolicyLayout:
+    """What one syncer knows of its policy's layout.
 
-
-def check_layout(spec: Spec, segment: Segment, layout: Layout | None = None) -> None:
-    """Checks that the policy still has the layout that its segment was made for.
-
-    Args:
-        layout: the policy's, if it was read already.
-
-    Raises:
-        LayoutDiffers: it does not.
-        SpecError: the policy cannot be imported or built.
+    Attributes:
+        reads: how often it was read, each time in a process of its own.
     """
-    layout = layout or layout_process.layout_of_spec(spec)
-    if layout.digest != segment.layout.digest:
+
+    def __init__(self, spec: Spec) -> None:
+        self.reads = 0
+        self._spec = spec
+        self._layout: Layout | None = None
+        self._of = ""  # fingerprint of the policy that it holds for; empty where it is to be read again
+        self._is_fresh = False
+
+    def begin_pass(self) -> None:
+        """From here on ``recheck`` reads again."""
+        self._is_fresh = False
+
+    def read(self) -> Layout:
+        """The policy's layout.
+
+        Raises:
+            SpecError: the policy cannot be imported or built.
+        """
+        of = self._spec.fingerprint
+        if self._layout is None or self._of != of:
+            self.reads += 1
+            self._layout, self._of, self._is_fresh = layout_process.layout_of_spec(self._spec), of, True
+        return self._layout
+
+    def take(self) -> Layout:
+        """The layout for a segment that is made. It is read again for the next one.
+
+        The fingerprint covers the policy's own file, not the modules that it imports.
+        """
+        layout = self.read()
+        self._of = ""
+        return layout
+
+    def check(self, segment: Segment, live: Publication | None) -> None:
+        """Checks that the policy has the layout of its segment, unless one of the two was made for this very policy.
+
+        Args:
+            live: what is live in the segment.
+
+        Raises:
+            LayoutDiffers: it does not.
+            SpecError: the policy cannot be imported or built.
+        """
+        if self._spec.fingerprint not in (segment.spec, live.spec if live else ""):
+            self.compare(segment, self.read())
+
+    def recheck(self, segment: Segment) -> None:
+        """The same after a checkpoint did not fit.
+
+        Reads the layout again, once a pass: the policy's architecture may have changed in a module that it imports.
+        """
+        if self._layout is None or not self._is_fresh:
+            self._of = ""
+            self._layout = self.read()
+        self.compare(segment, self._layout)
+
+    def compare(self, segment: Segment, layout: Layout) -> None:
+        """Compares the layout that was read with the segment's. That they differ is not remembered."""
+        if layout.digest == segment.layout.digest:
+            return
+        self._of = ""
         differences = segment.layout.differences(layout)
         raise LayoutDiffers(
-            f"segment {segment.name!r} was made for another architecture than {spec.policy} has now: "
+            f"segment {segment.name!r} was made for another architecture than {self._spec.policy} has now: "
             f"{len(differences)} tensors differ. Stop its processes and `wsync rm {segment.name}`, or give the new "
             "policy another --name.",
             differences,

@@ -32,11 +32,11 @@ from ..errors import (
 )
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
+from ..layout.layout import Layout
 from ..places.candidates import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.publisher import rehearse
 from ..segment.writable import WritableSegment
-from ..settings import layout_process
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .box import Box
@@ -44,7 +44,7 @@ from .casts import Casts
 from .choosing import Choice, choose
 from .looks import NO_LOOK, second_look
 from .passes import Pass
-from .policy_layout import check_layout, is_known
+from .policy_layout import PolicyLayout
 from .route import OneBox, Route
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Syncer:
     Attributes:
         box: this box's segment, and what is told of it.
         record: what is known of the past.
+        policy: the policy's layout, and whether it fits.
         route: how checkpoints reach the readers; a fleet sets its own.
 
     Raises:
@@ -85,10 +86,11 @@ class Syncer:
             )
         self.spec = spec
         self.getter = CheckpointWeightGetter(place, select=spec.select, fit=spec.weights)
+        self.policy = PolicyLayout(spec)
         self.updater = SharedMemoryWeightUpdater(
             spec.name,
             weight_getter=self.getter,
-            layout=lambda: layout_process.layout_of_spec(spec),
+            layout=self.policy.take,
             slots=spec.slots,
             max_slots=spec.max_slots,
             runtime_dir=runtime,
@@ -109,6 +111,21 @@ class Syncer:
         """Lets go of the segment; see ``Box.close``."""
         self.box.close(now=now)
 
+    def prepare(self) -> None:
+        """Reads the policy's layout if the first publish will need it, before there is a checkpoint to lose.
+
+        Raises:
+            WsyncError: the segment or the policy cannot be used.
+        """
+        try:
+            segment = self.updater.segment
+            if segment is None:
+                self.policy.read()
+            else:
+                self.policy.check(segment, segment.live())
+        except OSError as exc:
+            raise refused(exc, self.updater.path) from exc
+
     def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
 
@@ -124,6 +141,7 @@ class Syncer:
     def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass that the history is told nothing of; see ``once``."""
         this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
+        self.policy.begin_pass()
         try:
             this = this.at(self.updater.segment)
             try:
@@ -149,11 +167,12 @@ class Syncer:
             if not refusal and self._has_nothing_for(this):
                 raise self.getter.nothing()
             return refusal or self._current(this)
-        if this.dry_run:
-            return self._try(this, choice, partial(self._rehearse, this))
-        segment = self.box.make_segment()
+        reads = self.policy.reads
+        take = self.route.busy(partial(self._ready, this))
+        if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
+            return self._pass(this)
         try:
-            outcome = self._try(this, choice, partial(self._publish, this, segment))
+            outcome = self._try(this, choice, take)
         except NoCheckpoint:
             if refusal:
                 return refusal
@@ -161,6 +180,17 @@ class Syncer:
         if refusal and outcome.status in ("rejected", "empty"):  # what is older makes the newest no better
             return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
+
+    def _ready(self, this: Pass) -> Callable[[Checkpoint], Outcome]:
+        """What is done with an opened checkpoint; whatever has to know the policy's layout is done before."""
+        if this.dry_run:
+            layout, segment = self.policy.read(), self.updater.opened
+            if segment:
+                self.policy.compare(segment, layout)
+            return partial(self._rehearse, this, layout)
+        segment = self.box.make_segment()
+        self.policy.check(segment, this.live)
+        return partial(self._publish, this, segment)
 
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
@@ -226,13 +256,11 @@ class Syncer:
 
     def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
-        if not is_known(self.spec, segment, this.live):
-            check_layout(self.spec, segment)
         look = second_look(self.box, this, checkpoint.identity, self._choose)
         try:
             outcome = self.route.deliver(this, segment, checkpoint, self.spec.weights, look)
         except (CheckpointMismatch, UnusableBase):
-            check_layout(self.spec, segment)
+            self.route.busy(partial(self.policy.recheck, segment))
             raise
         except RetryLater:
             if pin := self.record.pin():
@@ -257,11 +285,10 @@ class Syncer:
             self.record.failed(outcome.version, outcome.reason or "")
             return outcome
 
-    def _rehearse(self, this: Pass, checkpoint: Checkpoint) -> Outcome:
-        layout, segment = layout_process.layout_of_spec(self.spec), self.updater.opened
-        if segment:
-            check_layout(self.spec, segment, layout)
-        rehearse(layout, checkpoint, segment, fit=self.spec.weights, progress=self.box.counter(layout.nbytes))
+    def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
+        rehearse(
+            layout, checkpoint, self.updater.opened, fit=self.spec.weights, progress=self.box.counter(layout.nbytes)
+        )
         return this.outcome(
             "checked",
             step=checkpoint.step,
