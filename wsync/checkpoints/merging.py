@@ -30,7 +30,7 @@ def read_into(
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
         clean = staging.stage(adapter, weights, plan, regions, progress)
         clean = _add(adapter, base, plan.merge.deltas, weights, regions, progress) and clean
-        adapter.check_unchanged()  # P5 verify
+        adapter.check_unchanged()  # part of P5, for the adapter
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
     if not clean:
