@@ -467,8 +467,8 @@ def test_leases_are_released(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) 
         for mark in range(2, 12):
             trainer.push(mark)
             assert reader.refresh()
-            assert [one.version for one in taken if one.fileno() >= 0] == [mark]
-    assert [one.version for one in taken if one.fileno() >= 0] == []
+            assert [one.version for one in taken if one.held] == [mark]
+    assert [one.version for one in taken if one.held] == []
 
 
 # What is derived from weights

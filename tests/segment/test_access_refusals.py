@@ -285,7 +285,7 @@ def test_a_word_beyond_the_slots_is_refused(base: Path, slot: int) -> None:
     uses: tuple[Callable[[], object], ...]
     uses = (segment.live, segment.lease, lambda: wsync.attach(mlp(), "nets", timeout=0.1))
     for use in uses:
-        with pytest.raises(SegmentUnsafe, match=f"slot {slot}"):
+        with pytest.raises(SegmentUnsafe, match=f"slot.{slot}"):
             use()
 
 

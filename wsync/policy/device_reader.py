@@ -10,6 +10,7 @@ devices) it is the step that waits.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Literal
 
@@ -44,8 +45,11 @@ class DeviceReader(Reader):
     def wait(self, timeout: float | None = None) -> bool:
         """As a reader on the CPU does; where a version is under way, until it has arrived."""
         deadline = deadline_of(timeout)
+        self._check_not_at_work()
+        me = threading.get_ident()
         while True:
             with self._lock:
+                self._owner = me
                 self._check_open()
                 flight = self._weights.flight
                 if flight is not None and flight.query():
@@ -58,18 +62,16 @@ class DeviceReader(Reader):
                 return False
             time.sleep(_NAP)
 
-    def _refresh(self, wait: bool = False) -> bool:
-        with self._lock:
-            self._check_open()
-            landed = False
-            if self._sent is not None:
-                landed = self._land(wait)
-                if not (landed and wait):
-                    return landed
-            if time.monotonic() < self._again:
+    def _advance(self, wait: bool) -> bool:
+        landed = False
+        if self._sent is not None:
+            landed = self._land(wait)
+            if not (landed and wait):
                 return landed
-            lease = self._newest()
-            return (lease is not None and self._begin(lease) and self._land(wait)) or landed
+        if time.monotonic() < self._again:
+            return landed
+        lease = self._newest()
+        return (lease is not None and self._begin(lease) and self._land(wait)) or landed
 
     def _begin(self, lease: Lease) -> bool:
         """Sends the leased version on its way; False where there is no room for it."""

@@ -56,7 +56,8 @@ class Reader:
         self.step: int | None = None
         self._seen, self._taken = -1, 0
         self._lock = threading.Lock()
-        self._closed = False
+        self._owner = 0  # the thread that holds it, or the last one that did
+        self._closed = self._close_asked = False
         self._calls = self._calls_left = 1  # without a look at the clock
         self._clock = self._looked = 0.0
         self._next_look = 0.0
@@ -75,7 +76,9 @@ class Reader:
 
         Returns:
             True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
-            logged once, and the reader attaches again when it comes back with the same layout.
+            logged once, and the reader attaches again when it comes back with the same layout. False for a signal
+            handler that calls it in the middle of another call. An interrupt (Ctrl-C) is raised when a version that is
+            being taken is in.
 
         Raises:
             UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; on a GPU also
@@ -93,11 +96,15 @@ class Reader:
             timeout: seconds; None waits for ever.
 
         Raises:
-            UsageError: this reader is closed, or the timeout is none.
+            UsageError: this reader is closed, the timeout is none, or a signal handler calls it in the middle of
+                another call.
         """
         deadline = deadline_of(timeout)
+        self._check_not_at_work()
+        me = threading.get_ident()
         while True:
             with self._lock:
+                self._owner = me
                 self._check_open()
                 self._notice_removal()
                 if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
@@ -109,8 +116,16 @@ class Reader:
             sleep_on(address, word, left)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own with the weights that it has, and lets go of the segment."""
+        """Gives the policy tensors of its own with the weights that it has, and lets go of the segment.
+
+        Called by a signal handler in the middle of a ``refresh``, it is done when that ends.
+        """
+        me = threading.get_ident()
+        if self._is_at_work():
+            self._close_asked = True
+            return
         with self._lock:
+            self._owner = me
             if self._closed:
                 return
             self._closed = True
@@ -132,26 +147,58 @@ class Reader:
         return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
 
     def _refresh(self, wait: bool = False) -> bool:
-        with self._lock:
-            self._check_open()
-            lease = self._newest()
-            if lease is None:
-                return False
-            try:
-                step = self._segment.step_of(lease)
-                written = self._way.take(self._segment, lease)
-            finally:
-                if not self._way.holds(lease):  # it was a copy, or it failed or was interrupted before
-                    lease.release()
-            self._took(lease, step)
-            if written and not self._told_of_writing:
-                self._told_of_writing = True
-                _log.warning(
-                    "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone "
-                    'with the next version. Attach with mode="copy" to keep its tensors its own.',
-                    self.name,
-                )
-            return True
+        me = threading.get_ident()
+        if self._is_at_work():
+            return False
+        try:
+            with self._lock:
+                self._owner = me
+                self._check_open()
+                return self._advance(wait)
+        finally:
+            if self._close_asked:
+                self.close()
+
+    def _advance(self, wait: bool) -> bool:
+        """Takes the newest version, under the lock; returns whether it did."""
+        lease = self._newest()
+        if lease is None:
+            return False
+        try:
+            self._take_in(lease)
+        except Exception:
+            raise
+        except BaseException:  # an interrupt: what was begun is finished first
+            self._take_in(lease)
+            raise
+        finally:
+            if not self._way.holds(lease):  # it was a copy, or it failed before
+                lease.release()
+        return True
+
+    def _take_in(self, lease: Lease) -> None:
+        """Gives the policy a leased version; may be called again where it was interrupted."""
+        step = self._segment.step_of(lease)
+        written = self._way.take(self._segment, lease)
+        self._took(lease, step)
+        if written and not self._told_of_writing:
+            self._told_of_writing = True
+            _log.warning(
+                "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone "
+                'with the next version. Attach with mode="copy" to keep its tensors its own.',
+                self.name,
+            )
+
+    def _is_at_work(self) -> bool:
+        """Whether this very thread holds the lock: a signal handler came in between, and must not wait for it."""
+        return self._lock.locked() and self._owner == threading.get_ident()
+
+    def _check_not_at_work(self) -> None:
+        if self._is_at_work():
+            raise UsageError(
+                f"wait() was called by a signal handler in the middle of another call of this reader of {self.name!r}. "
+                "Have the handler set a flag, and wait where the program looks at it."
+            )
 
     def _newest(self) -> Lease | None:
         """A lease of the version that is newer than the policy's; None where there is none to be had now."""
@@ -184,9 +231,11 @@ class Reader:
         if now - self._looked < _SELDOM_SECONDS:
             return False
         self._looked = now
-        if self._closed or not self._is_gone():
+        if self._closed or self._is_at_work() or not self._is_gone():
             return False
+        me = threading.get_ident()
         with self._lock:
+            self._owner = me
             found = self._find_again()
         return found and self._refresh()
 
@@ -200,11 +249,11 @@ class Reader:
 
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
-        self._segment = segment
-        self._words = segment.control.words
-        self._address = segment.control.address
+        registration, address = Registration(segment.path, self.mode), segment.control.address
         self._seen, self._taken = -1, 0  # the WORD, and the version, of this very segment
-        return Registration(segment.path, self.mode)
+        self._segment, self._address = segment, address
+        self._words = segment.control.words  # last: before it, an interrupt has all of this done again
+        return registration
 
     def _notice_removal(self) -> None:
         """A segment that was deleted by hand left no word of it: a sleeper looks at the directory itself."""
@@ -232,10 +281,11 @@ class Reader:
         if segment.word & 0xFF == REMOVED:  # ours still, by a remover that was killed, or another on its way out
             segment.close()
             return False
-        self._registration.close()
-        self._segment.close()
+        left, record = self._segment, self._registration
         self._registration = self._take(segment)
         self._next_look = 0.0
+        record.close()
+        left.close()
         return True
 
     def _check_open(self) -> None:
@@ -244,7 +294,7 @@ class Reader:
 
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
-        self._lock = threading.Lock()
+        self._lock, self._close_asked = threading.Lock(), False
         self._way.after_fork()
         if not self._closed:
             try:

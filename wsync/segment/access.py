@@ -27,6 +27,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from ..errors import SegmentUnsafe, UsageError, refused
@@ -34,6 +36,8 @@ from ..system.memory import default_runtime_dir, kept, no_room, shut
 
 _NAME = re.compile(r"[^\W_][\w.+@=-]*")
 _MODES = ("0600", "0640", "0644")
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WAY_OUT = "Remove it (`wsync rm` removes a segment), or name another place with --runtime-dir."
 
 
 def is_name(name: str) -> bool:
@@ -173,11 +177,37 @@ def open_file(name: str, flags: int, dir_fd: int) -> int:
     return _open(name, flags, os.fstat(dir_fd).st_uid, dir_fd)
 
 
-def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> int:
-    kind = "directory" if flags & os.O_DIRECTORY else "regular file"
-    way_out = "Remove it (`wsync rm` removes a segment), or name another place with --runtime-dir."
+def open_owned(name: str, flags: int, dir_fd: int) -> FileIO:
+    """As ``open_file``, but the descriptor is a file object's own, which closes it however its user ends.
+
+    Nothing is interpreted between the two calls that make it, so that no interrupt comes while it is nobody's.
+    """
+    with _converted(name, flags, dir_fd):
+        info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        if stat.S_ISDIR(info.st_mode):  # of which no file object is made
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        file = next(map(FileIO, map(partial(os.open, dir_fd=dir_fd), [name], [flags | _SAFELY])))
     try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+        _check(file.fileno(), name, flags, os.fstat(dir_fd).st_uid, dir_fd)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> int:
+    with _converted(path, flags, dir_fd):
+        fd = os.open(path, flags | _SAFELY, 0o600, dir_fd=dir_fd)
+    with kept(fd):
+        _check(fd, path, flags, owner, dir_fd, sticky)
+    return fd
+
+
+@contextmanager
+def _converted(path: str | Path, flags: int, dir_fd: int | None) -> Iterator[None]:
+    """Raises SegmentUnsafe where what is opened is another's, or of another kind."""
+    try:
+        yield
     except PermissionError as exc:
         raise SegmentUnsafe(
             f"{_named(path, dir_fd)} may not be opened by uid {os.geteuid()}. Its owner can share the segment (wsync "
@@ -186,16 +216,22 @@ def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: 
     except OSError as exc:
         if exc.errno not in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG):
             raise
-        raise SegmentUnsafe(f"{_named(path, dir_fd)} is not a {kind} ({exc.strerror}). {way_out}") from exc
-    with kept(fd):
-        info = os.fstat(fd)
-        shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
-        if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
-            raise SegmentUnsafe(
-                f"{_named(path, dir_fd)} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must "
-                f"be a {kind} of uid {owner} that nobody else may write. {way_out}"
-            )
-    return fd
+        raise SegmentUnsafe(f"{_named(path, dir_fd)} is not a {_kind(flags)} ({exc.strerror}). {_WAY_OUT}") from exc
+
+
+def _check(fd: int, path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> None:
+    """Raises SegmentUnsafe where what was opened is another user's, writable by others, or of another kind."""
+    info = os.fstat(fd)
+    shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
+    if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
+        raise SegmentUnsafe(
+            f"{_named(path, dir_fd)} belongs to uid {info.st_uid} with mode {stat.filemode(info.st_mode)}; it must "
+            f"be a {_kind(flags)} of uid {owner} that nobody else may write. {_WAY_OUT}"
+        )
+
+
+def _kind(flags: int) -> str:
+    return "directory" if flags & os.O_DIRECTORY else "regular file"
 
 
 def _named(path: str | Path, dir_fd: int | None) -> Path:

@@ -55,13 +55,14 @@ import os
 import weakref
 from contextlib import suppress
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Self
 
 from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
-from .access import base_owner, check_name, is_name, open_dir, open_file, opened
+from .access import base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
 from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, map_control, slot_name
 from .readers import ReaderRecord, open_readers, readers
@@ -230,8 +231,8 @@ class Segment:
         return sorted(versions - {reader.version})
 
     def _head(self, slot: int) -> bytes:
-        with opened(self._open_slot(slot, os.O_RDONLY)) as fd:
-            return read_at(fd, METADATA_END, 0)
+        with self._open_slot(slot, os.O_RDONLY) as file:
+            return read_at(file.fileno(), METADATA_END, 0)
 
     def readers(self) -> list[ReaderRecord]:
         return readers(self.path)
@@ -243,16 +244,16 @@ class Segment:
             if word & 0xFF >= NO_SLOT:
                 return None
             try:
-                fd = self._open_slot(word & 0xFF, os.O_RDONLY)
+                file = self._open_slot(word & 0xFF, os.O_RDONLY)
             except SegmentBusy:  # the segment is being removed
                 return None
             except SegmentUnsafe:
                 if self.word == word:
                     raise
                 continue  # it was an added slot, and was given back
-            lease = Lease(word, fd)  # before the lock is had: an interrupt leaves none behind
+            lease = Lease(word, file)  # before the lock is had: an interrupt leaves none behind
             if (
-                try_lock(fd, shared=True)  # R2 lease
+                try_lock(file.fileno(), shared=True)  # R2 lease
                 and self.word == word  # R3 recheck
             ):
                 return lease
@@ -275,7 +276,8 @@ class Segment:
         It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
         """
         size = self.data_offset + self.layout.nbytes
-        with opened(self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY)) as fd:
+        with self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY) as file:
+            fd = file.fileno()
             info = os.fstat(fd)
             if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
                 raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
@@ -284,15 +286,15 @@ class Segment:
             with mapping(size, fd):
                 return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
 
-    def _open_slot(self, slot: int, flags: int) -> int:
+    def _open_slot(self, slot: int, flags: int) -> FileIO:
         if slot >= MAX_SLOTS:
             raise self._broken(f"says that slot {slot} is live, and has {MAX_SLOTS} at most")
         return self._open_file(slot_name(slot), flags)
 
-    def _open_file(self, name: str, flags: int) -> int:
+    def _open_file(self, name: str, flags: int) -> FileIO:
         """Raises SegmentBusy where the segment is being removed."""
         try:
-            return open_file(name, flags, self._dir)
+            return open_owned(name, flags, self._dir)
         except FileNotFoundError:
             raise (self._broken(f"has no {name}") if self.is_current() else self._removed()) from None
 
@@ -312,18 +314,20 @@ class Lease:
     lets go only of its own part.
     """
 
-    __slots__ = ("_fd", "slot", "version", "word")
+    __slots__ = ("_file", "slot", "version", "word")
 
-    def __init__(self, word: int, fd: int) -> None:
-        self.version, self.slot, self.word, self._fd = word >> 8, word & 0xFF, word, fd
+    def __init__(self, word: int, file: FileIO) -> None:
+        self.version, self.slot, self.word, self._file = word >> 8, word & 0xFF, word, file
+
+    @property
+    def held(self) -> bool:
+        return not self._file.closed
 
     def fileno(self) -> int:
-        return self._fd
+        return self._file.fileno()
 
     def release(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            shut(fd)  # R5 release
+        self._file.close()  # R5 release
 
     __del__ = release
 

@@ -13,7 +13,7 @@ from typing import Self
 from ..errors import SegmentBusy, SegmentUnsafe, UsageError, printable, refused
 from ..layout.layout import Layout
 from ..system.memory import no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
-from .access import Access, base_owner, check_name, make_base, open_dir, opened
+from .access import Access, base_owner, check_name, make_base, open_dir
 from .files import (
     MAX_SLOTS,
     METADATA_END,
@@ -113,8 +113,8 @@ class WritableSegment(Segment):
         if self._publishing:  # by this very object: a block within a block
             yield
             return
-        fd = self._open_file("publisher.lock", os.O_RDWR)
-        try:
+        with self._open_file("publisher.lock", os.O_RDWR) as file:
+            fd = file.fileno()
             if not try_lock(fd):  # P1 lock
                 holder = printable(os.pread(fd, 100, 0).decode(errors="replace").strip("\0\n "))
                 raise SegmentBusy(
@@ -124,11 +124,11 @@ class WritableSegment(Segment):
             if not self.is_current():
                 raise self._removed()
             os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
-            self._publishing = True
-            yield
-        finally:
-            self._publishing = False
-            shut(fd)
+            try:
+                self._publishing = True
+                yield
+            finally:
+                self._publishing = False
 
     @contextmanager
     def spare_slot(self) -> Iterator[SpareSlot]:
@@ -192,8 +192,8 @@ class WritableSegment(Segment):
         for slot in [*range(self.slots), *added]:
             if slot == self.word & 0xFF:
                 continue
-            with opened(self._open_slot(slot, os.O_RDWR)) as fd:
-                if not try_lock(fd):
+            with self._open_slot(slot, os.O_RDWR) as file:
+                if not try_lock(file.fileno()):
                     continue
                 if spare and slot >= self.slots:
                     os.unlink(slot_name(slot), dir_fd=self._dir)
@@ -219,15 +219,15 @@ class WritableSegment(Segment):
         for slot in slots:
             if slot == self.word & 0xFF:  # never locked, not even for a moment
                 continue
-            fd = self._open_slot(slot, os.O_RDWR)
+            file = self._open_slot(slot, os.O_RDWR)
             try:
                 if (
-                    try_lock(fd)  # P2 pick
+                    try_lock(file.fileno())  # P2 pick
                     and self.word & 0xFF != slot  # P3 check
                 ):
-                    yield SpareSlot(slot, fd, self._slot_map(slot), self.data_offset)
+                    yield SpareSlot(slot, file.fileno(), self._slot_map(slot), self.data_offset)
             finally:
-                shut(fd)  # P6 release
+                file.close()  # P6 release
 
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: this slot is live from here on."""
