@@ -156,6 +156,12 @@ class CheckpointMismatch(CheckpointRejected):
     kind = "mismatch"
 
 
+class ForeignCheckpoint(CheckpointMismatch):
+    """It shares no tensor name with the policy: it is something else that lies among the checkpoints."""
+
+    kind = "foreign"
+
+
 class NonFiniteWeights(CheckpointRejected):
     """The checkpoint holds NaN or infinity."""
 

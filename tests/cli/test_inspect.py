@@ -145,7 +145,7 @@ def test_checkpoints_in_a_checkpoint_are_told_as_well(tmp_path: Path, cli: Cli) 
 def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a look at a directory while the trainer's retention is at work there."""
 
-    def open_checkpoint(path: Path) -> Checkpoint:
+    def open_checkpoint(path: Path, **_: object) -> Checkpoint:
         if path.name == "step_2.safetensors":
             path.unlink()
         return Checkpoint(path)

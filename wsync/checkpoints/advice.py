@@ -36,6 +36,9 @@ _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostil
 _PREFIXES = 16  # that are tried at most
 _GLOBS = 32  # that are advised at most
 
+HOPELESS = "It stays refused until it changes: "
+"""How the advice begins where no setting makes a checkpoint fit."""
+
 Tensors = Mapping[str, StoredTensor]
 Change = dict[str, Any]
 
@@ -52,7 +55,7 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
     if takes_part and settings.partial:
         few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"
         other += f" If a part is meant, strict = false (--no-strict) takes {few} and keeps the rest as it is."
-    return f"It stays refused until it changes: {other}"
+    return f"{HOPELESS}{other}"
 
 
 def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointMismatch, PartialCheckpoint
+from ..errors import CheckpointMismatch, ForeignCheckpoint, PartialCheckpoint
 from ..layout.layout import Layout, TensorEntry
 from .cast import Pair
 from .fit import Fit
@@ -127,12 +127,13 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
                 "come. Nothing is live whose values they could keep. Publish a whole checkpoint first.",
                 rows,
             )
-        from .advice import advice  # which few passes need
+        from .advice import HOPELESS, advice  # which few passes need
 
-        raise CheckpointMismatch(
-            f"{path} does not fit the policy: {len(rows)} of its tensors differ. " + advice(tensors, layout, settings),
-            rows,
-        )
+        told = advice(tensors, layout, settings)
+        known = {name for entry in layout.tensors for name in entry.names}
+        is_foreign = told.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
+        kind = ForeignCheckpoint if is_foreign else CheckpointMismatch
+        raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {told}", rows)
     plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept))
     _last = (tensors, layout, settings, plan)
     return plan

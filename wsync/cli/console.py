@@ -40,6 +40,9 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
     data: dict[str, Any] = {name: getattr(outcome, name) for name in _TOLD}
     if outcome.pin is not None:
         data["pin"] = outcome.pin
+    for name in ("newer", "warning"):
+        if (value := getattr(outcome, name)) is not None:
+            data[name] = value
     if outcome.casts:
         data["casts"] = list(outcome.casts)
     if outcome.differences:
@@ -61,7 +64,8 @@ def outcome_line(outcome: Outcome) -> str:
             told = f"{file}{step} would be published, {size(outcome.bytes)}"
             return _joined(told, outcome.reason or "", live or "nothing is live")
         case "current":
-            return f"version {outcome.version}{step} is current, {file}"
+            newer = f"{printable(Path(outcome.newer).name)} is newer, and not complete yet" if outcome.newer else ""
+            return _joined(f"version {outcome.version}{step} is current, {file}", newer)
     again = "`wsync push --retry` tries it again" if outcome.known else ""
     return _joined(f"{outcome.status}: {outcome.reason}", live, again)
 
@@ -103,6 +107,8 @@ def tell(outcome: Outcome, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(outcome_json(outcome)))
         return
+    if outcome.warning:
+        print(harmless(f"{outcome.name}: {outcome.warning}"), file=sys.stderr)
     for cast in outcome.casts:
         print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
     if not outcome.exit_code:
@@ -226,6 +232,8 @@ class WatchLog:
                 self._refusal(event)
             elif event.status == "published" or not known:
                 self._outcome({"busy": "warning", "failed": "error"}.get(event.status, "info"), event)
+            if event.warning:
+                self.note("warning", "late", event.warning)
             if self._form != "json":  # there they are in the event
                 for cast in event.casts:
                     self.note("info", "cast", cast)

@@ -36,7 +36,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
-    "order": ("select", str, "Which is newest: mtime, step or name. (default: mtime)"),
+    "order": ("select", str, "Which is newest: mtime, step, name or arrival. (default: mtime)"),
     "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
     "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
     "within": ("select", str, "Directory in each checkpoint that holds the weights, such as pretrained_model."),

@@ -48,6 +48,8 @@ class Outcome:
         pin: the checkpoint that an operator keeps live, where one holds.
         known: whether it was refused in an earlier run, which told of it.
         kind: of the error that refused it, in one word; empty where it was not refused just now.
+        newer: path of a checkpoint that is newer than what is live, and not complete yet; the reason says why.
+        warning: what an operator may want to change, said once.
         casts: what is converted, where this pass was the first to do it.
     """
 
@@ -67,6 +69,8 @@ class Outcome:
     pin: str | None = None
     known: bool = False
     kind: str = ""
+    newer: str | None = None
+    warning: str | None = None
     casts: tuple[str, ...] = ()
 
     @property

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_PASSED, _LATE = "+passed", "+late"  # beside the settings under which a refusal is remembered
 PUBLISHED = ("publish", "rollback")
 """Kinds of events after which a version is live."""
 IN_NO_FILE = "kept live values that are in no file"
@@ -55,8 +56,10 @@ class Record:
         if state:
             state.warn = lambda exc: self.complain(exc) if self.complain else None
         self._refused: dict[str, str] = {}
+        self._passed: set[str] = set()
         self._fresh: set[str] = set()
         self._loaded = False
+        self._told: int | None = None
         self._complaint = self._failure = ""
 
     def close(self) -> None:
@@ -84,7 +87,7 @@ class Record:
 
     def forget(self) -> None:
         """Takes what was refused before for new."""
-        self._refused, self._loaded = {}, True
+        self._refused, self._passed, self._loaded = {}, set(), True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Identity to reason of those of ``listed`` that were refused."""
@@ -92,6 +95,7 @@ class Record:
         if wanted and not self._loaded:
             self._loaded = True
             self._refused |= self._try(State.rejections, self._settings) or {}
+            self._passed |= (self._try(State.rejections, f"{self._settings}{_PASSED}") or {}).keys()
         if wanted:
             self._refused = {state: why for state, why in self._refused.items() if state in wanted}
         return self._refused
@@ -109,6 +113,28 @@ class Record:
         self._fresh = {*self._fresh & self._refused.keys(), identity}
         self._try(State.reject, identity, self._settings, reason)
         self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
+
+    @property
+    def passed(self) -> frozenset[str]:
+        """Those of the last listing that were told once, and are passed over since."""
+        return frozenset(self._passed)
+
+    def pass_over(self, identity: str, reason: str, outcome: Outcome) -> None:
+        """Remembers that it was told; it stays what it was, refused or incomplete."""
+        self._passed.add(identity)
+        self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
+        if identity not in self._refused:
+            self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
+
+    def told_until(self) -> int:
+        """When the last checkpoint arrived of which it was told that it counts as older, ns since the epoch."""
+        if self._told is None:
+            self._told = max(map(int, (self._try(State.rejections, _LATE) or {}).values()), default=0)
+        return self._told
+
+    def told_of(self, arrived_ns: int) -> None:
+        self._told = arrived_ns
+        self._try(State.reject, "", _LATE, str(arrived_ns))
 
     # --- events
 

@@ -46,7 +46,8 @@ class Select:
     Attributes:
         pattern: a glob that their names match.
         order: ``"mtime"`` (ties by natural name), ``"step"`` (of the metadata, else of the name) or ``"name"``
-            (natural, so that 10 comes after 9).
+            (natural, so that 10 comes after 9); or
+            ``"arrival"``, when the system last changed a file: copies with old modification times are new.
         marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
             before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``). One that is older than a file of its
             checkpoint was left by an earlier save, and does not count.
@@ -62,7 +63,7 @@ class Select:
     """
 
     pattern: str = "*"
-    order: Literal["mtime", "step", "name"] = "mtime"
+    order: Literal["mtime", "step", "name", "arrival"] = "mtime"
     marker: str = ""
     settle: float = 1.0
     within: str = ""
@@ -76,8 +77,8 @@ class Select:
             from ..checkpoints.steps import expression
 
             expression(self.step)
-        if self.order not in ("mtime", "step", "name"):
-            raise UsageError(f"order = {self.order!r} is none of mtime, step and name. Use one of them.")
+        if self.order not in ("mtime", "step", "name", "arrival"):
+            raise UsageError(f"order = {self.order!r} is none of mtime, step, name and arrival. Use one of them.")
         if not 0 <= self.settle <= 3600:
             raise UsageError(f"settle = {self.settle} is no time. Give seconds, an hour at most.")
         if self.digest not in ("", "sha256"):
@@ -108,6 +109,8 @@ class Candidate(NamedTuple):
             a modification time can be set to anything, and one ahead of the clock would hide all that comes after.
         step: of its metadata, where the order needs it.
         name: its path below the place where it was found; empty where it is the place itself.
+        arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when
+            it is made. Of what is live, when it went live.
     """
 
     location: str | Path
@@ -115,6 +118,7 @@ class Candidate(NamedTuple):
     mtime_ns: int
     step: int | None = None
     name: str = ""
+    arrived_ns: int = 0
 
     @property
     def path(self) -> Path:
@@ -135,6 +139,8 @@ class Candidate(NamedTuple):
         name = natural(self.name or os.path.basename(self.location))
         if order == "name":
             return (0, 0, name)
+        if order == "arrival":
+            return (0, self.arrived_ns, name)
         if order == "step":
             return (-1 if self.step is None else self.step, self.mtime_ns, name)
         return (0, self.mtime_ns, name)
@@ -156,7 +162,8 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
     them: they may be anything, such as the parts of a pipeline.
 
     Args:
-        halves: list sharded ones, too, of which a part is missing; none of them can be opened.
+        halves: list all that a person may want to see: those beside the checkpoint that the place is, and sharded ones
+            of which a part is missing.
 
     Raises:
         NoCheckpoint: there is no such place yet.
@@ -192,7 +199,7 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             own, trouble = {*FORMS}, exc
         except OSError as exc:
             own, trouble = {*FORMS}, unreadable(place, exc)
-    if own and settings.pattern == "*":
+    if own and settings.pattern == "*" and not halves:
         listed = []
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     links: set[str] = set()
@@ -225,7 +232,11 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
 def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidate]:
     """The one file that the place is; an adapter is two files, too, and an index names several."""
     is_several = place.name == ADAPTER or place.name.endswith(INDEX_SUFFIX)
-    named = _of_parts(parts_of(place)) if is_several else Candidate(place, info, _written(info))
+    named = (
+        _of_parts(parts_of(place))
+        if is_several
+        else Candidate(place, info, _written(info), arrived_ns=info.st_ctime_ns)
+    )
     return _marked(named, (place.parent / name for name in _markers(place.name, settings.marker)), settings)
 
 
@@ -268,7 +279,7 @@ def _entry(place: Path, entry: os.DirEntry[str], names: set[str], settings: Sele
     name, is_nested = entry.name, bool(settings.within or settings.file)
     if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
         where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
-        single = Candidate(where, info, _written(info), None, name)
+        single = Candidate(where, info, _written(info), None, name, info.st_ctime_ns)
         return _marked(single, (place / m for m in _markers(name, settings.marker) if m in names), settings)
     if not entry.is_dir():
         return []
@@ -330,7 +341,8 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
 def _of_parts(parts: Parts, name: str = "") -> Candidate:
     """A checkpoint of several files, or in a directory, as a candidate."""
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
-    return Candidate(parts.path, identity_of(infos), max(map(_written, infos)), None, name)
+    arrived = max(info.st_ctime_ns for info in infos)
+    return Candidate(parts.path, identity_of(infos), max(map(_written, infos)), None, name, arrived)
 
 
 def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
@@ -339,7 +351,7 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
         info = file.stat()
     except OSError:
         return []
-    return [Candidate(path, info, _written(info), None, name)]
+    return [Candidate(path, info, _written(info), None, name, info.st_ctime_ns)]
 
 
 def _written(info: os.stat_result) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import led_to, place_at, remote
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 
 
 _AHEAD = 60.0  # seconds by which the clock of a file server may be ahead of ours
+
+
+class Look(NamedTuple):
+    """What one listing of a place offers.
+
+    Attributes:
+        newer: than what is live, newest first.
+        late: what counts as older, and yet arrived after that went live.
+        is_new_run: what is live is gone, and all that is there arrived later, so all of it counts as newer.
+    """
+
+    newer: list[Candidate]
+    late: Sequence[Candidate] = ()
+    is_new_run: bool = False
 
 
 class CheckpointWeightGetter:
@@ -99,7 +113,11 @@ class CheckpointWeightGetter:
         return None
 
     def candidates(self, live: Candidate | None = None) -> list[Candidate]:
-        """What is newer than what is live, newest first; a file that was named itself is new whatever its age.
+        """What is newer than what is live, newest first; see ``look``."""
+        return self.look(live).newer
+
+    def look(self, live: Candidate | None = None) -> Look:
+        """Lists the place; a checkpoint that is named itself, or by a pointer, is new whatever its age.
 
         Raises:
             NoCheckpoint: the place is not there.
@@ -115,9 +133,16 @@ class CheckpointWeightGetter:
             found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
             listed = {(candidate.location, candidate.identity) for candidate in found}
             self._steps = {state: step for state, step in self._steps.items() if state in listed}
+        if live is None:
+            return Look(select(found, None, self.select.order))
         if self.select.pointer or not any(c.name for c in found):
-            return [c for c in found if live is None or c.identity != live.identity]
-        return select(found, live and live._replace(name=self._below(str(live.location))), self.select.order)
+            return Look([c for c in found if c.identity != live.identity])
+        newer = select(found, live._replace(name=self._below(str(live.location))), self.select.order)
+        is_there = any(c.identity == live.identity for c in found)
+        older = [c for c in found if c not in newer and c.identity != live.identity]
+        if older and not newer and not is_there and all(c.arrived_ns > live.arrived_ns for c in older):
+            return Look(select(older, None, self.select.order), is_new_run=True)
+        return Look(newer, [c for c in older if c.arrived_ns > live.arrived_ns])
 
     def holds(self, source: str) -> bool:
         """Whether the checkpoint at this path is the place, or lies in it."""
@@ -188,7 +213,7 @@ def _place(source: str, identity: str, step: int | None, taken: float) -> Candid
     written = int(identity.rpartition("-")[2])
     if written > (taken + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
         written = int(taken * 1e9)
-    return Candidate(source, identity, written, step)
+    return Candidate(source, identity, written, step, arrived_ns=int(taken * 1e9))
 
 
 def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:

@@ -19,12 +19,16 @@ class Choice:
         refused: the newest candidate, if it was refused before and is not tried again.
         pin: the pin that holds; no candidate is tried.
         reopen: what is pinned is not live, and is published again.
+        late: what counts as older than what is live, and yet arrived after that.
+        is_new_run: what is live is gone, and all that is there arrived after it.
     """
 
     todo: tuple[Candidate, ...] = ()
     refused: Candidate | None = None
     pin: Pin | None = None
     reopen: bool = False
+    late: tuple[Candidate, ...] = ()
+    is_new_run: bool = False
 
 
 def choose(
@@ -33,6 +37,7 @@ def choose(
     refusals: Collection[str],
     pin: Pin | None,
     *,
+    passed: Collection[str] = (),
     force: bool = False,
 ) -> Choice:
     """Chooses what a pass tries; nothing if what is live stays live.
@@ -40,6 +45,7 @@ def choose(
     Args:
         newer: the candidates that are newer than what is live, newest first.
         refusals: identities of checkpoints that were refused before.
+        passed: identities of those that are passed over without a word while something is live: each was told once.
         pin: the pin that holds; it comes before everything else.
         force: try refused candidates again.
     """
@@ -48,4 +54,5 @@ def choose(
     if force:
         return Choice(tuple(newer))
     todo = tuple(candidate for candidate in newer if candidate.identity not in refusals)
-    return Choice(todo, newer[0] if newer and newer[0].identity in refusals else None)
+    first = next((candidate for candidate in newer if not live or candidate.identity not in passed), None)
+    return Choice(todo, first if first and first.identity in refusals else None)

@@ -21,7 +21,7 @@ from ..errors import (
     CheckpointChanged,
     CheckpointError,
     CheckpointMismatch,
-    CheckpointRejected,
+    IncompleteCheckpoint,
     NoCheckpoint,
     RetryLater,
     SegmentBusy,
@@ -34,11 +34,12 @@ from ..history.outcome import Outcome, status_of
 from ..history.record import Record
 from ..layout.layout import Layout
 from ..places.candidates import Candidate
-from ..places.weight_getter import CheckpointWeightGetter, place_of
+from ..places.weight_getter import CheckpointWeightGetter, Look, place_of
 from ..segment.publisher import rehearse
 from ..segment.writable import WritableSegment
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
+from . import told_once
 from .box import Box
 from .casts import Casts
 from .choosing import Choice, choose
@@ -151,6 +152,8 @@ class Syncer:
         except NoCheckpoint as exc:
             return this.outcome("empty", reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
+            if isinstance(exc, IncompleteCheckpoint) and this.live and self.getter.holds(this.live.source):
+                return this.standing("current", newer=str(self.getter.checkpoints), reason=str(exc))
             return this.outcome(status_of(exc, False), reason=str(exc), kind=exc.kind)
         except SegmentBusy as exc:
             return this.outcome("busy", reason=str(exc))
@@ -166,7 +169,7 @@ class Syncer:
         if not choice.todo:
             if not refusal and self._has_nothing_for(this):
                 raise self.getter.nothing()
-            return refusal or self._current(this)
+            return refusal or self._current(this, choice)
         reads = self.policy.reads
         take = self.route.busy(partial(self._ready, this))
         if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
@@ -177,7 +180,9 @@ class Syncer:
             if refusal:
                 return refusal
             raise
-        if refusal and outcome.status in ("rejected", "empty"):  # what is older makes the newest no better
+        if choice.is_new_run and outcome.status == "published":
+            return replace(outcome, warning=told_once.NEW_RUN)
+        if refusal and outcome.status in ("rejected", "empty", "current"):  # what is older makes the newest no better
             return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
 
@@ -194,9 +199,10 @@ class Syncer:
 
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
-        newer = [] if pin else self.getter.candidates(None if this.force else place_of(this.live))
-        refusals = self.record.refusals(candidate.identity for candidate in newer)
-        return choose(newer, this.live, refusals, pin, force=this.force)
+        look = Look([]) if pin else self.getter.look(None if this.force else place_of(this.live))
+        refusals = self.record.refusals(candidate.identity for candidate in look.newer)
+        chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
+        return replace(chosen, late=tuple(look.late), is_new_run=look.is_new_run)
 
     def _known(self, this: Pass, candidate: Candidate) -> Outcome:
         """The refusal of an earlier pass, once more."""
@@ -214,10 +220,11 @@ class Syncer:
         here = this.live is not None and self.getter.holds(this.live.source)
         return not here and not self.getter.candidates()
 
-    def _current(self, this: Pass) -> Outcome:
+    def _current(self, this: Pass, choice: Choice) -> Outcome:
         if this.live is None:
             raise self.getter.nothing()
-        return this.standing("current")
+        warning = None if this.dry_run else told_once.late(self.record, this.live, choice, self.spec.select.order)
+        return this.standing("current", warning=warning)
 
     def _try(self, this: Pass, choice: Choice, take: Callable[[Checkpoint], Outcome]) -> Outcome:
         """Goes down the list until one can be taken; if none can, returns the refusal of the newest.
@@ -226,7 +233,10 @@ class Syncer:
             CheckpointChanged: one changed while it was read, and the pass is to start over.
         """
         refusals: list[Outcome] = []
+        passed = self.record.passed if this.live else frozenset()
         for candidate in choice.todo:
+            if candidate.identity in passed and remote(candidate.path):
+                continue  # an object does not grow
             opened = ""  # a link may have moved since it was listed
             try:
                 with self.route.busy(partial(self.getter.open, candidate)) as checkpoint:
@@ -247,12 +257,21 @@ class Syncer:
                 )
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
                     return replace(refusal, passed_over=tuple(refusals))
+                if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
+                    continue
+                if this.live and told_once.is_abandoned(exc, candidate):
+                    refusal = replace(refusal, status="rejected", reason=f"{exc.message} {told_once.ABANDONED}")
                 refusals.append(refusal)
-                if isinstance(exc, CheckpointRejected) and not this.dry_run:
-                    self.record.refuse(refusal.identity, exc.message, refusal)
+                if not this.dry_run:
+                    told_once.remember(self.record, exc, refusal)
+        if not refusals and this.live:
+            return this.standing("current")
         if not refusals:
             raise self.getter.nothing()
-        return refusals[0]
+        first, *others = refusals
+        if this.live and first.status == "empty":
+            return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
+        return first
 
     def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""

@@ -1,0 +1,172 @@
+"""What is said once: of what nobody finishes, of what is no policy of ours, and of what is older by its clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import NAME, SPEC, mark_of, write
+from policies import mlp
+from safetensors.torch import save_file
+
+from wsync.cli.console import WatchLog, outcome_json, tell
+from wsync.history.database import State
+from wsync.history.outcome import Outcome
+from wsync.places.candidates import Select
+from wsync.segment.segment import Segment
+from wsync.service.figures import Figures
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
+
+HOURS = 7200.0
+
+Push = Callable[..., Outcome]
+
+
+@pytest.fixture
+def push(segment: Segment, runs: Path) -> Push:
+    """One pass as cron makes it: a syncer of its own each time."""
+
+    def once(order: Any = "mtime", **options: Any) -> Outcome:
+        spec = Spec(SPEC, NAME, Path.cwd(), select=Select(order=order))
+        with Syncer(spec, runs, state=State(NAME)) as syncer:
+            return syncer.once(**options)
+
+    return once
+
+
+def cut(path: Path, age: float = 0.0) -> Path:
+    """Leaves half of a checkpoint, last written so many seconds ago."""
+    path.write_bytes(path.read_bytes()[:-20])
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def old(path: Path, seconds: float = HOURS) -> Path:
+    os.utime(path, (time.time() - seconds,) * 2)
+    return path
+
+
+def test_what_is_on_its_way_leaves_the_live_one_current(push: Push, runs: Path) -> None:
+    """Guards a newer checkpoint that is still being written: that is no failure, and `newer` says what it is."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    push()
+    cut(write(runs / "step_2.safetensors", mlp(), 2.0))
+    outcome = push()
+    assert (outcome.status, outcome.exit_code) == ("current", 0)
+    assert outcome_json(outcome)["newer"] == str(runs.absolute() / "step_2.safetensors")
+    assert "step_2.safetensors" in (outcome.reason or "")
+
+
+def test_half_a_checkpoint_alone_is_none_yet(push: Push, runs: Path) -> None:
+    """Guards that without a live version nothing is current, however old the half is."""
+    cut(write(runs / "step_2.safetensors", mlp(), 2.0), HOURS)
+    assert [push().status for _ in range(2)] == ["empty", "empty"]
+
+
+def test_a_checkpoint_that_nobody_finishes_is_told_once(push: Push, runs: Path, segment: Segment) -> None:
+    """Guards a monitor against exit 66 for days: 65 once, in log and figures as well, and 0 from then on."""
+    old(write(runs / "step_1.safetensors", mlp(), 1.0), 2 * HOURS)
+    push()
+    path = cut(write(runs / "step_2.safetensors", mlp(), 2.0), HOURS)
+    told = push()
+    assert (told.status, told.exit_code, told.version) == ("rejected", 65, 1)
+    assert "Nobody has written to it for long" in (told.reason or "")
+    assert [(push().status, push().exit_code) for _ in range(2)] == [("current", 0)] * 2
+    with State(NAME) as state:
+        assert [event.checkpoint for event in state.events(kinds=("reject",))] == [str(path.absolute())]
+    figures = Figures(NAME)
+    figures.tell(told)
+    assert figures.registry.get_sample_value("wsync_rejected_total", {"name": NAME, "reason": "incomplete"}) == 1
+    write(path, mlp(), 3.0)
+    assert push().status == "published" and mark_of(segment) == {3.0}
+
+
+def test_another_models_file_is_told_once(push: Push, runs: Path, segment: Segment) -> None:
+    """Guards an optimizer or a normaliser beside the policies: the newest policy stays current, and newer ones come."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    push()
+    save_file({"mean": torch.zeros(3)}, runs / "normaliser.safetensors")
+    told = push()
+    assert (told.status, told.kind) == ("rejected", "foreign")
+    assert [push().exit_code for _ in range(2)] == [0, 0]
+    write(runs / "step_2.safetensors", mlp(), 2.0)
+    old(runs / "step_2.safetensors", -5)
+    assert push().status == "published" and mark_of(segment) == {2.0}
+
+
+def test_a_policy_that_does_not_fit_is_told_each_time(push: Push, runs: Path) -> None:
+    """Guards that only what is no policy at all is passed over: of other shapes it stays 65."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    push()
+    write(runs / "step_2.safetensors", mlp(hidden=5))
+    assert [push().exit_code for _ in range(2)] == [65, 65]
+
+
+def test_another_model_alone_stays_refused(push: Push, runs: Path) -> None:
+    """Guards a wrong spec: where nothing is live, the refusal is told each time."""
+    save_file({"mean": torch.zeros(3)}, runs / "normaliser.safetensors")
+    assert [push().exit_code for _ in range(2)] == [65, 65]
+
+
+@pytest.mark.parametrize("order", ["mtime", "step"])
+def test_what_arrives_later_and_counts_as_older_is_told_once(
+    order: str, push: Push, runs: Path, segment: Segment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a copy that keeps an old time, and a trainer that goes on at a lower step; `arrival` takes it."""
+    write(runs / "step_500.safetensors", mlp(), 1.0)
+    push(order)
+    made = old(write(tmp_path / "made.safetensors", mlp(), 2.0))
+    shutil.copy2(made, runs / ("step_900.safetensors" if order == "mtime" else "step_100.safetensors"))
+    outcome = push(order)
+    assert (outcome.status, outcome.exit_code) == ("current", 0)
+    assert 'order = "arrival"' in (outcome.warning or "")
+    tell(outcome, as_json=False)
+    assert "--order arrival" in capsys.readouterr().err
+    assert push(order).warning is None
+    assert push("arrival").status == "published" and mark_of(segment) == {2.0}
+
+
+def test_what_lay_there_before_is_not_told(push: Push, runs: Path) -> None:
+    """Guards against a warning about each older checkpoint of a run."""
+    for step in (1, 2, 3):
+        write(runs / f"step_{step}.safetensors", mlp(), float(step))
+    assert push().warning is None and push().warning is None
+
+
+def test_where_all_is_newer_by_arrival_it_is_a_new_run(push: Push, runs: Path, segment: Segment) -> None:
+    """Guards a run that begins anew in an emptied directory, at a lower step: it is taken, and said so."""
+    write(runs / "step_500.safetensors", mlp(), 1.0)
+    push("step")
+    (runs / "step_500.safetensors").unlink()
+    assert push("step").status == "current"  # retention alone makes no new run
+    write(runs / "step_5.safetensors", mlp(), 2.0)
+    outcome = push("step")
+    assert (outcome.status, outcome.step, mark_of(segment)) == ("published", 5, {2.0})
+    assert "new run" in (outcome.warning or "")
+    assert push("step").status == "current"
+
+
+def test_retention_of_the_live_one_is_no_new_run(push: Push, runs: Path) -> None:
+    """Guards that older checkpoints which lay there before do not go live when the live one is removed."""
+    write(runs / "step_4.safetensors", mlp(), 4.0)
+    old(write(runs / "step_3.safetensors", mlp(), 3.0))
+    push()
+    (runs / "step_4.safetensors").unlink()
+    assert push().status == "current"
+
+
+def test_a_watch_says_it_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards that the log of a watch has the warning of a pass that leaves all as it is."""
+    log = WatchLog(NAME, Path("runs"), "json", lambda: None)
+    for warning in (None, "late", None):
+        log.tell(Outcome("current", NAME, 1, warning=warning))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines].count("late") == 1
