@@ -8,17 +8,15 @@ with the next version, of which a warning tells once.
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import AttachTimeout, SegmentMissing, SwapRefused, UsageError
-from ..layout.layout import Layout, layout_of, named_tensors
-from ..segment.segment import Segment
-from ..segment.writable import WritableSegment
+from ..errors import SwapRefused, UsageError
+from ..layout.layout import layout_of, named_tensors
 from ..system.memory import trim
-from .reader import Mode, Reader, deadline_of
+from .first_version import Opening
+from .reader import Mode, Reader
 from .swap import own_uses
 from .tensors import Attached
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from .device import Cuda
 
 Staging = Literal["device", "none"]
-_LOOK = 0.1  # seconds between two looks where no word will change
 
 
 def attach(
@@ -41,6 +38,8 @@ def attach(
     """Attaches a policy to a segment; returns when its first version is in.
 
     Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
+    After five seconds without one a warning names the segments that there are. Where the wait ends without a version,
+    a segment that was made here is removed.
 
     Args:
         policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
@@ -77,30 +76,23 @@ def attach(
         raise UsageError(
             f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
         )
-    deadline = deadline_of(timeout)
-    reader = _make(policy, name, mode, staging, runtime_dir)
+    opening = Opening(name, runtime_dir, timeout)
+    reader = None
     try:
-        while not reader.refresh(wait=True):
-            left = None if deadline is None else deadline - time.monotonic()
-            if not reader.wait(left) or (left is not None and left <= 0):
-                raise AttachTimeout(
-                    f"segment {name!r} got no version within {timeout} s. Start `wsync watch` or `wsync push` for it, "
-                    "or wait longer with timeout=."
-                )
-            if reader.refresh(wait=True):
-                break
-            time.sleep(_LOOK)  # there is a version, and its slot is locked by somebody who does not follow the protocol
+        reader = _make(policy, opening, mode, staging)
+        opening.wait(reader)
     except BaseException:
-        reader.close()
+        if reader:
+            reader.close()
+        opening.give_up()
         raise
+    opening.done()
     if reader.mode == "swap":
         trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
     return reader
 
 
-def _make(
-    policy: torch.nn.Module, name: str, mode: Mode, staging: Staging, runtime: str | os.PathLike[str] | None
-) -> Reader:
+def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging) -> Reader:
     layout = layout_of(policy)
     device = _device_of(policy)
     _check_memory(policy, device)
@@ -113,7 +105,7 @@ def _make(
     attached = Attached(policy, layout)
     if device is None:
         copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared(own_uses))
-        return Reader(attached, _open(name, layout, runtime), "copy" if copies else "swap")
+        return Reader(attached, opening.open(layout), "copy" if copies else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -122,7 +114,7 @@ def _make(
     if staging == "none":
         check_contiguous(policy)
     weights = DeviceWeights(attached, device, chosen, staged=staged)
-    return DeviceReader(attached, _open(name, layout, runtime), chosen, weights)
+    return DeviceReader(attached, opening.open(layout), chosen, weights)
 
 
 def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
@@ -153,14 +145,6 @@ def _device_of(policy: torch.nn.Module) -> Cuda | None:
 
 def _places(policy: torch.nn.Module) -> set[torch.device]:
     return {tensor.device for _, tensor in named_tensors(policy)}
-
-
-def _open(name: str, layout: Layout, runtime_dir: str | os.PathLike[str] | None) -> Segment:
-    try:
-        return Segment.open(name, runtime_dir, layout=layout)
-    except SegmentMissing:
-        WritableSegment.create(name, layout, runtime_dir).close()
-        return Segment.open(name, runtime_dir, layout=layout)
 
 
 def _hindrance(policy: torch.nn.Module, device: Cuda | None) -> str | None:

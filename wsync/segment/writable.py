@@ -99,6 +99,16 @@ class WritableSegment(Segment):
             self.tell_removed()
             discard(self.path)
 
+    def remove_unused(self) -> None:
+        """Removes the segment where nobody published to it, and no reader waits for that.
+
+        Raises:
+            SegmentBusy: somebody is about to publish.
+        """
+        with self.publishing():
+            if not self.version and not self.readers():
+                self.remove()
+
     def tell_removed(self) -> None:
         """Tells the readers that this segment is none any more; also where it was deleted by hand."""
         self.control.tell_removed()

@@ -1,0 +1,84 @@
+"""Opening a segment for a reader, and waiting for its first version: maybe nobody publishes under that name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import closing, suppress
+
+from ..errors import AttachTimeout, SegmentError, SegmentMissing
+from ..layout.layout import Layout
+from ..segment.neighbours import told_of_neighbours
+from ..segment.segment import Segment
+from ..segment.writable import WritableSegment
+from ..system.memory import runtime_dir
+from .reader import Reader, deadline_of
+
+_log = logging.getLogger("wsync")
+_PATIENCE = 5.0  # seconds without a version, after which the log says what is there
+_LOOK = 0.1  # seconds between two looks where no word will change
+
+
+class Opening:
+    """A segment that a reader is to follow, until its first version is in.
+
+    Args:
+        name: of the segment.
+        runtime: where segments live.
+        timeout: seconds to wait for the first version; None waits for ever.
+    """
+
+    def __init__(self, name: str, runtime: str | os.PathLike[str] | None, timeout: float | None) -> None:
+        self._name, self._runtime, self._timeout = name, runtime, timeout
+        self._deadline = deadline_of(timeout)
+        self._made: WritableSegment | None = None
+
+    def open(self, layout: Layout) -> Segment:
+        """The standing segment, or one that is made, since a policy says what its layout is."""
+        with suppress(SegmentMissing):
+            return Segment.open(self._name, self._runtime, layout=layout)
+        self._made = WritableSegment.create(self._name, layout, self._runtime)
+        return Segment.open(self._name, self._runtime, layout=layout)
+
+    def wait(self, reader: Reader) -> None:
+        """Returns when the first version is in; says once, after a while, that nobody publishes.
+
+        Raises:
+            AttachTimeout: none came in time.
+        """
+        due: float | None = time.monotonic() + _PATIENCE
+        if reader.refresh(wait=True):
+            return
+        while True:
+            now = time.monotonic()
+            if due is not None and now >= due:
+                due = None
+                _log.warning("%s The policy goes on waiting.", self._nobody())
+            left = None if self._deadline is None else self._deadline - now
+            times = [seconds for seconds in (left, None if due is None else due - now) if seconds is not None]
+            if reader.wait(min(times, default=None)):
+                if reader.refresh(wait=True):
+                    return
+                time.sleep(_LOOK)  # its slot is locked by somebody who does not follow the protocol
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                raise AttachTimeout(f"{self._nobody()} It was waited for {self._timeout} s (timeout=).")
+
+    def done(self) -> None:
+        """The first version is in."""
+        if self._made:
+            self._made.close()
+
+    def give_up(self) -> None:
+        """Removes the segment that was made here, where nobody published to it and nobody else waits for it."""
+        if self._made:
+            with closing(self._made), suppress(SegmentError, OSError):
+                self._made.remove_unused()
+
+    def _nobody(self) -> str:
+        base = runtime_dir(self._runtime)
+        return (
+            f"segment {self._name!r} has no version yet: nobody published to {base / self._name} (uid {os.geteuid()}). "
+            f"{told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this name, or attach to "
+            "another one."
+        )
