@@ -16,6 +16,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says
     │   │   ├── BeingWritten        66  its writer is still at work
+    │   │   │   └── BeingRewritten  75  it holds files of two saves
     │   │   └── PartialCheckpoint   66  the rest is to keep its live values, and nothing is live
     │   ├── NoCheckpoint            66  there is none yet
     │   ├── UnusableBase            1   what an adapter is merged into does not fit, or is not finite
@@ -183,6 +184,13 @@ class IncompleteCheckpoint(CheckpointError):
 
 class BeingWritten(IncompleteCheckpoint):
     """Its writer is still at work on it, or was a moment ago."""
+
+
+class BeingRewritten(BeingWritten):
+    """Its files are of two saves, or may be: one is being written over another."""
+
+    exit_code = 75
+    kind = "rewritten"
 
 
 class PartialCheckpoint(WithDifferences, IncompleteCheckpoint):

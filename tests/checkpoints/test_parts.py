@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -1108,9 +1108,9 @@ def test_a_refusal_is_of_what_was_opened(wrong: str, tmp_path: Path, runtime: Pa
     with segment, Syncer(spec, latest) as syncer:
         opens = syncer.getter.open
 
-        def moved(candidate: Candidate) -> Checkpoint:
+        def moved(candidate: Candidate, published: Callable[[], Sequence[str]] = tuple) -> Checkpoint:
             link(latest, "2")
-            return opens(candidate)
+            return opens(candidate, published)
 
         syncer.getter.open = moved  # type: ignore[method-assign]
         assert syncer.once().status == "rejected"

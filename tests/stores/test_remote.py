@@ -125,6 +125,22 @@ def test_a_marker_that_is_older_than_its_objects_does_not_count(bucket: Bucket, 
         assert syncer.once().status == "published"
 
 
+def test_a_save_over_the_last_one_goes_live_whole(bucket: Bucket, segment: WritableSegment, tmp_path: Path) -> None:
+    """Guards a sharded prefix of a store that is overwritten object by object: nothing goes live between two saves."""
+    spec = replace(load_spec(SPEC), select=Select(settle=0))
+    with Syncer(spec, RUN) as syncer:
+        bucket.upload(shards(tmp_path / "old", mlp(), 1.0), "run/latest")
+        assert syncer.once().version == 1
+        for file in sorted(shards(tmp_path / "new", mlp(), 2.0).iterdir())[:2]:  # the index comes last
+            outcome = syncer.once()
+            assert (outcome.version, live_marks()) == (1, {1.0}), outcome
+            assert outcome.status in ("current", "busy")
+            bucket.put(f"run/latest/{file.name}", file.read_bytes())
+        bucket.upload(tmp_path / "new", "run/latest")
+        assert syncer.once().version == 2
+    assert live_marks() == {2.0}
+
+
 def test_a_bucket_that_is_not_there_is_told(cli: Cli, bucket: Bucket) -> None:
     """A wrong bucket fails with the store's own word for it, and is not tried again and again."""
     done = cli("push", SPEC, "s3://no-such-bucket/run")

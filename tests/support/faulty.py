@@ -37,7 +37,7 @@ from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer
 
-SCENARIOS = ("push", "watch", "current", "first", "shards", "step", "cast", "dry run", "named", "adapter")
+SCENARIOS = ("push", "watch", "current", "first", "shards", "step", "cast", "dry run", "named", "adapter", "half saved")
 SHORT = -1
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.EINTR)
 FEWER = (errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE)  # where nothing else is called than in a push
@@ -96,6 +96,11 @@ class Box:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         if self.scenario == "shards":
             self._write_shards(self.place / f"step_{self.mark}")
+        elif self.scenario == "half saved":
+            self.finish()
+            assert (whole := attempt(self))["status"] == "published", whole
+            self.mark += 1
+            self._write(self.place / "latest" / "model-00001-of-00002.safetensors", self._names[:2])
         elif self.scenario == "adapter":
             self._write(self.place / ".base.safetensors", [t.name for t in self.layout.tensors])
             self._write_adapter(self.place / f"step_{self.mark}")
@@ -103,9 +108,18 @@ class Box:
             name = "step" if self.scenario == "named" else f"step_{self.mark}"
             self._write(self.place / f"{name}.safetensors", [t.name for t in self.layout.tensors])
 
+    def finish(self) -> None:
+        """Ends a save that is only half done."""
+        if self.scenario == "half saved":
+            self._write_shards(self.place / "latest")
+
+    @property
+    def _names(self) -> list[str]:
+        return [tensor.name for tensor in self.layout.tensors]
+
     def _write(self, path: Path, names: list[str]) -> None:
         code, dtype, size = ("d", "F64", 8) if self.scenario == "cast" else ("f", "F32", 4)
-        table: dict[str, Any] = {"__metadata__": {"step": str(self.mark)}}
+        table: dict[str, Any] = {} if self.scenario == "half saved" else {"__metadata__": {"step": str(self.mark)}}
         numbers = 0
         for tensor in self.layout.tensors:
             if tensor.name in names:
@@ -120,9 +134,9 @@ class Box:
         os.utime(path, (10**9 + self.mark, 10**9 + self.mark))
 
     def _write_shards(self, directory: Path) -> None:
-        directory.mkdir()
-        names = [tensor.name for tensor in self.layout.tensors]
-        shards = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+        directory.mkdir(exist_ok=True)
+        halves = {"model-00001-of-00002.safetensors": self._names[:2]}
+        shards = halves | {"model-00002-of-00002.safetensors": self._names[2:]}
         for shard, held in shards.items():
             self._write(directory / shard, held)
         index = directory / "model.safetensors.index.json"
@@ -193,6 +207,7 @@ def inject(box: Box, faults: Faults, family: str, nth: int, error: int) -> dict[
     if descriptors() > held:
         gc.collect()
     result["leak"] = 0 if box.kept else descriptors() - held
+    box.finish()
     result["next"] = attempt(box, publish=True)
     result |= {"final": box.live(), "left": sorted(set(os.listdir(box.runtime)) - {NAME}), "mark": box.mark}
     return result
@@ -215,7 +230,7 @@ def main() -> None:
                 result = attempt(box)
             calls = faults.calls()
         print(json.dumps({"scenario": scenario, "calls": calls, **result}), flush=True)
-        errors = ERRORS if scenario in ("push", "first") else FEWER
+        errors = ERRORS if scenario in ("push", "first") else FEWER[1:2] if scenario == "half saved" else FEWER
         for family in sorted(set(calls)):
             cases = [(nth, error) for nth in range(1, calls.count(family) + 1) for error in errors]
             cases += [(0, error) for error in ALWAYS]

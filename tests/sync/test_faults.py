@@ -49,6 +49,7 @@ CALLS = {  # of a pass; a family that a scenario never calls would guard nothing
     "dry run": "close fcntl fstat open pread preadv readdir stat",
     "named": "close fcntl fstat open pread preadv stat",
     "adapter": "close fstat open pread preadv read readdir stat",
+    "half saved": "close fstat open pread readdir stat",
 }
 
 
@@ -108,6 +109,9 @@ def faulty(shim: Path, runtime: Path, tmp_path: Path) -> Callable[..., list[dict
 def wrongs(said: dict[str, Any], *places: str) -> Iterator[str]:
     """What is wrong with how one fault was borne."""
     before, after, mark = said["before"], said["after"], float(said["mark"])
+    fine = {"busy"} if said["scenario"] == "half saved" else {"published", "current", "checked"}
+    if said["scenario"] == "half saved" and said["status"] == "published":
+        yield "half a save is published"
     if not said["fired"]:
         yield "the fault never came"
     if said["status"] == "traceback":
@@ -119,7 +123,7 @@ def wrongs(said: dict[str, Any], *places: str) -> Iterator[str]:
             yield "what it says is live is not, or not whole"
     elif after != before:
         yield "what was live is not live any more, or no longer whole"
-    if said["error"] == SHORT and said["status"] not in ("published", "current", "checked"):
+    if said["error"] == SHORT and said["status"] not in fine:
         yield f"a read or write of less than was asked for is none of its business: {said['message']}"
     if said["status"] not in ("published", "current", "checked") and not any(p in said["message"] for p in places):
         yield f"the message names no path: {said['message']}"
@@ -137,7 +141,7 @@ def test_any_call_may_fail(
 ) -> None:
     """Guards, for each call of a pass and each error: a path is named, live stays live, the next pass publishes."""
     counted, *injected = faulty(scenario)
-    assert counted["status"] in ("published", "current", "checked") and len(injected) > 100
+    assert counted["status"] in ("published", "current", "checked", "busy") and len(injected) > 50
     assert set(CALLS[scenario].split()) <= set(counted["calls"])
     wrong = [
         f"{said['family']} {said['nth']} {errno.errorcode.get(said['error'], 'SHORT')}: {text}"

@@ -7,7 +7,7 @@ and reads is imported when the first checkpoint is opened: a pass with nothing t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,14 @@ class Checkpoint:
         fitted: how it was fitted when it was copied, where it is a copy.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, settle: float = 0.0, digest: str = "") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        settle: float = 0.0,
+        digest: str = "",
+        published: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         """Opens a checkpoint.
 
         Args:
@@ -43,9 +50,12 @@ class Checkpoint:
             settle: seconds that it must have stood still where nothing else tells that its writer is done; waited for
                 here.
             digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
+            published: gives the identities of what was published from this path before; called where it has several
+                files.
 
         Raises:
             NoCheckpoint: there is none at this path.
+            BeingWritten: its writer is still at work, or was a moment ago.
             IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or another write's.
             MalformedCheckpoint: it breaks the format.
             WrongDigest: the configuration of an adapter is another than its digest names.
@@ -54,7 +64,7 @@ class Checkpoint:
         from .steps import step_at
         from .table import TensorTable
 
-        self.table = table = TensorTable(led_to(place_at(path)), settle, digest)
+        self.table = table = TensorTable(led_to(place_at(path)), settle, digest, published)
         self.path, self.identity = table.path, table.identity
         self.size = sum(info.st_size for info in table.source.infos)
         self.planned: Plan | None = None
@@ -159,6 +169,12 @@ class Checkpoint:
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, settle: float = 0.0, digest: str = "") -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    settle: float = 0.0,
+    digest: str = "",
+    published: Callable[[], Sequence[str]] = tuple,
+) -> Checkpoint:
     """The checkpoint at a path or URL, opened; see ``Checkpoint``."""
-    return Checkpoint(path, settle=settle, digest=digest)
+    return Checkpoint(path, settle=settle, digest=digest, published=published)

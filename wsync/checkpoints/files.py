@@ -1,9 +1,9 @@
 """The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
 
-A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``; else
-``model.safetensors.index.json`` with the shards that it names; else ``adapter_model.safetensors`` with its
-``adapter_config.json``; else the first two under the stems of diffusers and OpenCLIP. Whatever else lies there is
-ignored, stale shards of an older write included.
+A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``, or
+``model.safetensors.index.json`` with the shards that it names, the newer of them where both are there; else
+``adapter_model.safetensors`` with its ``adapter_config.json``; else the first two under the stems of diffusers and
+OpenCLIP. Whatever else lies there is ignored, stale shards of an older write included.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import stat
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..stores.path import RemotePath
 
 _KEPT = 1 << 18  # bytes of an index that is remembered at most
+_TOLD_APART = 256  # files of a checkpoint; a slot's header has room for that many fingerprints
 _STEADY = 1.0  # seconds after which a further write of an index shows in its times
 
 
@@ -106,12 +108,32 @@ def identity(info: os.stat_result) -> str:
 
 
 def identity_of(infos: Iterable[os.stat_result]) -> str:
-    """The same for the files of a checkpoint together; ends, too, with the newest modification time."""
+    """The same for the files of a checkpoint together, each with its fingerprint; ends with the newest modification
+    time, too.
+    """
     listed = list(infos)
     if len(listed) == 1:
         return identity(listed[0])
-    mixed = zlib.crc32("/".join(map(identity, listed)).encode())
-    return f"{len(listed)}-{mixed}-{sum(i.st_size for i in listed)}-{max(i.st_mtime_ns for i in listed)}"
+    marks = "".join(map(fingerprint, listed))
+    if len(listed) > _TOLD_APART:
+        marks = f"{zlib.crc32(marks.encode()):08x}"
+    return f"{len(listed)}-{marks}-{sum(i.st_size for i in listed)}-{max(i.st_mtime_ns for i in listed)}"
+
+
+def fingerprint(info: os.stat_result) -> str:
+    """Tells one file of a checkpoint in several from the one that replaces it: its identity in 8 characters."""
+    return f"{zlib.crc32(identity(info).encode()):08x}"
+
+
+def fingerprints(identity: str) -> frozenset[str]:
+    """Those of the files of a checkpoint in several, from their identity; empty where they are not told apart."""
+    marks = identity.split("-")[1] if identity.count("-") == 3 else ""
+    return frozenset(marks[at : at + 8] for at in range(0, len(marks), 8))
+
+
+def written(info: os.stat_result) -> int:
+    """When a file was last written, ns: its modification time, which can be set, or its change time if earlier."""
+    return min(info.st_mtime_ns, info.st_ctime_ns)
 
 
 def parts_of(path: Path) -> Parts:
@@ -129,8 +151,13 @@ def parts_of(path: Path) -> Parts:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     for name in FORMS:
-        if (path / name).exists():
-            return _by(path, path / name)
+        file, index = path / name, path / f"{name}.index.json"
+        if not file.exists():
+            continue
+        if index.exists() and written(index.stat()) > written(file.stat()):  # the model has grown since
+            with suppress(CheckpointError):  # the index alone, or the first of its shards
+                return _by(path, index)
+        return _by(path, file)
     raise NoCheckpoint(
         f"{path} holds no checkpoint: neither {SINGLE}, nor {INDEX}, nor {ADAPTER}. Wait for its writer, or name "
         "another."

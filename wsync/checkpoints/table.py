@@ -14,6 +14,7 @@ from pathlib import Path
 from ..errors import CheckpointError, IncompleteCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
+from . import one_save
 from .cast import Pair, Piece, pieces
 from .digest import digests_of
 from .files import changed, identity_of, parts_of, unreadable
@@ -40,7 +41,9 @@ class TensorTable:
     piece = CHUNK
     """Bytes of what is converted at once."""
 
-    def __init__(self, path: Path, settle: float = 0.0, digest: str = "") -> None:
+    def __init__(
+        self, path: Path, settle: float = 0.0, digest: str = "", published: Callable[[], Sequence[str]] = tuple
+    ) -> None:
         """Opens a checkpoint; see ``Checkpoint``."""
         self.path, self.identity = path, ""
         source: ByteSource | None = None
@@ -49,12 +52,16 @@ class TensorTable:
             self.source = source = open_source(self.parts, settle)
             index = [source.index] if source.index else []
             self.identity = identity_of([*index, *source.infos])
+            if index:
+                one_save.check_files(self.parts, source.infos, index[0], settle, published())
             self.tensors: Mapping[str, StoredTensor] = {}
             self.metadata: dict[str, str] = {}
             self.heads: list[bytes] = []
             self.digests = digests_of(self.parts) if digest else ()
-            for number, file in enumerate(self.parts.files):
-                self._read_header(number, file)
+            headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
+            one_save.check_steps(self.parts, headers)
+            for header in headers:
+                self.metadata |= header
         except BaseException as exc:
             if source:
                 source.close()
@@ -64,7 +71,8 @@ class TensorTable:
                 exc.identity = self.identity
             raise
 
-    def _read_header(self, number: int, file: Path) -> None:
+    def _read_header(self, number: int, file: Path) -> Mapping[str, str]:
+        """Adds the tensors of one of the files; returns its metadata."""
         size, head = self.source.infos[number].st_size, bytearray()
 
         def read(nbytes: int, start: int) -> bytes:
@@ -76,7 +84,6 @@ class TensorTable:
         if self.digests or self.source.digests:
             begin = next(iter(tensors.values())).start if tensors else size
             self.heads.append(bytes(head[:begin]))
-        self.metadata |= metadata
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
             raise IncompleteCheckpoint(
@@ -84,6 +91,7 @@ class TensorTable:
                 "Wait for its writer to finish, or write it again."
             )
         self.tensors = {**self.tensors, **tensors} if self.tensors else tensors
+        return metadata
 
     def close(self) -> None:
         self.source.close()

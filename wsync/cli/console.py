@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import SHOWN, Difference, WithDifferences, WsyncError, harmless, printable
+from ..errors import SHOWN, BeingRewritten, Difference, WithDifferences, WsyncError, harmless, printable
 from ..history.outcome import Outcome
 from ..segment.segment import Segment
 from ..text import count, duration, size, when
@@ -175,6 +175,7 @@ class WatchLog:
         form: ``rich`` is a panel on a terminal, ``plain`` a line an event, ``json`` an object a line.
         segment: gives the standing segment, for the readers in the panel.
         status: called with each event in one line.
+        rewriting: seconds for which it is nothing unusual that a checkpoint is being rewritten.
     """
 
     def __init__(
@@ -184,9 +185,11 @@ class WatchLog:
         form: LogFormat,
         segment: Callable[[], Segment | None],
         status: Callable[[str], None] | None = None,
+        rewriting: float = 60.0,
     ) -> None:
         self._name, self._checkpoints, self._form, self._segment = name, checkpoints, form, segment
         self._status = status
+        self._rewriting, self._rewritten_since = rewriting, 0.0
         self._last: tuple[str, str] = ("", "")
         self._refused: dict[str, None] = {}  # in the order in which they were told of last
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
@@ -226,6 +229,11 @@ class WatchLog:
             self._version = event.version
             for refused in event.passed_over:
                 self._refusal(refused)
+            if event.kind != BeingRewritten.kind:
+                self._rewritten_since = 0.0
+            elif not self._rewritten_since or time.monotonic() - self._rewritten_since < self._rewriting:
+                self._rewritten_since = self._rewritten_since or time.monotonic()
+                return
             key = (event.status, event.identity or event.reason or "")
             known = key == self._last or (event.status == "current" and self._last[0] in ("current", "published"))
             if event.status == "rejected":

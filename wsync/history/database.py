@@ -131,6 +131,7 @@ _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_FIELDS)});
 CREATE INDEX IF NOT EXISTS by_kind ON events (kind, version);
+CREATE INDEX IF NOT EXISTS by_checkpoint ON events (checkpoint);
 CREATE TABLE IF NOT EXISTS rejections (
     identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (identity, settings));
@@ -313,6 +314,12 @@ class State:
             return version or 0, identity or ""
 
         return self._read(look) or (0, "")
+
+    def published_from(self, checkpoint: str) -> list[str]:
+        """Under which identity a path was published last; empty where it never was."""
+        query = "SELECT identity FROM events WHERE kind = 'publish' AND checkpoint = ? ORDER BY id DESC LIMIT 1"
+        values = (_text(checkpoint),)
+        return self._read(lambda database: [str(row[0]) for row in database.execute(query, values)]) or []
 
     # --- what was rejected
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import (
+    BeingRewritten,
     BeingWritten,
     CheckpointChanged,
     CheckpointError,
@@ -93,6 +94,8 @@ class Outcome:
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
     """A half-written file in a directory is none yet; one that was named itself is refused, once its writer is done."""
     half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten)
+    if isinstance(exc, BeingRewritten):
+        return "busy"
     if isinstance(exc, CheckpointRejected) or (named and half):
         return "rejected"
     if isinstance(exc, IncompleteCheckpoint):

@@ -83,6 +83,10 @@ class Record:
         """As of ``State.last``: versions of a segment that is made anew go on from there."""
         return self._try(State.last) or (0, "")
 
+    def published_from(self, checkpoint: str) -> list[str]:
+        """Under which identity a path was published last; empty where it never was."""
+        return self._try(State.published_from, checkpoint) or []
+
     # --- refusals
 
     def forget(self) -> None:

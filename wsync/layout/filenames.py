@@ -19,7 +19,7 @@ FORMS = (
     "open_clip_model.safetensors",
     "open_clip_model.safetensors.index.json",
 )
-"""The files by which a directory is known as a checkpoint; the first that is there counts."""
+"""The files by which a directory is known as a checkpoint; the first that is there counts, or its index if newer."""
 MAX_INDEX = 100_000_000  # bytes, as for a header
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..checkpoints.files import Parts, identity, identity_of, led_to, parts_of, place_at, remote, unreadable
+from ..checkpoints.files import Parts, identity, identity_of, led_to, parts_of, place_at, remote, unreadable, written
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
 from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
 from .inside import inside, pointed
@@ -233,9 +233,7 @@ def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidat
     """The one file that the place is; an adapter is two files, too, and an index names several."""
     is_several = place.name == ADAPTER or place.name.endswith(INDEX_SUFFIX)
     named = (
-        _of_parts(parts_of(place))
-        if is_several
-        else Candidate(place, info, _written(info), arrived_ns=info.st_ctime_ns)
+        _of_parts(parts_of(place)) if is_several else Candidate(place, info, written(info), arrived_ns=info.st_ctime_ns)
     )
     return _marked(named, (place.parent / name for name in _markers(place.name, settings.marker)), settings)
 
@@ -279,7 +277,7 @@ def _entry(place: Path, entry: os.DirEntry[str], names: set[str], settings: Sele
     name, is_nested = entry.name, bool(settings.within or settings.file)
     if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
         where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
-        single = Candidate(where, info, _written(info), None, name, info.st_ctime_ns)
+        single = Candidate(where, info, written(info), None, name, info.st_ctime_ns)
         return _marked(single, (place / m for m in _markers(name, settings.marker) if m in names), settings)
     if not entry.is_dir():
         return []
@@ -342,7 +340,7 @@ def _of_parts(parts: Parts, name: str = "") -> Candidate:
     """A checkpoint of several files, or in a directory, as a candidate."""
     infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
     arrived = max(info.st_ctime_ns for info in infos)
-    return Candidate(parts.path, identity_of(infos), max(map(_written, infos)), None, name, arrived)
+    return Candidate(parts.path, identity_of(infos), max(map(written, infos)), None, name, arrived)
 
 
 def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
@@ -351,12 +349,7 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
         info = file.stat()
     except OSError:
         return []
-    return [Candidate(path, info, _written(info), None, name, info.st_ctime_ns)]
-
-
-def _written(info: os.stat_result) -> int:
-    """When a file was last written, ns; see ``Candidate.mtime_ns``."""
-    return min(info.st_mtime_ns, info.st_ctime_ns)
+    return [Candidate(path, info, written(info), None, name, info.st_ctime_ns)]
 
 
 def _markers(name: str, marker: str) -> tuple[str, ...]:
@@ -369,7 +362,7 @@ def _markers(name: str, marker: str) -> tuple[str, ...]:
 def _is_marked(candidate: Candidate, markers: Iterable[Path]) -> bool:
     """Whether one of these markers is there and no older than the checkpoint: an older one is of an earlier save."""
     infos = map(_look, markers)
-    return any(_written(info) >= candidate.mtime_ns for info in infos if info)
+    return any(written(info) >= candidate.mtime_ns for info in infos if info)
 
 
 def _look(file: Path) -> os.stat_result | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -105,7 +106,7 @@ class CheckpointWeightGetter:
         failure: CheckpointError = self.nothing()
         for candidate in self.candidates(live):
             try:
-                return self.open(candidate)
+                return self.open(candidate, partial(_published_from, candidate, live))
             except (NoCheckpoint, IncompleteCheckpoint) as exc:
                 failure = exc  # still being written, or gone: the next newest may be whole
         if live is None:
@@ -184,22 +185,30 @@ class CheckpointWeightGetter:
         steps = (read_step(name, metadata, self.select.step).number for name in candidate.name.split("/"))
         return next((step for step in steps if step is not None), None)
 
-    def open(self, candidate: Candidate) -> Checkpoint:
-        """The opened checkpoint, for publishing without torch; the caller closes it."""
-        checkpoint = open_checkpoint(candidate.path, settle=self.select.settle, digest=self.select.digest)
+    def open(self, candidate: Candidate, published: Callable[[], Sequence[str]] = tuple) -> Checkpoint:
+        """The opened checkpoint, for publishing without torch; the caller closes it.
+
+        Args:
+            published: gives the identities of what was published from its path before.
+        """
+        settle, digest = self.select.settle, self.select.digest
+        checkpoint = open_checkpoint(candidate.path, settle=settle, digest=digest, published=published)
         step = self.step_of(candidate, checkpoint.metadata)
         checkpoint.step = checkpoint.step if step is None else step
         return checkpoint
 
     def nothing(self) -> NoCheckpoint:
         wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
-        wanted += (
-            [f'a marker "{self.select.marker}" that is no older than its checkpoint'] if self.select.marker else []
-        )
+        if self.select.marker:
+            wanted.append(f'a marker "{self.select.marker}" that is no older than its checkpoint')
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
         return NoCheckpoint(
             f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
         )
+
+
+def _published_from(candidate: Candidate, live: Candidate | None) -> list[str]:
+    return [live.identity] if live and live.location == str(led_to(candidate.path)) else []
 
 
 def place_of(live: Publication | None) -> Candidate | None:

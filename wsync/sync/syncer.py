@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import remote
+from ..checkpoints.files import led_to, remote
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
@@ -239,7 +240,8 @@ class Syncer:
                 continue  # an object does not grow
             opened = ""  # a link may have moved since it was listed
             try:
-                with self.route.busy(partial(self.getter.open, candidate)) as checkpoint:
+                published = partial(self._published_from, this, candidate.path)
+                with self.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
@@ -272,6 +274,12 @@ class Syncer:
         if this.live and first.status == "empty":
             return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
         return first
+
+    def _published_from(self, this: Pass, path: Path) -> list[str]:
+        """Identities of what was published from a path."""
+        source, live = str(led_to(path)), this.live
+        known = self.record.published_from(source)
+        return [*known, live.identity] if live and live.source == source else known
 
     def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
