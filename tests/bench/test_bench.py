@@ -27,6 +27,8 @@ from wsync.cli import bench_command as cli_bench
 from wsync.cli.bench_view import amount, as_json, print_rows
 from wsync.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 BOX = {"processor": "one", "cores": 2, "memory_free": 1, "load": 9.0, "kernel": "6", "python": "3", "torch": "2"}
 SLOW = Row("something slow", "s", ((2.0, 1.0), (3.0, 1.5)), "the usual way", Aim("<=", 1.5))
 FAST = Row("something fast", "B/s", ((9e9, 1e10),), "a copy", Aim(">=", 0.8))

@@ -35,6 +35,8 @@ from wsync.settings.spec import Spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 HIDDEN = 50_000  # units: 1.4 MB of weights, so that a copy takes a while
 
 

@@ -22,6 +22,8 @@ from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 POLICY = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
 

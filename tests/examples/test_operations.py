@@ -18,6 +18,8 @@ from builders import ROOT, SUPPORT, write
 from policies import mlp
 from processes import DEADLINE, Cli
 
+pytestmark = pytest.mark.slow
+
 OPERATIONS = ROOT / "examples" / "operations"
 
 

@@ -28,6 +28,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.settings.user_code import build
 
+pytestmark = pytest.mark.slow
+
 PAGES = {page.parent.name: page for page in (ROOT / "examples").glob("*/README.md")} | {"README": ROOT / "README.md"}
 README = PAGES["README"].read_text()
 

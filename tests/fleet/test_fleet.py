@@ -27,6 +27,8 @@ from wsync.errors import SegmentError
 from wsync.segment.files import WORD_OFFSET, slot_name
 from wsync.segment.segment import Segment
 
+pytestmark = pytest.mark.slow
+
 NAME = "nets"
 BOX = str(SUPPORT / "fleet_box.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -21,6 +21,8 @@ from processes import DEADLINE, Cli, Lines, Spawn
 from wsync.settings.spec import load_spec
 from wsync.settings.user_code import build
 
+pytestmark = pytest.mark.slow
+
 UNIT = ROOT / "examples" / "fleet" / "wsync-fleet@.service"
 PAGE = (ROOT / "examples" / "fleet" / "README.md").read_text()
 

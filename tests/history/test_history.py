@@ -46,6 +46,8 @@ from wsync.settings.spec import Spec, load_spec
 from wsync.settings.user_code import read_layout
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 Push = Callable[..., Outcome]
 
 

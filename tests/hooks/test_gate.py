@@ -33,6 +33,8 @@ from wsync.settings.hooks import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {f"WSYNC_{name.upper()}" for name in Hooks.__dataclass_fields__}
 
 Push = Callable[..., Outcome]

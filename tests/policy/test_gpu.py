@@ -29,6 +29,8 @@ from wsync.policy.device_weights import lock_slot
 from wsync.segment.publisher import publish
 from wsync.segment.writable import WritableSegment
 
+pytestmark = pytest.mark.slow
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"torch {torch.__version__} finds no CUDA device here")
 gpus = torch.cuda.device_count()
 two_gpus = pytest.mark.skipif(

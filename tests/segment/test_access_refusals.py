@@ -26,7 +26,7 @@ from wsync.segment.segment import Segment, segments
 from wsync.segment.writable import WritableSegment, remove
 from wsync.system.memory import PAGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 LAYOUT = layout_of(mlp())
 PATHS = {
     "base": "",

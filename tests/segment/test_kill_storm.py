@@ -35,6 +35,8 @@ from wsync.segment.segment import segments
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("TEST_KILLS", "60"))
 FILES = {"control", "layout.json", "publisher.lock", "readers", *(f"slot-{n}.safetensors" for n in range(3))}
 LAYOUT = layout_of(mlp(HIDDEN))

@@ -21,6 +21,8 @@ from wsync.segment.publisher import publish, publish_tensors
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
+pytestmark = pytest.mark.slow
+
 TORN: Property = "no torn read"
 OTHER: Property = "the version's own weights"
 WRITTEN: Property = "what is used is not written"

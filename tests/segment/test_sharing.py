@@ -17,6 +17,8 @@ from processes import DEADLINE, Cli, Spawn
 
 import wsync
 
+pytestmark = pytest.mark.slow
+
 UNSHARE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable]
 
 

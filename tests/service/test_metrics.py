@@ -34,6 +34,8 @@ from wsync.settings.metrics import Metrics
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 parser = pytest.importorskip("prometheus_client.parser")
 
 from wsync.service.endpoint import PATIENCE, Endpoint, _Server  # noqa: E402  (they need the client)

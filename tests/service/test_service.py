@@ -33,6 +33,8 @@ from wsync.service.notify import Notifier
 from wsync.service.service import changed
 from wsync.settings.spec import Spec, load_spec
 
+pytestmark = pytest.mark.slow
+
 TOML = 'policy = "policies:mlp"\nname = "actor"\ncheckpoints = "runs"\n'
 NO_POLL = "86400"  # only a notification or a signal can be why something happens
 

@@ -34,6 +34,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 
 

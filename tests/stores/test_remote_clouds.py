@@ -29,6 +29,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 ACCOUNT = "devstoreaccount1"
 KEY = (  # Azurite's own, which its documentation tells
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="

@@ -26,6 +26,8 @@ from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 FAULTS = {"cut": cut, "nothing": nothing, "503": busy, "truncated": truncated, "shifted": shifted, "longer": longer}
 RANGE = r"GET \S*step_2\.safetensors"

@@ -26,6 +26,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("obstore")
 pytest.importorskip("huggingface_hub")
 

@@ -35,6 +35,8 @@ from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE, SCHEMES, Store, Stored
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("obstore")
 
 PASSWORD, SIGNATURE = "pa55-in-the-url", "s1gn4ture"

@@ -38,6 +38,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 CALLS = {  # of a pass; a family that a scenario never calls would guard nothing
     "push": "close fcntl flock fstat mmap open opendir pread preadv pwrite readdir stat",
     "watch": "close fcntl flock fstat mmap open opendir pread preadv pwrite readdir stat",

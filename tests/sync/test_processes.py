@@ -32,6 +32,8 @@ from wsync.settings.spec import load_spec
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 LAST = 30
 
 READER = """

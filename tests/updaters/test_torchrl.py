@@ -31,6 +31,7 @@ data = pytest.importorskip("torchrl.data")
 envs = pytest.importorskip("torchrl.envs")
 
 pytestmark = [
+    pytest.mark.slow,
     # torchrl says so of every weight updater that a collector is given, its own as well
     pytest.mark.filterwarnings("ignore:Using WeightUpdaterBase is deprecated:DeprecationWarning"),
 ]
