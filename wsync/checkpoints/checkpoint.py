@@ -115,6 +115,10 @@ class Checkpoint:
             return plan_of(self.tensors, layout, settings, self.path)
         except (CheckpointMismatch, PartialCheckpoint) as exc:
             if not self.table.parts.is_adapter or (isinstance(exc, PartialCheckpoint) and not settings.base):
+                if isinstance(exc, CheckpointMismatch):
+                    from . import siblings
+
+                    raise siblings.named(exc, self.table.parts, layout, settings) from None
                 raise
             if not settings.base:
                 raise CheckpointMismatch(

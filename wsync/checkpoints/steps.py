@@ -76,7 +76,7 @@ def step_at(path: Path, metadata: Mapping[str, str], pattern: str = "") -> Step:
     names = [path.name, path.parent.name, path.parent.parent.name]
     if pattern:
         steps = [step_in_name(name, pattern) for name in names]
-    elif _FIXED.fullmatch(path.name):
+    elif is_fixed(path.name):
         names = [*names[1:], path.parent.parent.parent.name]
         steps = [step_in_name(name) for name in names if names_a_step(name)]
         steps += map(step_in_name, (path.name, names[0]))
@@ -111,6 +111,11 @@ def step_in_name(name: str, pattern: str = "") -> Step:
         return Step(None)
     last = (re.findall(r"\d+", _DECIMAL.sub("", stem)) or digits)[-1]
     return Step(_number(last), "name, its last integer", _others(digits, last), certain=len(digits) == 1)
+
+
+def is_fixed(name: str) -> bool:
+    """Whether libraries call the file so, whatever the step: ``model.safetensors``, ``model_1.safetensors``."""
+    return _FIXED.fullmatch(name) is not None
 
 
 def names_a_step(name: str) -> bool:

@@ -34,7 +34,7 @@ TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trai
 )
 _LEVELS = 3  # between a checkpoint's directory and its weights
 _OTHERS = "lost+found"  # of a file system, in its root directory
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 Place = tuple[int, int, list[tuple[int, int, str]]]
 
@@ -177,7 +177,7 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             return _named(place.absolute(), info, settings)
         if settings.pointer:
             return _pointed(place, settings)
-        listed = _entries(place)
+        listed = entries_of(place)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
     except OSError as exc:
@@ -205,10 +205,10 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
     links: set[str] = set()
     for entry in listed:
         name = entry.name
-        if name in own or TEMPORARY.search(name) or _SHARD.search(name) or (matches and not matches(name)):
+        if name in own or TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)):
             continue
         try:
-            several = _entry(place, entry, names, settings)
+            several = candidate_of(place, entry, names, settings)
             found += several
             if several and not remote(place) and entry.is_symlink():
                 links.add(several[0].name)
@@ -250,7 +250,7 @@ def _pointed(place: Path, settings: Select) -> list[Candidate]:
     return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
 
 
-def _entries(place: Path) -> list[os.DirEntry[str]]:
+def entries_of(place: Path) -> list[os.DirEntry[str]]:
     if away := remote(place):
         return away.entries()
     with os.scandir(place.absolute()) as entries:
@@ -264,7 +264,7 @@ def _known_by(settings: Select) -> set[str]:
     return {settings.file, settings.file.removesuffix(SUFFIX) + INDEX_SUFFIX} if settings.file else {*FORMS}
 
 
-def _entry(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> list[Candidate]:
+def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> list[Candidate]:
     """The candidate that an entry of a place is, if it is one.
 
     Args:

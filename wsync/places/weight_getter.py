@@ -103,14 +103,14 @@ class CheckpointWeightGetter:
             IncompleteCheckpoint: nothing is live, and no candidate is complete.
             CheckpointError: it cannot be read, or is no safetensors file.
         """
-        failure: CheckpointError = self.nothing()
+        failure: CheckpointError | None = None
         for candidate in self.candidates(live):
             try:
                 return self.open(candidate, partial(_published_from, candidate, live))
             except (NoCheckpoint, IncompleteCheckpoint) as exc:
                 failure = exc  # still being written, or gone: the next newest may be whole
         if live is None:
-            raise failure
+            raise failure or self.nothing()
         return None
 
     def candidates(self, live: Candidate | None = None) -> list[Candidate]:
@@ -202,8 +202,11 @@ class CheckpointWeightGetter:
         if self.select.marker:
             wanted.append(f'a marker "{self.select.marker}" that is no older than its checkpoint')
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
+        from .passed_over import passed_over
+
         return NoCheckpoint(
-            f"there is no complete checkpoint in {self.checkpoints} yet{asked}. It is looked at again at the next pass."
+            f"there is no complete checkpoint in {self.checkpoints} yet{asked}. "
+            f"{passed_over(self.checkpoints, self.select)}It is looked at again at the next pass."
         )
 
 

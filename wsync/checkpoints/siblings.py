@@ -1,0 +1,74 @@
+"""Which file beside a checkpoint's own fits a policy that its own does not fit: found by trying, as advice is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import CheckpointError, CheckpointMismatch
+from ..layout.filenames import INDEX_SUFFIX, SUFFIX
+from ..layout.layout import Layout
+from .advice import HOPELESS
+from .files import Parts, remote
+from .fit import Fit
+from .header import StoredTensor
+from .match import match
+from .steps import is_fixed
+from .table import TensorTable
+
+_MOST = 16  # files that are tried
+
+
+def named(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
+    """The same mismatch with the file of that directory which fits in place of the advice, where there is one."""
+    before, hopeless, _ = exc.message.partition(HOPELESS)
+    path = parts.path
+    if not hopeless or remote(path) or not (path.is_dir() or is_fixed(path.name)):
+        return exc
+    directory = path if path.is_dir() else path.parent
+    told = _file_that_fits(directory, parts, layout, settings) or _parts_of_a_model(directory, layout)
+    return CheckpointMismatch(f"{before}{told}", exc.differences) if told else exc
+
+
+def _file_that_fits(directory: Path, parts: Parts, layout: Layout, settings: Fit) -> str:
+    own = {*parts.files, parts.index}
+    files = sorted(
+        file for suffix in (SUFFIX, INDEX_SUFFIX) for file in directory.glob(f"*{suffix}") if file not in own
+    )
+    for file in files[:_MOST]:
+        name = file.name.replace(INDEX_SUFFIX, SUFFIX)
+        if _fits(file, layout, settings):
+            return f'{file.name} beside it fits: set file = "{name}" in [select] (--file {name}).'
+    return ""
+
+
+def _fits(file: Path, layout: Layout, settings: Fit) -> bool:
+    for tensors in _tensors(file):
+        found = match(tensors, layout, replace(settings, partial=False))
+        return not found.rows and not found.kept
+    return False
+
+
+def _parts_of_a_model(directory: Path, layout: Layout) -> str:
+    """Says that the policy's other tensors lie in a directory below, as sentence-transformers writes its modules."""
+    wanted = {name for entry in layout.tensors for name in entry.names}
+    for file in sorted(directory.glob(f"*/*{SUFFIX}"))[:_MOST]:
+        for tensors in _tensors(file):
+            if tensors and all(any(name.endswith(f".{stored}") for name in wanted) for stored in tensors):
+                below = file.relative_to(directory)
+                return (
+                    f"{below} holds {len(tensors)} of the policy's tensors under other names: the model is written in "
+                    "parts, which are never put together. Write its state_dict() whole, with safetensors' save_file."
+                )
+    return ""
+
+
+def _tensors(file: Path) -> Iterator[Mapping[str, StoredTensor]]:
+    """The tensors of a file; nothing where it cannot be read."""
+    try:
+        table = TensorTable(file)
+    except CheckpointError:
+        return
+    table.close()
+    yield table.tensors
