@@ -6,7 +6,8 @@ and exits with the class's ``exit_code``; a library user catches the class.
     WsyncError                      1   the root
     ├── UsageError                  2   an option, a name or a setting is wrong
     │   ├── SpecError               2   the policy spec cannot be used
-    │   └── SwapRefused             2   ``mode="swap"`` is not safe for this policy
+    │   ├── SwapRefused             2   ``mode="swap"`` is not safe for this policy
+    │   └── CopyRefused             2   a tensor's class refuses copies (also a TypeError)
     ├── CheckpointError             1   something about one checkpoint
     │   ├── CheckpointRejected      65  it can never be published as it is
     │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
@@ -23,6 +24,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
     ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
+    ├── HalfWritten                 1   a copy failed, and left a policy with weights of two versions
     ├── GroupBroken                 1   a box of the group is gone, or silent
     └── SegmentError                1   something about one segment
         ├── SegmentMissing          1   no such segment
@@ -101,6 +103,14 @@ def moved(name: str, now: str) -> UsageError:
 
 class SwapRefused(UsageError):
     """``mode="swap"`` is not for a policy that writes to its own weights."""
+
+
+class CopyRefused(UsageError, TypeError):
+    """A tensor's class refuses a copy of weights."""
+
+
+class HalfWritten(WsyncError):
+    """A copy failed half-way, and left a policy with weights of two versions; it is of no use any more."""
 
 
 class WithDifferences(WsyncError):

@@ -12,6 +12,7 @@ from torch import nn
 from trainers import Trainer
 
 import wsync
+from wsync.errors import UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy.reader import Reader
 from wsync.policy.tensors import Attached
@@ -170,17 +171,18 @@ def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
     with segment.publishing():
         publish_tensors(segment, {name: torch.full_like(each, 3) for name, each in policy.state_dict().items()})
     policy.get_submodule("2").bias = nn.Parameter(torch.zeros(2, device="meta"))
-    with Reader(Attached(policy, segment.layout), segment, "copy") as reader:
+    names = {name: name for name in policy.state_dict()}
+    with Reader(Attached(policy, segment.layout, names), segment, "copy") as reader:
         assert reader.refresh() and policy.get_parameter("0.weight").eq(3).all()
 
 
-def test_a_tensor_without_bytes_is_left_to_torch(runtime: Path) -> None:
-    """Guards against an address that is none: torch says why such a tensor takes no values."""
+def test_a_tensor_without_bytes_is_refused(runtime: Path) -> None:
+    """Guards the tensors before it, which would have the new version without it."""
     policy = mlp()
     segment = WritableSegment.create("nets", layout_of(policy))
     with segment.publishing():
         publish_tensors(segment, policy.state_dict())
     policy.get_parameter("2.bias").data = torch._efficientzerotensor(2)
-    with pytest.raises(RuntimeError, match="ZeroTensors are immutable"):
+    with pytest.raises(UsageError, match=r"2\.bias is a tensor of zeros without memory"):
         wsync.attach(policy, "nets", mode="copy")
     segment.close()

@@ -1,7 +1,7 @@
 """Which setting would make a checkpoint fit that does not: found by trying, so that what is advised is true.
 
-The trials go from the smallest change to larger ones: a cast, a prefix off, wrappers within the names off, the policy's
-own wrapper on, others left out; and several of them together.
+The trials go from the smallest change to larger ones: a cast, a prefix off, the policy's own wrapper on, others left
+out; and several of them together.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from itertools import islice
 from typing import Any
 
 from ..layout.layout import Layout
+from ..layout.names import bare
 from .fit import Fit
 from .header import StoredTensor
 from .match import Match, match
 
 _WRAPPERS = (
-    "module.",  # DistributedDataParallel
-    "_orig_mod.",  # torch.compile
-    "_fsdp_wrapped_module.",  # FullyShardedDataParallel
-    "_checkpoint_wrapped_module.",  # activation checkpointing
     "base_model.model.",  # PEFT
     "actor.",
     "policy.",
     "model.",
     "actor_network.",
 )
-"""What is put before the names of a policy."""
-_INNER = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What is put before the names of a policy, besides what ``match`` sees through."""
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # that are tried at most
 _GLOBS = 32  # that are advised at most
@@ -84,15 +80,13 @@ def _match(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> M
 def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change]:
     """Changes to try, the smallest first."""
     yield {}
-    inner = _without_inner(tensors)
+    renamed = bool(settings.rename) or any(bare(name) != name for name in tensors)
     for wrapper in ("", *_wrappers_of(layout)):
-        wrap = {"/^/": wrapper} if wrapper else {}
-        for rename in (wrap, {**inner, **wrap}) if inner else (wrap,):
-            changed = {"rename": {**settings.rename, **rename}} if rename else {}
-            if changed:
-                yield changed
-            for prefix in _prefixes(tensors, layout, settings, wrapper, bool(settings.rename) or rename is not wrap):
-                yield {"prefix": prefix, **changed}
+        changed = {"rename": {**settings.rename, "/^/": wrapper}} if wrapper else {}
+        if changed:
+            yield changed
+        for prefix in _prefixes(tensors, layout, settings, wrapper, renamed):
+            yield {"prefix": prefix, **changed}
 
 
 def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, renamed: bool) -> Iterable[str]:
@@ -120,19 +114,13 @@ def _wrappers_of(layout: Layout) -> list[str]:
     return [first[:end] for end in ends[:4]]
 
 
-def _without_inner(tensors: Tensors) -> dict[str, str]:
-    """A rename that takes out what wraps modules within the policy; empty where nothing does."""
-    found = [each for each in _INNER if any(f"{each}." in name for name in tensors)]
-    return {f"/(?<![^.])(?:{'|'.join(found)})\\./": ""} if found else {}
-
-
 def _left_out(unknown: list[str], layout: Layout, settings: Fit) -> Change:
     """Globs that leave these names out, and none of the policy's; or that take the policy's alone."""
     known = {name for entry in layout.tensors for name in entry.names}
-    stems = {stem for name in known for stem in _stems(name)}
+    stems = {"", *(stem for name in known for stem in _stems(bare(name)))}
     globs = dict.fromkeys(settings.exclude)
     for name in unknown:
-        stem = next((stem for stem in _stems(name) if stem not in stems), name)
+        stem = next((stem for stem in _stems(name) if bare(stem) not in stems), name)
         globs[glob.escape(stem) + ("" if stem == name else ".*")] = None
         if len(globs) > _GLOBS:
             break

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..errors import Difference
 from ..layout.layout import Layout, TensorEntry, describe
+from ..layout.names import seen_through
 from .cast import Pair
 from .fit import FLOATS, Fit
 from .header import StoredTensor
@@ -23,10 +24,15 @@ class Match(NamedTuple):
 
 
 def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
-    """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have."""
+    """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have.
+
+    What ``torch.compile`` and data parallels put into names is seen through.
+    """
     taken, rows = _names(tensors, settings)
     found = Match(rows, [], [], [], [])
     wanted = {name for entry in layout.tensors for name in entry.names}
+    for name, home in seen_through(taken, wanted).items():
+        taken[home] = taken.pop(name)
     if settings.strict:
         found.unknown.extend(name for name in taken if name not in wanted)
         rows += [Difference(taken[name].name, "absent", _say(taken[name])) for name in found.unknown]

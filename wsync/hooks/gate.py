@@ -114,8 +114,11 @@ def load(policy: torch.nn.Module, path: Path) -> None:
     from safetensors.torch import load_file
 
     from ..layout.layout import layout_of, named_tensors
+    from ..layout.names import seen_through
 
     weights, targets = load_file(path), dict(named_tensors(policy))
+    homes = seen_through(weights, targets)
+    weights = {homes.get(name, name): tensor for name, tensor in weights.items()}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
     expected = {e.name: (targets[e.name].dtype, targets[e.name].shape) for e in layout_of(policy).tensors}
     if found != expected:

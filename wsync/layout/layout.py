@@ -19,6 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Difference, SpecError
+from .names import seen_through
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +138,41 @@ class Layout:
             ties.update(dict.fromkeys(aliases, name))
         return cls.build(tensors, ties)
 
+    def names_in(self, other: Layout) -> dict[str, str] | None:
+        """What each name of this layout is in another one that holds the same tensors; None where it does not.
+
+        What wraps modules is seen through (see ``names``).
+        """
+        mine = [name for entry in self.tensors for name in entry.names]
+        if self.digest == other.digest:
+            return dict(zip(mine, mine, strict=True))
+        homes = seen_through(mine, {name for entry in other.tensors for name in entry.names})
+        tensors, ties = {}, {}
+        for entry in self.tensors:
+            first, *aliases = sorted(homes.get(name, name) for name in entry.names)
+            tensors[first] = (entry.dtype, entry.shape)
+            ties.update(dict.fromkeys(aliases, first))
+        if Layout.build(tensors, ties).digest != other.digest:
+            return None
+        return {name: homes.get(name, name) for name in mine}
+
+    def advice(self, other: Layout) -> str:
+        """What to do where a policy of this layout meets a segment of another; empty where their names say nothing."""
+        mine, theirs = (sorted(name for e in each.tensors for name in e.names) for each in (self, other))
+        outer = mine[0].removesuffix(theirs[0])
+        if outer and mine == sorted(outer + name for name in theirs):
+            return (
+                f"The policy's names begin with {outer!r}, and the segment's are the same without it: give the part "
+                f"inside, policy.{outer.strip('.')}."
+            )
+        outer = theirs[0].removesuffix(mine[0])
+        if outer and theirs == sorted(outer + name for name in mine):
+            return (
+                f"The segment's names begin with {outer!r}, and the policy's are the same without it: the publisher "
+                f"should give the part inside, policy.{outer.strip('.')}."
+            )
+        return ""
+
     def differences(self, other: Layout) -> tuple[Difference, ...]:
         """What ``other`` has that this layout does not expect, and the reverse, tensor by tensor."""
         expected = {name: e for e in self.tensors for name in e.names}
@@ -168,12 +204,53 @@ def _tie(entry: TensorEntry, name: str) -> str:
 
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a module, each under every name that it has in the module."""
-    yield from module.named_parameters(remove_duplicate=False)
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and name not in owner._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+    """Parameters and persistent buffers of a module, each under every name that it has in the module.
+
+    The names are those inside of what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap around
+    modules. The tables of the modules are read as ``state_dict()`` reads them, for a subclass may override
+    ``named_parameters``.
+
+    Raises:
+        SpecError: the module's own code failed.
+    """
+    try:
+        for prefix, owner in named_modules(module):
+            for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                if tensor is not None and name not in owner._non_persistent_buffers_set:
+                    yield prefix + name, tensor
+    except Exception as exc:
+        raise unreadable(module, exc) from exc
+
+
+def scratch_of(module: torch.nn.Module) -> set[str]:
+    """The names of a module's buffers that do not persist, as ``named_tensors`` has the others."""
+    owners = named_modules(module)
+    return {prefix + name for prefix, owner in owners for name in owner._non_persistent_buffers_set}
+
+
+def named_modules(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    """A module and those in it, each under every name that it has, with the dot that its tensors' names have there."""
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, prefix if _wraps(module, name) else f"{prefix}{name}.")
+
+
+def _wraps(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module only wraps its child of this name."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    return name == "_orig_mod" or (name == "module" and isinstance(module, DataParallel | DistributedDataParallel))
+
+
+def unreadable(module: torch.nn.Module, exc: Exception) -> SpecError:
+    """The error for a module whose own code fails while its tensors are looked for."""
+    if isinstance(exc, SpecError):
+        return exc
+    return SpecError(
+        f"the tensors of the policy ({type(module).__name__}) cannot be read: {type(exc).__name__}: {exc}. Correct its "
+        "code, or give wsync the module inside that holds the weights."
+    )
 
 
 def layout_of(module: torch.nn.Module) -> Layout:
@@ -182,7 +259,8 @@ def layout_of(module: torch.nn.Module) -> Layout:
     Works on the meta device, too: no byte of a weight is read.
 
     Raises:
-        SpecError: there are none; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold.
+        SpecError: there are none; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold; the
+            module's own code failed.
     """
     return layout_of_tensors(named_tensors(module))
 
@@ -198,10 +276,10 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
     for name, tensor in tensors:
         try:
             shape, storage = tuple(tensor.shape), tensor.untyped_storage()._cdata
-        except (RuntimeError, ValueError, NotImplementedError) as exc:
+        except Exception as exc:  # of a lazy module, or in the code of a tensor's own class
             raise SpecError(
-                f"tensor {name!r} of the policy has no shape or storage of its own ({type(exc).__name__}). "
-                "Run a lazy module once before it is given to wsync."
+                f"tensor {name!r} of the policy has no shape or storage of its own "
+                f"({type(exc).__name__}: {exc}). Run a lazy module once before it is given to wsync."
             ) from exc
         dtype = _FROM_TORCH.get(str(tensor.dtype))
         if dtype is None:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 
+from .names import seen_through
+from .writing import check_copy, copy_each, runs_code
+
 Path = tuple[str, ...]
 Weights = torch.nn.Module | TensorDictBase | Mapping[Any, Any]
 
@@ -61,6 +64,16 @@ def dotted(path: Iterable[str]) -> str:
     return ".".join(path)
 
 
+def aligned(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> dict[Path, torch.Tensor]:
+    """The sources under the names of their targets, where only what wraps modules tells those apart."""
+    paths = {dotted(path): path for path in (*sources, *targets)}
+    homes = seen_through(map(dotted, sources), {dotted(path) for path in targets})
+    return {
+        paths[homes.get(name, name)]: source
+        for name, source in zip(map(dotted, sources), sources.values(), strict=True)
+    }
+
+
 def check(
     targets: Mapping[Path, torch.Tensor],
     sources: Mapping[Path, torch.Tensor],
@@ -77,6 +90,7 @@ def check(
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
         ValueError: another shape; not finite; two different sources for tied targets.
+        CopyRefused: a tensor's class refuses copies, into it or out of it; a TypeError, too.
         TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int, or a
             wider int. Floats are cast to any float, and to what they become there.
     """
@@ -95,6 +109,7 @@ def check(
                 f"{dotted(path)!r} is {source.dtype}, the policy's is {target.dtype}, which cannot hold its values. "
                 "Nothing was written."
             )
+        check_copy(dotted(path), target, source)
         if finite and not _is_finite(source, target.dtype):
             raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
     if strict and targets.keys() - sources.keys():
@@ -110,6 +125,10 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
     """Copies checked sources into their targets, whose addresses stay.
 
     A source that lies in the memory of any target is copied aside first: its bytes may be overwritten on the way.
+
+    Raises:
+        CopyRefused: a tensor's class refused its copy after all; nothing was written.
+        HalfWritten: the same, and what was written could not be written back.
     """
     memory = {t.untyped_storage()._cdata for t in targets.values()}
     pairs = []
@@ -120,9 +139,13 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
         if source.untyped_storage()._cdata in memory:
             source = source.detach().clone()
         pairs.append((target, source))
-    if pairs:
-        with torch.inference_mode(any(target.is_inference() for target, _ in pairs)), torch.no_grad():
-            torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+    own = [pair for pair in pairs if any(map(runs_code, pair))]
+    plain = [pair for pair in pairs if not any(map(runs_code, pair))]
+    with torch.inference_mode(any(target.is_inference() for target, _ in pairs)), torch.no_grad():
+        if own:
+            copy_each(*zip(*own, strict=True))
+        if plain:
+            torch._foreach_copy_([target for target, _ in plain], [source for _, source in plain])
 
 
 def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None:

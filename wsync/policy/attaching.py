@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..errors import SwapRefused, UsageError
-from ..layout.layout import layout_of, named_tensors
+from ..layout.layout import Layout, layout_of, named_modules, named_tensors
+from ..layout.writing import check_takes_copies
+from ..segment.segment import Segment
 from ..system.memory import trim
 from .first_version import Opening
 from .reader import Mode, Reader
 from .swap import own_uses
-from .tensors import Attached
+from .tensors import Attached, lie_together, mapped, shared
 
 if TYPE_CHECKING:
     from .device import Cuda
@@ -48,10 +50,12 @@ def attach(
         mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
             policy's own, whose addresses stay (training mode, CUDA graphs, TorchScript, any device), ``"auto"`` swaps
             where that is safe and copies elsewhere; so it does where other tensors lie in the policy's memory as it is
-            attached (a view that it keeps of its own weights, somebody's ``state_dict``), which swap leaves with the
-            weights that they have. On a GPU ``"swap"`` points them at two buffers there by turns, which is not for
-            CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses: ``"auto"`` copies.
-            What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers alignments, too.
+            attached (a view that it keeps of its own weights, somebody's ``state_dict``), or other processes share that
+            memory (``share_memory()``, a queue of ``torch.multiprocessing``, a mapped file): swap would leave those
+            with the weights that they have. On a GPU ``"swap"`` points the tensors at two buffers there by turns,
+            which is not for CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses:
+            ``"auto"`` copies. What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers
+            alignments, too.
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
             waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
@@ -59,12 +63,12 @@ def attach(
 
     Raises:
         LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
-        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may.
+        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may; or other processes share them.
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
         OutOfDeviceMemory: the GPU has no room for that copy.
         UsageError: the mode, the staging, the name or the timeout is none; a tensor of the policy has no memory that
-            could be written.
+            could be written; its class refuses a copy (CopyRefused); the policy's own code fails (SpecError).
     """
     if not isinstance(policy, torch.nn.Module):
         raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
@@ -102,10 +106,20 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
             f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
             'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
-    attached = Attached(policy, layout)
+    others = [] if mode == "copy" or hindrance else shared(named_tensors(policy))
+    if mode == "swap" and others:
+        raise SwapRefused(
+            f"{others[0]} lies in memory that other processes share (share_memory(), a torch.multiprocessing queue, a "
+            'mapped file), and swap would leave them with the weights that they have. Use mode="copy", which writes '
+            'there, or mode="auto".'
+        )
     if device is None:
-        copies = mode == "copy" or hindrance or (mode == "auto" and attached.are_shared(own_uses))
-        return Reader(attached, opening.open(layout), "copy" if copies else "swap")
+        copies = mode == "copy" or bool(hindrance or others)
+        copies = copies or (mode == "auto" and lie_together(named_tensors(policy), layout, own_uses))
+        if copies:
+            _check_writable(policy)
+        segment = opening.open(layout)
+        return Reader(_attached(policy, layout, segment), segment, "copy" if copies else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -113,8 +127,15 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
     staged = staging == "device" and len(_places(policy)) == 1
     if staging == "none":
         check_contiguous(policy)
-    weights = DeviceWeights(attached, device, chosen, staged=staged)
-    return DeviceReader(attached, opening.open(layout), chosen, weights)
+    segment = opening.open(layout)
+    attached = _attached(policy, layout, segment)
+    return DeviceReader(attached, segment, chosen, DeviceWeights(attached, device, chosen, staged=staged))
+
+
+def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment) -> Attached:
+    names = layout.names_in(segment.layout)
+    assert names is not None  # or it would not have been opened
+    return Attached(policy, segment.layout, names)
 
 
 def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
@@ -125,10 +146,26 @@ def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
                 f"{name} is on the meta device, where no weights can be. Give the policy memory with "
                 'policy.to_empty(device="cpu"), then attach: the first version fills it.'
             )
+        if tensor._is_zerotensor():
+            raise UsageError(
+                f"{name} is a tensor of zeros without memory, as derivatives have. Give the policy one of its own "
+                "(torch.zeros), then attach."
+            )
         if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise UsageError(
                 f"{name} is an expanded tensor: several of its elements are one place in memory, which cannot have "
                 "the values of each. Make it one of its own (.contiguous()), then attach."
+            )
+    check_takes_copies(named_tensors(policy))
+
+
+def _check_writable(policy: torch.nn.Module) -> None:
+    """Raises UsageError where a copy into a tensor would end this process."""
+    for name, how in mapped(named_tensors(policy)).items():
+        if how.startswith("r-"):
+            raise UsageError(
+                f"{name} lies in memory that may only be read, such as a file that is mapped so. Give the policy "
+                "memory of its own (.clone()), then attach."
             )
 
 
@@ -149,8 +186,8 @@ def _places(policy: torch.nn.Module) -> set[torch.device]:
 
 def _hindrance(policy: torch.nn.Module, device: Cuda | None) -> str | None:
     """Why the policy's tensors must not point at a slot, or None."""
-    for name, module in policy.named_modules():
-        where = f"{name or 'the policy'} ({type(module).__name__})"
+    for name, module in named_modules(policy):
+        where = f"{name.rstrip('.') or 'the policy'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{where} is TorchScript, whose code cannot be seen to leave its tensors alone"
         if module.training:

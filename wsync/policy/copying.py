@@ -7,10 +7,12 @@ dtypes and devices. The views of a slot's weights are made once.
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 import torch
 
 from ..layout.layout import views
+from ..layout.writing import copy_each, half_written, runs_code
 from ..segment.segment import Lease, Segment
 from .tensors import Attached
 
@@ -21,7 +23,10 @@ class Copy:
     def __init__(self, attached: Attached) -> None:
         self._attached = attached
         self._segment: Segment | None = None
-        self._slots: dict[int, list[torch.Tensor]] = {}  # views of the weights, in the order of the policy's tensors
+        self._slots: dict[int, list[torch.Tensor]] = {}  # views of the weights, in the order of ``_tensors``
+        targets = sorted(attached.targets, key=lambda target: not runs_code(target[0]))
+        self._tensors, self._places = [tensor for tensor, _ in targets], [index for _, index in targets]
+        self._own = sum(map(runs_code, self._tensors))  # so many of them come first, since they may refuse a copy
 
     def take(self, segment: Segment, lease: Lease) -> bool:
         """Copies a leased slot; returns False: what the policy writes to its weights is its own.
@@ -30,7 +35,10 @@ class Copy:
 
         Raises:
             OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
-            UsageError: the policy's tensors are others than those that were attached.
+            UsageError: the policy's tensors are others than those that were attached; or a tensor's class refused its
+                copy, and all have what they had.
+            HalfWritten: it refused, and what was written before could not be written back; or a plain tensor, which
+                somebody gave other memory, could not be written.
         """
         self._attached.check()
         if segment is not self._segment:
@@ -61,12 +69,16 @@ class Copy:
         pass
 
     def _copy(self, sources: list[torch.Tensor]) -> None:
-        tensors = self._attached.tensors
+        tensors, own = self._tensors, self._own
         with torch.inference_mode(any(map(torch.Tensor.is_inference, tensors))), torch.no_grad():
-            # One call, so that no interrupt comes between two tensors.
-            deque(map(torch.Tensor.copy_, tensors, sources), 0)  # R4 use
+            if own:
+                copy_each(tensors[:own], sources[:own])
+            try:  # One call, so that no interrupt comes between two tensors.
+                deque(map(torch.Tensor.copy_, islice(tensors, own, None), islice(sources, own, None)), 0)  # R4 use
+            except RuntimeError as exc:
+                raise half_written("a tensor could not be written", exc) from exc
 
     def _map(self, segment: Segment, slot: int) -> list[torch.Tensor]:
         storage = torch.frombuffer(segment.map_slot(slot), dtype=torch.uint8).untyped_storage()  # nothing is copied
         weights = views(segment.layout, storage, segment.data_offset)
-        return [weights[index] for _, index in self._attached.targets]
+        return [weights[index] for index in self._places]

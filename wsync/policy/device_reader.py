@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Literal
 
-from ..errors import OutOfDeviceMemory, UsageError
+from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ..segment.segment import Lease, Segment
 from .device_weights import DeviceWeights
 from .reader import _CLOSED, Reader, deadline_of
@@ -101,7 +101,11 @@ class DeviceReader(Reader):
         lease.release()
         self._attached.check()  # again: it may have been moved under the copy
         first = self.version == 0
-        self._weights.take()
+        try:
+            self._weights.take()
+        except HalfWritten as exc:
+            self._half_written = exc
+            raise
         self._took(lease, step)
         if first:
             self._weights.make_room(self._segment.layout)  # what is too large is told while attaching

@@ -26,6 +26,7 @@ import torch
 
 from ..errors import SegmentError, UsageError
 from ..layout.layout import Layout, named_tensors, views
+from ..layout.writing import copy_each, runs_code
 from ..segment.segment import Segment
 from ..system.memory import address_of, populate
 from .device import Cuda, Flight
@@ -151,7 +152,10 @@ class DeviceWeights:
         self._attached, self._targets, self._device = attached, attached.targets, device
         self._mode, self._staged = mode, staged
         self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
+        self._own = [target for target in attached.targets if runs_code(target[0])]
         for tensor, index in attached.targets:
+            if runs_code(tensor):
+                continue
             self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
         self._added: LockedSlot | None = None  # of the copy under way, where the segment was made without it
@@ -239,6 +243,8 @@ class DeviceWeights:
             return
         if self._mode == "copy":
             with torch.inference_mode(any(t.is_inference() for t, _ in self._targets)), torch.no_grad():
+                if self._own:
+                    copy_each([t for t, _ in self._own], [spare.tensors[i] for _, i in self._own])
                 for dtype, group in self._by_dtype.items():
                     mine, new = [_as(t, dtype) for t, _ in group], [_as(spare.tensors[i], dtype) for _, i in group]
                     torch._foreach_copy_(mine, new)

@@ -23,7 +23,7 @@ import time
 import weakref
 from typing import Literal
 
-from ..errors import SegmentError, UsageError, WsyncError
+from ..errors import HalfWritten, SegmentError, UsageError, WsyncError
 from ..segment.files import REMOVED, WORD_OFFSET
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
@@ -58,6 +58,7 @@ class Reader:
         self._lock = threading.Lock()
         self._owner = 0  # the thread that holds it, or the last one that did
         self._closed = self._close_asked = False
+        self._half_written: HalfWritten | None = None  # the policy is of no use any more
         self._calls = self._calls_left = 1  # without a look at the clock
         self._clock = self._looked = 0.0
         self._next_look = 0.0
@@ -83,6 +84,8 @@ class Reader:
         Raises:
             UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; on a GPU also
                 while a CUDA graph is captured, and in a forked child.
+            CopyRefused: a tensor's class refused its copy; the policy keeps the version that it has.
+            HalfWritten: the same, and what was written could not be written back; every later call raises it, too.
         """
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
@@ -166,6 +169,9 @@ class Reader:
             return False
         try:
             self._take_in(lease)
+        except HalfWritten as exc:
+            self._half_written = exc
+            raise
         except Exception:
             raise
         except BaseException:  # an interrupt: what was begun is finished first
@@ -291,6 +297,8 @@ class Reader:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError(f"this reader of {self.name!r} is closed. Attach again for new versions.")
+        if self._half_written:
+            raise self._half_written
 
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""

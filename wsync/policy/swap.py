@@ -142,13 +142,19 @@ class Swap:
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps lasts."""
+        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps lasts.
+
+        A tensor that its user pointed elsewhere, or shared with other processes, stays where it is.
+        """
         if self._live is None:
             return
         self._attached.spare_holders()
         own: dict[int, torch.Tensor] = {}
+        ours = {address for slot in self._slots.values() for address in slot.addresses}
         with torch.inference_mode(False):  # in inference mode a parameter would become an inference tensor
             for tensor, index in self._attached.targets:
+                if tensor.data_ptr() not in ours:
+                    continue
                 if index not in own:  # tied tensors stay tied
                     own[index] = tensor.detach().clone()
                 tensor.data = own[index]
@@ -172,6 +178,7 @@ class Swap:
         live, attached = self._live, self._attached
         if not (live and attached.in_place() and addresses(attached.tensors) == live.addresses):
             attached.check()
+            attached.check_unshared()
         return slot, written
 
     def _take_over_kept(self) -> None:

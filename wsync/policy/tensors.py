@@ -7,7 +7,7 @@ policy behind. What a policy may do is to gain and lose modules without tensors,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import pairwise
 from operator import call, is_
@@ -17,27 +17,34 @@ import torch
 from torch.nn.utils import parametrize
 
 from ..errors import moved
-from ..layout.layout import Layout, named_tensors
+from ..layout.layout import Layout, named_modules, named_tensors
+from ..layout.writing import runs_code
+from ..system.memory import permissions
 
 _use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python has one of them
 _FORMS = [getattr(torch.Tensor, form).__get__ for form in ("device", "dtype", "shape")]
 Targets = list[tuple[torch.Tensor, int]]
+Tensors = Iterable[tuple[str, torch.Tensor]]
 
 
 class Attached:
     """The parameters and persistent buffers of a policy.
+
+    Args:
+        layout: of the segment.
+        names: what each tensor's name in the policy is in that layout.
 
     Attributes:
         targets: every tensor object once, with the place of its weights in the layout.
         tensors: the same without the places.
     """
 
-    def __init__(self, policy: torch.nn.Module, layout: Layout) -> None:
+    def __init__(self, policy: torch.nn.Module, layout: Layout, names: Mapping[str, str]) -> None:
         index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
         seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(policy):
-            seen.setdefault(id(tensor), (tensor, index[name]))
+            seen.setdefault(id(tensor), (tensor, index[names[name]]))
             self._names.setdefault(id(tensor), name)
         self.targets: Targets = list(seen.values())
         self.tensors = [tensor for tensor, _ in self.targets]
@@ -65,6 +72,11 @@ class Attached:
             raise moved(name, "gone")
         self._note()
 
+    def check_unshared(self) -> None:
+        """Raises UsageError where a tensor lies in memory that other processes share: they would be left behind."""
+        for name in shared(zip(self._names.values(), self.tensors, strict=True)):
+            raise moved(name, "in memory that other processes share (share_memory(), a torch.multiprocessing queue)")
+
     def spare_holders(self) -> None:
         """Before the tensors are pointed elsewhere: sees to those that hold a tensor itself, and not only its memory.
 
@@ -79,28 +91,9 @@ class Attached:
                     _give_new_body(tensor)
         torch.autograd.graph.increment_version(self.tensors)
 
-    def are_shared(self, own_uses: Callable[[torch.UntypedStorage], int]) -> bool:
-        """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous.
-
-        Args:
-            own_uses: how many uses of a storage are no tensor of others.
-        """
-        storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
-        for target in self.targets:
-            storage = target[0].untyped_storage()
-            storages.setdefault(storage._cdata, (storage, []))[1].append(target)
-        for storage, targets in storages.values():
-            own = own_uses(storage) or 1  # the storage object is one
-            if torch._C._storage_Use_Count(storage._cdata) > len(targets) + own:
-                return True
-            spans = sorted({(tensor.data_ptr(), tensor.nbytes, index) for tensor, index in targets})
-            if any(at + nbytes > after for (at, nbytes, _), (after, _, _) in pairwise(spans)):
-                return True
-        return False
-
     def _note(self) -> None:
         """Where the policy has its modules and tensors: the same ones may be elsewhere by now, in another module."""
-        modules = list(self._policy.modules())
+        modules = {id(module): module for _, module in named_modules(self._policy)}.values()
         self._tables = [table for each in modules for table in (each._modules, each._parameters, each._buffers)]
         self._sizes = list(map(len, self._tables))
         places = [
@@ -132,6 +125,39 @@ def drop_caches() -> None:
     """
     torch.clear_autocast_cache()
     parametrize._cache.clear()
+
+
+def mapped(tensors: Tensors) -> dict[str, str]:
+    """How the memory of each plain tensor on the host is mapped, as ``permissions`` has it."""
+    there = {name: tensor for name, tensor in tensors if tensor.device.type == "cpu" and not runs_code(tensor)}
+    return dict(zip(there, permissions(list(map(torch.Tensor.data_ptr, there.values()))), strict=True))
+
+
+def shared(tensors: Tensors) -> list[str]:
+    """The names of those tensors whose memory other processes have, too, or may have."""
+    return [name for name, how in mapped(tensors).items() if how.startswith("rw") and how.endswith("s")]
+
+
+def lie_together(tensors: Tensors, layout: Layout, own_uses: Callable[[torch.UntypedStorage], int]) -> bool:
+    """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous.
+
+    Args:
+        layout: of these tensors.
+        own_uses: how many uses of a storage are no tensor of others.
+    """
+    storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
+    index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
+    for tensor, place in {id(tensor): (tensor, index[name]) for name, tensor in tensors}.values():
+        storage = tensor.untyped_storage()
+        storages.setdefault(storage._cdata, (storage, []))[1].append((tensor, place))
+    for storage, targets in storages.values():
+        own = own_uses(storage) or 1  # the storage object is one
+        if torch._C._storage_Use_Count(storage._cdata) > len(targets) + own:
+            return True
+        spans = sorted({(tensor.data_ptr(), tensor.nbytes, place) for tensor, place in targets})
+        if any(at + nbytes > after for (at, nbytes, _), (after, _, _) in pairwise(spans)):
+            return True
+    return False
 
 
 def addresses(tensors: list[torch.Tensor]) -> list[int]:

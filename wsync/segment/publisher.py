@@ -19,6 +19,7 @@ from ..checkpoints.fit import Fit
 from ..errors import SegmentError, SegmentUnsafe
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
+from ..layout.names import seen_through
 from ..system.memory import mapping, reserve, write_at
 from .files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
 from .writable import WritableSegment
@@ -151,6 +152,8 @@ def publish_tensors(
 
     layout = segment.layout
     version, step = _next_version(segment, last_version), _whole(step)
+    homes = seen_through(tensors, {name for entry in layout.tensors for name in entry.names})
+    tensors = {homes.get(name, name): tensor for name, tensor in tensors.items()}
     sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
     missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
     kept = None if strict else segment.live_weights()

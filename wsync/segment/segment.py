@@ -129,13 +129,16 @@ class Segment:
         return segment
 
     def _expect(self, layout: Layout) -> None:
-        if self.layout.digest != layout.digest:
+        if layout.names_in(self.layout) is None:
             self.close()
             differences = layout.differences(self.layout)
+            advice = layout.advice(self.layout) or (
+                f"Stop its processes and `wsync rm {self.name}`, give this policy another name, or build it as the "
+                "segment's publisher does."
+            )
             raise LayoutDiffers(
                 f"segment {self.name!r} holds another architecture than this policy: {len(differences)} tensors "
-                f"differ. Stop its processes and `wsync rm {self.name}`, give this policy another name, or build it as "
-                "the segment's publisher does.",
+                f"differ. {advice}",
                 differences,
             )
 

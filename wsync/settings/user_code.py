@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SpecError, WsyncError
-from ..layout.layout import Layout, layout_of
+from ..errors import SpecError, UsageError, WsyncError
+from ..layout.layout import Layout, layout_of, named_tensors
+from ..layout.writing import check_takes_copies
 from .spec import Spec
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def read_layout(spec: Spec) -> Layout:
 
     Raises:
         SpecError: the policy cannot be imported or built, or is none.
+        CopyRefused: a tensor's class refuses copies, so that no reader could take a version.
         WsyncError: torch cannot be loaded.
     """
     with _running(spec):
@@ -37,9 +39,14 @@ def read_layout(spec: Spec) -> Layout:
         target = _import(spec, spec.policy)  # not under the meta device: what a module makes at import stays real
         try:
             with torch.device("meta"):
-                return layout_of(_make(spec, target))
-        except SpecError:
-            return layout_of(_make(spec, target))
+                return _layout_of(_make(spec, target))
+        except UsageError:
+            return _layout_of(_make(spec, target))
+
+
+def _layout_of(policy: torch.nn.Module) -> Layout:
+    check_takes_copies(named_tensors(policy))
+    return layout_of(policy)
 
 
 def build(spec: Spec) -> torch.nn.Module:

@@ -79,13 +79,15 @@ class PolicyLayout:
 
     def compare(self, segment: Segment, layout: Layout) -> None:
         """Compares the layout that was read with the segment's. That they differ is not remembered."""
-        if layout.digest == segment.layout.digest:
+        if layout.names_in(segment.layout) is not None:
             return
         self._of = ""
         differences = segment.layout.differences(layout)
+        advice = layout.advice(segment.layout) or (
+            f"Stop its processes and `wsync rm {segment.name}`, or give the new policy another --name."
+        )
         raise LayoutDiffers(
             f"segment {segment.name!r} was made for another architecture than {self._spec.policy} has now: "
-            f"{len(differences)} tensors differ. Stop its processes and `wsync rm {segment.name}`, or give the new "
-            "policy another --name.",
+            f"{len(differences)} tensors differ. {advice}",
             differences,
         )

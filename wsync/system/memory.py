@@ -15,7 +15,8 @@ import platform
 import signal
 import struct
 import sys
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from pathlib import Path
@@ -280,3 +281,22 @@ def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> N
 
     place, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
     ctypes.CDLL(None).syscall(number, place, operation, ctypes.c_uint32(value), timeout)
+
+
+def permissions(addresses: Sequence[int]) -> list[str]:
+    """How each address is mapped in this process, as /proc/self/maps has it: ``rw-p``, or ``rw-s`` where it is shared.
+
+    Empty where nothing is mapped, or the system does not tell.
+    """
+    starts, maps = [], []
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            for line in file:
+                where, how, _ = line.split(maxsplit=2)
+                start, end = (int(number, 16) for number in where.split(b"-"))
+                starts.append(start)
+                maps.append((end, how.decode()))
+    except OSError:
+        pass
+    found = (maps[bisect(starts, address) - 1] if starts else (0, "") for address in addresses)
+    return [how if address < end else "" for address, (end, how) in zip(addresses, found, strict=True)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import SegmentMissing
-from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors
+from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
 from ..segment.files import BOUND, SLOTS, Publication
@@ -173,10 +173,13 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     last_version=self.last_version,
                 )
         else:
+            from ..layout.names import seen_through
             from ..layout.weights import dotted, flatten
 
-            named, scratch = flatten(server_weights), self._scratch()
-            tensors = {name: tensor for path, tensor in named.items() if (name := dotted(path)) not in scratch}
+            tensors = {dotted(path): tensor for path, tensor in flatten(server_weights).items()}
+            scratch = scratch_of(self._policy) if self._policy is not None else set()
+            for name in scratch & tensors.keys() | seen_through(tensors, scratch).keys():
+                del tensors[name]
             if not tensors:
                 return
             segment = self.make_segment(lambda: layout_of_tensors(tensors.items()))
@@ -192,15 +195,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     last_version=self.last_version,
                 )
         self.published, self.last_version, self._news = publication, publication.version, True
-
-    def _scratch(self) -> set[str]:
-        """The names of the policy's buffers that do not persist, where it is known."""
-        owners = self._policy.named_modules(remove_duplicate=False) if self._policy is not None else ()
-        return {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, owner in owners
-            for name in owner._non_persistent_buffers_set
-        }
 
     def _fit(self) -> Fit:
         """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""

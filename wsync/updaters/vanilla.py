@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..errors import HalfWritten
 
 if TYPE_CHECKING:
     import torch
@@ -204,10 +205,12 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         strict: every tensor must come in every push; else what does not come stays as it was.
         finite: refuse NaN and infinity.
 
-    Either all tensors of a push are written or none. Another float dtype is cast to the target's.
+    Either all tensors of a push are written or none. Another float dtype is cast to the target's. Where a tensor's
+    class fails half-way and what was written cannot be written back, that push and all later ones raise HalfWritten.
     """
 
     strict = finite = False  # of a subclass whose own __init__ sets neither
+    _half_written: HalfWritten | None = None
 
     def __init__(
         self,
@@ -245,18 +248,26 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         return self.policy_weights
 
     def _sync_weights_with_worker(self, *, worker_id: int | torch.device | None = None, server_weights: Any) -> None:
+        if self._half_written:
+            raise self._half_written
         if server_weights is None:
             return
-        from ..layout.weights import check, copy, flatten
+        from ..layout.weights import aligned, check, copy, flatten
         from ..policy.tensors import drop_caches
 
         sources = flatten(server_weights)
         if not sources and not self.strict:
             return
         targets = flatten(self._get_local_weights())
+        sources = aligned(targets, sources)
         check(targets, sources, strict=self.strict, finite=self.finite)
-        copy(targets, sources)
-        drop_caches()
+        try:
+            copy(targets, sources)
+        except HalfWritten as exc:
+            self._half_written = exc
+            raise
+        finally:
+            drop_caches()
 
 
 def _register_with_torchrl() -> None:

@@ -1,0 +1,28 @@
+"""Names that differ only by what wraps modules: ``_orig_mod.`` of torch.compile, ``module.`` of data parallels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def bare(name: str) -> str:
+    """A name without what wraps modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def seen_through(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """What names are called among those that are known, where only wrappers tell them apart.
+
+    A name that is known is not there; nor is one that could be several, or that is given under its own name, too.
+    """
+    names = list(names)
+    given = set(names)
+    strange = [name for name in names if name not in known]
+    if not strange:
+        return {}
+    left = [name for name in known if name not in given]
+    homes, times = {bare(name): name for name in left}, Counter(map(bare, strange)) + Counter(map(bare, left))
+    return {name: homes[bare(name)] for name in strange if bare(name) in homes and times[bare(name)] == 2}
