@@ -312,8 +312,8 @@ def test_what_another_publisher_just_published_is_not_published_again(
     write(runs / "step_1.safetensors", mlp(), 1.0)
     opened = CheckpointWeightGetter.open
 
-    def faster(self: CheckpointWeightGetter, candidate: Candidate) -> Checkpoint:
-        checkpoint = opened(self, candidate)
+    def faster(self: CheckpointWeightGetter, candidate: Candidate, *published: Callable[[], list[str]]) -> Checkpoint:
+        checkpoint = opened(self, candidate, *published)
         monkeypatch.setattr(CheckpointWeightGetter, "open", opened)
         if not same:
             os.utime(write(runs / "step_2.safetensors", mlp(), 2.0), (time.time(), time.time()))

@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import BeingRewritten
 from .files import Parts, fingerprint, fingerprints, written
-
-PATIENCE = 30.0
-"""How many times ``settle`` a checkpoint stands still until it counts although it may be of two saves."""
+from .settling import PATIENCE
 
 
 def check_files(

@@ -1,7 +1,8 @@
 """Whether the writer of a checkpoint is done with it: seen before its bytes are believed.
 
-A file that some process has open for writing is not done. Where the system does not tell, and where a checkpoint has
-several files, which are written one after another, it must have stood still for a while.
+A file that some process has open for writing is not done; nor is one with room that was reserved and never written, or
+with the file of a downloader beside it. Where the system does not tell whether a file is open, and where a checkpoint
+has several files, which are written one after another, it must have stood still for a while.
 """
 
 from __future__ import annotations
@@ -12,9 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import BeingWritten
+from ..system.extents import unwritten
 from ..system.memory import being_written
 from .files import Parts, identity
 
+PATIENCE = 30.0
+"""How many times ``settle`` a checkpoint stands still until it counts although something says that it is not whole."""
+COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart")
+"""What downloaders add to the name of a file for another one, which lies beside it until all of it has come."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: no coarser than a file system's clock ticks
 _SECOND = 1.0 + _TICK  # the same where its times have whole seconds, as on ext3, and NFS from there
@@ -27,15 +33,23 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     A file system's clock may stand still for some milliseconds, or for a second: of a write in the same tick as the
     last one before the file was opened, nothing would be seen. Several files are written one after another, and not
     every system tells whether a file is still open for writing: there the checkpoint must have stood still for
-    ``settle``.
+    ``settle``. Where nothing tells whether it is open, and a part of it was never written, that takes ``PATIENCE``
+    times as long: it is sparse, or its writer has stalled.
 
     Args:
         fds: open descriptors, one for each of ``parts.files``.
         settle: seconds.
 
     Raises:
-        BeingWritten: a file is still open for writing, or does not stand still.
+        BeingWritten: a file is still open for writing, is not all there, or does not stand still.
     """
+    for file in (*parts.files, *([parts.index] if parts.index else [])):
+        for companion in (f"{file}.{end}" for end in COMPANIONS):
+            if os.path.lexists(companion):
+                raise BeingWritten(
+                    f"{companion} says that {file.name} is still on its way. Wait for the download to end; if it has "
+                    "ended, remove that file."
+                )
     writing = [being_written(fd) for fd in fds]
     if True in writing:
         raise BeingWritten(
@@ -44,6 +58,14 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
         )
     told = not parts.is_several and None not in writing
     wanted = _TICK if told else max(settle, _TICK)
+    never_written = [unwritten(fd) for fd in fds]
+    if "reserved" in never_written:
+        raise BeingWritten(
+            f"{parts.files[never_written.index('reserved')]} is not all there: room for the rest was reserved, and has "
+            "not been written. Wait for its writer to finish, or write it again."
+        )
+    if "hole" in never_written and None in writing:
+        wanted *= PATIENCE
     infos = [os.fstat(fd) for fd in fds]
     # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
     # more than a second says nothing.
