@@ -92,7 +92,8 @@ def push(
 
     event: Outcome | WsyncError
     try:
-        with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=State(loaded.name, state_dir))) as syncer:
+        state = State(loaded.name, state_dir, loaded.history)
+        with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=state)) as syncer:
             syncer.box.report, syncer.record.complain = report, complain
             if retry:
                 syncer.record.forget()

@@ -87,7 +87,7 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
         key = name.rpartition(".")[2]
         rows.append(Setting(name, value, given.get(option or key) or ("TOML" if key in table else "default")))
 
-    for name in ("policy", "name", "checkpoints", "slots", "max_slots", "keep"):
+    for name in ("policy", "name", "checkpoints", "slots", "max_slots", "keep", "history"):
         add(name, getattr(spec, name), toml)
     if not toml:
         rows[0] = rows[0]._replace(origin="argument")

@@ -33,6 +33,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
     "max_slots": ("spec", int, "Buffers that it may grow to while readers keep older versions. (default: 8)"),
     "keep": ("spec", int, "How many published versions to copy for a rollback. (default: 0)"),
+    "history": ("spec", int, "How many published versions stay on record, and as many other events. (default: 100000)"),
     "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
     "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
     "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),

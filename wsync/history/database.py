@@ -36,7 +36,7 @@ _log = logging.getLogger("wsync")
 
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
-_KEEP_EVENTS = 100_000  # of what went live, and as many of all else; 30 MB each, at one a minute in two months
+_UNBOUNDED = 1 << 40
 _TRIM = 100  # events, of which one looks whether there are too many
 _KEEP_REJECTIONS = 1_000
 _MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
@@ -130,7 +130,9 @@ _FIELDS = Event._fields[3:]  # without id, at and kind
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_FIELDS)});
-CREATE INDEX IF NOT EXISTS by_kind ON events (kind, version);
+DROP INDEX IF EXISTS by_kind;
+CREATE INDEX IF NOT EXISTS published_by_version ON events (version) WHERE {_PUBLISHED};
+CREATE INDEX IF NOT EXISTS published_by_identity ON events (identity) WHERE {_PUBLISHED};
 CREATE INDEX IF NOT EXISTS by_checkpoint ON events (checkpoint);
 CREATE TABLE IF NOT EXISTS rejections (
     identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
@@ -177,6 +179,7 @@ class State:
     Args:
         name: of the segment.
         directory: default ``state_dir()``.
+        bound: events of what went live that stay on record, and as many of all else; default all.
 
     Attributes:
         warn: called when the history was damaged, and a new one begins; logs by default.
@@ -185,8 +188,8 @@ class State:
         UsageError: that is no name.
     """
 
-    def __init__(self, name: str, directory: str | os.PathLike[str] | None = None) -> None:
-        self.name = check_name(name)
+    def __init__(self, name: str, directory: str | os.PathLike[str] | None = None, bound: int = _UNBOUNDED) -> None:
+        self.name, self._bound = check_name(name), bound
         self.directory = state_dir(directory)
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
@@ -273,9 +276,9 @@ class State:
                 or 0
             )
             if not added % _TRIM:  # what fails again and again pushes nothing out that a rollback needs
-                database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - _KEEP_EVENTS,))
+                database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - self._bound,))
                 last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"
-                database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (_KEEP_EVENTS,))
+                database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (self._bound,))
             if accepted is not None:
                 database.execute(
                     "DELETE FROM rejections WHERE identity = ? AND settings = ?", (fields.get("identity"), accepted)
@@ -294,12 +297,24 @@ class State:
             after: only what came after the event of this id.
         """
         wanted = tuple(kinds) or KINDS
-        query = (
-            f"SELECT id, at, kind, {', '.join(_FIELDS)} FROM events WHERE at >= ? AND id > ? "
-            f"AND kind IN ({', '.join('?' * len(wanted))}) ORDER BY id DESC LIMIT ?"
-        )
-        values = since, after, *wanted, -1 if limit is None else limit
-        return self._read(lambda database: [Event.checked(row) for row in database.execute(query, values)][::-1]) or []
+        condition = f"at >= ? AND id > ? AND kind IN ({', '.join('?' * len(wanted))})"
+        return self._select(condition, (since, after, *wanted), -1 if limit is None else limit)[::-1]
+
+    def published(self, condition: str = "TRUE", values: Sequence[object] = (), limit: int = -1) -> list[Event]:
+        """The events after which a version was live, newest first.
+
+        Args:
+            condition: SQL about the columns of an event; indexes serve ``version`` and ``identity``.
+            values: for each ``?`` in it.
+            limit: events at most; -1 takes all.
+        """
+        return self._select(f"{_PUBLISHED} AND {condition}", values, limit)
+
+    def _select(self, condition: str, values: Sequence[object], limit: int) -> list[Event]:
+        """The events for which this holds, newest first."""
+        query = f"SELECT id, at, kind, {', '.join(_FIELDS)} FROM events WHERE {condition} ORDER BY id DESC LIMIT ?"
+        found = self._read(lambda database: [Event.checked(row) for row in database.execute(query, (*values, limit))])
+        return found or []
 
     def last(self) -> tuple[int, str]:
         """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""

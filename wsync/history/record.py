@@ -7,6 +7,7 @@ going on would let go what the operator holds.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -33,8 +34,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PASSED, _LATE = "+passed", "+late"  # beside the settings under which a refusal is remembered
-PUBLISHED = ("publish", "rollback")
-"""Kinds of events after which a version is live."""
 IN_NO_FILE = "kept live values that are in no file"
 NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
 
@@ -186,9 +185,9 @@ class Record:
             CheckpointError: neither is there any more.
         """
         assert self._state
-        events = [e for e in self._state.events(kinds=PUBLISHED) if e.identity == pin.identity]
-        pinned = next((e for e in reversed(events) if pin.version in (0, e.version)), None)
-        if pinned and (again := reopen(pinned, copies(self._state, events))):
+        found = self._state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
+        pinned = found[0] if found else None
+        if pinned and (again := reopen(pinned, copies(self._state))):
             return again
         mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
         checkpoint = None if mixed else _same(pin.checkpoint, pin.identity)
@@ -238,9 +237,8 @@ def keep(state: State, segment: Segment, number: int) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(target.parent)
-        events = state.events(kinds=PUBLISHED)
-        this = next((event for event in reversed(events) if event.version == publication.version), None)
-        same = copies(state, events).get(what(this)) if this else None
+        this = state.published("version = ?", (publication.version,), 1)
+        same = copies(state).get(what(this[0])) if this else None
         if same and _holds(same, publication.identity):
             same.replace(target)
             return
@@ -251,7 +249,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
         # Not by their numbers, which begin anew where the history was removed.
-        order = {event.version: at for at, event in enumerate(events)} | {publication.version: len(events)}
+        order = {event.version: event.id for event in kept_events(state)} | {publication.version: math.inf}
         for version in sorted(kept_versions(state), key=lambda version: order.get(version, -1))[:-number]:
             copy_path(state, version).unlink(missing_ok=True)
     except OSError as exc:
@@ -287,11 +285,15 @@ def what(event: Event) -> tuple[str, str]:
     return event.identity or "", event.settings or ""
 
 
-def copies(state: State, events: Iterable[Event]) -> dict[tuple[str, str], Path]:
+def kept_events(state: State) -> list[Event]:
+    """The events of versions of which a copy is kept, oldest first."""
+    kept = kept_versions(state)
+    return state.published(f"version IN ({', '.join('?' * len(kept))})", kept)[::-1] if kept else []
+
+
+def copies(state: State) -> dict[tuple[str, str], Path]:
     """The kept copies, by what they are of."""
-    kept = set(kept_versions(state))
-    found = [event for event in events if event.version in kept and event.identity]
-    return {what(event): copy_path(state, event.version or 0) for event in found}
+    return {what(event): copy_path(state, event.version or 0) for event in kept_events(state) if event.identity}
 
 
 def copy_path(state: State, version: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -19,11 +20,13 @@ from ..segment.publisher import publish
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
 from .database import Event, Pin, State
-from .record import IN_NO_FILE, NO_COPY, PUBLISHED, copies, fit_from_json, reopen, what
+from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, kept_events, reopen, what
 
 _log = logging.getLogger("wsync")
 _PATIENCE = 3.0  # seconds that another publisher may hold the segment
 _LOOK = 0.05
+_LOOKED_AT = 1_000  # versions whose files are looked for, to list what can still be had
+_SHOWN = 10
 
 
 def rollback(
@@ -45,8 +48,7 @@ def rollback(
         segment = stack.enter_context(closing(WritableSegment.open(name, runtime)))
         _begin_publishing(segment, stack)
         live = segment.live()
-        events = state.events(kinds=PUBLISHED)
-        event = _target(state, live, to, events)
+        event = _target(state, live, to)
         assert event.version is not None
         before = state.pin()
         last = live.version if live else state.last()[0]
@@ -60,7 +62,7 @@ def rollback(
         )
         state.set_pin(pin)  # before it is live: a watch must not take the newest in between
         try:
-            publication = _again(segment, last, event, state, events)
+            publication = _again(segment, last, event, state)
         except BaseException:
             state.set_pin(before)
             raise
@@ -91,26 +93,24 @@ def _note(state: State, kind: str, **fields: Any) -> None:
         _log.warning("%s", exc)
 
 
-def _target(state: State, live: Publication | None, to: int | None, events: list[Event]) -> Event:
+def _target(state: State, live: Publication | None, to: int | None) -> Event:
+    """What goes live again: the version that was named, or the newest before the live one that was another."""
     if to is not None:
-        found = [event for event in events if event.version == to]
-        if not found:
-            raise UsageError(f"version {to} of {state.name!r} is not on record. {_choices(state, events)}")
-        return found[-1]
-    if live is None:
-        raise UsageError(f"nothing is live in {state.name!r}. Say which version goes live. {_choices(state, events)}")
-    origin = [n for n, event in enumerate(events) if event.kind == "publish" and event.identity == live.identity]
-    earlier = [
-        event
-        for event in events[: origin[-1] if origin else len(events)]
-        if event.identity != live.identity and (event.version or 0) < live.version
-    ]
-    if not earlier:
-        raise UsageError(f"no version before the live one of {state.name!r} is on record. {_choices(state, events)}")
-    return earlier[-1]
+        found = state.published("version = ?", (to,), 1)
+        missing = f"version {to} of {state.name!r} is not on record."
+    elif live is None:
+        raise UsageError(f"nothing is live in {state.name!r}. Say which version goes live. {_choices(state)}")
+    else:
+        origin = state.published("identity = ? AND kind = 'publish'", (live.identity,), 1)
+        bound = origin[0].id if origin else sys.maxsize
+        found = state.published("id < ? AND identity IS NOT ? AND version < ?", (bound, live.identity, live.version), 1)
+        missing = f"no version before the live one of {state.name!r} is on record."
+    if not found:
+        raise UsageError(f"{missing} {_choices(state)}")
+    return found[0]
 
 
-def _again(segment: WritableSegment, last: int, event: Event, state: State, events: list[Event]) -> Publication:
+def _again(segment: WritableSegment, last: int, event: Event, state: State) -> Publication:
     """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
     with segment.slot_with(event.version, event.identity or "") as (slot, held):
@@ -120,7 +120,7 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State, even
     if slot:
         segment.store(publication.version, slot.number)
         return publication
-    again = reopen(event, copies(state, events))
+    again = reopen(event, copies(state))
     if again:
         checkpoint, fit = again
         with checkpoint:
@@ -129,13 +129,14 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State, even
             return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
     mixed = fit_from_json(event.settings).kept
     why = IN_NO_FILE if mixed else f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
-    raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state, events)}")
+    raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state)}")
 
 
-def _choices(state: State, events: list[Event]) -> str:
+def _choices(state: State) -> str:
     """What can still be gone back to, newest first."""
-    kept, seen, lines = copies(state, events), set(), []
-    for event in reversed(events):
+    kept, seen, lines = copies(state), set(), []
+    events = {event.id: event for event in (*state.published(limit=_LOOKED_AT), *kept_events(state))}
+    for event in sorted(events.values(), reverse=True):
         if event.version is None or event.version in seen:
             continue
         seen.add(event.version)
@@ -144,9 +145,13 @@ def _choices(state: State, events: list[Event]) -> str:
             where = "kept copy" if what(event) in kept else event.checkpoint
             again[0].close()
             lines.append(f"  {event.version}  step {event.step}  {printable(where or '')}")
-        if len(lines) == 10:
+        if len(lines) == _SHOWN:
             break
-    return "These can be had (--to):\n" + "\n".join(lines) if lines else "None other can be had any more."
+    if lines:
+        return "These can be had (--to):\n" + "\n".join(lines)
+    if len(events) < _LOOKED_AT:
+        return "None other can be had any more."
+    return f"None of the last {_LOOKED_AT:,} can be had any more; name an older one with --to."
 
 
 def pin_checkpoint(

@@ -182,7 +182,8 @@ class Service:
                 f"metrics.max_staleness = {allowed} (--max-staleness) passes between any two looks, which are "
                 f"{spec.poll} seconds apart (--poll). Give several times that."
             )
-        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=State(spec.name, self._state))
+        state = State(spec.name, self._state, spec.history)
+        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
 
     def _use(self, syncer: Syncer) -> None:
         """Goes on with this syncer, for this box alone or as one of the group."""

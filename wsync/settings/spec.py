@@ -28,6 +28,7 @@ REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most s
 MAX_POLL = 86_400.0
 MAX_FAILURES = -1
 MAX_KEEP = 1000
+HISTORY = 100_000  # 30 MB, and as much for other events; at one version a minute in two months
 
 _TABLES = {"select": Select, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
 _INTERNAL = ("partial", "kept")  # fields of a table that are no settings
@@ -48,6 +49,7 @@ _KEYS: dict[str, Any] = {
     "slots": int,
     "max_slots": int,
     "keep": int,
+    "history": int,
     "watch": {"poll": (int, float), "max_failures": int},
     "mode": str,
     "group": (str, int),
@@ -72,6 +74,7 @@ class Spec:
         slots: buffers of a segment that is made.
         max_slots: how many it may grow to while readers keep older versions.
         keep: published versions of which a copy is kept beside the state, for a rollback.
+        history: published versions on record, and as many other events.
         access: who else may read the segment.
         select: which entries are checkpoints, and which is newest.
         weights: which tensors of a checkpoint are taken, and how they fit.
@@ -89,6 +92,7 @@ class Spec:
     slots: int = SLOTS
     max_slots: int = BOUND
     keep: int = 0
+    history: int = HISTORY
     access: Access = field(default_factory=Access)
     select: Select = field(default_factory=Select)
     weights: Fit = field(default_factory=Fit)
@@ -105,6 +109,11 @@ class Spec:
             )
         if not 0 <= self.keep <= MAX_KEEP:
             raise SpecError(f"keep = {self.keep} (--keep): give the number of versions to keep, {MAX_KEEP} at most.")
+        if not max(self.keep, 1) <= self.history < 1 << 32:
+            raise SpecError(
+                f"history = {self.history} (--history): give the number of versions to have on record, at least 1, and "
+                "not less than keep."
+            )
         if not 0 < self.poll <= MAX_POLL:
             raise SpecError(f"watch.poll = {self.poll} is no time (--poll). Give seconds above 0, a day at most.")
         if self.max_failures < -1:
@@ -182,6 +191,7 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         slots=data.get("slots", SLOTS),
         max_slots=data.get("max_slots", BOUND),
         keep=data.get("keep", 0),
+        history=data.get("history", HISTORY),
         access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
         **made,
     )

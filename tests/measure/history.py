@@ -1,0 +1,72 @@
+"""What a long history costs: ``python tests/measure/history.py``.
+
+Fills a history with 100,000 publishes of files that are gone, and times whole commands, each in a process of its own,
+beside the same with an empty history: a push of a new checkpoint with keep = 1, a push while a pin holds, and a
+rollback to a version that is gone. Takes about half a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from wsync.bench.place import Place, private_place
+from wsync.bench.rows import MIB, Settings
+from wsync.history.database import State
+
+NUMBER = 100_000
+ROUNDS = 3
+WSYNC = [sys.executable, "-m", "wsync"]
+
+
+def fill(state: Path, name: str, number: int) -> None:
+    """Makes a history of so many publishes of files that are gone."""
+    rows = (
+        (float(at), "publish", at, at, f"/gone/step_{at}.safetensors", f"{at}-1-1", "{}") for at in range(1, number + 1)
+    )
+    with State(name, state) as made:
+        made.record("pin")
+    with sqlite3.connect(state / f"{name}.sqlite") as database:
+        database.executemany(
+            "INSERT INTO events (at, kind, version, step, checkpoint, identity, settings) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+
+
+def timed(*words: str) -> tuple[float, float]:
+    """The least seconds of a command in some rounds, and its MiB of memory; its exit code does not matter."""
+    times, mib = [], 0.0
+    for _ in range(ROUNDS):
+        before = time.perf_counter()
+        process = subprocess.Popen([*WSYNC, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        mib = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
+        times.append(time.perf_counter() - before)
+    return min(times), mib
+
+
+def measure(place: Place, number: int) -> None:
+    spec, state = place.write_spec("policy", MIB, 16), place.files / "state"
+    os.environ |= {"WSYNC_RUNTIME_DIR": str(place.runtime), "WSYNC_STATE_DIR": str(state), "WSYNC_KEEP": "1"}
+    file = place.save("policy/step_1.safetensors", MIB, 16)
+    words = [str(spec), str(file)]
+    name = spec.stem
+    fill(state, name, number)
+    subprocess.run([*WSYNC, "push", *words], capture_output=True, check=True)
+    for label, more in (
+        ("push", ["push", *words, "--force"]),
+        ("rollback", ["rollback", name, "--to", "2"]),
+        ("pin", ["pin", name]),
+        ("pinned", ["push", *words]),
+    ):
+        seconds, mib = timed(*more)
+        print(f"{number:>9,}  {label:<10}{seconds * 1000:8.0f} ms{mib:8.0f} MiB")
+
+
+if __name__ == "__main__":
+    for number in (0, NUMBER):
+        with private_place(Settings()) as place:
+            measure(place, number)
