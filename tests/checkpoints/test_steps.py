@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wsync.checkpoints.steps import names_a_step, read_step, step_at, step_in_name
+from wsync.checkpoints.steps import names_a_step, read_step, step_at, step_by_shape, step_in_name
 from wsync.errors import UsageError
 
 
@@ -46,6 +46,8 @@ from wsync.errors import UsageError
 def test_the_number_after_a_known_word_is_the_step(name: str, step: int | None) -> None:
     """Guards the order by step: of several numbers, the one after step, iter, checkpoint or epoch counts."""
     assert step_in_name(f"{name}.safetensors").number == step_in_name(name).number == step
+    told = step_by_shape(f"{name}.safetensors")
+    assert told == (step if step_in_name(name).certain else None)
 
 
 @pytest.mark.parametrize(

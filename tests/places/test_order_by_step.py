@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from safetensors.torch import save_file
 
 from wsync.cli.inspection import inspect
 from wsync.cli.tables import print_inspection
-from wsync.places.candidates import Select
+from wsync.places.candidates import Candidate, Select, scan
 from wsync.places.weight_getter import CheckpointWeightGetter
 
 
@@ -60,3 +63,84 @@ def test_inspect_tells_which_number_it_read(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert "step 500 is from the name, 'ckpt-500', which also holds 0, 25: select.step would take another" in said
     assert "complete; step from the name, 'ckpt-500', which also holds 0, 25" in said
+
+
+def count_opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files of a place whose headers are read from now on."""
+    opened: list[str] = []
+    real = os.open
+
+    def counting(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if str(path).endswith(".safetensors"):
+            opened.append(Path(path).name)
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", counting)
+    return opened
+
+
+def look(place: Path, memory: Path | None = None, live: Candidate | None = None) -> list[Candidate]:
+    """One look as a push of its own makes it."""
+    getter = CheckpointWeightGetter(place, select=Select(order="step"))
+    getter.memory = memory
+    return getter.candidates(live)
+
+
+def live_at(place: Path, name: str, step: int) -> Candidate:
+    (same,) = (candidate for candidate in scan(place) if candidate.name == name)
+    return Candidate(same.location, same.identity, same.mtime_ns, step, arrived_ns=time.time_ns())
+
+
+@pytest.mark.parametrize("name", ["step_{}", "PPO_{}", "ckpt-{}-loss0.25", "{:06d}"])
+def test_names_that_tell_the_step_are_not_opened(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the price of a push among thousands: the newest by name is live, and no header is read."""
+    for step in range(1, 2001):
+        os.close(os.open(tmp_path / f"{name.format(step)}.safetensors", os.O_CREAT | os.O_WRONLY))
+    newest = f"{name.format(3000)}.safetensors"
+    save(tmp_path / newest, 1.0, step="3000")
+    live = live_at(tmp_path, newest, 3000)
+    opened = count_opens(monkeypatch)
+    assert look(tmp_path, None, live) == [] and opened == []
+    save(tmp_path / f"{name.format(3001)}.safetensors", 1.0)
+    assert [c.step for c in look(tmp_path, None, live)] == [3001]
+    assert opened == [f"{name.format(3001)}.safetensors"]
+
+
+def test_headers_are_read_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards names that count something else than the metadata do: these order, and a later push opens what is new."""
+    place, memory = tmp_path / "runs", tmp_path / "state" / "a.steps"
+    place.mkdir()
+    for epoch, step in ((1, 30), (2, 10), (3, 20)):
+        save(place / f"epoch_{epoch}.safetensors", 1.0, step=str(step))
+    opened = count_opens(monkeypatch)
+    assert [c.step for c in look(place, memory)] == [30, 20, 10] and len(opened) == 3
+    assert [c.step for c in look(place, memory)] == [30, 20, 10] and len(opened) == 3
+    save(place / "epoch_2.safetensors", 1.0, step="99")
+    save(place / "best.safetensors", 1.0, step="50")
+    opened.clear()
+    assert [c.step for c in look(place, memory)] == [99, 50, 30, 20]
+    assert sorted(opened) == ["best.safetensors", "epoch_2.safetensors"]
+    memory.write_text("{broken")
+    assert [c.step for c in look(place, memory)] == [99, 50, 30, 20]
+
+
+def test_only_names_that_tell_no_step_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a place where the one without a number, or with two of them, is the newest by its metadata."""
+    for step in range(1, 100):
+        save(tmp_path / f"step_{step}.safetensors", 1.0, step=str(step))
+    save(tmp_path / "best.safetensors", 1.0, step="120")
+    save(tmp_path / "a1b200.safetensors", 1.0, step="110")
+    opened = count_opens(monkeypatch)
+    assert [c.name for c in look(tmp_path)][:3] == ["best.safetensors", "a1b200.safetensors", "step_99.safetensors"]
+    assert sorted(opened) == ["a1b200.safetensors", "best.safetensors", "step_99.safetensors"]
+
+
+def test_a_live_one_that_is_gone_counts_as_its_name_did(tmp_path: Path) -> None:
+    """Guards retention: what is older by its name does not go live again when the live file is removed."""
+    for step in (1, 2, 3):
+        save(tmp_path / f"step_{step}.safetensors", 1.0)
+    live = live_at(tmp_path, "step_3.safetensors", 3)
+    (tmp_path / "step_3.safetensors").unlink()
+    assert look(tmp_path, None, live) == []
+    save(tmp_path / "step_4.safetensors", 1.0)
+    assert [c.step for c in look(tmp_path, None, live)] == [4]

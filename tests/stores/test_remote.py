@@ -316,14 +316,15 @@ def test_ranges_come_many_at_a_time(bucket: Bucket, segment: WritableSegment, mo
 
 def test_steps_are_looked_up_many_at_a_time(bucket: Bucket) -> None:
     """Where the step orders, the headers of all candidates come together, and each once."""
-    for step in range(AT_ONCE):
+    for step in range(AT_ONCE + 1):
         bucket.save(f"run/at_{100 - step}.safetensors", mlp(), 1.0, step)
+    bucket.proxy.arm(r"GET \S*at_100", times=1)  # of the newest by its name, which tells that names do not count
     together = threading.Barrier(AT_ONCE)
     bucket.proxy.arm(r"GET \S*at_", before=lambda: together.wait(DEADLINE), times=AT_ONCE)
     getter = CheckpointWeightGetter(RUN, select=Select(order="step"))
     for _ in range(2):
-        assert [c.step for c in getter.candidates()] == list(reversed(range(AT_ONCE)))
-    assert not together.broken and len(bucket.proxy.heads("GET .*at_")) == AT_ONCE
+        assert [c.step for c in getter.candidates()] == list(reversed(range(AT_ONCE + 1)))
+    assert not together.broken and len(bucket.proxy.heads("GET .*at_")) == AT_ONCE + 1
 
 
 def test_nan_is_refused_once(cli: Cli, bucket: Bucket) -> None:

@@ -339,7 +339,7 @@ def test_what_is_remembered_of_checkpoints_is_bounded(
             path = write(runs / f"step_{number}.safetensors", mlp(), float("nan"), number)
             for _ in range(2):
                 log.tell(syncer.once())
-            assert len(syncer.record._refused) == 1 and len(syncer.getter._steps) == 1
+            assert len(syncer.record._refused) == 1 and len(syncer.getter._steps or ()) == 1
             path.unlink()
         assert len(log._refused) == 3
     assert capsys.readouterr().out.count("rejected") == 5

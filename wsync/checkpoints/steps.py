@@ -30,6 +30,7 @@ _FIXED = re.compile(  # what libraries call the file, whatever the step
     r"(?:adapter_model|diffusion_pytorch_model|open_clip_model|model)(?:_\d+)?\.safetensors(?:\.index\.json)?"
 )
 _UNITS = {"k": 1_000, "m": 1_000_000}
+_DIGITS = re.compile(r"(\d+)")
 _MOST = 1 << 63
 _SUFFIX = ".safetensors"
 
@@ -111,6 +112,29 @@ def step_in_name(name: str, pattern: str = "") -> Step:
         return Step(None)
     last = (re.findall(r"\d+", _DECIMAL.sub("", stem)) or digits)[-1]
     return Step(_number(last), "name, its last integer", _others(digits, last), certain=len(digits) == 1)
+
+
+def step_by_shape(name: str) -> int | None:
+    """The step that a name tells for certain, as ``step_in_name`` reads it; None where there is a doubt.
+
+    Names that differ in their numbers alone have the step at the same place. That is worked out once, since there may
+    be 100,000 of them.
+    """
+    parts = _DIGITS.split(name)
+    at, factor = _place_of_step(tuple(parts[::2]))
+    return _number(parts[at]) * factor if at else None
+
+
+@lru_cache(maxsize=1024)
+def _place_of_step(texts: tuple[str, ...]) -> tuple[int, int]:
+    """Where the step stands in a name with numbers between these texts, and its unit; 0 where that is not certain."""
+    probes = [str(1000 + at) for at in range(len(texts) - 1)]
+    step = step_in_name("".join(part for pair in zip(texts, [*probes, ""], strict=True) for part in pair))
+    for at, probe in enumerate(probes):
+        for factor in (1, *_UNITS.values()):
+            if step.certain and step.number == int(probe) * factor:
+                return 2 * at + 1, factor
+    return 0, 1
 
 
 def is_fixed(name: str) -> bool:

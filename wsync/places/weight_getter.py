@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.files import led_to, place_at, remote
+from ..checkpoints.files import led_to, place_at
 from ..checkpoints.fit import Fit
-from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout
 from ..segment.files import Publication
 from .candidates import Candidate, Select, scan, select
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
+
+    from .step_order import StepOrder
 
 
 _AHEAD = 60.0  # seconds by which the clock of a file server may be ahead of ours
@@ -57,6 +59,7 @@ class CheckpointWeightGetter:
     Attributes:
         path: of the checkpoint that a call gave last; None before.
         step: its producer's number, None where it has none.
+        memory: a file in which the steps of the order by step are remembered; None keeps them in this process.
 
     Example:
         >>> getter = CheckpointWeightGetter("runs/cartpole")
@@ -73,7 +76,8 @@ class CheckpointWeightGetter:
     ) -> None:
         self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
-        self._steps: dict[tuple[str | Path, str], int | None] = {}
+        self.memory: Path | None = None
+        self._steps: StepOrder | None = None
         self.path: Path | None = None
         self.step: int | None = None
         self._last: Candidate | None = None
@@ -130,20 +134,26 @@ class CheckpointWeightGetter:
             if live is None or not self.select.pointer:
                 raise
             found = []  # the pointer is ahead of what it names
-        if self.select.order == "step":
-            found = [candidate._replace(step=step) for candidate, step in self._steps_of(found)]
-            listed = {(candidate.location, candidate.identity) for candidate in found}
-            self._steps = {state: step for state, step in self._steps.items() if state in listed}
-        if live is None:
-            return Look(select(found, None, self.select.order))
-        if self.select.pointer or not any(c.name for c in found):
+        if live and (self.select.pointer or not any(c.name for c in found)):
             return Look([c for c in found if c.identity != live.identity])
-        newer = select(found, live._replace(name=self._below(str(live.location))), self.select.order)
-        is_there = any(c.identity == live.identity for c in found)
-        older = [c for c in found if c not in newer and c.identity != live.identity]
-        if older and not newer and not is_there and all(c.arrived_ns > live.arrived_ns for c in older):
-            return Look(select(older, None, self.select.order), is_new_run=True)
-        return Look(newer, [c for c in older if c.arrived_ns > live.arrived_ns])
+        live = live and live._replace(name=self._below(str(live.location)))
+        if self.select.order == "step":
+            found, live = self._with_steps(found, live)
+        newer = select(found, live, self.select.order)
+        if live is None:
+            return Look(newer)
+        later = [c for c in found if c.arrived_ns > live.arrived_ns]
+        late = [c for c in later if c not in newer and c.identity != live.identity]
+        if found and not newer and len(late) == len(found):
+            return Look(select(found, None, self.select.order), is_new_run=True)
+        return Look(newer, late)
+
+    def _with_steps(self, found: list[Candidate], live: Candidate | None) -> tuple[list[Candidate], Candidate | None]:
+        if self._steps is None:
+            from .step_order import StepOrder
+
+            self._steps = StepOrder(self.step_of, self.select.step, self.memory)
+        return self._steps.apply(found, live)
 
     def holds(self, source: str) -> bool:
         """Whether the checkpoint at this path is the place, or lies in it."""
@@ -153,28 +163,6 @@ class CheckpointWeightGetter:
         """The path of a checkpoint below the place; empty where it lies elsewhere."""
         place = f"{led_to(self.checkpoints)}/"
         return source.removeprefix(place) if source.startswith(place) else ""
-
-    def _steps_of(self, found: list[Candidate]) -> Iterable[tuple[Candidate, int | None]]:
-        if not remote(self.checkpoints):
-            return ((candidate, self._step(candidate)) for candidate in found)
-        from ..checkpoints.objects import AT_ONCE
-        from ..stores.prefetch import prefetch
-
-        return prefetch(found, self._step, AT_ONCE)  # each is a request
-
-    def _step(self, candidate: Candidate) -> int | None:
-        """A candidate's step; its header is opened once for each name and state of its file."""
-        state = (candidate.location, candidate.identity)  # a step may come from the name, which a rename changes
-        if state not in self._steps:
-            try:
-                with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
-                    self._steps[state] = self.step_of(candidate, checkpoint.metadata)
-            except CheckpointError as exc:  # told when it is tried; until then its name says what it is
-                step = self.step_of(candidate)
-                if not isinstance(exc, MalformedCheckpoint):
-                    return step
-                self._steps[state] = step
-        return self._steps[state]
 
     def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
         """A candidate's step, as far as its name and these metadata tell: of the level below the place that has one."""

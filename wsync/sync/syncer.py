@@ -99,6 +99,7 @@ class Syncer:
         )
         self.updater.access = spec.access
         self.record = Record(state, spec.digest)
+        self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
         self.box = Box(spec, self.updater, self.record)
         self.route: Route = OneBox(self.box)
         self._casts = Casts()

@@ -1,0 +1,121 @@
+"""The steps of a place's candidates, for the order by step: of their names as far as these tell, else of their headers.
+
+A name tells a step where the number follows a known word, or is the only one. The metadata of the newest by name say
+whether names and metadata count the same; if they do not, all headers are read. What was read is remembered by
+identity, in this process and in a file, so that each state of a checkpoint is opened once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.files import remote
+from ..checkpoints.steps import step_by_shape, step_in_name
+from ..errors import CheckpointError, MalformedCheckpoint
+from .candidates import Candidate
+
+StepOf = Callable[[Candidate, Mapping[str, str]], int | None]
+
+
+class StepOrder:
+    """Finds the steps, and remembers what was read.
+
+    Args:
+        step_of: tells a candidate's step by its name and these metadata.
+        pattern: ``select.step``; where it is set, names tell all.
+        memory: the file in which steps are remembered; None keeps them in this process.
+    """
+
+    def __init__(self, step_of: StepOf, pattern: str, memory: Path | None) -> None:
+        self._step_of, self._pattern, self._memory = step_of, pattern, memory
+        self._known: dict[str, tuple[str, int | None]] | None = None
+        self._is_new = False
+
+    def __len__(self) -> int:
+        """How many are remembered."""
+        return len(self._known or {})
+
+    def apply(self, found: list[Candidate], live: Candidate | None) -> tuple[list[Candidate], Candidate | None]:
+        """The candidates with their steps, and what is live with a step that counts as theirs do.
+
+        Args:
+            live: with its path below the place as its name, where it lies there.
+        """
+        told = [self._told(candidate.name) for candidate in found]
+        certain = [(number, candidate) for number, candidate in zip(told, found, strict=True) if number is not None]
+        if certain and not self._pattern and not self._agrees(*max(certain, key=lambda pair: pair[0]), live):
+            told = [None] * len(found)
+        elif live and live.name and (number := self._told(live.name)) is not None:
+            live = live._replace(step=number)
+        unread = [candidate for number, candidate in zip(told, found, strict=True) if number is None]
+        steps = dict(zip(map(id, unread), self._read(unread), strict=True)) if not self._pattern else {}
+        self._forget_others(found)
+        self._save()
+        return [
+            candidate._replace(step=steps.get(id(candidate)) if number is None else number)
+            for number, candidate in zip(told, found, strict=True)
+        ], live
+
+    def _told(self, name: str) -> int | None:
+        """The step that a name tells for certain."""
+        entry = name.partition("/")[0]
+        return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
+
+    def _agrees(self, number: int, newest: Candidate, live: Candidate | None) -> bool:
+        """Whether the newest by its name has that step in its metadata, too, or none."""
+        if live and live.identity == newest.identity:
+            return live.step in (None, number)
+        return self._step(newest) in (None, number)
+
+    def _read(self, unread: list[Candidate]) -> Iterable[int | None]:
+        if not unread or not remote(unread[0].path):
+            return map(self._step, unread)
+        from ..checkpoints.objects import AT_ONCE
+        from ..stores.prefetch import prefetch
+
+        return (step for _, step in prefetch(unread, self._step, AT_ONCE))  # each is a request
+
+    def _step(self, candidate: Candidate) -> int | None:
+        """The step of one candidate, whose header is opened once for each state of its file."""
+        known, where, state = self._load(), str(candidate.location), candidate.identity
+        if where in known and known[where][0] == state:
+            return known[where][1]
+        try:
+            with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
+                step = self._step_of(candidate, checkpoint.metadata)
+        except CheckpointError as exc:  # told when it is tried; until then its name says what it is
+            step = self._step_of(candidate, {})
+            if not isinstance(exc, MalformedCheckpoint) and not remote(candidate.path):  # an object does not grow
+                return step
+        known[where], self._is_new = (state, step), True
+        return step
+
+    def _forget_others(self, found: list[Candidate]) -> None:
+        known = self._known or {}
+        if len(known) > len(found):
+            listed = {str(candidate.location) for candidate in found}
+            self._known = {where: told for where, told in known.items() if where in listed}
+
+    def _load(self) -> dict[str, tuple[str, int | None]]:
+        if self._known is None:
+            self._known = {}
+            with suppress(OSError, ValueError, TypeError):  # it is there to save time alone
+                text = self._memory.read_text() if self._memory else "{}"
+                self._known = {where: (str(state), step) for where, (state, step) in json.loads(text).items()}
+        return self._known
+
+    def _save(self) -> None:
+        if not self._is_new or not self._memory:
+            return
+        self._is_new = False
+        temporary = self._memory.with_suffix(f".steps.{os.getpid()}.tmp")
+        with suppress(OSError):
+            self._memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                json.dump(self._known, file)
+            temporary.replace(self._memory)
