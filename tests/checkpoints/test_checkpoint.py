@@ -481,8 +481,16 @@ def overwrite(path: Path) -> None:
         file.write(b"\0")
 
 
+def put_back(path: Path) -> None:
+    """Writes into a file and puts its times back, as ``cp -p``, ``tar`` and ``rsync --inplace -t`` do."""
+    info = path.stat()
+    overwrite(path)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
 CHANGES: dict[str, Change] = {
     "overwritten": overwrite,
+    "overwritten, its times put back": put_back,
     "emptied": lambda path: os.truncate(path, 0),
     "one byte shorter": lambda path: os.truncate(path, path.stat().st_size - 1),
     "one byte longer": lambda path: os.truncate(path, path.stat().st_size + 1),
@@ -536,15 +544,17 @@ def test_a_change_comes_before_nan(tmp_path: Path) -> None:
         read(path, progress=lambda _: os.truncate(path, path.stat().st_size + 1))
 
 
-@pytest.mark.parametrize("then", ["replaced", "removed"])
+@pytest.mark.parametrize("then", ["replaced", "removed", "renamed"])
 def test_a_file_that_is_replaced_while_it_is_read_stays_whole(then: str, tmp_path: Path) -> None:
-    """Guards that a rename over an open checkpoint, or its removal, changes nothing about what is read."""
+    """Guards that a rename over an open checkpoint, or of it, or its removal, changes nothing about what is read."""
     path = write(tmp_path / "a.safetensors", policies.mlp(), 1.0)
     other = write(tmp_path / "b.safetensors", policies.mlp(), 2.0)
 
     def act(_: int) -> None:
         if then == "removed":
             path.unlink()
+        elif then == "renamed":
+            path.rename(tmp_path / "c.safetensors")
         else:
             other.replace(path)
 

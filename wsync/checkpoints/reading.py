@@ -91,11 +91,12 @@ class Files:
 
         On tmpfs what is written through a mapping shows in no time; who writes so is seen while the mapping stands.
         """
-        for fd, info in zip(self._fds, self.infos, strict=True):
-            if identity(os.fstat(fd)) != identity(info) or being_written(fd):
+        opened = list(zip(self.parts.files, self._fds, self.infos, strict=True))
+        if self.parts.index and self.index:
+            opened.append((self.parts.index, self._index, self.index))
+        for file, fd, info in opened:
+            if identity(os.fstat(fd)) != identity(info) or being_written(fd) or _times_were_put_back(file, fd, info):
                 return False
-        if self.index and identity(os.fstat(self._index)) != identity(self.index):
-            return False
         return not self.parts.is_several or self._lies_there_or_is_gone()
 
     def _lies_there_or_is_gone(self) -> bool:
@@ -225,6 +226,19 @@ def _open(path: Path) -> int:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise malformed(path, "it is not a regular file")
     return fd
+
+
+def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
+    """Whether a file may have been written to although its modification time says no: its change time cannot be set.
+
+    Removing or renaming it changes that time, too: of a file that is not there any more, what was opened counts.
+    """
+    now = os.fstat(fd)
+    if now.st_ctime_ns == info.st_ctime_ns or now.st_nlink < info.st_nlink:
+        return False
+    with suppress(FileNotFoundError):
+        return os.path.samestat(file.stat(), now)
+    return False
 
 
 def _is_cached(fd: int, at: int) -> bool:

@@ -70,16 +70,22 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
     # more than a second says nothing.
     now = time.time()
-    times = [t for i in infos for t in ((i.st_mtime_ns,) if told else (i.st_mtime_ns, i.st_ctime_ns))]
+    times = [t for i in infos for t in (i.st_mtime_ns, i.st_ctime_ns) if t == i.st_mtime_ns or not told or _is_set(i)]
     ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
     left = max(ends, default=now) - now
     if left <= 0:
         return
     if left <= LONGEST_WAIT:
         time.sleep(left)
-        if [identity(os.fstat(fd)) for fd in fds] == list(map(identity, infos)):
+        after = [os.fstat(fd) for fd in fds]
+        if [(identity(i), i.st_ctime_ns) for i in after] == [(identity(i), i.st_ctime_ns) for i in infos]:
             return
     raise _unsettled(parts.path, wanted)
+
+
+def _is_set(info: os.stat_result) -> bool:
+    """Whether a file's modification time was likely set to an earlier one."""
+    return info.st_ctime_ns - info.st_mtime_ns > 10**9
 
 
 def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
