@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import http.client
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -113,3 +116,31 @@ def test_the_s3_files_work_when_copied(tmp_path: Path, cli: Cli, spawn: Spawn, b
         pushed = cli("push", "net.toml", "--json", cwd=box)
         told = json.loads(pushed.stdout)
         assert (told["status"], told["step"]) == ("published", step), pushed.stderr
+
+
+def test_a_server_answers_with_each_version_in_turn(box: Path, cli: Cli, spawn: Spawn) -> None:
+    """Forked workers attach, their threads answer, and both follow what is published."""
+    write(box / "checkpoints" / "step_1.safetensors", POLICY, 1.0, 1)
+    assert cli("push", "cartpole.toml", cwd=box).returncode == 0
+    server = spawn("serve.py", "--port", "0", cwd=box)
+    assert server.stdout
+    said = json.loads(server.stdout.readline())
+
+    def ask() -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", said["port"], timeout=DEADLINE)
+        with closing(connection):
+            connection.request("POST", "/", json.dumps([0.1, 0.2, 0.3, 0.4]))
+            answer = json.loads(connection.getresponse().read())
+        assert answer["action"] in (0, 1)
+        return int(answer["version"])
+
+    try:
+        assert {ask() for _ in range(10)} == {1}
+        write(box / "checkpoints" / "step_2.safetensors", POLICY, 2.0, 2)
+        assert cli("push", "cartpole.toml", cwd=box).returncode == 0
+        end = time.monotonic() + DEADLINE
+        while {ask() for _ in range(10)} != {2}:
+            assert time.monotonic() < end
+    finally:
+        server.terminate()
+    assert server.wait(DEADLINE) == 0

@@ -36,7 +36,7 @@ README = PAGES["README"].read_text()
 TESTED = {
     ("README", "text"): 1,  # the diagram
     ("README", "console"): 3,
-    ("README", "python"): 1,
+    ("README", "python"): 2,
     ("README", "toml"): 1,
     ("cartpole", "python"): 1,
     ("cartpole", "toml"): 2,
@@ -159,9 +159,9 @@ def test_six_lines_attach_a_policy(box: Path, cli: Cli) -> None:
     snippet = blocks("README", "python")[0]
     assert len(snippet.strip().splitlines()) <= 7
     check = "\nassert (reader.version, reader.step) == (1, 2), reader\nassert float(policy[0].weight[0, 0]) == 2\n"
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + snippet + check], cwd=box, capture_output=True, text=True, timeout=DEADLINE
-    )
+    threads = "import threading\nreader = wsync.attach(policy, 'cartpole')\n" + blocks("README", "python")[1]
+    program = f"{PRELUDE}{snippet}{check}{threads}\nassert version == 1 and action.shape == (2,)\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=box, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
 
 

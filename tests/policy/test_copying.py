@@ -186,3 +186,13 @@ def test_a_tensor_without_bytes_is_refused(runtime: Path) -> None:
     with pytest.raises(UsageError, match=r"2\.bias is a tensor of zeros without memory"):
         wsync.attach(policy, "nets", mode="copy")
     segment.close()
+
+
+def test_what_is_kept_of_a_copied_policy_is_its_own_memory(trainer: Trainer) -> None:
+    """Guards what the README says of each mode: here an alias changes with the policy, and a clone does not."""
+    trainer.push(1)
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="copy") as reader:
+        alias, clone = policy.state_dict()["0.bias"], policy.state_dict()["0.bias"].clone()
+        trainer.push(2)
+        assert reader.refresh() and alias.eq(2).all() and clone.eq(1).all()

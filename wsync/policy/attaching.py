@@ -39,6 +39,9 @@ def attach(
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
 
+    In mode ``"swap"``, what somebody keeps of the policy, such as an alias or a ``state_dict``, keeps its values. In
+    mode ``"copy"`` it is the policy's own memory, which each version overwrites: keep a ``clone()``.
+
     Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
     After five seconds without one a warning names the segments that there are. Where the wait ends without a version,
     a segment that was made here is removed.

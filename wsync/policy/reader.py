@@ -5,8 +5,8 @@ the time depends on the number of tensors alone. ``copy`` copies into the policy
 
 A policy on a CUDA device has a reader of its own kind (``device_reader``).
 
-What a step costs when nothing is new is one load of eight bytes and one comparison. Call ``refresh()`` where no other
-thread is inside the policy: it is between steps that a version changes.
+What a step costs when nothing is new is one load of eight bytes and one comparison. It is between steps that a version
+changes: call ``refresh()`` where no other thread is inside the policy, or have each of them inside ``using()``.
 
 A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
 cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
@@ -21,6 +21,8 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from ..errors import HalfWritten, SegmentError, UsageError, WsyncError
@@ -31,6 +33,7 @@ from ..system.memory import sleep_on
 from .copying import Copy
 from .swap import Swap
 from .tensors import Attached, drop_caches
+from .users import Users
 
 Mode = Literal["auto", "swap", "copy"]
 
@@ -58,6 +61,7 @@ class Reader:
         self._lock = threading.Lock()
         self._owner = 0  # the thread that holds it, or the last one that did
         self._closed = self._close_asked = False
+        self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
         self._calls = self._calls_left = 1  # without a look at the clock
         self._clock = self._looked = 0.0
@@ -68,12 +72,14 @@ class Reader:
         self._registration = self._take(segment)
         _readers.add(self)
 
-    def refresh(self, wait: bool = False) -> bool:
+    def refresh(self, wait: bool = False, users: Literal["wait", "skip"] = "wait") -> bool:
         """Takes the newest version if there is a newer one; call it between steps.
 
         Args:
             wait: on a GPU, for the version to be there; otherwise it is on its way, and a later call takes it. On the
                 CPU a version is there at once in any case.
+            users: where other threads are inside ``using()``, ``"wait"`` takes a version when they have left, and lets
+                no other in before that; ``"skip"`` returns False, and a later call takes it.
 
         Returns:
             True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
@@ -82,15 +88,29 @@ class Reader:
             being taken is in.
 
         Raises:
-            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; on a GPU also
-                while a CUDA graph is captured, and in a forked child.
+            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; this thread is
+                inside ``using()``; on a GPU also while a CUDA graph is captured, and in a forked child.
             CopyRefused: a tensor's class refused its copy; the policy keeps the version that it has.
             HalfWritten: the same, and what was written could not be written back; every later call raises it, too.
         """
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
-            return self._calls_left <= 0 and self._look_around()
-        return self._refresh(wait)
+            return self._calls_left <= 0 and self._look_around(users == "skip")
+        return self._refresh(wait, users == "skip")
+
+    @contextmanager
+    def using(self) -> Iterator[int]:
+        """Holds the version still for a block, in as many threads as there are; yields the version.
+
+        Meanwhile ``refresh`` and ``close`` of other threads wait. A thread may come in again where it is inside.
+
+        Raises:
+            UsageError: this reader is closed.
+            HalfWritten: the policy has weights of two versions.
+        """
+        with self._users.inside():
+            self._check_open()
+            yield self.version
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until there is a version that ``refresh`` would take; True if there is one, False when time is up.
@@ -127,9 +147,10 @@ class Reader:
         if self._is_at_work():
             self._close_asked = True
             return
-        with self._lock:
+        with self._users.alone() as alone, self._lock:
             self._owner = me
-            if self._closed:
+            if self._closed or not alone:
+                self._close_asked = not self._closed  # a signal handler came while this thread waits for others
                 return
             self._closed = True
             try:
@@ -149,15 +170,18 @@ class Reader:
         state = "closed" if self._closed else f"version {self.version}, step {self.step}"
         return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
 
-    def _refresh(self, wait: bool = False) -> bool:
+    def _refresh(self, wait: bool = False, skip: bool = False) -> bool:
         me = threading.get_ident()
         if self._is_at_work():
             return False
         try:
-            with self._lock:
-                self._owner = me
-                self._check_open()
-                return self._advance(wait)
+            with self._users.alone(skip=skip) as alone:
+                if not alone:
+                    return False
+                with self._lock:
+                    self._owner = me
+                    self._check_open()
+                    return self._advance(wait)
         finally:
             if self._close_asked:
                 self.close()
@@ -225,7 +249,7 @@ class Reader:
         self.step, self._seen = step, lease.word
         self._registration.update(self.version, *self._leases())
 
-    def _look_around(self) -> bool:
+    def _look_around(self, skip: bool) -> bool:
         """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at.
 
         A look at the clock would double what an idle call costs: so many calls do without as took no second before.
@@ -243,7 +267,7 @@ class Reader:
         with self._lock:
             self._owner = me
             found = self._find_again()
-        return found and self._refresh()
+        return found and self._refresh(skip=skip)
 
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
@@ -303,6 +327,7 @@ class Reader:
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
         self._lock, self._close_asked = threading.Lock(), False
+        self._users.after_fork()
         self._way.after_fork()
         if not self._closed:
             try:

@@ -1,0 +1,72 @@
+"""Threads inside a policy, and the one that changes it: nobody is inside while it changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import UsageError
+
+
+class Users:
+    """Counts the threads that are inside; a change waits for them, and lets no other in before it is done."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # re-entrant, for a signal handler
+        self._inside: dict[int, int] = {}  # how often each thread is
+        self._changer = 0  # the thread that changes the policy, or waits to; 0 without one
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """A thread is inside; it may come in again."""
+        me = threading.get_ident()
+        with self._changed:
+            while self._changer and me not in self._inside:
+                self._changed.wait()
+            self._inside[me] = self._inside.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside[me] -= 1
+                if not self._inside[me]:
+                    del self._inside[me]
+                    self._changed.notify_all()
+
+    @contextmanager
+    def alone(self, *, skip: bool = False) -> Iterator[bool]:
+        """Nobody is inside; yields False, at once, where somebody is and that is not to be waited for.
+
+        Raises:
+            UsageError: this very thread is inside.
+        """
+        me = threading.get_ident()
+        with self._changed:
+            if me in self._inside:
+                raise UsageError(
+                    "this thread is inside a using() block, which holds the version still. Refresh, or close, after it."
+                )
+            free = not (self._changer == me or (skip and (self._changer or self._inside)))
+            while free and self._changer:
+                self._changed.wait()
+            if free:
+                self._changer = me
+        if not free:
+            yield False
+            return
+        try:
+            with self._changed:
+                while self._inside:
+                    self._changed.wait()
+            yield True
+        finally:
+            with self._changed:
+                self._changer = 0
+                self._changed.notify_all()
+
+    def after_fork(self) -> None:
+        """In the child, which has one thread."""
+        me = threading.get_ident()
+        self._changed, self._changer = threading.Condition(), 0
+        self._inside = {me: self._inside[me]} if me in self._inside else {}
