@@ -195,6 +195,8 @@ class IncompleteCheckpoint(CheckpointError):
 class BeingWritten(IncompleteCheckpoint):
     """Its writer is still at work on it, or was a moment ago."""
 
+    kind = "being_written"
+
 
 class BeingRewritten(BeingWritten):
     """Its files are of two saves, or may be: one is being written over another."""

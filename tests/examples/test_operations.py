@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from configparser import RawConfigParser
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_the_unit_uses_what_the_watch_speaks(cli: Cli) -> None:
 
 
 def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime: Path) -> None:
-    """cron's shell pushes, leaves figures, is silent about a missing checkpoint and fails for a refused one."""
+    """cron's shell pushes, leaves figures, is silent while all is as it was, and says each new trouble once."""
     pytest.importorskip("prometheus_client")
     lines = [line for line in (OPERATIONS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
     assignment, line = lines
@@ -105,26 +106,43 @@ def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime
         )
         return done.returncode, done.stdout + done.stderr  # which cron mails
 
+    def save(step: int, mark: float, *, seconds_ago: float = 0.0, cut: int = 0) -> None:
+        data = write(tmp_path / "whole.safetensors", mlp(), mark, step).read_bytes()
+        (tmp_path / "cut").write_bytes(data[: len(data) - cut])
+        os.utime(tmp_path / "cut", (time.time() - seconds_ago,) * 2)
+        (tmp_path / "cut").rename(box / "runs" / f"step_{step}.safetensors")
+
     figures = tmp_path / "wsync_cartpole.prom"
     assert run() == (0, "")
     assert 'wsync_last_run_exit_code{name="cartpole"} 66.0' in figures.read_text()
-    write(box / "runs" / "step_1.safetensors", mlp(), 1.0)
+    save(1, 1.0, seconds_ago=2000)
     assert [run(), run()] == [(0, "")] * 2
     assert 'wsync_version{name="cartpole"} 1.0' in figures.read_text()
     assert 'wsync_last_run_exit_code{name="cartpole"} 0.0' in figures.read_text()
-    write(box / "runs" / "step_2.safetensors", mlp(), float("nan"))
-    code, mail = run()
-    assert code and "step_2.safetensors" in mail
+
+    def trouble(*words: str) -> None:
+        """It is mailed, once."""
+        mail = run()[1]
+        assert all(word in mail for word in words), mail
+        assert run()[1] == ""
+
+    save(2, float("nan"), seconds_ago=1500)
+    trouble("step_2.safetensors", "NaN")
     assert 'wsync_last_run_exit_code{name="cartpole"} 65.0' in figures.read_text()
+    save(3, 3.0, seconds_ago=1000, cut=8)
+    trouble("step_3.safetensors", "incomplete")
+    good = (box / "cartpole.toml").read_text()
     (box / "cartpole.toml").write_text("nonsense")
-    code, mail = run()
-    assert code and "not TOML" in mail and "(exit 2)" in mail
+    trouble("not TOML")
+    (box / "cartpole.toml").write_text(good)
+    save(4, 4.0)
+    assert run() == (0, "")
+    (box / "cartpole.toml").write_text("nonsense")
+    trouble("not TOML")
     program.write_text("#!/bin/sh\nkill -9 $$\n")  # as the system does where memory runs out
-    code, mail = run()
-    assert code and "(exit 137)" in mail
+    assert "(exit 137)" in run()[1]
     program.unlink()
-    code, mail = run()
-    assert code and "not found" in mail and "(exit 127)" in mail
+    assert "not found" in run()[1]
 
 
 def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:

@@ -24,6 +24,7 @@ from .options import (
     RuntimeOption,
     SpecArgument,
     StateOption,
+    TakeOverOption,
     argument,
     check_format,
     check_variables,
@@ -57,6 +58,8 @@ def push(
     force: Annotated[bool, option("--force", "Publish again what is live.")] = False,
     dry_run: Annotated[bool, option("--dry-run", "Check everything but the gate, publish nothing.")] = False,
     retry: Annotated[bool, option("--retry", "Try again what was rejected before.")] = False,
+    take_over: TakeOverOption = False,
+    quiet: Annotated[bool, option("--quiet", "For cron: say each trouble once, and nothing else.", "-q")] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -65,8 +68,8 @@ def push(
     """One pass: put the newest complete checkpoint, or the one named, into shared memory.
 
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
-    complete checkpoint yet; 75 try later. A rejection is reported once; later pushes exit with 65 until a newer
-    checkpoint appears.
+    complete checkpoint yet; 75 try later. A rejection is reported once, with 65; later pushes exit with 0, since what
+    is live stays live, and say so in a note. With nothing live they exit with 65.
     """
     from ..checkpoints.files import remote
     from ..history.database import State
@@ -74,7 +77,17 @@ def push(
     from ..sync.syncer import Syncer
     from .console import complain, outcome_json, tell, transfer_bar
 
-    loaded = read_spec(spec, settings)
+    news = None
+    if quiet:
+        from .news import News
+
+        news = News(spec, state_dir)
+    try:
+        loaded = read_spec(spec, settings)
+    except WsyncError as exc:
+        if news and not news.has(exc):
+            raise typer.Exit(exc.exit_code) from None
+        raise
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
         if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
             signal.signal(number, _end)
@@ -91,15 +104,21 @@ def push(
             figures.hook(kind, ok)
 
     event: Outcome | WsyncError
+    undone = ""
     try:
         state = State(loaded.name, state_dir, loaded.history)
         with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=state)) as syncer:
             syncer.box.report, syncer.record.complain = report, complain
+            syncer.box.claim.take_over = take_over
             if retry:
                 syncer.record.forget()
             shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
             with transfer_bar() if shown else nullcontext() as syncer.box.progress:
                 event = syncer.once(force=force, dry_run=dry_run)
+            if event.status == "published":
+                from ..sync.beside import undone_by
+
+                undone = undone_by(syncer, event)
     except WsyncError as exc:
         event = exc
     if figures:
@@ -107,12 +126,18 @@ def push(
             figures.write(event)
         except WsyncError as exc:  # the exit code stays the push's
             complain(exc)
+    if not isinstance(event, WsyncError):
+        event = event.told_before()
+    if news and not news.has(event):
+        raise typer.Exit(event.exit_code)
     if isinstance(event, WsyncError):
         if as_json and not isinstance(event, UsageError):
             failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
             print(json.dumps(outcome_json(failed)))
         raise event
-    tell(event, as_json=as_json)
+    tell(event, as_json=as_json, quiet=quiet)
+    if undone:
+        print(harmless(f"{event.name}: {undone}"), file=sys.stderr)
     raise typer.Exit(event.exit_code)
 
 
@@ -145,6 +170,7 @@ def watch(
             "[CHECKPOINTS]", "Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)"
         ),
     ] = None,
+    take_over: TakeOverOption = False,
     log_format: LogFormatOption = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -165,6 +191,7 @@ def watch(
     load = lambda: read_spec(spec, settings, checkpoints)  # noqa: E731
     service = Service(load, toml, checkpoints, runtime_dir, state_dir)
     loaded, place = service.spec, service.syncer.getter.checkpoints
+    service.syncer.box.claim.take_over = take_over
     form: Any = log_format or default_format()
     log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
     with ExitStack() as stack:
@@ -186,8 +213,11 @@ def status(
     name: Annotated[str | None, argument("[NAME]", "A segment. (default: all)", autocompletion=names)] = None,
     watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
     max_staleness: Annotated[
-        float | None,
-        option("--max-staleness", "Exit with 1 if a live version is older, in seconds, or is missing."),
+        float | None, option("--max-staleness", "A check in one line: seconds that a live version may be old.")
+    ] = None,
+    max_lag: Annotated[int | None, option("--max-lag", "Likewise: versions that a reader may be behind.")] = None,
+    max_lag_seconds: Annotated[
+        float | None, option("--max-lag-seconds", "Likewise: seconds that a reader may be behind.")
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
@@ -195,16 +225,19 @@ def status(
 ) -> None:
     """What is live where, how old it is, what is pinned, and which version each reader is on.
 
-    Exit codes: 0; 1 a segment is unusable, or older than --max-staleness.
+    Exit codes: 0; 1 a segment is unusable. With one of the bounds, as Nagios takes them: 0 all is well; 1 something is
+    beyond its bound; 2 nothing is live, or a segment is unusable.
     """
+    from .check import Bounds
     from .status import follow, show
 
+    bounds = Bounds(max_staleness, max_lag, max_lag_seconds)
     if watch and as_json:
         raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
     if watch:
         follow(name, runtime_dir, state_dir)
     else:
-        raise typer.Exit(show(name, runtime_dir, state_dir, max_staleness, as_json=as_json))
+        raise typer.Exit(show(name, runtime_dir, state_dir, bounds, as_json=as_json))
 
 
 @app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")

@@ -65,7 +65,7 @@ def outcome_line(outcome: Outcome) -> str:
             return _joined(told, outcome.reason or "", live or "nothing is live")
         case "current":
             newer = f"{printable(Path(outcome.newer).name)} is newer, and not complete yet" if outcome.newer else ""
-            return _joined(f"version {outcome.version}{step} is current, {file}", newer)
+            return _joined(f"version {outcome.version}{step} is current, {file}", newer or outcome.reason or "")
     again = "`wsync push --retry` tries it again" if outcome.known else ""
     return _joined(f"{outcome.status}: {outcome.reason}", live, again)
 
@@ -96,11 +96,15 @@ def complain(exc: WsyncError) -> None:
     print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
 
 
-def tell(outcome: Outcome, *, as_json: bool) -> None:
-    """Tells what a push did: what went live on stdout, what did not on stderr, with what differs."""
+def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
+    """Tells what a push did: what went live on stdout, what did not on stderr, with what differs.
+
+    Args:
+        quiet: nothing of what went live.
+    """
     told = [*outcome.passed_over]
-    if outcome.exit_code and not as_json and (not outcome.known or sys.stderr.isatty()):
-        told.append(outcome)  # what an earlier run reported stays out: cron mails what is printed
+    if outcome.exit_code and not as_json:
+        told.append(outcome)
     for refused in told:
         text = f"{refused.name}: {outcome_line(refused)}"
         print(harmless(str(WithDifferences(text, refused.differences))), file=sys.stderr)
@@ -109,6 +113,8 @@ def tell(outcome: Outcome, *, as_json: bool) -> None:
         return
     if outcome.warning:
         print(harmless(f"{outcome.name}: {outcome.warning}"), file=sys.stderr)
+    if quiet:
+        return
     for cast in outcome.casts:
         print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
     if not outcome.exit_code:

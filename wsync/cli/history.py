@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -53,14 +53,9 @@ def follow_events(state: State, after: int) -> Iterator[Event]:
         time.sleep(_LOOK)
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """Values as one line of bars from 0 to the largest; where there are more than fit, a bar is the worst of some."""
-    if not values:
-        return ""
-    step = max(1, -(-len(values) // max(width, 1)))
-    shown = [max(values[at : at + step]) for at in range(0, len(values), step)]
-    most = max(shown)
-    return "".join(_BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0] for value in shown)
+def bar(value: float, most: float) -> str:
+    """A value between 0 and the greatest one as a block of that height."""
+    return _BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0]
 
 
 class Setting(NamedTuple):

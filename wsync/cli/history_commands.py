@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from .options import (
 )
 
 history = typer.Typer()
+_DRAWN = 5000  # events, the last ones
 
 
 @history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")
@@ -34,7 +36,7 @@ def log(
     number: Annotated[int, option("--number", "Events, the last ones.", "-n", shown=True, min=1, max=1_000_000)] = 20,
     since: Annotated[str | None, option("--since", "30m, 2h, 3d, or a time such as 2026-05-01T12:00.")] = None,
     follow: Annotated[bool, option("--follow", "Go on as events come, until stopped.", "-f")] = False,
-    plot: Annotated[bool, option("--plot", "Draw publish time, staging speed and lag.")] = False,
+    plot: Annotated[bool, option("--plot", "Draw steps, versions and rejections over time.")] = False,
     as_json: JsonOption = False,
     state_dir: StateOption = None,
 ) -> None:
@@ -47,9 +49,9 @@ def log(
     with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
-            from .tables import print_plot
+            from .plot import print_plot
 
-            print_plot(name, state.events(kinds=("publish", "rollback"), since=start, limit=max(number, 200)))
+            print_plot(name, state.events(since=start, limit=max(number, _DRAWN)), time.time())
             return
         last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
         events = state.events(since=start, limit=number)

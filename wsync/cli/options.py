@@ -93,7 +93,7 @@ _PANELS = {
 
 _OTHERS = """
 RUNTIME_DIR STATE_DIR JSON FORCE DRY_RUN RETRY LOG_FORMAT SPEC SCAN NUMBER SINCE FOLLOW PLOT TO WATCH MAX_STALENESS
-SIZE TENSORS READERS QUICK ONLY DIR
+SIZE TENSORS READERS QUICK ONLY DIR TAKE_OVER QUIET MAX_LAG MAX_LAG_SECONDS
 """
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
@@ -141,6 +141,9 @@ StateOption = Annotated[
         "--state-dir",
         "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
     ),
+]
+TakeOverOption = Annotated[
+    bool, option("--take-over", "Replace what another spec, or the same with another place, published.")
 ]
 JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
 

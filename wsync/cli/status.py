@@ -10,54 +10,61 @@ from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from ..errors import SegmentError, StateError, UsageError
+from ..errors import SegmentError, StateError
 from ..fleet.membership import group_of
 from ..history.database import State
 from ..segment.segment import Segment, segments
+from .check import Bounds, check
 from .console import complain, segment_json, to_json
 
 _REFRESH = 1.0  # seconds
 Place = str | os.PathLike[str] | None
 
 
-def show(name: str | None, runtime: Place, state: Place, max_staleness: float | None, *, as_json: bool) -> int:
-    """Prints one look at the standing segments; returns the exit code.
+def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_json: bool) -> int:
+    """Prints one look at the standing segments, or one line where bounds are given; returns the exit code.
 
     Args:
         name: of one segment; None takes all.
-        max_staleness: seconds after which a live version is too old for a monitor; None never is.
 
     Raises:
-        UsageError: that is no time.
-        SegmentError: the one segment that was named is not there, or is unusable.
+        SegmentError: the one segment that was named is not there, or is unusable, and no bounds are given.
     """
-    if max_staleness is not None and not max_staleness > 0:
-        raise UsageError(f"--max-staleness {max_staleness} is no time. Give seconds above 0.")
-    told, code = look(name, runtime, state)
+    told, broken = look(name, runtime, state)
+    if name and broken and not bounds.given:
+        raise broken[name]
+    line, code = "", int(bool(broken))
+    if bounds.given:
+        line, code = check(told, {each: str(exc) for each, exc in broken.items()}, bounds, state)
+    if not line or as_json:
+        for exc in broken.values():
+            complain(exc)
     if as_json:
-        print(to_json(told[0] if name else {"segments": told}))
+        print(to_json((told[0] if told else {}) if name else {"segments": told}))
+    elif line:
+        print(line)
     else:
         from .tables import status_view, stdout_console
 
         stdout_console().print(status_view(told), soft_wrap=True)
-    if max_staleness is None:
-        return code
-    ages = [time.time() - each["published_at"].timestamp() if each["version"] else max_staleness for each in told]
-    return code or int(max(ages, default=max_staleness) >= max_staleness)
+    return code
 
 
 def follow(name: str | None, runtime: Place, state: Place) -> None:
     """Shows it again and again until interrupted: in place, or one below the other where that is no terminal."""
     from rich.live import Live
 
-    from .tables import status_view, stdout_console
+    from .tables import stdout_console
+    from .top import view_of
 
     console = stdout_console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the cursor is shown again
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         view = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         while True:
-            shown = status_view(look(name, runtime, state)[0])
+            told, broken = look(name, runtime, state)
+            lines = console.height - 1 if view else sys.maxsize
+            shown = view_of(told, broken, lambda each: recent(each, state), lines)
             if view:
                 view.update(shown, refresh=True)
             else:
@@ -66,20 +73,27 @@ def follow(name: str | None, runtime: Place, state: Place) -> None:
             time.sleep(_REFRESH)
 
 
-def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str, Any]], int]:
-    """What there is to tell of each segment, as ``segment_json`` has it, and 1 where one of them is unusable."""
-    told, code = [], 0
+def recent(name: str, place: Place) -> int:
+    """Versions that went live within the last minute."""
+    try:
+        with State(name, place) as state:
+            return len(state.events(kinds=("publish", "rollback"), since=time.time() - 60))
+    except StateError:
+        return 0
+
+
+def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str, Any]], dict[str, SegmentError]]:
+    """What there is to tell of each segment, as ``segment_json`` has it, and why others cannot be read."""
+    told: list[dict[str, Any]] = []
+    broken: dict[str, SegmentError] = {}
     for each in [name] if name else segments(runtime):
         try:
             with closing(Segment.open(each, runtime)) as segment:
                 segment.check()
                 told.append(_told(segment, state))
         except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
-            if name:
-                raise
-            complain(exc)
-            code = exc.exit_code
-    return told, code
+            broken[each] = exc
+    return told, broken
 
 
 def _told(segment: Segment, place: Place) -> dict[str, Any]:

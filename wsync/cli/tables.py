@@ -21,7 +21,7 @@ from ..errors import harmless, printable
 from ..fleet.membership import few
 from ..history.database import Event
 from ..text import count, duration, size
-from .history import Setting, sparkline
+from .history import Setting
 
 _PIPE = 100_000  # columns: a line is never broken there
 
@@ -64,7 +64,7 @@ def _headline(told: dict[str, Any]) -> Text:
         return Text.assemble(name, ("  no version yet", "yellow"))
     step = "" if told["step"] is None else f"  step {told['step']}"
     file = printable(told["checkpoint"] or "weights from memory")
-    more = f"{step}  {size(told['bytes'])}  {_age(told['published_at'])} ago\n  {file}"
+    more = f"{step}  {size(told['bytes'])}  {age(told['published_at'])} ago\n  {file}"
     return Text.assemble(name, (f"  version {told['version']}", "green"), more)
 
 
@@ -78,10 +78,10 @@ def _notes(told: dict[str, Any]) -> Iterator[str]:
         yield f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}"
     if failure := told.get("last_failure"):
         reason = " ".join((failure["reason"] or "").split())
-        yield f"last failure {_age(failure['at'])} ago: {printable(reason[:200])}"
+        yield f"last failure {age(failure['at'])} ago: {printable(reason[:200])}"
 
 
-def _age(moment: datetime) -> str:
+def age(moment: datetime) -> str:
     return duration(max(0.0, time.time() - moment.timestamp()))
 
 
@@ -93,13 +93,13 @@ def _reader_table(readers: list[dict[str, Any]]) -> RenderableType:
     table.add_column("mode", no_wrap=True)
     table.add_column("oldest lease", justify="right", no_wrap=True)
     for r in readers:
-        lease = _age(r["lease_since"]) if r["lease_since"] else ""
+        lease = age(r["lease_since"]) if r["lease_since"] else ""
         table.add_row(
             f"  {r['process']}",
             str(r["pid"]),
             str(r["version"]),
             Text(str(r["lag"]), "yellow" if r["lag"] else ""),
-            _age(r["since"]),
+            age(r["since"]),
             r["mode"],
             lease + (f", version {', '.join(map(str, r['holds']))}" if r["holds"] else ""),
         )
@@ -229,28 +229,6 @@ def _log_row(event: Event) -> list[Text]:
         Text("" if event.seconds is None else duration(event.seconds)),
         Text(printable(Path(event.checkpoint).name) if event.checkpoint else ""),
     ]
-
-
-def print_plot(name: str, events: list[Event]) -> None:
-    """Publish time, staging speed and version lag over time, each as one line of bars."""
-    console = stdout_console()
-    if not events:
-        console.print(f"{name}: no publish to draw")
-        return
-    first, last = (datetime.fromtimestamp(e.at).strftime("%Y-%m-%d %H:%M:%S") for e in (events[0], events[-1]))
-    console.print(f"{name}: {count(len(events), 'publish').replace('publishs', 'publishes')}, {first} to {last}")
-    took = [event.seconds or 0.0 for event in events]
-    speed = [(e.bytes or 0) / e.seconds if e.seconds else 0.0 for e in events]
-    lag = [float(event.lag or 0) for event in events]
-    rows = (
-        ("publish time", took, duration),
-        ("staging speed", speed, lambda value: f"{size(value)}/s"),
-        ("version lag", lag, lambda value: f"{value:.0f}"),
-    )
-    for label, values, say in rows:
-        width = max(10, min(console.width, 200) - 16)
-        console.print(f"{label:<14}  {sparkline(values, width)}", soft_wrap=True)
-        console.print(f"{'':<14}  last {say(values[-1])}, most {say(max(values))}", style="dim")
 
 
 def print_config(rows: list[Setting]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import (
@@ -14,7 +15,9 @@ from ..errors import (
     Difference,
     IncompleteCheckpoint,
     RetryLater,
+    printable,
 )
+from ..segment.files import Publication
 
 EXIT_CODES = {
     "published": 0,
@@ -52,6 +55,7 @@ class Outcome:
         newer: path of a checkpoint that is newer than what is live, and not complete yet; the reason says why.
         warning: what an operator may want to change, said once.
         casts: what is converted, where this pass was the first to do it.
+        live: what is live, beside a refusal that was known.
     """
 
     status: str
@@ -73,10 +77,20 @@ class Outcome:
     newer: str | None = None
     warning: str | None = None
     casts: tuple[str, ...] = ()
+    live: Publication | None = None
 
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.status]
+
+    def told_before(self) -> Outcome:
+        """A refusal that an earlier push reported, as a later one has it: what is live is current, and a note."""
+        if not (self.known and self.live):
+            return self
+        file = os.path.basename(self.checkpoint or "")
+        again = f"`wsync push --retry` tries {printable(file)} again, which was rejected before: {self.reason}"
+        step, source = self.live.step, self.live.source or None
+        return replace(self, status="current", step=step, checkpoint=source, reason=again, identity=self.live.identity)
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Outcome:
@@ -87,6 +101,7 @@ class Outcome:
                 "differences": tuple(Difference(**row) for row in told["differences"]),
                 "passed_over": tuple(cls.from_dict(each) for each in told["passed_over"]),
                 "casts": tuple(told["casts"]),
+                "live": Publication(**told["live"]) if told["live"] else None,
             }
         )
 

@@ -126,7 +126,8 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
         with checkpoint:
             live = segment.live()
             spec = (live.spec if live else "") or segment.spec
-            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last)
+            origin = (live.owner, live.place) if live else ("", "")
+            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last, origin=origin)
     mixed = fit_from_json(event.settings).kept
     why = IN_NO_FILE if mixed else f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
     raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state)}")

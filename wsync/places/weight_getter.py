@@ -164,6 +164,13 @@ class CheckpointWeightGetter:
         place = f"{led_to(self.checkpoints)}/"
         return source.removeprefix(place) if source.startswith(place) else ""
 
+    def is_one_checkpoint(self) -> bool:
+        """Whether the place is itself a checkpoint, and not one where they appear."""
+        try:
+            return [candidate.path for candidate in scan(self.checkpoints, self.select)] == [self.checkpoints]
+        except CheckpointError:  # it is gone
+            return False
+
     def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
         """A candidate's step, as far as its name and these metadata tell: of the level below the place that has one."""
         from ..checkpoints.steps import read_step, step_at

@@ -29,6 +29,7 @@ MAX_SLOTS = 64
 MAX_VERSION = 1 << 56  # the WORD has no room for more
 _UNNAMED = "slot.new"  # a slot that is being added
 SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, where nothing else is said
+_MOST_OF_AN_OWNER = 1500  # characters; without those that are longer there is room for the longest source
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
 
@@ -53,6 +54,8 @@ class Publication:
         identity: the file's identity when it was read (see ``checkpoint.identity``).
         published_at: seconds since the epoch.
         spec: fingerprint of the policy spec that it was published for.
+        owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
+        place: where the owner's checkpoints appear; empty where it has no place of its own.
     """
 
     version: int
@@ -61,9 +64,12 @@ class Publication:
     identity: str
     published_at: float
     spec: str
+    owner: str = ""
+    place: str = ""
 
     def to_metadata(self) -> dict[str, str]:
-        return {key: "" if value is None else str(value) for key, value in asdict(self).items()}
+        told = {key: "" if value is None else str(value) for key, value in asdict(self).items()}
+        return told if len(self.owner) + len(self.place) < _MOST_OF_AN_OWNER else told | {"owner": "", "place": ""}
 
     @classmethod
     def from_header(cls, header: bytes) -> Publication:
@@ -75,6 +81,7 @@ class Publication:
         with parsed():
             data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
             texts = {key: data[key] for key in ("source", "identity", "spec")}
+            texts |= {key: data.get(key, "") for key in ("owner", "place")}
             found = cls(
                 version=int(data["version"]),
                 step=int(data["step"]) if data["step"] else None,

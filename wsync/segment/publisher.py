@@ -87,6 +87,7 @@ def publish(
     progress: Callable[[int], None] | None = None,
     gate: Gate | None = None,
     last_version: int = 0,
+    origin: tuple[str, str] = ("", ""),
 ) -> Publication:
     """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
 
@@ -96,6 +97,7 @@ def publish(
         progress: called with the number of bytes of each read.
         gate: looks at the staged weights last of all; what it raises is raised, and nothing is published.
         last_version: the highest that was ever published under this name, for a segment that was made anew.
+        origin: owner and place, recorded with the version (see ``Publication``).
 
     Raises:
         CheckpointRejected: it does not fit, is not finite, or the gate does not want it.
@@ -113,7 +115,7 @@ def publish(
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
-        about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec)
+        about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec, *origin)
         publication = _describe(segment, slot, about, gate)
     segment.store(publication.version, slot.number)
     return publication

@@ -80,6 +80,7 @@ class Spec:
         weights: which tensors of a checkpoint are taken, and how they fit.
         hooks: the gate before a publish, and what runs after one.
         metrics: where figures for monitoring go.
+        origin: the TOML's path, or the import string; empty for a spec that was made in memory.
     """
 
     policy: str
@@ -98,6 +99,7 @@ class Spec:
     weights: Fit = field(default_factory=Fit)
     hooks: Hooks = field(default_factory=Hooks)
     metrics: Metrics = field(default_factory=Metrics)
+    origin: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -162,9 +164,9 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
     """
     if text.endswith(".toml") or os.path.isfile(text):
         path = Path(text).absolute()
-        data, directory, own_name = _read_toml(path), path.parent, path.stem
+        data, directory, own_name, origin = _read_toml(path), path.parent, path.stem, str(path)
     else:
-        data, directory, own_name = {"policy": text}, Path.cwd(), text.replace(":", ".")
+        data, directory, own_name, origin = {"policy": text}, Path.cwd(), text.replace(":", "."), text
     policy = _check_import_string(data["policy"])
 
     def beside(file: str) -> str:
@@ -192,6 +194,7 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         max_slots=data.get("max_slots", BOUND),
         keep=data.get("keep", 0),
         history=data.get("history", HISTORY),
+        origin=origin,
         access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
         **made,
     )

@@ -58,8 +58,8 @@ def bucket(scheme: str, name: str, patience: Patience) -> Any:
         os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or "AZURE_STORAGE_USE_EMULATOR" in os.environ
     ):
         raise UsageError(
-            f"az://{name} is a container of no account. Set AZURE_STORAGE_ACCOUNT_NAME, and give this process a key, a "
-            "token or an identity as Azure's own tools take them."
+            f"az://{name}: no storage account is configured. Set AZURE_STORAGE_ACCOUNT_NAME, and give this process a "
+            "key, a token or an identity as Azure's own tools take them."
         )
     return (store.GCSStore if scheme == "gs" else store.AzureStore)(name, **options)
 

@@ -48,6 +48,8 @@ _WORDS = {
     "following redirect": "it redirects again and again",
     "MissingContentLength": "it tells no length",
     "ContentRange": "it tells no range",
+    "NotPartial": "it gives no ranges",
+    "InvalidListResponse": "its listing is broken XML",
 }
 _T = TypeVar("_T")
 
@@ -382,5 +384,6 @@ def _reason(exc: Exception) -> str:
         words = [word for sign, word in _WORDS.items() if sign in text][:1]
     if not words:
         known = {"NotSupportedError": _NO_RANGES, "UnauthenticatedError": _NO_CREDENTIALS}
+        known["GenericError"] = "its answer is not that of such a store"
         words = [known.get(type(exc).__name__, type(exc).__name__)]
     return ", ".join(words)

@@ -19,6 +19,7 @@ from ..segment.publisher import Source, Staged, publish
 from ..segment.writable import WritableSegment
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
+from .claim import Claim
 from .looks import NO_LOOK, Look
 from .passes import Pass
 
@@ -40,6 +41,7 @@ class Box:
         hooks: what runs after a publish; None before the first, or if there is nothing to run.
         stop: ends a gate early, once set.
         version: that this box published last; 0 before.
+        claim: whose versions this box may replace.
     """
 
     def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record) -> None:
@@ -49,6 +51,7 @@ class Box:
         self.hooks: HookRunner | None = None
         self.stop: threading.Event | None = None
         self.version = 0
+        self.claim = Claim(spec.name, spec.origin)
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
@@ -71,10 +74,12 @@ class Box:
             last_version: the version before it, if the caller knows better than the segment and the history.
 
         Raises:
+            UsageError: what is live came from another spec or place.
             WsyncError: as of ``publisher.publish``; what was live stays live.
         """
         with segment.publishing():
             this = this.at(segment)
+            origin = self.claim.origin(this.live)
             if look.before and (ended := look.before(this)):
                 return ended
             if last_version is None:
@@ -87,7 +92,9 @@ class Box:
                 progress=self.counter(segment.layout.nbytes),
                 gate=look.staged,
                 last_version=last_version,
+                origin=origin,
             )
+            self.claim.take_over = False
             self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
             kept = replace(fit, kept=publication.version) if source.kept else fit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 from ..checkpoints.files import remote
 from ..errors import Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
+from ..segment.watching import Watching, WatchLock
 from .schedule import Schedule
 from .syncer import Syncer
 
@@ -32,6 +34,8 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
     passed = False  # from then on a wrong setting is no longer one that the operator just made
     event: Outcome | WsyncError
     syncer.box.stop = stop
+    syncer.box.claim.one_shot = False
+    syncer.lock = syncer.lock or WatchLock(Watching(os.getpid(), syncer.spec.origin, str(place)))
     if away := remote(place):
         away.store.stop = stop
     try:

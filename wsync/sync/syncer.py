@@ -51,6 +51,7 @@ from .route import OneBox, Route
 
 if TYPE_CHECKING:
     from ..history.database import Pin, State
+    from ..segment.watching import WatchLock
 
 
 class Syncer:
@@ -67,6 +68,7 @@ class Syncer:
         record: what is known of the past.
         policy: the policy's layout, and whether it fits.
         route: how checkpoints reach the readers; a fleet sets its own.
+        lock: of a watch, on the segment that it keeps in step.
 
     Raises:
         UsageError: neither the caller nor the spec names checkpoints.
@@ -101,7 +103,9 @@ class Syncer:
         self.record = Record(state, spec.digest)
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
         self.box = Box(spec, self.updater, self.record)
+        self.box.claim.follow(self.getter, own=place == spec.checkpoints)
         self.route: Route = OneBox(self.box)
+        self.lock: WatchLock | None = None
         self._casts = Casts()
 
     def __enter__(self) -> Syncer:
@@ -112,6 +116,8 @@ class Syncer:
 
     def close(self, *, now: bool = False) -> None:
         """Lets go of the segment; see ``Box.close``."""
+        if self.lock:
+            self.lock.close()
         self.box.close(now=now)
 
     def prepare(self) -> None:
@@ -165,6 +171,9 @@ class Syncer:
     def _pass(self, this: Pass) -> Outcome:
         """Chooses, and takes the newest."""
         choice = self.route.busy(partial(self._choose, this))
+        if choice.pin or choice.todo or choice.refused:
+            self.box.claim.origin(this.live)  # raises where what is live is another's
+        self._wait_for_other_watch()
         if choice.pin:
             return self._pinned(this, choice.pin, reopen=choice.reopen)
         refusal = self._known(this, choice.refused) if choice.refused else None
@@ -188,6 +197,14 @@ class Syncer:
             return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
 
+    def _wait_for_other_watch(self) -> None:
+        segment = self.updater.opened
+        if segment and self.lock and (other := self.lock.hold(segment)):
+            raise SegmentBusy(
+                f"{other} keeps segment {segment.name!r} in step. This watch waits until that one ends; give it a "
+                "--name of its own to have both."
+            )
+
     def _ready(self, this: Pass) -> Callable[[Checkpoint], Outcome]:
         """What is done with an opened checkpoint; whatever has to know the policy's layout is done before."""
         if this.dry_run:
@@ -201,7 +218,8 @@ class Syncer:
 
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
-        look = Look([]) if pin else self.getter.look(None if this.force else place_of(this.live))
+        after = None if this.force or self.box.claim.is_foreign(this.live) else place_of(this.live)
+        look = Look([]) if pin else self.getter.look(after)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
         chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
         return replace(chosen, late=tuple(look.late), is_new_run=look.is_new_run)
@@ -215,6 +233,7 @@ class Syncer:
             reason=self.record.reason(candidate.identity),
             identity=candidate.identity,
             known=not self.record.is_fresh(candidate.identity),
+            live=this.live,
         )
 
     def _has_nothing_for(self, this: Pass) -> bool:

@@ -1,0 +1,52 @@
+"""What ``wsync push --quiet`` says: each trouble once, until it is another one or over. cron mails what is printed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+
+from ..errors import BeingWritten, RetryLater, WsyncError
+from ..history.database import state_dir
+from ..history.outcome import Outcome
+
+
+class News:
+    """The trouble that was told of last, in a file below the state directory.
+
+    Args:
+        spec: as it was named, which tells one push from another.
+        state: the state directory; default as for the history.
+    """
+
+    def __init__(self, spec: str, state: str | os.PathLike[str] | None) -> None:
+        named = os.path.abspath(spec) if os.path.exists(spec) else spec
+        self._file = state_dir(state) / f"push-{hashlib.sha256(os.fsencode(named)).hexdigest()[:16]}.told"
+
+    def has(self, event: Outcome | WsyncError) -> bool:
+        """Whether this is to be told; it is remembered. What passes by itself is not told."""
+        trouble = _trouble(event)
+        try:
+            before = self._file.read_text() if self._file.is_file() else ""
+            if trouble and trouble != before:
+                self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._file.write_text(trouble)
+            elif before and not trouble and event.exit_code == 0:
+                self._file.unlink()
+        except (OSError, UnicodeError):  # told too often is better than never
+            return bool(trouble)
+        return bool(trouble) and trouble != before
+
+
+def _trouble(event: Outcome | WsyncError) -> str:
+    """What tells one trouble from another; empty for none."""
+    if isinstance(event, WsyncError):
+        return re.sub(r"\d+", "0", str(event)).encode(errors="replace").decode()  # free bytes and pids differ each time
+    passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"
+    nothing = event.status == "empty" and not event.checkpoint
+    if event.warning:
+        return event.warning
+    refused = [each for each in (*event.passed_over, event) if each.exit_code]
+    if not refused or (passing and len(refused) == 1) or nothing:
+        return ""
+    return " ".join(each.identity or each.reason or each.status for each in refused)
