@@ -50,6 +50,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def on_one_line(text: str, *names: str | None) -> str:
+    """Text in which these names, of files or as somebody typed them, make no lines of their own."""
+    for name in filter(None, names):
+        for part in (name, name.rpartition("/")[2]):
+            if not part.isprintable():
+                text = text.replace(part, printable(part))
+    return text
+
+
 def harmless(text: str) -> str:
     """With what a terminal would obey, or an encoding refuse, written as escapes; lines stay lines."""
     return "\n".join(map(printable, text.split("\n")))

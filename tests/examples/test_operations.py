@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import re
@@ -171,27 +172,61 @@ def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:
     assert (probes["readinessProbe"]["path"], probes["livenessProbe"]["path"]) == ("/healthz", "/metrics")
 
 
-def test_each_alert_is_on_figures_that_there_are(tmp_path: Path) -> None:
-    """Every metric that a rule names, and every label and status, is one that is exposed."""
+def exposed(tmp_path: Path) -> set[str]:
+    """The names of all metrics of a watch and of a push."""
     pytest.importorskip("prometheus_client")
-    from wsync.service.figures import STATUSES, Figures, RunFigures
+    from wsync.service.figures import Figures, RunFigures
 
     families = [*Figures("actor").registry.collect(), *RunFigures("actor", tmp_path / "actor.prom").collect()]
-    exposed = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+
+
+def check_query(query: str, there: set[str]) -> set[str]:
+    """Every metric, label and status of a query is one that is exposed; returns the metrics."""
+    from wsync.service.figures import STATUSES
+
+    metrics = set(re.findall(r"\bwsync_\w+", query))
+    assert metrics and {metric.removesuffix("_bucket") for metric in metrics} <= there, query
+    labels = re.findall(r"(\w+)=~?\"", query)
+    labels += [word for group in re.findall(r"by \(([^)]*)\)", query) for word in group.split(", ")]
+    assert {*labels} <= {"name", "le", "status", "reason", "reader", "hook"}, query
+    assert {*re.findall(r'status="(\w+)"', query)} <= {*STATUSES}, query
+    return metrics
+
+
+def test_each_alert_is_on_figures_that_there_are(tmp_path: Path) -> None:
+    """Every metric that a rule names, and every label and status, is one that is exposed."""
+    there = exposed(tmp_path)
     rules = [rule for group in yaml_of("alerts.yaml")["groups"] for rule in group["rules"]]
     assert len(rules) > 5 and len({rule["alert"] for rule in rules}) == len(rules)
     named = set()
     for rule in rules:
-        metrics = re.findall(r"\bwsync_\w+", rule["expr"])
-        assert metrics and rule["annotations"]["summary"] and rule["labels"]["severity"]
-        assert {metric.removesuffix("_bucket") for metric in metrics} <= exposed, rule
-        named |= {*metrics}
-        labels = {"name", "le", "status", "reason", "reader", "hook"}
+        named |= check_query(rule["expr"], there)
+        assert rule["annotations"]["summary"] and rule["labels"]["severity"]
         used = re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])
-        used += [word for group in re.findall(r"by \(([^)]*)\)", rule["expr"]) for word in group.split(", ")]
-        assert {*used} <= labels, rule
-        assert {*re.findall(r'status="(\w+)"', rule["expr"])} <= {*STATUSES}
+        assert {*used} <= {"name", "reason", "reader", "hook"}, rule
     assert len(named) > 5
+
+
+def test_each_panel_of_the_dashboard_is_on_figures_that_there_are(tmp_path: Path) -> None:
+    """What Grafana draws is exposed, each panel has a place of its own, and its legend names labels of its query."""
+    there, board = exposed(tmp_path), json.loads((OPERATIONS / "grafana.json").read_text())
+    panels, named = board["panels"], set()
+    assert len({panel["id"] for panel in panels}) == len({str(panel["gridPos"]) for panel in panels}) == len(panels)
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${source}" and panel["title"]
+        for target in panel["targets"]:
+            named |= check_query(target["expr"], there)
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= {
+                "name",
+                "reason",
+                "reader",
+                "status",
+                "hook",
+            }
+    (variable,) = (each for each in board["templating"]["list"] if each["type"] == "query")
+    check_query(variable["query"], there)
+    assert len(named) > 9
 
 
 def test_promtool_takes_the_rules() -> None:

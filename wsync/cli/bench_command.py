@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
-from .options import JsonOption, option
+from .options import MEASURE, JsonOption, option
 
 bench_command = typer.Typer()
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -24,7 +24,7 @@ def _end(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-@bench_command.command(epilog="Example: wsync bench --size 256MiB --tensors 500")
+@bench_command.command(rich_help_panel=MEASURE, epilog="Example: wsync bench --size 256MiB --tensors 500")
 def bench(
     size: Annotated[str, option("--size", "Of the weights.", shown=True)] = "64MiB",
     tensors: Annotated[int, option("--tensors", "Number of tensors that share them.", shown=True, min=1)] = 200,

@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import UsageError, WsyncError, harmless
+from ..errors import UsageError, WsyncError, harmless, on_one_line, printable
 from .options import (
+    GO_BACK,
+    KEEP_IN_STEP,
+    LOOK,
     JsonOption,
     LogFormatOption,
     NameArgument,
@@ -46,7 +49,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog="Example: wsync push cartpole.toml checkpoints/")
+@app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync push cartpole.toml checkpoints/")
 @with_settings
 def push(
     *,
@@ -159,7 +162,7 @@ def ended(syncer: Syncer) -> Iterator[Syncer]:
         raise
 
 
-@app.command(epilog="Example: wsync watch cartpole.toml checkpoints/")
+@app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync watch cartpole.toml checkpoints/")
 @with_settings
 def watch(
     *,
@@ -208,7 +211,7 @@ def watch(
     raise typer.Exit(0 if stopped else 1)
 
 
-@app.command(epilog="Example: wsync status cartpole --json")
+@app.command(rich_help_panel=LOOK, epilog="Example: wsync status cartpole --json")
 def status(
     name: Annotated[str | None, argument("[NAME]", "A segment. (default: all)", autocompletion=names)] = None,
     watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
@@ -240,7 +243,7 @@ def status(
         raise typer.Exit(show(name, runtime_dir, state_dir, bounds, as_json=as_json))
 
 
-@app.command(epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
+@app.command(rich_help_panel=LOOK, epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
 def inspect(
     path: Annotated[str, argument("PATH", "A checkpoint, or a directory of them; or a URL.")],
     spec: Annotated[str | None, option("--spec", "Tell whether it fits this policy.")] = None,
@@ -262,7 +265,7 @@ def inspect(
     raise typer.Exit((1 if looked["kind"] == "failed" else 65) if bad else 0)
 
 
-@app.command(epilog="Example: wsync rm cartpole")
+@app.command(rich_help_panel=GO_BACK, epilog="Example: wsync rm cartpole")
 def rm(
     name: NameArgument,
     runtime_dir: RuntimeOption = None,
@@ -342,10 +345,11 @@ def main() -> None:
         check_variables()
         command_line(*sys.argv[1:2])(prog_name="wsync")
     except WsyncError as exc:
-        print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
+        print(f"wsync: {harmless(on_one_line(str(exc), *sys.argv[1:]))}", file=sys.stderr)
         code = exc.exit_code
     except OSError as exc:
-        print(f"wsync: the system refused a step: {exc}. Look at what it names, then run it again.", file=sys.stderr)
+        told = printable(str(exc))
+        print(f"wsync: the system refused a step: {told}. Look at what it names, then run it again.", file=sys.stderr)
         code = 1
     except MemoryError:
         print("wsync: this process has no memory left. Raise its limit (`ulimit -v`), and try again.", file=sys.stderr)

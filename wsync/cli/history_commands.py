@@ -13,6 +13,8 @@ import typer
 
 from ..errors import UsageError, printable
 from .options import (
+    GO_BACK,
+    LOOK,
     JsonOption,
     LogFormatOption,
     NameArgument,
@@ -23,6 +25,7 @@ from .options import (
     check_format,
     option,
     read_spec,
+    versions,
     with_settings,
 )
 
@@ -30,7 +33,7 @@ history = typer.Typer()
 _DRAWN = 5000  # events, the last ones
 
 
-@history.command(epilog="Example: wsync log cartpole -n 20 --since 2h")
+@history.command(rich_help_panel=LOOK, epilog="Example: wsync log cartpole -n 20 --since 2h")
 def log(
     name: NameArgument,
     number: Annotated[int, option("--number", "Events, the last ones.", "-n", shown=True, min=1, max=1_000_000)] = 20,
@@ -67,10 +70,12 @@ def log(
             print_log(name, events, coming)
 
 
-@history.command(epilog="Example: wsync rollback cartpole --to 41")
+@history.command(rich_help_panel=GO_BACK, epilog="Example: wsync rollback cartpole --to 41")
 def rollback(
     name: NameArgument,
-    to: Annotated[int | None, option("--to", "A version. (default: the one before)", min=1)] = None,
+    to: Annotated[
+        int | None, option("--to", "A version. (default: the one before)", min=1, autocompletion=versions)
+    ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -93,7 +98,7 @@ def rollback(
         print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")
 
 
-@history.command(epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
+@history.command(rich_help_panel=GO_BACK, epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
 def pin(
     name: NameArgument,
     checkpoint: Annotated[str | None, argument("[CHECKPOINT]", "A file, or a URL. (default: what is live)")] = None,
@@ -113,7 +118,7 @@ def pin(
     print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{when}")
 
 
-@history.command(epilog="Example: wsync unpin cartpole")
+@history.command(rich_help_panel=GO_BACK, epilog="Example: wsync unpin cartpole")
 def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
     """Let go of the pin: the next pass goes on with the newest checkpoint."""
     from ..history.database import State
@@ -124,13 +129,14 @@ def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
     print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing was pinned")
 
 
-@history.command(epilog="Example: wsync config cartpole.toml")
+@history.command(rich_help_panel=LOOK, epilog="Example: wsync config cartpole.toml")
 @with_settings
 def config(
     context: typer.Context,
     spec: SpecArgument,
     *,
     log_format: LogFormatOption = None,
+    init: Annotated[bool, option("--init", "Write SPEC anew, a TOML with every setting and its default.")] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
@@ -142,6 +148,12 @@ def config(
     from .console import default_format
     from .history import origins
 
+    if init:
+        from .new_spec import write_spec
+
+        if made := write_spec(spec):
+            print(f"{made}: written; name your policy there")
+        return
     check_format(log_format)
     loaded = read_spec(spec, settings)
     words = {"COMMANDLINE": "option", "ENVIRONMENT": "variable"}

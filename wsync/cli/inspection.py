@@ -14,7 +14,7 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import parts_of, place_at, unreadable
 from ..checkpoints.steps import step_at
 from ..checkpoints.verified import check_digests
-from ..errors import CheckpointError, NoCheckpoint
+from ..errors import CheckpointError, NoCheckpoint, on_one_line
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from ..places.candidates import Candidate, Select, scan, select
@@ -89,7 +89,13 @@ def _look(path: Path, settings: Select, fits: Fits | None, scan_values: bool) ->
     except NoCheckpoint:
         raise
     except CheckpointError as exc:
-        about = {"complete": False, "reason": str(exc), "kind": exc.kind, "step": None, "bytes": None}
+        about = {
+            "complete": False,
+            "reason": on_one_line(str(exc), str(path)),
+            "kind": exc.kind,
+            "step": None,
+            "bytes": None,
+        }
         return {"path": str(path), **about}
 
 
@@ -129,7 +135,8 @@ def _fitter(spec: Spec) -> Fits:
         try:
             plan = checkpoint.plan(layout, settings)
         except CheckpointError as exc:
-            return {"fits": False, "reason": exc.message, "differences": [asdict(row) for row in exc.differences]}
+            reason = on_one_line(exc.message, str(checkpoint.path))
+            return {"fits": False, "reason": reason, "differences": [asdict(row) for row in exc.differences]}
         left = [] if plan.merge else [name for name in checkpoint.tensors if settings.name(name) not in known]
         return {
             "fits": True,

@@ -93,12 +93,15 @@ _PANELS = {
 
 _OTHERS = """
 RUNTIME_DIR STATE_DIR JSON FORCE DRY_RUN RETRY LOG_FORMAT SPEC SCAN NUMBER SINCE FOLLOW PLOT TO WATCH MAX_STALENESS
-SIZE TENSORS READERS QUICK ONLY DIR TAKE_OVER QUIET MAX_LAG MAX_LAG_SECONDS
+SIZE TENSORS READERS QUICK ONLY DIR TAKE_OVER QUIET MAX_LAG MAX_LAG_SECONDS INIT
 """
 VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
-_VALUES = {"order": ["mtime", "step", "name"], "digest": ["sha256"]}
+KEEP_IN_STEP, LOOK, GO_BACK, MEASURE = "Keep in step", "Look", "Go back", "Measure"
+"""The panels of ``wsync --help``."""
+
+_VALUES = {"order": ["mtime", "step", "name", "arrival"], "digest": ["sha256"]}
 
 
 def names(incomplete: str) -> list[str]:
@@ -109,6 +112,32 @@ def names(incomplete: str) -> list[str]:
         return [name for name in segments(os.environ.get("WSYNC_RUNTIME_DIR")) if name.startswith(incomplete)]
     except (WsyncError, OSError):  # a prompt is no place to complain
         return []
+
+
+def specs(incomplete: str) -> list[str]:
+    """The TOML files whose paths begin so, and directories on the way to others."""
+    place, _, name = incomplete.rpartition("/")
+    try:
+        with os.scandir(place or ("/" if incomplete.startswith("/") else ".")) as entries:
+            found = [entry for entry in entries if entry.is_dir() or entry.name.endswith(".toml")]
+    except OSError:
+        return []
+    before = f"{place}/" if "/" in incomplete else ""
+    shown = [f"{before}{each.name}{'/' * each.is_dir()}" for each in found if each.name.startswith(name)]
+    return sorted(each for each in shown if name.startswith(".") or not each.removeprefix(before).startswith("."))
+
+
+def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """The versions on record of the segment that the command line names, newest first."""
+    from ..history.database import State
+
+    try:
+        with State(context.params.get("name") or "", context.params.get("state_dir")) as state:
+            events = state.events(kinds=("publish", "rollback"), limit=50)
+    except (WsyncError, OSError):
+        return []
+    found = {str(e.version): f"step {e.step}, {os.path.basename(e.checkpoint or 'memory')}" for e in reversed(events)}
+    return [(version, text) for version, text in found.items() if version.startswith(incomplete)]
 
 
 def option(flag: str, text: str, *short: str, shown: bool = False, **more: Any) -> Any:
@@ -128,7 +157,9 @@ def argument(metavar: str, text: str, **more: Any) -> Any:
     return typer.Argument(metavar=metavar, help=text, show_default=False, **more)
 
 
-SpecArgument = Annotated[str, argument("SPEC", "package.module:attr of the policy, or a TOML file.")]
+SpecArgument = Annotated[
+    str, argument("SPEC", "package.module:attr of the policy, or a TOML file.", autocompletion=specs)
+]
 NameArgument = Annotated[str, argument("NAME", "A segment.", autocompletion=names)]
 LogFormatOption = Annotated[
     str | None,

@@ -29,6 +29,7 @@ from ..errors import (
     UnusableBase,
     UsageError,
     WsyncError,
+    on_one_line,
     refused,
 )
 from ..history.outcome import Outcome, status_of
@@ -162,7 +163,8 @@ class Syncer:
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
             if isinstance(exc, IncompleteCheckpoint) and this.live and self.getter.holds(this.live.source):
                 return this.standing("current", newer=str(self.getter.checkpoints), reason=str(exc))
-            return this.outcome(status_of(exc, False), reason=str(exc), kind=exc.kind)
+            reason = on_one_line(str(exc), str(self.getter.checkpoints))
+            return this.outcome(status_of(exc, False), reason=reason, kind=exc.kind)
         except SegmentBusy as exc:
             return this.outcome("busy", reason=str(exc))
         except OSError as exc:  # whatever concerns a checkpoint alone was told as such
@@ -230,7 +232,7 @@ class Syncer:
             "rejected",
             step=self.getter.step_of(candidate),
             checkpoint=str(candidate.path),
-            reason=self.record.reason(candidate.identity),
+            reason=on_one_line(self.record.reason(candidate.identity), str(candidate.path)),
             identity=candidate.identity,
             known=not self.record.is_fresh(candidate.identity),
             live=this.live,
@@ -379,4 +381,5 @@ def _refusal(this: Pass, exc: CheckpointError | RetryLater, *, named: bool, **ab
         about: step, path and identity of the checkpoint.
     """
     differences = exc.differences
-    return this.outcome(status_of(exc, named), reason=exc.message, differences=differences, kind=exc.kind, **about)
+    reason = on_one_line(exc.message, str(about.get("checkpoint") or ""))
+    return this.outcome(status_of(exc, named), reason=reason, differences=differences, kind=exc.kind, **about)
