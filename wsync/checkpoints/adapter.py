@@ -111,7 +111,9 @@ def plan_of(adapter: TensorTable, base: TensorTable, layout: Layout, settings: F
     replaced = {entry.name for _, entry in own.pairs}
     added = {delta.entry.name for delta in deltas}
     kept = tuple(entry for entry in plan.kept if entry.name not in replaced)
-    return replace(own.without(added), kept=kept, merge=Merge(plan.without(replaced | added), tuple(deltas)))
+    built = tuple(entry for entry in plan.built if entry.name not in replaced)
+    merge = Merge(plan.without(replaced | added), tuple(deltas))
+    return replace(own.without(added), kept=kept, built=built, settings=settings, merge=merge)
 
 
 def _replace(

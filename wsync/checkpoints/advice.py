@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from ..layout.layout import Layout
+from ..layout.layout import Layout, TensorEntry
 from ..layout.names import bare
 from .fit import Fit
 from .header import StoredTensor
@@ -28,6 +28,8 @@ _WRAPPERS = (
     "actor_network.",
 )
 """What is put before the names of a policy, besides what ``match`` sees through."""
+_CONSTANTS = ("inv_freq", "original_inv_freq")
+_WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # that are tried at most
 _GLOBS = 32  # that are advised at most
@@ -57,20 +59,30 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
 def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> str:
     """What to say of a change; nothing where it does not make all fit."""
     found = _match(tensors, layout, settings, change)
+    absent = {row.name for row in found.rows if row.found == "absent"}
+    if absent and all(_is_rarely_saved(entry) for entry in layout.tensors if entry.name in absent):
+        change = {**change, "missing": "policy"}
+        found = _match(tensors, layout, settings, change)
     if found.unknown and len(found.rows) == len(found.unknown):
         change = {**change, **_left_out(found.unknown, layout, settings)}
         found = _match(tensors, layout, settings, change)
-    if found.rows or (found.kept and change):
+    if found.rows or (found.kept and change) or not found.pairs:
         return ""
     if not settings.cast and any(stored.dtype != entry.dtype for stored, entry in found.pairs):
         change = {**change, "cast": True}
     if not change:
         return ""
-    who = f"All {len(layout.tensors)} tensors of the policy" if not found.kept else "The tensors that come"
+    complete = not (found.kept or found.built)
+    who = f"All {len(layout.tensors)} tensors of the policy" if complete else "The tensors that come"
     words = " and ".join(f"{name} = {_toml(value)}" for name, value in change.items())
     told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
     options = _options(change)
     return f"{told} As options: `{options}`." if options else told
+
+
+def _is_rarely_saved(entry: TensorEntry) -> bool:
+    """Whether a tensor is a counter or a constant, which some trainers leave out: never a weight that is trained."""
+    return entry.dtype in _WHOLE or entry.name.rpartition(".")[2] in _CONSTANTS
 
 
 def _match(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> Match:
@@ -96,7 +108,8 @@ def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, ren
         wrapper: what is put before the names once the prefix is off.
         renamed: whether names are changed besides; then only those before every name of a common beginning are known.
     """
-    wanted = [[n.removeprefix(wrapper) for n in entry.names] for entry in layout.tensors]
+    trained = [entry for entry in layout.tensors if not _is_rarely_saved(entry)] or layout.tensors
+    wanted = [[n.removeprefix(wrapper) for n in entry.names] for entry in trained]
     if renamed:
         heads = {name[: name.find(".") + 1] for name in tensors}
         found = {*_WRAPPERS, *(heads if len(heads) <= _PREFIXES else ()), ""}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import UsageError
+from ..layout.layout import TensorEntry
 
+Built = Callable[[Iterable[str]], Mapping[str, bytes]]
+"""Gives the bytes of these tensors of the policy, as they are when it is built."""
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
 
@@ -26,7 +29,9 @@ class Fit:
         cast: floats of another float dtype are converted to the policy's.
         strict: every tensor of the policy must come, and no other; else what does not come keeps its live values, and
             what the policy does not know is passed over.
-        finite: NaN and infinity are refused.
+        finite: NaN and infinity are refused; not an infinity where the policy has it when it is built.
+        finite_except: globs of tensors that may hold infinities, never NaN.
+        missing: ``"policy"`` gives what does not come the value that the policy has when it is built.
         base: checkpoint that a PEFT adapter is merged into, where the policy has the base's names, not the adapter's.
     """
 
@@ -37,11 +42,16 @@ class Fit:
     cast: bool = False
     strict: bool = True
     finite: bool = True
+    finite_except: tuple[str, ...] = ()
+    missing: str = ""
     base: str = ""
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
     kept: int = field(default=0, repr=False)  # the version that kept live values, which is no file's; for the record
+    built: Built | None = field(default=None, repr=False, compare=False)  # asks the policy itself
 
     def __post_init__(self) -> None:
+        if self.missing not in ("", "policy"):
+            raise UsageError(f'weights.missing = {self.missing!r} is not known. Use "policy", or leave it out.')
         for old, new in self.rename.items():
             try:
                 expression = self._expression(old)
@@ -62,6 +72,10 @@ class Fit:
         if self.include and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
             return None
         return None if any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude) else name
+
+    def may_be_infinite(self, entry: TensorEntry) -> bool:
+        """Whether a tensor of the policy may hold infinities."""
+        return any(fnmatch.fnmatchcase(name, glob) for glob in self.finite_except for name in entry.names)
 
     @cached_property
     def _renames(self) -> list[tuple[str | re.Pattern[str], str]]:

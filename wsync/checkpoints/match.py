@@ -20,6 +20,7 @@ class Match(NamedTuple):
     pairs: list[Pair]
     twins: list[Pair]
     kept: list[TensorEntry]
+    built: list[TensorEntry]
     unknown: list[str]
 
 
@@ -29,7 +30,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
     What ``torch.compile`` and data parallels put into names is seen through.
     """
     taken, rows = _names(tensors, settings)
-    found = Match(rows, [], [], [], [])
+    found = Match(rows, [], [], [], [], [])
     wanted = {name for entry in layout.tensors for name in entry.names}
     for name, home in seen_through(taken, wanted).items():
         taken[home] = taken.pop(name)
@@ -45,12 +46,15 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
         if stored:
             found.pairs.append((stored[0], entry))
             found.twins.extend((t, entry) for t in stored[1:])
+        elif settings.missing == "policy":
+            found.built.append(entry)
         elif settings.strict or not settings.partial:
             rows.append(Difference(entry.name, entry.describe(), "absent"))
         else:
             found.kept.append(entry)
-    if not rows and len(found.kept) == len(layout.tensors):
-        rows += [Difference(entry.name, entry.describe(), "absent") for entry in found.kept]
+    absent = found.kept + found.built
+    if not rows and len(absent) == len(layout.tensors):
+        rows += [Difference(entry.name, entry.describe(), "absent") for entry in absent]
     return found
 
 

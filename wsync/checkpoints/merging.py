@@ -34,7 +34,7 @@ def read_into(
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
     if not clean:
-        raise staging.non_finite(adapter, weights, plan)
+        staging.check_finite(adapter, weights, plan)
 
 
 def _add(

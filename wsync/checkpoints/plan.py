@@ -7,7 +7,7 @@ What does not fit is told as a whole, tensor by tensor; and where one setting wo
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ class Plan:
         pairs: what is read of the checkpoint, and what it becomes.
         twins: further copies of a tied tensor, which must equal the one that is read.
         kept: tensors that do not come and keep their live values.
+        built: tensors that do not come and get the values of the policy as it is built.
         merge: what an adapter adds to its base, and what is read of that.
     """
 
@@ -47,6 +48,8 @@ class Plan:
     pairs: tuple[Pair, ...] = ()
     twins: tuple[Pair, ...] = ()
     kept: tuple[TensorEntry, ...] = ()
+    built: tuple[TensorEntry, ...] = ()
+    settings: Fit = field(default_factory=Fit)
     merge: Merge | None = None
 
     @cached_property
@@ -117,14 +120,16 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
     """
     global _last
     if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
-        return _last[3]
+        last = _last[3]  # with its reads, which were worked out
+        return last if last.settings.built is settings.built else replace(last, settings=settings)
     found = match(tensors, layout, settings)
     if found.rows:
         rows = tuple(sorted(found.rows, key=lambda row: row.name))
         if not settings.strict and not match(tensors, layout, replace(settings, partial=True)).rows:
             raise PartialCheckpoint(
                 f"{path} holds a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors do not "
-                "come. Nothing is live whose values they could keep. Publish a whole checkpoint first.",
+                "come. Nothing is live whose values they could keep. Publish a whole checkpoint first; or give them "
+                'the values of the policy when it is built: missing = "policy" in [weights], or --missing policy.',
                 rows,
             )
         from .advice import HOPELESS, advice  # which few passes need
@@ -134,7 +139,7 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
         is_foreign = told.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
         kind = ForeignCheckpoint if is_foreign else CheckpointMismatch
         raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {told}", rows)
-    plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept))
+    plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept), tuple(found.built), settings)
     _last = (tensors, layout, settings, plan)
     return plan
 

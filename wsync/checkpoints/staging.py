@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..errors import CheckpointMismatch, Difference, NonFiniteWeights
-from ..layout.finite import Region, all_finite, float_regions, not_finite
+from ..errors import CheckpointMismatch, Difference, NonFiniteWeights, UsageError, WsyncError
+from ..layout.finite import Region, all_finite, float_regions, has_nan, not_finite, same_infinities
 from ..layout.layout import TensorEntry
 from .cast import Piece, convert
 from .digest import Digest
@@ -14,6 +14,7 @@ from .header import StoredTensor
 from .plan import Plan
 from .table import TensorTable
 
+_NAMED = 8  # tensors that a message names at most
 Progress = Callable[[int], None] | None
 """Called with the number of bytes of each read."""
 
@@ -21,12 +22,26 @@ Progress = Callable[[int], None] | None
 def read_into(table: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress) -> None:
     """Reads what a plan without an adapter says; see ``Checkpoint.read_into``."""
     try:
+        fill(weights, plan)
         clean = stage(table, weights, plan, float_regions(plan.layout) if finite else (), progress)
         table.check_unchanged()  # P5 verify
     except OSError as exc:
         raise unreadable(table.path, exc) from exc
     if not clean:
-        raise non_finite(table, weights, plan)
+        check_finite(table, weights, plan)
+
+
+def fill(weights: memoryview, plan: Plan) -> None:
+    """Puts what does not come into the weights: the values of the policy as it is built."""
+    if not plan.built:
+        return
+    if plan.settings.built is None:
+        raise UsageError(
+            'missing = "policy" needs the policy of a spec. Publish with `wsync push SPEC` or `wsync watch SPEC`.'
+        )
+    for name, data in plan.settings.built([entry.name for entry in plan.built]).items():
+        entry = next(entry for entry in plan.built if entry.name == name)
+        weights[entry.offset : entry.offset + entry.nbytes] = data
 
 
 def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence[Region], progress: Progress) -> bool:
@@ -90,25 +105,59 @@ def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
     return table.source.digests if taken == sum(tensor.nbytes for tensor in table.tensors.values()) else ()
 
 
-def non_finite(table: TensorTable, weights: memoryview, plan: Plan) -> NonFiniteWeights:
-    """Tells what is not finite of all that was read."""
-    casts = {pair[1].name: pair for pair in plan.casts}
+def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
+    """Looks at what is not finite of all that was read, tensor by tensor.
+
+    Raises:
+        NonFiniteWeights: a tensor holds NaN, or an infinity that the settings and the policy as it is built do not.
+    """
     read = {entry.name for _, entry in plan.pairs}
     read |= {delta.entry.name for delta in plan.merge.deltas} if plan.merge else set()
-    rows = []
-    for name in (name for name in not_finite(weights, plan.layout) if name in read):
-        if (cast := casts.get(name)) and table.is_finite(cast[0]):
-            rows.append(Difference(name, f"within the range of {cast[1].dtype}", f"beyond it, as {cast[0].dtype}"))
-        else:
-            rows.append(Difference(name, "finite", "NaN or infinity"))
-    if any(row.expected == "finite" for row in rows):
-        return NonFiniteWeights(
-            f"{table.path} holds NaN or infinity in {len(rows)} of its tensors. It is never published; look at the "
-            "trainer, which has probably diverged.",
-            tuple(rows),
+    names = {*not_finite(weights, plan.layout)} & read
+    infinite, rows, beyond = [], [], []
+    casts = {entry.name: stored for stored, entry in plan.casts}
+    for entry in (entry for entry in plan.layout.tensors if entry.name in names):
+        stored = casts.get(entry.name)
+        if stored and table.is_finite(stored):
+            beyond.append(Difference(entry.name, f"within the range of {entry.dtype}", f"beyond it, as {stored.dtype}"))
+        elif has_nan(_part(weights, entry), entry.dtype):
+            rows.append(Difference(entry.name, "finite", "NaN or infinity"))
+        elif not plan.settings.may_be_infinite(entry):
+            infinite.append(entry)
+    if infinite and not rows and not beyond:
+        infinite = _unlike_the_policy(infinite, weights, plan)
+    rows += [Difference(entry.name, "finite", "NaN or infinity") for entry in infinite]
+    if rows:
+        advice = "It is never published; look at the trainer, which has probably diverged."
+        if len(infinite) == len(rows):
+            told = ", ".join(f'"{entry.name}"' for entry in infinite[:_NAMED]) + (", …" if infinite[_NAMED:] else "")
+            advice += f" If these infinities belong there, write finite_except = [{told}] in [weights]."
+        raise NonFiniteWeights(
+            f"{table.path} holds NaN or infinity in {len(rows) + len(beyond)} of its tensors. {advice}",
+            tuple(rows + beyond),
         )
-    return NonFiniteWeights(
-        f"{table.path} holds values in {len(rows)} of its tensors that are too large for the dtype that they are "
-        "cast to. It is never published; give the policy a dtype of a wider range, or look at the trainer.",
-        tuple(rows),
-    )
+    if beyond:
+        raise NonFiniteWeights(
+            f"{table.path} holds values in {len(beyond)} of its tensors that are too large for the dtype that they are "
+            "cast to. It is never published; give the policy a dtype of a wider range, or look at the trainer.",
+            tuple(beyond),
+        )
+
+
+def _unlike_the_policy(infinite: list[TensorEntry], weights: memoryview, plan: Plan) -> list[TensorEntry]:
+    """Those that hold an infinity where the policy, as it is built, does not hold the same one."""
+    if plan.settings.built is None:
+        return infinite
+    try:
+        built = plan.settings.built([entry.name for entry in infinite])
+    except WsyncError:  # it cannot be built; then nothing is known of it
+        return infinite
+    return [
+        entry
+        for entry in infinite
+        if not same_infinities(_part(weights, entry), memoryview(built[entry.name]), entry.dtype)
+    ]
+
+
+def _part(weights: memoryview, entry: TensorEntry) -> memoryview:
+    return weights[entry.offset : entry.offset + entry.nbytes]

@@ -98,7 +98,7 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
             if name == "webhook" and value:
                 value = "(set; may hold a secret)"
             option = f"metrics_{name}" if table == "metrics" and name != "max_staleness" else name
-            if name not in ("partial", "kept"):
+            if name not in ("partial", "kept", "built"):
                 add(f"{table}.{name}", value, toml.get(table, {}), option)
     return rows
 

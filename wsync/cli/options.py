@@ -53,6 +53,8 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "strict": ("weights", bool, "Every tensor must come, and no other. (default: strict)"),
     "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),
     "finite": ("weights", bool, "Refuse NaN and infinity. (default: finite)"),
+    "finite_except": ("weights", list[str], "Glob of tensors that may hold infinities; may be given again."),
+    "missing": ("weights", str, "policy: what does not come has the value of the policy when it is built."),
     "gate": ("hooks", str, "package.module:function, or a shell command, that must accept staged weights."),
     "gate_timeout": ("hooks", float, "Seconds it may take; longer rejects. (default: 60)"),
     "exec": ("hooks", str, "Shell command after a publish."),
@@ -101,7 +103,7 @@ VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OT
 KEEP_IN_STEP, LOOK, GO_BACK, MEASURE = "Keep in step", "Look", "Go back", "Measure"
 """The panels of ``wsync --help``."""
 
-_VALUES = {"order": ["mtime", "step", "name", "arrival"], "digest": ["sha256"]}
+_VALUES = {"order": ["mtime", "step", "name", "arrival"], "digest": ["sha256"], "missing": ["policy"]}
 
 
 def names(incomplete: str) -> list[str]:

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -200,8 +200,9 @@ class Record:
 
 
 def fit_to_json(fit: Fit) -> str:
-    left_out = ("partial",) if fit.kept else ("partial", "kept")
-    return json.dumps({name: value for name, value in asdict(fit).items() if name not in left_out})
+    left_out = {"partial", "built"} if fit.kept else {"partial", "built", "kept"}
+    named = {field.name: getattr(fit, field.name) for field in fields(fit) if field.name not in left_out}
+    return json.dumps({name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()})
 
 
 def fit_from_json(text: str | None) -> Fit:

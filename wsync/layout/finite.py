@@ -20,6 +20,7 @@ _NON_FINITE = {
     "F8_E5M2": ("1", 0x7C),
     "F8_E4M3": ("1", 0x7F),
 }
+_WITH_INFINITY = {*_NON_FINITE} - {"F8_E4M3"}
 _NAN_BYTE = {
     "F8_E4M3FNUZ": 0x80,
     "F8_E5M2FNUZ": 0x80,
@@ -75,6 +76,28 @@ def is_finite(floats: memoryview, dtype: str) -> bool:
     sign, step = 1 << (8 * int(width) - 1), _PIECE // int(width)
     pieces = (bits[at : at + step] for at in range(0, len(bits), step))  # the second look finds them in the cache
     return all(int(piece.max()) < sign | limit and int(piece.view(f"i{width}").max()) < limit for piece in pieces)
+
+
+def has_nan(floats: memoryview, dtype: str) -> bool:
+    """Whether floats of one dtype hold NaN; bytes of any other dtype do not."""
+    import numpy as np
+
+    if dtype not in _WITH_INFINITY:
+        return not is_finite(floats, dtype)
+    width, infinity = _NON_FINITE[dtype]
+    sign = 1 << (8 * int(width) - 1)
+    return bool((np.frombuffer(floats, f"u{width}") & (sign - 1) > infinity).any())
+
+
+def same_infinities(floats: memoryview, others: memoryview, dtype: str) -> bool:
+    """Whether, wherever floats of one dtype are infinite, the others are the same infinity."""
+    import numpy as np
+
+    width, infinity = _NON_FINITE[dtype]
+    sign = 1 << (8 * int(width) - 1)
+    bits, theirs = np.frombuffer(floats, f"u{width}"), np.frombuffer(others, f"u{width}")
+    infinite = bits & (sign - 1) == infinity
+    return bits.shape == theirs.shape and bool((bits[infinite] == theirs[infinite]).all())
 
 
 def not_finite(weights: memoryview, layout: Layout) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from ..errors import SpecError, WsyncError
 from ..layout.layout import Layout
 from .spec import Spec
@@ -14,14 +17,20 @@ def layout_of_spec(spec: Spec) -> Layout:
         SpecError: the policy cannot be imported or built, or is none.
         WsyncError: that process was ended, or torch cannot be loaded.
     """
+    from .user_code import read_layout
+
+    layout: Layout = ask_policy(spec, read_layout)
+    return layout
+
+
+def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
+    """What a function finds out about the policy of a spec, in a process of its own; raises as ``layout_of_spec``."""
     import subprocess
 
     from ..system import child
-    from .user_code import read_layout
 
-    answer: Layout | WsyncError | None
     answer, ended = child.ask(
-        read_layout, spec, run=lambda words, link: subprocess.run(words, stdin=link, stdout=2, check=False)
+        question, spec, *more, run=lambda words, link: subprocess.run(words, stdin=link, stdout=2, check=False)
     )
     if isinstance(answer, WsyncError):
         raise answer

@@ -31,7 +31,7 @@ MAX_KEEP = 1000
 HISTORY = 100_000  # 30 MB, and as much for other events; at one version a minute in two months
 
 _TABLES = {"select": Select, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
-_INTERNAL = ("partial", "kept")  # fields of a table that are no settings
+_INTERNAL = ("partial", "kept", "built")  # fields of a table that are no settings
 _KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's type
     "str": str,
     "Literal": str,

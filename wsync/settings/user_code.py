@@ -10,7 +10,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,24 @@ def read_layout(spec: Spec) -> Layout:
 def _layout_of(policy: torch.nn.Module) -> Layout:
     check_takes_copies(named_tensors(policy))
     return layout_of(policy)
+
+
+def read_built(spec: Spec, names: Collection[str]) -> dict[str, bytes]:
+    """The bytes of these tensors of the policy, as it is built in this process.
+
+    Raises:
+        SpecError: it cannot be imported or built, or has other tensors than it had.
+        WsyncError: torch cannot be loaded.
+    """
+    import torch
+
+    tensors = dict(named_tensors(build(spec)))
+    if gone := sorted(set(names) - tensors.keys()):
+        raise SpecError(f"{spec.policy} has no {gone[0]!r} when it is built. Check that it is always built alike.")
+    return {
+        name: tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        for name in names
+    }
 
 
 def build(spec: Spec) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from ..history.record import Record
 from ..segment.files import Publication
 from ..segment.publisher import Source, Staged, publish
 from ..segment.writable import WritableSegment
+from ..settings.built import built_by
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
@@ -42,6 +43,7 @@ class Box:
         stop: ends a gate early, once set.
         version: that this box published last; 0 before.
         claim: whose versions this box may replace.
+        built: gives values of the policy as it is built.
     """
 
     def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record) -> None:
@@ -52,6 +54,7 @@ class Box:
         self.stop: threading.Event | None = None
         self.version = 0
         self.claim = Claim(spec.name, spec.origin)
+        self.built = built_by(spec)
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
@@ -87,7 +90,7 @@ class Box:
             publication = publish(
                 segment,
                 source,
-                fit=fit,
+                fit=replace(fit, built=self.built),
                 spec=self.spec.fingerprint,
                 progress=self.counter(segment.layout.nbytes),
                 gate=look.staged,

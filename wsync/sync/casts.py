@@ -1,4 +1,4 @@
-"""Tells of each conversion of a dtype once."""
+"""Tells of each conversion of a dtype once, and of each tensor that did not come and has the value of the policy."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from ..checkpoints.checkpoint import Checkpoint
 
 
 class Casts:
-    """The conversions that were told of."""
+    """What was told."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str, str]] = set()
+        self._told: set[tuple[str, str]] = set()
 
     def new(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """A line for the new conversions of a planned checkpoint between the same two dtypes."""
+        """A line for what is new in the plan of a checkpoint, and the same for several tensors."""
         groups: dict[str, list[str]] = {}
-        for stored, entry in checkpoint.planned.conversions if checkpoint.planned else ():
-            if (cast := (stored.name, stored.dtype, entry.dtype)) not in self._told:
-                self._told.add(cast)
-                groups.setdefault(f"{stored.dtype} to {entry.dtype}", []).append(stored.name)
+        if plan := checkpoint.planned:
+            said = [(stored.name, f"cast from {stored.dtype} to {entry.dtype}") for stored, entry in plan.conversions]
+            said += [(entry.name, "not in the checkpoint, and as when the policy is built") for entry in plan.built]
+            for name, words in said:
+                if (name, words) not in self._told:
+                    self._told.add((name, words))
+                    groups.setdefault(words, []).append(name)
         return tuple(
-            f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} cast from {dtypes}: "
+            f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {words}: "
             + ", ".join(names[:5])
             + (", …" if len(names) > 5 else "")
-            for dtypes, names in groups.items()
+            for words, names in groups.items()
         )

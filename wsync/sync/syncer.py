@@ -335,9 +335,8 @@ class Syncer:
             return outcome
 
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
-        rehearse(
-            layout, checkpoint, self.updater.opened, fit=self.spec.weights, progress=self.box.counter(layout.nbytes)
-        )
+        fit, progress = replace(self.spec.weights, built=self.box.built), self.box.counter(layout.nbytes)
+        rehearse(layout, checkpoint, self.updater.opened, fit=fit, progress=progress)
         return this.outcome(
             "checked",
             step=checkpoint.step,
