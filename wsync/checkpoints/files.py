@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
-from ..layout.filenames import ADAPTER, CONFIG, FORMS, INDEX, INDEX_SUFFIX, MAX_INDEX, SINGLE, is_file_name
+from ..layout.filenames import ADAPTER, CONFIG, FORMS, INDEX, INDEX_SUFFIX, MAX_INDEX, MAX_TENSORS, SINGLE, is_file_name
 from ..system.memory import read_at
 
 if TYPE_CHECKING:
@@ -248,7 +248,10 @@ def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]
 
 def _weight_map(index: Path) -> dict[str, Any]:
     try:
-        held = json.loads(read_small(index, MAX_INDEX))
+        data = read_small(index, MAX_INDEX)
+        if (names := data.count(b'"') // 4) > MAX_TENSORS + 1000:
+            raise ValueError(f"it names some {names:,} tensors, over the bound of {MAX_TENSORS:,}")
+        held = json.loads(data)
         table = held.get("weight_map") if isinstance(held, dict) else None
         if not isinstance(table, dict) or not table:
             raise ValueError("no weight_map")

@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import IncompleteCheckpoint, MalformedCheckpoint
+from ..layout.filenames import MAX_TENSORS
 from ..layout.layout import DTYPE_BITS, describe
+from . import foreign
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
+# More than a policy has: the largest mixtures of experts have some 210,000 tensors, numpy takes 64 dimensions, and the
+# longest names have a few hundred letters. A header of the size that the format allows could take a minute to parse.
+MAX_RANK = 128
+MAX_NAME = 4096  # characters
+MAX_METADATA = 10_000_000  # characters: configurations and vocabularies are kept there
+_MAX_SIZES = 20 * MAX_TENSORS  # of all shapes and offsets together
+_IN_METADATA = 100_000  # braces, in a configuration that is kept as JSON
+_MAX_ENTRY = MAX_NAME + 500  # bytes
 _DEEPEST = 126  # tables and lists of one entry within one another, as the official reader has it
 _FIRST = '{"__metadata__":{'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
@@ -51,6 +61,11 @@ def read_header(
         MalformedCheckpoint: anything that the official reader refuses as well.
     """
     head = read(min(1 << 16, size), 0)
+    if kind := foreign.kind_of(head):
+        raise MalformedCheckpoint(
+            f"{path} is {kind}, not a safetensors file. wsync never opens one, since loading it can run any code. Let "
+            f"the trainer write safetensors: {foreign.instead(path.name)}"
+        )
     if len(head) < 8:
         raise _incomplete(path, size, "its length field has 8")
     length = int.from_bytes(head[:8], "little")
@@ -63,6 +78,8 @@ def read_header(
         text += read(length - len(text), 8 + len(text))
     if len(text) < length:
         raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
+    if why := _too_large(text):
+        raise malformed(path, f"its header {why}, more than a policy has")
     try:
         own, rest = _split(text.decode())
         known = _table if length <= _KEPT else _table.__wrapped__  # a hostile one must not stay
@@ -78,6 +95,18 @@ def read_header(
     if end < size:
         raise malformed(path, f"it has {size - end:,} bytes more than its header says")
     return table, own or metadata or {}
+
+
+def _too_large(text: bytes) -> str:
+    """Why a header is not even parsed; empty where it is. Looks at its bytes alone, 100 MB of them in 0.2 s."""
+    tensors, sizes, strings = text.count(b"{"), text.count(b","), text.count(b'"')
+    if tensors > MAX_TENSORS + _IN_METADATA:
+        return f"has {tensors:,} entries"
+    if sizes > _MAX_SIZES or strings > _MAX_SIZES:
+        return f"has {max(sizes, strings):,} sizes and names"
+    if len(text) > MAX_METADATA + tensors * _MAX_ENTRY:
+        return f"takes {len(text):,} bytes for {tensors:,} entries"
+    return ""
 
 
 def _incomplete(path: Path, size: int, says: str) -> IncompleteCheckpoint:
@@ -99,6 +128,8 @@ def _split(text: str) -> tuple[dict[str, str], str]:
     """
     if text.startswith(_FIRST):
         metadata, end = _JSON.raw_decode(text, len(_FIRST) - 1)
+        if end > MAX_METADATA:
+            raise ValueError(f"its __metadata__ takes {end:,} characters, over the bound of {MAX_METADATA:,}")
         if text[end : end + 2] == ',"' and metadata and _are_strings(metadata) and "\\u" not in text[:end]:
             return metadata, "{" + text[end + 1 :]
     return {}, text
@@ -120,6 +151,10 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     header.pop("__metadata__", None)
     if metadata is not None and not _are_strings(metadata):
         raise ValueError("its __metadata__ is not a table of strings")
+    if metadata and sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA:
+        raise ValueError(f"its __metadata__ is over the bound of {MAX_METADATA:,} characters")
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"it has {len(header):,} tensors, over the bound of {MAX_TENSORS:,}")
     stored = [_stored(name, info, data, number) for name, info in header.items()]
     stored.sort(key=lambda t: (t.start, t.nbytes))
     end = data
@@ -132,6 +167,8 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
 
 def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
     """One entry of a header."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"the name {name[:100]!r} … has {len(name):,} characters, over the bound of {MAX_NAME:,}")
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
         raise ValueError(f"the entry of {name!r} does not have dtype, shape and data_offsets")
     if len(info) > len(_KEYS) and _depth(info) > _DEEPEST:
@@ -141,6 +178,8 @@ def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
         raise ValueError(f"{name!r} has the unknown dtype {dtype!r}"[:200])
     if not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise ValueError(f"{name!r} has an impossible shape or byte range")
+    if len(shape) > MAX_RANK:
+        raise ValueError(f"{name!r} has {len(shape):,} dimensions, over the bound of {MAX_RANK}")
     elements = 1
     for size in shape:
         elements *= size

@@ -21,6 +21,7 @@ FORMS = (
 )
 """The files by which a directory is known as a checkpoint; the first that is there counts, or its index if newer."""
 MAX_INDEX = 100_000_000  # bytes, as for a header
+MAX_TENSORS = 300_000  # of one checkpoint: the largest mixtures of experts have some 210,000
 
 
 def shards_of(index: bytes) -> list[str]:

@@ -197,11 +197,13 @@ class CheckpointWeightGetter:
         if self.select.marker:
             wanted.append(f'a marker "{self.select.marker}" that is no older than its checkpoint')
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
+        from ..checkpoints import foreign
         from .passed_over import passed_over
 
         return NoCheckpoint(
             f"there is no complete checkpoint in {self.checkpoints} yet{asked}. "
             f"{passed_over(self.checkpoints, self.select)}It is looked at again at the next pass."
+            + foreign.found_in(self.checkpoints)
         )
 
 
