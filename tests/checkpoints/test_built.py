@@ -126,8 +126,8 @@ def test_the_advice_names_the_setting_for_what_is_rarely_saved(tmp_path: Path) -
     """Guards the way out where nothing would ever go live, beside other settings, and never for a trained weight."""
     with pytest.raises(CheckpointMismatch, match='fit with the setting missing = "policy" in .*--missing=policy'):
         staged(tmp_path, without(*RARE), Fit())
-    prefixed = {f"module.{name}": tensor for name, tensor in without(*RARE).items()}
-    with pytest.raises(CheckpointMismatch, match='prefix = "module." and missing = "policy"'):
+    prefixed = {f"learner.{name}": tensor for name, tensor in without(*RARE).items()}
+    with pytest.raises(CheckpointMismatch, match='prefix = "learner." and missing = "policy"'):
         staged(tmp_path, prefixed, Fit())
     with pytest.raises(CheckpointMismatch) as refusal:
         staged(tmp_path, without("linear.weight", *RARE), Fit())

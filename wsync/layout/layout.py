@@ -19,7 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Difference, SpecError
-from .names import seen_through
+from .names import bare, seen_through
 
 if TYPE_CHECKING:
     import torch
@@ -204,14 +204,63 @@ def _tie(entry: TensorEntry, name: str) -> str:
 
 
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of a module, each under every name that it has in the module.
+    """Parameters and persistent buffers of a module, each under every name that it has in its ``state_dict()``.
+
+    Those are the names under which trainers save. They may be others than its modules have, as where one is wrapped for
+    activation checkpointing. A tensor that is not in the ``state_dict()`` has the name that its modules give it.
 
     The names are those inside of what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap around
-    modules. The tables of the modules are read as ``state_dict()`` reads them, for a subclass may override
-    ``named_parameters``.
+    modules.
 
     Raises:
         SpecError: the module's own code failed.
+    """
+    saved = _saved_names(module)
+    for name, tensor in _in_modules(module):
+        others = saved.get(id(tensor)) or saved.get(_place(tensor)) or () if saved else ()
+        same = [other for other in others if bare(other) == bare(name)]
+        for each in (min([name, *same], key=len),) if same or not others else map(bare, others):
+            yield each, tensor
+
+
+def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
+    """The names of tensors in a ``state_dict()`` that may name them otherwise; empty where it is torch's own."""
+    import torch
+
+    own = torch.nn.Module
+    if not any(
+        getattr(each, "_state_dict_hooks", None)
+        or getattr(each, "_state_dict_pre_hooks", None)
+        or type(each).state_dict is not own.state_dict
+        or type(each)._save_to_state_dict is not own._save_to_state_dict
+        for each in module.modules()
+    ):
+        return {}
+    names: dict[object, list[str]] = {}
+    try:
+        saved = module.state_dict(keep_vars=True)
+        for name, tensor in saved.items():
+            if isinstance(tensor, torch.Tensor):
+                for key in {id(tensor), _place(tensor)}:
+                    names.setdefault(key, []).append(name)
+    except Exception:  # the user's code, or a kind of module that cannot save itself here
+        return {}
+    return names
+
+
+def _place(tensor: torch.Tensor) -> object:
+    """The same for tensors that are one in memory."""
+    try:
+        where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return where if tensor.numel() else id(tensor)
+    except (RuntimeError, ValueError, NotImplementedError):  # a lazy one, or one without a storage
+        return id(tensor)
+
+
+def _in_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, each under every name that it has in the module.
+
+    The tables of the modules are read as ``state_dict()`` reads them, for a subclass may override ``named_parameters``.
     """
     try:
         for prefix, owner in named_modules(module):
