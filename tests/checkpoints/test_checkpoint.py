@@ -95,7 +95,7 @@ def patterns(dtype: str, *shape: int) -> torch.Tensor:
 # Honest files
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in TORCH_DTYPES if dtype != "F4"])  # of which torch makes no values
 def test_each_dtype_is_read_to_the_bit(dtype: str, tmp_path: Path) -> None:
     """Guards that matrices, scalars and empty tensors of each dtype come out as the official writer put them in."""
     state = {"matrix": patterns(dtype, 5, 3), "scalar": patterns(dtype), "empty": patterns(dtype, 0, 4)}

@@ -52,7 +52,7 @@ class Deep(nn.Module):
 def all_dtypes() -> nn.Module:
     """One buffer of each dtype that torch and safetensors share."""
     return Holder(
-        **{f"x_{attribute}": torch.zeros(3).to(getattr(torch, attribute)) for attribute in TORCH_DTYPES.values()}
+        **{f"x_{attribute}": torch.empty(3, dtype=getattr(torch, attribute)) for attribute in TORCH_DTYPES.values()}
     )
 
 

@@ -28,7 +28,7 @@ from . import plan as plan_module
 from .adapter_config import Config, read_config
 from .cast import Pair
 from .files import place_at, unreadable
-from .fit import FLOATS, Fit
+from .fit import FLOATS, Fit, is_castable
 from .header import StoredTensor
 from .plan import Delta, Merge, Plan
 from .table import TensorTable
@@ -133,7 +133,7 @@ def _replace(
         more = None if entry else _MORE.match(bare)
         if more:  # it belongs to a weight, and is left out with it alone
             name = settings.name(f"{more[1]}.weight")
-        castable = settings.cast and entry and {tensor.dtype, entry.dtype} <= FLOATS
+        castable = settings.cast and entry and is_castable(tensor.dtype, entry.dtype)
         if name is None or not (entry or more or settings.strict):
             continue
         if entry is None or tensor.shape != entry.shape or not (tensor.dtype == entry.dtype or castable):

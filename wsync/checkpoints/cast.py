@@ -1,4 +1,4 @@
-"""Floats of one dtype as those of another, with numpy: a publisher that casts need not import torch.
+"""Floats, and integers, of one dtype as those of another, with numpy: a publisher that casts need not import torch.
 
 Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
 then finds. The eight-bit floats alone are left to torch: ml_dtypes makes another value of what is too large for them.
@@ -16,6 +16,7 @@ from .header import StoredTensor
 Pair = tuple[StoredTensor, TensorEntry]
 """What is stored, and what it becomes."""
 _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8"}
+_INTEGERS = {"U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "I32": "i4", "U32": "u4", "I64": "i8", "U64": "u8"}
 
 
 class Piece(NamedTuple):
@@ -69,14 +70,27 @@ def split(row: Piece, most: int) -> Iterator[Piece]:
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
-    """The bytes of floats of dtype ``source`` as bytes of dtype ``target``, in ``out`` where one is given.
+    """The bytes of numbers of dtype ``source`` as bytes of dtype ``target``, in ``out`` where one is given.
+
+    Integers are converted where each value stays what it is.
 
     It does so in one call without the interpreter's lock, so that two threads convert twice as fast as one.
+
+    Raises:
+        OverflowError: an integer is beyond the target's range.
     """
     if out is None:
         out = memoryview(bytearray(len(data) * DTYPE_BITS[target] // DTYPE_BITS[source]))
     if source == target:
         out[:] = data
+    elif source in _INTEGERS:
+        import numpy as np
+
+        whole: Any = np.frombuffer(data, _INTEGERS[source])
+        bounds = np.iinfo(_INTEGERS[target])
+        if len(whole) and not bounds.min <= int(whole.min()) <= int(whole.max()) <= bounds.max:
+            raise OverflowError(f"{source} values up to {int(whole.max())} are none of {target}")
+        np.copyto(np.frombuffer(out, _INTEGERS[target]), whole, casting="unsafe")
     elif {source, target} <= {*_NUMPY, "BF16"}:
         import numpy as np
 

@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
-from ..layout.filenames import ADAPTER, CONFIG, FORMS, INDEX, INDEX_SUFFIX, MAX_INDEX, MAX_TENSORS, SINGLE, is_file_name
+from ..layout.filenames import (
+    ADAPTER,
+    CONFIG,
+    FORMS,
+    INDEX,
+    INDEX_SUFFIX,
+    MAX_INDEX,
+    MAX_TENSORS,
+    SINGLE,
+    SUFFIX,
+    is_file_name,
+)
 from ..system.memory import read_at
 
 if TYPE_CHECKING:
@@ -303,8 +314,12 @@ def _forbidden(path: Path, reason: str) -> CheckpointError:
         return CheckpointError(
             f"{path} cannot be reached by {user} ({reason}): {whose}. Give it access to the directories above."
         )
+    why = ""
+    if stat.S_IMODE(info.st_mode) == 0o600 and path.name.endswith(SUFFIX):
+        why = " safetensors 0.8 writes files that only their owner can read, whatever the umask is."
     return CheckpointError(
-        f"{whose} and cannot be read by {user} ({reason}). Let the trainer make it readable, or run wsync as its owner."
+        f"{whose} and cannot be read by {user} ({reason}).{why} Let the trainer make it readable (os.chmod(path, "
+        "0o644) once it is saved), or run wsync as its owner."
     )
 
 

@@ -13,7 +13,13 @@ from ..layout.layout import TensorEntry
 
 Built = Callable[[Iterable[str]], Mapping[str, bytes]]
 """Gives the bytes of these tensors of the policy, as they are when it is built."""
+INTEGERS = {"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
+
+
+def is_castable(source: str, target: str) -> bool:
+    """Whether values of one dtype can be converted to another."""
+    return {source, target} <= FLOATS or {source, target} <= INTEGERS
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Fit:
             between slashes; its groups are ``\\1`` … in the new one.
         include: only names that match one of these globs are taken; empty takes all.
         exclude: names that match one of these globs are not.
-        cast: floats of another float dtype are converted to the policy's.
+        cast: floats of another float dtype are converted to the policy's, and integers of another width whose values it
+            can hold.
         strict: every tensor of the policy must come, and no other; else what does not come keeps its live values, and
             what the policy does not know is passed over.
         finite: NaN and infinity are refused; not an infinity where the policy has it when it is built.

@@ -9,7 +9,7 @@ from ..errors import Difference
 from ..layout.layout import Layout, TensorEntry, describe
 from ..layout.names import seen_through
 from .cast import Pair
-from .fit import FLOATS, Fit
+from .fit import Fit, is_castable
 from .header import StoredTensor
 
 
@@ -40,7 +40,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
     for entry in layout.tensors:
         stored = [taken[name] for name in entry.names if name in taken]
         for tensor in stored:
-            castable = settings.cast and {tensor.dtype, entry.dtype} <= FLOATS
+            castable = settings.cast and is_castable(tensor.dtype, entry.dtype)
             if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
         if stored:

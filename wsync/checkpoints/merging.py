@@ -33,6 +33,8 @@ def read_into(
         adapter.check_unchanged()  # part of P5, for the adapter
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
+    except OverflowError as exc:
+        raise staging.too_large(adapter.path, exc) from exc
     if not clean:
         staging.check_finite(adapter, weights, plan)
 

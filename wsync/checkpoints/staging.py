@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ..errors import CheckpointMismatch, Difference, NonFiniteWeights, UsageError, WsyncError
 from ..layout.finite import Region, all_finite, float_regions, has_nan, not_finite, same_infinities
@@ -27,8 +28,17 @@ def read_into(table: TensorTable, weights: memoryview, plan: Plan, *, finite: bo
         table.check_unchanged()  # P5 verify
     except OSError as exc:
         raise unreadable(table.path, exc) from exc
+    except OverflowError as exc:
+        raise too_large(table.path, exc) from exc
     if not clean:
         check_finite(table, weights, plan)
+
+
+def too_large(path: Path, exc: OverflowError) -> CheckpointMismatch:
+    return CheckpointMismatch(
+        f"{path} holds integers that the policy's dtype cannot hold: {exc}. Write them in the policy's dtype, or "
+        "give the policy a wider one."
+    )
 
 
 def fill(weights: memoryview, plan: Plan) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _DTYPES: dict[str, tuple[int, str | None]] = {
     "BOOL": (8, "bool"),
-    "F4": (4, None),
+    "F4": (4, "float4_e2m1fn_x2"),
     "F6_E2M3": (6, None),
     "F6_E3M2": (6, None),
     "U8": (8, "uint8"),
@@ -333,7 +333,8 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
         dtype = _FROM_TORCH.get(str(tensor.dtype))
         if dtype is None:
             raise SpecError(f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold.")
-        shapes[name] = (dtype, shape)
+        packed = (*shape[:-1], shape[-1] * 2) if dtype == "F4" and shape else shape
+        shapes[name] = (dtype, packed)
         where = (storage, tensor.storage_offset(), shape, tensor.stride(), dtype)
         groups.setdefault(where if tensor.numel() else name, []).append(name)
     if not shapes:
@@ -346,6 +347,11 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
     return Layout.build(firsts, ties)
 
 
+def torch_shape(entry: TensorEntry) -> tuple[int, ...]:
+    """The shape that torch gives a tensor: two floats of four bits are one of its elements."""
+    return (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "F4" and entry.shape else entry.shape
+
+
 def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[torch.Tensor]:
     """The tensors of a layout whose first byte is at ``start`` of a storage, in the layout's order."""
     import torch
@@ -353,7 +359,8 @@ def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[tor
     tensors = []
     for entry in layout.tensors:
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        strides = torch.empty(entry.shape, device="meta").stride()
+        shape = torch_shape(entry)
+        strides = torch.empty(shape, device="meta").stride()
         first = (start + entry.offset) // dtype.itemsize
-        tensors.append(torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, entry.shape, strides))
+        tensors.append(torch.empty(0, dtype=dtype, device=storage.device).set_(storage, first, shape, strides))
     return tensors

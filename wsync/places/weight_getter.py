@@ -20,7 +20,7 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.files import led_to, place_at
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
-from ..layout.layout import TORCH_DTYPES, Layout
+from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
 from .candidates import Candidate, Select, scan, select
 
@@ -247,7 +247,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
                 f"{checkpoint.path}: {entry.name} is {entry.describe()}, which torch has no tensors of. Convert it."
             )
         part = memory[entry.offset : entry.offset + entry.nbytes]
-        tensors[entry.name] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(entry.shape)
+        tensors[entry.name] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(torch_shape(entry))
     try:
         nested: TensorDict = TensorDict(tensors).unflatten_keys(".")
     except (KeyError, ValueError) as exc:
