@@ -114,21 +114,36 @@ class Checkpoint:
         try:
             return plan_of(self.tensors, layout, settings, self.path)
         except (CheckpointMismatch, PartialCheckpoint) as exc:
-            if not self.table.parts.is_adapter or (isinstance(exc, PartialCheckpoint) and not settings.base):
+            if not self.table.parts.is_adapter:
                 if isinstance(exc, CheckpointMismatch):
                     from . import siblings
 
                     raise siblings.named(exc, self.table.parts, layout, settings) from None
                 raise
-            if not settings.base:
-                raise CheckpointMismatch(
-                    f"{self.path} is an adapter, and the policy has no adapters. Name the weights that it is merged "
-                    'into: base = "…" in [weights].',
-                    exc.differences,
-                ) from None
-        from . import adapter  # few checkpoints are adapters
+            return self._plan_adapter(layout, settings, exc)
 
-        self._base = self._base or adapter.open_base(settings.base, self.path)
+    def _plan_adapter(self, layout: Layout, settings: Fit, exc: CheckpointMismatch | PartialCheckpoint) -> Plan:
+        """The plan of an adapter: for the policy's own adapter, where it has one that fits, else merged into a base.
+
+        Args:
+            exc: why it does not fit as it is.
+        """
+        from . import adapter, own_adapter  # few checkpoints are adapters
+
+        own = own_adapter.named_by_policy(self.tensors, layout)
+        if own is None and not settings.base:
+            has = own_adapter.has_adapters(layout)
+            policy = "the policy's own adapters have other tensors" if has else "the policy has no adapters"
+            raise CheckpointMismatch(
+                f"{self.path} is an adapter, and {policy}. Name the weights that it is merged "
+                'into: base = "…" in [weights].',
+                exc.differences,
+            ) from None
+        if settings.base:
+            self._base = self._base or adapter.open_base(settings.base, self.path)
+        if own is not None:
+            return own_adapter.plan_own(own, self._base.tensors if self._base else None, layout, settings, self.path)
+        assert self._base
         return adapter.plan_of(self.table, self._base, layout, settings)
 
     @property
