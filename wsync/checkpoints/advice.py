@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ..layout.names import bare
 from .fit import Fit
 from .header import StoredTensor
 from .match import Match, match
+from .renames import guesses
 
 _WRAPPERS = (
     "base_model.model.",  # PEFT
@@ -30,6 +32,7 @@ _WRAPPERS = (
 """What is put before the names of a policy, besides what ``match`` sees through."""
 _CONSTANTS = ("inv_freq", "original_inv_freq")
 _WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
+_EXPERT = re.compile(r"experts\.\d+\.")  # one of those that a module may hold fused
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # that are tried at most
 _GLOBS = 32  # that are advised at most
@@ -53,6 +56,11 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
     if takes_part and settings.partial:
         few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"
         other += f" If a part is meant, strict = false (--no-strict) takes {few} and keeps the rest as it is."
+    if any(_EXPERT.search(name) for name in tensors) and not any(_EXPERT.search(e.name) for e in layout.tensors):
+        other += (
+            " If transformers wrote it in the hub's layout, save_pretrained(..., save_original_format=False) writes "
+            "the names of the modules."
+        )
     return f"{HOPELESS}{other}"
 
 
@@ -99,6 +107,8 @@ def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change
             yield changed
         for prefix in _prefixes(tensors, layout, settings, wrapper, renamed):
             yield {"prefix": prefix, **changed}
+    for renames in guesses(tensors, layout, settings):
+        yield {"rename": {**settings.rename, **renames}}
 
 
 def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, renamed: bool) -> Iterable[str]:

@@ -9,6 +9,7 @@ from ..errors import Difference
 from ..layout.layout import Layout, TensorEntry, describe
 from ..layout.names import seen_through
 from .cast import Pair
+from .experts import fused
 from .fit import Fit, is_castable
 from .header import StoredTensor
 
@@ -27,13 +28,20 @@ class Match(NamedTuple):
 def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
     """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have.
 
-    What ``torch.compile`` and data parallels put into names is seen through.
+    What ``torch.compile`` and data parallels put into names is seen through, and experts are fused.
     """
     taken, rows = _names(tensors, settings)
     found = Match(rows, [], [], [], [], [])
+    whole: set[str] = set()  # what is fused of several
     wanted = {name for entry in layout.tensors for name in entry.names}
     for name, home in seen_through(taken, wanted).items():
         taken[home] = taken.pop(name)
+    for entry in layout.tensors:
+        if taken.keys().isdisjoint(entry.names) and (parts := fused(entry, taken, settings)):
+            found.pairs.extend(parts.values())
+            whole.add(entry.name)
+            for name in parts:
+                del taken[name]
     if settings.strict:
         found.unknown.extend(name for name in taken if name not in wanted)
         rows += [Difference(taken[name].name, "absent", _say(taken[name])) for name in found.unknown]
@@ -43,6 +51,8 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
             castable = settings.cast and is_castable(tensor.dtype, entry.dtype)
             if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
+        if entry.name in whole:
+            continue
         if stored:
             found.pairs.append((stored[0], entry))
             found.twins.extend((t, entry) for t in stored[1:])

@@ -1,8 +1,8 @@
 """An adapter for a policy that is a PEFT model itself: its tensors are some of the policy's own.
 
 PEFT leaves the adapter's name out when it saves: ``lora_A.weight`` is ``lora_A.default.weight`` in the policy. So it
-does with ``modules_to_save`` (https://github.com/huggingface/peft, ``utils/save_and_load.py``). The base's weights are in
-no adapter: they keep their live values, or come from ``base``, or are as the policy is built.
+does with ``modules_to_save`` (https://github.com/huggingface/peft, ``utils/save_and_load.py``). The base's weights are
+in no adapter: they keep their live values, or come from ``base``, or are as the policy is built.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ def stage(
         BeingWritten: the same, and the digest is older than they are.
     """
     targets = {stored.name: entry for stored, entry in (*plan.pairs, *plan.twins)}
-    first: dict[str, str] = {}  # the stored name that an entry was read from
+    first: dict[int, str] = {}  # the stored name that was read into this place
     clean, different = True, None
 
     def put(tensor: StoredTensor, piece: Piece, data: memoryview) -> None:
         nonlocal clean, different
         entry = targets[tensor.name]
         there = weights[piece.offset : piece.offset + piece.becomes]
-        if first.setdefault(entry.name, tensor.name) != tensor.name:
+        if first.setdefault(entry.offset, tensor.name) != tensor.name:
             if convert(data, piece.source, piece.target) != there:
                 different = different or (tensor, entry)
             return

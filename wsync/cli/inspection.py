@@ -129,7 +129,6 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
 def _fitter(spec: Spec) -> Fits:
     """Tells of checkpoints whether they fit the policy, whose layout is read once."""
     layout, settings = layout_process.layout_of_spec(spec), spec.weights
-    known = {name for entry in layout.tensors for name in entry.names}
 
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:
         try:
@@ -137,7 +136,8 @@ def _fitter(spec: Spec) -> Fits:
         except CheckpointError as exc:
             reason = on_one_line(exc.message, str(checkpoint.path))
             return {"fits": False, "reason": reason, "differences": [asdict(row) for row in exc.differences]}
-        left = [] if plan.merge else [name for name in checkpoint.tensors if settings.name(name) not in known]
+        taken = {stored.name for stored, _ in (*plan.pairs, *plan.twins)}
+        left = [] if plan.merge else [name for name in checkpoint.tensors if name not in taken]
         return {
             "fits": True,
             "casts": [{"name": t.name, "from": t.dtype, "to": entry.dtype} for t, entry in plan.conversions],
