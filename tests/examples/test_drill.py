@@ -1,0 +1,51 @@
+"""The drill of examples/operations: each of its lines is run, and says what the page says."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders import ROOT
+from processes import DEADLINE
+
+PAGE = (ROOT / "examples" / "operations" / "README.md").read_text()
+
+
+def plain(text: str, place: Path) -> list[str]:
+    """Output without what differs from run to run: paths, sizes, times and the room that is free."""
+    text = text.replace(str(place), "/opt/policy")
+    text = re.sub(r"in /var/lib/policies|in /\S+-state", "in STATE", text)
+    text = re.sub(r"/dev/shm/\S+ has", "/dev/shm has", text)
+    text = re.sub(r"[\d,.]+ (bytes|of|free|wanted|are free)", r"N \1", text)
+    text = re.sub(r"\b[\d.]+ (ms|s|min \d+ s)\b", "T", text)
+    text = re.sub(r"_age=\d+s", "_age=T", text)
+    return [line.rstrip() for line in re.sub(r" +", " ", text).splitlines()]
+
+
+@pytest.mark.slow
+def test_the_drill_says_what_the_page_says(runtime: Path, tmp_path: Path) -> None:
+    """NaN, another architecture, no room, a killed watch and a rollback: the messages, exit codes and versions."""
+    drill = re.search(r"## Break it on purpose\n.*?```console\n(.*?)```", PAGE, re.DOTALL)
+    assert drill
+    place = tmp_path / "policy"
+    place.mkdir()
+    for file in ("cartpole/policy.py", "cartpole/cartpole.toml", "operations/break.py"):
+        shutil.copy(ROOT / "examples" / file, place)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, module in (("wsync", "-m wsync "), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
+        (programs / name).chmod(0o755)
+    lines = [line[2:] for line in drill[1].splitlines() if line.startswith("$ ")]
+    script = "\n".join(f"cat <<'END'\n$ {line}\nEND\n{line}" for line in lines)
+    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=3 * DEADLINE,
+    )  # fmt: skip
+    assert plain(done.stdout, place) == plain(drill[1], place)
