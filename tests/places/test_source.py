@@ -15,7 +15,7 @@ from processes import DEADLINE
 
 from wsync.checkpoints.files import identity
 from wsync.errors import CheckpointError, NoCheckpoint
-from wsync.places.candidates import Candidate, natural, scan, select
+from wsync.places.candidates import Candidate, Select, natural, scan, select
 from wsync.places.changes import Changes
 from wsync.places.weight_getter import place_of
 from wsync.segment.files import Publication
@@ -217,7 +217,7 @@ class Waiter(threading.Thread):
     def __init__(self, place: Path, poll: float, marker: str = "") -> None:
         super().__init__(daemon=True)
         self.stop, self.told = threading.Event(), threading.Event()
-        self.changes = Changes(place, poll, self.stop, marker)
+        self.changes = Changes(place, poll, self.stop, Select(marker=marker))
         self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def run(self) -> None:

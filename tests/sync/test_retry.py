@@ -268,7 +268,7 @@ def test_a_setting_that_is_wrong_later_is_a_failure(
     write(runs / "step_1.safetensors", mlp(), 1.0)
     once = Syncer.once
 
-    def broken(self: Syncer) -> Outcome:
+    def broken(self: Syncer, **_: object) -> Outcome:
         raise SpecError("policies.py has a syntax error")
 
     with Syncer(replace(load_spec(SPEC), poll=0.01), runs) as syncer:

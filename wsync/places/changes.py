@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.files import remote
 from ..layout.filenames import CONFIG, INDEX, SUFFIX
-from .candidates import TEMPORARY
+from .candidates import TEMPORARY, Select
 
 if TYPE_CHECKING:
     from inotify_simple import INotify
 
+_LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay", "ramfs", "bcachefs"}
 _SLICE = 0.25  # seconds of sleep at most, after which it is seen that another thread, or a signal, wants a stop
 
 
@@ -34,11 +35,12 @@ class Changes:
         place: the directory, or a file in it.
         poll: seconds between two looks by the clock.
         stop: ends a wait.
-        marker: the end of a name that tells that a checkpoint is whole.
+        settings: the names that tell something besides those of checkpoints.
     """
 
-    def __init__(self, place: Path, poll: float, stop: threading.Event, marker: str = "") -> None:
-        self._place, self._poll, self._stop, self._marker = place, poll, stop, marker
+    def __init__(self, place: Path, poll: float, stop: threading.Event, settings: Select = Select()) -> None:  # noqa: B008
+        self._place, self._poll, self._stop, self._settings = place, poll, stop, settings
+        self._is_complete = False
         self._notify: INotify | None = None
         self._watched: tuple[int, int] | None = None
         self._directory = place
@@ -55,6 +57,10 @@ class Changes:
             elif self._told(min(left, _SLICE)):
                 return True
         return False
+
+    def tells_all(self) -> bool:
+        """Whether notifications tell all that may change: each directory is watched, on a file system of this box."""
+        return self._notify is not None and self._is_complete and not self._settings.within
 
     def close(self) -> None:
         if self._notify is not None:
@@ -85,7 +91,8 @@ class Changes:
         """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
         if name == self._place.name:
             return True
-        if self._marker and name.endswith(self._marker):  # which may be hidden, as a temporary is
+        tells = (each for each in (self._settings.marker, self._settings.pointer) if each)
+        if any(map(name.endswith, tells)):  # which may be hidden, as a temporary is
             return True
         if not name or TEMPORARY.search(name):
             return False
@@ -104,6 +111,7 @@ class Changes:
             from inotify_simple import INotify
 
             self._notify = INotify()
+            self._is_complete = self._directory == self._place and _is_local(info.st_dev)
             self._add(self._directory, must=True)
             self._watched = (info.st_dev, info.st_ino)
             if self._directory == self._place:
@@ -127,3 +135,12 @@ class Changes:
         except OSError:
             if must:
                 raise
+            self._is_complete = False
+
+
+def _is_local(device: int) -> bool:
+    """Whether a file system is changed by this machine alone, so that the kernel tells of each change."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo") as mounts:  # proc_pid_mountinfo(5)
+        kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]
+    return bool(kinds) and kinds[0] in _LOCAL

@@ -45,7 +45,7 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
             try:
                 if not passed:
                     syncer.prepare()
-                event, passed = syncer.once(), True
+                event, passed = syncer.once(idle=schedule.is_idle), True
             except WsyncError as exc:
                 if isinstance(exc, UsageError) and not passed:
                     raise

@@ -26,6 +26,7 @@ from ..places.changes import Changes
 from ..settings.spec import Spec
 
 LONGEST = 60.0  # seconds between two passes, however many failed
+_FULL = 60.0  # seconds between two full looks at a place of which notifications tell all
 _APART = 1.0  # seconds between two looks at the listing of a directory; a store is listed every ``poll`` seconds
 
 
@@ -45,15 +46,17 @@ class Schedule:
     Attributes:
         failures: passes that failed in a row.
         pauses: passes in a row that are followed by a pause: failures, and those whose gate asked for later.
+        is_idle: the pass that is due comes by the clock alone, where notifications tell all that changes.
     """
 
     def __init__(self, spec: Spec, place: Path, stop: threading.Event) -> None:
         self.failures = self.pauses = 0
         self._spec, self._place, self._stop = spec, place, stop
-        self._changes = Changes(place, spec.poll, stop, spec.select.marker)
+        self._changes = Changes(place, spec.poll, stop, spec.select)
         self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
         # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
         self._next = self._look = self._rest = 0.0
+        self.is_idle, self._full = False, -_FULL
         self._found: object = None  # the listing before the last pass, where one before it failed
 
     def due(self, seconds: float) -> bool:
@@ -64,8 +67,12 @@ class Schedule:
             if time.monotonic() < min(due, self._rest):
                 return False
             due = min(due, self._look)
-        if not self._changes.wait(min(until, due) - time.monotonic()) and time.monotonic() < due:
+        told = self._changes.wait(min(until, due) - time.monotonic())
+        if not told and time.monotonic() < due:
             return False
+        self.is_idle = not told and self._changes.tells_all() and time.monotonic() - self._full < _FULL
+        if not self.is_idle:
+            self._full = time.monotonic()
         self._look = time.monotonic() + self._apart
         self._found = listing_of(self._place, self._spec.select) if self.pauses else None
         return before is None or self._found != before or time.monotonic() >= self._next

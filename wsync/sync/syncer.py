@@ -45,6 +45,7 @@ from . import told_once
 from .box import Box
 from .casts import Casts
 from .choosing import Choice, choose
+from .idle import Idle
 from .looks import NO_LOOK, second_look
 from .passes import Pass
 from .policy_layout import PolicyLayout
@@ -108,6 +109,7 @@ class Syncer:
         self.route: Route = OneBox(self.box)
         self.lock: WatchLock | None = None
         self._casts = Casts()
+        self._idle = Idle(self.getter.checkpoints)
 
     def __enter__(self) -> Syncer:
         return self
@@ -136,28 +138,33 @@ class Syncer:
         except OSError as exc:
             raise refused(exc, self.updater.path) from exc
 
-    def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+    def once(self, *, force: bool = False, dry_run: bool = False, idle: bool = False) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
 
         Args:
             force: publish the newest checkpoint again even if it is live.
             dry_run: check everything, publish nothing.
+            idle: nothing was told of the place since the last pass; it is not listed again if its own times agree.
 
         Raises:
             WsyncError: something other than the checkpoint is wrong, or it cannot be read.
         """
-        return recorded(self.box, partial(self.look, force=force, dry_run=dry_run), dry_run=dry_run)
+        return recorded(self.box, partial(self.look, force=force, dry_run=dry_run, idle=idle), dry_run=dry_run)
 
-    def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+    def look(self, *, force: bool = False, dry_run: bool = False, idle: bool = False) -> Outcome:
         """One pass that the history is told nothing of; see ``once``."""
         this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
         self.policy.begin_pass()
         try:
             this = this.at(self.updater.segment)
+            times = self._idle.times(this.live)
+            if idle and (same := self._idle.again(this, times)) and not self.record.pin():
+                return same
             try:
-                return self._pass(replace(this, again=remote(self.getter.checkpoints) is not None))
+                outcome = self._pass(replace(this, again=remote(self.getter.checkpoints) is not None))
             except CheckpointChanged:
-                return self._pass(this)
+                outcome = self._pass(this)
+            return self._idle.keep(this, times, outcome)
         except NoCheckpoint as exc:
             return this.outcome("empty", reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
