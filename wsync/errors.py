@@ -29,6 +29,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     └── SegmentError                1   something about one segment
         ├── SegmentMissing          1   no such segment
         ├── SegmentUnsafe           1   it is not ours, or not a segment
+        │   └── SegmentDamaged      1   something outside wsync removed or cut a file of it
         ├── LayoutDiffers           1   it holds another architecture
         ├── OutOfSharedMemory       1   there is no room for it
         ├── OutOfDeviceMemory       1   the GPU has no room for a second copy of the weights
@@ -275,6 +276,10 @@ class SegmentMissing(SegmentError):
 
 class SegmentUnsafe(SegmentError):
     """What lies at the segment's path is not a segment of this user."""
+
+
+class SegmentDamaged(SegmentUnsafe):
+    """Something outside wsync removed a file of the segment, or cut one; its owner's next publish makes it anew."""
 
 
 class LayoutDiffers(WithDifferences, SegmentError):

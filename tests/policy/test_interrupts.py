@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -95,6 +96,7 @@ def test_an_interrupt_at_any_point_of_a_refresh_leaves_nothing_behind(trainer: T
             trainer.push(mark)
             assert reader.refresh()
         taken_over()  # its thread has begun
+        gc.collect()
         before, mark = descriptors(), 5
         trainer.push(mark)
         for _ in at_each_point(reader.refresh):
@@ -103,7 +105,7 @@ def test_an_interrupt_at_any_point_of_a_refresh_leaves_nothing_behind(trainer: T
             assert marks(policy) == {reader.step} == {mark}
             held = [trainer.segment.word & 0xFF] if mode == "swap" else []
             assert leased(trainer.segment) == held == [*trainer.segment.readers()[0].slots]
-            assert descriptors() == before
+            assert descriptors() <= before
             mark += 1
             trainer.push(mark)
 
@@ -136,13 +138,14 @@ def test_an_interrupt_at_any_point_of_a_wait_leaves_nothing_behind(trainer: Trai
             trainer.push(mark)
             assert reader.refresh()
         taken_over()  # its thread has begun
+        gc.collect()
         before = descriptors()
         for _ in at_each_point(lambda: reader.wait(0.001)):
             assert not reader.wait(0)
             mark += 1
             trainer.push(mark)
             assert reader.wait(0) and reader.refresh() and marks(policy) == {float(mark)}
-            assert descriptors() == before
+            assert descriptors() <= before
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import closing, suppress
 
-from ..errors import AttachTimeout, SegmentError, SegmentMissing
+from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, refused
 from ..layout.layout import Layout
 from ..segment.neighbours import told_of_neighbours
 from ..segment.segment import Segment
@@ -36,9 +36,15 @@ class Opening:
 
     def open(self, layout: Layout) -> Segment:
         """The standing segment, or one that is made, since a policy says what its layout is."""
-        with suppress(SegmentMissing):
-            return Segment.open(self._name, self._runtime, layout=layout)
-        self._made = WritableSegment.create(self._name, layout, self._runtime)
+        with suppress(SegmentMissing, SegmentDamaged):
+            segment = Segment.open(self._name, self._runtime, layout=layout)
+            if not segment.damage():
+                return segment
+            segment.close()
+        try:
+            self._made = WritableSegment.create(self._name, layout, self._runtime)
+        except OSError as exc:
+            raise refused(exc, runtime_dir(self._runtime)) from exc
         return Segment.open(self._name, self._runtime, layout=layout)
 
     def wait(self, reader: Reader) -> None:

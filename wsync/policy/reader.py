@@ -22,10 +22,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, suppress
+from typing import Literal, NoReturn
 
-from ..errors import HalfWritten, SegmentError, UsageError, WsyncError
+from ..errors import HalfWritten, SegmentDamaged, SegmentError, UsageError, WsyncError, refused
 from ..segment.files import REMOVED, WORD_OFFSET
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
@@ -88,6 +88,7 @@ class Reader:
             being taken is in.
 
         Raises:
+            SegmentError: a slot cannot be opened, mapped or read; the policy keeps the version that it has.
             UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; this thread is
                 inside ``using()``; on a GPU also while a CUDA graph is captured, and in a forked child.
             CopyRefused: a tensor's class refused its copy; the policy keeps the version that it has.
@@ -182,6 +183,10 @@ class Reader:
                     self._owner = me
                     self._check_open()
                     return self._advance(wait)
+        except OSError as exc:
+            if exc.errno is None:  # a signal handler's own TimeoutError
+                raise
+            raise refused(exc, self._segment.path) from exc
         finally:
             if self._close_asked:
                 self.close()
@@ -234,7 +239,13 @@ class Reader:
         """A lease of the version that is newer than the policy's; None where there is none to be had now."""
         if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
             return None
-        lease = self._segment.lease()
+        try:
+            lease = self._segment.lease()
+        except SegmentDamaged:
+            if not self._segment.damage():
+                raise
+            self._find_again()  # which says so; a later call takes what it finds
+            return None
         if lease is None:
             return None
         if lease.version == self._taken:
@@ -292,7 +303,7 @@ class Reader:
 
     def _is_gone(self) -> bool:
         try:
-            return not self._segment.is_current()
+            return not self._segment.is_current() or bool(self._segment.damage())
         except OSError:  # the system does not tell; what is mapped is there
             return False
 
@@ -302,13 +313,16 @@ class Reader:
         if now < self._next_look:
             return False
         if not self._next_look:
-            _log.warning("segment %r was removed; the policy keeps version %d", self.name, self.version)
+            what = "was removed"
+            with suppress(OSError):
+                what = self._segment.damage() or what
+            _log.warning("segment %r %s; the policy keeps version %d", self.name, what, self.version)
         self._next_look = now + _LOOK
         try:
             segment = Segment.open(self.name, self._segment.path.parent, layout=self._segment.layout)
         except SegmentError:
             return False
-        if segment.word & 0xFF == REMOVED:  # ours still, by a remover that was killed, or another on its way out
+        if segment.word & 0xFF == REMOVED or segment.damage():  # ours still, or another on its way out
             segment.close()
             return False
         left, record = self._segment, self._registration
@@ -323,6 +337,12 @@ class Reader:
             raise UsageError(f"this reader of {self.name!r} is closed. Attach again for new versions.")
         if self._half_written:
             raise self._half_written
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            f"a reader of {self.name!r} cannot be sent to another process, nor copied: its leases are this process's. "
+            "Send the policy alone, and attach it there."
+        )
 
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""

@@ -167,6 +167,34 @@ def slot_name(slot: int) -> str:
     return f"slot-{slot}.safetensors"
 
 
+def damage(directory: int, slots: int) -> str:
+    """What something outside wsync did to the files of a segment, as the end of a sentence; empty where all is well.
+
+    That is a file that is gone, or was cut. What is of another kind was put there: opening it refuses it.
+    """
+    sizes, names = {}, [slot_name(slot) for slot in range(slots)]
+    for name in ("control", "layout.json", "publisher.lock", "readers", *names):
+        try:
+            info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return f"has no {name}"
+        if stat.S_ISREG(info.st_mode):
+            sizes[name] = info.st_size
+    whole = max((sizes[name] for name in names if name in sizes), default=0)
+    wanted = {"control": PAGE, "publisher.lock": PAGE, **dict.fromkeys(names, whole)}
+    cut = [name for name, size in sizes.items() if size != wanted.get(name, size)]
+    return f"has a {cut[0]} that was cut" if cut else ""
+
+
+def set_aside(path: Path, directory: int) -> None:
+    """Removes a damaged segment, which is open as ``directory``, where another process did not do so before."""
+    if not try_lock(directory):
+        return
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(directory)):
+            discard(path)
+
+
 def added_slots(directory: int, slots: int) -> list[int]:
     """The numbers of the slots that a segment has beside those that it was made with, sorted."""
     names = set(os.listdir(directory))

@@ -77,6 +77,7 @@ class Registration:
         try:
             self._fd = self._make(segment / "readers")
             self.update(0, ())
+            readers(segment)  # which removes the records of those that were killed
         except (OSError, SegmentUnsafe) as exc:
             import logging
 

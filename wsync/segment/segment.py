@@ -59,12 +59,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
-from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
+from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
-from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, map_control, slot_name
+from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, damage, map_control, slot_name
 from .readers import ReaderRecord, open_readers, readers
 
 
@@ -93,7 +93,7 @@ class Segment:
             shut(open_readers(path))
         except FileNotFoundError as exc:
             if self._dir >= 0 and self.is_current():
-                raise self._broken(f"has no {exc.filename}") from exc
+                raise self._damaged(f"has no {exc.filename}") from exc
             raise SegmentMissing(
                 f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
                 "`wsync status` lists what is there."
@@ -164,6 +164,14 @@ class Segment:
             return self._about.layout()
         except ValueError as exc:
             raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
+
+    def damage(self) -> str:
+        """What something outside wsync did to its files, as the end of a sentence; empty where all is well."""
+        return damage(self._dir, self.slots)
+
+    @cached_property
+    def _slot_bytes(self) -> int:
+        return self.data_offset + self.layout.nbytes
 
     def slot_numbers(self) -> list[int]:
         """Of all slots that are there now: those that it was made with, and those that were added."""
@@ -254,6 +262,9 @@ class Segment:
                 if self.word == word:
                     raise
                 continue  # it was an added slot, and was given back
+            if os.fstat(file.fileno()).st_size != self._slot_bytes:  # what is mapped of it would end in SIGBUS
+                file.close()
+                raise self._damaged(f"has a {slot_name(word & 0xFF)} that is not of {self._slot_bytes:,} bytes")
             lease = Lease(word, file)  # before the lock is had: an interrupt leaves none behind
             if (
                 try_lock(file.fileno(), shared=True)  # R2 lease
@@ -278,12 +289,12 @@ class Segment:
 
         It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
         """
-        size = self.data_offset + self.layout.nbytes
+        size = self._slot_bytes
         with self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY) as file:
             fd = file.fileno()
             info = os.fstat(fd)
             if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
-                raise self._broken(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+                raise self._damaged(f"has a {slot_name(slot)} that is not of {size:,} bytes")
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
             with mapping(size, fd):
@@ -299,11 +310,17 @@ class Segment:
         try:
             return open_owned(name, flags, self._dir)
         except FileNotFoundError:
-            raise (self._broken(f"has no {name}") if self.is_current() else self._removed()) from None
+            raise (self._damaged(f"has no {name}") if self.is_current() else self._removed()) from None
 
     def _removed(self) -> SegmentBusy:
         return SegmentBusy(
             f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
+        )
+
+    def _damaged(self, how: str) -> SegmentDamaged:
+        return SegmentDamaged(
+            f"segment {self.name!r} {how}: something outside wsync removed or cut its files (systemd's RemoveIPC, a "
+            f"cleaner of temporary files). Publish again, which makes it anew, or `wsync rm {self.name}`."
         )
 
     def _broken(self, how: str) -> SegmentUnsafe:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Self
 
-from ..errors import SegmentBusy, SegmentUnsafe, UsageError, printable, refused
+from ..errors import SegmentBusy, SegmentDamaged, SegmentError, SegmentUnsafe, UsageError, printable, refused
 from ..layout.layout import Layout
-from ..system.memory import no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
-from .access import Access, base_owner, check_name, make_base, open_dir
+from ..system.memory import file_system, no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
+from .access import Access, base_owner, check_name, make_base, open_dir, opened
 from .files import (
     MAX_SLOTS,
     METADATA_END,
@@ -25,6 +26,7 @@ from .files import (
     added_slots,
     discard,
     make,
+    set_aside,
     share,
     slot_header,
     slot_name,
@@ -32,6 +34,8 @@ from .files import (
     sweep_slot,
 )
 from .segment import Segment
+
+_log = logging.getLogger("wsync")
 
 
 class WritableSegment(Segment):
@@ -71,9 +75,12 @@ class WritableSegment(Segment):
         if not 2 <= slots <= MAX_SLOTS:
             raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
         make_base(base, access)
+        if os.path.lexists(path):
+            _set_aside_if_damaged(name, path)
         if not os.path.lexists(path):
             sweep(base)
             make(path, layout, slots, spec, access)
+            _warn_of_disk(base)
         segment = cls(name, path)
         segment._expect(layout)
         segment.share(access)
@@ -164,7 +171,7 @@ class WritableSegment(Segment):
         Raises:
             SegmentBusy: there are as many as there may be, or there is no memory for one.
         """
-        there, size = self.slot_numbers(), self.data_offset + self.layout.nbytes
+        there, size = self.slot_numbers(), self._slot_bytes
         if len(there) >= self.bound:
             raise self._leased(f"and it may have no more than {self.bound}. ", "raise max_slots (--max-slots)")
         if spare_memory() < 2 * size:  # what is left is others' to work with
@@ -195,6 +202,8 @@ class WritableSegment(Segment):
         A reader that was about to lease such a slot finds it gone, or locked, or another WORD at R3, and starts over.
         """
         sweep_slot(self._dir)
+        with suppress(OSError, SegmentError):
+            self.readers()  # which removes the records of those that were killed
         added = added_slots(self._dir, self.slots)
         if not added:
             return
@@ -231,6 +240,8 @@ class WritableSegment(Segment):
                 continue
             file = self._open_slot(slot, os.O_RDWR)
             try:
+                if os.fstat(file.fileno()).st_size != self._slot_bytes:  # to write there would end in SIGBUS
+                    raise self._damaged(f"has a {slot_name(slot)} that is not of {self._slot_bytes:,} bytes")
                 if (
                     try_lock(file.fileno())  # P2 pick
                     and self.word & 0xFF != slot  # P3 check
@@ -262,6 +273,38 @@ class WritableSegment(Segment):
             self._slot_maps[slot], _ = self.map_pages(slot, write=True)
             populate(self._slot_maps[slot])
         return self._slot_maps[slot]
+
+
+def _set_aside_if_damaged(name: str, path: Path) -> None:
+    """Makes room for a new segment where something outside wsync removed or cut files of this one, and says so."""
+    try:
+        with closing(WritableSegment(name, path)) as segment:
+            if not (how := segment.damage()):
+                return
+            segment.tell_removed()
+    except SegmentDamaged as exc:
+        how = exc.message.partition(": ")[0]
+    except SegmentError:
+        return
+    _log.warning(
+        "segment %r %s: something outside wsync removed or cut its files; it is made anew. Where that is systemd at "
+        "a user's last logout, set RemoveIPC=no in logind.conf, or use `loginctl enable-linger`.",
+        name,
+        how.removeprefix(f"segment {name!r} "),
+    )
+    with opened(open_dir(path)) as directory:
+        set_aside(path, directory)
+
+
+def _warn_of_disk(base: Path) -> None:
+    kind = file_system(base)
+    if kind not in ("tmpfs", "ramfs", "hugetlbfs", ""):
+        _log.warning(
+            "%s is on a disk (%s): each version is written there, too, and a publish may wait for it. Name a directory "
+            "in memory, such as one below /dev/shm, with --runtime-dir.",
+            base,
+            kind,
+        )
 
 
 def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:

@@ -54,6 +54,18 @@ def default_runtime_dir() -> Path:
     return Path(f"/dev/shm/wsync-{os.getuid()}")
 
 
+def file_system(path: Path) -> str:
+    """The kind of the file system that holds a path, such as ``tmpfs``; empty where the system does not tell."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+        for line in table:
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == wanted:
+                return source.split()[0]
+    return ""
+
+
 def reserve(fd: int, size: int) -> None:
     """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out."""
     os.posix_fallocate(fd, 0, size)

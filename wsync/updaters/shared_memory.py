@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
-from ..errors import SegmentMissing
+from ..errors import SegmentDamaged, SegmentMissing
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
@@ -91,7 +91,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     @property
     def segment(self) -> WritableSegment | None:
         """The standing segment, opened anew where it was removed and made again; None where there is none."""
-        if self._segment and not self._segment.is_current():
+        if self._segment and (not self._segment.is_current() or self._segment.damage()):
             self._segment.tell_removed()
             self.close()
         if self._segment is None:
@@ -99,6 +99,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                 self._segment = WritableSegment.open(self.name, self.runtime_dir)
             except SegmentMissing:
                 return None
+            except SegmentDamaged:  # ``make_segment`` makes another one
+                return None
+            if self._segment.damage():
+                self.close()
         return self._segment
 
     @property
