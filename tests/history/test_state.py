@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from others import as_person, run_cli
 from processes import DEADLINE, Spawn
 
 from wsync.errors import StateError, UsageError
 from wsync.history.database import Pin, State, state_dir
+from wsync.history.record import Record
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")
 
@@ -53,6 +55,22 @@ def test_a_pin_that_could_not_be_written_leaves_no_file(tmp_path: Path, monkeypa
         with pytest.raises(StateError, match="No space left"):
             state.set_pin(replace(PIN, version=8))
         assert state.pin() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
+
+
+def test_a_place_that_may_not_be_entered_only_warns(tmp_path: Path) -> None:
+    """A service's user and root's directory: a pass goes on as with any place where nothing can be written."""
+    place = tmp_path / "state"
+    place.mkdir(mode=0o700)
+
+    def work() -> tuple[Pin | None, list[str], int]:
+        told: list[str] = []
+        record = Record(State("nets", place), "")
+        record.complain = lambda exc: told.append(str(exc))
+        pin, _ = record.pin(), record.last_published()
+        return pin, told, run_cli("log", "nets", "--state-dir", str(place))[0]
+
+    pin, told, code = as_person(65_534, work)
+    assert pin is None and len(told) == 1 and str(place) in told[0] and code == 1
 
 
 def test_a_history_that_was_removed_begins_anew(tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ StateOption = Annotated[
     option(
         "--state-dir",
         "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
+        readable=False,  # else one that may not be entered ends a command, where it is told and passed over
     ),
 ]
 TakeOverOption = Annotated[

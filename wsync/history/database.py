@@ -214,7 +214,7 @@ class State:
     # --- the pin
 
     def pin(self) -> Pin | None:
-        """The pin that holds, or None.
+        """The pin that holds, or None; also where this user may not enter the place, and so never set one.
 
         Raises:
             StateError: it cannot be read; taking it for none would let go what the operator holds.
@@ -224,6 +224,8 @@ class State:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as exc:
+            if isinstance(exc, PermissionError) and not os.access(self.directory, os.X_OK):
+                return None
             raise StateError(
                 f"the pin of {self.name!r} in {self._pin_file} cannot be read ({exc}). Mend its access, or remove it "
                 f"with `wsync unpin {self.name}`."
@@ -375,7 +377,11 @@ class State:
         Raises:
             StateError: it cannot be read.
         """
-        return self._do(lambda storage: storage.read(work)) if self._file.exists() else None
+        try:
+            there = self._file.exists()
+        except OSError as exc:  # in a directory that may not be entered
+            raise self._failed(exc) from exc
+        return self._do(lambda storage: storage.read(work)) if there else None
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Does the work within a transaction on the database.
