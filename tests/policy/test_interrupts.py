@@ -86,6 +86,12 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def assert_no_more_descriptors(before: int) -> None:
+    if descriptors() > before:
+        gc.collect()  # an interrupt's traceback, and what its frames hold, may be in a circle
+    assert descriptors() <= before
+
+
 @pytest.mark.parametrize("mode", ["swap", "copy"])
 def test_an_interrupt_at_any_point_of_a_refresh_leaves_nothing_behind(trainer: Trainer, mode: reading.Mode) -> None:
     """Guards Ctrl-C in ``refresh``: one whole version, a usable reader, no lease and no descriptor too many."""
@@ -105,7 +111,7 @@ def test_an_interrupt_at_any_point_of_a_refresh_leaves_nothing_behind(trainer: T
             assert marks(policy) == {reader.step} == {mark}
             held = [trainer.segment.word & 0xFF] if mode == "swap" else []
             assert leased(trainer.segment) == held == [*trainer.segment.readers()[0].slots]
-            assert descriptors() <= before
+            assert_no_more_descriptors(before)
             mark += 1
             trainer.push(mark)
 
@@ -145,7 +151,7 @@ def test_an_interrupt_at_any_point_of_a_wait_leaves_nothing_behind(trainer: Trai
             mark += 1
             trainer.push(mark)
             assert reader.wait(0) and reader.refresh() and marks(policy) == {float(mark)}
-            assert descriptors() <= before
+            assert_no_more_descriptors(before)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch import nn
 
 import wsync
 from wsync.errors import SegmentDamaged, SegmentError, UsageError
+from wsync.policy import finding
 from wsync.policy import reader as reading
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
@@ -58,8 +59,8 @@ def loop(runtime: Path) -> Iterator[Loop]:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader looks at the directory at each call, not once a second."""
-    monkeypatch.setattr(reading, "_SELDOM", 1)
-    monkeypatch.setattr(reading, "_SELDOM_SECONDS", 0.0)
+    monkeypatch.setattr(finding, "_SELDOM", 1)
+    monkeypatch.setattr(finding, "_SELDOM_SECONDS", 0.0)
     monkeypatch.setattr(reading, "_LOOK", 0.0)
 
 

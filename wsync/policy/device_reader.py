@@ -17,7 +17,7 @@ from typing import Literal
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ..segment.segment import Lease, Segment
 from .device_weights import DeviceWeights
-from .reader import _CLOSED, Reader, deadline_of
+from .reader import _CLOSED, _WAITS, Reader, deadline_of
 from .tensors import Attached
 
 _log = logging.getLogger("wsync")
@@ -45,7 +45,8 @@ class DeviceReader(Reader):
     def wait(self, timeout: float | None = None) -> bool:
         """As a reader on the CPU does; where a version is under way, until it has arrived."""
         deadline = deadline_of(timeout)
-        self._check_not_at_work()
+        if self._is_at_work():
+            raise UsageError(_WAITS.format(self.name))
         me = threading.get_ident()
         while True:
             with self._lock:

@@ -22,15 +22,16 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Literal, NoReturn
 
-from ..errors import HalfWritten, SegmentDamaged, SegmentError, UsageError, WsyncError, refused
+from ..errors import HalfWritten, SegmentDamaged, UsageError, WsyncError, refused
 from ..segment.files import REMOVED, WORD_OFFSET
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
 from ..system.memory import sleep_on
 from .copying import Copy
+from .finding import Schedule, find_again, is_gone, what_became_of
 from .swap import Swap
 from .tensors import Attached, drop_caches
 from .users import Users
@@ -39,8 +40,15 @@ Mode = Literal["auto", "swap", "copy"]
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
-_SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
 _WORD = WORD_OFFSET // 8
+_WRITES = (
+    "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with the next "
+    'version. Attach with mode="copy" to keep its tensors its own.'
+)
+_WAITS = (
+    "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
+    "a flag, and wait where the program looks at it."
+)
 
 
 class Reader:
@@ -63,10 +71,8 @@ class Reader:
         self._closed = self._close_asked = False
         self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
-        self._calls = self._calls_left = 1  # without a look at the clock
-        self._clock = self._looked = 0.0
-        self._next_look = 0.0
-        self._told_of_writing = False
+        self._schedule, self._calls_left = Schedule(), 1  # without a look at the clock
+        self._next_look, self._told_of_writing = 0.0, False
         self._attached = attached
         self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
         self._registration = self._take(segment)
@@ -124,13 +130,15 @@ class Reader:
                 another call.
         """
         deadline = deadline_of(timeout)
-        self._check_not_at_work()
+        if self._is_at_work():
+            raise UsageError(_WAITS.format(self.name))
         me = threading.get_ident()
         while True:
             with self._lock:
                 self._owner = me
                 self._check_open()
-                self._notice_removal()
+                if is_gone(self._segment):  # one that was deleted by hand left no word of it
+                    self._find_again()
                 if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
                     return True
                 word, address = self._words[_WORD], self._address
@@ -198,10 +206,8 @@ class Reader:
             return False
         try:
             self._take_in(lease)
-        except HalfWritten as exc:
-            self._half_written = exc
-            raise
-        except Exception:
+        except Exception as exc:
+            self._half_written = exc if isinstance(exc, HalfWritten) else None
             raise
         except BaseException:  # an interrupt: what was begun is finished first
             self._take_in(lease)
@@ -218,22 +224,11 @@ class Reader:
         self._took(lease, step)
         if written and not self._told_of_writing:
             self._told_of_writing = True
-            _log.warning(
-                "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone "
-                'with the next version. Attach with mode="copy" to keep its tensors its own.',
-                self.name,
-            )
+            _log.warning(_WRITES, self.name)
 
     def _is_at_work(self) -> bool:
         """Whether this very thread holds the lock: a signal handler came in between, and must not wait for it."""
         return self._lock.locked() and self._owner == threading.get_ident()
-
-    def _check_not_at_work(self) -> None:
-        if self._is_at_work():
-            raise UsageError(
-                f"wait() was called by a signal handler in the middle of another call of this reader of {self.name!r}. "
-                "Have the handler set a flag, and wait where the program looks at it."
-            )
 
     def _newest(self) -> Lease | None:
         """A lease of the version that is newer than the policy's; None where there is none to be had now."""
@@ -246,9 +241,7 @@ class Reader:
                 raise
             self._find_again()  # which says so; a later call takes what it finds
             return None
-        if lease is None:
-            return None
-        if lease.version == self._taken:
+        if lease and lease.version == self._taken:
             self._seen = lease.word
             lease.release()
             return None
@@ -261,18 +254,9 @@ class Reader:
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self, skip: bool) -> bool:
-        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at.
-
-        A look at the clock would double what an idle call costs: so many calls do without as took no second before.
-        """
-        now = time.monotonic()
-        took, self._clock = max(now - self._clock, 1e-9), now
-        self._calls = max(1, min(_SELDOM, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
-        self._calls_left = self._calls
-        if now - self._looked < _SELDOM_SECONDS:
-            return False
-        self._looked = now
-        if self._closed or self._is_at_work() or not self._is_gone():
+        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
+        self._calls_left, due = self._schedule.next()
+        if not due or self._closed or self._is_at_work() or not is_gone(self._segment):
             return False
         me = threading.get_ident()
         with self._lock:
@@ -296,34 +280,17 @@ class Reader:
         self._words = segment.control.words  # last: before it, an interrupt has all of this done again
         return registration
 
-    def _notice_removal(self) -> None:
-        """A segment that was deleted by hand left no word of it: a sleeper looks at the directory itself."""
-        if self._is_gone():
-            self._find_again()
-
-    def _is_gone(self) -> bool:
-        try:
-            return not self._segment.is_current() or bool(self._segment.damage())
-        except OSError:  # the system does not tell; what is mapped is there
-            return False
-
     def _find_again(self) -> bool:
         """Attaches to a segment of the same name and layout that stands where ours was removed."""
         now = time.monotonic()
         if now < self._next_look:
             return False
         if not self._next_look:
-            what = "was removed"
-            with suppress(OSError):
-                what = self._segment.damage() or what
+            what = what_became_of(self._segment)
             _log.warning("segment %r %s; the policy keeps version %d", self.name, what, self.version)
         self._next_look = now + _LOOK
-        try:
-            segment = Segment.open(self.name, self._segment.path.parent, layout=self._segment.layout)
-        except SegmentError:
-            return False
-        if segment.word & 0xFF == REMOVED or segment.damage():  # ours still, or another on its way out
-            segment.close()
+        segment = find_again(self._segment)
+        if segment is None:
             return False
         left, record = self._segment, self._registration
         self._registration = self._take(segment)

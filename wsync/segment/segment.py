@@ -59,12 +59,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Self
 
-from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, refused
+from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
 from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, damage, map_control, slot_name
+from .problems import broken, damaged, removed
 from .readers import ReaderRecord, open_readers, readers
 
 
@@ -93,13 +94,13 @@ class Segment:
             shut(open_readers(path))
         except FileNotFoundError as exc:
             if self._dir >= 0 and self.is_current():
-                raise self._damaged(f"has no {exc.filename}") from exc
+                raise damaged(self.name, f"has no {exc.filename}") from exc
             raise SegmentMissing(
                 f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
                 "`wsync status` lists what is there."
             ) from exc
         except ValueError as exc:
-            raise self._broken(f"cannot be read by this wsync ({exc})") from exc
+            raise broken(self.name, f"cannot be read by this wsync ({exc})") from exc
         except OSError as exc:
             raise refused(exc, path) from exc
         self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
@@ -163,7 +164,7 @@ class Segment:
         try:
             return self._about.layout()
         except ValueError as exc:
-            raise self._broken(f"has a layout.json that holds no layout ({exc})") from exc
+            raise broken(self.name, f"has a layout.json that holds no layout ({exc})") from exc
 
     def damage(self) -> str:
         """What something outside wsync did to its files, as the end of a sentence; empty where all is well."""
@@ -211,7 +212,7 @@ class Segment:
             if self.word == word:
                 live = self._publication(head, word & 0xFF)
                 if live.version != word >> 8:
-                    raise self._broken(f"says that version {word >> 8} is live, and its slot holds {live.version}")
+                    raise broken(self.name, f"says that version {word >> 8} is live, and its slot holds {live.version}")
                 return live
         return None
 
@@ -264,7 +265,7 @@ class Segment:
                 continue  # it was an added slot, and was given back
             if os.fstat(file.fileno()).st_size != self._slot_bytes:  # what is mapped of it would end in SIGBUS
                 file.close()
-                raise self._damaged(f"has a {slot_name(word & 0xFF)} that is not of {self._slot_bytes:,} bytes")
+                raise damaged(self.name, f"has a {slot_name(word & 0xFF)} that is not of {self._slot_bytes:,} bytes")
             lease = Lease(word, file)  # before the lock is had: an interrupt leaves none behind
             if (
                 try_lock(file.fileno(), shared=True)  # R2 lease
@@ -294,7 +295,7 @@ class Segment:
             fd = file.fileno()
             info = os.fstat(fd)
             if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
-                raise self._damaged(f"has a {slot_name(slot)} that is not of {size:,} bytes")
+                raise damaged(self.name, f"has a {slot_name(slot)} that is not of {size:,} bytes")
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
             with mapping(size, fd):
@@ -302,7 +303,7 @@ class Segment:
 
     def _open_slot(self, slot: int, flags: int) -> FileIO:
         if slot >= MAX_SLOTS:
-            raise self._broken(f"says that slot {slot} is live, and has {MAX_SLOTS} at most")
+            raise broken(self.name, f"says that slot {slot} is live, and has {MAX_SLOTS} at most")
         return self._open_file(slot_name(slot), flags)
 
     def _open_file(self, name: str, flags: int) -> FileIO:
@@ -310,21 +311,7 @@ class Segment:
         try:
             return open_owned(name, flags, self._dir)
         except FileNotFoundError:
-            raise (self._damaged(f"has no {name}") if self.is_current() else self._removed()) from None
-
-    def _removed(self) -> SegmentBusy:
-        return SegmentBusy(
-            f"segment {self.name!r} was removed at this moment. Try again: it is made anew where it can be."
-        )
-
-    def _damaged(self, how: str) -> SegmentDamaged:
-        return SegmentDamaged(
-            f"segment {self.name!r} {how}: something outside wsync removed or cut its files (systemd's RemoveIPC, a "
-            f"cleaner of temporary files). Publish again, which makes it anew, or `wsync rm {self.name}`."
-        )
-
-    def _broken(self, how: str) -> SegmentUnsafe:
-        return SegmentUnsafe(f"segment {self.name!r} {how}. Remove it with `wsync rm {self.name}`, and publish again.")
+            raise (damaged(self.name, f"has no {name}") if self.is_current() else removed(self.name)) from None
 
 
 class Lease:

@@ -33,6 +33,7 @@ from .files import (
     sweep,
     sweep_slot,
 )
+from .problems import damaged, removed
 from .segment import Segment
 
 _log = logging.getLogger("wsync")
@@ -139,7 +140,7 @@ class WritableSegment(Segment):
                     "Try again later, or stop the other one."
                 )
             if not self.is_current():
-                raise self._removed()
+                raise removed(self.name)
             os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
             try:
                 self._publishing = True
@@ -241,7 +242,7 @@ class WritableSegment(Segment):
             file = self._open_slot(slot, os.O_RDWR)
             try:
                 if os.fstat(file.fileno()).st_size != self._slot_bytes:  # to write there would end in SIGBUS
-                    raise self._damaged(f"has a {slot_name(slot)} that is not of {self._slot_bytes:,} bytes")
+                    raise damaged(self.name, f"has a {slot_name(slot)} that is not of {self._slot_bytes:,} bytes")
                 if (
                     try_lock(file.fileno())  # P2 pick
                     and self.word & 0xFF != slot  # P3 check

@@ -1,0 +1,20 @@
+"""What can be wrong with a segment, as errors that name it and say what to do."""
+
+from __future__ import annotations
+
+from ..errors import SegmentBusy, SegmentDamaged, SegmentUnsafe
+
+
+def removed(name: str) -> SegmentBusy:
+    return SegmentBusy(f"segment {name!r} was removed at this moment. Try again: it is made anew where it can be.")
+
+
+def damaged(name: str, how: str) -> SegmentDamaged:
+    return SegmentDamaged(
+        f"segment {name!r} {how}: something outside wsync removed or cut its files (systemd's RemoveIPC, a "
+        f"cleaner of temporary files). Publish again, which makes it anew, or `wsync rm {name}`."
+    )
+
+
+def broken(name: str, how: str) -> SegmentUnsafe:
+    return SegmentUnsafe(f"segment {name!r} {how}. Remove it with `wsync rm {name}`, and publish again.")
