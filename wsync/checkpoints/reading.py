@@ -28,7 +28,7 @@ from ..system.memory import PAGE, being_written, kept, read_at, shut
 from . import settling
 from .cast import Piece, split
 from .digest import Digest
-from .files import Parts, changed, identity, open_small, parts_of, read_opened, unreadable
+from .files import Parts, changed, open_small, parts_of, read_opened, unreadable
 from .header import malformed
 from .plan import Read
 
@@ -64,6 +64,7 @@ class Files:
             if parts.index:
                 self._index = open_small(parts.index)
             self.index = os.fstat(self._index) if parts.index else None
+            self.infos = [os.fstat(fd) for fd in self._fds]
             if parts.is_several and not self._lies_there(parts):
                 raise changed(parts.path)
             settling.let_files_settle(parts, self._fds, settle)
@@ -95,7 +96,7 @@ class Files:
         if self.parts.index and self.index:
             opened.append((self.parts.index, self._index, self.index))
         for file, fd, info in opened:
-            if identity(os.fstat(fd)) != identity(info) or being_written(fd) or _times_were_put_back(file, fd, info):
+            if _state(os.fstat(fd)) != _state(info) or being_written(fd) or _times_were_put_back(file, fd, info):
                 return False
         return not self.parts.is_several or self._lies_there_or_is_gone()
 
@@ -119,11 +120,10 @@ class Files:
 
     def _lies_there(self, parts: Parts) -> bool:
         """Whether a checkpoint of these parts consists of the files that were opened."""
-        infos = [os.fstat(fd) for fd in self._fds]
         return (
             parts == self.parts
-            and all(os.path.samestat(file.stat(), info) for file, info in zip(parts.files, infos, strict=True))
-            and (not parts.index or os.path.samestat(parts.index.stat(), os.fstat(self._index)))
+            and all(_is_same(file.stat(), info) for file, info in zip(parts.files, self.infos, strict=True))
+            and (not parts.index or not self.index or _is_same(parts.index.stat(), self.index))
         )
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
@@ -228,6 +228,16 @@ def _open(path: Path) -> int:
     return fd
 
 
+def _state(info: os.stat_result) -> tuple[int, int]:
+    """Tells one state of an open file from another; not by its inode, which some file systems do not keep."""
+    return info.st_size, info.st_mtime_ns
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether these are of one file, also where its inode is not kept: one that replaces it has a later change time."""
+    return os.path.samestat(one, other) or (*_state(one), one.st_ctime_ns) == (*_state(other), other.st_ctime_ns)
+
+
 def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
     """Whether a file may have been written to although its modification time says no: its change time cannot be set.
 
@@ -237,7 +247,7 @@ def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
     if now.st_ctime_ns == info.st_ctime_ns or now.st_nlink < info.st_nlink:
         return False
     with suppress(FileNotFoundError):
-        return os.path.samestat(file.stat(), now)
+        return _is_same(file.stat(), now)
     return False
 
 

@@ -23,6 +23,7 @@ from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
 from .candidates import Candidate, Select, scan, select
+from .inodes import known_again
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -129,7 +130,7 @@ class CheckpointWeightGetter:
             CheckpointError: the place cannot be listed.
         """
         try:
-            found = scan(self.checkpoints, self.select)
+            found = known_again(scan(self.checkpoints, self.select), live)
         except NoCheckpoint:
             if live is None or not self.select.pointer:
                 raise

@@ -1,0 +1,82 @@
+"""File systems that number a file anew at each look: what is live is known again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import NAME, SPEC, mark_of, shards, write
+from policies import mlp
+
+from wsync.history.database import State
+from wsync.places import inodes
+from wsync.segment.writable import WritableSegment
+from wsync.settings.spec import load_spec
+from wsync.sync.syncer import Syncer
+
+
+def renumber(path: Path) -> None:
+    """Gives the files of a checkpoint other inodes, and keeps their modification times."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        shutil.copy2(file, other := file.with_name(".other"))
+        other.replace(file)
+
+
+@pytest.mark.parametrize("form", ["file", "directory", "shards"])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_live_is_published_once(
+    form: str, named: bool, segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a version at every pass; where inodes are kept, another one is another file."""
+    if form == "shards":
+        path = shards(runs / "step_1", mlp(), 1.0)
+    elif form == "directory":
+        path = write(runs / "step_1" / "model.safetensors", mlp(), 1.0).parent
+    else:
+        path = write(runs / "step_1.safetensors", mlp(), 1.0)
+    with Syncer(load_spec(SPEC), path if named else runs, state=State(NAME)) as syncer:
+        now = time.time
+        with monkeypatch.context() as later:  # the change times of the files, which nobody can set, are older
+            later.setattr(time, "time", lambda: now() + 100)
+            assert syncer.once().version == 1
+        for keeps, status in ((False, "current"), (False, "current"), (True, "published")):
+            renumber(path)
+            monkeypatch.setattr(inodes, "inodes_change", lambda where, keeps=keeps: not keeps)
+            assert syncer.once().status == status
+    assert mark_of(segment) == {1.0}
+
+
+def test_a_file_that_changed_after_it_went_live_is_new(
+    segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards that where inodes are not kept, a checkpoint of the same size and time is still taken when it arrives."""
+    path = write(runs / "latest.safetensors", mlp(), 1.0)
+    monkeypatch.setattr(inodes, "inodes_change", lambda where: True)
+    with Syncer(load_spec(SPEC), runs) as syncer:
+        assert syncer.once().version == 1
+        os.utime(other := write(runs.parent / "other", mlp(), 2.0), ns=(0, path.stat().st_mtime_ns))
+        other.replace(path)
+        assert syncer.once().version == 2
+    assert mark_of(segment) == {2.0}
+
+
+def test_inodes_that_change_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards how it is told: by two looks at one file, or by the kind of its file system."""
+    path = write(tmp_path / "step_1.safetensors", mlp())
+    assert not inodes.inodes_change(str(path))
+    with monkeypatch.context() as fuse:
+        fuse.setattr(inodes, "_KINDS", range(1 << 63))
+        assert inodes.inodes_change(str(path))
+    real, number = os.stat, iter(range(10))
+
+    def renumbered(where: Any) -> os.stat_result:
+        info = real(where)
+        times = {"st_mtime_ns": info.st_mtime_ns, "st_ctime_ns": info.st_ctime_ns}
+        return os.stat_result((info.st_mode, next(number), *info[2:]), times)
+
+    monkeypatch.setattr(os, "stat", renumbered)
+    assert inodes.inodes_change(str(path))
