@@ -39,6 +39,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 
@@ -260,13 +261,34 @@ class SegmentError(WsyncError):
     """Something about one segment."""
 
 
+_ADVICE = {
+    errno.ENOSPC: "Make room there, or name another place",
+    errno.EDQUOT: "Make room in this user's quota, or name another place",
+    errno.EROFS: "Mount it for writing, or name another place",
+    errno.EACCES: "Give this user access to it, or run this as its owner",
+    errno.EPERM: "Give this user access to it, or run this as its owner",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`; LimitNOFILE= of its systemd unit)",
+    errno.ENFILE: "Raise the machine's limit of open files (`sysctl fs.file-max`)",
+    errno.EAGAIN: "Raise the limit of processes (`ulimit -u`; TasksMax= of its systemd unit)",
+    errno.ENOMEM: "Raise this process's memory limit (`ulimit -v`; MemoryMax= of its systemd unit)",
+    errno.ESTALE: "Mount that network file system anew: its server no longer knows the file",
+    errno.EIO: "Look at the disk, or the network file system, below it (`dmesg` tells more)",
+    errno.ENOENT: "See that it is there",
+}
+
+
+def advice(exc: OSError) -> str:
+    """What to do about an error of the system, a sentence without its full stop."""
+    return _ADVICE.get(exc.errno or 0, "Look at what it names, its mount, and the limits of this process")
+
+
 def refused(exc: OSError, place: os.PathLike[str]) -> SegmentError:
     """What the system refused of a segment, or of the directory around it, as an error of ours that names it."""
     what = f" ({exc.filename})" if exc.filename else ""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     return SegmentError(
-        f"the system refused a step at {os.fspath(place)}: {reason}{what}. Look at that directory, its mount "
-        "and the limits of this process; nothing is lost, and the next pass tries again."
+        f"OS error at {os.fspath(place)}: {reason}{what}. {advice(exc)}; nothing is lost, and the next pass tries "
+        "again."
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from builders import write
 from others import run_main
 from policies import mlp
+
+from wsync.errors import refused
 
 ODD = "step_1\n2026-01-01T00:00:00Z info    policy: version 9\x1b[2J.safetensors"
 
@@ -27,3 +32,25 @@ def test_a_file_name_makes_no_line(runs: Path, kind: str) -> None:
     assert words[kind] in out
     _, _, err = run_main("push", f"{ODD}.toml", str(runs))
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "Make room"),
+        (errno.EROFS, "for writing"),
+        (errno.EACCES, "access"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ESTALE, "anew"),
+        (errno.EIO, "dmesg"),
+        (errno.EXDEV, "Look at"),
+    ],
+)
+def test_an_error_of_the_system_tells_what_to_do(runs: Path, number: int, words: str) -> None:
+    """What happened, to what, and what to do next, whichever call fails and in whichever command."""
+    exc = OSError(number, os.strerror(number), "/srv/x")
+    told = str(refused(exc, Path("/dev/shm/x")))
+    assert all(part in told for part in ("OS error at /dev/shm/x: ", os.strerror(number), "/srv/x", words))
+    with mock.patch("wsync.segment.segment.segments", side_effect=exc):
+        code, _, err = run_main("status")
+    assert code == 1 and err.count("\n") == 1 and "/srv/x" in err and words in err

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import UsageError, WsyncError, harmless, on_one_line, printable
+from ..errors import UsageError, WsyncError, advice, harmless, on_one_line, printable
 from .options import (
     GO_BACK,
     KEEP_IN_STEP,
@@ -349,7 +349,7 @@ def main() -> None:
         code = exc.exit_code
     except OSError as exc:
         told = printable(str(exc))
-        print(f"wsync: the system refused a step: {told}. Look at what it names, then run it again.", file=sys.stderr)
+        print(f"wsync: OS error: {told}. {advice(exc)}, then run it again.", file=sys.stderr)
         code = 1
     except MemoryError:
         print("wsync: this process has no memory left. Raise its limit (`ulimit -v`), and try again.", file=sys.stderr)
