@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ..checkpoints.fit import Fit
 from ..checkpoints.plan import Plan
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
 from ..layout.layout import Layout
+from ..segment.files import Publication
 from . import group as transport
 from .group import Group
 
@@ -25,6 +26,24 @@ if TYPE_CHECKING:
     from ..segment.publisher import Source
 
 _GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one box offers to all.
+
+    Attributes:
+        weights: what goes live on every box; time and spec are each box's own.
+        gated: each box asks its gate first.
+    """
+
+    weights: Publication
+    gated: bool
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Offer:
+        """From what ``asdict`` made of one."""
+        return cls(Publication(**told["weights"]), told["gated"])
 
 
 class Turn:
@@ -106,7 +125,7 @@ class Shared:
     """What one box sends, as it goes into this box's slot.
 
     Args:
-        offer: path, step and identity, as the box that sends told them to all.
+        offer: what the box that sends told to all.
         rank: of the box that sends.
         source: on that box, what it reads first.
         live: on that box, its live weights, which go live again under another number.
@@ -114,13 +133,14 @@ class Shared:
 
     def __init__(
         self,
-        offer: dict[str, Any],
+        offer: Offer,
         rank: int,
         turn: Turn,
         source: Source | None = None,
         live: memoryview | None = None,
     ) -> None:
-        self.path, self.step, self.identity = offer["path"], offer["step"], offer["identity"]
+        about = offer.weights
+        self.path, self.step, self.identity = about.source, about.step, about.identity
         self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
         self._rank, self._turn, self._source, self._live = rank, turn, source, live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import SegmentBusy, WsyncError
+from ..segment.files import Publication
 from ..segment.segment import Segment
 from ..sync.box import Box
 from .group import Group
@@ -64,14 +65,14 @@ class Member:
                 f"version {segment.version} went live while the group was about to publish. It goes to all boxes first."
             )
 
-    def takes(self, version: int, identity: str) -> None:
+    def takes(self, weights: Publication) -> None:
         """Notes, before it is live, that a version comes from the group."""
         if self._badge:
-            self._badge.give(version, identity)
+            self._badge.give(weights.version, weights.identity)
 
-    def took(self, version: int, identity: str) -> None:
+    def took(self, weights: Publication) -> None:
         """The group's version is live here."""
-        self.seen, self._last, self.declined = version, (version, identity), None
+        self.seen, self._last, self.declined = weights.version, (weights.version, weights.identity), None
 
     def close(self) -> None:
         if self._badge:

@@ -16,12 +16,13 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
 from ..history.outcome import Outcome
+from ..segment.files import Publication
 from ..segment.publisher import Source, Staged
 from ..segment.writable import WritableSegment
 from ..sync.looks import Look
 from ..sync.passes import Pass
 from ..sync.syncer import Syncer
-from .delivery import Shared, Turn, deliver, judge
+from .delivery import Offer, Shared, Turn, deliver, judge
 from .group import Group
 from .member import Member
 from .membership import few
@@ -123,14 +124,10 @@ class Rounds:
 
     def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
         """See ``Route``; goes to all boxes, this one among them."""
-        offer = {
-            "path": os.fspath(checkpoint.path),
-            "step": checkpoint.step,
-            "identity": checkpoint.identity,
-            "version": max(report.last for report in self._reports) + 1,
-            "gated": look.staged is not None,
-        }
-        self._group.tell({"offer": offer})
+        version = max(report.last for report in self._reports) + 1
+        weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
+        offer = Offer(weights, gated=look.staged is not None)
+        self._group.tell({"offer": asdict(offer)})
         turn = Turn(self._group)
         return self._take(this, turn, Shared(offer, self._group.rank, turn, checkpoint), offer, fit)
 
@@ -146,9 +143,9 @@ class Rounds:
                 raise WsyncError(told["failed"] if named else f"{names[leader]}: {told['failed']}")
             if "outcome" in told:
                 break
-            turn = Turn(self._group)
+            turn, offer = Turn(self._group), Offer.from_dict(told["offer"])
             try:
-                taken = self._take(this, turn, Shared(told["offer"], leader, turn), told["offer"])
+                taken = self._take(this, turn, Shared(offer, leader, turn), offer)
             except GroupBroken:
                 raise
             except WsyncError:  # the leader tells what comes of it
@@ -170,7 +167,7 @@ class Rounds:
         this: Pass,
         turn: Turn,
         source: Source,
-        offer: dict[str, Any],
+        offer: Offer,
         fit: Fit = Fit(),  # noqa: B008  (frozen)
     ) -> Outcome:
         """Publishes what is offered, with all boxes, under the number that is offered."""
@@ -182,12 +179,12 @@ class Rounds:
         try:
             try:
                 segment = self._box.make_segment()
-                published = self._box.put_live(this, segment, source, fit, look, offer["version"] - 1)
+                published = self._box.put_live(this, segment, source, fit, look, offer.weights.version - 1)
             except OSError as exc:
                 raise refused(exc, self._box.updater.path) from exc
         except WsyncError as exc:
             turn.refuse(exc)
-        self._member.took(offer["version"], offer["identity"])
+        self._member.took(offer.weights)
 
         def keep() -> dict[str, Any]:
             self._box.keep(segment)
@@ -196,27 +193,21 @@ class Rounds:
         self._group.together(keep)  # a copy may take longer than a box may be silent
         return published
 
-    def _agree(self, turn: Turn, staged: Staged, offer: dict[str, Any]) -> None:
-        asked = offer["gated"] and self._box.spec.hooks.gate
+    def _agree(self, turn: Turn, staged: Staged, offer: Offer) -> None:
+        asked = offer.gated and self._box.spec.hooks.gate
         turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
-        self._member.takes(offer["version"], offer["identity"])
+        self._member.takes(offer.weights)
 
     def _change(self, this: Pass, segment: WritableSegment, change: Change) -> Outcome:
         """Brings the boxes that are behind to what the provider has."""
         rank, provider, live = self._group.rank, change.provider, this.live
         if rank == provider:
             assert live
-            offer: dict[str, Any] = {
-                "path": live.source,
-                "step": live.step,
-                "identity": live.identity,
-                "version": change.version,
-                "gated": change.gated,
-            }
-            self._group.tell(offer)
-            offer["gated"] = False  # it is live here
+            offer = Offer(replace(live, version=change.version), change.gated)
+            self._group.tell(asdict(offer))
+            offer = replace(offer, gated=False)  # it is live here
         else:
-            offer = self._group.hear(provider)
+            offer = Offer.from_dict(self._group.hear(provider))
         turn = Turn(self._group)
         try:
             if rank in change.takers and rank != provider:
@@ -231,7 +222,7 @@ class Rounds:
                 self._group.together(dict)  # others keep copies
         except CheckpointRejected as exc:
             if turn.objected:
-                self._member.declined = offer["identity"]
+                self._member.declined = offer.weights.identity
             raise WsyncError(f"what is live in the group is refused: {exc}") from exc
         except WsyncError as exc:
             turn.refuse(exc)

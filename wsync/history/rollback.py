@@ -11,12 +11,12 @@ import os
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from ..segment.files import Publication
-from ..segment.publisher import publish
+from ..segment.publisher import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
 from .database import Event, Pin, State
@@ -113,15 +113,9 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
 def _again(segment: WritableSegment, last: int, event: Event, state: State) -> Publication:
     """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
-    with segment.slot_with(event.version, event.identity or "") as (slot, held):
-        if slot and held:
-            publication = replace(held, version=last + 1, published_at=time.time())
-            slot.describe(publication)
-    if slot:
-        segment.store(publication.version, slot.number)
+    if publication := publish_again(segment, event.version, event.identity or "", last):
         return publication
-    again = reopen(event, copies(state))
-    if again:
+    if again := reopen(event, copies(state)):
         checkpoint, fit = again
         with checkpoint:
             live = segment.live()

@@ -121,6 +121,26 @@ def publish(
     return publication
 
 
+def publish_again(segment: WritableSegment, version: int, identity: str, last_version: int) -> Publication | None:
+    """Publishes an earlier version that a spare slot still holds whole; the caller holds ``segment.publishing()``.
+
+    Args:
+        version, identity: of what was published then.
+        last_version: as for ``publish``.
+
+    Returns:
+        What is live; None if no spare slot holds it.
+    """
+    with segment.slot_with(version, identity) as (slot, held):
+        if slot is None or held is None:
+            return None
+        number = _next_version(segment, last_version)
+        publication = replace(held, version=number, published_at=time.time())
+        slot.describe(publication)
+    segment.store(publication.version, slot.number)
+    return publication
+
+
 def publish_tensors(
     segment: WritableSegment,
     tensors: Mapping[str, torch.Tensor],
