@@ -542,12 +542,13 @@ def test_function_is_told_from_command(text: str, function: bool) -> None:
     assert Hooks(gate=text).gate_is_function is function
 
 
-def test_options_and_variables(live: WritableSegment, runs: Path, cli: Cli) -> None:
+def test_options_and_variables(live: WritableSegment, runs: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """--gate, or its variable, is the TOML's; the exit code is 65 or 75, and the empty gate is none."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     Path("actor.toml").write_text(
         f'policy = "{SPEC}"\nname = "{NAME}"\ncheckpoints = "runs"\n[hooks]\ngate = "exit 1"\n'
     )
+    monkeypatch.setenv("WSYNC_TAKE_OVER", "1")  # what is live came from the import string
     rejected = cli("push", "actor.toml", "--json")
     assert (rejected.returncode, json.loads(rejected.stdout)["status"]) == (65, "rejected")
     later = cli("push", "actor.toml", env={**os.environ, "WSYNC_GATE": "exit 75"})

@@ -71,7 +71,7 @@ def _headline(told: dict[str, Any]) -> Text:
 def _notes(told: dict[str, Any]) -> Iterator[str]:
     if told.get("pin"):
         yield f"pinned: {printable(told['pin'])}"
-    if told["added_slots"]:
+    if told.get("added_slots"):
         slots = told["slots"] + told["added_slots"]
         yield f"{slots} slots, {told['max_slots']} at most: readers keep older versions"
     if group := told.get("group"):

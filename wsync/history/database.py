@@ -394,7 +394,7 @@ class State:
     def _do(self, work: Callable[[Storage], T]) -> T:
         try:
             from .storage import ERRORS, Storage
-        except ImportError as exc:  # a Python without SQLite, or no memory left to load it
+        except (ImportError, OSError) as exc:  # a Python without SQLite, or no memory or descriptor left to load it
             raise self._failed(exc) from exc
         try:
             self._storage = self._storage or Storage(self._file, _SCHEMA, self._tell_damage)
