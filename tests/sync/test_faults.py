@@ -165,8 +165,8 @@ def rewrite(path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str, str, float]] = {
-    "cut": (cut, "busy", "empty", 1.0),
-    "emptied": (lambda path: os.truncate(path, 0), "busy", "empty", 1.0),
+    "cut": (cut, "busy", "current", 1.0),
+    "emptied": (lambda path: os.truncate(path, 0), "busy", "current", 1.0),
     "grown": (lambda path: os.truncate(path, path.stat().st_size + 1), "busy", "rejected", 1.0),
     "rewritten": (rewrite, "busy", "rejected", 1.0),
     "replaced": (lambda path: write(path, Double(), 3.0), "published", "published", 3.0),
@@ -325,7 +325,7 @@ if os.geteuid() == 0 and sys.argv[4] == "nobody":
         os.chown(path, 65534, 65534)
     os.setegid(65534)
     os.seteuid(65534)
-Spec.layout = lambda self: layout
+layout_process.layout_of_spec = lambda spec: layout
 box, stop, told, acts = Box(place, runtime, layout, "push"), threading.Event(), [], []
 
 def watch(poll, *then, first=lambda: None):

@@ -204,9 +204,9 @@ def test_refusal_is_said_once_over_many_passes(
     opened: list[Path] = []
     take = CheckpointWeightGetter.open
 
-    def counted(getter: CheckpointWeightGetter, candidate: Candidate) -> Checkpoint:
+    def counted(getter: CheckpointWeightGetter, candidate: Candidate, *more: Any) -> Checkpoint:
         opened.append(candidate.path)
-        return take(getter, candidate)
+        return take(getter, candidate, *more)
 
     monkeypatch.setattr(CheckpointWeightGetter, "open", counted)
     stop, passes = threading.Event(), 0

@@ -254,7 +254,10 @@ class WritableSegment(Segment):
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: this slot is live from here on."""
         self.control.store(version << 8 | slot)
-        self._give_back()
+        try:
+            self._give_back()
+        except (OSError, SegmentError):
+            pass  # the version is live all the same, and the next publish gives back what is left
 
     def live_weights(self) -> memoryview | None:
         """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
