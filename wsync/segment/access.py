@@ -25,7 +25,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
@@ -177,7 +177,15 @@ def open_file(name: str, flags: int, dir_fd: int) -> int:
     return _open(name, flags, os.fstat(dir_fd).st_uid, dir_fd)
 
 
-def open_owned(name: str, flags: int, dir_fd: int) -> FileIO:
+class Descriptor(FileIO):
+    """A descriptor that is closed however its user ends; it is gone also where close(2) fails, and nothing is lost."""
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+def open_owned(name: str, flags: int, dir_fd: int) -> Descriptor:
     """As ``open_file``, but the descriptor is a file object's own, which closes it however its user ends.
 
     Nothing is interpreted between the two calls that make it, so that no interrupt comes while it is nobody's.
@@ -186,7 +194,7 @@ def open_owned(name: str, flags: int, dir_fd: int) -> FileIO:
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
         if stat.S_ISDIR(info.st_mode):  # of which no file object is made
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
-        file = next(map(FileIO, map(partial(os.open, dir_fd=dir_fd), [name], [flags | _SAFELY])))
+        file = next(map(Descriptor, map(partial(os.open, dir_fd=dir_fd), [name], [flags | _SAFELY])))
     try:
         _check(file.fileno(), name, flags, os.fstat(dir_fd).st_uid, dir_fd)
     except BaseException:

@@ -55,14 +55,13 @@ import os
 import weakref
 from contextlib import suppress
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
 from typing import Self
 
 from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
-from .access import base_owner, check_name, is_name, open_dir, open_owned
+from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
 from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, damage, map_control, slot_name
 from .problems import broken, damaged, removed
@@ -301,12 +300,12 @@ class Segment:
             with mapping(size, fd):
                 return SlotMemory(fd, size, flags=flags, prot=protection), (info.st_dev, info.st_ino)
 
-    def _open_slot(self, slot: int, flags: int) -> FileIO:
+    def _open_slot(self, slot: int, flags: int) -> Descriptor:
         if slot >= MAX_SLOTS:
             raise broken(self.name, f"says that slot {slot} is live, and has {MAX_SLOTS} at most")
         return self._open_file(slot_name(slot), flags)
 
-    def _open_file(self, name: str, flags: int) -> FileIO:
+    def _open_file(self, name: str, flags: int) -> Descriptor:
         """Raises SegmentBusy where the segment is being removed."""
         try:
             return open_owned(name, flags, self._dir)
@@ -323,7 +322,7 @@ class Lease:
 
     __slots__ = ("_file", "slot", "version", "word")
 
-    def __init__(self, word: int, file: FileIO) -> None:
+    def __init__(self, word: int, file: Descriptor) -> None:
         self.version, self.slot, self.word, self._file = word >> 8, word & 0xFF, word, file
 
     @property
