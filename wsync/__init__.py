@@ -13,6 +13,7 @@ The rooms, from the ground up; each may import those above it in this list, and 
     places          a place of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
     updaters        the weight updaters
+    torchrl         what torchrl's collectors take; needs torchrl, and is imported by its own name
     history         what outlives a reboot: database, pins, refusals, copies, rollback
     settings        the policy spec
     hooks           gates and hooks
