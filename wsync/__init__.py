@@ -13,7 +13,8 @@ The rooms, from the ground up; each may import those above it in this list, and 
     places          a place of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
     updaters        the weight updaters
-    torchrl         what torchrl's collectors take; needs torchrl, and is imported by its own name
+    torchrl, stable_baselines3, transformers, lightning
+                    what plugs into each of them; needs it, and is imported by its own name
     history         what outlives a reboot: database, pins, refusals, copies, rollback
     settings        the policy spec
     hooks           gates and hooks
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .policy.attaching import attach
     from .policy.reader import Reader
     from .segment.access import Access
+    from .updaters.publisher import Publisher, publisher
     from .updaters.shared_memory import SharedMemoryWeightUpdater
     from .updaters.vanilla import VanillaWeightUpdater, WeightUpdaterBase
 
@@ -59,11 +61,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "Access": "segment.access",
     "CheckpointWeightGetter": "places.weight_getter",
+    "Publisher": "updaters.publisher",
     "Reader": "policy.reader",
     "SharedMemoryWeightUpdater": "updaters.shared_memory",
     "VanillaWeightUpdater": "updaters.vanilla",
     "WeightUpdaterBase": "updaters.vanilla",
     "attach": "policy.attaching",
+    "publisher": "updaters.publisher",
 }
 
 __all__ = [
@@ -76,6 +80,7 @@ __all__ = [
     "HalfWritten",
     "LayoutDiffers",
     "NoCheckpoint",
+    "Publisher",
     "Reader",
     "RetryLater",
     "SegmentBusy",
@@ -88,6 +93,7 @@ __all__ = [
     "WeightUpdaterBase",
     "WsyncError",
     "attach",
+    "publisher",
 ]
 
 

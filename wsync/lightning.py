@@ -1,0 +1,35 @@
+"""``wsync.lightning.WsyncCallback``; importing it imports lightning, or pytorch_lightning where that is there alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback
+
+from .updaters.publisher import Periodic
+
+
+class WsyncCallback(Callback):  # type: ignore[misc]
+    """``Trainer(callbacks=[WsyncCallback("policy", every=100)])`` publishes the module from the first process.
+
+    ``every`` counts optimizer steps (``trainer.global_step``); ``policy=lambda module: module.actor`` publishes a part.
+    See ``Periodic`` for the arguments. The module must be whole in that process, which it is not under FSDP.
+    """
+
+    def __init__(self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None) -> None:
+        self._periodic = Periodic(name, every, policy, runtime_dir)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._periodic.start(pl_module, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.is_global_zero:
+            self._periodic.at(trainer.global_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            self._periodic.end(trainer.global_step)

@@ -1,0 +1,107 @@
+"""A trainer's side in a line: publishing a policy from memory, in a plain loop or from a framework's callback."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SegmentBusy, UsageError
+from .shared_memory import SharedMemoryWeightUpdater
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("wsync")
+
+
+class Publisher:
+    """Publishes a policy's weights from memory: ``with wsync.publisher(name, policy) as p: p.push(step)``.
+
+    Args:
+        name: of the segment, which is made where there is none.
+        policy: an ``nn.Module``, whose parameters and persistent buffers are read at each push, on any device.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+    """
+
+    def __init__(
+        self, name: str, policy: torch.nn.Module, *, runtime_dir: str | os.PathLike[str] | None = None
+    ) -> None:
+        self._policy = policy
+        self._updater = SharedMemoryWeightUpdater(name, policy=policy, runtime_dir=runtime_dir)
+
+    def push(self, step: int | None = None) -> int:
+        """Publishes the weights as they are now, with the trainer's own number for them; returns the version.
+
+        Raises:
+            ValueError: a weight is not finite. The live version stays.
+            SegmentBusy: another publisher is at work, or readers lease every spare slot.
+            SegmentError: the segment cannot be made, or holds another architecture.
+        """
+        self._updater.step = step
+        self._updater.push_weights(self._policy)
+        assert self._updater.published
+        return self._updater.published.version
+
+    def close(self) -> None:
+        """Lets go of the segment, which stays."""
+        self._updater.close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+publisher = Publisher
+
+
+class Periodic:
+    """What the callbacks share: a version as the training starts, one every so many steps, and one at its end.
+
+    Args:
+        name: of the segment.
+        every: steps between two versions, as the framework counts them.
+        policy: picks out of the framework's model what is published; default all of it.
+        runtime_dir: as for ``Publisher``.
+
+    A segment that is busy is warned of, and the next version brings the weights. Other errors end the training.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        every: int,
+        policy: Callable[[Any], torch.nn.Module] | None,
+        runtime_dir: str | os.PathLike[str] | None,
+    ) -> None:
+        if every < 1:
+            raise UsageError(f"every={every} is no number of steps. Give 1 or more.")
+        self._name, self._every, self._policy, self._runtime_dir = name, every, policy, runtime_dir
+        self._pushed: int | None = None
+        self._due = 0
+
+    def start(self, model: Any, step: int) -> None:
+        self._publisher = Publisher(
+            self._name, self._policy(model) if self._policy else model, runtime_dir=self._runtime_dir
+        )
+        self._push(step)
+
+    def at(self, step: int) -> None:
+        if step >= self._due:
+            self._push(step)
+
+    def end(self, step: int) -> None:
+        if step != self._pushed:
+            self._push(step)
+        self._publisher.close()
+
+    def _push(self, step: int) -> None:
+        self._due = step + self._every
+        try:
+            self._publisher.push(step)
+            self._pushed = step
+        except SegmentBusy as exc:
+            _log.warning("step %d was not published, and the next version will be newer: %s", step, exc)
