@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .policy.attaching import attach
     from .policy.reader import Reader
     from .segment.access import Access
+    from .segment.leasing import Held, follow, lease
     from .updaters.publisher import Publisher, publisher
     from .updaters.shared_memory import SharedMemoryWeightUpdater
     from .updaters.vanilla import VanillaWeightUpdater, WeightUpdaterBase
@@ -61,12 +62,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Access": "segment.access",
     "CheckpointWeightGetter": "places.weight_getter",
+    "Held": "segment.leasing",
     "Publisher": "updaters.publisher",
     "Reader": "policy.reader",
     "SharedMemoryWeightUpdater": "updaters.shared_memory",
     "VanillaWeightUpdater": "updaters.vanilla",
     "WeightUpdaterBase": "updaters.vanilla",
     "attach": "policy.attaching",
+    "follow": "segment.leasing",
+    "lease": "segment.leasing",
     "publisher": "updaters.publisher",
 }
 
@@ -78,6 +82,7 @@ __all__ = [
     "CheckpointWeightGetter",
     "CopyRefused",
     "HalfWritten",
+    "Held",
     "LayoutDiffers",
     "NoCheckpoint",
     "Publisher",
@@ -93,6 +98,8 @@ __all__ = [
     "WeightUpdaterBase",
     "WsyncError",
     "attach",
+    "follow",
+    "lease",
     "publisher",
 ]
 

@@ -46,6 +46,7 @@ TESTED = {
     ("operations", "console"): 4,  # one is run by test_drill.py
     ("operations", "crontab"): 1,
     ("operations", "toml"): 1,
+    ("readers", "python"): 2,  # run by test_leasing.py
     ("stable_baselines3", "console"): 1,  # run by test_trainer_examples.py, with what follows
     ("stable_baselines3", "python"): 2,
     ("s3", "console"): 1,

@@ -1,0 +1,139 @@
+"""Readers that are no torch modules: a leased version as numpy views and as a safetensors file; no torch is imported.
+
+A view that is kept longer than its block never changes: the lease goes with the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AttachTimeout, SegmentMissing, UsageError
+from ..layout.layout import TORCH_DTYPES, TensorEntry, torch_shape
+from ..system.memory import sleep_on
+from .files import REMOVED, slot_name
+from .readers import Registration
+from .segment import Lease, Segment, SlotMemory
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_LOOK = 0.1  # seconds between two looks where no word will change
+
+
+class Held(Mapping[str, "np.ndarray[Any, Any]"]):
+    """A version that stays as it is for the block that it was made for.
+
+    ``held["body.0.weight"]`` is a read-only numpy array of the tensor's dtype (of ``ml_dtypes`` where numpy has none;
+    uint8 for packed four-bit floats) and shape, without a copy. Tied weights are there under each of their names.
+
+    Attributes:
+        version: of the segment.
+        step: the trainer's own number for it, None where it gave none.
+        path: of the slot, a safetensors file, which cannot change during the block; a tied weight is in it once.
+    """
+
+    def __init__(self, segment: Segment, lease: Lease) -> None:
+        self.version, self.step, self.path = lease.version, segment.step_of(lease), segment.path / slot_name(lease.slot)
+        self._entries = {name: entry for entry in segment.layout.tensors for name in entry.names}
+        self._start = segment.data_offset
+        memory, _ = segment.map_pages(lease.slot)
+        registration = Registration(segment.path, "swap")
+        registration.update(self.version, (lease.slot,), time.time())
+        weakref.finalize(memory, registration.close)
+        memory.lease = lease
+        self._memory: SlotMemory | None = memory
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        if self._memory is None:
+            raise UsageError(f"version {self.version} was given back. Read its tensors inside the block.")
+        entry = self._entries[name]
+        array = np.frombuffer(self._memory, np.uint8, entry.nbytes, self._start + entry.offset)
+        return array.view(_dtype(entry)).reshape(torch_shape(entry))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _give_back(self) -> None:
+        self._memory = None
+
+
+@contextmanager
+def lease(name: str, *, timeout: float = 0.0, runtime_dir: str | os.PathLike[str] | None = None) -> Iterator[Held]:
+    """Holds the newest version of a segment for a block: ``with wsync.lease("cartpole") as held``.
+
+    Args:
+        name: of the segment.
+        timeout: seconds to wait for a first version.
+        runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Raises:
+        AttachTimeout: the segment got no version in time.
+        SegmentError: there is no such segment, or it is broken.
+    """
+    deadline = time.monotonic() + timeout
+    with closing(Segment.open(name, runtime_dir)) as segment:
+        while (leased := segment.lease()) is None:
+            if (left := deadline - time.monotonic()) <= 0:
+                raise AttachTimeout(
+                    f"segment {name!r} has no version after {timeout} s. Start `wsync watch` or `wsync push` for it, "
+                    "or wait longer with timeout=."
+                )
+            time.sleep(min(left, _LOOK))
+        held = Held(segment, leased)
+    try:
+        yield held
+    finally:
+        held._give_back()
+
+
+def follow(name: str, *, runtime_dir: str | os.PathLike[str] | None = None) -> Generator[Held, None, None]:
+    """Yields the newest version of a segment, then each newer one when it comes; versions in between are passed over.
+
+    Each is held until the next one is asked for. When the segment is removed, it waits until it is there again.
+
+    Raises:
+        SegmentError: there is no such segment as it begins, or it is broken.
+    """
+    segment = Segment.open(name, runtime_dir)
+    version = 0
+    while True:
+        with closing(segment):
+            while (word := segment.word) & 0xFF != REMOVED and segment.is_current():
+                leased = segment.lease() if word >> 8 != version else None
+                if leased is None:
+                    sleep_on(segment.control.address, word, _LOOK if word >> 8 != version else 3600.0)
+                    continue
+                held = Held(segment, leased)
+                version = held.version
+                try:
+                    yield held
+                finally:
+                    held._give_back()
+        while True:
+            with suppress(SegmentMissing):
+                segment, version = Segment.open(name, runtime_dir), 0
+                break
+            time.sleep(_LOOK)
+
+
+def _dtype(entry: TensorEntry) -> np.dtype[Any]:
+    import numpy as np
+
+    attribute = "uint8" if entry.dtype == "F4" else TORCH_DTYPES[entry.dtype]
+    try:
+        return np.dtype(attribute)
+    except TypeError:
+        import ml_dtypes
+
+        known: np.dtype[Any] = np.dtype(getattr(ml_dtypes, attribute))
+        return known
