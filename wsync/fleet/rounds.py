@@ -43,7 +43,7 @@ class Rounds:
         self._syncer, self._box, self._group, self._member = syncer, syncer.box, group, member
         self._failed: Change | None = None  # what is only tried again when rank 0 is due
         self._reports: Sequence[Report] = ()
-        syncer.route = self
+        syncer.taking.route = self
 
     def is_needed(self, reports: Sequence[Report]) -> bool:
         """Whether these reports ask for a round now."""

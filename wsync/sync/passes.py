@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.database import Pin
-from ..history.outcome import Outcome
+from ..history.outcome import Outcome, status_of
 from ..segment.files import Publication
 from ..segment.segment import Segment
 
@@ -52,3 +53,14 @@ class Pass:
         """The outcome of a pass that a pin of this box holds."""
         reason = f"{pin.name} is pinned ({pin.reason}); `wsync unpin {self.name}` goes on with the newest"
         return self.standing("pinned", reason=reason, pin=pin.name)
+
+    def refusal(self, exc: CheckpointError | RetryLater, *, named: bool, **about: object) -> Outcome:
+        """Why a checkpoint was refused, or the pass put off.
+
+        Args:
+            named: it was named itself, and not found in a directory.
+            about: step, path and identity of the checkpoint.
+        """
+        reason = on_one_line(exc.message, str(about.get("checkpoint") or ""))
+        more = {"reason": reason, "differences": exc.differences, "kind": exc.kind, **about}
+        return self.outcome(status_of(exc, named), **more)

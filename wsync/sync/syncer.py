@@ -21,12 +21,10 @@ from ..checkpoints.files import led_to, remote
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
-    CheckpointMismatch,
     IncompleteCheckpoint,
     NoCheckpoint,
     RetryLater,
     SegmentBusy,
-    UnusableBase,
     UsageError,
     WsyncError,
     on_one_line,
@@ -34,25 +32,20 @@ from ..errors import (
 )
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
-from ..layout.layout import Layout
 from ..places.candidates import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, Look, place_of
-from ..segment.publisher import rehearse
-from ..segment.writable import WritableSegment
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import told_once
 from .box import Box
-from .casts import Casts
 from .choosing import Choice, choose
 from .idle import Idle
-from .looks import NO_LOOK, second_look
 from .passes import Pass
 from .policy_layout import PolicyLayout
-from .route import OneBox, Route
+from .taking import Taking
 
 if TYPE_CHECKING:
-    from ..history.database import Pin, State
+    from ..history.database import State
     from ..segment.watching import WatchLock
 
 
@@ -69,7 +62,7 @@ class Syncer:
         box: this box's segment, and what is told of it.
         record: what is known of the past.
         policy: the policy's layout, and whether it fits.
-        route: how checkpoints reach the readers; a fleet sets its own.
+        taking: what is done with a checkpoint that was chosen, and how it reaches the readers.
         lock: of a watch, on the segment that it keeps in step.
 
     Raises:
@@ -106,9 +99,8 @@ class Syncer:
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
         self.box = Box(spec, self.updater, self.record)
         self.box.claim.follow(self.getter, own=place == spec.checkpoints)
-        self.route: Route = OneBox(self.box)
+        self.taking = Taking(self.box, self.policy)
         self.lock: WatchLock | None = None
-        self._casts = Casts()
         self._idle = Idle(self.getter.checkpoints)
 
     def __enter__(self) -> Syncer:
@@ -179,19 +171,19 @@ class Syncer:
 
     def _pass(self, this: Pass) -> Outcome:
         """Chooses, and takes the newest."""
-        choice = self.route.busy(partial(self._choose, this))
+        choice = self.taking.route.busy(partial(self._choose, this))
         if choice.pin or choice.todo or choice.refused:
             self.box.claim.origin(this.live)  # raises where what is live is another's
         self._wait_for_other_watch()
         if choice.pin:
-            return self._pinned(this, choice.pin, reopen=choice.reopen)
+            return self.taking.pinned(this, choice.pin, reopen=choice.reopen)
         refusal = self._known(this, choice.refused) if choice.refused else None
         if not choice.todo:
             if not refusal and self._has_nothing_for(this):
                 raise self.getter.nothing()
             return refusal or self._current(this, choice)
         reads = self.policy.reads
-        take = self.route.busy(partial(self._ready, this))
+        take = self.taking.route.busy(partial(self.taking.ready, this, self._choose))
         if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
             return self._pass(this)
         try:
@@ -213,17 +205,6 @@ class Syncer:
                 f"{other} keeps segment {segment.name!r} in step. This watch waits until that one ends; give it a "
                 "--name of its own to have both."
             )
-
-    def _ready(self, this: Pass) -> Callable[[Checkpoint], Outcome]:
-        """What is done with an opened checkpoint; whatever has to know the policy's layout is done before."""
-        if this.dry_run:
-            layout, segment = self.policy.read(), self.updater.opened
-            if segment:
-                self.policy.compare(segment, layout)
-            return partial(self._rehearse, this, layout)
-        segment = self.box.make_segment()
-        self.policy.check(segment, this.live)
-        return partial(self._publish, this, segment)
 
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
@@ -270,7 +251,7 @@ class Syncer:
             opened = ""  # a link may have moved since it was listed
             try:
                 published = partial(self._published_from, this, candidate.path)
-                with self.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
+                with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
@@ -278,8 +259,7 @@ class Syncer:
             except (CheckpointError, RetryLater) as exc:
                 if this.again and isinstance(exc, CheckpointChanged):
                     raise
-                refusal = _refusal(
-                    this,
+                refusal = this.refusal(
                     exc,
                     named=not candidate.name,
                     step=self.getter.step_of(candidate),
@@ -310,49 +290,6 @@ class Syncer:
         known = self.record.published_from(source)
         return [*known, live.identity] if live and live.source == source else known
 
-    def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
-        """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
-        look = second_look(self.box, this, checkpoint.identity, self._choose)
-        try:
-            outcome = self.route.deliver(this, segment, checkpoint, self.spec.weights, look)
-        except (CheckpointMismatch, UnusableBase):
-            self.route.busy(partial(self.policy.recheck, segment))
-            raise
-        except RetryLater:
-            if pin := self.record.pin():
-                return this.at(segment).pinned(pin)
-            raise
-        return replace(outcome, casts=self._casts.new(checkpoint))
-
-    def _pinned(self, this: Pass, pin: Pin, *, reopen: bool) -> Outcome:
-        """Keeps what is pinned live, and makes it so if the segment was made anew or the operator named a file."""
-        if this.dry_run or not reopen:
-            if not this.dry_run and this.live and this.live.source and (segment := self.updater.opened):
-                self.box.keep(segment)  # for the next reboot, whatever became of its file
-            return this.pinned(pin)
-        segment = self.box.make_segment()
-        try:
-            checkpoint, fit = self.route.busy(lambda: self.record.reopen(pin, self.spec.weights))
-            with checkpoint:
-                return replace(self.route.deliver(this, segment, checkpoint, fit, NO_LOOK), pin=pin.name)
-        except CheckpointError as exc:
-            about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
-            outcome = _refusal(this, exc, named=True, **about)
-            self.record.failed(outcome.version, outcome.reason or "")
-            return outcome
-
-    def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
-        fit, progress = replace(self.spec.weights, built=self.box.built), self.box.counter(layout.nbytes)
-        rehearse(layout, checkpoint, self.updater.opened, fit=fit, progress=progress)
-        return this.outcome(
-            "checked",
-            step=checkpoint.step,
-            checkpoint=str(checkpoint.path),
-            bytes=layout.nbytes,
-            reason="the gate was not asked" if self.spec.hooks.gate else None,
-            identity=checkpoint.identity,
-        )
-
 
 def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) -> Outcome:
     """Returns the outcome of a pass, and tells the history if it failed."""
@@ -377,15 +314,3 @@ def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) ->
     else:
         box.record.worked()
     return outcome
-
-
-def _refusal(this: Pass, exc: CheckpointError | RetryLater, *, named: bool, **about: object) -> Outcome:
-    """Why a checkpoint was refused, or a pass put off.
-
-    Args:
-        named: it was named itself, and not found in a directory.
-        about: step, path and identity of the checkpoint.
-    """
-    differences = exc.differences
-    reason = on_one_line(exc.message, str(about.get("checkpoint") or ""))
-    return this.outcome(status_of(exc, named), reason=reason, differences=differences, kind=exc.kind, **about)

@@ -1,0 +1,103 @@
+"""What is done with a checkpoint that was chosen: it is published, or only checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
+from ..history.database import Pin
+from ..history.outcome import Outcome
+from ..layout.layout import Layout
+from ..segment.publisher import rehearse
+from ..segment.writable import WritableSegment
+from .box import Box
+from .casts import Casts
+from .choosing import Choice
+from .looks import NO_LOOK, second_look
+from .passes import Pass
+from .policy_layout import PolicyLayout
+from .route import OneBox, Route
+
+
+class Taking:
+    """Takes checkpoints for one box.
+
+    Args:
+        policy: the policy's layout, and whether it fits.
+
+    Attributes:
+        route: how checkpoints reach the readers; a fleet sets its own.
+    """
+
+    def __init__(self, box: Box, policy: PolicyLayout) -> None:
+        self.route: Route = OneBox(box)
+        self._box, self._policy, self._casts = box, policy, Casts()
+
+    def ready(self, this: Pass, choose: Callable[[Pass], Choice]) -> Callable[[Checkpoint], Outcome]:
+        """What is done with an opened checkpoint; whatever needs the policy's layout is done before it is opened.
+
+        Args:
+            choose: chooses once more, under the lock.
+
+        Raises:
+            LayoutDiffers: the segment holds another architecture than the policy.
+            WsyncError: there is no segment to be had, or the policy cannot be built.
+        """
+        if this.dry_run:
+            layout, segment = self._policy.read(), self._box.updater.opened
+            if segment:
+                self._policy.compare(segment, layout)
+            return partial(self._rehearse, this, layout)
+        segment = self._box.make_segment()
+        self._policy.check(segment, this.live)
+        return partial(self._publish, this, segment, choose)
+
+    def pinned(self, this: Pass, pin: Pin, *, reopen: bool) -> Outcome:
+        """Keeps what is pinned live, and makes it so if the segment was made anew or the operator named a file."""
+        box = self._box
+        if this.dry_run or not reopen:
+            if not this.dry_run and this.live and this.live.source and (segment := box.updater.opened):
+                box.keep(segment)  # for the next reboot, whatever became of its file
+            return this.pinned(pin)
+        segment = box.make_segment()
+        try:
+            checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
+            with checkpoint:
+                return replace(self.route.deliver(this, segment, checkpoint, fit, NO_LOOK), pin=pin.name)
+        except CheckpointError as exc:
+            about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
+            outcome = this.refusal(exc, named=True, **about)
+            box.record.failed(outcome.version, outcome.reason or "")
+            return outcome
+
+    def _publish(
+        self, this: Pass, segment: WritableSegment, choose: Callable[[Pass], Choice], checkpoint: Checkpoint
+    ) -> Outcome:
+        """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
+        look = second_look(self._box, this, checkpoint.identity, choose)
+        try:
+            outcome = self.route.deliver(this, segment, checkpoint, self._box.spec.weights, look)
+        except (CheckpointMismatch, UnusableBase):
+            self.route.busy(partial(self._policy.recheck, segment))
+            raise
+        except RetryLater:
+            if pin := self._box.record.pin():
+                return this.at(segment).pinned(pin)
+            raise
+        return replace(outcome, casts=self._casts.new(checkpoint))
+
+    def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
+        spec, progress = self._box.spec, self._box.counter(layout.nbytes)
+        fit = replace(spec.weights, built=self._box.built)
+        rehearse(layout, checkpoint, self._box.updater.opened, fit=fit, progress=progress)
+        return this.outcome(
+            "checked",
+            step=checkpoint.step,
+            checkpoint=str(checkpoint.path),
+            bytes=layout.nbytes,
+            reason="the gate was not asked" if spec.hooks.gate else None,
+            identity=checkpoint.identity,
+        )
