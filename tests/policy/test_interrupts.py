@@ -78,7 +78,7 @@ def at_each_point(work: Callable[[], object], handler: Callable[[], object] = in
             work()
         yield
         if at.left > 0:
-            assert point > 10, "nothing was interrupted"
+            assert point > 3, "nothing was interrupted"
             return
 
 
