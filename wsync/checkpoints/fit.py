@@ -39,6 +39,7 @@ class Fit:
         finite: NaN and infinity are refused; not an infinity where the policy has it when it is built.
         finite_except: globs of tensors that may hold infinities, never NaN.
         missing: ``"policy"`` gives what does not come the value that the policy has when it is built.
+        extra_state: ``"ignore"`` takes a policy whose ``state_dict()`` holds what no segment can; else it is refused.
         base: checkpoint that a PEFT adapter is merged into, where the policy has the base's names, not the adapter's.
     """
 
@@ -52,6 +53,7 @@ class Fit:
     finite_except: tuple[str, ...] = ()
     missing: str = ""
     base: str = ""
+    extra_state: str = "refuse"
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
     kept: int = field(default=0, repr=False)  # the version that kept live values, which is no file's; for the record
     built: Built | None = field(default=None, repr=False, compare=False)  # asks the policy itself

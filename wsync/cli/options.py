@@ -55,6 +55,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "finite": ("weights", bool, "Refuse NaN and infinity. (default: finite)"),
     "finite_except": ("weights", list[str], "Glob of tensors that may hold infinities; may be given again."),
     "missing": ("weights", str, "policy: what does not come has the value of the policy when it is built."),
+    "extra_state": ("weights", str, "ignore: take a policy with state that no version changes. (default: refuse)"),
     "gate": ("hooks", str, "package.module:function, or a shell command, that must accept staged weights."),
     "gate_timeout": ("hooks", float, "Seconds it may take; longer rejects. (default: 60)"),
     "exec": ("hooks", str, "Shell command after a publish."),
@@ -103,7 +104,12 @@ VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OT
 KEEP_IN_STEP, LOOK, GO_BACK, MEASURE = "Keep in step", "Look", "Go back", "Measure"
 """The panels of ``wsync --help``."""
 
-_VALUES = {"order": ["mtime", "step", "name", "arrival"], "digest": ["sha256"], "missing": ["policy"]}
+_VALUES = {
+    "order": ["mtime", "step", "name", "arrival"],
+    "digest": ["sha256"],
+    "missing": ["policy"],
+    "extra_state": ["refuse", "ignore"],
+}
 
 
 def names(incomplete: str) -> list[str]:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..errors import SwapRefused, UsageError
+from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of, named_modules, named_tensors
 from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
+from .compiled import check_not_frozen
 from .first_version import Opening
 from .reader import Mode, Reader
 from .swap import own_uses
@@ -35,6 +37,7 @@ def attach(
     timeout: float | None = None,
     mode: Mode = "auto",
     staging: Staging = "device",
+    extra_state: Literal["refuse", "ignore"] = "refuse",
     runtime_dir: str | os.PathLike[str] | None = None,
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
@@ -62,6 +65,8 @@ def attach(
         staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
             waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
+        extra_state: what to do where the policy's ``state_dict()`` holds more than parameters and persistent buffers
+            (``get_extra_state``, packed quantised weights), which no version changes: ``"ignore"`` logs its names.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
@@ -71,7 +76,8 @@ def attach(
         SegmentError: the segment can be neither opened nor made.
         OutOfDeviceMemory: the GPU has no room for that copy.
         UsageError: the mode, the staging, the name or the timeout is none; a tensor of the policy has no memory that
-            could be written; its class refuses a copy (CopyRefused); the policy's own code fails (SpecError).
+            could be written; its class refuses a copy (CopyRefused); the policy's own code fails, its weights are
+            folded into compiled code, or it has state that no version changes (SpecError).
     """
     if not isinstance(policy, torch.nn.Module):
         raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
@@ -83,6 +89,8 @@ def attach(
         raise UsageError(
             f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
         )
+    check_not_frozen(policy)
+    check_extra_state(policy, extra_state)
     opening = Opening(name, runtime_dir, timeout)
     reader = None
     try:

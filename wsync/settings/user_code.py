@@ -15,6 +15,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError, UsageError, WsyncError
+from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of, named_tensors
 from ..layout.writing import check_takes_copies
 from .spec import Spec
@@ -29,7 +30,7 @@ def read_layout(spec: Spec) -> Layout:
     The module is built on the meta device where it allows that, which costs no memory.
 
     Raises:
-        SpecError: the policy cannot be imported or built, or is none.
+        SpecError: the policy cannot be imported or built, or is none; it has state that no version changes.
         CopyRefused: a tensor's class refuses copies, so that no reader could take a version.
         WsyncError: torch cannot be loaded.
     """
@@ -39,14 +40,16 @@ def read_layout(spec: Spec) -> Layout:
         target = _import(spec, spec.policy)  # not under the meta device: what a module makes at import stays real
         try:
             with torch.device("meta"):
-                return _layout_of(_make(spec, target))
+                return _layout_of(_make(spec, target), spec)
         except UsageError:
-            return _layout_of(_make(spec, target))
+            return _layout_of(_make(spec, target), spec)
 
 
-def _layout_of(policy: torch.nn.Module) -> Layout:
+def _layout_of(policy: torch.nn.Module, spec: Spec) -> Layout:
+    check_extra_state(policy, spec.weights.extra_state)
+    layout = layout_of(policy)  # first: it says what a lazy module needs
     check_takes_copies(named_tensors(policy))
-    return layout_of(policy)
+    return layout
 
 
 def read_built(spec: Spec, names: Collection[str]) -> dict[str, bytes]:

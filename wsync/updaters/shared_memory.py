@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import SegmentDamaged, SegmentMissing
+from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
@@ -47,6 +49,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         max_slots: how many it may grow to while readers keep older versions.
         strict: every tensor must come; else what does not come keeps its live values.
         finite: refuse NaN and infinity.
+        extra_state: ``"ignore"`` pushes a module whose ``state_dict()`` holds what no segment can, and says so once.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Attributes:
@@ -69,11 +72,14 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         max_slots: int = BOUND,
         strict: bool = True,
         finite: bool = True,
+        extra_state: str = "refuse",
         runtime_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name, self.weight_getter = name, weight_getter
         self.strict, self.finite, self.runtime_dir = strict, finite, runtime_dir
         self.slots, self.max_slots = slots, max_slots
+        self.extra_state = extra_state
+        self._told: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # the modules whose extra state was looked at
         self.step: int | None = None
         self.spec = ""
         self.access = Access()
@@ -86,7 +92,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self._news = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
+        return {**WeightUpdaterBase.__getstate__(self), "_segment": None, "_told": weakref.WeakSet()}
 
     @property
     def segment(self) -> WritableSegment | None:
@@ -159,6 +165,9 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self._news = False  # also after a push that failed half-way
         torch = sys.modules.get("torch")
         if torch and isinstance(server_weights, torch.nn.Module):
+            if server_weights not in self._told:
+                check_extra_state(server_weights, self.extra_state)
+                self._told.add(server_weights)
             return dict(named_tensors(server_weights))
         return WeightUpdaterBase._maybe_map_weights(self, server_weights)
 

@@ -1,0 +1,88 @@
+"""State that no version changes: refused by name, or told once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from policies import mlp
+from torch import nn
+
+import wsync
+from wsync.errors import SpecError
+from wsync.layout.extra_state import check_extra_state
+
+
+class Extra(nn.Linear):
+    """Keeps a number beside its weights."""
+
+    kept: Any = 3
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+def extra() -> nn.Module:
+    return nn.Sequential(Extra(2, 2)).eval()
+
+
+def quantised() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of all that torch.ao makes, in newer torch
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2)).eval(), {nn.Linear}
+        )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(extra, r"0\._extra_state \(int\)"), (quantised, r"1\._packed_params\._packed_params \(tuple\)")]
+)
+def test_state_that_no_version_changes_is_refused_by_name(
+    make: Callable[[], nn.Module], name: str, runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guards a policy of which a part would stay old without a word, in attach and in a push."""
+    with pytest.raises(SpecError, match=name):
+        wsync.attach(make(), "nets", timeout=0)
+    with pytest.raises(SpecError, match=name):
+        wsync.SharedMemoryWeightUpdater("nets").push_weights(make())
+    assert list(runtime.iterdir()) == []
+    trained = make()
+    updater = wsync.SharedMemoryWeightUpdater("nets", extra_state="ignore")
+    with caplog.at_level(logging.WARNING, "wsync"):
+        updater.push_weights(trained)
+        updater.push_weights(trained)
+    assert len(caplog.messages) == 1
+    with wsync.attach(make(), "nets", extra_state="ignore") as reader:
+        assert reader.version == 2
+    assert len(caplog.messages) == 2
+    updater.close()
+
+
+@pytest.mark.parametrize("nothing", [None, torch.empty(0)])
+def test_extra_state_that_is_empty_is_none(nothing: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards modules that have the methods and nothing to keep."""
+    monkeypatch.setattr(Extra, "kept", nothing)
+    check_extra_state(extra(), "refuse")
+
+
+def test_another_word_is_refused() -> None:
+    """Guards against a typing error that would ignore."""
+    with pytest.raises(SpecError, match="neither"):
+        check_extra_state(mlp(), "ignored")
+
+
+def test_weights_folded_into_code_are_refused(runtime: Path) -> None:
+    """Guards against code that was compiled with freezing, which acts on the weights that it was compiled with."""
+    config = pytest.importorskip("torch._inductor.config")
+    with config.patch(freezing=True), pytest.raises(SpecError, match="freezing"):
+        wsync.attach(torch.compile(mlp(), backend="eager"), "nets", timeout=0)  # type: ignore[arg-type]
+    assert list(runtime.iterdir()) == []
