@@ -12,14 +12,14 @@ is also the name that ``safetensors.torch.save_model`` keeps; the others are its
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Difference, SpecError
-from .names import bare, seen_through
+from .names import bare, matching, seen_through
 
 if TYPE_CHECKING:
     import torch
@@ -155,6 +155,13 @@ class Layout:
         if Layout.build(tensors, ties).digest != other.digest:
             return None
         return {name: homes.get(name, name) for name in mine}
+
+    def without(self, globs: Sequence[str]) -> Layout:
+        """The same without the tensors one of whose names a glob matches."""
+        out = matching((name for entry in self.tensors for name in entry.names), globs)
+        left = [entry for entry in self.tensors if out.isdisjoint(entry.names)]
+        ties = {alias: entry.name for entry in left for alias in entry.aliases}
+        return Layout.build({entry.name: (entry.dtype, entry.shape) for entry in left}, ties) if out else self
 
     def advice(self, other: Layout) -> str:
         """What to do where a policy of this layout meets a segment of another; empty where their names say nothing."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -26,3 +27,7 @@ def seen_through(names: Iterable[str], known: Collection[str]) -> dict[str, str]
     left = [name for name in known if name not in given]
     homes, times = {bare(name): name for name in left}, Counter(map(bare, strange)) + Counter(map(bare, left))
     return {name: homes[bare(name)] for name in strange if bare(name) in homes and times[bare(name)] == 2}
+
+
+def matching(names: Iterable[str], globs: Sequence[str]) -> set[str]:
+    return {name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}

@@ -8,13 +8,15 @@ with the next version, of which a warning tells once.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..errors import SwapRefused, UsageError
 from ..layout.extra_state import check_extra_state
-from ..layout.layout import Layout, layout_of, named_modules, named_tensors
+from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
+from ..layout.names import matching
 from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
@@ -22,7 +24,7 @@ from .compiled import check_not_frozen
 from .first_version import Opening
 from .reader import Mode, Reader
 from .swap import own_uses
-from .tensors import Attached, lie_together, mapped, shared
+from .tensors import Attached, Tensors, lie_together, mapped, shared
 
 if TYPE_CHECKING:
     from .device import Cuda
@@ -38,6 +40,7 @@ def attach(
     mode: Mode = "auto",
     staging: Staging = "device",
     extra_state: Literal["refuse", "ignore"] = "refuse",
+    exclude: Iterable[str] = (),
     runtime_dir: str | os.PathLike[str] | None = None,
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
@@ -67,6 +70,8 @@ def attach(
             A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
         extra_state: what to do where the policy's ``state_dict()`` holds more than parameters and persistent buffers
             (``get_extra_state``, packed quantised weights), which no version changes: ``"ignore"`` logs its names.
+        exclude: globs of the policy's tensors that are its own, such as exploration noise: no version changes them, and
+            the segment need not have them. With it, a publisher has to make the segment.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
@@ -91,10 +96,11 @@ def attach(
         )
     check_not_frozen(policy)
     check_extra_state(policy, extra_state)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     opening = Opening(name, runtime_dir, timeout)
     reader = None
     try:
-        reader = _make(policy, opening, mode, staging)
+        reader = _make(policy, opening, mode, staging, exclude)
         opening.wait(reader)
     except BaseException:
         if reader:
@@ -107,17 +113,18 @@ def attach(
     return reader
 
 
-def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging) -> Reader:
-    layout = layout_of(policy)
+def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str]) -> Reader:
+    tensors = _followed(policy, exclude)
+    layout = layout_of_tensors(tensors)
     device = _device_of(policy)
-    _check_memory(policy, device)
-    hindrance = None if mode == "copy" else _hindrance(policy, device)
+    _check_memory(tensors, device)
+    hindrance = None if mode == "copy" else _hindrance(policy, tensors, device)
     if mode == "swap" and hindrance:
         raise SwapRefused(
             f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
             'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
-    others = [] if mode == "copy" or hindrance else shared(named_tensors(policy))
+    others = [] if mode == "copy" or hindrance else shared(tensors)
     if mode == "swap" and others:
         raise SwapRefused(
             f"{others[0]} lies in memory that other processes share (share_memory(), a torch.multiprocessing queue, a "
@@ -126,11 +133,11 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
         )
     if device is None:
         copies = mode == "copy" or bool(hindrance or others)
-        copies = copies or (mode == "auto" and lie_together(named_tensors(policy), layout, own_uses))
+        copies = copies or (mode == "auto" and lie_together(tensors, layout, own_uses))
         if copies:
-            _check_writable(policy)
-        segment = opening.open(layout)
-        return Reader(_attached(policy, layout, segment), segment, "copy" if copies else "swap")
+            _check_writable(tensors)
+        segment = opening.open(layout, exclude)
+        return Reader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap")
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -138,20 +145,39 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
     staged = staging == "device" and len(_places(policy)) == 1
     if staging == "none":
         check_contiguous(policy)
-    segment = opening.open(layout)
-    attached = _attached(policy, layout, segment)
+    segment = opening.open(layout, exclude)
+    attached = _attached(policy, layout, segment, exclude)
     return DeviceReader(attached, segment, chosen, DeviceWeights(attached, device, chosen, staged=staged))
 
 
-def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment) -> Attached:
-    names = layout.names_in(segment.layout)
+def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude: Sequence[str]) -> Attached:
+    names = layout.names_in(segment.layout.without(exclude))
     assert names is not None  # or it would not have been opened
     return Attached(policy, segment.layout, names)
 
 
-def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
+def _followed(policy: torch.nn.Module, exclude: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that are kept in step.
+
+    Raises:
+        UsageError: a glob matches nothing, or one name of a tensor that has several.
+    """
+    tensors = list(named_tensors(policy))
+    out = matching([name for name, _ in tensors], exclude)
+    for glob in exclude:
+        if not matching([name for name, _ in tensors], [glob]):
+            raise UsageError(f"exclude={glob!r} matches no parameter and no persistent buffer. Correct the glob.")
+    if half := {id(tensor) for name, tensor in tensors if name in out} & {
+        id(t) for name, t in tensors if name not in out
+    }:
+        name = next(name for name, tensor in tensors if id(tensor) in half and name in out)
+        raise UsageError(f"exclude names {name}, which is tied to a tensor that it does not. Name both, or neither.")
+    return [(name, tensor) for name, tensor in tensors if name not in out]
+
+
+def _check_memory(tensors: Tensors, device: Cuda | None) -> None:
     """Raises UsageError where a version of a tensor could not be written."""
-    for name, tensor in named_tensors(policy):
+    for name, tensor in tensors:
         if tensor.is_meta and device is None:
             raise UsageError(
                 f"{name} is on the meta device, where no weights can be. Give the policy memory with "
@@ -167,12 +193,12 @@ def _check_memory(policy: torch.nn.Module, device: Cuda | None) -> None:
                 f"{name} is an expanded tensor: several of its elements are one place in memory, which cannot have "
                 "the values of each. Make it one of its own (.contiguous()), then attach."
             )
-    check_takes_copies(named_tensors(policy))
+    check_takes_copies(tensors)
 
 
-def _check_writable(policy: torch.nn.Module) -> None:
+def _check_writable(tensors: Tensors) -> None:
     """Raises UsageError where a copy into a tensor would end this process."""
-    for name, how in mapped(named_tensors(policy)).items():
+    for name, how in mapped(tensors).items():
         if how.startswith("r-"):
             raise UsageError(
                 f"{name} lies in memory that may only be read, such as a file that is mapped so. Give the policy "
@@ -195,20 +221,21 @@ def _places(policy: torch.nn.Module) -> set[torch.device]:
     return {tensor.device for _, tensor in named_tensors(policy)}
 
 
-def _hindrance(policy: torch.nn.Module, device: Cuda | None) -> str | None:
+def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]], device: Cuda | None) -> str | None:
     """Why the policy's tensors must not point at a slot, or None."""
+    followed = {id(tensor) for _, tensor in tensors}
     for name, module in named_modules(policy):
         where = f"{name.rstrip('.') or 'the policy'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
             return f"{where} is TorchScript, whose code cannot be seen to leave its tensors alone"
         if module.training:
             return f"{where} is in training mode (policy.eval() leaves it)"
-        own = [b for b in module._buffers if b not in module._non_persistent_buffers_set]
+        own = [name for name, buffer in module._buffers.items() if id(buffer) in followed]
         kinds = type(module).__mro__[:-1]  # all of them: torch.nn makes a subclass of what it parametrizes
         if own and not all(kind.__module__.startswith("torch.nn.") for kind in kinds):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
     split = len(_places(policy)) > 1
-    for name, tensor in named_tensors(policy):
+    for name, tensor in tensors:
         if tensor.device.type != "cpu" and (device is None or split):
             return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
         if tensor.is_inference():

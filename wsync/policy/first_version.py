@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 
 from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, refused
@@ -34,13 +35,23 @@ class Opening:
         self._deadline = deadline_of(timeout)
         self._made: WritableSegment | None = None
 
-    def open(self, layout: Layout) -> Segment:
-        """The standing segment, or one that is made, since a policy says what its layout is."""
-        with suppress(SegmentMissing, SegmentDamaged):
-            segment = Segment.open(self._name, self._runtime, layout=layout)
-            if not segment.damage():
-                return segment
-            segment.close()
+    def open(self, layout: Layout, exclude: Sequence[str] = ()) -> Segment:
+        """The standing segment, or one that is made, since a policy says what its layout is.
+
+        Args:
+            exclude: globs of tensors that the segment may have besides, or not. Its publisher has to make it.
+        """
+        while True:
+            with suppress(SegmentMissing, SegmentDamaged):
+                segment = Segment.open(self._name, self._runtime, layout=layout, exclude=exclude)
+                if not segment.damage():
+                    return segment
+                segment.close()
+            if not exclude:
+                break
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                raise AttachTimeout(f"{self._nobody()} It was waited for {self._timeout} s (timeout=).")
+            time.sleep(_LOOK)
         try:
             self._made = WritableSegment.create(self._name, layout, self._runtime)
         except OSError as exc:

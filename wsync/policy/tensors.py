@@ -44,11 +44,13 @@ class Attached:
         seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(policy):
-            seen.setdefault(id(tensor), (tensor, index[names[name]]))
-            self._names.setdefault(id(tensor), name)
+            if name in names:
+                seen.setdefault(id(tensor), (tensor, index[names[name]]))
+                self._names.setdefault(id(tensor), name)
         self.targets: Targets = list(seen.values())
         self.tensors = [tensor for tensor, _ in self.targets]
         self._policy = policy
+        self._others = {name for name, _ in named_tensors(policy)} - names.keys()  # which no version changes
         self._forms = self._forms_now()
         self._note()
 
@@ -65,6 +67,8 @@ class Attached:
         forms = dict(zip(map(id, self.tensors), zip(*self._forms, strict=True), strict=True))
         gone = self._names.copy()
         for name, now in named_tensors(self._policy):
+            if name in self._others:
+                continue
             if forms.get(id(now)) != (now.device, now.dtype, now.shape):
                 raise moved(name, f"{now.dtype} {[*now.shape]} on {now.device}")
             gone.pop(id(now), None)

@@ -53,6 +53,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -111,11 +112,13 @@ class Segment:
         runtime: str | os.PathLike[str] | None = None,
         *,
         layout: Layout | None = None,
+        exclude: Sequence[str] = (),
     ) -> Self:
         """Opens a standing segment.
 
         Args:
             layout: what it must hold; default anything.
+            exclude: globs of tensors that it may hold besides.
 
         Raises:
             LayoutDiffers: it holds another architecture.
@@ -125,11 +128,11 @@ class Segment:
         base = runtime_dir(runtime)
         segment = cls(name, base / check_name(name), owner=base_owner(base, write=cls._write))
         if layout:
-            segment._expect(layout)
+            segment._expect(layout, exclude)
         return segment
 
-    def _expect(self, layout: Layout) -> None:
-        if layout.names_in(self.layout) is None:
+    def _expect(self, layout: Layout, exclude: Sequence[str] = ()) -> None:
+        if layout.names_in(self.layout.without(exclude)) is None:
             self.close()
             differences = layout.differences(self.layout)
             advice = layout.advice(self.layout) or (
