@@ -240,7 +240,7 @@ def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
         or getattr(each, "_state_dict_pre_hooks", None)
         or type(each).state_dict is not own.state_dict
         or type(each)._save_to_state_dict is not own._save_to_state_dict
-        for each in module.modules()
+        for _, each in named_modules(module)
     ):
         return {}
     names: dict[object, list[str]] = {}
