@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torchrl.collectors import Collector
 from torchrl.weight_update import WeightSyncScheme
 
 from ..errors import UsageError
-from ..layout.layout import Layout, layout_of, named_tensors
+from ..layout.layout import Layout, layout_of, named_modules, named_tensors, scratch_of
 from ..policy.attaching import attach
 from ..policy.reader import Reader
 from .shared_memory import SharedMemoryWeightUpdater
@@ -151,7 +151,10 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         self._source = weights if model is None else model
         if model is not None:
             self._layout = layout_of(model)
-            self._unsaved = {name: owner.get_buffer(leaf) for name, owner, leaf in _unsaved(model)}
+            scratch = scratch_of(model)
+            self._unsaved = {
+                name: table[leaf].cpu() for name, (table, leaf) in _places(model).items() if name in scratch
+            }
         self._sender = SharedMemoryWeightUpdater(self.name, policy=model, runtime_dir=self.runtime_dir)
 
     def _setup_connection_and_weights_on_sender_impl(
@@ -199,12 +202,15 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
             tracker.version = self.version
 
 
-def _unsaved(policy: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """The buffers that do not persist: name, owner, and name there."""
-    for prefix, owner in policy.named_modules():
-        for leaf in owner._non_persistent_buffers_set:
-            if owner._buffers.get(leaf) is not None:
-                yield f"{prefix}.{leaf}", owner, leaf
+def _places(policy: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """The table of a module in which each tensor stands, and its name there."""
+    return {
+        prefix + leaf: (table, leaf)
+        for prefix, owner in named_modules(policy)
+        for table in (owner._parameters, owner._buffers)
+        for leaf, tensor in table.items()
+        if tensor is not None
+    }
 
 
 def _give_memory(policy: nn.Module, layout: Layout, unsaved: Mapping[str, torch.Tensor]) -> None:
@@ -214,16 +220,15 @@ def _give_memory(policy: nn.Module, layout: Layout, unsaved: Mapping[str, torch.
     """
     if not any(tensor.is_meta for _, tensor in named_tensors(policy)):
         return
+    places = _places(policy)
     for entry in layout.tensors:
-        made = None
+        table, leaf = places[entry.name]
+        made = torch.empty_like(table[leaf], device="cpu")
+        if isinstance(table[leaf], nn.Parameter):
+            made = nn.Parameter(made, requires_grad=table[leaf].requires_grad)
         for name in entry.names:
-            prefix, _, leaf = name.rpartition(".")
-            owner = policy.get_submodule(prefix)
-            tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            if made is None:
-                made = torch.empty_like(tensors[leaf], device="cpu")
-                if tensors is owner._parameters:
-                    made = nn.Parameter(made, requires_grad=tensors[leaf].requires_grad)
-            tensors[leaf] = made
-    for name, owner, leaf in _unsaved(policy):
-        owner._buffers[leaf] = unsaved[name].clone()
+            table, leaf = places[name]
+            table[leaf] = made
+    for name, buffer in unsaved.items():
+        table, leaf = places[name]
+        table[leaf] = buffer.clone()
