@@ -73,6 +73,12 @@ def blocks(page: str, language: str) -> list[str]:
     return [text for spoken, text in fences(page) if spoken == language]
 
 
+def block_with(page: str, language: str, word: str) -> str:
+    """The one block of a page in which this word stands."""
+    (found,) = (text for text in blocks(page, language) if word in text)
+    return found
+
+
 def commands(block: str) -> list[list[str]]:
     """The command lines of a console, in words, without their comments."""
     return [shlex.split(line[2:], comments=True) for line in block.splitlines() if line.startswith("$ ")]
@@ -250,7 +256,7 @@ def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
 
 
 def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Path) -> None:
-    """cron's command publishes, is silent about a missing checkpoint, and fails where a person must look."""
+    """cron's command publishes, is silent about a missing checkpoint, and says once what a person must look at."""
     (line,) = blocks("operations", "crontab")
     stand(box / "cartpole.toml")
     command = line.split(maxsplit=5)[5].replace("/opt/policy/.venv/bin/wsync", f"{sys.executable} -m wsync")
@@ -263,15 +269,35 @@ def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Pat
         "PYTHONPATH": str(ROOT),
     }
 
-    def run() -> int:
-        return subprocess.run(["/bin/sh", "-c", command], env=environment, cwd="/", timeout=DEADLINE).returncode
+    def run() -> tuple[int, str]:
+        done = subprocess.run(
+            ["/bin/sh", "-c", command], env=environment, cwd="/", timeout=DEADLINE, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
 
-    assert run() == 0
+    assert run() == (0, "")
     assert Segment.open("cartpole").version == 1
     (box / "checkpoints").rename(box / "elsewhere")
-    assert run() == 0
+    assert run() == (66, "")
     (box / "cartpole.toml").write_text("nonsense")
-    assert run() != 0
+    code, said = run()
+    assert code == 2 and "cartpole.toml" in said
+    assert run() == (2, "")
+
+
+def test_the_looks_of_an_operator_are_as_shown(box: Path, cli: Cli, spawn: Spawn) -> None:
+    """Each command that shows what is live runs; the screen that goes on is shown once and stopped."""
+    assert cli("push", "cartpole.toml", cwd=box).returncode == 0
+    for program, *arguments in commands(block_with("operations", "console", "status --watch")):
+        assert program == "wsync"
+        if "--watch" in arguments:
+            lines = Lines(spawn("-m", "wsync", *arguments, cwd=box))
+            assert lines.until("cartpole")
+            lines.process.send_signal(signal.SIGINT)
+            assert lines.process.wait(DEADLINE) in (0, 130)
+        else:
+            done = cli(*arguments, cwd=box)
+            assert done.returncode == 0 and done.stdout, (arguments, done.stdout, done.stderr)
 
 
 def test_the_table_has_every_setting(tmp_path: Path, cli: Cli) -> None:
@@ -366,7 +392,7 @@ def test_the_store_commands_run(tmp_path: Path, cli: Cli, bucket: Bucket) -> Non
 
 def test_the_shown_sharing_lets_a_group_read(box: Path, spawn: Spawn, runtime: Path) -> None:
     """The shown watch makes its place and its segment readable by the group, and not by others."""
-    ((program, *arguments),) = commands(blocks("operations", "console")[0])
+    ((program, *arguments),) = commands(block_with("operations", "console", "--group policies"))
     assert program == "wsync"
     place = runtime / "cartpole"
     own = grp.getgrgid(os.getegid()).gr_name
@@ -388,7 +414,7 @@ def test_the_way_back_is_as_shown(box: Path, cli: Cli) -> None:
     stand(box / "cartpole.toml")
     for name in ("best.safetensors", "checkpoints/step_2.safetensors"):
         assert cli("push", "cartpole.toml", name, cwd=box).returncode == 0
-    for program, *arguments in commands(blocks("operations", "console")[1]):
+    for program, *arguments in commands(block_with("operations", "console", "wsync rollback cartpole --to 1")):
         assert program == "wsync"
         done = cli(*arguments, cwd=box)
         assert done.returncode == 0, (arguments, done.stderr)
