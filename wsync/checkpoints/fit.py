@@ -10,6 +10,7 @@ from functools import cached_property
 
 from ..errors import UsageError
 from ..layout.layout import TensorEntry
+from ..layout.names import bare, matching
 
 Built = Callable[[Iterable[str]], Mapping[str, bytes]]
 """Gives the bytes of these tensors of the policy, as they are when it is built."""
@@ -32,6 +33,7 @@ class Fit:
             between slashes; its groups are ``\\1`` … in the new one.
         include: only names that match one of these globs are taken; empty takes all.
         exclude: names that match one of these globs are not.
+        own: globs of the policy's tensors that are each process's own: neither its segment nor a checkpoint need them.
         cast: floats of another float dtype are converted to the policy's, and integers of another width whose values it
             can hold.
         strict: every tensor of the policy must come, and no other; else what does not come keeps its live values, and
@@ -47,6 +49,7 @@ class Fit:
     rename: Mapping[str, str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     cast: bool = False
     strict: bool = True
     finite: bool = True
@@ -80,7 +83,7 @@ class Fit:
             name = (new if name == old else name) if isinstance(old, str) else old.sub(new, name)
         if self.include and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
             return None
-        return None if any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude) else name
+        return None if matching([name], self.exclude) or matching([name, bare(name)], self.own) else name
 
     def may_be_infinite(self, entry: TensorEntry) -> bool:
         """Whether a tensor of the policy may hold infinities."""

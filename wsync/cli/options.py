@@ -49,6 +49,7 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),
     "include": ("weights", list[str], "Glob of names to take; may be given again."),
     "exclude": ("weights", list[str], "Glob of names to leave out; may be given again."),
+    "own": ("weights", list[str], "Glob of the policy's tensors that no version has; may be given again."),
     "cast": ("weights", bool, "Convert floats to the policy's dtypes."),
     "strict": ("weights", bool, "Every tensor must come, and no other. (default: strict)"),
     "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),

@@ -17,6 +17,7 @@ for ever. While it runs the publisher's lock is held, and what was live stays li
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
     policy = build(spec)
     if not callable(function):
         raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
-    load(policy.eval(), staged.path)
+    load(policy.eval(), staged.path, spec.weights.own)
     try:
         result = function(policy)
     except RetryLater as exc:
@@ -104,8 +105,8 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
     return "accept", ""
 
 
-def load(policy: torch.nn.Module, path: Path) -> None:
-    """Copies the weights of a slot into the policy's own tensors, all of them.
+def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
+    """Copies the weights of a slot into the policy's own tensors, all of them but those that the globs of ``own`` name.
 
     Raises:
         SpecError: they are not the policy's.
@@ -113,14 +114,16 @@ def load(policy: torch.nn.Module, path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ..layout.layout import layout_of, named_tensors
+    from ..layout.layout import layout_of_tensors
     from ..layout.names import seen_through
+    from ..layout.own import followed
 
-    weights, targets = load_file(path), dict(named_tensors(policy))
+    weights, targets = load_file(path), dict(followed(policy, own, "weights.own"))
     homes = seen_through(weights, targets)
     weights = {homes.get(name, name): tensor for name, tensor in weights.items()}
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
-    expected = {e.name: (targets[e.name].dtype, targets[e.name].shape) for e in layout_of(policy).tensors}
+    layout = layout_of_tensors(targets.items())
+    expected = {e.name: (targets[e.name].dtype, targets[e.name].shape) for e in layout.tensors}
     if found != expected:
         raise SpecError(
             "the policy that was built for the gate has other tensors than the segment. It must be the same each time "

@@ -11,6 +11,7 @@ is also the name that ``safetensors.torch.save_model`` keeps; the others are its
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,12 @@ class Layout:
         ties = {alias: entry.name for entry in left for alias in entry.aliases}
         return Layout.build({entry.name: (entry.dtype, entry.shape) for entry in left}, ties) if out else self
 
+    def more_than(self, other: Layout) -> list[str]:
+        """The names that this layout has besides the other one's; empty where more than these differ."""
+        names = {name for entry in other.tensors for name in entry.names}
+        more = [name for entry in self.tensors for name in entry.names if name not in names]
+        return more if more and self.without([glob.escape(name) for name in more]).digest == other.digest else []
+
     def advice(self, other: Layout) -> str:
         """What to do where a policy of this layout meets a segment of another; empty where their names say nothing."""
         mine, theirs = (sorted(name for e in each.tensors for name in e.names) for each in (self, other))
@@ -224,7 +231,7 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     """
     saved = _saved_names(module)
     for name, tensor in _in_modules(module):
-        others = saved.get(id(tensor)) or saved.get(_place(tensor)) or () if saved else ()
+        others = saved.get(id(tensor)) or saved.get(place_of(tensor)) or () if saved else ()
         same = [other for other in others if bare(other) == bare(name)]
         for each in (min([name, *same], key=len),) if same or not others else map(bare, others):
             yield each, tensor
@@ -248,14 +255,14 @@ def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
         saved = module.state_dict(keep_vars=True)
         for name, tensor in saved.items():
             if isinstance(tensor, torch.Tensor):
-                for key in {id(tensor), _place(tensor)}:
+                for key in {id(tensor), place_of(tensor)}:
                     names.setdefault(key, []).append(name)
     except Exception:  # the user's code, or a kind of module that cannot save itself here
         return {}
     return names
 
 
-def _place(tensor: torch.Tensor) -> object:
+def place_of(tensor: torch.Tensor) -> object:
     """The same for tensors that are one in memory."""
     try:
         where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

@@ -16,7 +16,7 @@ import torch
 from ..errors import SwapRefused, UsageError
 from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
-from ..layout.names import matching
+from ..layout.own import followed
 from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
@@ -71,7 +71,7 @@ def attach(
         extra_state: what to do where the policy's ``state_dict()`` holds more than parameters and persistent buffers
             (``get_extra_state``, packed quantised weights), which no version changes: ``"ignore"`` logs its names.
         exclude: globs of the policy's tensors that are its own, such as exploration noise: no version changes them, and
-            the segment need not have them. With it, a publisher has to make the segment.
+            the segment need not have them (``[weights] own`` in a spec). With it, a publisher makes the segment.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
@@ -114,7 +114,7 @@ def attach(
 
 
 def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str]) -> Reader:
-    tensors = _followed(policy, exclude)
+    tensors = followed(policy, exclude, "exclude")
     layout = layout_of_tensors(tensors)
     device = _device_of(policy)
     _check_memory(tensors, device)
@@ -154,25 +154,6 @@ def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude
     names = layout.names_in(segment.layout.without(exclude))
     assert names is not None  # or it would not have been opened
     return Attached(policy, segment.layout, names)
-
-
-def _followed(policy: torch.nn.Module, exclude: Sequence[str]) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that are kept in step.
-
-    Raises:
-        UsageError: a glob matches nothing, or one name of a tensor that has several.
-    """
-    tensors = list(named_tensors(policy))
-    out = matching([name for name, _ in tensors], exclude)
-    for glob in exclude:
-        if not matching([name for name, _ in tensors], [glob]):
-            raise UsageError(f"exclude={glob!r} matches no parameter and no persistent buffer. Correct the glob.")
-    if half := {id(tensor) for name, tensor in tensors if name in out} & {
-        id(t) for name, t in tensors if name not in out
-    }:
-        name = next(name for name, tensor in tensors if id(tensor) in half and name in out)
-        raise UsageError(f"exclude names {name}, which is tied to a tensor that it does not. Name both, or neither.")
-    return [(name, tensor) for name, tensor in tensors if name not in out]
 
 
 def _check_memory(tensors: Tensors, device: Cuda | None) -> None:

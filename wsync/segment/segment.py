@@ -50,6 +50,7 @@ removed, so that readers, who keep its memory mapped, learn of it at the price o
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import weakref
@@ -135,13 +136,9 @@ class Segment:
         if layout.names_in(self.layout.without(exclude)) is None:
             self.close()
             differences = layout.differences(self.layout)
-            advice = layout.advice(self.layout) or (
-                f"Stop its processes and `wsync rm {self.name}`, give this policy another name, or build it as the "
-                "segment's publisher does."
-            )
             raise LayoutDiffers(
                 f"segment {self.name!r} holds another architecture than this policy: {len(differences)} tensors "
-                f"differ. {advice}",
+                f"differ. {_advice(layout, self)}",
                 differences,
             )
 
@@ -349,6 +346,18 @@ class SlotMemory(mmap.mmap):
     """
 
     lease: Lease | None = None
+
+
+def _advice(layout: Layout, segment: Segment) -> str:
+    """What to do where a policy of this layout meets a segment of another."""
+    if advice := layout.advice(segment.layout):
+        return advice
+    own = layout.more_than(segment.layout)
+    told = f"If it keeps these for itself, attach it with exclude={json.dumps(own)}. Else: "
+    return (told if 0 < len(own) < 9 else "") + (
+        f"Stop its processes and `wsync rm {segment.name}`, give this policy another name, or build it as the "
+        "segment's publisher does."
+    )
 
 
 def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:

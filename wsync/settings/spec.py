@@ -128,8 +128,8 @@ class Spec:
     def fingerprint(self) -> str:
         """Tells whether the layout of a standing segment was read from this very policy.
 
-        Covers the import string, its arguments, and the state of the module's own file where it is found beside
-        the spec; the modules that it imports are beyond it.
+        Covers the import string, its arguments, what is left out of its layout, and the state of the module's own file
+        where it is found beside the spec; the modules that it imports are beyond it.
         """
         import hashlib
 
@@ -140,7 +140,8 @@ class Spec:
             state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
         except OSError:
             state = None
-        text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state], default=str)
+        own = [self.weights.own] if self.weights.own else []
+        text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state, *own], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError, UsageError, WsyncError
 from ..layout.extra_state import check_extra_state
-from ..layout.layout import Layout, layout_of, named_tensors
+from ..layout.layout import Layout, layout_of_tensors, named_tensors
+from ..layout.own import followed
 from ..layout.writing import check_takes_copies
 from .spec import Spec
 
@@ -31,6 +32,7 @@ def read_layout(spec: Spec) -> Layout:
 
     Raises:
         SpecError: the policy cannot be imported or built, or is none; it has state that no version changes.
+        UsageError: ``weights.own`` matches nothing, all, or one name of a tied tensor.
         CopyRefused: a tensor's class refuses copies, so that no reader could take a version.
         WsyncError: torch cannot be loaded.
     """
@@ -47,8 +49,9 @@ def read_layout(spec: Spec) -> Layout:
 
 def _layout_of(policy: torch.nn.Module, spec: Spec) -> Layout:
     check_extra_state(policy, spec.weights.extra_state)
-    layout = layout_of(policy)  # first: it says what a lazy module needs
-    check_takes_copies(named_tensors(policy))
+    tensors = followed(policy, spec.weights.own, "weights.own")
+    layout = layout_of_tensors(tensors)  # first: it says what a lazy module needs
+    check_takes_copies(tensors)
     return layout
 
 

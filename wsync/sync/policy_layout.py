@@ -7,6 +7,8 @@ file stays as it is.
 
 from __future__ import annotations
 
+import json
+
 from ..errors import LayoutDiffers
 from ..layout.layout import Layout
 from ..segment.files import Publication
@@ -86,6 +88,9 @@ class PolicyLayout:
         advice = layout.advice(segment.layout) or (
             f"Stop its processes and `wsync rm {segment.name}`, or give the new policy another --name."
         )
+        own = self._spec.weights.own
+        if own and segment.layout.without(own).digest == layout.digest:
+            advice += f" Its readers attach with exclude={json.dumps(own)}, as weights.own has it."
         raise LayoutDiffers(
             f"segment {segment.name!r} was made for another architecture than {self._spec.policy} has now: "
             f"{len(differences)} tensors differ. {advice}",
