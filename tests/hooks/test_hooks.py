@@ -159,7 +159,7 @@ def test_failed_exec_is_tried_again(make: MakeBox) -> None:
     box.publish(1)
     first, _, last = box.next(), box.next(), box.next()
     assert first[:2] == ("exec", False) and "version 1 is live" in first[2]
-    assert "status 9: disk on fire" in first[2]
+    assert "status 9: disk on fire. Run it by hand. A watch tries it again; a push does not." in first[2]
     assert last[1] and (box.hook("exec").runs, box.hook("exec").failures) == (3, 2)
 
 
@@ -182,7 +182,7 @@ def test_exec_timeout_ends_the_whole_group(
     box = make(exec=f"sh -c '{stubborn}' > up & sh -c '{stubborn}'", exec_timeout=1.5, exec_backoff=3600)
     box.publish(1)
     _, ok, message = box.next()
-    assert not ok and "took longer than 1.5 s" in message
+    assert not ok and "took longer than 1.5 s" in message and "raise hooks.exec_timeout" in message
     assert (heard(up), heard(up)) == (b"up\n", b"")
 
 
@@ -349,7 +349,9 @@ def test_success_status(server: Server, answered: int, wanted: int, ok: bool) ->
     if ok:
         request(spec, LIVE)
     else:
-        with pytest.raises(WsyncError, match=f"answered {answered}, not {wanted}"):
+        with pytest.raises(
+            WsyncError, match=rf"answered {answered}, not {wanted}\. .*or set hooks\.webhook_success_status\.$"
+        ):
             request(spec, LIVE)
     method, _, _, body = server.requests.get_nowait()
     assert method == "PUT" and (body["step"], body["checkpoint"]) == (None, None) and server.requests.empty()
@@ -364,6 +366,7 @@ def test_secrets_of_a_url_are_never_told(make: MakeBox) -> None:
         box.publish(1)
         _, ok, message = box.next()
     assert not ok and "127.0.0.1" in message and "ConnectionRefused" in message and "hidden" not in message
+    assert "Look at that server and hooks.webhook." in message
     assert "hidden" not in repr(box.syncer.spec)
 
 
@@ -388,7 +391,7 @@ def test_a_server_that_drips_is_cut_off(first: bytes) -> None:
         began = time.monotonic()
         settings = Hooks(webhook=f"http://127.0.0.1:{listener.getsockname()[1]}", webhook_timeout=0.5)
         spec = replace(load_spec(SPEC), hooks=settings)
-        with pytest.raises(WsyncError, match="no answer within 0.5 s"):
+        with pytest.raises(WsyncError, match=r"no answer within 0\.5 s\. .*raise hooks\.webhook_timeout\.$"):
             request(spec, LIVE)
         assert time.monotonic() - began < DEADLINE / 2
         stop.set()

@@ -104,8 +104,8 @@ class Hook:
             self._act(live, self._cancel)
         except Exception as exc:  # of any kind: the thread must go on
             self.failures += 1
-            why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}"
-            ok, message = False, f"version {live.version} is live, but {why}"
+            why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}."
+            ok, message = False, f"version {live.version} is live, but {why} A watch tries it again; a push does not."
         try:
             self._report(self.kind, ok, message)
         except Exception:  # a log that cannot be written is reported where more is written to it
@@ -171,7 +171,9 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication,
         stop=cancel,
     )
     if ended.code != 0:
-        raise WsyncError(f"the command {spec.hooks.exec!r} {str(ended).rstrip()}")
+        why = str(ended) if str(ended).endswith("\n") else f"{ended}. "
+        what_now = "Run it by hand" if ended.code is not None else "Let it end sooner, or raise hooks.exec_timeout"
+        raise WsyncError(f"the command {spec.hooks.exec!r} {why}{what_now}.")
 
 
 def request(spec: Spec, live: Publication) -> None:
@@ -212,14 +214,20 @@ def request(spec: Spec, live: Publication) -> None:
             raise TimeoutError
     except (OSError, http.client.HTTPException) as exc:
         if isinstance(exc, TimeoutError) or time.monotonic() >= deadline:
-            raise WsyncError(f"{shown} gave no answer within {settings.webhook_timeout:g} s") from exc
+            raise WsyncError(
+                f"{shown} gave no answer within {settings.webhook_timeout:g} s. Look at that server, or raise "
+                f"hooks.webhook_timeout."
+            ) from exc
         why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
-        raise WsyncError(f"{shown} could not be told: {why}") from exc
+        raise WsyncError(f"{shown} could not be told: {why}. Look at that server and hooks.webhook.") from exc
     finally:
         watchdog.cancel()
         connection.close()
     if settings.webhook_success_status not in (0, status):
-        raise WsyncError(f"{shown} answered {status}, not {settings.webhook_success_status}")
+        raise WsyncError(
+            f"{shown} answered {status}, not {settings.webhook_success_status}. Look at that server's log, or set "
+            f"hooks.webhook_success_status."
+        )
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:
