@@ -323,7 +323,7 @@ def test_another_configuration_is_another_checkpoint(tmp_path: Path) -> None:
 def test_an_adapter_is_waited_for_like_shards(tmp_path: Path) -> None:
     """Guards that an adapter whose configuration may still be old is not read in the moment in which it comes."""
     _, adapter = saved(trained(), tmp_path)
-    with pytest.raises(IncompleteCheckpoint, match="stand still"):
+    with pytest.raises(IncompleteCheckpoint, match="must not change"):
         Checkpoint(adapter, settle=60)
 
 

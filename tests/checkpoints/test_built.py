@@ -163,7 +163,7 @@ def test_a_pass_asks_the_policy_in_a_process_of_its_own(runtime: Path, tmp_path:
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE
     )
     assert done.stdout.startswith("published published 1 0 "), done.stdout + done.stderr
-    assert "2 tensors are not in the checkpoint, and as when the policy is built: " in done.stdout
+    assert "2 tensors are missing from the checkpoint, with the values of the policy when it is built: " in done.stdout
     assert done.stdout.strip().endswith("False")
 
 

@@ -624,7 +624,7 @@ HEADERS: dict[str, tuple[str | bytes, int]] = {
     "half a byte more than given": (one(dtype='"F4"', shape="[3]", offsets="[0,1]"), 1),
     "half a byte too little": (one(dtype='"F4"', shape="[3]", offsets="[0,2]"), 2),
     "no header": ("", 0),
-    "no JSON": ("garbage", 0),
+    "not JSON": ("garbage", 0),
     "JSON cut short": (one()[:-1], 8),
     "JSON and more": (one() + "}", 8),
     "JSON and NUL": (one() + "\0\0", 8),

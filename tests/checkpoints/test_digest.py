@@ -94,7 +94,7 @@ def test_every_form_of_sha256sum_is_read(form: str, tmp_path: Path) -> None:
     assert staged(file) == unchecked(file)
     spoil(file)
     os.utime(beside(file))
-    with pytest.raises(WrongDigest, match="not those that were written"):
+    with pytest.raises(WrongDigest, match="differ from those that were written"):
         staged(file)
 
 

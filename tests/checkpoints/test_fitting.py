@@ -622,7 +622,7 @@ def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
     path = save(tmp_path / "a", own)
     assert "strict = false (--no-strict) takes 3 of 4" in refusal(path, LAYOUT).message
     assert "strict" not in refusal(path, LAYOUT, Fit(partial=False)).message
-    with pytest.raises(PartialCheckpoint, match="1 of 4 tensors do not come. Nothing is live"):
+    with pytest.raises(PartialCheckpoint, match="1 of 4 tensors are missing, and nothing is live"):
         plan(path, LAYOUT, Fit(strict=False, partial=False))
     own["0.weight"] = torch.ones(1)
     assert "strict" not in refusal(save(path, own), LAYOUT).message

@@ -803,7 +803,7 @@ def test_an_index_that_names_files_elsewhere_is_refused_once(tmp_path: Path, run
         with Syncer(spec, runs) as syncer:
             first, second = syncer.once(), syncer.once()
             assert (first.status, first.kind, second.status, second.kind) == ("rejected", "malformed", "rejected", "")
-            assert "no file beside it" in (first.reason or "")
+            assert "not a file beside it" in (first.reason or "")
             shard(runs / "checkpoint-7", policies.mlp().state_dict())
             syncer.getter.select = Select(settle=0.01)
             assert syncer.once().status == "published"

@@ -62,7 +62,7 @@ def test_a_file_whose_writer_stalls_is_not_whole(by: Callable[[int, int], object
     fd = part_of(path := place / "step_1.safetensors", whole, by)
     try:
         if by is reserve and unwritten(fd) == "reserved":
-            with another_user(), pytest.raises(BeingWritten, match="not all there"):
+            with another_user(), pytest.raises(BeingWritten, match="is incomplete"):
                 Checkpoint(path)  # however long it has stood still
         with another_user(), pytest.raises(BeingWritten):
             Checkpoint(path, settle=1.0)
@@ -91,7 +91,7 @@ def test_a_sparse_file_comes_through(place: Path) -> None:
     os.close(part_of(path := place / "step_1.safetensors", whole, os.ftruncate))
     Checkpoint(path, settle=3000.0).close()
     with another_user():
-        with pytest.raises(BeingWritten, match=f"stand still for {PATIENCE:g} s"):
+        with pytest.raises(BeingWritten, match=f"must not change for {PATIENCE:g} s"):
             Checkpoint(path, settle=1.0)
         Checkpoint(path, settle=SETTLE).close()
 

@@ -290,7 +290,7 @@ def test_rm_removes(cli: Cli, live: WritableSegment, runtime: Path) -> None:
 
 def test_rm_removes_what_is_broken(cli: Cli, live: WritableSegment, runtime: Path) -> None:
     """The way out that the message names, rm, works for a segment that cannot be read."""
-    (live.path / "layout.json").unlink()
+    (live.path / "layout.json").write_text("{}")
     assert "wsync rm" in cli("push", SPEC, "runs").stderr
     assert cli("rm", NAME).returncode == 0
     assert list(runtime.iterdir()) == []

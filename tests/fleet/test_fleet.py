@@ -388,7 +388,7 @@ def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> N
     a = group.box("a").start()
     group.box("b").start(FLEET_GARBLE="1")
     group.publish(1)
-    line = a.lines.until("other bytes came")
+    line = a.lines.until("differ from the bytes sent")
     assert "b: " in line
     group.until(1, 1)
 

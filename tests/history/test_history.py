@@ -139,7 +139,7 @@ def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, sta
     write(runs / "step_1.safetensors", mlp(), 7.0)
     WritableSegment.open(NAME).remove()
     push(spec=spec)
-    with pytest.raises(WsyncError, match="These can be had"):
+    with pytest.raises(WsyncError, match="These versions can be put live"):
         rollback(NAME, 1, runtime=None, state=state)
 
 
@@ -318,7 +318,7 @@ def test_rollback_where_nothing_is_live(push: Push, state: State) -> None:
     push(2)
     WritableSegment.open(NAME).remove()
     WritableSegment.create(NAME, layout_of(mlp())).close()
-    with pytest.raises(WsyncError, match=r"(?s)nothing is live.*These can be had.*  1  step 1"):
+    with pytest.raises(WsyncError, match=r"(?s)nothing is live.*These versions can be put live.*  1  step 1"):
         rollback(NAME, runtime=None, state=state)
     live, pin, _ = rollback(NAME, 1, runtime=None, state=state)
     assert (live.version, pin.version, live_marks()) == (3, 3, {1.0})

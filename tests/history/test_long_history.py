@@ -136,7 +136,7 @@ def test_a_rollback_to_what_is_gone_looks_for_some_files(watched: Watched, monke
             rollback(NAME, 7, runtime=None, state=state)
         for copy in state.kept.iterdir():
             copy.unlink()
-        with pytest.raises(NoCheckpoint, match="None of the last 10 can be had any more"):
+        with pytest.raises(NoCheckpoint, match="None of the last 10 versions can be put live any more"):
             rollback(NAME, 7, runtime=None, state=state)
 
 

@@ -90,8 +90,8 @@ def test_what_was_passed_over_is_listed_with_the_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("select", "why"),
     [
-        (Select(pattern="x*"), "its name is not like 'x*'"),
-        (Select(marker="DONE"), "it has no marker 'DONE' that is no older"),
+        (Select(pattern="x*"), "its name does not match 'x*'"),
+        (Select(marker="DONE"), "it has no marker 'DONE', or only an older one"),
         (Select(within="pretrained_model"), "a file, and select.within and select.file look in directories"),
     ],
 )

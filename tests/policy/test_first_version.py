@@ -71,7 +71,7 @@ def test_a_policy_that_waited_long_gets_its_version(trainer: Trainer, caplog: py
         with wsync.attach(policy, "nets", timeout=DEADLINE):
             assert marks(policy) == {1.0}
         pushing.join()
-    assert len(caplog.records) == 1 and "goes on waiting" in caplog.text
+    assert len(caplog.records) == 1 and "keeps waiting" in caplog.text
 
 
 def test_a_segment_made_for_nothing_is_removed(

@@ -156,7 +156,7 @@ def test_memory_that_may_only_be_read_is_pointed_away_from(trainer: Trainer, tmp
     memory = np.memmap(tmp_path / "bias", np.float32, "r", shape=(2,))
     with pytest.warns(UserWarning, match="not writable"):
         policy.get_parameter("2.bias").data = torch.from_numpy(memory)
-    with pytest.raises(UsageError, match=r"2\.bias lies in memory that may only be read"):
+    with pytest.raises(UsageError, match=r"2\.bias lies in read-only memory"):
         wsync.attach(policy, "nets", mode="copy")
     with wsync.attach(policy, "nets") as reader:
         assert reader.mode == "swap" and marks(policy) == {1.0}

@@ -502,7 +502,7 @@ def test_a_record_that_others_lock_at_once_holds_no_reader_up(
 
     monkeypatch.setattr(os, "fchmod", grab)
     with wsync.attach(mlp(), "nets", timeout=10) as reader:
-        assert reader.version == 1 and "is not listed" in caplog.text
+        assert reader.version == 1 and "is not in the list" in caplog.text
     for fd in grabbed:
         os.close(fd)
 

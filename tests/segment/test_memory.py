@@ -112,7 +112,7 @@ def test_a_standing_segment_needs_no_more_room(small: Path, tmp_path: Path, capl
             wsync.attach(policies[0], "nets", timeout=10, mode="swap"),
             wsync.attach(policies[1], "nets", timeout=10, mode="copy"),
         ]
-        assert "is not listed" in caplog.text and "No space left" in caplog.text
+        assert "is not in the list" in caplog.text and "No space left" in caplog.text
         assert os.listdir(segment.path / "readers") == []
         for mark, checkpoint in enumerate(checkpoints[1:], start=2):
             push(segment, checkpoint)
@@ -213,7 +213,7 @@ def test_inodes_that_run_out_are_told_as_such(small: Path, tmp_path: Path, caplo
         assert os.statvfs(small).f_favail == 0
         policy = mlp()
         assert wsync.attach(policy, "nets", timeout=10).version == 1 and marks(policy) == {1.0}
-        assert "is not listed" in caplog.text
+        assert "is not in the list" in caplog.text
         push(WritableSegment.open("nets"), checkpoint)
         remove("nets")
 

@@ -154,6 +154,6 @@ def test_publisher_late_by_a_removal_is_turned_away(runtime: Path, monkeypatch: 
         return memory.try_lock(fd, shared=shared)
 
     monkeypatch.setattr(writable, "try_lock", late)
-    with pytest.raises(SegmentBusy, match="removed at this moment"), segment.publishing():
+    with pytest.raises(SegmentBusy, match="was just removed"), segment.publishing():
         pytest.fail("the publisher of a segment that is gone")
     segment.close()

@@ -236,7 +236,7 @@ def test_shards_of_a_moment_ago_have_to_settle(bucket: Bucket, segment: Writable
     bucket.upload(shards(tmp_path / "a", mlp(), 4.0), "run/checkpoint-1")
     with Syncer(replace(load_spec(SPEC), select=Select(settle=3000)), RUN) as syncer:
         outcome = syncer.once()
-    assert outcome.status == "empty" and "stand still for 3000 s" in (outcome.reason or "")
+    assert outcome.status == "empty" and "must not change for 3000 s" in (outcome.reason or "")
 
 
 FITS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[dict[str, torch.Tensor]], dict[str, Any]], Fit]] = {

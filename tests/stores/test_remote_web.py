@@ -259,7 +259,7 @@ def test_a_file_url_is_a_path(segment: WritableSegment, cli: Cli, tmp_path: Path
         ("ftp://host/run", "'ftp' is no store"),
         ("s3://", "names no bucket"),
         ("http:///run", "names no host"),
-        ("http://user:pa55-in-the-url@[::1/run", "a host that is none"),
+        ("http://user:pa55-in-the-url@[::1/run", "an invalid host"),
         ("http://host/\udcff.safetensors", "names nothing that can be read"),
         ("hf://owner", "names no repository"),
         ("file://elsewhere/run", "another machine"),

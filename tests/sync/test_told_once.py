@@ -78,7 +78,7 @@ def test_a_checkpoint_that_nobody_finishes_is_told_once(push: Push, runs: Path, 
     path = cut(write(runs / "step_2.safetensors", mlp(), 2.0), HOURS)
     told = push()
     assert (told.status, told.exit_code, told.version) == ("rejected", 65, 1)
-    assert "Nobody has written to it for long" in (told.reason or "")
+    assert "Nothing has written to it for a long time" in (told.reason or "")
     assert [(push().status, push().exit_code) for _ in range(2)] == [("current", 0)] * 2
     with State(NAME) as state:
         assert [event.checkpoint for event in state.events(kinds=("reject",))] == [str(path.absolute())]

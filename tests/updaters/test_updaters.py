@@ -285,7 +285,7 @@ def test_one_name_of_a_tie_is_all_of_it(weights: Callable[[nn.Module], TensorDic
     with pytest.raises(ValueError, match="embedding.weight"):
         updater.push_weights({**given, "head.weight": torch.zeros(5, 3)})
     del given["embedding.weight"]
-    with pytest.raises(KeyError, match=r"2 tensors did not come: embedding\.weight, head\.weight"):
+    with pytest.raises(KeyError, match=r"2 tensors are missing: embedding\.weight, head\.weight"):
         updater.push_weights(given)
 
 

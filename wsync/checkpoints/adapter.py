@@ -55,11 +55,11 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
         ) from exc
     except (CheckpointError, OSError) as exc:
         told = unreadable(Path(str(base)), exc) if isinstance(exc, OSError) else exc
-        raise CheckpointError(f"the base of the adapter {adapter} cannot be had: {told}") from exc
+        raise CheckpointError(f"the base of the adapter {adapter} cannot be opened: {told}") from exc
 
 
 def open_base(path: str, adapter: Path) -> TensorTable:
-    """What an adapter is merged into, opened."""
+    """Opens the weights that an adapter is merged into."""
     with blaming(path, adapter):
         base = TensorTable(place_at(path))
         if not base.parts.is_adapter:
@@ -140,7 +140,7 @@ def _replace(
             expected = entry.describe() if entry else "absent"
             rows.append(Difference(tensor.name, expected, describe(tensor.dtype, tensor.shape)))
         elif name in taken:
-            rows.append(Difference(tensor.name, "one tensor", f"{taken[name].name} is {name}, too"))
+            rows.append(Difference(tensor.name, "one tensor", f"{taken[name].name} is also named {name}"))
         elif taken.keys() & set(entry.names):
             twins.append((tensor, entry))
         else:
@@ -178,7 +178,9 @@ def _add(
         elif (rank := half["A"].shape[0]) > _highest(entry):
             rows.append(Difference(f"{module}.weight", f"a rank of {_highest(entry):,} at most", f"{rank:,}"))
         elif entry.name in added:
-            rows.append(Difference(f"{module}.weight", "one tensor", f"{added[entry.name]} is the same in the policy"))
+            rows.append(
+                Difference(f"{module}.weight", "one tensor", f"{added[entry.name]} is the same tensor in the policy")
+            )
         elif weight := brought.get(entry.name) or of_base.get(entry.name):
             scale = config.scale(module, rank)
             deltas.append(Delta(entry, half["A"], half["B"], scale, transposed, weight, entry.name not in brought))

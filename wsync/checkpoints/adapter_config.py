@@ -65,7 +65,7 @@ def read_config(adapter: ByteSource, file: Path) -> Config:
         return _config(json.loads(adapter.read_index(_MAX_CONFIG)))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as exc:
         raise IncompleteCheckpoint(
-            f"{file} does not tell how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "
+            f"{file} does not say how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "
             "or write it again."
         ) from exc
     except (ValueError, OverflowError, RecursionError) as exc:
@@ -86,10 +86,10 @@ def _config(table: Any) -> Config:
         raise ValueError(f"{start:.40} changed the base that it was trained on")
     parameters = table.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(f".{name}".endswith(".weight") for name in parameters):
-        raise ValueError("its target_parameters are not weights alone")
+        raise ValueError("its target_parameters name something other than weights")
     patterns = table.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > _MAX_PATTERNS:
-        raise ValueError("its alpha_pattern is no short table")
+        raise ValueError("its alpha_pattern is not a table, or is too long")
     return Config(
         _number(table.get("lora_alpha")),
         tuple((_expression(key), _number(alpha)) for key, alpha in patterns.items()),
@@ -100,15 +100,15 @@ def _config(table: Any) -> Config:
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("an alpha is no number")
+        raise ValueError("an alpha is not a number")
     return float(value)
 
 
 def _expression(key: str) -> re.Pattern[str]:
     """The modules that a key of ``alpha_pattern`` means, by PEFT's own rule; it is not to cost more than a look."""
     if not _PLAIN.fullmatch(key):
-        raise ValueError(f"its alpha_pattern {key!r:.40} is no plain name")
+        raise ValueError(f"its alpha_pattern {key!r:.40} is not a plain name")
     try:
         return re.compile(rf"(.*\.)?({key})$")
     except re.error as exc:
-        raise ValueError(f"its alpha_pattern {key!r:.40} is no expression") from exc
+        raise ValueError(f"its alpha_pattern {key!r:.40} is not a regular expression") from exc

@@ -55,7 +55,10 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
     other = "write checkpoints of this policy's own state_dict, or name the spec that fits."
     if takes_part and settings.partial:
         few = f"{len(layout.tensors) - len(part.kept)} of {len(layout.tensors)}"
-        other += f" If a part is meant, strict = false (--no-strict) takes {few} and keeps the rest as it is."
+        other += (
+            f" If the checkpoint is meant to be a part of the policy, strict = false (--no-strict) takes {few} and "
+            "keeps the rest as it is."
+        )
     if any(_EXPERT.search(name) for name in tensors) and not any(_EXPERT.search(e.name) for e in layout.tensors):
         other += (
             " If transformers wrote it in the hub's layout, save_pretrained(..., save_original_format=False) writes "
@@ -81,7 +84,7 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
     if not change:
         return ""
     complete = not (found.kept or found.built)
-    who = f"All {len(layout.tensors)} tensors of the policy" if complete else "The tensors that come"
+    who = f"All {len(layout.tensors)} tensors of the policy" if complete else "The tensors in the checkpoint"
     words = " and ".join(f"{name} = {_toml(value)}" for name, value in change.items())
     told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
     options = _options(change)

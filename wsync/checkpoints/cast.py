@@ -89,7 +89,7 @@ def convert(data: memoryview, source: str, target: str, out: memoryview | None =
         whole: Any = np.frombuffer(data, _INTEGERS[source])
         bounds = np.iinfo(_INTEGERS[target])
         if len(whole) and not bounds.min <= int(whole.min()) <= int(whole.max()) <= bounds.max:
-            raise OverflowError(f"{source} values up to {int(whole.max())} are none of {target}")
+            raise OverflowError(f"{source} values up to {int(whole.max())} do not fit into {target}")
         np.copyto(np.frombuffer(out, _INTEGERS[target]), whole, casting="unsafe")
     elif {source, target} <= {*_NUMPY, "BF16"}:
         import numpy as np

@@ -52,7 +52,7 @@ class Digest:
         if self.older:
             raise BeingWritten(f"{says}, but is older than the file. Wait for its writer to write the new digest.")
         raise WrongDigest(
-            f"{says}: its bytes are not those that were written. Write or copy it again. If the digest was wrong, "
+            f"{says}: its bytes differ from those that were written. Write or copy it again. If the digest was wrong, "
             "correct it, and push once with --retry."
         )
 

@@ -245,7 +245,7 @@ def _shards(index: Path) -> Mapping[str, frozenset[str]]:
     for tensor, shard in _weight_map(index).items():
         if not is_file_name(shard):
             raise MalformedCheckpoint(
-                f"{index} puts a tensor into {shard!a:.100}, which is no file beside it. Write it again."
+                f"{index} puts a tensor into {shard!a:.100}, which is not a file beside it. Write it again."
             )
         shards.setdefault(shard, set()).add(tensor)
     return {shard: frozenset(names) for shard, names in shards.items()}
@@ -272,15 +272,15 @@ def _weight_map(index: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
             raise IncompleteCheckpoint(
-                f"{index} is no JSON, or not all of it. Wait for its writer to finish, or write it again."
+                f"{index} is not JSON, or is cut off. Wait for its writer to finish, or write it again."
             ) from exc
         raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
 
 
 def changed(path: Path) -> CheckpointChanged:
     return CheckpointChanged(
-        f"{path} changed while it was read; what was read is thrown away. Nothing to do: it is read again at the next "
-        "pass. Writers do best to write another name and rename it into place."
+        f"{path} changed while it was read; what was read is thrown away. You need not do anything: it is read again "
+        "at the next pass. A writer should write under another name, and rename the file into place."
     )
 
 
@@ -288,15 +288,17 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
     """Converts an OSError into a CheckpointError, which names the owner where access is denied."""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
-        return NoCheckpoint(f"{path}, or a part of it, is gone. The next pass takes what is there.")
+        return NoCheckpoint(
+            f"{path}, or a part of it, is gone. You need not do anything: the next pass takes what it finds."
+        )
     if exc.errno in (errno.EACCES, errno.EPERM):
         return _forbidden(Path(exc.filename) if isinstance(exc.filename, str) else path, reason)
     if exc.errno == errno.EMFILE:
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return CheckpointError(
-            f"{path} cannot be read: this process may have no more than {most:,} files open, of which a checkpoint in "
-            "several takes one for each. Raise the limit (`ulimit -n`; LimitNOFILE= of its systemd unit), or write "
-            "larger shards."
+            f"{path} cannot be read: this process may have no more than {most:,} files open, and a checkpoint in "
+            "several files takes one for each. Raise the limit (`ulimit -n`; LimitNOFILE= of its systemd unit), or "
+            "write larger shards."
         )
     return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
 

@@ -63,7 +63,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         if self.missing not in ("", "policy"):
-            raise UsageError(f'weights.missing = {self.missing!r} is not known. Use "policy", or leave it out.')
+            raise UsageError(f'weights.missing = {self.missing!r} is unknown. Use "policy", or leave it out.')
         for old, new in self.rename.items():
             try:
                 expression = self._expression(old)
@@ -71,7 +71,7 @@ class Fit:
                     expression.sub(new, "")  # also tells a group that is not there
             except (re.error, IndexError) as exc:
                 raise UsageError(
-                    f"weights.rename: {old!r} to {new!r} is no regular expression ({exc}). Mend it."
+                    f"weights.rename: {old!r} to {new!r} is not a regular expression ({exc}). Correct it."
                 ) from exc
 
     def name(self, stored: str) -> str | None:

@@ -79,13 +79,13 @@ def read_header(
     if len(text) < length:
         raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
     if why := _too_large(text):
-        raise malformed(path, f"its header {why}, more than a policy has")
+        raise malformed(path, f"its header {why}, more than any policy has")
     try:
         own, rest = _split(text.decode())
         known = _table if length <= _KEPT else _table.__wrapped__  # a hostile one must not stay
         table, metadata = known(rest, 8 + length, number)
         if own and metadata is not None:
-            raise ValueError("a key is there twice")
+            raise ValueError("a key appears twice")
     except (ValueError, RecursionError) as exc:
         raise malformed(path, f"its header is wrong ({exc})") from exc
     last = next(reversed(table.values()), None)
@@ -187,7 +187,7 @@ def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
             break
     bits = DTYPE_BITS[dtype] * elements
     if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
-        raise ValueError(f"{name!r}: {describe(dtype, shape)} does not take the bytes that it is given")
+        raise ValueError(f"{name!r}: {describe(dtype, shape)} does not match the number of bytes that it is given")
     return StoredTensor(name, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0], number)
 
 
@@ -209,7 +209,7 @@ def _depth(value: object) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key appears twice")
     return table
 
 

@@ -77,7 +77,7 @@ def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str
         if name is None:
             continue
         if name in taken:
-            rows.append(Difference(stored, "one tensor", f"{taken[name].name} is {name}, too"))
+            rows.append(Difference(stored, "one tensor", f"{taken[name].name} is also named {name}"))
         taken[name] = tensor
     return taken, rows
 

@@ -103,7 +103,9 @@ class Objects:
         except OtherVersion:
             raise changed(self.parts.path) from None
         except FileNotFoundError:
-            raise NoCheckpoint(f"{self.parts.files[file]} is gone. The next pass takes what is there.") from None
+            raise NoCheckpoint(
+                f"{self.parts.files[file]} is gone. You need not do anything: the next pass takes what it finds."
+            ) from None
 
 
 class _Abandoned(Exception):

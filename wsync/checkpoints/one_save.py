@@ -43,7 +43,7 @@ def check_files(
             raise BeingRewritten(
                 f"{parts.path} is being rewritten: {same.count(False)} of its {len(same)} weight files have changed "
                 f"since it was published, and {parts.files[same.index(True)].name} has not. It is published once all "
-                "have. Wait for its writer; if it has ended, touch the files that are to stay as they are."
+                "have. Wait for its writer; if the writer has ended, touch the files that stay as they are."
             )
         mixed = mixed or any(same) != (fingerprint(index) in earlier)
     now = time.time()
@@ -52,9 +52,9 @@ def check_files(
     if mixed and left > 0:
         assert parts.index
         raise BeingRewritten(
-            f"{parts.path} may be of two saves: {parts.index.name} is older than some of its weights and newer than "
-            "others, or only one of both has changed. Wait for its writer: it is published once all files have "
-            f"changed, or have stood still for {PATIENCE * settle:g} s ({PATIENCE:g} times select.settle)."
+            f"{parts.path} may hold files of two saves: {parts.index.name} is older than some of its weights and "
+            "newer than others, or only one of the two has changed. Wait for its writer: it is published once all "
+            f"files have changed, or none has changed for {PATIENCE * settle:g} s ({PATIENCE:g} times select.settle)."
         )
 
 
@@ -72,6 +72,6 @@ def check_steps(parts: Parts, metadata: Sequence[Mapping[str, str]]) -> None:
         if len(named) > 1:
             (first, one), (second, other) = list(named.items())[:2]
             raise BeingRewritten(
-                f"{parts.path} is of two saves: {one} is of step {first:.40}, and {other} of step {second:.40}. Wait "
-                "for its writer to finish, or write it again."
+                f"{parts.path} holds files of two saves: {one} is of step {first:.40}, and {other} of step "
+                f"{second:.40}. Wait for its writer to finish, or write it again."
             )

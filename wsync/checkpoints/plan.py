@@ -127,9 +127,10 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
         rows = tuple(sorted(found.rows, key=lambda row: row.name))
         if not settings.strict and not match(tensors, layout, replace(settings, partial=True)).rows:
             raise PartialCheckpoint(
-                f"{path} holds a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors do not "
-                "come. Nothing is live whose values they could keep. Publish a whole checkpoint first; or give them "
-                'the values of the policy when it is built: missing = "policy" in [weights], or --missing policy.',
+                f"{path} holds only a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors are "
+                "missing, and nothing is live whose values they could keep. Publish a whole checkpoint first, or give "
+                'them the values that they have when the policy is built: missing = "policy" in [weights], or '
+                "--missing policy.",
                 rows,
             )
         from .advice import HOPELESS, advice  # which few passes need

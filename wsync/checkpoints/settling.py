@@ -47,21 +47,21 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
         for companion in (f"{file}.{end}" for end in COMPANIONS):
             if os.path.lexists(companion):
                 raise BeingWritten(
-                    f"{companion} says that {file.name} is still on its way. Wait for the download to end; if it has "
-                    "ended, remove that file."
+                    f"{companion} says that {file.name} is still being downloaded. Wait for the download to end; if "
+                    "it has ended, remove that file."
                 )
     writing = [being_written(fd) for fd in fds]
     if True in writing:
         raise BeingWritten(
             f"{parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
-            "writers do best to write another name and rename it into place."
+            "a writer should write under another name, and rename the file into place."
         )
     told = not parts.is_several and None not in writing
     wanted = _TICK if told else max(settle, _TICK)
     never_written = [unwritten(fd) for fd in fds]
     if "reserved" in never_written:
         raise BeingWritten(
-            f"{parts.files[never_written.index('reserved')]} is not all there: room for the rest was reserved, and has "
+            f"{parts.files[never_written.index('reserved')]} is incomplete: room for the rest was reserved, and has "
             "not been written. Wait for its writer to finish, or write it again."
         )
     if "hole" in never_written and None in writing:
@@ -114,6 +114,6 @@ def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], 
 
 def _unsettled(path: Path, wanted: float) -> BeingWritten:
     return BeingWritten(
-        f"{path} was written to a moment ago, and has to stand still for {wanted:g} s. It is looked at again at the "
+        f"{path} was written to a moment ago, and must not change for {wanted:g} s. It is looked at again at the "
         "next pass."
     )

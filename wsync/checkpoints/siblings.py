@@ -59,7 +59,8 @@ def _parts_of_a_model(directory: Path, layout: Layout) -> str:
                 below = file.relative_to(directory)
                 return (
                     f"{below} holds {len(tensors)} of the policy's tensors under other names: the model is written in "
-                    "parts, which are never put together. Write its state_dict() whole, with safetensors' save_file."
+                    "parts, and wsync never puts parts together. Write its state_dict() whole, with safetensors' "
+                    "save_file."
                 )
     return ""
 

@@ -163,8 +163,8 @@ def expression(pattern: str) -> re.Pattern[str]:
             raise re.error("it has no group")
     except re.error as exc:
         raise UsageError(
-            f"select.step: {pattern!r} is no regular expression with a group ({exc}). Write it between slashes, with "
-            "the number in parentheses, such as '/step_([0-9]+)/'."
+            f"select.step: {pattern!r} is not a regular expression with a group ({exc}). Write it between slashes, "
+            "with the number in parentheses, such as '/step_([0-9]+)/'."
         ) from exc
     return compiled
 

@@ -87,7 +87,7 @@ class TensorTable:
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
             raise IncompleteCheckpoint(
-                f"{file} does not hold the tensors that the index gives it: {odd[0]:.200} is in one of them alone. "
+                f"{file} does not hold the tensors that the index gives it: {odd[0]:.200} is in only one of the two. "
                 "Wait for its writer to finish, or write it again."
             )
         self.tensors = {**self.tensors, **tensors} if self.tensors else tensors

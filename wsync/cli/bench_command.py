@@ -26,16 +26,18 @@ def _end(number: int, _: object) -> None:
 
 @bench_command.command(rich_help_panel=MEASURE, epilog="Example: wsync bench --size 256MiB --tensors 500")
 def bench(
-    size: Annotated[str, option("--size", "Of the weights.", shown=True)] = "64MiB",
-    tensors: Annotated[int, option("--tensors", "Number of tensors that share them.", shown=True, min=1)] = 200,
-    readers: Annotated[int, option("--readers", "Processes that attach.", shown=True, min=1, max=64)] = 2,
-    quick: Annotated[bool, option("--quick", "Fewer rounds, no GiB.")] = False,
-    only: Annotated[list[str] | None, option("--only", "A case, or how names begin; may be given again.")] = None,
+    size: Annotated[str, option("--size", "Size of the weights.", shown=True)] = "64MiB",
+    tensors: Annotated[int, option("--tensors", "Number of tensors that make up this size.", shown=True, min=1)] = 200,
+    readers: Annotated[int, option("--readers", "Number of processes that attach.", shown=True, min=1, max=64)] = 2,
+    quick: Annotated[bool, option("--quick", "Run fewer rounds, and leave out the cases that need GiBs.")] = False,
+    only: Annotated[
+        list[str] | None, option("--only", "A case, or the beginning of case names; may be repeated.")
+    ] = None,
     directory: Annotated[
         Path | None,
         option(
             "--dir",
-            "Where checkpoints are written: a disk. (default: the temporary directory)",
+            "Directory on a disk, for checkpoints. (default: the temporary directory)",
             exists=True,
             file_okay=False,
             resolve_path=True,
@@ -44,21 +46,22 @@ def bench(
     as_json: JsonOption = False,
     runtime_dir: Annotated[
         Path,
-        option("--runtime-dir", "Where segments are made meanwhile: shared memory.", shown=True, resolve_path=True),
+        option("--runtime-dir", "Directory in shared memory, for segments.", shown=True, resolve_path=True),
     ] = Path("/dev/shm"),
 ) -> None:
-    """What this box can do, beside the machine's limit and the usual ways; takes a minute or two.
+    """Measure this box, beside the machine's limits and the usual ways; takes a minute or two.
 
-    Everything is measured in private directories, which are removed. Leave the box alone meanwhile. Ratios are wsync by
-    the other: of times less is better, of speeds more. Exits with 0 whatever the figures are, with 1 where a case
-    failed.
+    Measures in private directories and removes them afterwards. Leave the box alone meanwhile. A ratio is wsync's
+    figure divided by the other: for times, less is better; for speeds, more is better. Exits with 0 whatever the
+    figures are, and with 1 if a case failed.
     """
     from ..bench.rows import Settings, parse_size
 
     nbytes = parse_size(size)
     if nbytes < 4 * tensors:
         raise UsageError(
-            f"--size {size}: each tensor takes four bytes or more. Give {4 * tensors}, or fewer --tensors."
+            f"--size {size} is too small: each of {tensors} tensors takes four bytes or more. Give {4 * tensors} or "
+            "more, or fewer --tensors."
         )
     import tempfile
 
@@ -78,7 +81,7 @@ def bench(
         names, about = cases.chosen(settings.only), view.box()
         rows = cases.run(settings, names)
     except SystemExit:
-        print("wsync: stopped; what was measured is thrown away, and nothing is left behind.", file=sys.stderr)
+        print("wsync: stopped; the figures are thrown away, and nothing is left behind. Run it again.", file=sys.stderr)
         raise
     if as_json:
         print(json.dumps(view.as_json(settings, about, rows), default=str))

@@ -56,23 +56,23 @@ def push(
     spec: SpecArgument,
     checkpoint: Annotated[
         str | None,
-        argument("[CHECKPOINT]", "A file, or a directory: its newest one; or a URL. (default: from the spec)"),
+        argument("[CHECKPOINT]", "A file, a directory (its newest is taken), or a URL. (default: from the spec)"),
     ] = None,
-    force: Annotated[bool, option("--force", "Publish again what is live.")] = False,
-    dry_run: Annotated[bool, option("--dry-run", "Check everything but the gate, publish nothing.")] = False,
-    retry: Annotated[bool, option("--retry", "Try again what was rejected before.")] = False,
+    force: Annotated[bool, option("--force", "Publish the checkpoint again even if it is live.")] = False,
+    dry_run: Annotated[bool, option("--dry-run", "Check everything except the gate; publish nothing.")] = False,
+    retry: Annotated[bool, option("--retry", "Try rejected checkpoints again.")] = False,
     take_over: TakeOverOption = False,
-    quiet: Annotated[bool, option("--quiet", "For cron: say each trouble once, and nothing else.", "-q")] = False,
+    quiet: Annotated[bool, option("--quiet", "For cron: report each problem once, and nothing else.", "-q")] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
 ) -> None:
-    """One pass: put the newest complete checkpoint, or the one named, into shared memory.
+    """Run one pass: put the newest complete checkpoint, or the one you name, into shared memory.
 
     Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
-    complete checkpoint yet; 75 try later. A rejection is reported once, with 65; later pushes exit with 0, since what
-    is live stays live, and say so in a note. With nothing live they exit with 65.
+    complete checkpoint yet; 75 try later. A rejection is reported once, with 65. Later pushes print a note and exit
+    with 0, because the live version stays live; if nothing is live, they exit with 65.
     """
     from ..checkpoints.files import remote
     from ..history.database import State
@@ -153,7 +153,7 @@ def _end(number: int, _: object) -> None:
 
 @contextmanager
 def ended(syncer: Syncer) -> Iterator[Syncer]:
-    """Closes a syncer at the end of the block, also where a signal comes while it is being closed."""
+    """Closes a syncer at the end of the block, even if a signal comes while it is being closed."""
     try:
         with syncer:
             yield syncer
@@ -170,7 +170,8 @@ def watch(
     checkpoints: Annotated[
         str | None,
         argument(
-            "[CHECKPOINTS]", "Where checkpoints appear, or its URL; may not be there yet. (default: from the spec)"
+            "[CHECKPOINTS]",
+            "Directory or URL where checkpoints appear; it need not exist yet. (default: from the spec)",
         ),
     ] = None,
     take_over: TakeOverOption = False,
@@ -183,8 +184,8 @@ def watch(
 
     Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-failures; 2 usage.
 
-    SIGHUP reads the TOML again. Under systemd, use Type=notify: ready is the first version. Started by torchrun, one
-    watch on each box, they are a group: one reads, and all boxes go live together.
+    SIGHUP makes it read the TOML again. Under systemd, use Type=notify: the unit is ready when the first version is
+    live. If torchrun starts one watch on each box, they form a group: one reads, and all boxes go live together.
     """
     from ..service.service import Service
     from .console import WatchLog, default_format
@@ -216,20 +217,21 @@ def status(
     name: Annotated[str | None, argument("[NAME]", "A segment. (default: all)", autocompletion=names)] = None,
     watch: Annotated[bool, option("--watch", "Refresh in place until stopped.")] = False,
     max_staleness: Annotated[
-        float | None, option("--max-staleness", "A check in one line: seconds that a live version may be old.")
+        float | None,
+        option("--max-staleness", "Print one line for a monitor: how many seconds old a live version may be."),
     ] = None,
-    max_lag: Annotated[int | None, option("--max-lag", "Likewise: versions that a reader may be behind.")] = None,
+    max_lag: Annotated[int | None, option("--max-lag", "Likewise: how many versions a reader may be behind.")] = None,
     max_lag_seconds: Annotated[
-        float | None, option("--max-lag-seconds", "Likewise: seconds that a reader may be behind.")
+        float | None, option("--max-lag-seconds", "Likewise: how many seconds a reader may be behind.")
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
 ) -> None:
-    """What is live where, how old it is, what is pinned, and which version each reader is on.
+    """Show what is live, how old it is, what is pinned, and which version each reader is on.
 
-    Exit codes: 0; 1 a segment is unusable. With one of the bounds, as Nagios takes them: 0 all is well; 1 something is
-    beyond its bound; 2 nothing is live, or a segment is unusable.
+    Exit codes: 0; 1 a segment is unusable. With one of the three bounds, the codes of Nagios: 0 all is well; 1
+    something is beyond its bound; 2 nothing is live, or a segment is unusable.
     """
     from .check import Bounds
     from .status import follow, show
@@ -245,12 +247,12 @@ def status(
 
 @app.command(rich_help_panel=LOOK, epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
 def inspect(
-    path: Annotated[str, argument("PATH", "A checkpoint, or a directory of them; or a URL.")],
-    spec: Annotated[str | None, option("--spec", "Tell whether it fits this policy.")] = None,
-    scan: Annotated[bool, option("--scan", "Read all: tell what is not finite.")] = False,
+    path: Annotated[str, argument("PATH", "A checkpoint, a directory of checkpoints, or a URL.")],
+    spec: Annotated[str | None, option("--spec", "Also show whether it fits this policy.")] = None,
+    scan: Annotated[bool, option("--scan", "Read every tensor, and show which ones are not finite.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """What is in a checkpoint, whether it is complete and fits; or what a directory holds to choose from."""
+    """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
     from ..settings.spec import load_spec
     from .inspection import inspect as look
 
@@ -293,7 +295,7 @@ def _main(
 
 
 def _live(name: str, runtime: Path | None) -> int:
-    """The version that a failed push left live; 0 where that cannot be told either."""
+    """The version that a failed push left live; 0 if that cannot be read either."""
     from ..segment.segment import Segment
 
     try:
@@ -304,9 +306,9 @@ def _live(name: str, runtime: Path | None) -> int:
 
 
 def command_line(name: str = "") -> typer.Typer:
-    """The command line with this one of its commands; with all where it is not one of this module's.
+    """The command line with only the named command if it is in this module, and with all commands otherwise.
 
-    To import and to build the others takes milliseconds, and a push with nothing to do needs none of them.
+    Importing and building the others takes milliseconds, and a push with nothing to do does not need them.
     """
     command_line = copy(app)
     mine = [command for command in app.registered_commands if getattr(command.callback, "__name__", "") == name]
@@ -323,20 +325,20 @@ def command_line(name: str = "") -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command line; an error of ours is one message and an exit code, never a traceback.
+    """Runs the command line. An error of wsync becomes one message and an exit code, never a traceback.
 
-    Ends without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do; all
-    that we hold is closed by then, or ours only through the kernel.
+    Exits without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do. By
+    then everything is closed, or the kernel releases it with the process.
     """
     if sys.platform != "linux":
         print(
-            f"wsync: this is {sys.platform}, and wsync needs Linux (flock, futex, tmpfs). Run it on the Linux box that "
-            "runs the policy.",
+            f"wsync: this system is {sys.platform}, but wsync needs Linux (flock, futex, tmpfs). Run it on the Linux "
+            "machine that runs the policy.",
             file=sys.stderr,
         )
         sys.exit(2)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (who closed it wants to hear nothing)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (a closed stream wants no output)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
@@ -352,7 +354,7 @@ def main() -> None:
         print(f"wsync: OS error: {told}. {advice(exc)}, then run it again.", file=sys.stderr)
         code = 1
     except MemoryError:
-        print("wsync: this process has no memory left. Raise its limit (`ulimit -v`), and try again.", file=sys.stderr)
+        print("wsync: this process has no memory left. Raise its limit (`ulimit -v`) and try again.", file=sys.stderr)
         code = 1
     except SystemExit as exc:
         code = exc.code

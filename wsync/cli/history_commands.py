@@ -1,4 +1,4 @@
-"""The commands of the person who runs it for months: log, rollback, pin, unpin, config."""
+"""The commands that look back and go back: log, rollback, pin, unpin, config."""
 
 from __future__ import annotations
 
@@ -36,19 +36,23 @@ _DRAWN = 5000  # events, the last ones
 @history.command(rich_help_panel=LOOK, epilog="Example: wsync log cartpole -n 20 --since 2h")
 def log(
     name: NameArgument,
-    number: Annotated[int, option("--number", "Events, the last ones.", "-n", shown=True, min=1, max=1_000_000)] = 20,
-    since: Annotated[str | None, option("--since", "30m, 2h, 3d, or a time such as 2026-05-01T12:00.")] = None,
-    follow: Annotated[bool, option("--follow", "Go on as events come, until stopped.", "-f")] = False,
+    number: Annotated[
+        int, option("--number", "How many of the last events to show.", "-n", shown=True, min=1, max=1_000_000)
+    ] = 20,
+    since: Annotated[
+        str | None, option("--since", "Show events since 30m, 2h or 3d ago, or since a time such as 2026-05-01T12:00.")
+    ] = None,
+    follow: Annotated[bool, option("--follow", "Also show new events as they come, until stopped.", "-f")] = False,
     plot: Annotated[bool, option("--plot", "Draw steps, versions and rejections over time.")] = False,
     as_json: JsonOption = False,
     state_dir: StateOption = None,
 ) -> None:
-    """What was published, rejected, rolled back and pinned, and when; the newest last."""
+    """Show what was published, rejected, rolled back and pinned, and when; the newest comes last."""
     from ..history.database import State
     from .history import event_json, follow_events, moment
 
     if plot and (as_json or follow):
-        raise UsageError("--plot draws once, for people. Leave out --json and --follow, or --plot.")
+        raise UsageError("--plot draws one picture, and takes no --json or --follow. Leave these out, or --plot.")
     with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
@@ -74,7 +78,8 @@ def log(
 def rollback(
     name: NameArgument,
     to: Annotated[
-        int | None, option("--to", "A version. (default: the one before)", min=1, autocompletion=versions)
+        int | None,
+        option("--to", "The version to go back to. (default: the one before)", min=1, autocompletion=versions),
     ] = None,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
@@ -82,7 +87,7 @@ def rollback(
 ) -> None:
     """Put an earlier version live again, as a new version, and pin it until `wsync unpin`.
 
-    It is what it was: no gate is asked, and no hook runs.
+    Its weights were accepted before, so no gate is asked, and no hook runs.
     """
     from ..history.database import State
     from ..history.rollback import rollback as go_back
@@ -101,13 +106,15 @@ def rollback(
 @history.command(rich_help_panel=GO_BACK, epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")
 def pin(
     name: NameArgument,
-    checkpoint: Annotated[str | None, argument("[CHECKPOINT]", "A file, or a URL. (default: what is live)")] = None,
+    checkpoint: Annotated[
+        str | None, argument("[CHECKPOINT]", "A file or a URL. (default: the live checkpoint)")
+    ] = None,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
 ) -> None:
     """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on.
 
-    Who pins has looked: its values are checked, and no gate is asked.
+    You chose this checkpoint yourself: its values are checked, but no gate is asked.
     """
     from ..history.database import State
     from ..history.rollback import pin_checkpoint
@@ -120,7 +127,7 @@ def pin(
 
 @history.command(rich_help_panel=GO_BACK, epilog="Example: wsync unpin cartpole")
 def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
-    """Let go of the pin: the next pass goes on with the newest checkpoint."""
+    """Remove the pin: the next pass goes on with the newest checkpoint."""
     from ..history.database import State
     from ..history.rollback import unpin as let_go
 
@@ -136,13 +143,13 @@ def config(
     spec: SpecArgument,
     *,
     log_format: LogFormatOption = None,
-    init: Annotated[bool, option("--init", "Write SPEC anew, a TOML with every setting and its default.")] = False,
+    init: Annotated[bool, option("--init", "Write SPEC as a new TOML with every setting and its default.")] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
     state_dir: StateOption = None,
     settings: dict[str, dict[str, Any]],
 ) -> None:
-    """Every setting and where it comes from: option, variable, TOML or default."""
+    """Show every setting and where it comes from: option, variable, TOML or default."""
     from ..history.database import state_dir as state_place
     from ..system.memory import runtime_dir as runtime_place
     from .console import default_format
@@ -152,7 +159,7 @@ def config(
         from .new_spec import write_spec
 
         if made := write_spec(spec):
-            print(f"{made}: written; name your policy there")
+            print(f"{made}: written; now name your policy in it")
         return
     check_format(log_format)
     loaded = read_spec(spec, settings)

@@ -19,14 +19,14 @@ _EXAMPLES = {"name": "cartpole", "mode": "0600", "group": "policies", "metrics_p
 
 
 def spec_text(policy: str) -> str:
-    """The TOML: one line a setting, as a comment, below what it means."""
+    """The text of the TOML: each setting is one comment line, below a line that says what it means."""
     lines = [f'policy = "{policy}"', 'checkpoints = "checkpoints"', ""]
-    lines += ["# Each setting below has its default; where there is none, an example. Remove the # to change it."]
+    lines += ["# Each setting below shows its default, or an example if it has no default. Remove the # to change it."]
     for title in ("", "watch", *TABLES):
         if title:
             lines += ["", f"[{title}]"]
         lines += [line for name in HELP if _table_of(name) == title for line in _setting(name)]
-    lines += ["", "# What the policy's class or function is called with.", "[policy_kwargs]", ""]
+    lines += ["", "# Arguments for the policy's class or function.", "[policy_kwargs]", ""]
     return "\n".join(lines)
 
 
@@ -34,7 +34,7 @@ def write_spec(spec: str) -> Path | None:
     """Writes a new TOML; prints it where the spec is an import string.
 
     Raises:
-        UsageError: the file is there.
+        UsageError: the file exists, or cannot be written.
     """
     if not spec.endswith(".toml"):
         print(spec_text(spec), end="")
@@ -43,7 +43,7 @@ def write_spec(spec: str) -> Path | None:
         with open(spec, "x", encoding="utf-8") as file:
             file.write(spec_text("package.module:attr"))
     except FileExistsError:
-        raise UsageError(f"{spec} is there already, and is not overwritten. Name another file, or remove it.") from None
+        raise UsageError(f"{spec} exists already, and is not overwritten. Name another file, or remove it.") from None
     except OSError as exc:
         raise UsageError(f"{spec} cannot be written ({exc.strerror}). Name a file in a directory of yours.") from exc
     return Path(spec)

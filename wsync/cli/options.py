@@ -1,7 +1,7 @@
 """The settings of a spec and its tables as options.
 
-They are declared once, here and in the dataclasses that hold them; a command that takes them names one parameter,
-``settings``, which comes as a table of those that were given.
+Each setting is declared once, here and in the dataclass that holds it. A command that takes settings has one parameter,
+``settings``: a table of the settings that were given.
 """
 
 from __future__ import annotations
@@ -24,57 +24,70 @@ if TYPE_CHECKING:
 
 _HELP: dict[str, tuple[str, Any, str]] = {
     "name": ("spec", str, "The segment's name. (default: from the spec)"),
-    "poll": ("spec", float, "Seconds between looks that nothing asked for. (default: 1; of a URL 10)"),
+    "poll": ("spec", float, "Seconds between two looks when no notification comes. (default: 1; 10 for a URL)"),
     "max_failures": (
         "spec",
         int,
-        "Passes that may fail in a row; one more ends the watch with 1. (default: -1, any number)",
+        "How many passes may fail in a row; one more ends the watch with exit code 1. (default: -1, any number)",
     ),
-    "slots": ("spec", int, "Buffers of a segment that is made. (default: 3)"),
-    "max_slots": ("spec", int, "Buffers that it may grow to while readers keep older versions. (default: 8)"),
-    "keep": ("spec", int, "How many published versions to copy for a rollback. (default: 0)"),
-    "history": ("spec", int, "How many published versions stay on record, and as many other events. (default: 100000)"),
-    "mode": ("access", str, "Of its files: 0600 is private, 0640 lets a group read, 0644 everybody. (default: 0600)"),
-    "group": ("access", str, "Name or number of the group that may read; alone it means mode 0640."),
-    "pattern": ("select", str, "Glob that a checkpoint's name matches. (default: *)"),
-    "order": ("select", str, "Which is newest: mtime, step, name or arrival. (default: mtime)"),
+    "slots": ("spec", int, "Number of buffers in a new segment. (default: 3)"),
+    "max_slots": ("spec", int, "Number of buffers it may grow to while readers keep older versions. (default: 8)"),
+    "keep": ("spec", int, "How many published checkpoints to keep copies of, for a rollback. (default: 0)"),
+    "history": (
+        "spec",
+        int,
+        "How many published versions to keep on record; as many other events are kept too. (default: 100000)",
+    ),
+    "mode": (
+        "access",
+        str,
+        "Mode of the segment's files: 0600 is private, 0640 lets a group read, 0644 lets everybody read. "
+        "(default: 0600)",
+    ),
+    "group": ("access", str, "Name or number of the group that may read; without --mode it means mode 0640."),
+    "pattern": ("select", str, "Glob that a checkpoint's name must match. (default: *)"),
+    "order": ("select", str, "What makes a checkpoint the newest: mtime, step, name or arrival. (default: mtime)"),
     "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
-    "settle": ("select", float, "Seconds to stand still where nothing else tells that it is whole. (default: 1)"),
+    "settle": ("select", float, "Seconds without a change, where nothing else shows that it is whole. (default: 1)"),
     "within": ("select", str, "Directory in each checkpoint that holds the weights, such as pretrained_model."),
     "file": ("select", str, "File in each checkpoint that holds the weights, such as model_1.safetensors."),
-    "pointer": ("select", str, "File of the place that names the one checkpoint to take, such as latest."),
-    "step": ("select", str, "/REGEX/ with a group: the step in a checkpoint's name."),
-    "digest": ("select", str, "sha256: compare each file with the digest that its writer leaves beside it."),
-    "prefix": ("weights", str, "Take only tensors whose names begin so, and drop it."),
-    "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be given again."),
-    "include": ("weights", list[str], "Glob of names to take; may be given again."),
-    "exclude": ("weights", list[str], "Glob of names to leave out; may be given again."),
-    "own": ("weights", list[str], "Glob of the policy's tensors that no version has; may be given again."),
+    "pointer": ("select", str, "File in the directory that names the one checkpoint to take, such as latest."),
+    "step": ("select", str, "/REGEX/ with a group that finds the step in a checkpoint's name."),
+    "digest": ("select", str, "sha256: compare each file with the digest that the trainer leaves beside it."),
+    "prefix": ("weights", str, "Take only tensors whose names begin with this, and drop it from their names."),
+    "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be repeated."),
+    "include": ("weights", list[str], "Glob of tensor names to take; may be repeated."),
+    "exclude": ("weights", list[str], "Glob of tensor names to leave out; may be repeated."),
+    "own": ("weights", list[str], "Glob of the policy's tensors that no version has; may be repeated."),
     "cast": ("weights", bool, "Convert floats to the policy's dtypes."),
-    "strict": ("weights", bool, "Every tensor must come, and no other. (default: strict)"),
+    "strict": ("weights", bool, "Require every tensor of the policy, and refuse any other. (default: strict)"),
     "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),
     "finite": ("weights", bool, "Refuse NaN and infinity. (default: finite)"),
-    "finite_except": ("weights", list[str], "Glob of tensors that may hold infinities; may be given again."),
-    "missing": ("weights", str, "policy: what does not come has the value of the policy when it is built."),
-    "extra_state": ("weights", str, "ignore: take a policy with state that no version changes. (default: refuse)"),
-    "gate": ("hooks", str, "package.module:function, or a shell command, that must accept staged weights."),
-    "gate_timeout": ("hooks", float, "Seconds it may take; longer rejects. (default: 60)"),
-    "exec": ("hooks", str, "Shell command after a publish."),
-    "exec_timeout": ("hooks", float, "Seconds it may take. (default: 30)"),
-    "exec_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
-    "webhook": ("hooks", str, "http or https URL that is told of a publish."),
-    "webhook_method": ("hooks", str, "Of the request. (default: POST)"),
-    "webhook_timeout": ("hooks", float, "Seconds that it may take. (default: 1)"),
-    "webhook_backoff": ("hooks", float, "Seconds until it is tried again. (default: 3)"),
-    "webhook_success_status": ("hooks", int, "Answer that is a success; 0 takes any. (default: 200)"),
-    "metrics_port": ("metrics", int, "Serve /metrics and /healthz; 0 takes any free port. (default: neither)"),
-    "metrics_address": ("metrics", str, "Where that port listens. (default: 127.0.0.1)"),
-    "metrics_file": ("metrics", str, "A .prom file for the node exporter."),
+    "finite_except": ("weights", list[str], "Glob of tensors that may hold infinities; may be repeated."),
+    "missing": ("weights", str, "policy: a missing tensor gets the value that it has when the policy is built."),
+    "extra_state": (
+        "weights",
+        str,
+        "ignore: accept a policy with state that versions do not change. (default: refuse)",
+    ),
+    "gate": ("hooks", str, "package.module:function, or a shell command, that must accept the staged weights."),
+    "gate_timeout": ("hooks", float, "Seconds the gate may take; after that the checkpoint is rejected. (default: 60)"),
+    "exec": ("hooks", str, "Shell command to run after a publish."),
+    "exec_timeout": ("hooks", float, "Seconds the command may take. (default: 30)"),
+    "exec_backoff": ("hooks", float, "Seconds before the command is tried again. (default: 3)"),
+    "webhook": ("hooks", str, "http or https URL to call after a publish."),
+    "webhook_method": ("hooks", str, "HTTP method of the call. (default: POST)"),
+    "webhook_timeout": ("hooks", float, "Seconds the call may take. (default: 1)"),
+    "webhook_backoff": ("hooks", float, "Seconds before the call is tried again. (default: 3)"),
+    "webhook_success_status": ("hooks", int, "Status that counts as success; 0 accepts any. (default: 200)"),
+    "metrics_port": ("metrics", int, "Port for /metrics and /healthz; 0 takes any free port. (default: no port)"),
+    "metrics_address": ("metrics", str, "Address on which that port listens. (default: 127.0.0.1)"),
+    "metrics_file": ("metrics", str, "A .prom file to write for the node exporter."),
     "max_staleness": (
         "metrics",
         float,
-        "Seconds after which /healthz is 503, counted from the last look that found the newest checkpoint live, or "
-        "made it so; a trainer that is done makes nothing stale. (default: never)",
+        "Seconds after which /healthz answers 503, counted from the last look that found the newest checkpoint live or "
+        "put it live; a trainer that has finished makes nothing stale. (default: never)",
     ),
 }
 _ONLY_WATCH = {
@@ -114,17 +127,17 @@ _VALUES = {
 
 
 def names(incomplete: str) -> list[str]:
-    """The standing segments whose names begin so, for a shell that completes one."""
+    """The names of existing segments that begin with this text, for shell completion."""
     from ..segment.segment import segments
 
     try:
         return [name for name in segments(os.environ.get("WSYNC_RUNTIME_DIR")) if name.startswith(incomplete)]
-    except (WsyncError, OSError):  # a prompt is no place to complain
+    except (WsyncError, OSError):  # an error message would break the shell's prompt
         return []
 
 
 def specs(incomplete: str) -> list[str]:
-    """The TOML files whose paths begin so, and directories on the way to others."""
+    """The TOML files and directories whose paths begin with this text, for shell completion."""
     place, _, name = incomplete.rpartition("/")
     try:
         with os.scandir(place or ("/" if incomplete.startswith("/") else ".")) as entries:
@@ -150,7 +163,7 @@ def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 
 def option(flag: str, text: str, *short: str, shown: bool = False, **more: Any) -> Any:
-    """An option, which has a variable: ``WSYNC_`` and its name.
+    """An option with its environment variable, ``WSYNC_`` and its name.
 
     Args:
         flag: such as ``--dry-run``, or ``--cast/--no-cast``.
@@ -180,17 +193,17 @@ StateOption = Annotated[
     option(
         "--state-dir",
         "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
-        readable=False,  # else one that may not be entered ends a command, where it is told and passed over
+        readable=False,  # else typer ends the command when it may not read this directory; wsync only reports it
     ),
 ]
 TakeOverOption = Annotated[
-    bool, option("--take-over", "Replace what another spec, or the same with another place, published.")
+    bool, option("--take-over", "Replace what another spec, or this spec with another directory, published.")
 ]
 JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command, which has a parameter ``settings``, an option for each of them."""
+    """Gives a command that has a parameter ``settings`` one option for each setting."""
     signature = inspect.signature(command, eval_str=True)
     own = [p for name, p in signature.parameters.items() if name != "settings"]
     taken = {n: about for n, about in _HELP.items() if command.__name__ in ("watch", "config") or n not in _ONLY_WATCH}
@@ -211,7 +224,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def read_spec(text: str, settings: dict[str, dict[str, Any]], checkpoints: str | None = None) -> Spec:
-    """The spec with what the options say instead."""
+    """Loads the spec and replaces the settings that options give."""
     from dataclasses import replace
 
     from ..settings.spec import load_spec
@@ -239,22 +252,22 @@ def _value(name: str, value: Any) -> Any:
     for pair in value:
         old, equals, new = pair.rpartition("=")
         if not equals or not old:
-            raise UsageError(f"--rename {pair!r} is no OLD=NEW. Write the old name, =, and the new one.")
+            raise UsageError(f"--rename {pair!r} is not OLD=NEW. Write the old name, =, and the new name.")
         table[old] = new
     return table
 
 
 def check_format(log_format: str | None) -> None:
-    """Raises UsageError where this is no form of a watch's log."""
+    """Raises UsageError for an unknown log format."""
     if log_format not in (None, "rich", "plain", "json"):
-        raise UsageError(f"--log-format {log_format!r} is none of rich, plain and json. Use one of them.")
+        raise UsageError(f"--log-format {log_format!r} is unknown. Use rich, plain or json.")
 
 
 def check_variables() -> None:
-    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would be obeyed by nobody, in silence.
+    """Refuses a ``WSYNC_`` variable that nothing reads, because a misspelt one would have no effect without a word.
 
-    Those of a Kubernetes service are taken out of the environment: one of them may have the name of a setting
-    (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``), and is none.
+    Removes the variables of a Kubernetes service from the environment, because one of them may have the name of a
+    setting by accident (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``).
 
     Raises:
         UsageError: with the nearest name.
@@ -267,4 +280,4 @@ def check_variables() -> None:
 
         near = difflib.get_close_matches(unknown[0], VARIABLES, 1)
         advice = f"Did you mean {near[0]}?" if near else "Unset it; `wsync config SPEC` lists the settings."
-        raise UsageError(f"the variable {unknown[0]} is none of wsync's. {advice}")
+        raise UsageError(f"wsync does not know the variable {unknown[0]}. {advice}")

@@ -194,6 +194,6 @@ def deliver(
     if wrong:
         turn.over = True
         raise WsyncError(
-            f"{', '.join(wrong)}: other bytes came than were sent. They are thrown away, and sent again; look at the "
-            "network between the boxes."
+            f"{', '.join(wrong)}: the bytes that arrived differ from the bytes sent. They are thrown away and sent "
+            "again. Check the network between the boxes."
         )

@@ -65,13 +65,13 @@ class Group:
         if missing or not all(number.isdecimal() for number in numbers):
             raise UsageError(
                 f"TORCHELASTIC_RUN_ID is set, and {missing[0] if missing else 'a rank or size'} is not as torchrun "
-                "sets it. Start the watch by torchrun, or, for a watch of this box alone, without TORCHELASTIC_RUN_ID."
+                "sets it. Start the watch with torchrun, or, for this box alone, without TORCHELASTIC_RUN_ID."
             )
         self.rank, self.size, local = map(int, numbers)
         if local != 1:
             raise UsageError(
-                f"torchrun started {local} processes on this box, and one watch keeps it. Use --nproc-per-node 1; a "
-                "watch that a training script starts must be started without TORCHELASTIC_RUN_ID."
+                f"torchrun started {local} processes on this box, which needs only one watch. Use --nproc-per-node 1; "
+                "a watch that a training script starts must be started without TORCHELASTIC_RUN_ID."
             )
         self.run = environment["TORCHELASTIC_RUN_ID"]
         self.shared_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -99,7 +99,8 @@ class Group:
         hosts, versions = zip(*self.gather((socket.gethostname(), __version__)), strict=True)
         if len(set(versions)) > 1:
             raise GroupBroken(
-                f"the boxes have different versions of wsync: {', '.join(sorted(set(versions)))}. Install one on all."
+                f"the boxes have different versions of wsync: {', '.join(sorted(set(versions)))}. Install the same "
+                "version on all."
             )
         self.names = [h if hosts.count(h) == 1 else f"{h} (rank {rank})" for rank, h in enumerate(hosts)]
         self.note("info", "group", f"rank {self.rank} of {self.size}: {few(self.names)}")

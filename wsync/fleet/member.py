@@ -62,7 +62,8 @@ class Member:
         """Raises SegmentBusy if another publisher published since this box reported."""
         if segment.version != self.seen:
             raise SegmentBusy(
-                f"version {segment.version} went live while the group was about to publish. It goes to all boxes first."
+                f"version {segment.version} went live while the group was about to publish. The next pass sends that "
+                "version to all boxes first."
             )
 
     def takes(self, weights: Publication) -> None:

@@ -223,7 +223,7 @@ class Rounds:
         except CheckpointRejected as exc:
             if turn.objected:
                 self._member.declined = offer.weights.identity
-            raise WsyncError(f"what is live in the group is refused: {exc}") from exc
+            raise WsyncError(f"the live version of the group is refused: {exc}") from exc
         except WsyncError as exc:
             turn.refuse(exc)
         names = few([self._group.names[each] for each in sorted(change.takers)])

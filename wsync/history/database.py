@@ -111,18 +111,18 @@ class Event(NamedTuple):
         """From a row; raises ValueError or TypeError where it is none that ``record`` wrote."""
         event = cls(*row)
         if not (isinstance(event.at, float) and 0 <= event.at < END_OF_TIME and event.kind in KINDS):
-            raise ValueError("an event has no time, or is of no kind")
+            raise ValueError("an event has no time, or has an unknown kind")
         numbers = ((event.version, MAX_VERSION), (event.bytes, 1 << 63), (event.lag, MAX_VERSION))
         for number, bound in numbers:
             if number is not None and not (isinstance(number, int) and -bound < number < bound):
-                raise ValueError(f"an event tells {number!r:.40}")
+                raise ValueError(f"an event holds the number {number!r:.40}")
         if not isinstance(event.step, int | None) or not isinstance(event.seconds, int | float | None):
-            raise TypeError("an event's step or time is no number")
+            raise TypeError("an event's step or time is not a number")
         texts = event.checkpoint, event.identity, event.reason, event.settings
         if not all(isinstance(text, str | None) for text in texts):
-            raise TypeError("an event's words are no text")
+            raise TypeError("a text of an event is not a text")
         if event.settings is not None and not isinstance(json.loads(event.settings), dict):
-            raise TypeError("an event's settings are no table")
+            raise TypeError("an event's settings are not a table")
         return event
 
 
@@ -158,7 +158,7 @@ def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
         home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
         if home.startswith("~"):
             raise UsageError(
-                "this user has no home directory in which history and pins could be kept. Name a place with "
+                "this user has no home directory for history and pins. Name a directory with "
                 "--state-dir, or WSYNC_STATE_DIR."
             )
         chosen = Path(home) / "wsync"
@@ -227,7 +227,7 @@ class State:
             if isinstance(exc, PermissionError) and not os.access(self.directory, os.X_OK):
                 return None
             raise StateError(
-                f"the pin of {self.name!r} in {self._pin_file} cannot be read ({exc}). Mend its access, or remove it "
+                f"the pin of {self.name!r} in {self._pin_file} cannot be read ({exc}). Make it readable, or remove it "
                 f"with `wsync unpin {self.name}`."
             ) from exc
 
@@ -325,9 +325,9 @@ class State:
             query = f"SELECT max(version), identity FROM events WHERE {_PUBLISHED}"
             version, identity = database.execute(query).fetchone()
             if not (isinstance(version, int | None) and 0 <= (version or 0) < MAX_VERSION):
-                raise ValueError(f"it tells of version {version!r:.40}")
+                raise ValueError(f"it holds the version {version!r:.40}")
             if not isinstance(identity, str | None):
-                raise TypeError("an identity is no text")
+                raise TypeError("an identity is not a text")
             return version or 0, identity or ""
 
         return self._read(look) or (0, "")
@@ -361,7 +361,7 @@ class State:
                 "SELECT identity, reason FROM rejections WHERE settings = ?", (settings,)
             ).fetchall()
             if not all(isinstance(text, str) for row in rows for text in row):
-                raise TypeError("a rejection is no text")
+                raise TypeError("a rejection is not a text")
             return dict(rows)
 
         return self._read(look) or {}
@@ -403,10 +403,10 @@ class State:
             raise self._failed(exc) from exc
 
     def _tell_damage(self, what: str) -> None:
-        self.warn(StateError(f"the history of {self.name!r} {what}. A new one begins: look at the disk."))
+        self.warn(StateError(f"the history of {self.name!r} {what}. A new one begins. Check the disk."))
 
     def _failed(self, exc: Exception) -> StateError:
         return StateError(
-            f"the history of {self.name!r} in {self.directory} cannot be kept ({exc}). Mend its access or make room, "
-            "or name another place with --state-dir; a broken database can be removed."
+            f"the history of {self.name!r} in {self.directory} cannot be kept ({exc}). Give this user access or make "
+            "room, or name another directory with --state-dir; a broken database can be removed."
         )

@@ -228,7 +228,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
     try:
         lease, publication = segment.lease(), segment.live()
     except (OSError, SegmentError) as exc:
-        raise StateError(f"what is live in {segment.name!r} cannot be read, and is not kept: {exc}") from exc
+        raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
     if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
         return
     target = copy_path(state, publication.version)

@@ -99,7 +99,7 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
         found = state.published("version = ?", (to,), 1)
         missing = f"version {to} of {state.name!r} is not on record."
     elif live is None:
-        raise UsageError(f"nothing is live in {state.name!r}. Say which version goes live. {_choices(state)}")
+        raise UsageError(f"nothing is live in {state.name!r}. Name the version to put live. {_choices(state)}")
     else:
         origin = state.published("identity = ? AND kind = 'publish'", (live.identity,), 1)
         bound = origin[0].id if origin else sys.maxsize
@@ -143,10 +143,10 @@ def _choices(state: State) -> str:
         if len(lines) == _SHOWN:
             break
     if lines:
-        return "These can be had (--to):\n" + "\n".join(lines)
+        return "These versions can be put live (--to):\n" + "\n".join(lines)
     if len(events) < _LOOKED_AT:
-        return "None other can be had any more."
-    return f"None of the last {_LOOKED_AT:,} can be had any more; name an older one with --to."
+        return "No other version can be put live any more."
+    return f"None of the last {_LOOKED_AT:,} versions can be put live any more; name an older one with --to."
 
 
 def pin_checkpoint(

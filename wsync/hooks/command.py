@@ -89,8 +89,8 @@ def run(
             return ended.result()
         except OSError as exc:
             raise WsyncError(
-                f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). See that both "
-                "are there, and that the system has room for one more process."
+                f"{arguments[0]} could not be started in {directory or 'the current directory'} ({exc}). Check that "
+                "both exist, and that the system has room for one more process."
             ) from exc
         finally:
             given_up.set()

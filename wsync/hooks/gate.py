@@ -97,7 +97,7 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
     try:
         result = function(policy)
     except RetryLater as exc:
-        return "retry", f"wants it later: {_bounded(str(exc))}"
+        return "retry", f"asks to try it later: {_bounded(str(exc))}"
     except (Exception, SystemExit) as exc:
         return "reject", f"raised {_bounded(origin(exc))}"
     if result is False:
@@ -127,7 +127,7 @@ def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
     if found != expected:
         raise SpecError(
             "the policy that was built for the gate has other tensors than the segment. It must be the same each time "
-            "that it is built; where it changed since, `wsync rm` its segment."
+            "that it is built; if its architecture changed, run `wsync rm` for the segment."
         )
     with torch.no_grad():
         for name, tensor in weights.items():

@@ -219,7 +219,7 @@ def request(spec: Spec, live: Publication) -> None:
                 f"hooks.webhook_timeout."
             ) from exc
         why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
-        raise WsyncError(f"{shown} could not be told: {why}. Look at that server and hooks.webhook.") from exc
+        raise WsyncError(f"{shown} could not be called: {why}. Look at that server and hooks.webhook.") from exc
     finally:
         watchdog.cancel()
         connection.close()

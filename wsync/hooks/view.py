@@ -38,8 +38,8 @@ class View:
         )
         if not same:
             raise SegmentError(
-                "the staged weights were changed while the gate looked at them, and nothing went live. Let the gate "
-                "write to no file of a segment; what it looks at is WSYNC_HOOK_STAGED."
+                "the staged weights changed while the gate looked at them, and nothing went live. Let the gate "
+                "write to no file of a segment; it reads the staged weights from WSYNC_HOOK_STAGED."
             )
 
 

@@ -48,10 +48,10 @@ def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
     if not others:
         return
     held = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-    what = f"the policy's state_dict() holds what is neither a parameter nor a persistent buffer: {held}"
+    what = f"the policy's state_dict() holds entries that are neither parameters nor persistent buffers: {held}"
     if extra_state == "refuse":
         raise SpecError(
-            f"{what}. It would stay as it is while versions change. Keep it in a buffer, or set "
-            'extra_state="ignore" if it need not change.'
+            f"{what}. They would stay as they are while versions change. Keep them in buffers, or set "
+            'extra_state="ignore" if they need not change.'
         )
-    _log.warning("%s. It stays as it is while versions change.", what)
+    _log.warning("%s. They stay as they are while versions change.", what)

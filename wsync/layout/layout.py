@@ -342,17 +342,22 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
         except Exception as exc:  # of a lazy module, or in the code of a tensor's own class
             raise SpecError(
                 f"tensor {name!r} of the policy has no shape or storage of its own "
-                f"({type(exc).__name__}: {exc}). Run a lazy module once before it is given to wsync."
+                f"({type(exc).__name__}: {exc}). Run a lazy module once before you give it to wsync."
             ) from exc
         dtype = _FROM_TORCH.get(str(tensor.dtype))
         if dtype is None:
-            raise SpecError(f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold.")
+            raise SpecError(
+                f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold. Convert it."
+            )
         packed = (*shape[:-1], shape[-1] * 2) if dtype == "F4" and shape else shape
         shapes[name] = (dtype, packed)
         where = (storage, tensor.storage_offset(), shape, tensor.stride(), dtype)
         groups.setdefault(where if tensor.numel() else name, []).append(name)
     if not shapes:
-        raise SpecError("the policy has neither parameters nor persistent buffers: there is nothing to keep in step.")
+        raise SpecError(
+            "the policy has neither parameters nor persistent buffers: there is nothing to keep in step. Give a "
+            "policy with weights."
+        )
     firsts, ties = {}, {}
     for names in groups.values():
         first, *others = sorted(set(names))

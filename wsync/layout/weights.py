@@ -97,7 +97,7 @@ def check(
     for path, source in sources.items():
         target = targets.get(path)
         if target is None:
-            raise KeyError(f"{dotted(path)!r} is unknown: the policy has no such tensor. Known are {_some(targets)}.")
+            raise KeyError(f"{dotted(path)!r} is unknown: the policy has no such tensor. It has {_some(targets)}.")
         _check_plain(path, source, target)
         if source.shape != target.shape:
             raise ValueError(
@@ -116,7 +116,7 @@ def check(
         given = {_where(targets[path]) for path in sources}
         if missing := [path for path, target in targets.items() if path not in sources and _where(target) not in given]:
             raise KeyError(
-                f"{len(missing)} tensors did not come: {_some(missing)}. Give all of them, or set strict=False."
+                f"{len(missing)} tensors are missing: {_some(missing)}. Give all of them, or set strict=False."
             )
     _check_ties(targets, sources)
 
@@ -155,13 +155,13 @@ def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None
             kind = "on the meta device" if tensor.is_meta else "sparse, nested or quantised"
             raise TypeError(
                 f"{'the policy has' if tensor is target else 'given is'} a {dotted(path)!r} that is {kind}. Nothing "
-                "was written: weights are plain tensors with values, as of to_dense() or dequantize()."
+                "was written: weights are plain tensors with values, as to_dense() or dequantize() return them."
             )
     strides = () if target.is_contiguous() else zip(target.shape, target.stride(), strict=True)
     if any(size > 1 and not stride for size, stride in strides):
         raise TypeError(
-            f"the policy has a {dotted(path)!r} that is expanded: several of its elements are one in memory. Nothing "
-            "was written; clone() it in the policy first."
+            f"the policy has a {dotted(path)!r} that is expanded: several of its elements share one place in memory. "
+            "Nothing was written; clone() it in the policy first."
         )
 
 
@@ -207,8 +207,8 @@ def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, tor
         other = first.setdefault(_where(targets[path]), path)
         if other != path and not torch.equal(sources[path], sources[other]):
             raise ValueError(
-                f"{dotted(other)!r} and {dotted(path)!r} are one tensor in the policy and two different ones in what "
-                "was given. Nothing was written."
+                f"{dotted(other)!r} and {dotted(path)!r} are one tensor in the policy, but two different ones in the "
+                "weights given. Nothing was written."
             )
 
 

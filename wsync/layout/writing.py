@@ -72,9 +72,9 @@ def check_copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
             target.detach().clone().copy_(source)
     except Exception as exc:
         raise CopyRefused(
-            f"{name}: what is of the class {type(source).__name__} cannot be copied into a {type(target).__name__} "
-            f"({_said(exc)}). Nothing was written. Give plain tensors, as of dequantize() or full_tensor(), and to a "
-            "policy of plain tensors."
+            f"{name}: a {type(source).__name__} cannot be copied into a {type(target).__name__} "
+            f"({_said(exc)}). Nothing was written. Give plain tensors, as dequantize() or full_tensor() return them, "
+            "to a policy of plain tensors."
         ) from exc
 
 
@@ -98,14 +98,14 @@ def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
                 raise half_written(f"a {type(target).__name__} refused its copy", exc) from exc
             raise CopyRefused(
                 f"a tensor of the class {type(target).__name__} refused its copy ({_said(exc)}). The policy keeps the "
-                "weights that it had. See what its class allows."
+                "weights that it had. See which copies this class allows."
             ) from exc
 
 
 def half_written(what: str, exc: Exception) -> HalfWritten:
     return HalfWritten(
         f"{what} ({_said(exc)}), and what was written before it could not be written back: the policy has weights of "
-        "two versions. Make it anew, and attach again."
+        "two versions. Build it again, and attach it."
     )
 
 

@@ -78,24 +78,26 @@ class Select:
 
             expression(self.step)
         if self.order not in ("mtime", "step", "name", "arrival"):
-            raise UsageError(f"order = {self.order!r} is none of mtime, step, name and arrival. Use one of them.")
+            raise UsageError(f"order = {self.order!r} is unknown. Use mtime, step, name or arrival.")
         if not 0 <= self.settle <= 3600:
-            raise UsageError(f"settle = {self.settle} is no time. Give seconds, an hour at most.")
+            raise UsageError(f"settle = {self.settle} is not a valid time. Give seconds, an hour at most.")
         if self.digest not in ("", "sha256"):
             raise UsageError(f'digest = {self.digest!r} is not a kind of digest. Use "sha256", or leave it out.')
         if "/" in self.marker or self.marker in (".", ".."):
-            raise UsageError(f"marker = {self.marker!r} is no file's name. Give the name alone.")
+            raise UsageError(f"marker = {self.marker!r} is not a file name. Give the name alone.")
         if self.pointer and not is_file_name(self.pointer):
-            raise UsageError(f"pointer = {self.pointer!r} is no file's name. Name a file of the place.")
+            raise UsageError(
+                f"pointer = {self.pointer!r} is not a file name. Name a file in the directory of checkpoints."
+            )
         if self.file and not (is_file_name(self.file) and self.file.endswith(SUFFIX)):
             raise UsageError(
-                f"file = {self.file!r} is no name of a {SUFFIX} file. Write it as it stands in a checkpoint."
+                f"file = {self.file!r} is not the name of a {SUFFIX} file. Write it as it stands in a checkpoint."
             )
         levels = self.within.split("/") if self.within else []
         if len(levels) > _LEVELS or not all(map(is_file_name, levels)):
             raise UsageError(
-                f"within = {self.within!r} is no directory in a checkpoint. Write its name, or up to {_LEVELS} names "
-                "with / between them, such as pretrained_model or policy/actor."
+                f"within = {self.within!r} is not a directory in a checkpoint. Write its name, or up to {_LEVELS} "
+                "names with / between them, such as pretrained_model or policy/actor."
             )
 
 

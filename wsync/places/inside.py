@@ -50,14 +50,16 @@ def pointed(place: Path, pointer: str) -> str:
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no pointer {file} yet. It is looked at again at the next pass.") from exc
     except ValueError as exc:
-        raise MalformedCheckpoint(f"{file} is no pointer: it does not hold a name. Mend select.pointer.") from exc
+        raise MalformedCheckpoint(f"{file} is not a pointer: it does not hold a name. Correct select.pointer.") from exc
     real = place if remote(place) else Path(os.path.realpath(place))
     named = text.rstrip("/").removeprefix(f"{real}/").removeprefix(f"{place}/").removeprefix("./")
     names = (f"iter_{int(named):07d}", named) if named.isdecimal() and len(named) < 20 else (named,)
     if not named:
         raise NoCheckpoint(f"the pointer {file} is empty. It is looked at again at the next pass.")
     if not is_file_name(named):
-        raise MalformedCheckpoint(f"{file} names {text!a:.100}, which is no entry of {place}. Write a name in it.")
+        raise MalformedCheckpoint(
+            f"{file} names {text!a:.100}, which is not an entry of {place}. Write the name of one."
+        )
     found = next((name for name in names if (place / name).exists()), "")
     if not found:
         raise NoCheckpoint(f"{file} names {named}, which is not there yet. It is looked at again at the next pass.")

@@ -53,15 +53,15 @@ def _why_not(place: Path, entry: os.DirEntry[str], names: set[str], settings: Se
     if TEMPORARY.search(entry.name):
         return "a temporary name"
     if SHARD.search(entry.name):
-        return "a shard, and its index is not there"
+        return "a shard without an index beside it"
     if settings.pattern != "*" and not fnmatch.fnmatch(entry.name, settings.pattern):
-        return f"its name is not like {settings.pattern!r}"
+        return f"its name does not match {settings.pattern!r}"
     try:
         if candidate_of(place, entry, names, settings):
             return ""
         if entry.is_dir() or entry.name.endswith(SUFFIX):
             if settings.marker:
-                return f"it has no marker {settings.marker!r} that is no older"
+                return f"it has no marker {settings.marker!r}, or only an older one"
             return "a file, and select.within and select.file look in directories"
         return f"its name does not end in {SUFFIX}"
     except CheckpointError as exc:

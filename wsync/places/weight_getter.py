@@ -194,7 +194,7 @@ class CheckpointWeightGetter:
         return checkpoint
 
     def nothing(self) -> NoCheckpoint:
-        wanted = [f'names like "{self.select.pattern}"'] if self.select.pattern != "*" else []
+        wanted = [f'names that match "{self.select.pattern}"'] if self.select.pattern != "*" else []
         if self.select.marker:
             wanted.append(f'a marker "{self.select.marker}" that is no older than its checkpoint')
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
@@ -236,8 +236,8 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
     except RuntimeError as exc:  # as torch has it for memory that is not given
         raise CheckpointError(
-            f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, for which this process gets no memory. Take "
-            "fewer of its tensors (include, exclude), or raise the limit of this process."
+            f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, and this process cannot get that much "
+            "memory. Take fewer of its tensors (include, exclude), or raise the limit of this process."
         ) from exc
     plan = checkpoint.plan(layout, replace(settings, strict=False))
     checkpoint.read_into(memoryview(memory.numpy().data), plan, finite=settings.finite)
@@ -245,7 +245,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     for entry in layout.tensors:
         if entry.dtype not in TORCH_DTYPES or any(size >= 1 << 63 for size in entry.shape):
             raise CheckpointError(
-                f"{checkpoint.path}: {entry.name} is {entry.describe()}, which torch has no tensors of. Convert it."
+                f"{checkpoint.path}: {entry.name} is {entry.describe()}, and torch has no such tensors. Convert it."
             )
         part = memory[entry.offset : entry.offset + entry.nbytes]
         tensors[entry.name] = part.view(getattr(torch, TORCH_DTYPES[entry.dtype])).view(torch_shape(entry))

@@ -87,9 +87,9 @@ def attach(
     if not isinstance(policy, torch.nn.Module):
         raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
     if not isinstance(name, str):
-        raise UsageError(f"name={name!r} is no segment's name. Give the one that its publisher has, a string.")
+        raise UsageError(f"name={name!r} is not a segment's name. Give the string that the publisher uses.")
     if mode not in ("auto", "swap", "copy"):
-        raise UsageError(f'mode={mode!r} is none of "auto", "swap" and "copy". Use one of them.')
+        raise UsageError(f'mode={mode!r} is unknown. Use "auto", "swap" or "copy".')
     if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
         raise UsageError(
             f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
@@ -121,15 +121,15 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
     hindrance = None if mode == "copy" else _hindrance(policy, tensors, device)
     if mode == "swap" and hindrance:
         raise SwapRefused(
-            f"{hindrance}, and swap points it at memory that each version changes, where what it writes is gone with "
-            'the next. Use mode="copy", or mode="auto", which takes swap where it is safe.'
+            f"{hindrance}, and swap points it at memory that each version replaces, so that its own writes are lost "
+            'with the next version. Use mode="copy", or mode="auto", which takes swap where it is safe.'
         )
     others = [] if mode == "copy" or hindrance else shared(tensors)
     if mode == "swap" and others:
         raise SwapRefused(
             f"{others[0]} lies in memory that other processes share (share_memory(), a torch.multiprocessing queue, a "
-            'mapped file), and swap would leave them with the weights that they have. Use mode="copy", which writes '
-            'there, or mode="auto".'
+            'mapped file), and swap would leave the others with the weights that they have. Use mode="copy", which '
+            'writes to that memory, or mode="auto".'
         )
     if device is None:
         copies = mode == "copy" or bool(hindrance or others)
@@ -161,18 +161,18 @@ def _check_memory(tensors: Tensors, device: Cuda | None) -> None:
     for name, tensor in tensors:
         if tensor.is_meta and device is None:
             raise UsageError(
-                f"{name} is on the meta device, where no weights can be. Give the policy memory with "
+                f"{name} is on the meta device, which holds no weights. Give the policy memory with "
                 'policy.to_empty(device="cpu"), then attach: the first version fills it.'
             )
         if tensor._is_zerotensor():
             raise UsageError(
-                f"{name} is a tensor of zeros without memory, as derivatives have. Give the policy one of its own "
+                f"{name} is a tensor of zeros without memory, as derivatives are. Give the policy a tensor of its own "
                 "(torch.zeros), then attach."
             )
         if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise UsageError(
-                f"{name} is an expanded tensor: several of its elements are one place in memory, which cannot have "
-                "the values of each. Make it one of its own (.contiguous()), then attach."
+                f"{name} is an expanded tensor: several of its elements share one place in memory, which cannot hold "
+                "different values. Give each element its own memory (.contiguous()), then attach."
             )
     check_takes_copies(tensors)
 
@@ -182,7 +182,7 @@ def _check_writable(tensors: Tensors) -> None:
     for name, how in mapped(tensors).items():
         if how.startswith("r-"):
             raise UsageError(
-                f"{name} lies in memory that may only be read, such as a file that is mapped so. Give the policy "
+                f"{name} lies in read-only memory, such as a mapped file. Give the policy "
                 "memory of its own (.clone()), then attach."
             )
 
@@ -208,7 +208,7 @@ def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]],
     for name, module in named_modules(policy):
         where = f"{name.rstrip('.') or 'the policy'} ({type(module).__name__})"
         if isinstance(module, torch.jit.ScriptModule):
-            return f"{where} is TorchScript, whose code cannot be seen to leave its tensors alone"
+            return f"{where} is TorchScript, whose code may write to its tensors"
         if module.training:
             return f"{where} is in training mode (policy.eval() leaves it)"
         own = [name for name, buffer in module._buffers.items() if id(buffer) in followed]
@@ -218,7 +218,7 @@ def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]],
     split = len(_places(policy)) > 1
     for name, tensor in tensors:
         if tensor.device.type != "cpu" and (device is None or split):
-            return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
+            return f"{name} is on {tensor.device}" + (" and others were not" if split else "")
         if tensor.is_inference():
             return f"{name} was made in inference mode"
         if not tensor.is_contiguous():

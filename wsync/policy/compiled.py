@@ -23,6 +23,6 @@ def check_not_frozen(policy: torch.nn.Module) -> None:
         if own or (own is None and inductor is not None and inductor.freezing):
             raise SpecError(
                 f"{name.rstrip('.') or 'the policy'} ({type(module).__name__}) is compiled with freezing "
-                "(torch._inductor.config.freezing), which folds the weights into the code: it would go on with those "
-                "that it was compiled with. Compile it without freezing."
+                "(torch._inductor.config.freezing), which folds the weights into the code: it would keep the weights "
+                "that it was compiled with. Compile it without freezing, then attach."
             )

@@ -85,7 +85,7 @@ class Cuda:
             free = torch.cuda.mem_get_info(self._device)[0]
             raise OutOfDeviceMemory(
                 f"{self._device} has no room for a second copy of the weights: it takes {nbytes:,} bytes, {free:,} are "
-                'free. Make room there, or attach with mode="copy", staging="none", which needs none.'
+                'free. Make room there, or attach with mode="copy", staging="none", which needs no second copy.'
             ) from exc
 
     def trim(self) -> None:

@@ -141,8 +141,8 @@ class DeviceReader(Reader):
     def _check_open(self) -> None:
         if self._forked:
             raise UsageError(
-                f"this reader of {self.name!r} was attached before a fork, which CUDA does not outlive. Attach in the "
-                'child, in a process started with the method "spawn".'
+                f"this reader of {self.name!r} was attached before a fork, and CUDA does not work after one. Attach "
+                'in the child, in a process started with the method "spawn".'
             )
         super()._check_open()
         self._weights.check_uncaptured(self.name)

@@ -50,8 +50,8 @@ def check_contiguous(policy: torch.nn.Module) -> None:
     for name, tensor in named_tensors(policy):
         if not tensor.is_contiguous():
             raise UsageError(
-                f"{name} is not contiguous in memory: to copy it takes a buffer on the device, and "
-                'staging="none" is to do without. Make it contiguous, or leave staging out.'
+                f"{name} is not contiguous in memory: copying it takes a buffer on the device, and "
+                'staging="none" allows no buffer. Make it contiguous, or leave staging out.'
             )
 
 

@@ -50,7 +50,7 @@ class Opening:
             if not exclude:
                 break
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                raise AttachTimeout(f"{self._nobody()} It was waited for {self._timeout} s (timeout=).")
+                raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
             time.sleep(_LOOK)
         try:
             self._made = WritableSegment.create(self._name, layout, self._runtime)
@@ -71,7 +71,7 @@ class Opening:
             now = time.monotonic()
             if due is not None and now >= due:
                 due = None
-                _log.warning("%s The policy goes on waiting.", self._nobody())
+                _log.warning("%s The policy keeps waiting.", self._nobody())
             left = None if self._deadline is None else self._deadline - now
             times = [seconds for seconds in (left, None if due is None else due - now) if seconds is not None]
             if reader.wait(min(times, default=None)):
@@ -79,7 +79,7 @@ class Opening:
                     return
                 time.sleep(_LOOK)  # its slot is locked by somebody who does not follow the protocol
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                raise AttachTimeout(f"{self._nobody()} It was waited for {self._timeout} s (timeout=).")
+                raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
 
     def done(self) -> None:
         """The first version is in."""
@@ -95,7 +95,7 @@ class Opening:
     def _nobody(self) -> str:
         base = runtime_dir(self._runtime)
         return (
-            f"segment {self._name!r} has no version yet: nobody published to {base / self._name} (uid {os.geteuid()}). "
-            f"{told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this name, or attach to "
-            "another one."
+            f"segment {self._name!r} has no version yet: nobody has published to {base / self._name} (uid "
+            f"{os.geteuid()}). {told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this "
+            "name, or attach to another one."
         )

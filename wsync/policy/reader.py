@@ -42,12 +42,12 @@ _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks where no word will change
 _WORD = WORD_OFFSET // 8
 _WRITES = (
-    "the policy attached to %r writes to its weights in place: what it wrote was its own, and is gone with the next "
-    'version. Attach with mode="copy" to keep its tensors its own.'
+    "the policy attached to %r writes to its weights in place: these writes belong to it alone, and are lost with the "
+    'next version. Attach with mode="copy" to give it tensors of its own.'
 )
 _WAITS = (
     "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
-    "a flag, and wait where the program looks at it."
+    "a flag, and wait where the program reads the flag."
 )
 
 
@@ -307,8 +307,8 @@ class Reader:
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
-            f"a reader of {self.name!r} cannot be sent to another process, nor copied: its leases are this process's. "
-            "Send the policy alone, and attach it there."
+            f"a reader of {self.name!r} cannot be sent to another process or copied: its leases belong to this "
+            "process. Send the policy alone, and attach it there."
         )
 
     def _after_fork(self) -> None:
@@ -322,7 +322,7 @@ class Reader:
                 self._registration = Registration(self._segment.path, self.mode)
                 self._registration.update(self.version, *self._leases())
             except (OSError, WsyncError) as exc:
-                _log.warning("the forked reader of %r is not listed: %s", self.name, exc)
+                _log.warning("the forked reader of %r is not in the list of readers: %s", self.name, exc)
 
 
 def deadline_of(timeout: float | None) -> float | None:
@@ -336,7 +336,7 @@ def deadline_of(timeout: float | None) -> float | None:
             return None if timeout is None else time.monotonic() + timeout
     except TypeError:
         pass
-    raise UsageError(f"timeout={timeout!r} is no number of seconds. Give one, or None to wait for ever.")
+    raise UsageError(f"timeout={timeout!r} is not a number of seconds. Give one, or None to wait for ever.")
 
 
 _CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")

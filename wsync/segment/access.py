@@ -73,8 +73,9 @@ class Access:
     def __post_init__(self) -> None:
         if self.mode is not None and f"{self.mode:0>4}" not in _MODES:
             raise UsageError(
-                f"mode {self.mode!r} is none that a segment can have: nobody but its owner may write, and directories "
-                "are searchable where they are readable. Give 0640 (a group may read), 0644 (everybody may), or 0600."
+                f"mode {self.mode!r} is not possible for a segment: nobody but its owner may write, and directories "
+                "are searchable wherever they are readable. Give 0640 (a group may read), 0644 (everybody may), or "
+                "0600."
             )
         _ = self.gid
 
@@ -128,8 +129,8 @@ class Access:
                 os.fchown(fd, -1, gid)
         except PermissionError as exc:
             raise UsageError(
-                f"uid {os.geteuid()} is not in group {self.group}, and can give nothing to it. Join it (usermod -aG, "
-                "then log in anew), or name another --group."
+                f"uid {os.geteuid()} is not in group {self.group}, and cannot give it files. Join it (usermod -aG, "
+                "then log in again), or name another --group."
             ) from exc
         os.fchmod(fd, bits)
 
@@ -145,10 +146,10 @@ class Access:
         group = everybody or (info.st_gid == gid and info.st_mode & 0o050 == 0o050)
         if (self.bits & 0o040 and not group) or (self.bits & 0o004 and not everybody):
             raise UsageError(
-                f"{base} has mode {stat.S_IMODE(info.st_mode):04o} and group {info.st_gid}: those who should read a "
-                "segment there cannot enter it, and to open it would show the names of all that it holds. Do so "
-                f"(`chgrp {gid} {base} && chmod {self.directory_bits:04o} {base}`), or name another --runtime-dir, "
-                "which is made as needed."
+                f"{base} has mode {stat.S_IMODE(info.st_mode):04o} and group {info.st_gid}: the users who should read "
+                "a segment there cannot enter it, and opening it would show them the names of everything in it. Open "
+                f"it (`chgrp {gid} {base} && chmod {self.directory_bits:04o} {base}`), or name another --runtime-dir, "
+                "which is then made with the right mode."
             )
 
 

@@ -113,10 +113,10 @@ class About(NamedTuple):
             data = json.loads(file.read(size))
             slots, data_offset, spec = data["slots"], data["data_offset"], data["spec"]
             if type(slots) is not int or not 2 <= slots <= MAX_SLOTS or not isinstance(spec, str):
-                raise ValueError("its layout.json tells no possible number of slots")
+                raise ValueError("its layout.json gives an impossible number of slots")
             least, most = METADATA_END, MAX_TABLE + PAGE
             if type(data_offset) is not int or data_offset % PAGE or not least <= data_offset <= most:
-                raise ValueError("its layout.json tells no possible place of the weights")
+                raise ValueError("its layout.json gives an impossible place for the weights")
             return cls(slots, data_offset, spec, data["layout"])
 
     def layout(self) -> Layout:
@@ -126,7 +126,7 @@ class About(NamedTuple):
             sizes = [size for entry in layout.tensors for size in entry.shape]
             names = [name for entry in layout.tensors for name in entry.names]
             if not all(isinstance(name, str) for name in names) or not layout.tensors:
-                raise TypeError("a name is no text, or there is none")
+                raise TypeError("a name is missing, or is not a text")
             if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes) or layout.nbytes >= 1 << 63:
                 raise ValueError("a size is beyond its bounds")
             return layout
@@ -237,7 +237,7 @@ def metadata_block(metadata: Mapping[str, str]) -> bytes:
     table = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()}
     block = b'{"__metadata__":' + json.dumps(table, ensure_ascii=False).encode()
     if len(block) > METADATA_END - 8:
-        raise UsageError("the path of the checkpoint is too long to be recorded. Use a shorter one.")
+        raise UsageError("the path of the checkpoint is too long for the slot's header. Use a shorter path.")
     return block.ljust(METADATA_END - 8)
 
 

@@ -52,7 +52,9 @@ class Held(Mapping[str, "np.ndarray[Any, Any]"]):
         import numpy as np
 
         if self._memory is None:
-            raise UsageError(f"version {self.version} was given back. Read its tensors inside the block.")
+            raise UsageError(
+                f"version {self.version} was given back at the end of its block. Read its tensors inside the block."
+            )
         entry = self._entries[name]
         array = np.frombuffer(self._memory, np.uint8, entry.nbytes, self._start + entry.offset)
         return array.view(_dtype(entry)).reshape(torch_shape(entry))

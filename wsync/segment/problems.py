@@ -6,7 +6,7 @@ from ..errors import SegmentBusy, SegmentDamaged, SegmentUnsafe
 
 
 def removed(name: str) -> SegmentBusy:
-    return SegmentBusy(f"segment {name!r} was removed at this moment. Try again: it is made anew where it can be.")
+    return SegmentBusy(f"segment {name!r} was just removed. Try again: the next publish makes it anew.")
 
 
 def damaged(name: str, how: str) -> SegmentDamaged:

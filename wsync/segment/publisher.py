@@ -183,7 +183,7 @@ def publish_tensors(
         why = (
             "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
         )
-        raise KeyError(f"{len(missing)} tensors did not come: {', '.join(missing[:5])}. {why}.")
+        raise KeyError(f"{len(missing)} tensors are missing: {', '.join(missing[:5])}. {why}.")
     with segment.spare_slot() as slot:
         staged = views(layout, torch.frombuffer(slot.memory, dtype=torch.uint8).untyped_storage(), slot.data_offset)
         targets = {
@@ -211,8 +211,8 @@ def _next_version(segment: WritableSegment, last_version: int) -> int:
     version = max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
     if version >= MAX_VERSION:
         raise SegmentUnsafe(
-            f"segment {segment.name!r} says that its version is {version - 1}, which is damage. Remove it with `wsync "
-            f"rm {segment.name}`, and publish again."
+            f"segment {segment.name!r} says that its version is {version - 1}, which cannot be: it is damaged. Remove "
+            f"it with `wsync rm {segment.name}`, and publish again."
         )
     return version
 
@@ -226,9 +226,11 @@ def _whole(step: int | None) -> int | None:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"step = {step!r} is no whole number. Nothing was published: give an int, or None.")
+        raise TypeError(f"step = {step!r} is not a whole number. Nothing was published: give an int, or None.")
     if abs(number) >= 1 << 63:
-        raise ValueError(f"step = {number} is beyond 64 bits. Nothing was published: give a smaller one, or None.")
+        raise ValueError(
+            f"step = {number} does not fit into 64 bits. Nothing was published: give a smaller one, or None."
+        )
     return number
 
 
@@ -268,7 +270,7 @@ def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
     if not there:
         raise SegmentError(
             f"{place} was removed while the gate looked at it, and nothing went live. Let the gate change no file of a "
-            f"segment; where the next pass misses that file, `wsync rm {segment.name}` clears the way."
+            f"segment. If the next pass fails because of it, run `wsync rm {segment.name}`."
         )
     if info.st_size != slot.data_offset + segment.layout.nbytes:
         raise SegmentError(

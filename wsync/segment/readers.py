@@ -82,7 +82,7 @@ class Registration:
             import logging
 
             logging.getLogger("wsync").warning(
-                "this reader of %r is not listed, and reads all the same: %s", segment.name, exc
+                "this reader of %r is not in the list of readers, but reads all the same: %s", segment.name, exc
             )
             self.close()
 

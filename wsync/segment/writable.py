@@ -74,7 +74,7 @@ class WritableSegment(Segment):
         base = runtime_dir(runtime)
         path = base / check_name(name)
         if not 2 <= slots <= MAX_SLOTS:
-            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots.")
+            raise UsageError(f"--slots {slots}: a segment has 2 to {MAX_SLOTS} slots. Give such a number.")
         make_base(base, access)
         if os.path.lexists(path):
             _set_aside_if_damaged(name, path)
@@ -291,7 +291,7 @@ def _set_aside_if_damaged(name: str, path: Path) -> None:
     except SegmentError:
         return
     _log.warning(
-        "segment %r %s: something outside wsync removed or cut its files; it is made anew. Where that is systemd at "
+        "segment %r %s: something outside wsync removed or cut its files; it is made anew. If systemd did this at "
         "a user's last logout, set RemoveIPC=no in logind.conf, or use `loginctl enable-linger`.",
         name,
         how.removeprefix(f"segment {name!r} "),
@@ -304,8 +304,8 @@ def _warn_of_disk(base: Path) -> None:
     kind = file_system(base)
     if kind not in ("tmpfs", "ramfs", "hugetlbfs", ""):
         _log.warning(
-            "%s is on a disk (%s): each version is written there, too, and a publish may wait for it. Name a directory "
-            "in memory, such as one below /dev/shm, with --runtime-dir.",
+            "%s is on a disk (%s): each version is also written to that disk, and a publish may wait for it. Name a "
+            "directory in memory, such as one below /dev/shm, with --runtime-dir.",
             base,
             kind,
         )

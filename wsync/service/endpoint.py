@@ -72,7 +72,7 @@ class Endpoint:
         if is_head:
             environ["REQUEST_METHOD"] = "GET"
         path = environ["PATH_INFO"]
-        status, text = "404 Not Found", "there are /metrics and /healthz"
+        status, text = "404 Not Found", "only /metrics and /healthz exist"
         try:
             if "://" in path:  # as to a proxy
                 path = urlsplit(path).path

@@ -73,11 +73,11 @@ class Live(Collector):
         version = live.version if live else 0
         yield self.gauge("version", "The live version; 0 before the first.", version)
         yield self.gauge(
-            "step", "The trainer's step of the live version; none where it has none.", live.step if live else None
+            "step", "The trainer's step of the live version; no sample if it has no step.", live.step if live else None
         )
         yield self.gauge(
             "last_success_timestamp_seconds",
-            "When a pass last found the newest checkpoint live or made it so; 0 before.",
+            "When a pass last found the newest checkpoint live or put it live; 0 before.",
             self.last_success,
         )
         age = None
@@ -134,9 +134,9 @@ class Figures:
         )
         self._bytes = counter("wsync_staged_bytes", "Bytes of weights that went live.")
         self._rejected = counter(
-            "wsync_rejected", "Checkpoints that were refused as they are, once a process.", "reason", reasons()
+            "wsync_rejected", "Rejected checkpoints, each counted once in a process.", "reason", reasons()
         )
-        self._runs = counter("wsync_hook_runs", "Runs of a hook, those that failed among them.", "hook", HOOKS)
+        self._runs = counter("wsync_hook_runs", "Runs of a hook, including failed ones.", "hook", HOOKS)
         self._failures = counter("wsync_hook_failures", "Runs of a hook that failed.", "hook", HOOKS)
 
     def tell(self, event: Outcome | WsyncError) -> None:
@@ -223,8 +223,8 @@ def write(path: Path, figures: Collector) -> None:
         path.chmod(0o644)  # cron's umask may be anything
     except OSError as exc:
         raise WsyncError(
-            f"the figures cannot be written to {path} ({exc.strerror or exc}). The weights are not affected. See that "
-            "its directory is there, is writable, and has room."
+            f"the figures cannot be written to {path} ({exc.strerror or exc}). The weights are not affected. Check "
+            "that its directory exists, is writable, and has room."
         ) from exc
 
 
@@ -249,7 +249,7 @@ def last_success(path: Path, name: str) -> float:
         raise UsageError(f"{path} cannot be read ({exc.strerror}). Name another file with --metrics-file.") from exc
     except ValueError:
         raise UsageError(
-            f"{path} holds something else than the figures of segment {name!r}. Give each segment a file of its own "
+            f"{path} is not a file with figures of segment {name!r}. Give each segment a file of its own "
             "with --metrics-file, or remove this one."
         ) from None
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):

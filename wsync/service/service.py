@@ -144,15 +144,17 @@ class Service:
             _leave_terminal()
             return
         if self._toml is None:
-            log.note("info", "reload", f"SIGHUP: {self.spec.policy} is no TOML, there is nothing to read again")
+            log.note(
+                "info", "reload", f"SIGHUP: {self.spec.policy} is not a TOML file, so there is nothing to read again"
+            )
             return
         self.notifier.reloading()
         try:
             new = self._load()
             if new.name != self.spec.name:
                 raise SpecError(
-                    f"{self._toml}: the name is now {new.name!r}, and this watch is that of {self.spec.name!r}. "
-                    "Restart it to take another name."
+                    f"{self._toml}: the name is now {new.name!r}, but this watch keeps segment {self.spec.name!r}. "
+                    "Restart the watch to change the name."
                 )
             if new.fingerprint != self.spec.fingerprint:
                 layout_process.layout_of_spec(new)  # a policy that cannot be built must not end a watch that works

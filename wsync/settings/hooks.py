@@ -59,24 +59,24 @@ class Hooks:
             value = getattr(self, setting.name)
             if isinstance(setting.default, float) and not 0 < value <= MAX_SECONDS:
                 raise UsageError(
-                    f"hooks.{setting.name} = {value} is no time ({_flag(setting.name)}). Give seconds above 0, a day "
-                    "at most."
+                    f"hooks.{setting.name} = {value} is not a valid time ({_flag(setting.name)}). Give seconds above "
+                    "0, a day at most."
                 )
             if isinstance(value, str) and "\0" in value:
                 raise UsageError(f"hooks.{setting.name} holds a NUL character ({_flag(setting.name)}). Remove it.")
         if self.webhook and not self._is_url():
             raise UsageError(
-                "hooks.webhook is no http or https URL (--webhook; it is not shown, since it may hold a secret). Give "
-                "one of printable ASCII, with a host."
+                "hooks.webhook is not an http or https URL (--webhook; it is not shown, because it may hold a "
+                "secret). Give a URL of printable ASCII, with a host."
             )
         if not re.fullmatch(r"[A-Za-z]+", self.webhook_method):
             raise UsageError(
-                f"hooks.webhook_method = {self.webhook_method!r} is no HTTP method. Give POST, or another."
+                f"hooks.webhook_method = {self.webhook_method!r} is not an HTTP method. Give POST, or another."
             )
         if self.webhook_success_status and not 100 <= self.webhook_success_status <= 599:
             raise UsageError(
-                f"hooks.webhook_success_status = {self.webhook_success_status} is no HTTP status. Give 100 to 599, or "
-                "0 to take any."
+                f"hooks.webhook_success_status = {self.webhook_success_status} is not an HTTP status. Give 100 to "
+                "599, or 0 to accept any."
             )
 
     @property

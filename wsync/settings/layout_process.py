@@ -38,7 +38,7 @@ def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
         kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
         raise kind(
             f"the process that read the layout of {spec.policy} ended with status {ended.returncode} and no "
-            "answer. Import the policy in a Python of your own to see why; where memory is limited (`ulimit -v`), "
+            "answer. Import the policy in a Python session to see why; where memory is limited (`ulimit -v`), "
             "raise the limit."
         )
     return answer

@@ -28,11 +28,13 @@ class Metrics:
 
     def __post_init__(self) -> None:
         if self.port is not None and not 0 <= self.port <= 65_535:
-            raise SpecError(f"metrics.port = {self.port} is no port (--metrics-port). Give 1 to 65535, or 0 for any.")
+            raise SpecError(
+                f"metrics.port = {self.port} is not a port (--metrics-port). Give 1 to 65535, or 0 for any free port."
+            )
         if self.file and not self.file.endswith(".prom"):
             raise SpecError(
                 f"metrics.file = {self.file!r} (--metrics-file): the node exporter reads only names that end in .prom. "
                 "Give it such a name."
             )
         if self.max_staleness is not None and not self.max_staleness > 0:
-            raise SpecError(f"metrics.max_staleness = {self.max_staleness} is no time. Give seconds above 0.")
+            raise SpecError(f"metrics.max_staleness = {self.max_staleness} is not a valid time. Give seconds above 0.")

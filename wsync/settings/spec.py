@@ -104,24 +104,29 @@ class Spec:
     def __post_init__(self) -> None:
         check_name(self.name)
         if not 2 <= self.slots <= MAX_SLOTS:
-            raise SpecError(f"slots = {self.slots}: a segment has 2 to {MAX_SLOTS} slots. Two work, three are better.")
+            raise SpecError(
+                f"slots = {self.slots}: a segment has 2 to {MAX_SLOTS} slots. Give such a number; three is a good one."
+            )
         if not 2 <= self.max_slots <= MAX_SLOTS:
             raise SpecError(
-                f"max_slots = {self.max_slots} (--max-slots): give 2 to {MAX_SLOTS}, to which a segment may grow."
+                f"max_slots = {self.max_slots} (--max-slots): a segment may grow to at most {MAX_SLOTS} slots. Give 2 "
+                f"to {MAX_SLOTS}."
             )
         if not 0 <= self.keep <= MAX_KEEP:
-            raise SpecError(f"keep = {self.keep} (--keep): give the number of versions to keep, {MAX_KEEP} at most.")
+            raise SpecError(f"keep = {self.keep} (--keep) is not a number of versions to keep. Give 0 to {MAX_KEEP}.")
         if not max(self.keep, 1) <= self.history < 1 << 32:
             raise SpecError(
-                f"history = {self.history} (--history): give the number of versions to have on record, at least 1, and "
-                "not less than keep."
+                f"history = {self.history} (--history) is not a number of versions to keep on record. Give at least "
+                "1, and not less than keep."
             )
         if not 0 < self.poll <= MAX_POLL:
-            raise SpecError(f"watch.poll = {self.poll} is no time (--poll). Give seconds above 0, a day at most.")
+            raise SpecError(
+                f"watch.poll = {self.poll} is not a valid time (--poll). Give seconds above 0, a day at most."
+            )
         if self.max_failures < -1:
             raise SpecError(
-                f"watch.max_failures = {self.max_failures} is no number (--max-failures). Give 0 or more, or "
-                "-1 for any number."
+                f"watch.max_failures = {self.max_failures} is not a number of passes (--max-failures). Give 0 or "
+                "more, or -1 for any number."
             )
 
     @property
@@ -209,7 +214,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except OSError as exc:
         raise SpecError(f"{path} cannot be read ({exc.strerror}). Name a TOML file, or package.module:attr.") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise SpecError(f"{path} is not TOML: {exc}. Mend it there.") from exc
+        raise SpecError(f"{path} is not TOML: {exc}. Correct it.") from exc
     _check_keys(data, _KEYS, path, "")
     if "policy" not in data:
         raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
@@ -224,8 +229,8 @@ def _check_import_string(text: str) -> str:
     parts = [*module.split("."), *attributes.split(".")]
     if not colon or not all(part.isidentifier() for part in parts):
         raise SpecError(
-            f"{text!r} names no policy. Write package.module:attr (for example train.nets:make_policy), or the path "
-            "of a TOML file that is there."
+            f"{text!r} does not name a policy. Write package.module:attr (for example train.nets:make_policy), or the "
+            "path of a TOML file that exists."
         )
     return text
 

@@ -66,7 +66,9 @@ def read_built(spec: Spec, names: Collection[str]) -> dict[str, bytes]:
 
     tensors = dict(named_tensors(build(spec)))
     if gone := sorted(set(names) - tensors.keys()):
-        raise SpecError(f"{spec.policy} has no {gone[0]!r} when it is built. Check that it is always built alike.")
+        raise SpecError(
+            f"{spec.policy} has no {gone[0]!r} when it is built again. Make it build the same policy each time."
+        )
     return {
         name: tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         for name in names
@@ -90,7 +92,7 @@ def _make(spec: Spec, target: Any) -> torch.nn.Module:
     if isinstance(target, torch.nn.Module):
         if spec.policy_kwargs:
             raise SpecError(
-                f"{spec.policy} is a module already, so policy_kwargs would do nothing. Name its class or a "
+                f"{spec.policy} is already a module, so policy_kwargs would do nothing. Name its class or a "
                 "function that makes it, or remove [policy_kwargs]."
             )
         return target
@@ -103,7 +105,7 @@ def _make(spec: Spec, target: Any) -> torch.nn.Module:
         policy = target(**spec.policy_kwargs)
     except (Exception, SystemExit) as exc:
         raise SpecError(
-            f"{spec.policy} failed when it was called with {dict(spec.policy_kwargs)}: {origin(exc)}. Mend "
+            f"{spec.policy} failed when it was called with {dict(spec.policy_kwargs)}: {origin(exc)}. Correct "
             "it, or its [policy_kwargs]."
         ) from exc
     if not isinstance(policy, torch.nn.Module):
@@ -136,7 +138,7 @@ def _import(spec: Spec, text: str) -> Any:
                 "installed packages. Check the spelling, or run wsync from the directory that holds it."
             ) from None
         raise SpecError(
-            f"module {module_name!r} is there, but its own import failed: {origin(exc)}. Correct it, or install "
+            f"module {module_name!r} exists, but its own import failed: {origin(exc)}. Correct it, or install "
             "what it needs."
         ) from exc
     for attribute in attributes.split("."):
@@ -144,7 +146,7 @@ def _import(spec: Spec, text: str) -> Any:
             target = getattr(target, attribute)
         except (Exception, SystemExit) as exc:
             if not isinstance(exc, AttributeError):
-                raise SpecError(f"{text} is there, but looking it up failed: {origin(exc)}. Mend it first.") from exc
+                raise SpecError(f"{text} exists, but looking it up failed: {origin(exc)}. Correct it.") from exc
             near = difflib.get_close_matches(attribute, dir(target), 1)
             raise SpecError(
                 f"module {module_name!r} has no attribute {attributes!r}. "
@@ -165,7 +167,7 @@ def _running(spec: Spec) -> Iterator[None]:
     except (ImportError, OSError, MemoryError) as exc:
         raise WsyncError(
             f"torch cannot be loaded ({exc or type(exc).__name__}). Where this process's memory is limited "
-            "(`ulimit -v`; LimitAS= of its systemd unit), raise the limit; else install torch anew."
+            "(`ulimit -v`; LimitAS= of its systemd unit), raise the limit; else install torch again."
         ) from exc
     directory = str(spec.directory)
     if directory not in sys.path:

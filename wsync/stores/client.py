@@ -95,7 +95,9 @@ def _endpoint(scheme: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise UsageError(f"{name} is no URL of a server. Write https://host, or http://host:port, and nothing secret.")
+        raise UsageError(
+            f"{name} is not the URL of a server. Write https://host, or http://host:port, and nothing secret."
+        )
     return os.environ[name]
 
 
@@ -122,7 +124,8 @@ def _profile() -> dict[str, Any]:
             return {}
     except BotoCoreError as exc:
         raise UsageError(
-            f"the credentials of ~/.aws cannot be used ({type(exc).__name__}). See AWS_PROFILE and what it names."
+            f"the credentials of ~/.aws cannot be used ({type(exc).__name__}). Check AWS_PROFILE and the profile that "
+            "it names."
         ) from None
     region = {"region": session.region_name} if session.region_name else {}
     return {"credential_provider": Boto3CredentialProvider(session), **region}

@@ -145,13 +145,13 @@ def open_url(url: str) -> RemotePath | Path:
         return Path("/" + unquote(path))
     if scheme not in SCHEMES:
         raise UsageError(
-            f"{scheme!r:.40} is no store that wsync reads. Write a path, or a URL of {', '.join(SCHEMES)} or file."
+            f"{scheme!r:.40} is not a store that wsync reads. Write a path, or a URL of {', '.join(SCHEMES)} or file."
         )
     if scheme in ("http", "https"):
         try:
             web = urlsplit(url)
         except ValueError:
-            raise UsageError(f"a {scheme}:// URL names a host that is none. Write {scheme}://host/path.") from None
+            raise UsageError(f"a {scheme}:// URL names an invalid host. Write {scheme}://host/path.") from None
         user, _, host = web.netloc.rpartition("@")
         store, key = Store(scheme, host, (user, web.query)), unquote(web.path)
     elif scheme == "hf":
@@ -163,7 +163,8 @@ def open_url(url: str) -> RemotePath | Path:
         bucket, _, key = rest.partition("/")
         if "@" in bucket or "?" in rest:
             raise UsageError(
-                f"a {scheme}:// URL holds a bucket and a name, and nothing secret. Give credentials in the environment."
+                f"a {scheme}:// URL may hold a bucket and a name, but nothing secret. Give credentials in the "
+                "environment."
             )
         host, store = bucket, Store(scheme, bucket)
     if not host:
@@ -172,6 +173,6 @@ def open_url(url: str) -> RemotePath | Path:
     if place.key and _ODD.search(f"/{place.key}/"):
         raise UsageError(
             f"{printable(str(place))} names nothing that can be read: a part of it is empty, . or .., or has "
-            "characters in it that no name has. Write the name as the store lists it."
+            "characters that no name may have. Write the name as the store lists it."
         )
     return place

@@ -46,8 +46,8 @@ _WORDS = {
     "kind: Timeout": "no answer in time",
     "kind: Interrupted": "the connection was cut",
     "following redirect": "it redirects again and again",
-    "MissingContentLength": "it tells no length",
-    "ContentRange": "it tells no range",
+    "MissingContentLength": "it gives no length",
+    "ContentRange": "it gives no range",
     "NotPartial": "it gives no ranges",
     "InvalidListResponse": "its listing is broken XML",
 }
@@ -305,15 +305,15 @@ class Store:
                 if number == patience.tries or _FINAL.match(reason):
                     tried = f", {number} tries" if number > 1 else ""
                     raise CheckpointError(
-                        f"{self}/{key} cannot be read ({reason}{tried}). It is tried again at the next pass; see that "
-                        "the store is there, and what its name, region and endpoint are."
+                        f"{self}/{key} cannot be read ({reason}{tried}). It is tried again at the next pass; check "
+                        "that the store can be reached, and that its name, region and endpoint are right."
                     ) from None
             except BaseException as exc:
                 if type(exc).__name__ != "PanicException":  # of Rust, which no exception of the library is
                     raise
                 raise UsageError(
-                    f"{self} cannot be asked: no request can be made of its name and the settings in the environment. "
-                    "See both, keys and tokens too, for blanks and line breaks."
+                    f"{self} cannot be reached: its name and the settings in the environment make no valid request. "
+                    "Check both, keys and tokens too, for blanks and line breaks."
                 ) from None
             time.sleep(patience.pause * 2 ** (number - 1))
         raise AssertionError
@@ -323,8 +323,8 @@ class Store:
         named = re.search(r'Path "(.+?)"(?: contained|: Encountered)', str(exc), re.DOTALL)
         what = f"{self}/{printable(named[1])}" if named else "an object there"
         return CheckpointError(
-            f"{what:.300} cannot be read, nor what is listed with it: a part of its name is empty, . or .., or has "
-            "control characters in it. Rename or remove it, or name a place that does not hold it."
+            f"{what:.300} cannot be read, and neither can anything listed with it: a part of its name is empty, . or "
+            ".., or has control characters in it. Rename or remove it, or name a place that does not hold it."
         )
 
     def _library(self) -> Any:
@@ -351,7 +351,8 @@ class Store:
             return bucket(self.scheme, self.root, PATIENCE)
         except (BaseError, ValueError) as exc:
             raise UsageError(
-                f"{self} cannot be opened ({_reason(exc)}). See its name, and the store's settings in the environment."
+                f"{self} cannot be opened ({_reason(exc)}). Check its name, and the store's settings in the "
+                "environment."
             ) from None
 
 
@@ -384,6 +385,6 @@ def _reason(exc: Exception) -> str:
         words = [word for sign, word in _WORDS.items() if sign in text][:1]
     if not words:
         known = {"NotSupportedError": _NO_RANGES, "UnauthenticatedError": _NO_CREDENTIALS}
-        known["GenericError"] = "its answer is not that of such a store"
+        known["GenericError"] = "its answer is not one of such a store"
         words = [known.get(type(exc).__name__, type(exc).__name__)]
     return ", ".join(words)

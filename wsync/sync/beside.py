@@ -23,7 +23,7 @@ def undone_by(syncer: Syncer, outcome: Outcome) -> str:
         except CheckpointError:  # nobody can tell what the watch will find
             pass
     return (
-        f"{watch} keeps this segment in step, and will replace version {outcome.version} at one of its next looks. "
-        f"`wsync pin {outcome.name}` keeps what is live, `wsync rollback {outcome.name} --to {outcome.version}` what "
-        "was just published."
+        f"{watch} keeps this segment in step, and will replace version {outcome.version} in one of its next passes. "
+        f"`wsync pin {outcome.name}` keeps the live version, `wsync rollback {outcome.name} --to {outcome.version}` "
+        "what was just published."
     )

@@ -16,7 +16,10 @@ class Casts:
         groups: dict[str, list[str]] = {}
         if plan := checkpoint.planned:
             said = [(stored.name, f"cast from {stored.dtype} to {entry.dtype}") for stored, entry in plan.conversions]
-            said += [(entry.name, "not in the checkpoint, and as when the policy is built") for entry in plan.built]
+            said += [
+                (entry.name, "missing from the checkpoint, with the values of the policy when it is built")
+                for entry in plan.built
+            ]
             for name, words in said:
                 if (name, words) not in self._told:
                     self._told.add((name, words))

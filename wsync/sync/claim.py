@@ -56,7 +56,7 @@ class Claim:
         if live and self.is_foreign(live) and not self.take_over:
             raise UsageError(
                 f"version {live.version} of segment {self._name!r} came from {live.owner} (checkpoints in "
-                f"{live.place or 'no place of its own'}), and this is {self._owner} (checkpoints in {self._place}). "
+                f"{live.place or 'no directory'}), and this is {self._owner} (checkpoints in {self._place}). "
                 "Give this one another --name, or take the segment over for good with --take-over."
             )
         if not self._is_named():

@@ -54,6 +54,8 @@ def second_look(box: Box, this: Pass, identity: str, choose: Callable[[Pass], Ch
         if box.spec.hooks.gate:
             box.ask_gate(weights)
         if pin := box.record.pin():
-            raise RetryLater(f"{weights.checkpoint}: {pin.name} was pinned meanwhile. Nothing to do: the pin holds.")
+            raise RetryLater(
+                f"{weights.checkpoint}: {pin.name} was pinned meanwhile. You need not do anything: the pin holds."
+            )
 
     return Look(before, staged)

@@ -94,8 +94,8 @@ class Schedule:
         reason = event if isinstance(event, WsyncError) else event.reason
         passes = "1 pass" if self.failures == 1 else f"{self.failures:,} passes in a row"
         return WsyncError(
-            f"{passes} failed, and --max-failures is {bound}: the watch ends. Mend the last failure, then start it "
-            f"again: {reason}"
+            f"{passes} failed, and --max-failures is {bound}: the watch ends. Remove the cause of the last failure, "
+            f"then start it again: {reason}"
         )
 
     def close(self) -> None:

@@ -203,7 +203,7 @@ class Syncer:
         if segment and self.lock and (other := self.lock.hold(segment)):
             raise SegmentBusy(
                 f"{other} keeps segment {segment.name!r} in step. This watch waits until that one ends; give it a "
-                "--name of its own to have both."
+                "--name of its own to run both."
             )
 
     def _choose(self, this: Pass) -> Choice:

@@ -23,8 +23,8 @@ from ..places.candidates import Candidate
 from ..segment.files import Publication
 from .choosing import Choice
 
-ABANDONED = "Nobody has written to it for long: it is passed over from now on, until it changes."
-NEW_RUN = "What was live is gone, and all that is there arrived after it: it is taken as a new run."
+ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."
+NEW_RUN = "The live checkpoint is gone, and every checkpoint here arrived after it: this is taken as a new run."
 _LONG_AGO = 600.0  # seconds without a write after which nobody is thought to finish a checkpoint
 
 
@@ -53,5 +53,5 @@ def late(record: Record, live: Publication, choice: Choice, order: str) -> str |
     record.told_of(last.arrived_ns)
     return (
         f'{last.path} arrived after {Path(live.source).name} went live, and counts as older (order = "{order}"). If '
-        'it is to be taken, set order = "arrival" in [select] (--order arrival), or push it by its name.'
+        'it should be live, set order = "arrival" in [select] (--order arrival), or push it by its name.'
     )

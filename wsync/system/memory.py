@@ -42,11 +42,11 @@ def runtime_dir(path: str | os.PathLike[str] | None = None) -> Path:
     if sys.platform != "linux" or sys.byteorder != "little":
         raise UsageError(
             f"wsync needs Linux on a little-endian machine (flock, futex, tmpfs); this is {sys.platform}, "
-            f"{sys.byteorder}-endian. Run it on the Linux box that runs the policy."
+            f"{sys.byteorder}-endian. Run it on the Linux machine that runs the policy."
         )
     chosen = os.fspath(path or os.environ.get("WSYNC_RUNTIME_DIR") or default_runtime_dir())
     if "\0" in chosen:
-        raise UsageError(f"{chosen!r} is no path. Name a directory with --runtime-dir.")
+        raise UsageError(f"{chosen!r} is not a path. Name a directory with --runtime-dir.")
     return Path(chosen).absolute()
 
 

@@ -78,7 +78,7 @@ class Periodic:
         runtime_dir: str | os.PathLike[str] | None,
     ) -> None:
         if every < 1:
-            raise UsageError(f"every={every} is no number of steps. Give 1 or more.")
+            raise UsageError(f"every={every} is not a number of steps. Give 1 or more.")
         self._name, self._every, self._policy, self._runtime_dir = name, every, policy, runtime_dir
         self._pushed: int | None = None
         self._due = 0

@@ -125,7 +125,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         return self.weights if self._reader.refresh(wait=True) else None
 
     def create_transport(self, **kwargs: Any) -> Any:
-        raise NotImplementedError("the segment is the transport of this scheme. Use send and receive.")
+        raise NotImplementedError("the segment is the transport of this scheme. Call send and receive instead.")
 
     def shutdown(self) -> None:
         """Lets go of the segment, which stays; safe to call again."""

@@ -136,7 +136,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
             layout = self._layout or otherwise
             if layout is None:
                 raise SegmentMissing(
-                    f"there is no segment {self.name!r}, and nothing says what its layout is. Give the updater "
+                    f"there is no segment {self.name!r}, and the updater does not know its layout. Give the updater "
                     "policy=, or attach a policy first."
                 )
             self._segment = standing = WritableSegment.create(
