@@ -17,15 +17,18 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ..checkpoints.files import Parts, identity, identity_of, led_to, parts_of, place_at, remote, unreadable, written
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
 from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
 from .inside import inside, pointed
+
+if TYPE_CHECKING:
+    from .older import Older
 
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
     r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
@@ -157,7 +160,9 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> list[Candidate]:
+def scan(
+    place: Path, settings: Select = Select(), *, halves: bool = False, older: Older | None = None
+) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
     A directory that is itself a checkpoint offers what it is. The checkpoints in it count only where a pattern asks for
@@ -166,6 +171,7 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
     Args:
         halves: list all that a person may want to see: those beside the checkpoint that the place is, and sharded ones
             of which a part is missing.
+        older: what is left out, but for one of them.
 
     Raises:
         NoCheckpoint: there is no such place yet.
@@ -179,56 +185,70 @@ def scan(place: Path, settings: Select = Select(), *, halves: bool = False) -> l
             return _named(place.absolute(), info, settings)
         if settings.pointer:
             return _pointed(place, settings)
-        listed = entries_of(place)
+        counts, entries = _counts(settings), entries_of(place)
+        listed = list(older.without(entries, counts) if older else entries)
+        names = {entry.name for entry in listed}
+        found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
+        if own:
+            listed = [] if settings.pattern == "*" and not halves else list(entries_of(place))
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
     except OSError as exc:
         if exc.errno == errno.EACCES:
             raise unreadable(place, exc) from exc
         raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
-    names = {entry.name for entry in listed}
-    found: list[Candidate] = []
-    trouble: CheckpointError | None = None
-    own: set[str] = set()  # files of the checkpoint that the place is itself
-    if names & _known_by(settings):
-        try:
-            parts = parts_of(inside(place.absolute(), settings.within, settings.file))
-            own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
-            found += _marked(_of_parts(parts), [place / settings.marker], settings)
-        except NoCheckpoint:
-            pass
-        except CheckpointError as exc:
-            own, trouble = {*FORMS}, exc
-        except OSError as exc:
-            own, trouble = {*FORMS}, unreadable(place, exc)
-    if own and settings.pattern == "*" and not halves:
-        listed = []
-    matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     links: set[str] = set()
     for entry in listed:
-        name = entry.name
-        if name in own or TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)):
+        if entry.name in own or not counts(entry.name):
             continue
-        try:
-            several = candidate_of(place, entry, names, settings)
-            found += several
-            if several and not remote(place) and entry.is_symlink():
-                links.add(several[0].name)
-        except FileNotFoundError:
-            continue  # retention was faster, or a link leads nowhere
-        except OSError as exc:
-            path = Path(entry.path)
-            if exc.errno == errno.EACCES and name != _OTHERS and (closed := _unopened(path, path, name)):
-                found += closed
-            elif exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES) and name != _OTHERS:
-                trouble = trouble or unreadable(path, exc)
-        except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
-            if isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint)):
-                path = place / name
-                found += _unopened(path, path / INDEX, name)
+        several, wrong = _looked_at(place, entry, names, settings, halves)
+        found += several
+        trouble = trouble or wrong
+        if several and not remote(place) and entry.is_symlink():
+            links.add(several[0].name)
     if trouble and not found:
         raise trouble
     return _without_links(found, links) if links else found
+
+
+def _counts(settings: Select) -> Callable[[str], bool]:
+    """Tells whether an entry may be a checkpoint by its name."""
+    matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
+    return lambda name: not (TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)))
+
+
+def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], CheckpointError | None]:
+    """The checkpoint that a place is itself, the names of its files, and what is wrong with it."""
+    try:
+        parts = parts_of(inside(place.absolute(), settings.within, settings.file))
+        own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
+        return _marked(_of_parts(parts), [place / settings.marker], settings), own, None
+    except NoCheckpoint:
+        return [], set(), None
+    except CheckpointError as exc:
+        return [], {*FORMS}, exc
+    except OSError as exc:
+        return [], {*FORMS}, unreadable(place, exc)
+
+
+def _looked_at(
+    place: Path, entry: os.DirEntry[str], names: set[str], settings: Select, halves: bool
+) -> tuple[list[Candidate], CheckpointError | None]:
+    """The candidate that an entry is, also where only opening it says what is wrong; and what is wrong with others."""
+    name = entry.name
+    try:
+        return candidate_of(place, entry, names, settings), None
+    except FileNotFoundError:  # retention was faster, or a link leads nowhere
+        return [], None
+    except OSError as exc:
+        path = Path(entry.path)
+        if exc.errno == errno.EACCES and name != _OTHERS and (closed := _unopened(path, path, name)):
+            return closed, None
+        is_ours = exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES)
+        return [], unreadable(path, exc) if is_ours and name != _OTHERS else None
+    except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
+        is_told = isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint))
+        return _unopened(place / name, place / name / INDEX, name) if is_told else [], None
 
 
 def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidate]:
@@ -252,11 +272,13 @@ def _pointed(place: Path, settings: Select) -> list[Candidate]:
     return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
 
 
-def entries_of(place: Path) -> list[os.DirEntry[str]]:
+def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
+    """One after the other, so that of what nobody keeps no memory is taken."""
     if away := remote(place):
-        return away.entries()
+        yield from away.entries()
+        return
     with os.scandir(place.absolute()) as entries:
-        return list(entries)
+        yield from entries
 
 
 def _known_by(settings: Select) -> set[str]:
@@ -327,7 +349,7 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     if live is not None:
         same = [c for c in found if c.identity == live.identity]
         beside = any(c.home == live.home for c in found)
-        bound = same[0] if same else live if beside else None
+        bound = max(same, key=lambda c: c.place(order)) if same else live if beside else None
         if bound is not None:
             where = str(live.location)
             if order == "mtime":  # spares the thousands that are older their place

@@ -46,11 +46,10 @@ class StepOrder:
         Args:
             live: with its path below the place as its name, where it lies there.
         """
-        told = [self._told(candidate.name) for candidate in found]
-        certain = [(number, candidate) for number, candidate in zip(told, found, strict=True) if number is not None]
-        if certain and not self._pattern and not self._agrees(*max(certain, key=lambda pair: pair[0]), live):
+        told = [self.told(candidate.name) for candidate in found]
+        if not self.agree(found, live):
             told = [None] * len(found)
-        elif live and live.name and (number := self._told(live.name)) is not None:
+        elif live and live.name and (number := self.told(live.name)) is not None:
             live = live._replace(step=number)
         unread = [candidate for number, candidate in zip(told, found, strict=True) if number is None]
         steps = dict(zip(map(id, unread), self._read(unread), strict=True)) if not self._pattern else {}
@@ -61,16 +60,23 @@ class StepOrder:
             for number, candidate in zip(told, found, strict=True)
         ], live
 
-    def _told(self, name: str) -> int | None:
+    def told(self, name: str) -> int | None:
         """The step that a name tells for certain."""
         entry = name.partition("/")[0]
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
 
-    def _agrees(self, number: int, newest: Candidate, live: Candidate | None) -> bool:
+    def counts_as(self, live: Candidate) -> bool:
+        """Whether the step of what is live is the one that its name tells, or not known."""
+        return bool(self._pattern) or live.step in (None, self.told(live.name))
+
+    def agree(self, found: list[Candidate], live: Candidate | None) -> bool:
         """Whether the newest by its name has that step in its metadata, too, or none."""
-        if live and live.identity == newest.identity:
-            return live.step in (None, number)
-        return self._step(newest) in (None, number)
+        certain = [(number, c) for c in found if (number := self.told(c.name)) is not None] if not self._pattern else []
+        if not certain:
+            return True
+        number, newest = max(certain, key=lambda pair: pair[0])
+        step = live.step if live and live.identity == newest.identity else self._step(newest)
+        return step in (None, number)
 
     def _read(self, unread: list[Candidate]) -> Iterable[int | None]:
         if not unread or not remote(unread[0].path):

@@ -17,13 +17,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.files import led_to, place_at
+from ..checkpoints.files import led_to, place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
 from .candidates import Candidate, Select, scan, select
 from .inodes import known_again
+from .older import Older, older_than
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -129,17 +130,18 @@ class CheckpointWeightGetter:
             NoCheckpoint: the place is not there.
             CheckpointError: the place cannot be listed.
         """
+        live = live and live._replace(name=self._below(str(live.location)))
+        older = self._older(live) if live else None
         try:
-            found = known_again(scan(self.checkpoints, self.select), live)
+            found = known_again(scan(self.checkpoints, self.select, older=older), live)
         except NoCheckpoint:
             if live is None or not self.select.pointer:
                 raise
             found = []  # the pointer is ahead of what it names
         if live and (self.select.pointer or not any(c.name for c in found)):
             return Look([c for c in found if c.identity != live.identity])
-        live = live and live._replace(name=self._below(str(live.location)))
         if self.select.order == "step":
-            found, live = self._with_steps(found, live)
+            found, live = self._with_steps(found, live, is_all=older is None)
         newer = select(found, live, self.select.order)
         if live is None:
             return Look(newer)
@@ -149,12 +151,29 @@ class CheckpointWeightGetter:
             return Look(select(found, None, self.select.order), is_new_run=True)
         return Look(newer, late)
 
-    def _with_steps(self, found: list[Candidate], live: Candidate | None) -> tuple[list[Candidate], Candidate | None]:
+    def _older(self, live: Candidate) -> Older | None:
+        """What a listing may leave out."""
+        if not live.name or remote(self.checkpoints) or (settings := self.select).marker or settings.pointer:
+            return None
+        if settings.within or settings.file:  # directories alone count
+            return None
+        is_by_step = settings.order == "step" and self._step_order().counts_as(live)
+        return older_than(live, settings.order, self._step_order().told if is_by_step else None)
+
+    def _step_order(self) -> StepOrder:
         if self._steps is None:
             from .step_order import StepOrder
 
             self._steps = StepOrder(self.step_of, self.select.step, self.memory)
-        return self._steps.apply(found, live)
+        return self._steps
+
+    def _with_steps(
+        self, found: list[Candidate], live: Candidate | None, *, is_all: bool
+    ) -> tuple[list[Candidate], Candidate | None]:
+        steps = self._step_order()
+        if not is_all and not steps.agree(found, live):  # the headers of all tell
+            found = known_again(scan(self.checkpoints, self.select), live)
+        return steps.apply(found, live)
 
     def holds(self, source: str) -> bool:
         """Whether the checkpoint at this path is the place, or lies in it."""

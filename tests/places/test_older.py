@@ -1,0 +1,146 @@
+"""A listing leaves out the thousands that are older than what is live, and tells the same as one that has all."""
+
+from __future__ import annotations
+
+import os
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wsync.places import weight_getter
+from wsync.places.candidates import Candidate, Select, scan
+from wsync.places.weight_getter import CheckpointWeightGetter, Look
+
+Order = Literal["mtime", "step", "arrival"]
+ORDERS: list[Order] = ["mtime", "step", "arrival"]
+
+
+def save(place: Path, name: str, at: int, **metadata: str) -> Path:
+    path = place / f"{name}.safetensors"
+    save_file({"weight": torch.zeros(2)}, path, metadata=metadata or None)
+    os.utime(path, (at, at))
+    return path
+
+
+def live_at(place: Path, name: str, step: int) -> Candidate:
+    (same,) = (candidate for candidate in scan(place) if candidate.name == f"{name}.safetensors")
+    time.sleep(0.02)  # the clock that files have ticks every few milliseconds
+    live = Candidate(same.location, same.identity, same.mtime_ns, step, arrived_ns=time.time_ns())
+    time.sleep(0.02)
+    return live
+
+
+def told(look: Look) -> tuple[list[str], list[str], bool]:
+    return [c.name for c in look.newer], sorted(c.name for c in look.late), look.is_new_run
+
+
+def arrives(place: Path) -> None:
+    save(place, "step_9", 900)
+
+
+def is_late(place: Path) -> None:
+    save(place, "step_1", 50)
+
+
+def is_rewritten(place: Path) -> None:
+    save(place, "step_5", 10)
+
+
+def is_gone(place: Path) -> None:
+    (place / "step_5.safetensors").unlink()
+
+
+def is_renamed(place: Path) -> None:
+    (place / "step_5.safetensors").rename(place / "step_3b.safetensors")
+
+
+def is_a_new_run(place: Path) -> None:
+    for path in place.iterdir():
+        path.unlink()
+    save(place, "step_1", 50)
+    save(place, "step_2", 60)
+
+
+def disagrees(place: Path) -> None:
+    save(place, "step_6", 900, step="1")
+    save(place, "step_0", 5, step="700")
+
+
+def is_linked(place: Path) -> None:
+    (place / "best.safetensors").symlink_to(place / "step_2.safetensors")
+    os.link(place / "step_5.safetensors", place / "last.safetensors")
+
+
+def has_others(place: Path) -> None:
+    save(place, "model", 1)
+    save(place, "tmp_step_8", 900)
+    (place / "step_7").mkdir()
+    save(place / "step_7", "model", 700)
+
+
+def is_nothing(place: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(is_nothing, arrives, is_late, is_rewritten, is_gone, is_renamed, is_a_new_run, disagrees, is_linked),
+        has_others,
+    ],
+)
+def test_what_is_left_out_changes_nothing(
+    change: Any, order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards each answer of a look, whatever came, went, or was renamed, against the answer of a listing of all."""
+    for step in range(1, 6):
+        save(tmp_path, f"step_{step}", 100 * step)
+    save(tmp_path, "tmp_step_0", 1)
+    live = live_at(tmp_path, "step_5", 5)
+    change(tmp_path)
+    settings = Select(order=order)
+    short = told(CheckpointWeightGetter(tmp_path, select=settings).look(live))
+    monkeypatch.setattr(weight_getter, "older_than", lambda *_: None)
+    assert short == told(CheckpointWeightGetter(tmp_path, select=settings).look(live))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_link_to_what_is_live_makes_nothing_new(order: Order, tmp_path: Path) -> None:
+    """Guards a hard link whose name tells no step: it is what is live, and no older one goes live for it."""
+    for step in (1, 2):
+        save(tmp_path, f"step_{step}", 100 * step)
+    os.link(tmp_path / "step_2.safetensors", tmp_path / "last.safetensors")
+    live = live_at(tmp_path, "step_2", 2)
+    assert CheckpointWeightGetter(tmp_path, select=Select(order=order)).candidates(live) == []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_older_takes_no_memory(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a push with nothing new among 100,000 files: it makes two candidates, and keeps nothing of the others."""
+    for step in range(5000):
+        os.close(os.open(path := tmp_path / f"step_{step}.safetensors", os.O_CREAT | os.O_WRONLY))
+        os.utime(path, (step, step))
+    time.sleep(0.02)  # what arrived within the same tick counts
+    save(tmp_path, "step_5000", 5000)
+    live = live_at(tmp_path, "step_5000", 5000)
+    listed: list[int] = []
+    real = scan
+
+    def counting(*arguments: Any, **options: Any) -> list[Candidate]:
+        found = real(*arguments, **options)
+        listed.append(len(found))
+        return found
+
+    monkeypatch.setattr(weight_getter, "scan", counting)
+    getter = CheckpointWeightGetter(tmp_path, select=Select(order=order))
+    tracemalloc.start()
+    assert getter.candidates(live) == []
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert listed == [2] and most < 200_000
