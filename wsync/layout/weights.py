@@ -85,7 +85,8 @@ def check(
 
     Args:
         strict: every target must have a source; of tied ones, one of them.
-        finite: no source may hold NaN or infinity, nor what a cast to its target's dtype makes of it.
+        finite: no source may hold NaN or infinity, nor what a cast to its target's dtype makes of it; but for
+            infinities that the target has, too.
 
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
@@ -110,7 +111,7 @@ def check(
                 "Nothing was written."
             )
         check_copy(dotted(path), target, source)
-        if finite and not _is_finite(source, target.dtype):
+        if finite and not _is_finite(source, target.dtype) and not same_infinities(source, target):
             raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
     if strict and targets.keys() - sources.keys():
         given = {_where(targets[path]) for path in sources}
@@ -181,6 +182,21 @@ def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
         if not bool(torch.isfinite(values).all()):
             return False
     return True
+
+
+def same_infinities(source: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a source is finite, also in the policy's dtype, wherever the policy's own does not have its infinity."""
+    if source.shape != own.shape:
+        return False
+    cast = source.detach().to(own.dtype)
+    given, cast, own = (each.detach().to("cpu", torch.float64) for each in (source, cast, own))
+    return bool((given.isfinite() & cast.isfinite() | (given == own) & (cast == own)).all())
+
+
+def with_infinities(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that hold an infinity, as masks and bounds do."""
+    floats = [(n, t) for n, t in tensors if t.is_floating_point() and not t.is_meta and not runs_code(t)]
+    return {n: t.detach().clone() for n, t in floats if bool(t.detach().to(torch.float64).isinf().any())}
 
 
 def _leaves(weights: object, prefix: Path) -> Iterator[tuple[Path, torch.Tensor]]:

@@ -48,7 +48,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         slots: buffers of a segment that is made.
         max_slots: how many it may grow to while readers keep older versions.
         strict: every tensor must come; else what does not come keeps its live values.
-        finite: refuse NaN and infinity.
+        finite: refuse NaN and infinity, unless ``policy`` has the same infinity as the updater is made.
         extra_state: ``"ignore"`` pushes a module whose ``state_dict()`` holds what no segment can, and says so once.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
@@ -87,6 +87,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.last_version = 0
         self.published: Publication | None = None
         self._policy = policy
+        self._infinities = _infinities_of(policy) if policy is not None and finite else {}
         self._layout = layout if policy is None else partial(layout_of, policy)
         self._segment: WritableSegment | None = None
         self._news = False
@@ -202,6 +203,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     tensors,
                     strict=self.strict,
                     finite=self.finite,
+                    infinities=self._infinities,
                     step=self.step,
                     spec=self.spec,
                     gate=self.gate,
@@ -218,3 +220,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         news, self._news = self._news, False
         if news:
             WeightUpdaterBase._call_post_hooks(self)
+
+
+def _infinities_of(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The policy's masks and bounds, as they are now: what it holds later may have diverged."""
+    from ..layout.weights import with_infinities
+
+    return with_infinities(named_tensors(policy))
