@@ -93,7 +93,10 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self._news = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**WeightUpdaterBase.__getstate__(self), "_segment": None, "_told": weakref.WeakSet()}
+        return {**WeightUpdaterBase.__getstate__(self), "_segment": None, "_told": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        WeightUpdaterBase.__setstate__(self, {**state, "_told": weakref.WeakSet()})
 
     @property
     def segment(self) -> WritableSegment | None:
