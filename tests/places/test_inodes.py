@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -12,8 +13,11 @@ import pytest
 from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
+from wsync.checkpoints import files
 from wsync.history.database import State
-from wsync.places import inodes
+from wsync.history.outcome import Outcome
+from wsync.history.rollback import pin_checkpoint
+from wsync.places import candidates, inodes
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -80,3 +84,46 @@ def test_inodes_that_change_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "stat", renumbered)
     assert inodes.inodes_change(str(path))
+
+
+def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards cron's mail where inodes change: what was refused is known again by its path, its size and its times."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    monkeypatch.setattr(inodes, "inodes_change", lambda where: True)
+    number = itertools.count(1)
+    monkeypatch.setattr(files, "identity", lambda info: f"{next(number)}-{info.st_size}-{info.st_mtime_ns}")
+    monkeypatch.setattr(candidates, "identity", files.identity)
+
+    def push() -> Outcome:
+        with Syncer(load_spec(SPEC), runs, state=State(NAME)) as syncer:
+            return syncer.once()
+
+    assert (push().version, push().status) == (1, "current")
+    for name in ("step_2", "step_3"):  # of one size, and maybe of one time
+        write(runs / f"{name}.safetensors", mlp(), float("nan"))
+        assert [(each.status, each.known) for each in (push(), push())] == [("rejected", False), ("rejected", True)]
+    write(runs / "step_3.safetensors", mlp(), 3.0)
+    assert (push().version, push().status) == (2, "current")
+
+
+@pytest.mark.parametrize("form", ["file", "shards"])
+def test_a_pin_holds_where_inodes_change(
+    form: str, segment: WritableSegment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `wsync pin NAME CHECKPOINT` of what is live, and a pin after a reboot, and that it lets go else."""
+    path = write(runs / "a.safetensors", mlp(), 1.0) if form == "file" else shards(runs / "a", mlp(), 1.0)
+    keeps = False
+    monkeypatch.setattr(inodes, "inodes_change", lambda where: not keeps)
+    with State(NAME) as state, Syncer(load_spec(SPEC), runs, state=state) as syncer:
+        assert syncer.once().version == 1
+        renumber(path)
+        pin, is_live = pin_checkpoint(NAME, str(path), runtime=runtime, state=state)
+        assert (is_live, pin.version) == (True, 1)
+        assert syncer.once().status == "pinned"
+        shutil.rmtree(segment.path)
+        renumber(path)
+        assert [syncer.once().status for _ in range(3)] == ["published", "pinned", "pinned"]
+        shutil.rmtree(segment.path)
+        renumber(path)
+        keeps = True
+        assert "gone or was changed" in (syncer.once().reason or "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointMismatch, PartialCheckpoint
 from ..layout.layout import Layout
-from .files import led_to, place_at
+from .files import led_to, place_at, remote
 from .fit import Fit
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Checkpoint:
         table: its tensors, and where their bytes come from.
         path: the file or directory where it was found, absolute, and through a link where that led.
         identity: of its files as they were opened.
+        changed_ns: when the system last changed one of its files, as they were opened; 0 of a copy, or in a store.
         step: the producer's number, None where it has none; see ``steps``.
         size: bytes of its files.
         planned: the last plan.
@@ -67,6 +68,8 @@ class Checkpoint:
         self.table = table = TensorTable(led_to(place_at(path)), settle, digest, published)
         self.path, self.identity = table.path, table.identity
         self.size = sum(info.st_size for info in table.source.infos)
+        infos = [*table.source.infos, *([table.source.index] if table.source.index else [])]
+        self.changed_ns = 0 if remote(self.path) else max(info.st_ctime_ns for info in infos)
         self.planned: Plan | None = None
         self.fitted: Fit | None = None
         self._base: TensorTable | None = None  # of an adapter that is merged
@@ -186,6 +189,7 @@ class Checkpoint:
     def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit) -> None:
         """Reports the path, identity and step of the original, and how that was fitted."""
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
+        self.changed_ns = 0
 
 
 def open_checkpoint(

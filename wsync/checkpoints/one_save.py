@@ -39,17 +39,42 @@ def check_files(
     mixed = min(times) < written(index) < max(times)
     for earlier in map(fingerprints, published):
         same = [fingerprint(info) in earlier for info in infos]
-        if any(same) and not all(same):
-            raise BeingRewritten(
-                f"{parts.path} is being rewritten: {same.count(False)} of its {len(same)} weight files have changed "
-                f"since it was published, and {parts.files[same.index(True)].name} has not. It is published once all "
-                "have. Wait for its writer; if the writer has ended, touch the files that stay as they are."
-            )
+        _check_all_changed(parts, same)
         mixed = mixed or any(same) != (fingerprint(index) in earlier)
+    if mixed:
+        _let_stand(parts, infos, index, settle)
+
+
+def check_changed(
+    parts: Parts, infos: Sequence[os.stat_result], index: os.stat_result, settle: float, since: int
+) -> None:
+    """The same of files that a writer has written over in place, and put their times back: their change times tell.
+
+    Args:
+        since: newest change time of all of them as they were when they were published, ns.
+
+    Raises:
+        BeingRewritten: as of ``check_files``.
+    """
+    _check_all_changed(parts, [info.st_ctime_ns <= since for info in infos])
+    if index.st_ctime_ns <= since:
+        _let_stand(parts, infos, index, settle)
+
+
+def _check_all_changed(parts: Parts, same: Sequence[bool]) -> None:
+    if any(same) and not all(same):
+        raise BeingRewritten(
+            f"{parts.path} is being rewritten: {same.count(False)} of its {len(same)} weight files have changed "
+            f"since it was published, and {parts.files[same.index(True)].name} has not. It is published once all "
+            "have. Wait for its writer; if the writer has ended, touch the files that stay as they are."
+        )
+
+
+def _let_stand(parts: Parts, infos: Sequence[os.stat_result], index: os.stat_result, settle: float) -> None:
     now = time.time()
     changed = [t / 1e9 for info in (index, *infos) for t in (info.st_mtime_ns, info.st_ctime_ns)]
     left = max((t for t in changed if t <= now + 1), default=0.0) + PATIENCE * settle - now
-    if mixed and left > 0:
+    if left > 0:
         assert parts.index
         raise BeingRewritten(
             f"{parts.path} may hold files of two saves: {parts.index.name} is older than some of its weights and "

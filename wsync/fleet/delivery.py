@@ -141,6 +141,7 @@ class Shared:
     ) -> None:
         about = offer.weights
         self.path, self.step, self.identity = about.source, about.step, about.identity
+        self.changed_ns = about.changed_ns
         self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
         self._rank, self._turn, self._source, self._live = rank, turn, source, live
 

@@ -126,6 +126,7 @@ class Rounds:
         """See ``Route``; goes to all boxes, this one among them."""
         version = max(report.last for report in self._reports) + 1
         weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
+        weights = replace(weights, changed_ns=checkpoint.changed_ns)
         offer = Offer(weights, gated=look.staged is not None)
         self._group.tell({"offer": asdict(offer)})
         turn = Turn(self._group)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError
+from ..places.inodes import is_same, was_changed
 from ..segment.access import opened
 from ..system.memory import try_lock
 from .database import State
@@ -129,6 +130,13 @@ class Record:
         if identity not in self._refused:
             self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
 
+    def skip(self, identity: str, why: str) -> None:
+        """Remembers that a checkpoint is not tried again, and not told of."""
+        self._refused[identity] = why
+        self._passed.add(identity)
+        for settings in (self._settings, f"{self._settings}{_PASSED}"):
+            self._try(State.reject, identity, settings, why)
+
     def told_until(self) -> int:
         """When the last checkpoint arrived of which it was told that it counts as older, ns since the epoch."""
         if self._told is None:
@@ -187,10 +195,10 @@ class Record:
         assert self._state
         found = self._state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
         pinned = found[0] if found else None
-        if pinned and (again := reopen(pinned, copies(self._state))):
+        if pinned and (again := reopen(pinned, copies(self._state), self._state)):
             return again
         mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
-        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity)
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, self._state)
         if checkpoint is None:
             raise CheckpointError(
                 f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and {NO_COPY}. "
@@ -306,13 +314,14 @@ def kept_versions(state: State) -> list[int]:
     return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
 
 
-def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoint, Fit] | None:
+def reopen(event: Event, kept: Mapping[tuple[str, str], Path], state: State) -> tuple[Checkpoint, Fit] | None:
     """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
 
     Weights that kept live values beside what their checkpoint holds are had from a copy alone.
 
     Args:
         kept: the ``copies``.
+        state: tells whether the file was written over and published since.
     """
     try:
         fit = fit_from_json(event.settings)
@@ -323,21 +332,23 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path]) -> tuple[Checkpoi
         checkpoint = Checkpoint(copy)
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
         return checkpoint, Fit(finite=False, kept=fit.kept)
-    original = None if fit.kept else _same(event.checkpoint, event.identity)
+    original = None if fit.kept else _same(event.checkpoint, event.identity, state)
     if original:
         original.step = event.step  # a setting may have told it, and not the name alone
     return (original, fit) if original else None
 
 
-def _same(path: str | None, identity: str | None) -> Checkpoint | None:
+def _same(path: str | None, identity: str | None, state: State) -> Checkpoint | None:
     if not path or not identity:
         return None
+    latest = next(iter(state.published_from(path)), identity)
     try:
         # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
         checkpoint = open_checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None
-    if checkpoint.identity == identity:
+    if is_same(checkpoint, identity) and not was_changed(identity, latest):
+        checkpoint.identity = identity
         return checkpoint
     checkpoint.close()
     return None

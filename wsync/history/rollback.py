@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
+from ..places.inodes import is_same
 from ..segment.files import Publication
 from ..segment.publisher import publish, publish_again
 from ..segment.segment import Segment
@@ -115,7 +116,7 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
     assert event.version is not None
     if publication := publish_again(segment, event.version, event.identity or "", last):
         return publication
-    if again := reopen(event, copies(state)):
+    if again := reopen(event, copies(state), state):
         checkpoint, fit = again
         with checkpoint:
             live = segment.live()
@@ -135,7 +136,7 @@ def _choices(state: State) -> str:
         if event.version is None or event.version in seen:
             continue
         seen.add(event.version)
-        again = reopen(event, kept)
+        again = reopen(event, kept, state)
         if again:
             where = "kept copy" if what(event) in kept else event.checkpoint
             again[0].close()
@@ -174,8 +175,12 @@ def pin_checkpoint(
         pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
     else:
         with open_checkpoint(checkpoint) as opened:
-            version = live.version if live and live.identity == opened.identity else 0
-            pin = Pin(str(opened.path), opened.identity, version, opened.step, time.time(), "by hand")
+            path = str(opened.path)
+            renumbered = live is not None and live.source == path and is_same(opened, live.identity)
+            if live and (renumbered or live.identity == opened.identity):
+                pin = Pin(path, live.identity, live.version, live.step, time.time(), "by hand")
+            else:
+                pin = Pin(path, opened.identity, 0, opened.step, time.time(), "by hand")
     state.set_pin(pin)
     _note(state, "pin", **{**asdict(pin), "version": pin.version or None, "reason": None})
     return pin, live is not None and live.identity == pin.identity

@@ -116,6 +116,8 @@ class Candidate(NamedTuple):
         name: its path below the place where it was found; empty where it is the place itself.
         arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when
             it is made. Of what is live, when it went live.
+        changed_ns: of what is live, when the system had last changed it before it was read; 0 where a later change
+            says nothing.
     """
 
     location: str | Path
@@ -124,6 +126,7 @@ class Candidate(NamedTuple):
     step: int | None = None
     name: str = ""
     arrived_ns: int = 0
+    changed_ns: int = 0
 
     @property
     def path(self) -> Path:

@@ -1,54 +1,121 @@
-"""Inodes that change: some FUSE file systems and sandboxes number a file anew at each look, or after a while.
+"""What a file's identity (inode, size, modification time) does not tell by itself.
 
-There what is live is known again by its path, its size and its times.
+A writer that keeps a file's size and puts its time back (``rsync --inplace -t``, ``cp -p`` onto it) leaves its identity
+as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename move that, too.
+So what has the identity of the live version and changed after it was read is a candidate under an identity of its own,
+which begins with the change time; whether its bytes are others is seen when it is read.
+
+Some FUSE file systems and sandboxes number a file anew at each look, or after a while. There a file is known again by
+its path, its size and its times.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
 
-from ..checkpoints.files import remote
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import identity, remote
 from .candidates import Candidate
 
 _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h
 
 
-def known_again(found: Sequence[Candidate], live: Candidate | None) -> list[Candidate]:
-    """Returns the candidates; the one that is live has its recorded identity, though its inode is another by now.
+def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidate]:
+    """Returns the candidates; those that are what is live have its recorded identity, or that of a later change.
 
     Args:
         live: what is live; its ``arrived_ns`` is when it went live.
     """
-    where = str(live.location) if live else ""
-    return [
-        c._replace(stamp=live.identity) if live and str(c.location) == where and _is_live(c, live) else c for c in found
-    ]
+    if live is None:
+        return found
+    plain, where, written = _plain(live.identity), str(live.location), int(live.identity.rpartition("-")[2])
+
+    def known(candidate: Candidate) -> Candidate:
+        stamp = candidate.stamp
+        if isinstance(stamp, str):
+            is_same = stamp == plain
+        else:
+            is_same = stamp.st_mtime_ns == written and identity(stamp) == plain
+        if is_same and 0 < live.changed_ns < candidate.arrived_ns and not remote(candidate.path):
+            return candidate._replace(stamp=_changed(candidate.arrived_ns, plain))
+        if is_same or (str(candidate.location) == where and _is_renumbered(candidate, live)):
+            return candidate._replace(stamp=live.identity)
+        return candidate
+
+    return list(map(known, found))
 
 
-def _is_live(candidate: Candidate, live: Candidate) -> bool:
+def lasting(newer: list[Candidate]) -> list[Candidate]:
+    """Returns candidates of one place; where inodes change, with identities that tell their paths instead."""
+    if not newer or remote(newer[0].path) or not inodes_change(str(newer[0].location)):
+        return newer
+    return [c if "@" in (i := c.identity) else c._replace(stamp=_numbered(c, i)) for c in newer]
+
+
+def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
+    """The identity of an opened checkpoint: that of the candidate where only inode or change time tell them apart."""
+    plain = _plain(candidate.identity)
+    if "@" in candidate.identity and _without_inodes(plain) == _without_inodes(checkpoint.identity):
+        return _changed(checkpoint.changed_ns, plain)
+    return checkpoint.identity
+
+
+def is_same(checkpoint: Checkpoint, identity: str) -> bool:
+    """Whether a checkpoint, opened at its path on record, is the one of this identity."""
+    plain, told = _plain(identity), identity.partition("@")[0]
+    if checkpoint.identity == plain:
+        return plain == identity or told == str(checkpoint.changed_ns)
+    same = _without_inodes(checkpoint.identity) == _without_inodes(plain)
+    return same and not remote(checkpoint.path) and inodes_change(str(checkpoint.path))
+
+
+def was_changed(identity: str, later: str) -> bool:
+    """Whether the later identity is of the same file, with other bytes in it."""
+    return later != identity and _plain(later) == _plain(identity)
+
+
+def inodes_change(where: str) -> bool:
+    """Whether the inode of a path says nothing: it changes between two looks, or on file systems of this kind may."""
+    try:
+        first, second = os.stat(where), os.stat(where)
+    except OSError:  # it is gone
+        return False
+    if first.st_ino != second.st_ino and first.st_ctime_ns == second.st_ctime_ns:
+        return True
+    import ctypes  # only where a checkpoint is newer, or seems to have been replaced by one of the same size and time
+
+    about = (ctypes.c_long * 64)()  # a struct statfs; its first field is the kind
+    return ctypes.CDLL(None).statfs(os.fsencode(where), about) == 0 and about[0] in _KINDS
+
+
+def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
     """Whether only the inode of a candidate differs from what is live, and says nothing."""
     return (
-        candidate.identity != live.identity
-        and _without_inodes(candidate.identity) == _without_inodes(live.identity)
+        _without_inodes(candidate.identity) == _without_inodes(_plain(live.identity))
         and candidate.arrived_ns <= live.arrived_ns
         and not remote(candidate.path)
         and inodes_change(str(candidate.location))
     )
 
 
-def inodes_change(where: str) -> bool:
-    """Whether the inode of a path says nothing: it changes between two looks, or on file systems of this kind may."""
-    first, second = os.stat(where), os.stat(where)
-    if first.st_ino != second.st_ino and first.st_ctime_ns == second.st_ctime_ns:
-        return True
-    import ctypes  # only where a checkpoint seems to have been replaced by one of the same size and time
-
-    about = (ctypes.c_long * 64)()  # a struct statfs; its first field is the kind
-    return ctypes.CDLL(None).statfs(os.fsencode(where), about) == 0 and about[0] in _KINDS
+def _changed(changed_ns: int, plain: str) -> str:
+    return f"{changed_ns}@{plain}"
 
 
-def _without_inodes(identity: str) -> str:
-    """An identity without the inode of a file, or the fingerprints of several."""
+def _plain(identity: str) -> str:
+    """An identity without its change time."""
+    return identity.rpartition("@")[2]
+
+
+def _numbered(candidate: Candidate, identity: str) -> str:
+    """An identity with the path in place of inodes, and with the change time."""
     fields = identity.split("-")
-    return "-".join(fields[1:] if len(fields) == 3 else [fields[0], *fields[2:]])
+    fields[-3] = f"{zlib.crc32(os.fsencode(candidate.location)):08x}"
+    return _changed(candidate.arrived_ns, "-".join(fields))
+
+
+def _without_inodes(plain: str) -> str:
+    """An identity without the inode of a file, or the fingerprints of several."""
+    fields = plain.split("-")
+    return "-".join(fields[:-3] + fields[-2:])

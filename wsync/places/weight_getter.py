@@ -23,7 +23,7 @@ from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
 from .candidates import Candidate, Select, scan, select
-from .inodes import known_again
+from .inodes import as_listed, known_again, lasting
 from .older import Older, older_than
 
 if TYPE_CHECKING:
@@ -139,17 +139,17 @@ class CheckpointWeightGetter:
                 raise
             found = []  # the pointer is ahead of what it names
         if live and (self.select.pointer or not any(c.name for c in found)):
-            return Look([c for c in found if c.identity != live.identity])
+            return Look(lasting([c for c in found if c.identity != live.identity]))
         if self.select.order == "step":
             found, live = self._with_steps(found, live, is_all=older is None)
         newer = select(found, live, self.select.order)
         if live is None:
-            return Look(newer)
+            return Look(lasting(newer))
         later = [c for c in found if c.arrived_ns > live.arrived_ns]
         late = [c for c in later if c not in newer and c.identity != live.identity]
         if found and not newer and len(late) == len(found):
-            return Look(select(found, None, self.select.order), is_new_run=True)
-        return Look(newer, late)
+            return Look(lasting(select(found, None, self.select.order)), is_new_run=True)
+        return Look(lasting(newer), late)
 
     def _older(self, live: Candidate) -> Older | None:
         """What a listing may leave out."""
@@ -208,6 +208,7 @@ class CheckpointWeightGetter:
         """
         settle, digest = self.select.settle, self.select.digest
         checkpoint = open_checkpoint(candidate.path, settle=settle, digest=digest, published=published)
+        checkpoint.identity = as_listed(candidate, checkpoint)
         step = self.step_of(candidate, checkpoint.metadata)
         checkpoint.step = checkpoint.step if step is None else step
         return checkpoint

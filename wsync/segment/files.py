@@ -56,6 +56,7 @@ class Publication:
         spec: fingerprint of the policy spec that it was published for.
         owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
         place: where the owner's checkpoints appear; empty where it has no place of its own.
+        changed_ns: when the system last changed a file of the checkpoint before it was read; 0 where that is not known.
     """
 
     version: int
@@ -66,6 +67,7 @@ class Publication:
     spec: str
     owner: str = ""
     place: str = ""
+    changed_ns: int = 0
 
     def to_metadata(self) -> dict[str, str]:
         told = {key: "" if value is None else str(value) for key, value in asdict(self).items()}
@@ -86,6 +88,7 @@ class Publication:
                 version=int(data["version"]),
                 step=int(data["step"]) if data["step"] else None,
                 published_at=float(data["published_at"]),
+                changed_ns=int(data.get("changed_ns", 0)),
                 **texts,
             )
             if not all(isinstance(text, str) for text in texts.values()):

@@ -63,6 +63,9 @@ class Source(Protocol):
     def identity(self) -> str: ...
 
     @property
+    def changed_ns(self) -> int: ...
+
+    @property
     def kept(self) -> bool: ...
 
     @property
@@ -117,6 +120,7 @@ def publish(
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
         about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec, *origin)
+        about = replace(about, changed_ns=checkpoint.changed_ns)
         publication = _describe(segment, slot, about, gate)
     segment.store(publication.version, slot.number)
     return publication
@@ -315,8 +319,33 @@ def rehearse(
         CheckpointRejected: it does not fit, or is not finite.
         CheckpointChanged: it changed while it was read.
     """
-    plan = _plan(checkpoint, layout, fit, segment)
-    # Given back with the last view of it, which an error may hold.
+    _read_aside(layout, checkpoint, _plan(checkpoint, layout, fit, segment), fit, progress)
+
+
+def holds(segment: WritableSegment, checkpoint: Checkpoint, fit: Fit) -> bool:
+    """Whether what is live has the very bytes that a checkpoint would bring; the caller holds ``publishing()``.
+
+    Raises:
+        CheckpointRejected: it does not fit, or is not finite.
+        CheckpointChanged: it changed while it was read.
+    """
+    live = segment.live_weights()
+    if live is None:
+        return False
+    plan = _plan(checkpoint, segment.layout, fit, segment)
+    staged = _read_aside(segment.layout, checkpoint, plan, fit)
+    for entry in plan.kept:
+        part = slice(entry.offset, entry.offset + entry.nbytes)
+        staged[part] = live[part]
+    return staged[: segment.layout.nbytes] == live[: segment.layout.nbytes]
+
+
+def _read_aside(
+    layout: Layout, checkpoint: Checkpoint, plan: Plan, fit: Fit, progress: Callable[[int], None] | None = None
+) -> memoryview:
+    """The weights of a checkpoint, in memory of this process that is given back with the last view of it."""
     with mapping(layout.nbytes):
         memory = mmap.mmap(-1, max(layout.nbytes, 1))
-    checkpoint.read_into(memoryview(memory), plan, finite=fit.finite, progress=progress)
+    weights = memoryview(memory)
+    checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)
+    return weights

@@ -209,6 +209,8 @@ class Syncer:
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
         after = None if this.force or self.box.claim.is_foreign(this.live) else place_of(this.live)
+        if after and this.live:
+            after = after._replace(changed_ns=this.live.changed_ns)
         look = Look([]) if pin else self.getter.look(after)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
         chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
@@ -253,6 +255,8 @@ class Syncer:
                 published = partial(self._published_from, this, candidate.path)
                 with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
+                    if self.taking.is_live(this, checkpoint):
+                        continue
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
@@ -264,7 +268,7 @@ class Syncer:
                     named=not candidate.name,
                     step=self.getter.step_of(candidate),
                     checkpoint=str(candidate.path),
-                    identity=opened or getattr(exc, "identity", "") or candidate.identity,
+                    identity=opened or self._identity(exc, candidate),
                 )
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
                     return replace(refusal, passed_over=tuple(refusals))
@@ -283,6 +287,10 @@ class Syncer:
         if this.live and first.status == "empty":
             return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
         return first
+
+    def _identity(self, exc: WsyncError, candidate: Candidate) -> str:
+        """Of a checkpoint that could not be opened."""
+        return candidate.identity if "@" in candidate.identity else getattr(exc, "identity", "") or candidate.identity
 
     def _published_from(self, this: Pass, path: Path) -> list[str]:
         """Identities of what was published from a path."""

@@ -11,7 +11,8 @@ from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBa
 from ..history.database import Pin
 from ..history.outcome import Outcome
 from ..layout.layout import Layout
-from ..segment.publisher import rehearse
+from ..places.inodes import was_changed
+from ..segment.publisher import holds, rehearse
 from ..segment.writable import WritableSegment
 from .box import Box
 from .casts import Casts
@@ -54,6 +55,33 @@ class Taking:
         segment = self._box.make_segment()
         self._policy.check(segment, this.live)
         return partial(self._publish, this, segment, choose)
+
+    def is_live(self, this: Pass, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is what is live, whose file has changed since and not its bytes; that is remembered.
+
+        Raises:
+            BeingRewritten: some of its files hold other bytes, and others have not changed yet.
+            CheckpointRejected: it does not fit any more, or is not finite.
+            CheckpointChanged: it changed while it was read.
+            SegmentBusy: another publisher is at work.
+        """
+        segment, live, box = self._box.updater.opened, this.live, self._box
+        if this.force or not segment or not live or not was_changed(live.identity, checkpoint.identity):
+            return False
+        with segment.publishing():
+            if segment.live() != live:
+                return False
+            fit = replace(box.spec.weights, built=box.built)
+            is_same = self.route.busy(partial(holds, segment, checkpoint, fit))
+        table = checkpoint.table
+        if not is_same and table.source.index:
+            from ..checkpoints.one_save import check_changed  # not on the way of a pass with nothing new
+
+            settle = box.spec.select.settle
+            check_changed(table.parts, table.source.infos, table.source.index, settle, live.changed_ns)
+        if is_same and not this.dry_run:
+            box.record.skip(checkpoint.identity, f"it has the bytes of version {live.version}")
+        return is_same
 
     def pinned(self, this: Pass, pin: Pin, *, reopen: bool) -> Outcome:
         """Keeps what is pinned live, and makes it so if the segment was made anew or the operator named a file."""
