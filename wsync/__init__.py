@@ -1,8 +1,8 @@
 """wsync keeps the weights of a running policy in step with the newest checkpoint on disk.
 
-Importing this package imports neither torch nor tensordict; what may need them is loaded when it is first used.
+Importing this package imports neither torch nor tensordict; names that need them are loaded when they are first used.
 
-The rooms, from the ground up; each may import those above it in this list, and none below:
+The rooms, from the ground up. Each may import the rooms above it in this list, and not those below it:
 
     errors, text    the exceptions, their exit codes; numbers and times as people read them
     system          what the kernel gives: memory, locks, sleeping on a word, a child process
@@ -10,7 +10,7 @@ The rooms, from the ground up; each may import those above it in this list, and 
     stores          objects behind a URL
     checkpoints     one checkpoint: header, files, fit, read into a buffer
     segment         shared memory: who may open what, the protocol, the readers' records, publishing
-    places          a place of checkpoints: listing, newest, changes, the weight getter
+    places          a directory of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
     updaters        the weight updaters
     torchrl, stable_baselines3, transformers, lightning

@@ -25,7 +25,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     ├── StateError                  1   the history or the pin cannot be read or written
     ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
     ├── HalfWritten                 1   a copy failed, and left a policy with weights of two versions
-    ├── GroupBroken                 1   a box of the group is gone, or silent
+    ├── GroupBroken                 1   a box of the group is gone, or does not answer
     └── SegmentError                1   something about one segment
         ├── SegmentMissing          1   no such segment
         ├── SegmentUnsafe           1   it is not ours, or not a segment
@@ -48,12 +48,12 @@ SHOWN = 20
 
 
 def printable(text: str) -> str:
-    """Text of others, with what could move a terminal's cursor or colour its words shown as escapes."""
+    """Shows characters that could move a terminal's cursor or colour its text as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def on_one_line(text: str, *names: str | None) -> str:
-    """Text in which these names, of files or as somebody typed them, make no lines of their own."""
+    """Escapes these names in a text, so that a line break in a file's name makes no line of its own."""
     for name in filter(None, names):
         for part in (name, name.rpartition("/")[2]):
             if not part.isprintable():
@@ -62,7 +62,7 @@ def on_one_line(text: str, *names: str | None) -> str:
 
 
 def harmless(text: str) -> str:
-    """With what a terminal would obey, or an encoding refuse, written as escapes; lines stay lines."""
+    """Escapes what a terminal would obey or an encoding would refuse; keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -105,7 +105,7 @@ class SpecError(UsageError):
 
 
 def moved(name: str, now: str) -> UsageError:
-    """A policy that is not where, or what, it was when it was attached."""
+    """The error for a policy whose tensors were moved or replaced after it was attached."""
     return UsageError(
         f"{name} is another tensor than those that were attached, or was moved (.to(), .half() …): it is now {now}. "
         "The policy keeps what it has. Close this reader, and attach again after such a change."
@@ -121,7 +121,7 @@ class CopyRefused(UsageError, TypeError):
 
 
 class HalfWritten(WsyncError):
-    """A copy failed half-way, and left a policy with weights of two versions; it is of no use any more."""
+    """A copy failed half-way and left the policy with weights of two versions. The policy cannot be used any more."""
 
 
 class WithDifferences(WsyncError):
@@ -167,19 +167,19 @@ class MalformedCheckpoint(CheckpointRejected):
 
 
 class WrongDigest(CheckpointRejected):
-    """The bytes of the file are not those that its writer's, or its store's, digest names."""
+    """The bytes of the file do not match the digest that its writer, or its store, gives."""
 
     kind = "digest"
 
 
 class CheckpointMismatch(CheckpointRejected):
-    """The tensors of the checkpoint are not those of the policy."""
+    """The tensors of the checkpoint do not fit those of the policy."""
 
     kind = "mismatch"
 
 
 class ForeignCheckpoint(CheckpointMismatch):
-    """It shares no tensor name with the policy: it is something else that lies among the checkpoints."""
+    """It shares no tensor name with the policy: it is another file among the checkpoints."""
 
     kind = "foreign"
 
@@ -210,14 +210,14 @@ class BeingWritten(IncompleteCheckpoint):
 
 
 class BeingRewritten(BeingWritten):
-    """Its files are of two saves, or may be: one is being written over another."""
+    """Its files are of two saves, or may be, because one save is being written over another."""
 
     exit_code = 75
     kind = "rewritten"
 
 
 class PartialCheckpoint(WithDifferences, IncompleteCheckpoint):
-    """It holds a part of the weights; what does not come is to keep its live values, and nothing is live yet."""
+    """It holds a part of the weights; the rest should keep its live values, but nothing is live yet."""
 
     kind = "partial"
 
@@ -229,11 +229,11 @@ class NoCheckpoint(CheckpointError):
 
 
 class UnusableBase(WithDifferences, CheckpointError):
-    """What an adapter is merged into does not fit the policy, or is not finite; the adapter is not refused for it."""
+    """The base of an adapter does not fit the policy, or is not finite; the adapter itself is not rejected."""
 
 
 class CheckpointChanged(CheckpointError):
-    """The file changed while it was read; what was read of it is thrown away."""
+    """The file changed while it was read; the bytes read are thrown away."""
 
     exit_code = 75
 
@@ -250,11 +250,11 @@ class RetryLater(WsyncError):
 
 
 class GroupBroken(WsyncError):
-    """The group of boxes is none any more; torchrun forms another one."""
+    """The group of boxes broke; torchrun forms another one."""
 
 
 class Stopped(Exception):
-    """This process was told to end, or to read its settings again: what it waits for is given up. No error."""
+    """This process was told to end or to read its settings again, so it stops waiting. This is not an error."""
 
 
 class SegmentError(WsyncError):
@@ -278,12 +278,12 @@ _ADVICE = {
 
 
 def advice(exc: OSError) -> str:
-    """What to do about an error of the system, a sentence without its full stop."""
+    """What to do about an OSError, as a sentence without its full stop."""
     return _ADVICE.get(exc.errno or 0, "Look at what it names, its mount, and the limits of this process")
 
 
 def refused(exc: OSError, place: os.PathLike[str]) -> SegmentError:
-    """What the system refused of a segment, or of the directory around it, as an error of ours that names it."""
+    """Converts an OSError at a segment, or its directory, into a SegmentError that names the place."""
     what = f" ({exc.filename})" if exc.filename else ""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     return SegmentError(
@@ -297,7 +297,7 @@ class SegmentMissing(SegmentError):
 
 
 class SegmentUnsafe(SegmentError):
-    """What lies at the segment's path is not a segment of this user."""
+    """The directory at the segment's path is not a segment of this user."""
 
 
 class SegmentDamaged(SegmentUnsafe):

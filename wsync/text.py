@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people, in the units of 1,000 that disks are sold by."""
+    """Formats a number of bytes for people, in decimal units (1 kB is 1,000 bytes)."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5:
             return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
@@ -31,5 +31,5 @@ def count(number: int, noun: str) -> str:
 
 
 def when(moment: float) -> str:
-    """A time of the wall clock as JSON carries it: ISO 8601, UTC."""
+    """Formats seconds since the epoch for JSON: ISO 8601, UTC, milliseconds."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

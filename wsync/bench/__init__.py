@@ -1,4 +1,4 @@
-"""``wsync bench``: what this box can do, each figure beside the machine's limit or the usual way.
+"""``wsync bench``: measures this box, and puts each figure beside the machine's limit or the usual way.
 
 ``rows`` holds the settings and one figure, ``cases`` what is measured, ``place`` the private directories, ``processes``
 what runs in processes of its own, ``by_hand`` the script that one would write instead, ``view`` the table and the JSON

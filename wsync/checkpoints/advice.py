@@ -1,4 +1,4 @@
-"""Which setting would make a checkpoint fit that does not: found by trying, so that what is advised is true.
+"""Finds the setting that would make a checkpoint fit. It tries each setting, so that the advice is true.
 
 The trials go from the smallest change to larger ones: a cast, a prefix off, the policy's own wrapper on, others left
 out; and several of them together.

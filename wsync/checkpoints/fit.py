@@ -1,4 +1,4 @@
-"""What is taken of a checkpoint, under which names and in which dtypes: the settings of ``[weights]``."""
+"""The settings of ``[weights]``: which tensors of a checkpoint are taken, under which names and in which dtypes."""
 
 from __future__ import annotations
 

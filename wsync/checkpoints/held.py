@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint in memory: an adapter is read out of order, and its digest must be that of what is used."""
+"""The bytes of a checkpoint in memory: an adapter is read out of order, and its digest must cover the bytes used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file beside a checkpoint's own fits a policy that its own does not fit: found by trying, as advice is."""
+"""Finds another file beside a checkpoint's own that fits the policy, by trying each one."""
 
 from __future__ import annotations
 

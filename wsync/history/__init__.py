@@ -1,4 +1,4 @@
-"""What outlives a reboot: the database of events, pins, refusals, copies of checkpoints, and going back.
+"""The state that survives a reboot: events, pins, rejections, copies of checkpoints, and going back to one.
 
 Imports ``segment`` and what lies below.
 """

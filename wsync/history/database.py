@@ -1,10 +1,10 @@
-"""What outlives a reboot: the history of a segment, its pin, what was rejected, and the last version's number.
+"""The state that survives a reboot: a segment's history, its pin, its rejections, and the last version's number.
 
 One SQLite database a segment, under ``--state-dir``, private to its user, opened only where there is something to
 write or to look up: its import alone takes 10 ms of the hundred that a push with nothing to do may take. The pin, which
 each pass has to know, is a small file beside it that is replaced whole.
 
-Nothing of this is needed to keep a policy in step: where the state cannot be written the pass goes on, and says so.
+A policy stays in step without this state: if it cannot be written, the pass goes on and says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one pass did, as the terminal, the log and programs are told of it."""
+"""The outcome of one pass, for the terminal, the log and programs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What one syncer knows of the past and adds to it: pin, refusals, history. Never in the way of the weights.
+"""What one syncer reads from and adds to the history: pin, rejections, events. It never keeps weights from going live.
 
-A history that cannot be written is told of once and then done without. Only a pin that cannot be read stops a pass:
-going on would let go what the operator holds.
+A history that cannot be written is reported once, and the syncer goes on without it. Only an unreadable pin stops a
+pass: going on would replace the version that the operator holds.
 """
 
 from __future__ import annotations

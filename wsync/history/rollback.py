@@ -1,7 +1,7 @@
 """The way back: an earlier version goes live again, under a new number, and is pinned.
 
-It is looked for where it is soonest at hand: whole in a spare slot, which only gets another header; as a kept copy; as
-the file that it came from, if that was not changed since.
+Its weights come from the quickest source: a spare slot that still holds them, which only gets another header; a kept
+copy; or the file that it came from, if that has not changed since.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a policy's ``state_dict()`` holds besides parameters and persistent buffers: no segment has that.
+"""Finds entries of a ``state_dict()`` that are neither parameters nor persistent buffers: no segment holds them.
 
-It comes of ``get_extra_state``, and of modules that pack their weights, as quantised ones do. It would stay as it is
-while versions change.
+They come from ``get_extra_state``, and from modules that pack their weights, as quantised ones do. They would stay as
+they are while versions change.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether weights are finite, at the speed of one read of the memory and without torch."""
+"""Checks whether weights are finite, at the speed of one read of the memory and without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A place of checkpoints: which there are, which is newest, when that changes, and the getter of its weights.
+"""A place (directory or URL) of checkpoints: lists them, finds the newest, waits for changes, and gets the weights.
 
 Imports ``segment`` and what lies below. Listing opens a file only where its name and times do not tell enough.
 """

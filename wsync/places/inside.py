@@ -1,4 +1,4 @@
-"""Where in an entry of a place its checkpoint lies, and which entry a pointer names."""
+"""Finds the checkpoint inside an entry of a place, and the entry that a pointer names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Why nothing in a place counts: what was passed over, and the setting that finds what lies deeper.
+"""Says why a place has no checkpoint: which entries were passed over, and which setting finds weights that lie deeper.
 
-It is asked for only where there is nothing to publish, and looks at a bounded number of names.
+It runs only when there is nothing to publish, and looks at a bounded number of names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled code that holds weights as constants, as far as that can be seen: it would act on them for ever."""
+"""Finds compiled code that holds weights as constants, where this can be seen: it would use them for ever."""
 
 from __future__ import annotations
 

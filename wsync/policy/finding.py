@@ -1,4 +1,4 @@
-"""What became of a reader's segment: whether it still stands, and the one that came in its place."""
+"""Finds out whether a reader's segment still exists, and which segment replaced it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads inside a policy, and the one that changes it: nobody is inside while it changes."""
+"""Keeps threads that use a policy apart from the one that changes it: nothing runs the policy while it changes."""
 
 from __future__ import annotations
 

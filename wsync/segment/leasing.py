@@ -1,4 +1,4 @@
-"""Readers that are no torch modules: a leased version as numpy views and as a safetensors file; no torch is imported.
+"""Readers without torch: a leased version as numpy views and as a safetensors file.
 
 A view that is kept longer than its block never changes: the lease goes with the last of them.
 """

@@ -1,4 +1,4 @@
-"""Which other segments there are, for somebody who waits for one that nobody publishes."""
+"""Lists the other segments, for a reader that waits for one that nobody publishes."""
 
 from __future__ import annotations
 

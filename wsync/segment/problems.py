@@ -1,4 +1,4 @@
-"""What can be wrong with a segment, as errors that name it and say what to do."""
+"""The errors about a segment: each names it and says what to do."""
 
 from __future__ import annotations
 

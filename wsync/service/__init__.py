@@ -1,4 +1,4 @@
-"""A watch: passes for as long as it runs, what it tells systemd, and the figures that it serves.
+"""A watch: its passes, its messages to systemd, and the figures that it serves.
 
 Imports ``fleet`` and what lies below.
 """

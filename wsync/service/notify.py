@@ -1,4 +1,4 @@
-"""What a watch tells systemd: ready, reloading, stopping, a line of status, and that it still turns.
+"""What a watch tells systemd: ready, reloading, stopping, a line of status, and that its loop still runs.
 
 The protocol is that of sd_notify(3): one datagram of ``NAME=value`` lines to the socket that ``NOTIFY_SOCKET`` names.
 Without that variable nothing is opened and nothing is sent. The variables are taken out of the environment, so that

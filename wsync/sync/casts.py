@@ -1,4 +1,4 @@
-"""Tells of each conversion of a dtype once, and of each tensor that did not come and has the value of the policy."""
+"""Reports each dtype conversion once, and each missing tensor that got the policy's own value."""
 
 from __future__ import annotations
 

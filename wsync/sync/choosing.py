@@ -1,4 +1,4 @@
-"""Choosing what a pass tries: a pure function of what was listed, what is live, what was refused and what is pinned."""
+"""Chooses what a pass tries: a pure function of the listing, the live version, the rejections and the pin."""
 
 from __future__ import annotations
 

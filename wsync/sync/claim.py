@@ -1,4 +1,4 @@
-"""Whose versions a spec may replace: its own, and those that nobody owns.
+"""Says whose versions a spec may replace: its own, and those without an owner.
 
 Two specs of one name share a segment without knowing it (``runA/policy.toml`` and ``runB/policy.toml``), and each would
 undo what the other publishes. So a version carries its owner, the spec, and the owner's place of checkpoints.

@@ -1,4 +1,4 @@
-"""What a watch need not list again: a place that nothing was told of, and whose own times have not moved.
+"""Tells a watch when it need not list a place again: no notification came, and the place's own times are unchanged.
 
 Among 10,000 files a listing a second took 15 % of a core. A full look still comes now and then (see ``schedule``).
 """

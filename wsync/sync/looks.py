@@ -1,4 +1,4 @@
-"""What is looked at again under the publisher's lock: by then it may be minutes since the pass began."""
+"""The checks that a pass repeats under the publisher's lock, because it may have begun minutes ago."""
 
 from __future__ import annotations
 

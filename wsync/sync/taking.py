@@ -1,4 +1,4 @@
-"""What is done with a checkpoint that was chosen: it is published, or only checked."""
+"""Publishes a checkpoint that was chosen, or only checks it."""
 
 from __future__ import annotations
 

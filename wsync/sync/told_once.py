@@ -1,6 +1,6 @@
-"""What a pass says once of a place: of what nobody finishes, of what is no policy of ours, of what counts as older.
+"""What a pass reports only once: unfinished checkpoints, files of other policies, late arrivals that count as older.
 
-None of them is the newest checkpoint, refused; so what is live is current, and a monitor is not told of them for ever.
+These do not count as a refusal of the newest checkpoint: the live version is current, and a monitor hears of them once.
 """
 
 from __future__ import annotations

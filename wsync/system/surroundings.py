@@ -1,4 +1,4 @@
-"""The environment that this process was given, for the commands that it starts."""
+"""The environment that this process was started with, for the commands that it starts."""
 
 from __future__ import annotations
 
