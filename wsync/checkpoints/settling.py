@@ -43,13 +43,7 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     Raises:
         BeingWritten: a file is still open for writing, is not all there, or does not stand still.
     """
-    for file in (*parts.files, *([parts.index] if parts.index else [])):
-        for companion in (f"{file}.{end}" for end in COMPANIONS):
-            if os.path.lexists(companion):
-                raise BeingWritten(
-                    f"{companion} says that {file.name} is still being downloaded. Wait for the download to end; if "
-                    "it has ended, remove that file."
-                )
+    _check_downloads(parts)
     writing = [being_written(fd) for fd in fds]
     if True in writing:
         raise BeingWritten(
@@ -81,6 +75,17 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
         if [(identity(i), i.st_ctime_ns) for i in after] == [(identity(i), i.st_ctime_ns) for i in infos]:
             return
     raise _unsettled(parts.path, wanted)
+
+
+def _check_downloads(parts: Parts) -> None:
+    """Raises BeingWritten if the file of a downloader lies beside one of the checkpoint's files."""
+    for file in (*parts.files, *([parts.index] if parts.index else [])):
+        for companion in (f"{file}.{end}" for end in COMPANIONS):
+            if os.path.lexists(companion):
+                raise BeingWritten(
+                    f"{companion} says that {file.name} is still being downloaded. Wait for the download to end; if "
+                    "it has ended, remove that file."
+                )
 
 
 def _is_set(info: os.stat_result) -> bool:

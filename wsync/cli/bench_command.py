@@ -55,6 +55,7 @@ def bench(
     figure divided by the other: for times, less is better; for speeds, more is better. Exits with 0 whatever the
     figures are, and with 1 if a case failed.
     """
+    # Long because it declares its options; what it does is check them, run the cases and print the rows.
     from ..bench.rows import Settings, parse_size
 
     nbytes = parse_size(size)

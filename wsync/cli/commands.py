@@ -74,6 +74,7 @@ def push(
     complete checkpoint yet; 75 try later. A rejection is reported once, with 65. Later pushes print a note and exit
     with 0, because the live version stays live; if nothing is live, they exit with 65.
     """
+    # Long, but most of it declares options; the rest is one sequence that shares what it has opened.
     from ..checkpoints.files import remote
     from ..history.database import State
     from ..history.outcome import Outcome

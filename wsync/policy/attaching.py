@@ -45,12 +45,12 @@ def attach(
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
 
-    In mode ``"swap"``, what somebody keeps of the policy, such as an alias or a ``state_dict``, keeps its values. In
-    mode ``"copy"`` it is the policy's own memory, which each version overwrites: keep a ``clone()``.
+    In mode ``"swap"``, an alias or a ``state_dict`` that you keep of the policy keeps its values. In mode ``"copy"`` it
+    is the policy's own memory, which each version overwrites: keep a ``clone()``.
 
-    Makes the segment where there is none yet, since the policy says what its layout is, and waits for a publisher.
-    After five seconds without one a warning names the segments that there are. Where the wait ends without a version,
-    a segment that was made here is removed.
+    Makes the segment if it does not exist yet, with the policy's own layout, and waits for a publisher. After five
+    seconds without one, a warning names the segments that exist. If the wait ends without a version, removes a segment
+    that was made here.
 
     Args:
         policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
@@ -80,20 +80,11 @@ def attach(
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
         OutOfDeviceMemory: the GPU has no room for that copy.
-        UsageError: the mode, the staging, the name or the timeout is none; a tensor of the policy has no memory that
+        UsageError: the mode, the staging, the name or the timeout is invalid; a tensor of the policy has no memory that
             could be written; its class refuses a copy (CopyRefused); the policy's own code fails, its weights are
             folded into compiled code, or it has state that no version changes (SpecError).
     """
-    if not isinstance(policy, torch.nn.Module):
-        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
-    if not isinstance(name, str):
-        raise UsageError(f"name={name!r} is not a segment's name. Give the string that the publisher uses.")
-    if mode not in ("auto", "swap", "copy"):
-        raise UsageError(f'mode={mode!r} is unknown. Use "auto", "swap" or "copy".')
-    if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
-        raise UsageError(
-            f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
-        )
+    _check_arguments(policy, name, mode, staging)
     check_not_frozen(policy)
     check_extra_state(policy, extra_state)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
@@ -111,6 +102,20 @@ def attach(
     if reader.mode == "swap":
         trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
     return reader
+
+
+def _check_arguments(policy: object, name: object, mode: str, staging: str) -> None:
+    """Raises UsageError for an argument of ``attach`` that cannot be used."""
+    if not isinstance(policy, torch.nn.Module):
+        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
+    if not isinstance(name, str):
+        raise UsageError(f"name={name!r} is not a segment's name. Give the string that the publisher uses.")
+    if mode not in ("auto", "swap", "copy"):
+        raise UsageError(f'mode={mode!r} is unknown. Use "auto", "swap" or "copy".')
+    if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
+        raise UsageError(
+            f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
+        )
 
 
 def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str]) -> Reader:

@@ -54,6 +54,8 @@ _WAITS = (
 class Reader:
     """Keeps a policy in step with a segment; made by ``attach``.
 
+    It is long because refresh, wait, using and close share one lock and its rules for signal handlers and forks.
+
     Attributes:
         name: of the segment.
         mode: ``"swap"`` or ``"copy"``.

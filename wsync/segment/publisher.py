@@ -10,7 +10,7 @@ import mmap
 import operator
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -162,7 +162,7 @@ def publish_tensors(
 
     Args:
         tensors: by dotted name, on any device; another float dtype is cast to the segment's.
-        strict: every tensor must come; else what does not come keeps its live values.
+        strict: refuse if a tensor is missing; if False, a missing tensor keeps its live values.
         finite: refuse NaN and infinity, also those that a cast made.
         infinities: tensors of the policy that have some when it is built; the same ones are not refused.
         step: recorded with the version: a whole number, also one of numpy or in a tensor.
@@ -171,7 +171,7 @@ def publish_tensors(
 
     Raises:
         KeyError: a name is unknown, or missing.
-        ValueError: a shape is another, a value is not finite, or the step is beyond 64 bits.
+        ValueError: a shape differs, a value is not finite, or the step is beyond 64 bits.
         TypeError: the segment's dtype cannot hold a tensor's values, or the step is no whole number.
         SegmentBusy: every spare slot is leased.
     """
@@ -184,13 +184,7 @@ def publish_tensors(
     homes = seen_through(tensors, {name for entry in layout.tensors for name in entry.names})
     tensors = {homes.get(name, name): tensor for name, tensor in tensors.items()}
     sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
-    missing = [entry.name for entry in layout.tensors if not tensors.keys() & set(entry.names)]
-    kept = None if strict else segment.live_weights()
-    if missing and kept is None:
-        why = (
-            "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
-        )
-        raise KeyError(f"{len(missing)} tensors are missing: {', '.join(missing[:5])}. {why}.")
+    kept = _kept(segment, tensors, strict)
     with segment.spare_slot() as slot:
         staged = views(layout, torch.frombuffer(slot.memory, dtype=torch.uint8).untyped_storage(), slot.data_offset)
         targets = {
@@ -203,7 +197,7 @@ def publish_tensors(
             eight = torch.float8_e4m3fn
             cast = {path: s for path, s in sources.items() if targets[path].dtype == eight != s.dtype}
             check(targets, cast, finite=True)
-        if missing and kept is not None:
+        if kept is not None:
             slot.weights[:] = kept
         copy(targets, sources)  # P4 stage
         wrong = not_finite(slot.weights, layout) if finite else []  # P5 verify
@@ -216,6 +210,24 @@ def publish_tensors(
         publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate)
     segment.store(publication.version, slot.number)
     return publication
+
+
+def _kept(segment: WritableSegment, tensors: Collection[str], strict: bool) -> memoryview | None:
+    """The live weights, whose values missing tensors keep; None if no tensor is missing.
+
+    Raises:
+        KeyError: tensors are missing, and ``strict`` is set or nothing is live.
+    """
+    missing = [entry.name for entry in segment.layout.tensors if not any(name in tensors for name in entry.names)]
+    if not missing:
+        return None
+    kept = None if strict else segment.live_weights()
+    if kept is None:
+        why = (
+            "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
+        )
+        raise KeyError(f"{len(missing)} tensors are missing: {', '.join(missing[:5])}. {why}.")
+    return kept
 
 
 def _next_version(segment: WritableSegment, last_version: int) -> int:
