@@ -39,14 +39,15 @@ def check_options(cli: Cli, arguments: list[str]) -> None:
     assert given and all(re.search(rf"{word}\b", text) for word in given), (given, text)
 
 
-def unit() -> RawConfigParser:
+def unit(name: str = "wsync@.service") -> RawConfigParser:
     parser = RawConfigParser(strict=False, comment_prefixes=("#",), delimiters=("=",))
     parser.optionxform = str  # type: ignore[assignment, method-assign]
-    parser.read(OPERATIONS / "wsync@.service")
+    parser.read(OPERATIONS / name)
     return parser
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["wsync@.service", "wsync-push@.service", "wsync-push@.timer"])
+def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
     """systemd-analyze finds nothing wrong, once the program and the user that it names are there."""
     if not (analyze := shutil.which("systemd-analyze")):
         pytest.skip("systemd-analyze is not installed")
@@ -54,17 +55,35 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     me = pwd.getpwuid(os.getuid()).pw_name
-    text = (OPERATIONS / "wsync@.service").read_text()
-    text = text.replace("/opt/policy/.venv/bin/wsync", str(program)).replace("User=policy", f"User={me}")
-    (tmp_path / "wsync@cartpole.service").write_text(text.replace("/opt/policy", str(tmp_path)))
+    for file in OPERATIONS.glob("wsync*@.*"):
+        text = file.read_text()
+        text = text.replace("/opt/policy/.venv/bin/wsync", str(program)).replace("User=policy", f"User={me}")
+        (tmp_path / file.name.replace("@", "@cartpole")).write_text(text.replace("/opt/policy", str(tmp_path)))
     done = subprocess.run(
-        [analyze, "verify", "--man=no", str(tmp_path / "wsync@cartpole.service")],
+        [analyze, "verify", "--man=no", str(tmp_path / name.replace("@", "@cartpole"))],
         capture_output=True,
         text=True,
         timeout=DEADLINE,
     )
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "wsync" in line]
     assert (done.returncode, ours) == (0, [])
+
+
+def test_the_walk_from_nothing_names_what_is_there(cli: Cli) -> None:
+    """Each file that it copies is in the examples, each unit that it starts is one of them, and the push is ours."""
+    page = (OPERATIONS / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    for words in lines:
+        if words[0] == "cp":
+            assert all((OPERATIONS / file).is_file() for file in words[1:-1]), words
+        if words[0] == "systemctl" and words[1] != "daemon-reload":
+            template = re.sub("@[a-z]+", "@", words[-1])
+            assert (OPERATIONS / (template if "." in template else f"{template}.service")).is_file(), words
+    assert sum(words[0] == "cp" for words in lines) == 2
+    service = unit("wsync-push@.service")["Service"]
+    assert service["Type"] == "oneshot" and service["SuccessExitStatus"] == "66 75"
+    check_options(cli, shlex.split(service["ExecStart"]))
 
 
 def test_the_unit_uses_what_the_watch_speaks(cli: Cli) -> None:

@@ -45,6 +45,7 @@ TESTED = {
     ("how-it-works", "console"): 1,
     ("operations", "console"): 4,  # one is run by test_drill.py
     ("operations", "crontab"): 1,
+    ("operations", "sh"): 2,  # looked at by test_operations.py
     ("operations", "toml"): 1,
     ("readers", "python"): 2,  # run by test_leasing.py
     ("stable_baselines3", "console"): 1,  # run by test_trainer_examples.py, with what follows
