@@ -17,6 +17,8 @@ from processes import DEADLINE
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.places import candidates
+from wsync.places.candidates import Select
+from wsync.places.changes import Changes
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
 from wsync.sync import schedule
@@ -81,6 +83,31 @@ def test_an_idle_watch_lists_nothing(
     write(runs / "step_3/model.safetensors", mlp(), 3.0)
     until(watch, "published")
     assert mark_of(segment) == {3.0}
+
+
+def test_what_lies_deeper_is_told_of(listings: list[str], runs: Path) -> None:
+    """Guards weights two levels below a checkpoint: notifications tell all, so that none of them waits for the poll."""
+    inner = runs / "step_1" / "policy" / "actor"
+    inner.mkdir(parents=True)
+    write(inner / "model.safetensors", mlp(), 1.0)
+    changes = Changes(runs, 3600.0, threading.Event(), Select(within="policy/actor"))
+    assert changes.tells_all()
+    write(inner / "model.safetensors", mlp(), 2.0)
+    assert changes.wait(DEADLINE)
+    for name in ("step_2", "step_2/policy", "step_2/policy/actor", "policy", "policy/actor"):
+        path = runs / name
+        while changes.wait(0.05):
+            pass
+        path.mkdir()
+        assert changes.wait(DEADLINE), path
+    while changes.wait(0.05):
+        pass
+    for entry in (runs / "step_2", runs):  # the place may be a checkpoint itself
+        write(entry / "policy/actor/model.safetensors", mlp(), 3.0)
+        assert changes.wait(DEADLINE) and changes.tells_all()
+        while changes.wait(0.05):
+            pass
+    changes.close()
 
 
 def test_a_full_look_comes_now_and_then(

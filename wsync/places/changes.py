@@ -44,6 +44,7 @@ class Changes:
         self._notify: INotify | None = None
         self._watched: tuple[int, int] | None = None
         self._directory = place
+        self._paths: dict[int, Path] = {}  # by their watches
         self._begin()
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -60,12 +61,13 @@ class Changes:
 
     def tells_all(self) -> bool:
         """Whether notifications tell all that may change: each directory is watched, on a file system of this box."""
-        return self._notify is not None and self._is_complete and not self._settings.within
+        return self._notify is not None and self._is_complete
 
     def close(self) -> None:
         if self._notify is not None:
             self._notify.close()
         self._notify = self._watched = None
+        self._paths.clear()
 
     def _told(self, seconds: float) -> bool:
         """Whether a notification of concern comes in that time."""
@@ -77,15 +79,13 @@ class Changes:
             if event.mask & (flags.Q_OVERFLOW | flags.UNMOUNT | flags.DELETE_SELF | flags.MOVE_SELF):
                 self._watched = None  # what is there is looked at anew, and watched anew
             is_new = bool(event.mask & (flags.CREATE | flags.MOVED_TO))
-            is_directory = bool(event.mask & flags.ISDIR) or (is_new and self._leads_to_directory(event.name))
+            path = self._paths.get(event.wd, self._directory) / event.name
+            is_directory = bool(event.mask & flags.ISDIR) or (is_new and _leads_to_directory(path))
             if is_new and is_directory:
-                self._add(self._directory / event.name)
+                self._add_entry(self._directory / path.relative_to(self._directory).parts[0])
+                self._add_levels(self._directory)  # which may be a checkpoint itself
             told = told or self._concerns(event.name, is_directory)
         return told
-
-    def _leads_to_directory(self, name: str) -> bool:
-        """Whether it is a link, such as ``latest``, to a directory: its notification does not say so."""
-        return bool(name) and not TEMPORARY.search(name) and os.path.isdir(self._directory / name)
 
     def _concerns(self, name: str, is_directory: bool) -> bool:
         """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
@@ -118,10 +118,24 @@ class Changes:
                 with os.scandir(self._place) as entries:
                     for entry in entries:
                         if entry.is_dir():
-                            self._add(Path(entry.path))
+                            self._add_entry(Path(entry.path))
+                self._add_levels(self._place)
         except OSError:  # there is nothing to watch, or no watch is left to be had: the clock remains
             self.close()
         return self._notify is not None
+
+    def _add_entry(self, directory: Path) -> None:
+        """Watches a directory of the place, and what leads to the weights in it."""
+        self._add(directory)
+        self._add_levels(directory)
+
+    def _add_levels(self, directory: Path) -> None:
+        """Watches the directories that lead to the weights in this one, as far as they are there."""
+        for level in self._settings.within.split("/") if self._settings.within else ():
+            directory = directory / level
+            if not directory.is_dir():
+                return
+            self._add(directory)
 
     def _add(self, directory: Path, *, must: bool = False) -> None:
         """Watches one directory; one of many may fail, and the clock remains for it."""
@@ -131,11 +145,16 @@ class Changes:
         mask |= flags.ONLYDIR | (flags.DELETE_SELF | flags.MOVE_SELF if must else 0)
         assert self._notify is not None
         try:
-            self._notify.add_watch(directory, mask)
+            self._paths[self._notify.add_watch(directory, mask)] = directory
         except OSError:
             if must:
                 raise
             self._is_complete = False
+
+
+def _leads_to_directory(path: Path) -> bool:
+    """Whether it is a link, such as ``latest``, to a directory: its notification does not say so."""
+    return not TEMPORARY.search(path.name) and os.path.isdir(path)
 
 
 def _is_local(device: int) -> bool:
