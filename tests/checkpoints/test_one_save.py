@@ -62,6 +62,11 @@ def test_an_index_amid_its_shards_is_of_two_saves(first: float, second: float, i
     )  # it has stood still for long: a copy has lost the times
 
 
+def test_a_time_ahead_of_the_clock_is_not_waited_for() -> None:
+    """Guards a file server whose clock is ahead, and times that were set: they do not make a checkpoint wait."""
+    assert verdict(10, 5000, 11, settle=1.0) == "whole"
+
+
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_files_that_are_replaced_one_after_another(order: tuple[int, ...]) -> None:
     """Guards a save over one that was published, in every order: no state between the two is taken for whole."""

@@ -29,8 +29,8 @@ SETTLE = 0.02
 SHARD_1, SHARD_2 = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 
 
-def syncer(place: Path, order: str = "mtime", keep: int = 0) -> Syncer:
-    select = Select(settle=SETTLE, order=order)  # type: ignore[arg-type]
+def syncer(place: Path, order: str = "mtime", keep: int = 0, settle: float = SETTLE) -> Syncer:
+    select = Select(settle=settle, order=order)  # type: ignore[arg-type]
     return Syncer(replace(load_spec(SPEC), select=select, keep=keep), place, state=State(NAME))
 
 
@@ -86,10 +86,13 @@ def test_shards_written_over_in_place_go_live_together(segment: WritableSegment,
     assert push(runs).version == 1
     over(new / SHARD_1, latest / SHARD_1)
     for _ in range(2):
-        outcome = push(runs)
+        with syncer(runs, settle=0.0) as one:  # so that it has stood still for long
+            outcome = one.once()
         assert (outcome.kind, outcome.exit_code) == (BeingRewritten.kind, 75), outcome
         assert mark_of(segment) == {1.0}
     over(new / SHARD_2, latest / SHARD_2)
+    with syncer(runs, settle=0.3) as one:
+        assert "may hold files of two saves" in (one.once().reason or "")
     while (outcome := push(runs)).kind == BeingRewritten.kind:  # the index has not changed: it stands still for longer
         assert mark_of(segment) == {1.0}
     assert (outcome.status, outcome.version, mark_of(segment)) == ("published", 2, {2.0})
