@@ -40,17 +40,22 @@ class StepOrder:
         """How many are remembered."""
         return len(self._known or {})
 
-    def apply(self, found: list[Candidate], live: Candidate | None) -> tuple[list[Candidate], Candidate | None]:
+    def apply(
+        self, found: list[Candidate], live: Candidate | None, all_of: Callable[[], list[Candidate]]
+    ) -> tuple[list[Candidate], Candidate | None]:
         """The candidates with their steps, and what is live with a step that counts as theirs do.
 
         Args:
             live: with its path below the place as its name, where it lies there.
+            all_of: lists those, too, that were left out because their names tell a lower step.
         """
-        told = [self.told(candidate.name) for candidate in found]
-        if not self.agree(found, live):
-            told = [None] * len(found)
-        elif live and live.name and (number := self.told(live.name)) is not None:
-            live = live._replace(step=number)
+        if not self._agree(found, live):
+            found = all_of()
+            told: list[int | None] = [None] * len(found)
+        else:
+            told = [self.told(candidate.name) for candidate in found]
+            if live and live.name and (number := self.told(live.name)) is not None:
+                live = live._replace(step=number)
         unread = [candidate for number, candidate in zip(told, found, strict=True) if number is None]
         steps = dict(zip(map(id, unread), self._read(unread), strict=True)) if not self._pattern else {}
         self._forget_others(found)
@@ -69,7 +74,7 @@ class StepOrder:
         """Whether the step of what is live is the one that its name tells, or not known."""
         return bool(self._pattern) or live.step in (None, self.told(live.name))
 
-    def agree(self, found: list[Candidate], live: Candidate | None) -> bool:
+    def _agree(self, found: list[Candidate], live: Candidate | None) -> bool:
         """Whether the newest by its name has that step in its metadata, too, or none."""
         certain = [(number, c) for c in found if (number := self.told(c.name)) is not None] if not self._pattern else []
         if not certain:

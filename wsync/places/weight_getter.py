@@ -141,7 +141,7 @@ class CheckpointWeightGetter:
         if live and (self.select.pointer or not any(c.name for c in found)):
             return Look(lasting([c for c in found if c.identity != live.identity]))
         if self.select.order == "step":
-            found, live = self._with_steps(found, live, is_all=older is None)
+            found, live = self._step_order().apply(found, live, lambda: self._all(live) if older else found)
         newer = select(found, live, self.select.order)
         if live is None:
             return Look(lasting(newer))
@@ -160,20 +160,15 @@ class CheckpointWeightGetter:
         is_by_step = settings.order == "step" and self._step_order().counts_as(live)
         return older_than(live, settings.order, self._step_order().told if is_by_step else None)
 
+    def _all(self, live: Candidate | None) -> list[Candidate]:
+        return known_again(scan(self.checkpoints, self.select), live)
+
     def _step_order(self) -> StepOrder:
         if self._steps is None:
             from .step_order import StepOrder
 
             self._steps = StepOrder(self.step_of, self.select.step, self.memory)
         return self._steps
-
-    def _with_steps(
-        self, found: list[Candidate], live: Candidate | None, *, is_all: bool
-    ) -> tuple[list[Candidate], Candidate | None]:
-        steps = self._step_order()
-        if not is_all and not steps.agree(found, live):  # the headers of all tell
-            found = known_again(scan(self.checkpoints, self.select), live)
-        return steps.apply(found, live)
 
     def holds(self, source: str) -> bool:
         """Whether the checkpoint at this path is the place, or lies in it."""
