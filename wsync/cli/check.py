@@ -1,7 +1,7 @@
-"""One line for a monitoring system, and an exit code as Nagios and its kin take it.
+"""One line for a monitoring system, and an exit code as Nagios and similar systems expect it.
 
-0 is OK; 1, a warning: something is beyond its bound; 2, critical: nothing is live, or a segment cannot be read. What
-cannot be asked for at all, such as an option that is misspelt, ends with 2, too. Behind ``|`` are figures for graphs.
+0 is OK; 1, a warning: something is beyond its bound; 2, critical: nothing is live, or a segment cannot be read. A usage
+error, such as a misspelt option, also ends with 2. The figures after ``|`` are for graphs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOKED_AT = 1000  # events
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What is still good; None is any.
+    """The bounds within which all is well; None sets no bound.
 
     Attributes:
         staleness: age of a live version, seconds.
@@ -39,7 +39,7 @@ class Bounds:
             if value is not None and not (value >= 0 if field.name == "lag" else value > 0):
                 flag = f"--max-{field.name.replace('_', '-')}"
                 bound = "versions, 0 or more" if field.name == "lag" else "seconds above 0"
-                raise UsageError(f"{flag} {value} is no bound. Give {bound}.")
+                raise UsageError(f"{flag} {value} is not a valid bound. Give {bound}.")
 
     @property
     def given(self) -> bool:
@@ -52,7 +52,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
     Args:
         told: the segments, as ``status.look`` has them.
         broken: why others cannot be read, by name.
-        state: where histories are kept, which tell since when a reader is behind.
+        state: the directory of histories, which show since when a reader is behind.
     """
     code, words, figures = (0, [], []) if told or broken else (2, ["there is no segment"], [])
     for name, why in broken.items():
@@ -76,7 +76,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
 
 
 def _lagging(told: dict[str, Any], bounds: Bounds, state: Any) -> list[str]:
-    """The readers that are behind, by more than is allowed."""
+    """Names the readers that are further behind than allowed."""
     behind = [reader for reader in told["readers"] if reader["lag"] > 0]
     late = [reader for reader in behind if _above(reader["lag"], bounds.lag)]
     words = [f"{_named(r)} is {count(r['lag'], 'version')} behind" for r in late]

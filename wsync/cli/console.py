@@ -1,6 +1,6 @@
-"""What a person sees: one line for a push, tables for status, a panel or log lines for a watch.
+"""The output for people: one line for a push, tables for status, a panel or log lines for a watch.
 
-rich is loaded only to draw a table or the panel; a line costs nothing. Where nobody watches (no terminal) there are
+rich is loaded only to draw a table or the panel, not for a line. Without a terminal there are
 plain lines without colour, or JSON lines, one an event.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _STYLES = {"info": "", "warning": "yellow", "error": "red"}
 _TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
-_REMEMBERED = 1024  # refused checkpoints that a log does not tell of again
+_REMEMBERED = 1024  # refused checkpoints that a log does not report again
 
 LogFormat = Literal["rich", "plain", "json"]
 LOGGED = 5
@@ -82,7 +82,7 @@ def _joined(*clauses: str) -> str:
 
 
 def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
-    """A text of several lines as one, of printable characters alone: what a log keeps as one event.
+    """Joins a text of several lines into one line of printable characters, so that a log keeps it as one event.
 
     Differences follow the text, the first ``LOGGED`` of them.
     """
@@ -97,10 +97,10 @@ def complain(exc: WsyncError) -> None:
 
 
 def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
-    """Tells what a push did: what went live on stdout, what did not on stderr, with what differs.
+    """Prints what a push did: what went live to stdout, what did not to stderr, with the differences.
 
     Args:
-        quiet: nothing of what went live.
+        quiet: print nothing about what went live.
     """
     told = [*outcome.passed_over]
     if outcome.exit_code and not as_json:
@@ -174,14 +174,14 @@ def to_json(data: Any) -> str:
 
 
 class WatchLog:
-    """Tells of a watch's passes: each event once, not each pass.
+    """Logs a watch's passes: each event once, not each pass.
 
     Args:
         name: of the segment.
         form: ``rich`` is a panel on a terminal, ``plain`` a line an event, ``json`` an object a line.
         segment: gives the standing segment, for the readers in the panel.
         status: called with each event in one line.
-        rewriting: seconds for which it is nothing unusual that a checkpoint is being rewritten.
+        rewriting: seconds for which a checkpoint may be rewritten before it is logged.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class WatchLog:
         self.note("info", "stop", f"stopped; {live}")
 
     def tell(self, event: Outcome | WsyncError) -> None:
-        """An outcome of a pass, or why it failed; but for a publish, what was said last is not said again."""
+        """Logs the outcome of a pass, or why it failed. Except for a publish, it does not repeat what it said last."""
         if isinstance(event, WsyncError):
             key = ("failed", str(event))
             if key != self._last:
@@ -254,7 +254,7 @@ class WatchLog:
         self._last = key
 
     def hook(self, kind: str, ok: bool, message: str) -> None:
-        """A failure of a hook is told once, as long as it stays the same; so is that it works again."""
+        """Logs a failure of a hook once, as long as it stays the same, and once that the hook works again."""
         known = self._failing.pop(kind, None)
         if not ok:
             self._failing[kind] = message
@@ -262,7 +262,7 @@ class WatchLog:
             self.note("info" if ok else "warning", "hook", message)
 
     def _refusal(self, refused: Outcome) -> None:
-        """A refused checkpoint is told of once, as long as it does not change."""
+        """Logs a refused checkpoint once, as long as it does not change."""
         if refused.identity not in self._refused:
             self._outcome("error", refused)
         self._refused[refused.identity] = self._refused.pop(refused.identity, None)
@@ -287,10 +287,10 @@ class WatchLog:
         data: dict[str, Any] | None = None,
         differences: tuple[Difference, ...] = (),
     ) -> None:
-        """Tells of one event.
+        """Logs one event.
 
         Args:
-            data: what JSON has of it; None has the text.
+            data: the fields of the JSON object; with None it holds the text.
             differences: shown below the text.
         """
         text = f"{self._name}: {text}"

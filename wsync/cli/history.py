@@ -1,4 +1,4 @@
-"""The history for people and programs: events as JSON, times that people type, figures as a line, settings' origins."""
+"""The history for people and programs: events as JSON, times that people type, and where each setting comes from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def moment(text: str) -> float:
     try:
         return datetime.fromisoformat(text.strip()).timestamp()
     except (ValueError, OverflowError) as exc:
-        raise UsageError(f"--since {text!r} is no time. Write 30m, 2h, 3d, or 2026-05-01T12:00.") from exc
+        raise UsageError(f"--since {text!r} is not a time. Write 30m, 2h, 3d, or 2026-05-01T12:00.") from exc
 
 
 def follow_events(state: State, after: int) -> Iterator[Event]:

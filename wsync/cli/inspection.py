@@ -1,4 +1,4 @@
-"""What is in a checkpoint, whether it is complete and fits a policy; or what a directory holds to choose from."""
+"""Describes a checkpoint, and whether it is complete and fits a policy; or lists the checkpoints of a directory."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
 
 
 def _fitter(spec: Spec) -> Fits:
-    """Tells of checkpoints whether they fit the policy, whose layout is read once."""
+    """Returns a function that says whether a checkpoint fits the policy, whose layout is read once."""
     layout, settings = layout_process.layout_of_spec(spec), spec.weights
 
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What ``wsync push --quiet`` says: each trouble once, until it is another one or over. cron mails what is printed."""
+"""What ``wsync push --quiet`` says: each problem once, until it changes or ends. cron mails what is printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..history.outcome import Outcome
 
 
 class News:
-    """The trouble that was told of last, in a file below the state directory.
+    """The problem that was reported last, in a file below the state directory.
 
     Args:
         spec: as it was named, which tells one push from another.
@@ -24,7 +24,7 @@ class News:
         self._file = state_dir(state) / f"push-{hashlib.sha256(os.fsencode(named)).hexdigest()[:16]}.told"
 
     def has(self, event: Outcome | WsyncError) -> bool:
-        """Whether this is to be told; it is remembered. What passes by itself is not told."""
+        """Whether this should be reported; remembers it. A problem that passes by itself is not reported."""
         trouble = _trouble(event)
         try:
             before = self._file.read_text() if self._file.is_file() else ""
@@ -39,7 +39,7 @@ class News:
 
 
 def _trouble(event: Outcome | WsyncError) -> str:
-    """What tells one trouble from another; empty for none."""
+    """A text that differs between different problems; empty if there is no problem."""
     if isinstance(event, WsyncError):
         return re.sub(r"\d+", "0", str(event)).encode(errors="replace").decode()  # free bytes and pids differ each time
     passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"

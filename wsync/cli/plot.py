@@ -1,4 +1,4 @@
-"""``wsync log --plot``: what came over time, in as many columns as the terminal has."""
+"""``wsync log --plot``: events over time, in as many columns as the terminal has."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_j
 
 
 def follow(name: str | None, runtime: Place, state: Place) -> None:
-    """Shows it again and again until interrupted: in place, or one below the other where that is no terminal."""
+    """Shows the status again and again until interrupted: in place on a terminal, otherwise one below the other."""
     from rich.live import Live
 
     from .tables import stdout_console
@@ -83,7 +83,7 @@ def recent(name: str, place: Place) -> int:
 
 
 def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str, Any]], dict[str, SegmentError]]:
-    """What there is to tell of each segment, as ``segment_json`` has it, and why others cannot be read."""
+    """Returns each readable segment as ``segment_json`` gives it, and the error of each other one by name."""
     told: list[dict[str, Any]] = []
     broken: dict[str, SegmentError] = {}
     for each in [name] if name else segments(runtime):
@@ -97,7 +97,7 @@ def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str,
 
 
 def _told(segment: Segment, place: Place) -> dict[str, Any]:
-    """The segment, its pin, the last failure where nothing was published since, and its group where it has one."""
+    """The segment, its pin, its last failure if nothing was published since, and its group if it has one."""
     told = segment_json(segment)
     with State(segment.name, place) as state:
         try:

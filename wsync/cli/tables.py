@@ -35,7 +35,7 @@ def stdout_console() -> Console:
 
 
 def _table(*columns: str) -> Table:
-    """A table without lines; what does not fit is folded, unless its column says otherwise."""
+    """A table without lines; a text that does not fit is folded, unless its column says otherwise."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -48,7 +48,7 @@ def status_view(told: list[dict[str, Any]]) -> RenderableType:
 
 
 def segment_view(told: dict[str, Any], most: int | None = None) -> RenderableType:
-    """A segment, of what ``segment_json`` tells, and ``most`` of its readers."""
+    """Shows a segment as ``segment_json`` gives it, and at most ``most`` of its readers."""
     readers = told["readers"]
     parts: list[RenderableType] = [_headline(told)]
     parts += [Text(f"  {note}", "yellow") for note in _notes(told)]
@@ -133,7 +133,7 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
 
 
 def _origin(looked: dict[str, Any]) -> str:
-    """Where the step was read, and what a setting could read instead."""
+    """Says where the step was read, and which other numbers a setting could take instead."""
     others = ", ".join(looked["other_numbers"])
     more = f", which also holds {others}: select.step would take another" if others else ""
     return printable(f"{looked['step_from']}{more}")
@@ -212,7 +212,7 @@ def print_log(name: str, events: list[Event], coming: Iterable[Event]) -> None:
 
 
 def _log_line(cells: list[Text]) -> Table:
-    """One event, laid out by itself: with ``--follow`` nobody knows those that follow."""
+    """Lays out one event by itself, because with ``--follow`` the next events are not known yet."""
     line = Table.grid(padding=(0, 2, 0, 0))
     for head, least, justify in _LOG_COLUMNS:
         line.add_column(min_width=least, justify=justify, no_wrap=head != "checkpoint", overflow="fold")
