@@ -72,6 +72,7 @@ def test_inodes_that_change_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Guards how it is told: by two looks at one file, or by the kind of its file system."""
     path = write(tmp_path / "step_1.safetensors", mlp())
     assert not inodes.inodes_change(str(path))
+    assert not inodes.inodes_change(str(tmp_path / "gone"))
     with monkeypatch.context() as fuse:
         fuse.setattr(inodes, "_KINDS", range(1 << 63))
         assert inodes.inodes_change(str(path))
