@@ -119,13 +119,14 @@ def test_an_import_string_alone_has_defaults(tmp_path: Path, monkeypatch: pytest
     """Guards what a bare import string means: its name is that of the segment, the current directory is importable."""
     monkeypatch.chdir(tmp_path)
     spec = load_spec("train.nets:Zoo.make")
-    assert spec == Spec("train.nets:Zoo.make", "train.nets.Zoo.make", tmp_path)
+    assert spec == Spec("train.nets:Zoo.make", "train.nets.Zoo.make", tmp_path, origin="train.nets:Zoo.make")
     assert (spec.policy_kwargs, spec.checkpoints, spec.poll, spec.slots) == ({}, None, POLL, SLOTS)
 
 
 def test_a_toml_file_alone_has_defaults(tmp_path: Path) -> None:
     """Guards that a TOML file needs only the policy, and takes its own name for the segment."""
-    assert load_spec(toml(tmp_path, 'policy = "nets:Net"')) == Spec("nets:Net", "cartpole", tmp_path)
+    path = toml(tmp_path, 'policy = "nets:Net"')
+    assert load_spec(path) == Spec("nets:Net", "cartpole", tmp_path, origin=path)
 
 
 def test_a_toml_file_says_it_all(tmp_path: Path) -> None:
