@@ -117,7 +117,7 @@ def test_a_hostile_header_of_100_mb_is_refused_at_once(case: str, tmp_path: Path
     began = time.process_time()
     with pytest.raises(MalformedCheckpoint):
         Checkpoint(tmp_path / "a.safetensors")
-    assert time.process_time() - began < 2.0
+    assert time.process_time() - began < 1.0  # it takes 0.3 s
 
 
 BOUNDS = {
