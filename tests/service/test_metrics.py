@@ -347,7 +347,7 @@ def test_a_push_leaves_what_is_live_and_how_it_ended(cli: Cli, runs: Path) -> No
 def test_a_failed_push_is_told(cli: Cli, runs: Path, runtime: Path) -> None:
     """A push that ends with an error says so in the file."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    (runtime / NAME / "layout.json").unlink()
+    (runtime / NAME / "layout.json").write_text("{}")
     assert cli("push", SPEC, "runs", "--metrics-file", "wsync.prom").returncode == 1
     assert parsed(Path("wsync.prom").read_text())["wsync_last_run_exit_code",] == 1
 

@@ -45,7 +45,10 @@ class Tied(nn.Module):
 
 def every_dtype(low: int) -> nn.ParameterDict:
     """A tensor of each dtype that a segment can hold, with the values from ``low`` on."""
-    tensors = {name: torch.arange(low, low + 3).to(getattr(torch, dtype)) for name, dtype in TORCH_DTYPES.items()}
+    dtypes = {
+        name: getattr(torch, dtype) for name, dtype in TORCH_DTYPES.items() if name != "F4"
+    }  # torch casts nothing to it
+    tensors = {name: torch.arange(low, low + 3).to(dtype) for name, dtype in dtypes.items()}
     return nn.ParameterDict(
         {name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for name, tensor in tensors.items()}
     ).eval()

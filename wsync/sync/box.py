@@ -86,7 +86,7 @@ class Box:
             if look.before and (ended := look.before(this)):
                 return ended
             if last_version is None:
-                last_version = 0 if this.live else self.record.last_published()[0]
+                last_version = 0 if this.live else max(self.updater.last_version, self.record.last_published()[0])
             publication = publish(
                 segment,
                 source,

@@ -102,6 +102,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     def segment(self) -> WritableSegment | None:
         """The standing segment, opened anew where it was removed and made again; None where there is none."""
         if self._segment and (not self._segment.is_current() or self._segment.damage()):
+            self.last_version = max(self.last_version, self._segment.version)
             self._segment.tell_removed()
             self.close()
         if self._segment is None:
