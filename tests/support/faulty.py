@@ -237,7 +237,10 @@ def main() -> None:
             cases += [(nth, SHORT) for nth in range(calls.count(family) + 1) if family in PARTIAL]
             for nth, error in cases:
                 about = {"scenario": scenario, "family": family, "nth": nth, "error": error}
-                print(json.dumps(about | inject(box, faults, family, nth, error)), flush=True)
+                said = inject(box, faults, family, nth, error)
+                if not said["fired"]:  # how often a pass looks at a young file depends on the clock
+                    said = inject(box, faults, family, nth, error)
+                print(json.dumps(about | said), flush=True)
         if box.kept:
             box.kept.close()
 
