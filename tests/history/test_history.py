@@ -756,7 +756,7 @@ def test_help_of_every_command_has_an_example_and_fits_80_columns(cli: Cli, runt
         ("ro", {"rollback"}),
         ("status pol", {NAME}),
         ("rollback ", {NAME}),
-        ("push x --order ", {"mtime", "step", "name"}),
+        ("push x --order ", {"arrival", "mtime", "step", "name"}),
     ],
 )
 def test_the_shell_completes(push: Push, cli: Cli, typed: str, offered: set[str]) -> None:

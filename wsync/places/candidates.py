@@ -26,6 +26,7 @@ from ..checkpoints.files import Parts, identity, identity_of, led_to, parts_of, 
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint, UsageError
 from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
 from .inside import inside, pointed
+from .markers import is_marked, markers_of
 
 if TYPE_CHECKING:
     from .older import Older
@@ -260,7 +261,7 @@ def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidat
     named = (
         _of_parts(parts_of(place)) if is_several else Candidate(place, info, written(info), arrived_ns=info.st_ctime_ns)
     )
-    return _marked(named, (place.parent / name for name in _markers(place.name, settings.marker)), settings)
+    return _marked(named, (place.parent / name for name in markers_of(place.name, settings.marker)), settings)
 
 
 def _pointed(place: Path, settings: Select) -> list[Candidate]:
@@ -271,7 +272,7 @@ def _pointed(place: Path, settings: Select) -> list[Candidate]:
         path = inside(path, settings.within, settings.file)
         beside = [place / name / settings.marker]
     else:
-        beside = [place / each for each in _markers(name, settings.marker)]
+        beside = [place / each for each in markers_of(name, settings.marker)]
     return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
 
 
@@ -305,7 +306,7 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
     if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
         where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
         single = Candidate(where, info, written(info), None, name, info.st_ctime_ns)
-        return _marked(single, (place / m for m in _markers(name, settings.marker) if m in names), settings)
+        return _marked(single, (place / m for m in markers_of(name, settings.marker) if m in names), settings)
     if not entry.is_dir():
         return []
     path = Path(entry.path) if remote(place) is None else place / name
@@ -319,7 +320,7 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
 
 
 def _marked(candidate: Candidate, markers: Iterable[Path], settings: Select) -> list[Candidate]:
-    return [candidate] if not settings.marker or _is_marked(candidate, markers) else []
+    return [candidate] if not settings.marker or is_marked(candidate.mtime_ns, markers) else []
 
 
 def _without_links(found: list[Candidate], links: Collection[str]) -> list[Candidate]:
@@ -377,27 +378,3 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
     except OSError:
         return []
     return [Candidate(path, info, written(info), None, name, info.st_ctime_ns)]
-
-
-def _markers(name: str, marker: str) -> tuple[str, ...]:
-    """The marker's possible names beside a file: one of them says that the file is whole."""
-    dotted = marker if marker.startswith(".") else f".{marker}"
-    own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
-    return (*own, marker) if name == SINGLE else own
-
-
-def _is_marked(candidate: Candidate, markers: Iterable[Path]) -> bool:
-    """Whether one of these markers is there and no older than the checkpoint: an older one is of an earlier save."""
-    infos = map(_look, markers)
-    return any(written(info) >= candidate.mtime_ns for info in infos if info)
-
-
-def _look(file: Path) -> os.stat_result | None:
-    """Looks at a file, or at an object of a store; None where there is none."""
-    if away := remote(file):  # the listing of a named object does not show its neighbours
-        stored = away.stored() or away.store.head(away.key)
-        return stored.stat(str(away.store)) if stored else None
-    try:
-        return file.lstat()
-    except OSError:
-        return None
