@@ -17,7 +17,8 @@ from policies import mlp
 from processes import Lines, Spawn
 
 from wsync.errors import NoCheckpoint, SegmentUnsafe, StateError, UsageError
-from wsync.history.database import Pin, State
+from wsync.history.database import State
+from wsync.history.pins import Pin
 from wsync.history.rollback import rollback
 from wsync.segment.files import WORD_OFFSET
 from wsync.segment.segment import Segment

@@ -19,7 +19,8 @@ from others import as_person, run_cli
 from processes import DEADLINE, Spawn
 
 from wsync.errors import StateError, UsageError
-from wsync.history.database import Pin, State, state_dir
+from wsync.history.database import State, state_dir
+from wsync.history.pins import Pin
 from wsync.history.record import Record
 
 PIN = Pin("/runs/a.safetensors", "1-2-3-4", 7, 70, 1.5, "by hand")

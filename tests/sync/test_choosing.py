@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wsync.history.database import Pin
+from wsync.history.pins import Pin
 from wsync.places.candidates import Candidate
 from wsync.segment.files import Publication
 from wsync.sync.choosing import Choice, choose

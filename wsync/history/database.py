@@ -15,19 +15,19 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import StateError, UsageError
 from ..segment.access import check_name, opened
-from ..segment.files import END_OF_TIME, MAX_VERSION, parsed
+from ..segment.files import END_OF_TIME, MAX_VERSION
 from ..system.memory import read_at
+from .pins import Pin
 
 if TYPE_CHECKING:
     import sqlite3
 
-    from ..segment.files import Publication
     from .storage import Storage
 
 T = TypeVar("T")
@@ -40,46 +40,6 @@ _UNBOUNDED = 1 << 40
 _TRIM = 100  # events, of which one looks whether there are too many
 _KEEP_REJECTIONS = 1_000
 _MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """The one checkpoint that stays live.
-
-    Attributes:
-        checkpoint: its path.
-        identity: of its files when it was pinned.
-        version: under which it was live then; 0 where it was not.
-        step: the producer's number.
-        since: seconds since the epoch.
-        reason: who asked for it, in words.
-    """
-
-    checkpoint: str
-    identity: str
-    version: int
-    step: int | None
-    since: float
-    reason: str
-
-    @property
-    def name(self) -> str:
-        """What is pinned, in words: its path, or the version of weights that came from memory."""
-        return self.checkpoint or f"version {self.version}"
-
-    def holds(self, live: Publication) -> bool:
-        """Whether this is what is live."""
-        return live.identity == self.identity and bool(self.identity or live.version == self.version)
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Pin:
-        """Raises ValueError where this is no pin."""
-        with parsed():
-            pin = cls(**json.loads(text))
-            kinds = (str, str, int, int | None, int | float, str)
-            if not all(isinstance(value, kind) for value, kind in zip(astuple(pin), kinds, strict=True)):
-                raise TypeError("a value is of another type")
-            return pin
 
 
 class Event(NamedTuple):

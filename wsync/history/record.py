@@ -28,8 +28,9 @@ from .database import State
 if TYPE_CHECKING:
     from ..segment.publisher import Staged
     from ..segment.segment import Segment
-    from .database import Event, Pin
+    from .database import Event
     from .outcome import Outcome
+    from .pins import Pin
 
 P = ParamSpec("P")
 T = TypeVar("T")

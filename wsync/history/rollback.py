@@ -20,7 +20,8 @@ from ..segment.files import Publication
 from ..segment.publisher import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
-from .database import Event, Pin, State
+from .database import Event, State
+from .pins import Pin
 from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, kept_events, reopen, what
 
 _log = logging.getLogger("wsync")

@@ -7,15 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoints.files import remote, written
-from ..layout.filenames import SINGLE
-
-_SUFFIX = ".safetensors"
+from ..layout.filenames import SINGLE, SUFFIX
 
 
 def markers_of(name: str, marker: str) -> tuple[str, ...]:
     """The marker's possible names beside a file: one of them says that the file is whole."""
     dotted = marker if marker.startswith(".") else f".{marker}"
-    own = f"{name}{dotted}", f"{name.removesuffix(_SUFFIX)}{dotted}"
+    own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
     return (*own, marker) if name == SINGLE else own
 
 

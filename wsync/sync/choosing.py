@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from ..history.database import Pin
+from ..history.pins import Pin
 from ..places.candidates import Candidate
 from ..segment.files import Publication
 

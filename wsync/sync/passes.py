@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, replace
 
 from ..errors import CheckpointError, RetryLater, on_one_line
-from ..history.database import Pin
 from ..history.outcome import Outcome, status_of
+from ..history.pins import Pin
 from ..segment.files import Publication
 from ..segment.segment import Segment
 

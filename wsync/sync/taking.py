@@ -8,8 +8,8 @@ from functools import partial
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
-from ..history.database import Pin
 from ..history.outcome import Outcome
+from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..places.inodes import was_changed
 from ..segment.publisher import holds, rehearse

@@ -1,0 +1,48 @@
+"""A pin: the one checkpoint that an operator keeps live."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple, dataclass
+
+from ..segment.files import Publication, parsed
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The one checkpoint that stays live.
+
+    Attributes:
+        checkpoint: its path.
+        identity: of its files when it was pinned.
+        version: under which it was live then; 0 where it was not.
+        step: the producer's number.
+        since: seconds since the epoch.
+        reason: who asked for it, in words.
+    """
+
+    checkpoint: str
+    identity: str
+    version: int
+    step: int | None
+    since: float
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """What is pinned, in words: its path, or the version of weights that came from memory."""
+        return self.checkpoint or f"version {self.version}"
+
+    def holds(self, live: Publication) -> bool:
+        """Whether this is what is live."""
+        return live.identity == self.identity and bool(self.identity or live.version == self.version)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Pin:
+        """Raises ValueError where this is no pin."""
+        with parsed():
+            pin = cls(**json.loads(text))
+            kinds = (str, str, int, int | None, int | float, str)
+            if not all(isinstance(value, kind) for value, kind in zip(astuple(pin), kinds, strict=True)):
+                raise TypeError("a value is of another type")
+            return pin
