@@ -51,9 +51,10 @@ def bench(
 ) -> None:
     """Measure this box, beside the machine's limits and the usual ways; takes a minute or two.
 
-    Measures in private directories and removes them afterwards. Leave the box alone meanwhile. A ratio is wsync's
-    figure divided by the other: for times, less is better; for speeds, more is better. Exits with 0 whatever the
-    figures are, and with 1 if a case failed.
+    Measures in private directories and removes them afterwards. Leave the box
+    alone meanwhile. A ratio is wsync's figure divided by the other: for times,
+    less is better; for speeds, more is better. Exits with 0 whatever the figures
+    are, and with 1 if a case failed.
     """
     # Long because it declares its options; what it does is check them, run the cases and print the rows.
     from ..bench.rows import Settings, parse_size

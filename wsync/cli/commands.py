@@ -70,9 +70,10 @@ def push(
 ) -> None:
     """Run one pass: put the newest complete checkpoint, or the one you name, into shared memory.
 
-    Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the checkpoint is rejected; 66 there is no
-    complete checkpoint yet; 75 try later. A rejection is reported once, with 65. Later pushes print a note and exit
-    with 0, because the live version stays live; if nothing is live, they exit with 65.
+    Exit codes: 0 published, or already current; 1 failed; 2 usage; 65 the
+    checkpoint is rejected; 66 there is no complete checkpoint yet; 75 try later.
+    A rejection is reported once, with 65. Later pushes print a note and exit with
+    0, because the live version stays live; if nothing is live, they exit with 65.
     """
     # Long, but most of it declares options; the rest is one sequence that shares what it has opened.
     from ..checkpoints.files import remote
@@ -183,10 +184,12 @@ def watch(
 ) -> None:
     """Keep a policy's weights in step until stopped: publish each new checkpoint, log each version.
 
-    Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-failures; 2 usage.
+    Exit codes: 0 stopped by a signal; 1 more passes failed in a row than --max-
+    failures; 2 usage.
 
-    SIGHUP makes it read the TOML again. Under systemd, use Type=notify: the unit is ready when the first version is
-    live. If torchrun starts one watch on each box, they form a group: one reads, and all boxes go live together.
+    SIGHUP makes it read the TOML again. Under systemd, use Type=notify: the unit
+    is ready when the first version is live. If torchrun starts one watch on each
+    box, they form a group: one reads, and all boxes go live together.
     """
     from ..service.service import Service
     from .console import WatchLog, default_format
@@ -231,8 +234,9 @@ def status(
 ) -> None:
     """Show what is live, how old it is, what is pinned, and which version each reader is on.
 
-    Exit codes: 0; 1 a segment is unusable. With one of the three bounds, the codes of Nagios: 0 all is well; 1
-    something is beyond its bound; 2 nothing is live, or a segment is unusable.
+    Exit codes: 0; 1 a segment is unusable. With one of the three bounds, the
+    codes of Nagios: 0 all is well; 1 something is beyond its bound; 2 nothing is
+    live, or a segment is unusable.
     """
     from .check import Bounds
     from .status import follow, show

@@ -114,7 +114,8 @@ def pin(
 ) -> None:
     """Keep one checkpoint live, whatever arrives; a running watch and cron obey from their next pass on.
 
-    You chose this checkpoint yourself: its values are checked, but no gate is asked.
+    You chose this checkpoint yourself: its values are checked, but no gate is
+    asked.
     """
     from ..history.database import State
     from ..history.rollback import pin_checkpoint
