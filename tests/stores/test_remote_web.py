@@ -256,7 +256,7 @@ def test_a_file_url_is_a_path(segment: WritableSegment, cli: Cli, tmp_path: Path
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("ftp://host/run", "'ftp' is no store"),
+        ("ftp://host/run", "'ftp' is not a store"),
         ("s3://", "names no bucket"),
         ("http:///run", "names no host"),
         ("http://user:pa55-in-the-url@[::1/run", "an invalid host"),

@@ -223,7 +223,7 @@ def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]],
     split = len(_places(policy)) > 1
     for name, tensor in tensors:
         if tensor.device.type != "cpu" and (device is None or split):
-            return f"{name} is on {tensor.device}" + (" and others were not" if split else "")
+            return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
         if tensor.is_inference():
             return f"{name} was made in inference mode"
         if not tensor.is_contiguous():
