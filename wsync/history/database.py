@@ -10,7 +10,6 @@ A policy stays in step without this state: if it cannot be written, the pass goe
 from __future__ import annotations
 
 import json
-import logging
 import os
 import stat
 import time
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from .storage import Storage
 
 T = TypeVar("T")
-
-_log = logging.getLogger("wsync")
 
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
@@ -100,6 +97,12 @@ CREATE TABLE IF NOT EXISTS rejections (
 """
 
 
+def _warn(exc: StateError) -> None:
+    import logging  # here, since a push with nothing to say does without
+
+    logging.getLogger("wsync").warning("%s", exc)
+
+
 def _text(value: Any) -> Any:
     """A text as the database takes it: a file name that is no UTF-8 with its odd bytes escaped."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
@@ -154,7 +157,7 @@ class State:
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
         self._storage: Storage | None = None
-        self.warn: Callable[[StateError], None] = lambda exc: _log.warning("%s", exc)
+        self.warn: Callable[[StateError], None] = _warn
 
     def __enter__(self) -> State:
         return self

@@ -6,7 +6,6 @@ they are while versions change.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from ..errors import SpecError
@@ -16,7 +15,6 @@ from .names import bare
 if TYPE_CHECKING:
     import torch
 
-_log = logging.getLogger("wsync")
 WAYS = ("refuse", "ignore")
 
 
@@ -54,4 +52,6 @@ def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
             f"{what}. They would stay as they are while versions change. Keep them in buffers, or set "
             'extra_state="ignore" if they need not change.'
         )
-    _log.warning("%s. They stay as they are while versions change.", what)
+    import logging
+
+    logging.getLogger("wsync").warning("%s. They stay as they are while versions change.", what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -35,8 +34,6 @@ from .files import (
 )
 from .problems import damaged, removed
 from .segment import Segment
-
-_log = logging.getLogger("wsync")
 
 
 class WritableSegment(Segment):
@@ -290,7 +287,7 @@ def _set_aside_if_damaged(name: str, path: Path) -> None:
         how = exc.message.partition(": ")[0]
     except SegmentError:
         return
-    _log.warning(
+    _warn(
         "segment %r %s: something outside wsync removed or cut its files; it is made anew. If systemd did this at "
         "a user's last logout, set RemoveIPC=no in logind.conf, or use `loginctl enable-linger`.",
         name,
@@ -303,7 +300,7 @@ def _set_aside_if_damaged(name: str, path: Path) -> None:
 def _warn_of_disk(base: Path) -> None:
     kind = file_system(base)
     if kind not in ("tmpfs", "ramfs", "hugetlbfs", ""):
-        _log.warning(
+        _warn(
             "%s is on a disk (%s): each version is also written to that disk, and a publish may wait for it. Name a "
             "directory in memory, such as one below /dev/shm, with --runtime-dir.",
             base,
@@ -327,3 +324,9 @@ def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
         base_owner(base, write=True)
         shut(open_dir(base / check_name(name)))
         discard(base / name)
+
+
+def _warn(message: str, *values: object) -> None:
+    import logging  # here, since a push with nothing to say does without
+
+    logging.getLogger("wsync").warning(message, *values)
