@@ -182,6 +182,7 @@ class Descriptor(FileIO):
     """A descriptor that is closed however its user ends; it is gone also where close(2) fails, and nothing is lost."""
 
     def close(self) -> None:
+        self._finalizing = False  # a finalizer is one of the ways to close it, and no reason for a ResourceWarning
         with suppress(OSError):
             super().close()
 
