@@ -22,7 +22,7 @@ int main(int argc, char **argv) {
     int control = open(path, O_RDONLY | O_CLOEXEC);
     const char *page = mmap(NULL, 4096, PROT_READ, MAP_SHARED, control, 0);
     if (control < 0 || page == MAP_FAILED || memcmp(page, "WSYNC\0\0\1", 8)) {
-        fprintf(stderr, "%s is no segment of this format\n", argv[1]);
+        fprintf(stderr, "%s is not a segment in this format\n", argv[1]);
         return 1;
     }
     const uint64_t *word = (const uint64_t *)(page + WORD_OFFSET);

@@ -76,7 +76,7 @@ def read_config(adapter: ByteSource, file: Path) -> Config:
 
 
 def _config(table: Any) -> Config:
-    """A configuration from its JSON; a ValueError says why it is none."""
+    """Reads a configuration from its JSON; raises ValueError with the reason if it is not one."""
     if not isinstance(table, dict) or table.get("peft_type") != "LORA":
         raise ValueError("no LoRA")
     if odd := [kind for kind in _KINDS if table.get(kind)]:

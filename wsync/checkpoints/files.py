@@ -65,7 +65,7 @@ def place_at(place: str | os.PathLike[str]) -> Path:
 def led_to(path: Path) -> Path:
     """Where links lead to at this moment, so that what is recorded does not move with them.
 
-    A file that is a link keeps its own name where the other one is no safetensors file's, as in Hugging Face's cache.
+    A link to a file keeps its own name if the target's name does not end in .safetensors, as in Hugging Face's cache.
     """
     if remote(path):
         return path

@@ -44,7 +44,7 @@ def instead(name: str) -> str:
 
 
 def found_in(place: Path) -> str:
-    """A sentence about such files in a directory, or in those below it; empty where there are none."""
+    """Names such files in a directory or one level below, in a sentence; returns an empty text if there are none."""
     try:
         files = _files(place)
     except (OSError, WsyncError):  # it was listed a moment ago; this only explains

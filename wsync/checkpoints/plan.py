@@ -1,4 +1,4 @@
-"""How a checkpoint's bytes reach a layout: which bytes of which file go where.
+"""The plan of a read: where each tensor's bytes go in the layout.
 
 A plan is data, and carries what was found on the way: what is cast, what keeps its live values, what an adapter adds.
 What does not fit is told as a whole, tensor by tensor; and where one setting would make it fit, the message says which.

@@ -47,7 +47,7 @@ def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list
     begins = min(_common(wanted, given), len(wanted) - ends, len(given) - ends)
     before, old, new = given[:begins], given[begins : len(given) - ends], wanted[begins : len(wanted) - ends]
     after = given[len(given) - ends]
-    if any(part.isdigit() for part in before):  # within a layer, of which there are many
+    if any(part.isdigit() for part in before):  # inside one of many numbered layers
         if not old:
             old, new = [after], [*new, after]
         return rf"/\.{re.escape('.'.join(old))}\./", ".".join(["", *new, ""])
