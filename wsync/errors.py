@@ -13,6 +13,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
     │   │   ├── WrongDigest         65  its bytes are not those that its writer's, or its store's, digest names
     │   │   ├── CheckpointMismatch  65  it does not fit the policy
+    │   │   │   └── ForeignCheckpoint 65 it shares no name with the policy: another file among the checkpoints
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
     │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says

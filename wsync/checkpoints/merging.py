@@ -68,7 +68,9 @@ def _add(
     with blaming(base.path, adapter.path):
         base.check_unchanged()
         if rows:
-            raise NonFiniteWeights(f"{base.path} holds NaN or infinity in {len(rows)} tensors.", tuple(rows))
+            raise NonFiniteWeights(
+                f"{base.path} holds NaN or infinity in {len(rows)} tensors. Name another base.", tuple(rows)
+            )
     return finite
 
 

@@ -103,16 +103,16 @@ def check(
         if source.shape != target.shape:
             raise ValueError(
                 f"{dotted(path)!r} has shape {list(source.shape)}, the policy's has {list(target.shape)}. Nothing was "
-                "written."
+                "written; give a tensor of that shape."
             )
         if source.dtype != target.dtype and not _holds(target.dtype, source.dtype):
             raise TypeError(
                 f"{dotted(path)!r} is {source.dtype}, the policy's is {target.dtype}, which cannot hold its values. "
-                "Nothing was written."
+                "Nothing was written; convert it first."
             )
         check_copy(dotted(path), target, source)
         if finite and not _is_finite(source, target.dtype) and not same_infinities(source, target):
-            raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written.")
+            raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written; see what the trainer did.")
     if strict and targets.keys() - sources.keys():
         given = {_where(targets[path]) for path in sources}
         if missing := [path for path, target in targets.items() if path not in sources and _where(target) not in given]:
@@ -225,7 +225,7 @@ def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, tor
         if other != path and not torch.equal(sources[path], sources[other]):
             raise ValueError(
                 f"{dotted(other)!r} and {dotted(path)!r} are one tensor in the policy, but two different ones in the "
-                "weights given. Nothing was written."
+                "weights given. Nothing was written; give equal ones, or only one."
             )
 
 

@@ -206,7 +206,7 @@ def publish_tensors(
             dtype = targets[tuple(name.split("."))].dtype
             if own is not None and source is not None and same_infinities(source, own.to(dtype)):
                 continue
-            raise ValueError(f"{name!r} holds NaN or infinity. Nothing was published.")
+            raise ValueError(f"{name!r} holds NaN or infinity. Nothing was published; see what the trainer did.")
         publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate)
     segment.store(publication.version, slot.number)
     return publication

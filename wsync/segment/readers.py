@@ -110,7 +110,10 @@ class Registration:
                     if try_lock(fd) and os.fstat(fd).st_nlink:
                         return fd
                 shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
-        raise SegmentUnsafe("its records are locked by somebody as soon as they are made")
+        raise SegmentUnsafe(
+            f"another process locks each new record in {place}. Find it with `fuser -v {place}`, end it, and attach "
+            "again."
+        )
 
 
 def open_readers(segment: Path) -> int:
