@@ -28,45 +28,38 @@ from safetensors.torch import load_file
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import UsageError
+from ..layout.layout import views
 from ..policy.attaching import attach
 from ..policy.reader import Mode, Reader
 from ..text import size as shown
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
-from .place import Place, private_place, settle
-from .processes import COMMAND, make
+from .place import Place, private_place
+from .processes import BY_HAND, COMMAND, make
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed
 
-BY_HAND = Path(__file__).with_name("by_hand.py")
-_PAGE = 4096
 _DEADLINE = 30.0  # seconds until a file that was not noticed fails the case
 
 
 def push(place: Place) -> list[Row]:
-    """A push with nothing to do, then one of a checkpoint that is new, beside a script of twenty lines."""
+    """A push with nothing to do, then one of a checkpoint that is new, beside what one would write by hand."""
     size, tensors = place.settings.size, place.settings.tensors
     place.need(5 * size)
     spec = place.write_spec("policy", size, tensors)
     file = place.save("policy/step_1.safetensors", size, tensors)
-    (place.runtime / "by-hand").mkdir()
-    ours = timed(partial(place.run, "-m", "wsync", "push", spec))
-    script = timed(partial(place.run, "-P", BY_HAND, file.parent, place.runtime / "by-hand"))
-    imports = timed(partial(place.run, "-c", "import typer, rich"))
     times = itertools.count(1)
 
     def renewed(work: Timed) -> float:
         os.utime(file, ns=(0, next(times) * 10**9))  # new, and old enough that nobody waits for its writer
         return work()
 
-    idle, few = "wsync push, nothing to do", 1 if place.settings.quick else 3
+    ours = timed(partial(place.run, "-m", "wsync", "push", spec))
+    imports = timed(partial(place.run, "-c", "import typer, rich"))
+    script = timed(partial(place.run, "-c", BY_HAND, file.parent, place.runtime))
     new, our_new, script_new = f"wsync push, new {shown(size)}", partial(renewed, ours), partial(renewed, script)
     return [
-        compare(idle, ours, "import typer, rich", imports, Aim("<=", 1.45), place.rounds(12)),
-        compare(idle, ours, "script, load_file", script, Aim("<=", 1 / 10), few),
-        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 7), few),
+        compare("wsync push, nothing to do", ours, "import typer, rich", imports, Aim("<=", 1.45), place.rounds(12)),
+        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 7), place.rounds(4)),
     ]
-
-
-# --- staging
 
 
 class Slot:
@@ -80,10 +73,6 @@ class Slot:
         with open(place.runtime / path.name, "w+b") as file:
             os.posix_fallocate(file.fileno(), 0, self.nbytes)
             self.weights = memoryview(mmap.mmap(file.fileno(), self.nbytes))
-        self.targets = {
-            entry.name: torch.frombuffer(self.weights[entry.offset :][: entry.nbytes], dtype=torch.float32)
-            for entry in self.layout.tensors
-        }
 
     def stage(self, *, finite: bool = False) -> None:
         with open_checkpoint(self.path) as checkpoint:
@@ -93,14 +82,10 @@ class Slot:
         """The usual way to the same bytes, with as many threads as staging has."""
         before = torch.get_num_threads()
         torch.set_num_threads(min(max(len(os.sched_getaffinity(0)) // 4, 1), 8))
-        for name, tensor in load_file(self.path).items():
-            self.targets[name].copy_(tensor)
+        loaded, storage = load_file(self.path), torch.frombuffer(self.weights, dtype=torch.uint8).untyped_storage()
+        for entry, tensor in zip(self.layout.tensors, views(self.layout, storage, 0), strict=True):
+            tensor.copy_(loaded[entry.name])
         torch.set_num_threads(before)
-
-
-def _slot(place: Place, nbytes: int, tensors: int) -> Slot:
-    place.need(2 * nbytes)
-    return Slot(place, place.save("staging.safetensors", nbytes, tensors))
 
 
 def _memory_copy(target: memoryview) -> Timed:
@@ -108,55 +93,24 @@ def _memory_copy(target: memoryview) -> Timed:
     return timed(partial(np.copyto, np.frombuffer(target, "u1"), np.ones(target.nbytes, "u1")))
 
 
-def staging(place: Place, *, least: int = 0, pages: int = 0) -> list[Row]:
-    """A file in the page cache: the policy, of so many bytes at least, or so many tensors of a page each."""
-    if least and place.settings.quick:
-        raise Skip("--quick leaves out what takes a GiB")
-    nbytes, tensors = (pages * _PAGE, pages) if pages else (max(least, place.settings.size), place.settings.tensors)
-    copy, load = (None, Aim(">=", 8.0)) if pages else (Aim(">=", 0.85), Aim(">=", 1.0))
-    slot = _slot(place, nbytes, tensors)
-    name, ours, rounds = f"staging {shown(slot.nbytes)} in {tensors:,}, warm", timed(slot.stage), place.rounds(20)
+def staging(place: Place) -> list[Row]:
+    """A file in the page cache, without and with the look for NaN and infinity."""
+    place.need(2 * place.settings.size)
+    slot = Slot(place, place.save("staging.safetensors", place.settings.size, place.settings.tensors))
+    name, ours, checked = "staging, warm", timed(slot.stage), timed(partial(slot.stage, finite=True))
+    load, rounds, nbytes = timed(slot.load_and_copy), place.rounds(20), slot.nbytes
     return [
-        compare(name, ours, "memory copy", _memory_copy(slot.weights), copy, rounds, nbytes=slot.nbytes),
-        compare(name, ours, "load_file, copy_", timed(slot.load_and_copy), load, rounds, nbytes=slot.nbytes),
+        compare(name, ours, "memory copy", _memory_copy(slot.weights), Aim(">=", 0.85), rounds, nbytes=nbytes),
+        compare(name, ours, "load_file, copy_", load, Aim(">=", 1.0), rounds, nbytes=nbytes),
+        compare("staging, finite check", checked, "without it", ours, Aim("<=", 1.4), rounds),
     ]
-
-
-def finite(place: Place) -> list[Row]:
-    """What it costs to look for NaN and infinity on the way."""
-    slot = _slot(place, place.settings.size, place.settings.tensors)
-    ours, theirs = timed(partial(slot.stage, finite=True)), timed(slot.stage)
-    return [compare("staging, finite check", ours, "without it", theirs, Aim("<=", 1.4), place.rounds(20))]
-
-
-def staging_shifted(place: Place) -> list[Row]:
-    """A file whose data begins 16 bytes before a page, beside one whose data begins elsewhere.
-
-    ``rep movsb``, which read(2) uses, is slow on AMD's cores where the target's address is 8 to 24 bytes beyond the
-    source's, modulo 4096.
-    """
-    place.need(3 * place.settings.size)
-    file = place.save("staging.safetensors", place.settings.size, place.settings.tensors)
-    slow, usual = (Slot(place, _shifted(file, before)) for before in (16, 1024))
-    name, ours, theirs = "staging, data 16 B before a page", timed(slow.stage), timed(usual.stage)
-    return [compare(name, ours, "1 KiB", theirs, None, place.rounds(20), nbytes=slow.nbytes)]
-
-
-def _shifted(source: Path, before: int) -> Path:
-    """Copies a checkpoint, its header padded so that the data begins so many bytes before a page."""
-    whole = source.read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
-    header = whole[8:end] + b" " * ((-end - before) % _PAGE)
-    target = source.with_name(f"{before}.safetensors")
-    target.write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
-    settle(target)
-    return target
 
 
 def staging_cold(place: Place) -> list[Row]:
     """A file that the page cache does not hold, beside a read past the page cache."""
     size = place.settings.size if place.settings.quick else max(place.settings.size, GIB)
-    slot = _slot(place, size, place.settings.tensors)
+    place.need(2 * size)
+    slot = Slot(place, place.save("staging.safetensors", size, place.settings.tensors))
     dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", "bs=8M"]
     read_directly = partial(subprocess.run, dd, check=True, capture_output=True, start_new_session=True)
     no_disk = Skip(f"the page cache of {slot.path.parent} cannot be dropped and gone round; name a disk with --dir")
@@ -177,22 +131,19 @@ def staging_cold(place: Place) -> list[Row]:
     return [compare(name, ours, "dd iflag=direct", theirs, Aim(">=", 0.9), place.rounds(8), nbytes=slot.nbytes)]
 
 
-# --- policies in this process
-
-
 @contextmanager
-def _attached(place: Place, nbytes: int, tensors: int, mode: Mode, policies: int = 1) -> Iterator[tuple[Timed, Reader]]:
-    """Policies that have taken a version from each slot.
+def _attached(place: Place, nbytes: int, tensors: int, mode: Mode) -> Iterator[tuple[Timed, Reader]]:
+    """Two policies that have taken a version from each slot.
 
     Yields:
-        What publishes a version, has each policy take it, and returns the seconds of the last one; and its reader.
+        What publishes a version, has both take it, and returns the seconds of the second one; and its reader.
     """
     state = {name: torch.rand_like(tensor) for name, tensor in make(nbytes, tensors).state_dict().items()}
     with ExitStack() as stack:
         updater = stack.enter_context(closing(SharedMemoryWeightUpdater("policy", runtime_dir=place.runtime)))
         updater.push_weights(state)
         attached = partial(attach, name="policy", mode=mode, runtime_dir=place.runtime)
-        readers = [stack.enter_context(attached(make(nbytes, tensors))) for _ in range(policies)]
+        readers = [stack.enter_context(attached(make(nbytes, tensors))) for _ in range(2)]
 
         def renewed() -> float:
             updater.push_weights(state)
@@ -216,10 +167,9 @@ def refresh_idle(place: Place) -> list[Row]:
         return [compare("refresh(), nothing new", ours, "loading 8 bytes", theirs, Aim("<=", 2.0), place.rounds(40))]
 
 
-def refresh(place: Place, tensors: int = 0, aim: float = 4.0) -> list[Row]:
+def refresh(place: Place) -> list[Row]:
     """Swap, beside a loop that points parameters at other tensors, and beside ``load_state_dict``."""
-    tensors = tensors or place.settings.tensors
-    nbytes = max(place.settings.size, 4 * tensors)
+    nbytes, tensors = place.settings.size, place.settings.tensors
     place.need(5 * nbytes)
     usual = [make(nbytes, tensors) for _ in range(2)]
     pairs = [(list(policy.parameters()), list(map(torch.rand_like, policy.parameters()))) for policy in usual]
@@ -231,24 +181,21 @@ def refresh(place: Place, tensors: int = 0, aim: float = 4.0) -> list[Row]:
     def load() -> float:
         return _last(methodcaller("load_state_dict", usual[0].state_dict()), [usual[1]] * 2)
 
-    with _attached(place, nbytes, tensors, "swap", policies=2) as (ours, _):
+    with _attached(place, nbytes, tensors, "swap") as (ours, _):
         name, loop = f"refresh() in swap, {tensors:,} tensors", partial(_last, point, pairs)
         return [
-            compare(name, ours, "loop, p.data = v", loop, Aim("<=", aim), place.rounds(20)),
+            compare(name, ours, "loop, p.data = v", loop, Aim("<=", 4.0), place.rounds(20)),
             compare(name, ours, "load_state_dict", load, Aim("<=", 0.1), place.rounds(8)),
         ]
 
 
 def refresh_copy(place: Place) -> list[Row]:
     size, tensors = place.settings.size, place.settings.tensors
-    place.need(5 * size)
+    place.need(6 * size)
     nbytes = sum(parameter.nbytes for parameter in make(size, tensors).parameters())
     name, theirs = f"refresh() in copy, {shown(nbytes)}", _memory_copy(memoryview(bytearray(nbytes)))
     with _attached(place, size, tensors, "copy") as (ours, _):
         return [compare(name, ours, "memory copy", theirs, Aim(">=", 0.85), place.rounds(20), nbytes=nbytes)]
-
-
-# --- a watch, and many readers
 
 
 def watch(place: Place) -> list[Row]:
@@ -316,14 +263,9 @@ def _growth(place: Place, source: str) -> float:
 CASES: dict[str, Callable[[Place], list[Row]]] = {
     "push": push,
     "staging": staging,
-    "staging-large": partial(staging, least=GIB),
-    "staging-many": partial(staging, pages=2000),
-    "staging-shifted": staging_shifted,
     "staging-cold": staging_cold,
-    "finite": finite,
     "refresh-idle": refresh_idle,
     "refresh": refresh,
-    "refresh-many": partial(refresh, tensors=2000, aim=1.8),
     "refresh-copy": refresh_copy,
     "watch": watch,
     "readers": readers,

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..system.memory import spare_memory
 from ..text import size
 from .rows import Settings, Skip
 
@@ -37,7 +38,7 @@ class Place:
         Raises:
             Skip: they are not.
         """
-        free = min(shutil.disk_usage(self.runtime).free, shutil.disk_usage(self.files).free, free_memory() // 2)
+        free = min(shutil.disk_usage(self.runtime).free, shutil.disk_usage(self.files).free, spare_memory() // 2)
         if nbytes > free:
             raise Skip(f"takes {size(nbytes)} of memory and of the disk, and {size(free)} are free")
 
@@ -118,9 +119,3 @@ def settle(file: Path) -> None:
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     os.utime(file, (0, 0))
-
-
-def free_memory() -> int:
-    """Bytes that processes of this box can still have."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -29,7 +29,7 @@ def bench(
     size: Annotated[str, option("--size", "Size of the weights.", shown=True)] = "64MiB",
     tensors: Annotated[int, option("--tensors", "Number of tensors that make up this size.", shown=True, min=1)] = 200,
     readers: Annotated[int, option("--readers", "Number of processes that attach.", shown=True, min=1, max=64)] = 2,
-    quick: Annotated[bool, option("--quick", "Run fewer rounds, and leave out the cases that need GiBs.")] = False,
+    quick: Annotated[bool, option("--quick", "Run fewer rounds, and read no GiB from the disk.")] = False,
     only: Annotated[
         list[str] | None, option("--only", "A case, or the beginning of case names; may be repeated.")
     ] = None,

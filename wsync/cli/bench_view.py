@@ -14,8 +14,8 @@ import torch
 
 import wsync
 
-from ..bench.place import free_memory
 from ..bench.rows import Row, Settings
+from ..system.memory import spare_memory
 from ..text import size
 from .tables import stdout_console
 
@@ -27,7 +27,7 @@ def box() -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": next(names, platform.machine()),
-        "memory_free": free_memory(),
+        "memory_free": spare_memory(),
         "load": round(os.getloadavg()[0], 2),
         "kernel": platform.release(),
         "python": platform.python_version(),
