@@ -6,10 +6,12 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from builders import write
+from others import run_cli
 from policies import mlp
 from torch import nn
 
@@ -67,6 +69,23 @@ def test_state_that_no_version_changes_is_refused_by_name(
     updater.close()
 
 
+def test_a_spec_says_that_it_may_stay_as_it_is(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards ``weights.extra_state``: a push refuses such a policy by name, or publishes."""
+    monkeypatch.chdir(tmp_path)
+    Path("kept.py").write_text(
+        "from torch import nn\n\nclass Kept(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n\n"
+        "    def get_extra_state(self):\n        return 3\n\n    def set_extra_state(self, state):\n        pass\n"
+    )
+    write(Path("step_1.safetensors"), nn.Linear(2, 2))
+    push = ("push", "kept:Kept", "step_1.safetensors", "--name", "kept")
+    code, _, told = run_cli(*push)
+    assert code == 2 and "_extra_state (int)" in told and list(runtime.iterdir()) == []
+    code, _, told = run_cli(*push, "--extra-state", "ignor")
+    assert code == 2 and "weights.extra_state = 'ignor'" in told
+    code, out, told = run_cli(*push, "--extra-state", "ignore")
+    assert code == 0 and "version 1" in out and told.count("_extra_state (int)") <= 1
+
+
 @pytest.mark.parametrize("nothing", [None, torch.empty(0)])
 def test_extra_state_that_is_empty_is_none(nothing: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards modules that have the methods and nothing to keep."""
@@ -86,3 +105,22 @@ def test_weights_folded_into_code_are_refused(runtime: Path) -> None:
     with config.patch(freezing=True), pytest.raises(SpecError, match="freezing"):
         wsync.attach(torch.compile(mlp(), backend="eager"), "nets", timeout=0)  # type: ignore[arg-type]
     assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_a_program_exported_in_this_process_follows(runtime: Path, mode: Literal["swap", "copy"], made: str) -> None:
+    """Guards programs of ``torch.export``: they hold the policy's own tensors, and see each version."""
+    policy, observation = mlp().eval(), torch.ones(1, 4)
+    updater = wsync.SharedMemoryWeightUpdater("nets", policy=mlp())
+    updater.push_weights(mlp())
+    exported = torch.export.export(policy, (observation,)).module() if made == "before" else None
+    with wsync.attach(policy, "nets", mode=mode, timeout=5) as reader:
+        exported = exported or torch.export.export(policy, (observation,)).module()
+        new = mlp()
+        with torch.no_grad():
+            for parameter in new.parameters():
+                parameter.fill_(0.5)
+        updater.push_weights(new)
+        assert reader.refresh()
+        assert torch.equal(exported(observation), new(observation))

@@ -64,6 +64,8 @@ class Fit:
     def __post_init__(self) -> None:
         if self.missing not in ("", "policy"):
             raise UsageError(f'weights.missing = {self.missing!r} is unknown. Use "policy", or leave it out.')
+        if self.extra_state not in ("refuse", "ignore"):
+            raise UsageError(f'weights.extra_state = {self.extra_state!r} is unknown. Use "refuse" or "ignore".')
         for old, new in self.rename.items():
             try:
                 expression = self._expression(old)
