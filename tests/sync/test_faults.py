@@ -45,12 +45,12 @@ CALLS = {  # of a pass; a family that a scenario never calls would guard nothing
     "watch": "close fcntl flock fstat mmap open opendir pread preadv pwrite readdir stat",
     "current": "close fcntl fstat mmap open opendir pread readdir stat",
     "first": "close fallocate fcntl flock fstat mkdir mmap open opendir pread preadv pwrite rename stat",
-    "shards": "close fstat open pread preadv read readdir stat",
+    "shards": "close fstat open pread preadv readdir stat",
     "step": "close fcntl fstat open pread preadv",
-    "cast": "fstat open pread pwrite",
+    "cast": "fstat open pread",
     "dry run": "close fcntl fstat open pread preadv readdir stat",
     "named": "close fcntl fstat open pread preadv stat",
-    "adapter": "close fstat open pread preadv read readdir stat",
+    "adapter": "close fstat open pread preadv readdir stat",
     "half saved": "close fstat open pread readdir stat",
 }
 
