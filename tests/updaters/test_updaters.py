@@ -19,6 +19,7 @@ from torch import nn
 
 import wsync
 from wsync import VanillaWeightUpdater, WeightUpdaterBase
+from wsync.errors import SpecError
 
 
 class Collector:
@@ -485,3 +486,28 @@ def test_an_updater_inside_autocast_leaves_no_old_cast() -> None:
         for mark in (1.0, 2.0):
             updater.push_weights({"weight": torch.full((2, 2), mark)})
             assert policy(torch.ones(1, 2)).unique().tolist() == [2 * mark]
+
+
+class Counting(nn.Linear):
+    """Keeps a number beside its weights."""
+
+    def get_extra_state(self) -> int:
+        return 3
+
+    def set_extra_state(self, state: int) -> None:
+        pass
+
+
+def test_state_that_no_update_changes_is_refused_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards a policy of which a part would stay old without a word: the one that is written and the one pushed."""
+    policy, plain = nn.Sequential(Counting(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(SpecError, match=r"0\._extra_state \(int\)"):
+        VanillaWeightUpdater.from_policy(policy)
+    with pytest.raises(SpecError, match=r"0\._extra_state \(int\)"):
+        VanillaWeightUpdater.from_policy(plain).push_weights(policy)
+    updater = VanillaWeightUpdater.from_policy(policy, extra_state="ignore")
+    for mark in (1.0, 2.0):
+        updater.push_weights(filled(mark, plain))
+        assert values_of(next(policy.parameters())) == {mark}
+    updater.push_weights(policy)
+    assert caplog.text.count("0._extra_state (int)") == 1

@@ -6,8 +6,6 @@ Torch is imported only where tensors are pushed: a checkpoint goes from its file
 from __future__ import annotations
 
 import os
-import sys
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import SegmentDamaged, SegmentMissing
-from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
@@ -79,7 +76,6 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.strict, self.finite, self.runtime_dir = strict, finite, runtime_dir
         self.slots, self.max_slots = slots, max_slots
         self.extra_state = extra_state
-        self._told: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # the modules whose extra state was looked at
         self.step: int | None = None
         self.spec = ""
         self.access = Access()
@@ -93,10 +89,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self._news = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**WeightUpdaterBase.__getstate__(self), "_segment": None, "_told": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        WeightUpdaterBase.__setstate__(self, {**state, "_told": weakref.WeakSet()})
+        return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
 
     @property
     def segment(self) -> WritableSegment | None:
@@ -168,11 +161,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     def _maybe_map_weights(self, server_weights: Any) -> Any:
         """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
         self._news = False  # also after a push that failed half-way
-        torch = sys.modules.get("torch")
-        if torch and isinstance(server_weights, torch.nn.Module):
-            if server_weights not in self._told:
-                check_extra_state(server_weights, self.extra_state)
-                self._told.add(server_weights)
+        if self._check_extra_state(server_weights):
             return dict(named_tensors(server_weights))
         return WeightUpdaterBase._maybe_map_weights(self, server_weights)
 

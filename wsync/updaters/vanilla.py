@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import HalfWritten
+from ..layout.extra_state import check_extra_state
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +38,16 @@ class WeightUpdaterBase:
     after the other.
     """
 
+    extra_state = "refuse"
     _post_hooks: list[Hook]
     _collector: weakref.ref[Any] | None
     _pushing: threading.RLock
+    _told: weakref.WeakSet[torch.nn.Module]  # the modules whose extra state was looked at
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
-        self._post_hooks, self._collector, self._pushing = [], None, threading.RLock()
+        self._post_hooks, self._collector = [], None
+        self._pushing, self._told = threading.RLock(), weakref.WeakSet()
         return self
 
     @property  # type: ignore[misc]
@@ -52,10 +56,10 @@ class WeightUpdaterBase:
         return type(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_collector": None, "_pushing": None}
+        return {**self.__dict__, "_collector": None, "_pushing": None, "_told": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _pushing=threading.RLock())
+        self.__dict__.update(state, _pushing=threading.RLock(), _told=weakref.WeakSet())
 
     @classmethod
     def from_policy(cls, policy: torch.nn.Module) -> Self | None:
@@ -164,12 +168,27 @@ class WeightUpdaterBase:
         return None
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """What becomes of the weights between the getter and the workers; by default a module becomes a TensorDict."""
+        """What becomes of the weights between the getter and the workers; by default a module becomes a TensorDict.
+
+        Raises:
+            SpecError: a module's ``state_dict()`` holds what no update changes, and ``extra_state`` is ``"refuse"``.
+        """
         if server_weights is None or isinstance(server_weights, Checkpoint):
             return server_weights
+        self._check_extra_state(server_weights)
         from ..layout.weights import extract
 
         return extract(server_weights)
+
+    def _check_extra_state(self, weights: Any) -> bool:
+        """Whether these weights are a module, whose extra state is then looked at, once."""
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(weights, torch.nn.Module):
+            return False
+        if weights not in self._told:
+            check_extra_state(weights, self.extra_state)
+            self._told.add(weights)
+        return True
 
     def _sync_weights_with_worker(self, *, worker_id: int | torch.device | None = None, server_weights: Any) -> None:
         """Brings the weights to one worker.
@@ -204,6 +223,8 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         policy_weights: a TensorDict of the policy's live tensors, on any devices, written in place: addresses stay.
         strict: every tensor must come in every push; else what does not come stays as it was.
         finite: refuse NaN and infinity.
+        extra_state: ``"ignore"`` takes a module whose ``state_dict()`` holds more than tensors (``get_extra_state``,
+            packed quantised weights), which no update changes, and says so once.
 
     Either all tensors of a push are written or none. Another float dtype is cast to the target's. Where a tensor's
     class fails half-way and what was written cannot be written back, that push and all later ones raise HalfWritten.
@@ -219,6 +240,7 @@ class VanillaWeightUpdater(WeightUpdaterBase):
         policy_weights: TensorDictBase,
         strict: bool = False,
         finite: bool = False,
+        extra_state: str = "refuse",
     ) -> None:
         from tensordict import TensorDictBase
 
@@ -228,18 +250,25 @@ class VanillaWeightUpdater(WeightUpdaterBase):
                 "TensorDict.from_module(policy), or VanillaWeightUpdater.from_policy(policy)."
             )
         self.weight_getter, self.policy_weights = weight_getter, policy_weights
-        self.strict, self.finite = strict, finite
+        self.strict, self.finite, self.extra_state = strict, finite, extra_state
 
     @classmethod
-    def from_policy(cls, policy: torch.nn.Module) -> Self:
+    def from_policy(cls, policy: torch.nn.Module, extra_state: str = "refuse") -> Self:
         """An updater on the policy's live parameters and all its buffers.
 
         Args:
             policy: an ``nn.Module`` or ``TensorDictModule``.
+            extra_state: as for the class.
+
+        Raises:
+            SpecError: the policy's ``state_dict()`` holds what no update changes.
         """
         from tensordict import TensorDict
 
-        return cls(policy_weights=TensorDict.from_module(policy))
+        updater = cls(policy_weights=TensorDict.from_module(policy))
+        updater.extra_state = extra_state
+        updater._check_extra_state(policy)
+        return updater
 
     def _get_server_weights(self) -> Any:
         return None if self.weight_getter is None else self.weight_getter()
