@@ -22,7 +22,6 @@ from wsync.errors import LayoutDiffers, SwapRefused, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
-from wsync.policy.device import Split
 from wsync.segment.publisher import publish
 from wsync.segment.writable import WritableSegment
 
@@ -207,56 +206,6 @@ def test_transposed_weights_are_copied_in_their_own_order(runtime: Path, tmp_pat
     with pytest.raises(UsageError, match="weight is not contiguous"):
         wsync.attach(noncontiguous(), "nets", staging="none")
     assert trainer.segment.readers() == []
-
-
-def split() -> nn.Sequential:
-    """One part of it lies elsewhere."""
-    policy = mlp()
-    policy[0].to("meta")
-    return policy
-
-
-def test_a_split_policy_is_copied_part_by_part(
-    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each device is given its own tensors, the host too; the step waits for all of them, and the slots are locked."""
-    other = LateDevice()
-    monkeypatch.setattr(attaching, "_device_of", lambda policy: Split({torch.device("meta"): other}))
-    policy = split()
-    with wsync.attach(policy, "nets") as reader:
-        assert reader.mode == "copy" and len(other.locked) == 3
-        trainer.push(2)
-        assert reader.refresh() and marks(policy[2]) == {2.0} and leased(trainer.segment) == []
-        assert all(flight.done for flight in other.flights) and other.buffers == []
-        assert [t.shape for t in other.flights[-1].targets] == [p.shape for p in policy[0].parameters()]
-        assert all(bool((source == 2).all()) for source in other.flights[-1].sources)
-        trainer.push(3)
-        policy[2].half()
-        with pytest.raises(UsageError, match="or was moved"):
-            reader.refresh()
-        assert leased(trainer.segment) == []
-    assert other.locked == {}
-
-
-def test_swap_is_refused_where_the_policy_is_split(
-    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No one buffer holds what lies on several devices."""
-    monkeypatch.setattr(attaching, "_device_of", lambda policy: Split({torch.device("meta"): device}))
-    with pytest.raises(SwapRefused, match=r"0.weight is on meta and others are not"):
-        wsync.attach(split(), "nets", mode="swap")
-
-
-def test_a_part_that_fails_leaves_no_copy_behind(
-    trainer: Trainer, device: LateDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What other devices were given is waited for, before the slot's lease ends."""
-    other = LateDevice()
-    whole = Split({torch.device("meta"): other})
-    targets, sources = [torch.empty(1, device="meta"), torch.zeros(2)], [torch.zeros(1), torch.zeros(3)]
-    with pytest.raises(RuntimeError, match="size"):
-        whole.send(targets, sources, aside=True)
-    assert [flight.done for flight in other.flights] == [True]
 
 
 def test_a_kept_tensor_keeps_its_bytes(trainer: Trainer, device: LateDevice) -> None:

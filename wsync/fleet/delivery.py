@@ -87,7 +87,7 @@ class Turn:
         self.over = self._cast == self.VOTES
         try:
             judge(self.group.together(verdict), self.group.names)
-        except BaseException:
+        except BaseException:  # an objection, a broken group or an interrupt: there is nothing left to vote on
             self.over = True
             raise
 

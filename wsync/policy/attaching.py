@@ -8,19 +8,19 @@ with the next version, of which a warning tells once.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ..errors import SwapRefused, UsageError
+from ..errors import SpecError, SwapRefused, UsageError
 from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
 from ..layout.own import followed
 from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
-from .compiled import check_not_frozen
 from .first_version import Opening
 from .reader import Mode, Reader
 from .swap import own_uses
@@ -85,20 +85,16 @@ def attach(
             folded into compiled code, or it has state that no version changes (SpecError).
     """
     _check_arguments(policy, name, mode, staging)
-    check_not_frozen(policy)
+    _check_not_frozen(policy)
     check_extra_state(policy, extra_state)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    opening = Opening(name, runtime_dir, timeout)
-    reader = None
-    try:
+    with Opening(name, runtime_dir, timeout) as opening:
         reader = _make(policy, opening, mode, staging, exclude)
-        opening.wait(reader)
-    except BaseException:
-        if reader:
+        try:
+            opening.wait(reader)
+        except BaseException:  # an interrupt, too: the policy gets tensors of its own
             reader.close()
-        opening.give_up()
-        raise
-    opening.done()
+            raise
     if reader.mode == "swap":
         trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
     return reader
@@ -118,11 +114,28 @@ def _check_arguments(policy: object, name: object, mode: str, staging: str) -> N
         )
 
 
+def _check_not_frozen(policy: torch.nn.Module) -> None:
+    """Raises SpecError where a module is compiled with freezing, which folds its weights into the code."""
+    inductor: Any = sys.modules.get("torch._inductor.config")
+    for name, module in named_modules(policy):
+        compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        if not compiled:
+            continue
+        settings = getattr(getattr(module, "dynamo_ctx", None), "compiler_config", None)
+        own = settings.get("freezing") if isinstance(settings, dict) else getattr(settings, "freezing", None)
+        if own or (own is None and inductor is not None and inductor.freezing):
+            raise SpecError(
+                f"{name.rstrip('.') or 'the policy'} ({type(module).__name__}) is compiled with freezing "
+                "(torch._inductor.config.freezing), which folds the weights into the code: it would keep the weights "
+                "that it was compiled with. Compile it without freezing, then attach."
+            )
+
+
 def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str]) -> Reader:
     tensors = followed(policy, exclude, "exclude")
     layout = layout_of_tensors(tensors)
     device = _device_of(policy)
-    _check_memory(tensors, device)
+    _check_memory(tensors)
     hindrance = None if mode == "copy" else _hindrance(policy, tensors, device)
     if mode == "swap" and hindrance:
         raise SwapRefused(
@@ -147,12 +160,12 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
     from .device_weights import DeviceWeights, check_contiguous
 
     chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
-    staged = staging == "device" and len(_places(policy)) == 1
     if staging == "none":
         check_contiguous(policy)
     segment = opening.open(layout, exclude)
     attached = _attached(policy, layout, segment, exclude)
-    return DeviceReader(attached, segment, chosen, DeviceWeights(attached, device, chosen, staged=staged))
+    weights = DeviceWeights(attached, device, chosen, staged=staging == "device")
+    return DeviceReader(attached, segment, chosen, weights)
 
 
 def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude: Sequence[str]) -> Attached:
@@ -161,10 +174,10 @@ def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude
     return Attached(policy, segment.layout, names)
 
 
-def _check_memory(tensors: Tensors, device: Cuda | None) -> None:
+def _check_memory(tensors: Tensors) -> None:
     """Raises UsageError where a version of a tensor could not be written."""
     for name, tensor in tensors:
-        if tensor.is_meta and device is None:
+        if tensor.is_meta:
             raise UsageError(
                 f"{name} is on the meta device, which holds no weights. Give the policy memory with "
                 'policy.to_empty(device="cpu"), then attach: the first version fills it.'
@@ -193,18 +206,13 @@ def _check_writable(tensors: Tensors) -> None:
 
 
 def _device_of(policy: torch.nn.Module) -> Cuda | None:
-    """What a policy lies on that has tensors on a CUDA device, and none but there and on the host; or None."""
-    places = _places(policy)
-    cuda = [place for place in places if place.type == "cuda"]
-    if not cuda or {place.type for place in places} - {"cuda", "cpu"}:
+    """The CUDA device that a policy lies on as a whole; None where there is no such device."""
+    places = {tensor.device for _, tensor in named_tensors(policy)}
+    if {place.type for place in places} != {"cuda"} or len(places) > 1:
         return None
-    from .device import Cuda, Split
+    from .device import Cuda
 
-    return Cuda(cuda[0]) if len(places) == 1 else Split({place: Cuda(place) for place in cuda})
-
-
-def _places(policy: torch.nn.Module) -> set[torch.device]:
-    return {tensor.device for _, tensor in named_tensors(policy)}
+    return Cuda(*places)
 
 
 def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]], device: Cuda | None) -> str | None:
@@ -220,9 +228,9 @@ def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]],
         kinds = type(module).__mro__[:-1]  # all of them: torch.nn makes a subclass of what it parametrizes
         if own and not all(kind.__module__.startswith("torch.nn.") for kind in kinds):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
-    split = len(_places(policy)) > 1
+    split = len({tensor.device for _, tensor in tensors}) > 1
     for name, tensor in tensors:
-        if tensor.device.type != "cpu" and (device is None or split):
+        if tensor.device.type != "cpu" and device is None:
             return f"{name} is on {tensor.device}" + (" and others are not" if split else "")
         if tensor.is_inference():
             return f"{name} was made in inference mode"

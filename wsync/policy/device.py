@@ -1,4 +1,4 @@
-"""What wsync needs of a device, in six methods, for one CUDA device and for several.
+"""What wsync needs of a CUDA device, in six methods.
 
 The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
 Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
@@ -17,7 +17,6 @@ since then does the buffer get the mark of the new one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -111,7 +110,7 @@ class Cuda:
             try:
                 torch._foreach_copy_(targets, sources, non_blocking=True)
                 done.record(stream)
-            except BaseException:  # nobody would know when it is done, and the slot's lease ends now
+            except BaseException:  # whatever it was: nobody would know when it is done, and the slot's lease ends now
                 stream.synchronize()
                 raise
         return done
@@ -125,62 +124,3 @@ class Cuda:
             torch.empty(1, device=self._device).fill_(1)
         except RuntimeError:
             pass
-
-
-class Split(Cuda):
-    """What a policy is split over: several CUDA devices, or some and the host; each is given its own tensors.
-
-    No buffer holds all of them: ``empty`` is never called.
-
-    Args:
-        parts: the devices other than the host, by their place; one at least.
-    """
-
-    def __init__(self, parts: Mapping[torch.device, Cuda]) -> None:
-        self._parts = parts
-        self._any = next(iter(parts.values()))
-
-    def capturing(self) -> bool:
-        return any(part.capturing() for part in self._parts.values())
-
-    def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
-        return self._any.lock(address, nbytes, read_only=read_only)
-
-    def unlock(self, address: int) -> bool:
-        return self._any.unlock(address)
-
-    def trim(self) -> None:
-        self._any.trim()
-
-    def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
-        flights: list[Flight] = []
-        try:
-            for place, part in self._parts.items():
-                flights.append(part.send(*_at(place, targets, sources), aside=aside))
-            mine, new = _at(torch.device("cpu"), targets, sources)
-            if mine:
-                torch._foreach_copy_(mine, new)
-        except BaseException:
-            _Flights(flights).synchronize()  # as in Cuda
-            raise
-        return _Flights(flights)
-
-
-class _Flights:
-    def __init__(self, flights: list[Flight]) -> None:
-        self._flights = flights
-
-    def query(self) -> bool:
-        return all(flight.query() for flight in self._flights)
-
-    def synchronize(self) -> None:
-        for flight in self._flights:
-            flight.synchronize()
-
-
-def _at(
-    place: torch.device, targets: list[torch.Tensor], sources: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Those of the targets that lie at a place, and their sources."""
-    pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if t.device == place]
-    return [target for target, _ in pairs], [source for _, source in pairs]

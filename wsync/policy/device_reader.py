@@ -3,14 +3,13 @@
 It keeps the promises of every reader, and one more: the step never waits for the bus. A ``refresh()`` that finds a new
 version begins to copy it and returns False, as those after it do while the copy is under way; the first one after that
 gives the policy the version, and returns True. The slot is leased until the copy over the bus is done. What is
-published meanwhile comes next. Without a buffer on the device (``staging="none"``, or a policy that is split over
-devices) it is the step that waits.
+published meanwhile comes next. Without a buffer on the device (``staging="none"``) it is the step that waits. A policy
+that is split over devices has a plain reader, which copies tensor by tensor.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from typing import Literal
 
@@ -47,10 +46,8 @@ class DeviceReader(Reader):
         deadline = deadline_of(timeout)
         if self._is_at_work():
             raise UsageError(_WAITS.format(self.name))
-        me = threading.get_ident()
         while True:
             with self._lock:
-                self._owner = me
                 self._check_open()
                 flight = self._weights.flight
                 if flight is not None and flight.query():
@@ -86,7 +83,7 @@ class DeviceReader(Reader):
                 raise
             self._no_room(exc)
             return False
-        except BaseException:
+        except BaseException:  # an interrupt, too: nothing reads the slot
             lease.release()
             raise
         self._sent = lease, step, time.time()

@@ -4,8 +4,7 @@ A version crosses the bus as one contiguous copy, from the slot into a flat buff
 the slot. With ``mode="swap"`` the policy's tensors are views of one of two such buffers, and are pointed at the other;
 they are aligned to their element only, as in the slot. With ``mode="copy"`` there is one, and the policy's own tensors,
 whose addresses stay, are copied from its views on the policy's stream. Both take one more copy of the weights on the
-device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream. So is
-it where the policy is split over devices.
+device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream.
 
 A buffer is written only where nobody but ourselves holds its storage. Where a tensor was kept that points into one, the
 next version gets another buffer, and that one is left to the tensor.

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from pathlib import Path
 
-from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, refused
+from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, printable, refused
 from ..layout.layout import Layout
-from ..segment.neighbours import told_of_neighbours
-from ..segment.segment import Segment
+from ..segment.segment import Segment, segments
 from ..segment.writable import WritableSegment
-from ..system.memory import runtime_dir
+from ..system.memory import default_runtime_dir, runtime_dir
 from .reader import Reader, deadline_of
 
 _log = logging.getLogger("wsync")
 _PATIENCE = 5.0  # seconds without a version, after which the log says what is there
 _LOOK = 0.1  # seconds between two looks where no word will change
+_SHOWN = 8  # names of other segments in a message
 
 
 class Opening:
     """A segment that a reader is to follow, until its first version is in.
+
+    Where the block fails, a segment that was made here is removed, if nobody published to it or waits for it.
 
     Args:
         name: of the segment.
@@ -34,6 +38,15 @@ class Opening:
         self._name, self._runtime, self._timeout = name, runtime, timeout
         self._deadline = deadline_of(timeout)
         self._made: WritableSegment | None = None
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if self._made:
+            with closing(self._made), suppress(SegmentError, OSError):
+                if kind:
+                    self._made.remove_unused()
 
     def open(self, layout: Layout, exclude: Sequence[str] = ()) -> Segment:
         """The standing segment, or one that is made, since a policy says what its layout is.
@@ -81,21 +94,35 @@ class Opening:
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
 
-    def done(self) -> None:
-        """The first version is in."""
-        if self._made:
-            self._made.close()
-
-    def give_up(self) -> None:
-        """Removes the segment that was made here, where nobody published to it and nobody else waits for it."""
-        if self._made:
-            with closing(self._made), suppress(SegmentError, OSError):
-                self._made.remove_unused()
-
     def _nobody(self) -> str:
         base = runtime_dir(self._runtime)
         return (
             f"segment {self._name!r} has no version yet: nobody has published to {base / self._name} (uid "
-            f"{os.geteuid()}). {told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this "
+            f"{os.geteuid()}). {_told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this "
             "name, or attach to another one."
         )
+
+
+def _told_of_neighbours(name: str, base: Path) -> str:
+    """A sentence for each place where segments are: first ``base``, then what other users have beside it.
+
+    Args:
+        name: whose nearest relatives come first.
+    """
+    told = ""
+    with suppress(SegmentError, OSError):
+        there = [other for other in segments(base) if other != name]
+        told = f"There are {_listed(name, there)}. " if there else "There is no other segment. "
+    pattern = default_runtime_dir().name.rpartition("-")[0] + "-*"
+    for place in sorted(base.parent.glob(pattern)):
+        with suppress(SegmentError, OSError):  # most of them are closed to us
+            if place != base and (there := segments(place)):
+                told += f"In {printable(os.fspath(place))} (runtime_dir=) there are {_listed(name, there)}. "
+    return told
+
+
+def _listed(name: str, there: list[str]) -> str:
+    near = difflib.get_close_matches(name, there, n=_SHOWN)
+    ordered = [*near, *(other for other in there if other not in near)]
+    more = len(ordered) - _SHOWN
+    return ", ".join(map(repr, ordered[:_SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -68,8 +68,7 @@ class Reader:
         self.version = 0
         self.step: int | None = None
         self._seen, self._taken = -1, 0
-        self._lock = threading.Lock()
-        self._owner = 0  # the thread that holds it, or the last one that did
+        self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
         self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
@@ -134,10 +133,8 @@ class Reader:
         deadline = deadline_of(timeout)
         if self._is_at_work():
             raise UsageError(_WAITS.format(self.name))
-        me = threading.get_ident()
         while True:
             with self._lock:
-                self._owner = me
                 self._check_open()
                 if is_gone(self._segment):  # one that was deleted by hand left no word of it
                     self._find_again()
@@ -154,12 +151,10 @@ class Reader:
 
         Called by a signal handler in the middle of a ``refresh``, it is done when that ends.
         """
-        me = threading.get_ident()
         if self._is_at_work():
             self._close_asked = True
             return
         with self._users.alone() as alone, self._lock:
-            self._owner = me
             if self._closed or not alone:
                 self._close_asked = not self._closed  # a signal handler came while this thread waits for others
                 return
@@ -182,7 +177,6 @@ class Reader:
         return f"<wsync.Reader {self.name!r}: {state}, mode {self.mode!r}>"
 
     def _refresh(self, wait: bool = False, skip: bool = False) -> bool:
-        me = threading.get_ident()
         if self._is_at_work():
             return False
         try:
@@ -190,7 +184,6 @@ class Reader:
                 if not alone:
                     return False
                 with self._lock:
-                    self._owner = me
                     self._check_open()
                     return self._advance(wait)
         except OSError as exc:
@@ -230,7 +223,7 @@ class Reader:
 
     def _is_at_work(self) -> bool:
         """Whether this very thread holds the lock: a signal handler came in between, and must not wait for it."""
-        return self._lock.locked() and self._owner == threading.get_ident()
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]  # as threading.Condition asks
 
     def _newest(self) -> Lease | None:
         """A lease of the version that is newer than the policy's; None where there is none to be had now."""
@@ -260,9 +253,7 @@ class Reader:
         self._calls_left, due = self._schedule.next()
         if not due or self._closed or self._is_at_work() or not is_gone(self._segment):
             return False
-        me = threading.get_ident()
         with self._lock:
-            self._owner = me
             found = self._find_again()
         return found and self._refresh(skip=skip)
 
@@ -315,7 +306,7 @@ class Reader:
 
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
-        self._lock, self._close_asked = threading.Lock(), False
+        self._lock, self._close_asked = threading.RLock(), False
         self._users.after_fork()
         self._way.after_fork()
         if not self._closed:

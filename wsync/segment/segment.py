@@ -60,13 +60,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from ..errors import LayoutDiffers, SegmentBusy, SegmentMissing, SegmentUnsafe, refused
+from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, refused
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
 from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, damage, map_control, slot_name
-from .problems import broken, damaged, removed
 from .readers import ReaderRecord, open_readers, readers
 
 
@@ -346,6 +345,21 @@ class SlotMemory(mmap.mmap):
     """
 
     lease: Lease | None = None
+
+
+def removed(name: str) -> SegmentBusy:
+    return SegmentBusy(f"segment {name!r} was just removed. Try again: the next publish makes it anew.")
+
+
+def damaged(name: str, how: str) -> SegmentDamaged:
+    return SegmentDamaged(
+        f"segment {name!r} {how}: something outside wsync removed or cut its files (systemd's RemoveIPC, a "
+        f"cleaner of temporary files). Publish again, which makes it anew, or `wsync rm {name}`."
+    )
+
+
+def broken(name: str, how: str) -> SegmentUnsafe:
+    return SegmentUnsafe(f"segment {name!r} {how}. Remove it with `wsync rm {name}`, and publish again.")
 
 
 def _advice(layout: Layout, segment: Segment) -> str:

@@ -32,8 +32,7 @@ from .files import (
     sweep,
     sweep_slot,
 )
-from .problems import damaged, removed
-from .segment import Segment
+from .segment import Segment, damaged, removed
 
 
 class WritableSegment(Segment):
