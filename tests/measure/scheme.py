@@ -1,7 +1,7 @@
 """An update of a collector's worker by each weight sync scheme, beside one another in one run.
 
-``python tests/measure/scheme.py [MiB]`` prints medians: of ``update_policy_weights_``, and of that and the next batch
-together, since torchrl's schemes wait for the worker in the one and ours takes a version in the other.
+``python tests/measure/scheme.py [MiB [DEVICE]]`` prints medians: of ``update_policy_weights_``, and of that and the
+next batch together, since torchrl's schemes wait for the worker in the one and ours takes a version in the other.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class Large(nn.Module):
 
 def main() -> None:
     torch.set_num_threads(1)
-    width = isqrt(((int(sys.argv[1]) if len(sys.argv) > 1 else 64) << 20) // LAYERS // 4)
-    policy, new = (make_policy(mark, lambda: Large(width)) for mark in (1.0, 2.0))
+    size, device = [*sys.argv[1:], *("64", "cpu")[len(sys.argv) - 1 :]]
+    width = isqrt((int(size) << 20) // LAYERS // 4)
+    policy, new = (make_policy(mark, lambda: Large(width)).to(device) for mark in (1.0, 2.0))
     with tempfile.TemporaryDirectory(prefix="wsync-measure-", dir="/dev/shm") as shared:
         os.environ["WSYNC_RUNTIME_DIR"] = shared
         schemes = SegmentWeightSyncScheme("rl"), SharedMemWeightSyncScheme(), MultiProcessWeightSyncScheme()
-        collectors = [collector(scheme, policy) for scheme in schemes]
+        collectors = [collector(scheme, policy, device) for scheme in schemes]
         try:
             batches = [iter(each) for each in collectors]
             turns = [
@@ -63,8 +64,9 @@ def main() -> None:
         print(f"{type(scheme).__name__:30} update {update:8.2f} ms   with the next batch {whole:8.2f} ms")
 
 
-def collector(scheme: Any, policy: Any) -> Any:
-    options = {"frames_per_batch": 4, "total_frames": -1, "cat_results": 0, "use_buffers": True}
+def collector(scheme: Any, policy: Any, device: str) -> Any:
+    options: dict[str, Any] = {"frames_per_batch": 4, "total_frames": -1, "cat_results": 0, "use_buffers": True}
+    options |= {"policy_device": device, "env_device": "cpu", "storing_device": "cpu"} if device != "cpu" else {}
     return MultiSyncCollector([Still], policy, weight_sync_schemes={"policy": scheme}, **options)
 
 

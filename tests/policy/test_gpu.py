@@ -433,7 +433,8 @@ def test_measuring_can_be_rehearsed(runtime: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["device"] == "none: a rehearsal"
     figures = found["figures"]
-    assert len(figures) == 8
+    assert len(figures) == 13
+    assert figures["compiled, mode copy"]["wrong"] == 0
     assert all(figure["torn"] == 0 for name, figure in figures.items() if name.startswith("torn"))
     assert next(iter(figures.values()))["whole"] is True
     assert set(Path("/dev/shm").glob("wsync-measure-*")) == before
