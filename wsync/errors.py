@@ -145,13 +145,7 @@ class WithDifferences(WsyncError):
 
 
 class CheckpointError(WsyncError):
-    """Something about one checkpoint.
-
-    Attributes:
-        identity: of its files, where they had been opened before it was found.
-    """
-
-    identity = ""
+    """Something about one checkpoint."""
 
 
 class CheckpointRejected(WithDifferences, CheckpointError):

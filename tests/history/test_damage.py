@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -129,7 +128,7 @@ def test_a_pin_that_is_no_file_is_told(tmp_path: Path, kind: str) -> None:
         state.pin()
     if kind != "directory":
         state.set_pin(Pin("/a", "1", 1, 1, 1.5, "by hand"))
-        assert asdict(state.pin() or pytest.fail("no pin"))["checkpoint"] == "/a"
+        assert (state.pin() or pytest.fail("no pin")).checkpoint == "/a"
 
 
 def test_a_database_that_is_a_pipe_is_told(tmp_path: Path) -> None:

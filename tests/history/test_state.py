@@ -10,7 +10,6 @@ import sqlite3
 import stat
 import threading
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def test_a_pin_that_could_not_be_written_leaves_no_file(tmp_path: Path, monkeypa
         state.set_pin(PIN)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(StateError, match="No space left"):
-            state.set_pin(replace(PIN, version=8))
+            state.set_pin(PIN._replace(version=8))
         assert state.pin() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
 
 
@@ -65,7 +64,7 @@ def test_a_place_that_may_not_be_entered_only_warns(tmp_path: Path) -> None:
 
     def work() -> tuple[Pin | None, list[str], int]:
         told: list[str] = []
-        record = Record(State("nets", place), "")
+        record = Record(State("nets", place), str)
         record.complain = lambda exc: told.append(str(exc))
         pin, _ = record.pin(), record.last_published()
         return pin, told, run_cli("log", "nets", "--state-dir", str(place))[0]
@@ -128,7 +127,7 @@ def test_what_is_no_pin_is_told(change: dict[str, object], tmp_path: Path) -> No
     """Guards what the operator holds, and against a traceback: a pin that cannot be read is an error, and no pin."""
     state = State("nets", tmp_path)
     state.set_pin(PIN)
-    (tmp_path / "nets.pin").write_text(json.dumps({**asdict(PIN), **change}))
+    (tmp_path / "nets.pin").write_text(json.dumps({**PIN._asdict(), **change}))
     with pytest.raises(StateError, match="unpin"):
         state.pin()
     (tmp_path / "nets.pin").write_text("[" * 100_000)

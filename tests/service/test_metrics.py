@@ -30,8 +30,7 @@ from wsync.layout.layout import layout_of
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
-from wsync.settings.metrics import Metrics
-from wsync.settings.spec import load_spec
+from wsync.settings.spec import Metrics, load_spec
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

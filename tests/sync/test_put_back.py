@@ -17,7 +17,7 @@ from wsync.checkpoints.files import parts_of
 from wsync.errors import BeingRewritten
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
-from wsync.history.rollback import rollback
+from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.filenames import INDEX
 from wsync.places.candidates import Select
 from wsync.segment.publisher import holds
@@ -144,6 +144,31 @@ def test_what_is_compared_hides_nothing(segment: WritableSegment, runs: Path) ->
     write(runs / "step_2.safetensors", mlp(), 2.0)
     path.chmod(0o640)
     assert (push(runs, "arrival").version, mark_of(segment)) == (2, {2.0})
+
+
+def test_force_publishes_what_was_written_over_again(segment: WritableSegment, runs: Path) -> None:
+    """Guards `push --force` of a live checkpoint that was written over in place: the same bytes go live again."""
+    latest = write(runs / "latest.safetensors", mlp(), 1.0)
+    assert push(runs).version == 1
+    over(write(runs.parent / "new.safetensors", mlp(), 2.0), latest)
+    assert push(runs).version == 2
+    with syncer(runs) as one:
+        assert (one.once(force=True).status, segment.version) == ("published", 3)
+
+
+def test_a_dry_run_remembers_and_publishes_nothing(segment: WritableSegment, runs: Path, runtime: Path) -> None:
+    """Guards `push --dry-run` of a touched file, and beside a pin: no memory of it, no copy, no version."""
+    path = write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert push(runs).version == 1
+    path.chmod(0o640)
+    other = write(runs.parent / "other.safetensors", mlp(), 2.0)
+    with syncer(runs, keep=1) as one, State(NAME) as state:
+        assert one.once(dry_run=True).status == "current"
+        assert state.rejections(one.spec.digest) == {}
+        for pinned in (None, str(other)):  # what is live, and what is not
+            pin_checkpoint(NAME, pinned, runtime=runtime, state=state)
+            assert one.once(dry_run=True).status == "pinned"
+        assert (segment.version, state.kept.exists()) == (1, False)
 
 
 def test_what_was_written_over_is_refused_once(segment: WritableSegment, runs: Path) -> None:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, IncompleteCheckpoint
+from ..errors import IncompleteCheckpoint
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from . import one_save
@@ -67,8 +67,6 @@ class TensorTable:
                 source.close()
             if isinstance(exc, OSError):
                 raise unreadable(path, exc) from exc
-            if isinstance(exc, CheckpointError):
-                exc.identity = self.identity
             raise
 
     def _read_header(self, number: int, file: Path) -> Mapping[str, str]:

@@ -79,6 +79,7 @@ def push(
     from ..checkpoints.files import remote
     from ..history.database import State
     from ..history.outcome import Outcome
+    from ..sync.claim import undone_by
     from ..sync.syncer import Syncer
     from .console import complain, outcome_json, tell, transfer_bar
 
@@ -120,10 +121,7 @@ def push(
             shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
             with transfer_bar() if shown else nullcontext() as syncer.box.progress:
                 event = syncer.once(force=force, dry_run=dry_run)
-            if event.status == "published":
-                from ..sync.beside import undone_by
-
-                undone = undone_by(syncer, event)
+            undone = undone_by(syncer.updater.opened, event, loaded.select)
     except WsyncError as exc:
         event = exc
     if figures:

@@ -35,7 +35,6 @@ from functools import partial
 from ..checkpoints.files import remote
 from ..errors import GroupBroken, Stopped, WsyncError
 from ..history.outcome import Outcome
-from ..sync.claim import Claim
 from ..sync.schedule import Schedule
 from ..sync.syncer import Syncer, recorded
 from .group import BEAT, Group
@@ -56,7 +55,7 @@ class Fleet:
 
     def __init__(self, syncer: Syncer, group: Group) -> None:
         self._syncer, self._group = syncer, group
-        syncer.box.claim = Claim(syncer.spec.name, "")  # whose version is live is the group's decision
+        syncer.box.claim.owner = ""  # whose version is live is the group's decision
         self._member = Member(syncer.box, group)
         self._rounds = Rounds(syncer, group, self._member)
         self._error: BaseException | None = None

@@ -19,8 +19,7 @@ from ..history.outcome import Outcome
 from ..segment.files import Publication
 from ..segment.publisher import Source, Staged
 from ..segment.writable import WritableSegment
-from ..sync.looks import Look
-from ..sync.passes import Pass
+from ..sync.passes import Look, Pass
 from ..sync.syncer import Syncer
 from .delivery import Offer, Shared, Turn, deliver, judge
 from .group import Group
@@ -115,7 +114,7 @@ class Rounds:
         except WsyncError as exc:
             self._group.tell({"failed": str(exc)})
             raise
-        self._group.tell({"outcome": asdict(outcome)})
+        self._group.tell({"outcome": outcome.to_dict()})
         return outcome
 
     def busy(self, work: Callable[[], _T]) -> _T:
@@ -156,10 +155,10 @@ class Rounds:
         told_of = record.refusals(each.identity for each in rejected)
         for each in rejected:
             if each.identity not in told_of and not each.pin:
-                record.refuse(each.identity, each.reason or "", replace(each, version=self._member.seen))
+                record.refuse(each.identity, each.reason or "", each._replace(version=self._member.seen))
         mine = taken or this.outcome(said.status)
         own = {name: getattr(mine, name) for name in ("version", "bytes", "seconds", "readers", "backwards")}
-        return replace(said, casts=(), **own)
+        return said._replace(casts=(), **own)
 
     # A publish
 

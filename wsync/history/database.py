@@ -14,7 +14,6 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -208,7 +207,7 @@ class State:
             temporary = self._pin_file.with_suffix(f".pin.{os.getpid()}.tmp")
             try:
                 with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    json.dump(asdict(pin), file)
+                    json.dump(pin._asdict(), file)
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self._pin_file)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from ..errors import (
     BeingRewritten,
@@ -31,8 +31,7 @@ EXIT_CODES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one pass did.
 
     Attributes:
@@ -90,11 +89,21 @@ class Outcome:
         file = os.path.basename(self.checkpoint or "")
         again = f"`wsync push --retry` tries {printable(file)} again, which was rejected before: {self.reason}"
         step, source = self.live.step, self.live.source or None
-        return replace(self, status="current", step=step, checkpoint=source, reason=again, identity=self.live.identity)
+        identity = self.live.identity
+        return self._replace(status="current", step=step, checkpoint=source, reason=again, identity=identity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; ``from_dict`` reads it."""
+        return {
+            **self._asdict(),
+            "differences": [asdict(each) for each in self.differences],
+            "passed_over": [each.to_dict() for each in self.passed_over],
+            "live": asdict(self.live) if self.live else None,
+        }
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Outcome:
-        """What ``asdict`` made of one."""
+        """From what ``to_dict`` made of one."""
         return cls(
             **{
                 **told,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from ..segment.files import Publication, parsed
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(NamedTuple):
     """The one checkpoint that stays live.
 
     Attributes:
@@ -43,6 +42,6 @@ class Pin:
         with parsed():
             pin = cls(**json.loads(text))
             kinds = (str, str, int, int | None, int | float, str)
-            if not all(isinstance(value, kind) for value, kind in zip(astuple(pin), kinds, strict=True)):
+            if not all(isinstance(value, kind) for value, kind in zip(pin, kinds, strict=True)):
                 raise TypeError("a value is of another type")
             return pin

@@ -13,7 +13,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -45,15 +46,15 @@ class Record:
 
     Args:
         state: None remembers refusals in this process, and nothing else.
-        settings: tells one set of settings from another; a refusal holds under the same ones only.
+        settings: gives a text that tells one set of settings from another; a refusal holds under the same ones only.
 
     Attributes:
         complain: called with what keeps the history from being written, once for each reason.
     """
 
-    def __init__(self, state: State | None, settings: str) -> None:
+    def __init__(self, state: State | None, settings: Callable[[], str]) -> None:
         self.complain: Callable[[StateError], None] | None = None
-        self._state, self._settings = state, settings
+        self._state, self._settings_of = state, settings
         if state:
             state.warn = lambda exc: self.complain(exc) if self.complain else None
         self._refused: dict[str, str] = {}
@@ -66,6 +67,10 @@ class Record:
     def close(self) -> None:
         if self._state:
             self._state.close()
+
+    @cached_property
+    def _settings(self) -> str:
+        return self._settings_of()  # when first needed: a pass with nothing new does without
 
     @property
     def directory(self) -> Path | None:
@@ -117,7 +122,7 @@ class Record:
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
         self._try(State.reject, identity, self._settings, reason)
-        self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
+        self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
 
     @property
     def passed(self) -> frozenset[str]:
@@ -129,7 +134,7 @@ class Record:
         self._passed.add(identity)
         self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
         if identity not in self._refused:
-            self._try(State.record, "reject", **{**asdict(outcome), "bytes": None})
+            self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
 
     def skip(self, identity: str, why: str) -> None:
         """Remembers that a checkpoint is not tried again, and not told of."""
@@ -151,7 +156,7 @@ class Record:
     # --- events
 
     def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
-        fields = {**asdict(outcome), "lag": lag, "settings": fit_to_json(fit)}
+        fields = {**outcome._asdict(), "lag": lag, "settings": fit_to_json(fit)}
         self._try(State.record, "publish", accepted=self._settings, **fields)
 
     def gate(self, result: str, staged: Staged) -> None:

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
@@ -70,7 +69,7 @@ def rollback(
             raise
         seconds = round(time.time() - pin.since, 6)
         more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}
-        _note(state, "rollback", **asdict(pin), **more)
+        _note(state, "rollback", **pin._asdict(), **more)
         return publication, pin, event.version
 
 
@@ -183,7 +182,7 @@ def pin_checkpoint(
             else:
                 pin = Pin(path, opened.identity, 0, opened.step, time.time(), "by hand")
     state.set_pin(pin)
-    _note(state, "pin", **{**asdict(pin), "version": pin.version or None, "reason": None})
+    _note(state, "pin", **{**pin._asdict(), "version": pin.version or None, "reason": None})
     return pin, live is not None and live.identity == pin.identity
 
 

@@ -33,7 +33,7 @@ class Endpoint:
     """Serves one watch's figures until it is closed.
 
     Args:
-        max_staleness: seconds, see ``metrics.Metrics``; may be set anew at any time.
+        max_staleness: seconds, see ``spec.Metrics``; may be set anew at any time.
 
     Attributes:
         port: the actual one, also where any free one was asked for.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import WsyncError
 from ..history.outcome import Outcome
-from ..settings.metrics import Metrics
+from ..settings.spec import Metrics
 from .endpoint import Endpoint
 from .figures import HEALTHY, Figures, last_success, write
 

@@ -1,10 +1,14 @@
-"""The layout of a spec's policy, read in a process of its own: torch and the user's code stay out of this one."""
+"""The layout of a spec's policy, and the values that it is built with, read in a process of its own.
+
+Torch and the user's code stay out of this one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..checkpoints.fit import Built
 from ..errors import SpecError, WsyncError
 from ..layout.layout import Layout
 from .spec import Spec
@@ -21,6 +25,25 @@ def layout_of_spec(spec: Spec) -> Layout:
 
     layout: Layout = ask_policy(spec, read_layout)
     return layout
+
+
+def built_by(spec: Spec) -> Built:
+    """Gives the bytes of tensors of the policy as it is built; asks again only for others, or of another policy.
+
+    Calling it raises what ``layout_of_spec`` raises.
+    """
+    known: dict[tuple[str, frozenset[str]], Mapping[str, bytes]] = {}
+
+    def built(names: Iterable[str]) -> Mapping[str, bytes]:
+        from .user_code import read_built
+
+        wanted = frozenset(names)
+        if (key := (spec.fingerprint, wanted)) not in known:
+            known.clear()
+            known[key] = ask_policy(spec, read_built, wanted)
+        return known[key]
+
+    return built
 
 
 def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:

@@ -21,7 +21,6 @@ from ..places.candidates import Select
 from ..segment.access import Access, check_name
 from ..segment.files import BOUND, MAX_SLOTS, SLOTS
 from .hooks import Hooks
-from .metrics import Metrics
 
 POLL = 1.0
 REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money
@@ -29,6 +28,40 @@ MAX_POLL = 86_400.0
 MAX_FAILURES = -1
 MAX_KEEP = 1000
 HISTORY = 100_000  # 30 MB, and as much for other events; at one version a minute in two months
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Where figures go: the settings of ``[metrics]``.
+
+    Attributes:
+        port: of ``/metrics`` and ``/healthz``; 0 takes any free one, None serves neither.
+        address: on which that port listens.
+        file: for the node exporter's textfile collector, absolute or relative to the current directory; empty for none.
+        max_staleness: seconds since the last pass that found the newest checkpoint live or made it so, after which
+            a watch is unhealthy; None for never. A trainer that is done makes nothing stale; a newest checkpoint that
+            is refused, a source that is gone and a loop that hangs do. It must be above ``poll``, and is best above
+            what staging takes.
+    """
+
+    port: int | None = None
+    address: str = "127.0.0.1"
+    file: str = ""
+    max_staleness: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 <= self.port <= 65_535:
+            raise SpecError(
+                f"metrics.port = {self.port} is not a port (--metrics-port). Give 1 to 65535, or 0 for any free port."
+            )
+        if self.file and not self.file.endswith(".prom"):
+            raise SpecError(
+                f"metrics.file = {self.file!r} (--metrics-file): the node exporter reads only names that end in .prom. "
+                "Give it such a name."
+            )
+        if self.max_staleness is not None and not self.max_staleness > 0:
+            raise SpecError(f"metrics.max_staleness = {self.max_staleness} is not a valid time. Give seconds above 0.")
+
 
 _TABLES = {"select": Select, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
 _INTERNAL = ("partial", "kept", "built")  # fields of a table that are no settings

@@ -8,8 +8,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import WsyncError
 from ..history.outcome import Outcome
@@ -17,15 +18,16 @@ from ..history.record import Record
 from ..segment.files import Publication
 from ..segment.publisher import Source, Staged, publish
 from ..segment.writable import WritableSegment
-from ..settings.built import built_by
+from ..settings.layout_process import built_by
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
-from .looks import NO_LOOK, Look
-from .passes import Pass
+from .passes import NO_LOOK, Look, Pass
 
 if TYPE_CHECKING:
     from ..hooks.runner import HookRunner
+
+T = TypeVar("T")
 
 
 class Box:
@@ -35,6 +37,7 @@ class Box:
         spec: the policy and its settings.
         updater: opens and makes the segment.
         record: what is known of the past.
+        claim: whose versions this box may replace.
 
     Attributes:
         progress: called with bytes done and bytes in all while weights are staged.
@@ -42,24 +45,33 @@ class Box:
         hooks: what runs after a publish; None before the first, or if there is nothing to run.
         stop: ends a gate early, once set.
         version: that this box published last; 0 before.
-        claim: whose versions this box may replace.
         built: gives values of the policy as it is built.
     """
 
-    def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record) -> None:
-        self.spec, self.updater, self.record = spec, updater, record
+    def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record, claim: Claim) -> None:
+        self.spec, self.updater, self.record, self.claim = spec, updater, record, claim
         self.progress: Callable[[int, int], None] | None = None
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
         self.stop: threading.Event | None = None
         self.version = 0
-        self.claim = Claim(spec.name, spec.origin)
         self.built = built_by(spec)
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
         self.updater.spec = self.spec.fingerprint  # of the policy as it is now
         return self.updater.make_segment()
+
+    def busy(self, work: Callable[[], T]) -> T:
+        """See ``taking.Route``: on a box alone nobody waits for a sign of life."""
+        return work()
+
+    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+        """See ``taking.Route``: to this box alone."""
+        outcome = self.put_live(this, segment, checkpoint, fit, look)
+        if outcome.status == "published":
+            self.keep(segment)
+        return outcome
 
     def put_live(
         self,

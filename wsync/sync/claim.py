@@ -1,4 +1,4 @@
-"""Says whose versions a spec may replace: its own, and those without an owner.
+"""Says whose versions a spec may replace, its own and those without an owner; and who replaces its versions.
 
 Two specs of one name share a segment without knowing it (``runA/policy.toml`` and ``runB/policy.toml``), and each would
 undo what the other publishes. So a version carries its owner, the spec, and the owner's place of checkpoints.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 
-from ..errors import UsageError
-from ..places.weight_getter import CheckpointWeightGetter
+from ..errors import CheckpointError, UsageError
+from ..history.outcome import Outcome
+from ..places.candidates import Select
+from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.files import Publication
+from ..segment.segment import Segment
 
 
 class Claim:
@@ -18,32 +21,25 @@ class Claim:
 
     Args:
         name: of the segment.
-        owner: the spec; empty makes no claim, and heeds none.
+        getter: where this spec's checkpoints come from.
+        own: the spec itself says so, and not its caller: then the spec may name another place than it once did.
 
     Attributes:
+        owner: the spec; empty makes no claim, and heeds none.
         take_over: the next publish may replace another owner's version.
         one_shot: a single push, which may name a checkpoint from elsewhere.
     """
 
-    def __init__(self, name: str, owner: str) -> None:
-        self._name, self._owner, self._place = name, owner, ""
-        self._getter: CheckpointWeightGetter | None = None
-        self._own = False
-        self.take_over, self.one_shot = False, True
-
-    def follow(self, getter: CheckpointWeightGetter, *, own: bool) -> None:
-        """Its checkpoints come from there.
-
-        Args:
-            own: the spec itself says so, and not its caller: then the spec may name another place than it once did.
-        """
-        self._getter, self._place, self._own = getter, str(getter.checkpoints), own
+    def __init__(self, name: str, owner: str, getter: CheckpointWeightGetter, *, own: bool) -> None:
+        self._name, self._getter, self._own = name, getter, own
+        self._place = str(getter.checkpoints)
+        self.owner, self.take_over, self.one_shot = owner, False, True
 
     def is_foreign(self, live: Publication | None) -> bool:
         """Whether what is live is another owner's, so that nothing here is older or newer than it."""
-        if live is None or not live.owner or not self._owner:
+        if live is None or not live.owner or not self.owner:
             return False
-        if not _same(live.owner, self._owner):
+        if not _same(live.owner, self.owner):
             return True
         return bool(live.place) and not self._own and not _same(live.place, self._place) and not self._is_named()
 
@@ -56,18 +52,45 @@ class Claim:
         if live and self.is_foreign(live) and not self.take_over:
             raise UsageError(
                 f"version {live.version} of segment {self._name!r} came from {live.owner} (checkpoints in "
-                f"{live.place or 'no directory'}), and this is {self._owner} (checkpoints in {self._place}). "
+                f"{live.place or 'no directory'}), and this is {self.owner} (checkpoints in {self._place}). "
                 "Give this one another --name, or take the segment over for good with --take-over."
             )
         if not self._is_named():
-            return self._owner, self._place
-        ours = live and _same(live.owner, self._owner)
-        return self._owner, live.place if live and ours else ""  # one checkpoint changes nobody's place
+            return self.owner, self._place
+        ours = live and _same(live.owner, self.owner)
+        return self.owner, live.place if live and ours else ""  # one checkpoint changes nobody's place
 
     def _is_named(self) -> bool:
         """Whether this is a push of one checkpoint, and not of a place where they appear."""
-        return self.one_shot and self._getter is not None and self._getter.is_one_checkpoint()
+        return self.one_shot and self._getter.is_one_checkpoint()
 
 
 def _same(one: str, other: str) -> bool:
     return one == other or (os.path.isabs(one) and os.path.realpath(one) == os.path.realpath(other))
+
+
+def undone_by(segment: Segment | None, outcome: Outcome, select: Select) -> str:
+    """Says which watch replaces what a push just published, and how to keep it; empty if none does.
+
+    Args:
+        segment: that the push published into.
+        select: which entries of the watch's place are checkpoints, and which is newest.
+    """
+    if not segment or outcome.status != "published" or outcome.pin:
+        return ""
+    from ..segment.watching import watch_of  # not on the way of a push with nothing to do
+
+    watch, live = watch_of(segment), segment.live()
+    if not watch:
+        return ""
+    if live and live.version == outcome.version:
+        try:
+            if not CheckpointWeightGetter(watch.place, select=select).candidates(place_of(live)):
+                return ""
+        except CheckpointError:  # nobody can tell what the watch will find
+            pass
+    return (
+        f"{watch} keeps this segment in step, and will replace version {outcome.version} in one of its next passes. "
+        f"`wsync pin {outcome.name}` keeps the live version, `wsync rollback {outcome.name} --to {outcome.version}` "
+        "what was just published."
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.files import remote
@@ -53,4 +52,4 @@ class Idle:
         if not self._last or self._last[:2] != (this.live, times):
             return None
         seconds = round(time.perf_counter() - this.started, 6)
-        return replace(self._last[2], seconds=seconds, warning=None, passed_over=(), casts=())
+        return self._last[2]._replace(seconds=seconds, warning=None, passed_over=(), casts=())

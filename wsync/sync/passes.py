@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.outcome import Outcome, status_of
 from ..history.pins import Pin
 from ..segment.files import Publication
+from ..segment.publisher import Gate
 from ..segment.segment import Segment
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """What stays the same during one pass.
 
     Attributes:
@@ -35,7 +36,7 @@ class Pass:
 
     def at(self, segment: Segment | None) -> Pass:
         """The same pass with what is live by now."""
-        return replace(self, live=segment.live() if segment else None)
+        return self._replace(live=segment.live() if segment else None)
 
     def outcome(self, status: str, **more: object) -> Outcome:
         """What the pass did; the version is the one that is live."""
@@ -64,3 +65,19 @@ class Pass:
         reason = on_one_line(exc.message, str(about.get("checkpoint") or ""))
         more = {"reason": reason, "differences": exc.differences, "kind": exc.kind, **about}
         return self.outcome(status_of(exc, named), **more)
+
+
+class Look(NamedTuple):
+    """What a pass checks again under the publisher's lock, because it may have begun minutes ago.
+
+    Attributes:
+        before: called before a byte is staged, with what is live by now; an outcome from it ends the pass.
+        staged: called when the weights are staged and checked; what it raises leaves them unpublished.
+    """
+
+    before: Callable[[Pass], Outcome | None] | None = None
+    staged: Gate | None = None
+
+
+NO_LOOK = Look()
+"""For a pin: the operator has decided, and no gate is asked."""

@@ -11,7 +11,6 @@ import gc
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +38,7 @@ from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import told_once
 from .box import Box
 from .choosing import Choice, choose
+from .claim import Claim
 from .idle import Idle
 from .passes import Pass
 from .policy_layout import PolicyLayout
@@ -95,10 +95,10 @@ class Syncer:
             runtime_dir=runtime,
         )
         self.updater.access = spec.access
-        self.record = Record(state, spec.digest)
+        self.record = Record(state, lambda: spec.digest)
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
-        self.box = Box(spec, self.updater, self.record)
-        self.box.claim.follow(self.getter, own=place == spec.checkpoints)
+        claim = Claim(spec.name, spec.origin, self.getter, own=place == spec.checkpoints)
+        self.box = Box(spec, self.updater, self.record, claim)
         self.taking = Taking(self.box, self.policy)
         self.lock: WatchLock | None = None
         self._idle = Idle(self.getter.checkpoints)
@@ -153,7 +153,7 @@ class Syncer:
             if idle and (same := self._idle.again(this, times)) and not self.record.pin():
                 return same
             try:
-                outcome = self._pass(replace(this, again=remote(self.getter.checkpoints) is not None))
+                outcome = self._pass(this._replace(again=remote(self.getter.checkpoints) is not None))
             except CheckpointChanged:
                 outcome = self._pass(this)
             return self._idle.keep(this, times, outcome)
@@ -193,9 +193,9 @@ class Syncer:
                 return refusal
             raise
         if choice.is_new_run and outcome.status == "published":
-            return replace(outcome, warning=told_once.NEW_RUN)
+            return outcome._replace(warning=told_once.NEW_RUN)
         if refusal and outcome.status in ("rejected", "empty", "current"):  # what is older makes the newest no better
-            return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
+            return refusal._replace(passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
 
     def _wait_for_other_watch(self) -> None:
@@ -214,7 +214,7 @@ class Syncer:
         look = Look([]) if pin else self.getter.look(after)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
         chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
-        return replace(chosen, late=tuple(look.late), is_new_run=look.is_new_run)
+        return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run)
 
     def _known(self, this: Pass, candidate: Candidate) -> Outcome:
         """The refusal of an earlier pass, once more."""
@@ -257,7 +257,7 @@ class Syncer:
                     opened = checkpoint.identity
                     if self.taking.is_live(this, checkpoint):
                         continue
-                    return replace(take(checkpoint), passed_over=tuple(refusals))
+                    return take(checkpoint)._replace(passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
             except (CheckpointError, RetryLater) as exc:
@@ -268,14 +268,14 @@ class Syncer:
                     named=not candidate.name,
                     step=self.getter.step_of(candidate),
                     checkpoint=str(candidate.path),
-                    identity=opened or self._identity(exc, candidate),
+                    identity=opened or candidate.identity,
                 )
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
-                    return replace(refusal, passed_over=tuple(refusals))
+                    return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
                 if this.live and told_once.is_abandoned(exc, candidate):
-                    refusal = replace(refusal, status="rejected", reason=f"{exc.message} {told_once.ABANDONED}")
+                    refusal = refusal._replace(status="rejected", reason=f"{exc.message} {told_once.ABANDONED}")
                 refusals.append(refusal)
                 if not this.dry_run:
                     told_once.remember(self.record, exc, refusal)
@@ -287,10 +287,6 @@ class Syncer:
         if this.live and first.status == "empty":
             return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
         return first
-
-    def _identity(self, exc: WsyncError, candidate: Candidate) -> str:
-        """Of a checkpoint that could not be opened."""
-        return candidate.identity if "@" in candidate.identity else getattr(exc, "identity", "") or candidate.identity
 
     def _published_from(self, this: Pass, path: Path) -> list[str]:
         """Identities of what was published from a path."""

@@ -5,22 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Protocol, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
 from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..places.inodes import was_changed
-from ..segment.publisher import holds, rehearse
+from ..segment.publisher import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
+from . import told_once
 from .box import Box
-from .casts import Casts
 from .choosing import Choice
-from .looks import NO_LOOK, second_look
-from .passes import Pass
+from .passes import NO_LOOK, Look, Pass
 from .policy_layout import PolicyLayout
-from .route import OneBox, Route
+
+T = TypeVar("T")
+
+
+class Route(Protocol):
+    """How a checkpoint reaches the readers: a ``Box`` alone, or all boxes of a group (``fleet``)."""
+
+    def busy(self, work: Callable[[], T]) -> T:
+        """Returns what this work returns; it may take long, for a store may not answer."""
+        ...
+
+    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+        """Publishes an opened checkpoint.
+
+        Raises:
+            WsyncError: it was not published; what was live stays live.
+        """
+        ...
 
 
 class Taking:
@@ -34,8 +52,9 @@ class Taking:
     """
 
     def __init__(self, box: Box, policy: PolicyLayout) -> None:
-        self.route: Route = OneBox(box)
-        self._box, self._policy, self._casts = box, policy, Casts()
+        self.route: Route = box
+        self._box, self._policy = box, policy
+        self._casts: set[tuple[str, str]] = set()  # what was reported of them
 
     def ready(self, this: Pass, choose: Callable[[Pass], Choice]) -> Callable[[Checkpoint], Outcome]:
         """What is done with an opened checkpoint; whatever needs the policy's layout is done before it is opened.
@@ -94,7 +113,7 @@ class Taking:
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
             with checkpoint:
-                return replace(self.route.deliver(this, segment, checkpoint, fit, NO_LOOK), pin=pin.name)
+                return self.route.deliver(this, segment, checkpoint, fit, NO_LOOK)._replace(pin=pin.name)
         except CheckpointError as exc:
             about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
             outcome = this.refusal(exc, named=True, **about)
@@ -105,9 +124,26 @@ class Taking:
         self, this: Pass, segment: WritableSegment, choose: Callable[[Pass], Choice], checkpoint: Checkpoint
     ) -> Outcome:
         """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
-        look = second_look(self._box, this, checkpoint.identity, choose)
+
+        def before(now: Pass) -> Outcome | None:
+            if now.live == this.live:
+                return None
+            choice = choose(now)  # another publisher was faster, maybe with this very checkpoint
+            if choice.pin:
+                return now.pinned(choice.pin)
+            todo = {candidate.identity for candidate in choice.todo}
+            return None if checkpoint.identity in todo else now.standing("current")
+
+        def staged(weights: Staged) -> None:
+            if self._box.spec.hooks.gate:
+                self._box.ask_gate(weights)
+            if pin := self._box.record.pin():
+                raise RetryLater(
+                    f"{weights.checkpoint}: {pin.name} was pinned meanwhile. You need not do anything: the pin holds."
+                )
+
         try:
-            outcome = self.route.deliver(this, segment, checkpoint, self._box.spec.weights, look)
+            outcome = self.route.deliver(this, segment, checkpoint, self._box.spec.weights, Look(before, staged))
         except (CheckpointMismatch, UnusableBase):
             self.route.busy(partial(self._policy.recheck, segment))
             raise
@@ -115,7 +151,7 @@ class Taking:
             if pin := self._box.record.pin():
                 return this.at(segment).pinned(pin)
             raise
-        return replace(outcome, casts=self._casts.new(checkpoint))
+        return outcome._replace(casts=told_once.casts(self._casts, checkpoint))
 
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
         spec, progress = self._box.spec, self._box.counter(layout.nbytes)

@@ -1,6 +1,6 @@
-"""What a pass reports only once: unfinished checkpoints, files of other policies, late arrivals that count as older.
+"""What a pass reports only once: unfinished checkpoints, files of other policies, late arrivals, and conversions.
 
-These do not count as a refusal of the newest checkpoint: the live version is current, and a monitor hears of them once.
+None of these counts as a refusal of the newest checkpoint: the live version stays current.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import (
     BeingWritten,
     CheckpointError,
@@ -54,4 +55,27 @@ def late(record: Record, live: Publication, choice: Choice, order: str) -> str |
     return (
         f'{last.path} arrived after {Path(live.source).name} went live, and counts as older (order = "{order}"). If '
         'it should be live, set order = "arrival" in [select] (--order arrival), or push it by its name.'
+    )
+
+
+def casts(told: set[tuple[str, str]], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Lines about each dtype conversion, and each missing tensor that gets the policy's own value.
+
+    Args:
+        told: tensors that were reported, and how; grows by what is new.
+    """
+    groups: dict[str, list[str]] = {}
+    if plan := checkpoint.planned:
+        said = [(stored.name, f"cast from {stored.dtype} to {entry.dtype}") for stored, entry in plan.conversions]
+        text = "missing from the checkpoint, with the values of the policy when it is built"
+        said += [(entry.name, text) for entry in plan.built]
+        for name, words in said:
+            if (name, words) not in told:
+                told.add((name, words))
+                groups.setdefault(words, []).append(name)
+    return tuple(
+        f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {words}: "
+        + ", ".join(names[:5])
+        + (", …" if len(names) > 5 else "")
+        for words, names in groups.items()
     )
