@@ -23,8 +23,8 @@ from rich.console import Console
 from wsync.bench import cases
 from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Aim, Row, Settings, Skip, compare, parse_size
-from wsync.cli import bench_command as cli_bench
 from wsync.cli.bench_view import amount, as_json, print_rows
+from wsync.cli.console import unwind_at
 from wsync.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -341,10 +341,12 @@ def test_an_interrupt_ends_it_cleanly(
 
 def test_only_the_first_signal_counts() -> None:
     """Guards the tidying up against a second signal, as timeout(1) sends, and those who wait no longer."""
-    before = {number: signal.getsignal(number) for number in cli_bench._ENDING}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
+        unwind_at(*numbers)
         with pytest.raises(SystemExit, match="143"):
-            cli_bench._end(signal.SIGTERM, None)
+            signal.raise_signal(signal.SIGTERM)
         assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
     finally:
         for number, handler in before.items():

@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 
 import wsync
 from wsync.checkpoints.fit import Fit
-from wsync.cli.commands import app
-from wsync.cli.history import bar, moment
+from wsync.cli.commands import command_line
+from wsync.cli.history_commands import moment
 from wsync.cli.options import VARIABLES
+from wsync.cli.plot import bar
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.history import rollback as way_back
 from wsync.history.database import State
@@ -706,7 +707,7 @@ def test_variables_of_a_service_say_nothing(cli: Cli, runs: Path) -> None:
 
 def test_every_variable_that_a_command_reads_is_known() -> None:
     """Guards the list against an option that is added later."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(command_line())
     read = {
         parameter.envvar
         for each in command.commands.values()  # type: ignore[attr-defined]
@@ -743,7 +744,7 @@ def test_moments_and_bars() -> None:
 
 def test_help_of_every_command_has_an_example_and_fits_80_columns(cli: Cli, runtime: Path) -> None:
     """Guards what a person reads first."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(command_line())
     for name in command.commands:  # type: ignore[attr-defined]
         done = cli(name, "--help", env={**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80"})
         assert done.returncode == 0 and "Example: wsync" in done.stdout, name

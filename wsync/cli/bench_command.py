@@ -14,14 +14,6 @@ from ..errors import UsageError
 from .options import MEASURE, JsonOption, option
 
 bench_command = typer.Typer()
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _end(number: int, _: object) -> None:
-    """Unwinds the measurement, which removes all that it made; further signals do not disturb that."""
-    for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
 
 
 @bench_command.command(rich_help_panel=MEASURE, epilog="Example: wsync bench --size 256MiB --tensors 500")
@@ -58,6 +50,7 @@ def bench(
     """
     # Long because it declares its options; what it does is check them, run the cases and print the rows.
     from ..bench.rows import Settings, parse_size
+    from .console import unwind_at
 
     nbytes = parse_size(size)
     if nbytes < 4 * tensors:
@@ -73,9 +66,7 @@ def bench(
         raise UsageError(f"{runtime_dir} is not a directory. Name an existing one with --runtime-dir.")
     files = directory or Path(tempfile.gettempdir())
     settings = Settings(nbytes, tensors, readers, quick, tuple(only or ()), files, runtime_dir)
-    for number in _ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup(1)
-            signal.signal(number, _end)
+    unwind_at(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         from ..bench import cases
         from . import bench_view as view

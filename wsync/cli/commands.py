@@ -50,7 +50,6 @@ app = typer.Typer(
 
 
 @app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync push cartpole.toml checkpoints/")
-@with_settings
 def push(
     *,
     spec: SpecArgument,
@@ -81,7 +80,7 @@ def push(
     from ..history.outcome import Outcome
     from ..sync.claim import undone_by
     from ..sync.syncer import Syncer
-    from .console import complain, outcome_json, tell, transfer_bar
+    from .console import complain, outcome_json, tell, transfer_bar, unwind_at
 
     news = None
     if quiet:
@@ -94,9 +93,7 @@ def push(
         if news and not news.has(exc):
             raise typer.Exit(exc.exit_code) from None
         raise
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that a gate or hook ends with us
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
-            signal.signal(number, _end)
+    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
     figures = None
     if loaded.metrics.file and not dry_run:
         from ..service.figures import RunFigures
@@ -144,13 +141,6 @@ def push(
     raise typer.Exit(event.exit_code)
 
 
-def _end(number: int, _: object) -> None:
-    """Unwinds a push, which ends its gate and its hooks; further signals do not disturb that."""
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
 @contextmanager
 def ended(syncer: Syncer) -> Iterator[Syncer]:
     """Closes a syncer at the end of the block, even if a signal comes while it is being closed."""
@@ -163,7 +153,6 @@ def ended(syncer: Syncer) -> Iterator[Syncer]:
 
 
 @app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync watch cartpole.toml checkpoints/")
-@with_settings
 def watch(
     *,
     spec: SpecArgument,
@@ -236,10 +225,10 @@ def status(
     codes of Nagios: 0 all is well; 1 something is beyond its bound; 2 nothing is
     live, or a segment is unusable.
     """
-    from .check import Bounds
-    from .status import follow, show
+    from .status import Bounds, follow, show
 
     bounds = Bounds(max_staleness, max_lag, max_lag_seconds)
+    bounds.check()
     if watch and as_json:
         raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
     if watch:
@@ -314,16 +303,13 @@ def command_line(name: str = "") -> typer.Typer:
     Importing and building the others takes milliseconds, and a push with nothing to do does not need them.
     """
     command_line = copy(app)
-    mine = [command for command in app.registered_commands if getattr(command.callback, "__name__", "") == name]
-    if mine:
-        command_line.registered_commands = mine
-    else:
+    commands = [command for command in app.registered_commands if getattr(command.callback, "__name__", "") == name]
+    if not commands:
         from .bench_command import bench_command
         from .history_commands import history
 
-        command_line.registered_groups = []
-        command_line.add_typer(history)
-        command_line.add_typer(bench_command)
+        commands = [each for group in (app, history, bench_command) for each in group.registered_commands]
+    command_line.registered_commands = [with_settings(command) for command in commands]
     return command_line
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -119,6 +120,19 @@ def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
         print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
     if not outcome.exit_code:
         print(harmless(f"{outcome.name}: {outcome_line(outcome)}"))
+
+
+def unwind_at(*numbers: int) -> None:
+    """Unwinds this process at the first of these signals, which ends what it started; later ones are ignored."""
+
+    def end(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+            signal.signal(number, end)
 
 
 @contextmanager

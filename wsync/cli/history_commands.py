@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError, printable
+from ..text import when
 from .options import (
     GO_BACK,
     LOOK,
@@ -26,11 +30,15 @@ from .options import (
     option,
     read_spec,
     versions,
-    with_settings,
 )
+
+if TYPE_CHECKING:
+    from ..history.database import Event, State
 
 history = typer.Typer()
 _DRAWN = 5000  # events, the last ones
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_LOOK = 0.5  # seconds between two looks of ``--follow``
 
 
 @history.command(rich_help_panel=LOOK, epilog="Example: wsync log cartpole -n 20 --since 2h")
@@ -49,7 +57,6 @@ def log(
 ) -> None:
     """Show what was published, rejected, rolled back and pinned, and when; the newest comes last."""
     from ..history.database import State
-    from .history import event_json, follow_events, moment
 
     if plot and (as_json or follow):
         raise UsageError("--plot draws one picture, and takes no --json or --follow. Leave these out, or --plot.")
@@ -122,8 +129,8 @@ def pin(
 
     with State(name, state_dir) as state:
         pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
-    when = "" if live else "; the next pass of a watch or push puts it live"
-    print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{when}")
+    soon = "" if live else "; the next pass of a watch or push puts it live"
+    print(f"{name}: {printable(pinned.name)} is pinned until `wsync unpin {name}`{soon}")
 
 
 @history.command(rich_help_panel=GO_BACK, epilog="Example: wsync unpin cartpole")
@@ -138,7 +145,6 @@ def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
 
 
 @history.command(rich_help_panel=LOOK, epilog="Example: wsync config cartpole.toml")
-@with_settings
 def config(
     context: typer.Context,
     spec: SpecArgument,
@@ -153,12 +159,10 @@ def config(
     """Show every setting and where it comes from: option, variable, TOML or default."""
     from ..history.database import state_dir as state_place
     from ..system.memory import runtime_dir as runtime_place
+    from .config import origins, write_spec
     from .console import default_format
-    from .history import origins
 
     if init:
-        from .new_spec import write_spec
-
         if made := write_spec(spec):
             print(f"{made}: written; now name your policy in it")
         return
@@ -179,3 +183,36 @@ def config(
         from .tables import print_config
 
         print_config(rows)
+
+
+def event_json(event: Event) -> dict[str, Any]:
+    """One event; the fields that do not apply are None."""
+    data = {name: value for name, value in event._asdict().items() if name not in ("id", "settings")}
+    return {**data, "at": when(event.at)}
+
+
+def moment(text: str) -> float:
+    """Seconds since the epoch of ``2h`` (ago), or of a date and time, local where it names no zone.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if ago:
+        return time.time() - float(ago[1]) * _UNITS[ago[2]]
+    try:
+        return datetime.fromisoformat(text.strip()).timestamp()
+    except (ValueError, OverflowError) as exc:
+        raise UsageError(f"--since {text!r} is not a time. Write 30m, 2h, 3d, or 2026-05-01T12:00.") from exc
+
+
+def follow_events(state: State, after: int) -> Iterator[Event]:
+    """Events as they come, until interrupted; all of a history that was begun anew."""
+    while True:
+        last = state.events(limit=1)
+        if not last or last[-1].id < after:
+            after = 0
+        for event in state.events(after=after):
+            after = event.id
+            yield event
+        time.sleep(_LOOK)

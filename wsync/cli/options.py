@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.models import CommandInfo
 
 from ..errors import UsageError, WsyncError
 from ..settings.hooks import VARIABLES as OWN_VARIABLES
@@ -202,25 +203,34 @@ TakeOverOption = Annotated[
 JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command that has a parameter ``settings`` one option for each setting."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for name, p in signature.parameters.items() if name != "settings"]
-    taken = {n: about for n, about in _HELP.items() if command.__name__ in ("watch", "config") or n not in _ONLY_WATCH}
-    options = [_parameter(name, *about) for name, about in taken.items()]
+def with_settings(command: CommandInfo) -> CommandInfo:
+    """Gives a command whose function has a parameter ``settings`` one option for each setting.
 
-    @functools.wraps(command)
+    This takes a millisecond a command, so it is done for the commands of a command line and not where they are written.
+    """
+    function = command.callback
+    if function is None or "settings" not in function.__annotations__:
+        return command
+    is_full = function.__name__ in ("watch", "config")
+    taken = {name: about for name, about in _HELP.items() if is_full or name not in _ONLY_WATCH}
+
+    @functools.wraps(function)
     def wrapped(**given: Any) -> None:
         settings: dict[str, dict[str, Any]] = {table: {} for table in _PANELS}
         for name, (table, _, _) in taken.items():
             value = given.pop(name)
             if value not in (None, []):
                 settings[table][name.removeprefix(f"{table}_")] = _value(name, value)
-        command(**given, settings=settings)
+        function(**given, settings=settings)
 
-    wrapped.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in (*own, *options)}
-    return wrapped
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for name, p in signature.parameters.items() if name != "settings"]
+    parameters = [*own, *(_parameter(name, *about) for name, about in taken.items())]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    command = copy(command)
+    command.callback = wrapped
+    return command
 
 
 def read_spec(text: str, settings: dict[str, dict[str, Any]], checkpoints: str | None = None) -> Spec:

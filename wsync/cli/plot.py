@@ -7,10 +7,10 @@ from datetime import datetime
 
 from ..history.database import Event
 from ..text import duration, size
-from .history import bar
 from .tables import stdout_console
 
 _LABEL, _MOST = 15, 200  # columns
+_BARS = "▁▂▃▄▅▆▇█"
 _MARKS = {"reject": "x", "failure": "!", "rollback": "r", "pin": "p", "unpin": "u"}
 """What a column shows of the events in it; where there are several the first of these counts."""
 
@@ -70,3 +70,8 @@ def _greatest(of: Callable[[Event], float | None]) -> Of:
         return max((float(value) for event in column if (value := of(event)) is not None), default=None)
 
     return greatest
+
+
+def bar(value: float, most: float) -> str:
+    """A value between 0 and the greatest one as a block of that height."""
+    return _BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0]

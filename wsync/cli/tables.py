@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, JustifyMethod, RenderableType
 from rich.padding import Padding
@@ -21,7 +21,9 @@ from ..errors import harmless, printable
 from ..fleet.membership import few
 from ..history.database import Event
 from ..text import count, duration, size
-from .history import Setting
+
+if TYPE_CHECKING:
+    from .config import Setting
 
 _PIPE = 100_000  # columns: a line is never broken there
 

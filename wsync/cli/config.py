@@ -1,11 +1,14 @@
-"""``wsync config SPEC --init``: a TOML with every setting and its default, made from the options and dataclasses."""
+"""``wsync config``: every setting and where it comes from, and a new TOML that holds them all."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from ..segment.access import Access
@@ -16,6 +19,60 @@ from .options import _HELP as HELP
 _OWN_TABLE = {"poll": "watch", "max_failures": "watch"}
 _EXAMPLES = {"name": "cartpole", "mode": "0600", "group": "policies", "metrics_port": 9464, "max_staleness": 300.0}
 """What stands where there is no default."""
+
+
+class Setting(NamedTuple):
+    """One row of ``wsync config``: ``origin`` is option, variable, TOML or default."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapping[str, Any]) -> list[Setting]:
+    """Every setting with its origin.
+
+    Args:
+        spec: with what options and variables say in it.
+        text: the spec as it was named.
+        given: options by name, with where they came from.
+        others: what is no part of the spec, by the names of its options.
+    """
+    toml = _toml(text)
+    rows: list[Setting] = []
+
+    def add(name: str, value: Any, table: Mapping[str, Any], option: str = "") -> None:
+        key = name.rpartition(".")[2]
+        rows.append(Setting(name, value, given.get(option or key) or ("TOML" if key in table else "default")))
+
+    for name in ("policy", "name", "checkpoints", "slots", "max_slots", "keep", "history"):
+        add(name, getattr(spec, name), toml)
+    if not toml:
+        rows[0] = rows[0]._replace(origin="argument")
+    for name in ("poll", "max_failures"):
+        add(f"watch.{name}", getattr(spec, name), toml.get("watch", {}))
+    for name, value in others.items():
+        add(name, value, {})
+    rows += [Setting(f"policy_kwargs.{key}", value, "TOML") for key, value in spec.policy_kwargs.items()]
+    for name, value in asdict(spec.access).items():
+        add(name, value, toml)
+    for table in ("select", "weights", "hooks", "metrics"):
+        for name, value in asdict(getattr(spec, table)).items():
+            if name == "webhook" and value:
+                value = "(set; may hold a secret)"
+            option = f"metrics_{name}" if table == "metrics" and name != "max_staleness" else name
+            if name not in ("partial", "kept", "built"):
+                add(f"{table}.{name}", value, toml.get(table, {}), option)
+    return rows
+
+
+def _toml(text: str) -> Mapping[str, Any]:
+    import tomllib
+
+    if not (text.endswith(".toml") or os.path.isfile(text)):
+        return {}
+    with open(text, "rb") as file:
+        return tomllib.load(file)
 
 
 def spec_text(policy: str) -> str:
