@@ -21,7 +21,7 @@ from wsync.places.candidates import Select
 from wsync.places.changes import Changes
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
-from wsync.sync import schedule
+from wsync.sync import loop
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 
@@ -115,7 +115,7 @@ def test_a_full_look_comes_now_and_then(
 ) -> None:
     """Guards what no notification tells, such as a write through a memory map."""
     until(watch, "current")
-    monkeypatch.setattr(schedule, "_FULL", 0.0)
+    monkeypatch.setattr(loop, "_FULL", 0.0)
     watch()
     before = len(listings)
     for _ in range(5):

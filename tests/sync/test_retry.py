@@ -26,8 +26,7 @@ from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
-from wsync.sync.loop import run
-from wsync.sync.schedule import Schedule, pause_after
+from wsync.sync.loop import Schedule, pause_after, run
 from wsync.sync.syncer import Syncer
 
 LONG = 10 * DEADLINE  # a pause that no test may come to wait for
@@ -38,7 +37,7 @@ Event = Outcome | WsyncError
 @pytest.fixture
 def schedule(stop: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Schedule]:
     """Of a watch on ``runs`` whose pauses, once passes fail, are as long as no test may wait."""
-    monkeypatch.setattr("wsync.sync.schedule.LONGEST", LONG)
+    monkeypatch.setattr("wsync.sync.loop.LONGEST", LONG)
     made = Schedule(Spec("policies:mlp", NAME, tmp_path, poll=0.01), tmp_path / "runs", stop)
     yield made
     made.close()
@@ -121,7 +120,7 @@ def test_a_storm_of_changes_is_looked_at_now_and_then(
 ) -> None:
     """Guards that a file that changes all the time does not bring a failing pass at every change."""
     states = iter(range(1000))
-    monkeypatch.setattr("wsync.sync.schedule.listing_of", lambda *_: next(states))
+    monkeypatch.setattr("wsync.sync.loop.listing_of", lambda *_: next(states))
     schedule = failed(Schedule(Spec("policies:mlp", NAME, tmp_path, poll=3600.0), tmp_path, stop), 3)
     waits: list[float] = []
     monkeypatch.setattr(stop, "wait", waits.append)

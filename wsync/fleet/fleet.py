@@ -35,7 +35,7 @@ from functools import partial
 from ..checkpoints.files import remote
 from ..errors import GroupBroken, Stopped, WsyncError
 from ..history.outcome import Outcome
-from ..sync.schedule import Schedule
+from ..sync.loop import Schedule
 from ..sync.syncer import Syncer, recorded
 from .group import BEAT, Group
 from .member import Member

@@ -66,22 +66,20 @@ class Event(NamedTuple):
     def checked(cls, row: Sequence[Any]) -> Event:
         """From a row; raises ValueError or TypeError where it is none that ``record`` wrote."""
         event = cls(*row)
-        if not (isinstance(event.at, float) and 0 <= event.at < END_OF_TIME and event.kind in KINDS):
+        if not all(isinstance(value, kind) for value, kind in zip(event, _TYPES, strict=True)):
+            raise TypeError("a value of an event is of another type")
+        if not (0 <= event.at < END_OF_TIME and event.kind in KINDS):
             raise ValueError("an event has no time, or has an unknown kind")
-        numbers = ((event.version, MAX_VERSION), (event.bytes, 1 << 63), (event.lag, MAX_VERSION))
-        for number, bound in numbers:
-            if number is not None and not (isinstance(number, int) and -bound < number < bound):
-                raise ValueError(f"an event holds the number {number!r:.40}")
-        if not isinstance(event.step, int | None) or not isinstance(event.seconds, int | float | None):
-            raise TypeError("an event's step or time is not a number")
-        texts = event.checkpoint, event.identity, event.reason, event.settings
-        if not all(isinstance(text, str | None) for text in texts):
-            raise TypeError("a text of an event is not a text")
+        for number in (event.version, event.lag):
+            if number is not None and abs(number) >= MAX_VERSION:
+                raise ValueError(f"an event holds the number {number}")
         if event.settings is not None and not isinstance(json.loads(event.settings), dict):
             raise TypeError("an event's settings are not a table")
         return event
 
 
+_NUMBER, _TEXT = int | None, str | None
+_TYPES = (int, float, str, _NUMBER, _NUMBER, _TEXT, _TEXT, _NUMBER, int | float | None, _NUMBER, _TEXT, _TEXT)
 _FIELDS = Event._fields[3:]  # without id, at and kind
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (

@@ -64,7 +64,7 @@ def rollback(
         state.set_pin(pin)  # before it is live: a watch must not take the newest in between
         try:
             publication = _again(segment, last, event, state)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: nothing went live, so the pin of before must hold
             state.set_pin(before)
             raise
         seconds = round(time.time() - pin.since, 6)

@@ -73,7 +73,7 @@ class Storage:
                     raise
                 self._set_aside(exc)
             return self._transact(work)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: a connection that was interrupted may be within a transaction
             self.close()
             raise
 

@@ -8,7 +8,11 @@ again later, anything else rejects.
 A function is called with the policy, in eval mode, with the staged weights in it. Whatever it returns accepts, but for
 ``False``, which is a check that failed and whose author forgot to raise; ``RetryLater`` asks for the same again later,
 any other exception rejects. It runs in a process of its own, so that a watch never imports torch and outlives whatever
-that code does; the weights are copies, so that nothing it does reaches the slot.
+that code does.
+
+Both look at a copy of the staged slot. The slot itself belongs to the user as whom the gate runs, so nothing could keep
+the gate from writing to it. The copy is in memory that the kernel seals (memfd_create(2)), as large as the weights, and
+is gone with the gate. Afterwards the slot must still hold what was copied.
 
 One that takes too long, or is ended by a signal, has rejected: a gate that hangs must not hold up the next checkpoint
 for ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
@@ -16,26 +20,31 @@ for ever. While it runs the publisher's lock is held, and what was live stays li
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import GateRejected, RetryLater, SpecError, WsyncError
+from ..errors import GateRejected, RetryLater, SegmentError, SpecError, WsyncError
+from ..segment.access import opened
 from ..segment.publisher import Staged
 from ..settings.hooks import environment
 from ..settings.spec import Spec
 from ..settings.user_code import build, find, origin
 from ..system import child
 from . import command
-from .view import view_of
 
 if TYPE_CHECKING:
     import torch
 
 _VERDICTS: dict[int | None, str] = {0: "accept", 75: "retry"}  # by a command's status; any other rejects
 _LONGEST = 4000  # characters of an exception's text
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_PIECE = 8 << 20  # bytes compared at a time
 
 
 def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_dir: Path | None = None) -> None:
@@ -52,11 +61,8 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         SegmentError: it changed what it was to look at.
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
-    with view_of(staged.path) as view:
-        try:
-            verdict, why, ended = _answer_of(spec, staged._replace(path=view.path), staged.path, stop, state_dir)
-        finally:
-            view.check()
+    with _sealed_copy(staged.path) as copy:
+        verdict, why, ended = _answer_of(spec, staged._replace(path=copy), staged.path, stop, state_dir)
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
@@ -83,6 +89,42 @@ def _answer_of(
     silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
     verdict, why = answer or ("reject", silent)
     return verdict, why, ended
+
+
+@contextmanager
+def _sealed_copy(slot: Path) -> Iterator[Path]:
+    """A copy of a staged slot that nobody can change; at the end the slot must hold the same.
+
+    Its path can be opened by other processes of this user until the end of the block.
+
+    Raises:
+        WsyncError: there is no memory for the copy, or the slot is gone.
+        SegmentError: the slot was changed meanwhile.
+    """
+    with ExitStack() as stack:
+        try:
+            original = stack.enter_context(opened(os.open(slot, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)))
+            copy = stack.enter_context(opened(os.memfd_create("wsync-staged", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)))
+            while os.sendfile(copy, original, None, _PIECE):
+                pass
+            fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as exc:
+            raise WsyncError(
+                f"the copy of {slot} for the gate could not be made ({exc.strerror}). It takes as much memory as the "
+                "weights: raise the limit of this process, or of its container."
+            ) from exc
+        try:
+            yield Path(f"/proc/{os.getpid()}/fd/{copy}")
+        finally:
+            size = os.fstat(copy).st_size
+            same = os.fstat(original).st_size == size and all(
+                os.pread(original, _PIECE, at) == os.pread(copy, _PIECE, at) for at in range(0, size, _PIECE)
+            )
+            if not same:
+                raise SegmentError(
+                    "the staged weights changed while the gate looked at them, and nothing went live. Let the gate "
+                    "write to no file of a segment; it reads the staged weights from WSYNC_HOOK_STAGED."
+                )
 
 
 # --- in the child

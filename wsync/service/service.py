@@ -22,8 +22,7 @@ from ..history.database import State
 from ..history.outcome import Outcome
 from ..settings import layout_process
 from ..settings.spec import Spec
-from ..sync.loop import run
-from ..sync.schedule import LONGEST
+from ..sync.loop import LONGEST, run
 from ..sync.syncer import Syncer
 from .notify import Notifier
 

@@ -1,6 +1,6 @@
 """Tells a watch when it need not list a place again: no notification came, and the place's own times are unchanged.
 
-Among 10,000 files a listing a second took 15 % of a core. A full look still comes now and then (see ``schedule``).
+Among 10,000 files a listing a second took 15 % of a core. A full look still comes now and then (see ``loop``).
 """
 
 from __future__ import annotations

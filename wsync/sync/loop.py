@@ -1,24 +1,116 @@
-"""The loop of a watch: pass after pass until it is stopped."""
+"""The loop of a watch: pass after pass until it is stopped, and when the next is due; also for the rank 0 of a group.
+
+A pass is due at each notification, and every ``poll`` seconds. After a pass that failed (a disk's error, no shared
+memory, a runtime directory that is gone) the pause doubles from ``poll`` to ``LONGEST``: the pass may have read
+gigabytes before it failed, and somebody has to repair the cause. What repairs most failures is another checkpoint, or
+one that can be read again, so the pause ends early when the place is listed otherwise than before the failed pass. It
+is listed at each notification and every second, but not within a second of the failed pass. The listing counts, and not
+the notification: a storm of notifications about nothing new ends no pause, and a change on a remote file system, which
+sends no notification, does.
+
+A gate that asks for the same again later causes the same pauses, because each pass stages the weights anew; it is no
+failure, and is not counted as one.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ..checkpoints.files import remote
-from ..errors import Stopped, UsageError, WsyncError
+from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
+from ..places.candidates import listing_of
+from ..places.changes import Changes
 from ..segment.watching import Watching, WatchLock
-from .schedule import Schedule
+from ..settings.spec import Spec
 from .syncer import Syncer
+
+LONGEST = 60.0  # seconds between two passes, however many failed
+_FULL = 60.0  # seconds between two full looks at a place of which notifications tell all
+_APART = 1.0  # seconds between two looks at the listing of a directory; a store is listed every ``poll`` seconds
+
+
+def pause_after(failures: int, poll: float) -> float:
+    """Seconds to pause after so many failures in a row, one or more."""
+    return min(poll * 2.0 ** min(failures - 1, 64), LONGEST)
+
+
+class Schedule:
+    """Says when the next pass is due; the first one is due at once.
+
+    Args:
+        spec: with ``poll``, ``max_failures``, and what counts as a checkpoint.
+        place: where checkpoints appear.
+        stop: ends a wait.
+
+    Attributes:
+        failures: passes that failed in a row.
+        pauses: passes in a row that are followed by a pause: failures, and those whose gate asked for later.
+        is_idle: the pass that is due comes by the clock alone, where notifications tell all that changes.
+    """
+
+    def __init__(self, spec: Spec, place: Path, stop: threading.Event) -> None:
+        self.failures = self.pauses = 0
+        self._spec, self._place, self._stop = spec, place, stop
+        self._changes = Changes(place, spec.poll, stop, spec.select)
+        self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
+        # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
+        self._next = self._look = self._rest = 0.0
+        self.is_idle, self._full = False, -_FULL
+        self._found: object = None  # the listing before the last pass, where one before it failed
+
+    def due(self, seconds: float) -> bool:
+        """Waits until the next pass is due, at most ``seconds``; whether it is."""
+        until, due, before = time.monotonic() + seconds, self._next, self._found
+        if before is not None:  # the last two passes failed: what a notification brings is a look at the listing
+            self._stop.wait(max(0.0, min(until, due, self._rest) - time.monotonic()))
+            if time.monotonic() < min(due, self._rest):
+                return False
+            due = min(due, self._look)
+        told = self._changes.wait(min(until, due) - time.monotonic())
+        if not told and time.monotonic() < due:
+            return False
+        self.is_idle = not told and self._changes.tells_all() and time.monotonic() - self._full < _FULL
+        if not self.is_idle:
+            self._full = time.monotonic()
+        self._look = time.monotonic() + self._apart
+        self._found = listing_of(self._place, self._spec.select) if self.pauses else None
+        return before is None or self._found != before or time.monotonic() >= self._next
+
+    def add(self, event: Outcome | WsyncError) -> WsyncError | None:
+        """Counts a pass; an error that says so where more than ``max_failures`` failed in a row (-1: never)."""
+        failed = isinstance(event, WsyncError) or event.status == "failed"
+        later = not isinstance(event, WsyncError) and event.kind == RetryLater.kind
+        self.failures = self.failures + 1 if failed else 0
+        self.pauses = self.pauses + 1 if failed or later else 0
+        pause = pause_after(self.pauses, self._spec.poll) if self.pauses else self._spec.poll
+        self._next = time.monotonic() + pause
+        self._look = self._rest = time.monotonic() + self._apart
+        if not self.pauses:
+            self._found = None
+        bound = self._spec.max_failures
+        if not 0 <= bound < self.failures:
+            return None
+        reason = event if isinstance(event, WsyncError) else event.reason
+        passes = "1 pass" if self.failures == 1 else f"{self.failures:,} passes in a row"
+        return WsyncError(
+            f"{passes} failed, and --max-failures is {bound}: the watch ends. Remove the cause of the last failure, "
+            f"then start it again: {reason}"
+        )
+
+    def close(self) -> None:
+        self._changes.close()
 
 
 def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
     """Runs passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
 
     Before the first pass it reads the policy's layout, unless that is known to fit. After passes that failed, or whose
-    gate asked for later, it pauses longer (see ``schedule``).
+    gate asked for later, it pauses longer.
 
     Args:
         tell: called with the outcome of each pass; with an error if the pass failed.
