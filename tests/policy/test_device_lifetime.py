@@ -19,7 +19,7 @@ from trainers import Trainer, addresses, leased
 
 import wsync
 from wsync.errors import OutOfDeviceMemory, UsageError
-from wsync.policy import device_reader
+from wsync.policy import device_reader, finding
 from wsync.policy import reader as reading
 from wsync.segment.writable import WritableSegment
 
@@ -376,7 +376,7 @@ def test_a_new_segment_that_lacks_a_slot(
     trainer: Trainer, device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not taken, and once it is whole its own weights come, not those of the slots that were locked before."""
-    monkeypatch.setattr(reading, "_LOOK", 0.0)
+    monkeypatch.setattr(finding, "_LOOK", 0.0)
     policy = mlp()
     with wsync.attach(policy, "nets") as reader:
         trainer.segment.remove()

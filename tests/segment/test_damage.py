@@ -22,7 +22,6 @@ from torch import nn
 import wsync
 from wsync.errors import SegmentDamaged, SegmentError, UsageError
 from wsync.policy import finding
-from wsync.policy import reader as reading
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
 from wsync.segment.access import open_dir
@@ -61,7 +60,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader looks at the directory at each call, not once a second."""
     monkeypatch.setattr(finding, "_SELDOM", 1)
     monkeypatch.setattr(finding, "_SELDOM_SECONDS", 0.0)
-    monkeypatch.setattr(reading, "_LOOK", 0.0)
+    monkeypatch.setattr(finding, "_LOOK", 0.0)
 
 
 def remove(path: Path, part: str) -> None:

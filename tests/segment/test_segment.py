@@ -25,10 +25,9 @@ from wsync.errors import (
     NonFiniteWeights,
     SegmentBusy,
 )
+from wsync.segment import control, writable
 from wsync.segment import files as segment_files
 from wsync.segment import segment as protocol
-from wsync.segment import writable
-from wsync.segment.control import ControlPage
 from wsync.segment.files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
 from wsync.segment.publisher import publish
 from wsync.segment.readers import Registration
@@ -319,7 +318,7 @@ def test_published_slot_never_looks_locked(
     """The publisher lets go of a slot before its store: whoever follows the new WORD at once gets the lease."""
     leases = []
     reader = Segment.open("nets")
-    monkeypatch.setattr(ControlPage, "wake", lambda _: leases.append(reader.lease()))
+    monkeypatch.setattr(control, "wake", lambda _: leases.append(reader.lease()))
     push(1.0)
     push(2.0)
     assert [lease.version for lease in leases if lease] == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import suppress
 
@@ -9,6 +10,8 @@ from ..errors import SegmentError
 from ..segment.files import REMOVED
 from ..segment.segment import Segment
 
+_log = logging.getLogger("wsync")
+_LOOK = 0.1  # seconds between two looks for a segment that is gone
 _SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
 
 
@@ -41,20 +44,36 @@ def is_gone(segment: Segment) -> bool:
         return False
 
 
-def what_became_of(segment: Segment) -> str:
-    """The end of a sentence that says why it is gone."""
-    with suppress(OSError):
-        return segment.damage() or "was removed"
-    return "was removed"
+class Search:
+    """Looks for the segment that replaces one that is gone: not too often, and saying once that it is gone."""
 
+    def __init__(self) -> None:
+        self._next = 0.0
 
-def find_again(segment: Segment) -> Segment | None:
-    """The segment of the same name and layout that stands where this one was; None while there is none."""
-    try:
-        found = Segment.open(segment.name, segment.path.parent, layout=segment.layout)
-    except SegmentError:
-        return None
-    if found.word & 0xFF == REMOVED or found.damage():  # the same still, or another on its way out
-        found.close()
-        return None
-    return found
+    def find(self, segment: Segment, version: int) -> Segment | None:
+        """The segment of the same name and layout that stands where this one was; None while none is found.
+
+        Args:
+            version: that the policy keeps.
+        """
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        if not self._next:
+            what = "was removed"
+            with suppress(OSError):
+                what = segment.damage() or what
+            _log.warning("segment %r %s; the policy keeps version %d", segment.name, what, version)
+        self._next = now + _LOOK
+        try:
+            found = Segment.open(segment.name, segment.path.parent, layout=segment.layout)
+        except SegmentError:
+            return None
+        if found.word & 0xFF == REMOVED or found.damage():  # the same still, or another on its way out
+            found.close()
+            return None
+        return found
+
+    def over(self) -> None:
+        """What was found is the reader's."""
+        self._next = 0.0

@@ -31,7 +31,7 @@ from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
 from ..system.memory import sleep_on
 from .copying import Copy
-from .finding import Schedule, find_again, is_gone, what_became_of
+from .finding import Schedule, Search, is_gone
 from .swap import Swap
 from .tensors import Attached, drop_caches
 from .users import Users
@@ -39,7 +39,6 @@ from .users import Users
 Mode = Literal["auto", "swap", "copy"]
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.1  # seconds between two looks where no word will change
 _WORD = WORD_OFFSET // 8
 _WRITES = (
     "the policy attached to %r writes to its weights in place: these writes belong to it alone, and are lost with the "
@@ -53,8 +52,6 @@ _WAITS = (
 
 class Reader:
     """Keeps a policy in step with a segment; made by ``attach``.
-
-    It is long because refresh, wait, using and close share one lock and its rules for signal handlers and forks.
 
     Attributes:
         name: of the segment.
@@ -73,7 +70,7 @@ class Reader:
         self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
         self._schedule, self._calls_left = Schedule(), 1  # without a look at the clock
-        self._next_look, self._told_of_writing = 0.0, False
+        self._search, self._told_of_writing = Search(), False
         self._attached = attached
         self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
         self._registration = self._take(segment)
@@ -275,19 +272,12 @@ class Reader:
 
     def _find_again(self) -> bool:
         """Attaches to a segment of the same name and layout that stands where ours was removed."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return False
-        if not self._next_look:
-            what = what_became_of(self._segment)
-            _log.warning("segment %r %s; the policy keeps version %d", self.name, what, self.version)
-        self._next_look = now + _LOOK
-        segment = find_again(self._segment)
+        segment = self._search.find(self._segment, self.version)
         if segment is None:
             return False
         left, record = self._segment, self._registration
         self._registration = self._take(segment)
-        self._next_look = 0.0
+        self._search.over()
         record.close()
         left.close()
         return True

@@ -41,19 +41,14 @@ class ControlPage:
         return address_of(self._mapped) + WORD_OFFSET
 
     def store(self, word: int) -> None:
-        """P7 and P8: what the WORD says is so from here on."""
-        _ = self.address  # whatever can fail in waking, an import included, fails before the store
+        """P7 and P8: what the WORD says is so from here on; every reader that sleeps on it wakes."""
+        address = self.address  # whatever can fail in waking, an import included, fails before the store
         self.words[_WORD] = word  # P7 store
-        self.wake()  # P8 wake
+        wake(address)  # P8 wake
 
     def tell_removed(self) -> None:
-        """Tells the readers that the segment is none any more."""
-        self.words[_WORD] = self.word | REMOVED
-        self.wake()
-
-    def wake(self) -> None:
-        """Wakes every reader that sleeps on the WORD."""
-        wake(self.address)
+        """Tells the readers that the segment is none any more, also where it was deleted by hand."""
+        self.store(self.word | REMOVED)
 
     def close(self) -> None:
         self.words.release()

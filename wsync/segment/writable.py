@@ -100,7 +100,7 @@ class WritableSegment(Segment):
             SegmentBusy: a publisher holds it.
         """
         with self.publishing():
-            self.tell_removed()
+            self.control.tell_removed()
             discard(self.path)
 
     def remove_unused(self) -> None:
@@ -112,10 +112,6 @@ class WritableSegment(Segment):
         with self.publishing():
             if not self.version and not self.readers():
                 self.remove()
-
-    def tell_removed(self) -> None:
-        """Tells the readers that this segment is none any more; also where it was deleted by hand."""
-        self.control.tell_removed()
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
@@ -281,7 +277,7 @@ def _set_aside_if_damaged(name: str, path: Path) -> None:
         with closing(WritableSegment(name, path)) as segment:
             if not (how := segment.damage()):
                 return
-            segment.tell_removed()
+            segment.control.tell_removed()
     except SegmentDamaged as exc:
         how = exc.message.partition(": ")[0]
     except SegmentError:

@@ -96,14 +96,12 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         """The standing segment, opened anew where it was removed and made again; None where there is none."""
         if self._segment and (not self._segment.is_current() or self._segment.damage()):
             self.last_version = max(self.last_version, self._segment.version)
-            self._segment.tell_removed()
+            self._segment.control.tell_removed()
             self.close()
         if self._segment is None:
             try:
                 self._segment = WritableSegment.open(self.name, self.runtime_dir)
-            except SegmentMissing:
-                return None
-            except SegmentDamaged:  # ``make_segment`` makes another one
+            except (SegmentMissing, SegmentDamaged):  # ``make_segment`` makes another one
                 return None
             if self._segment.damage():
                 self.close()
