@@ -9,14 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import SUPPORT, write
+from builders import ROOT, SUPPORT, write
 from faulty_proxy import Proxy
 from policies import mlp
 from processes import DEADLINE, Lines, signal_another_thread
@@ -61,11 +64,9 @@ class Box:
         self.lines: Lines
 
     def start(self, *options: str, program: tuple[str, ...] = (BOX,), settings: str = "", **variables: str) -> Box:
-        toml = self.fleet.base / f"{self.name}.toml"
-        source = self.source or self.checkpoints
-        toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{source}"\n{settings}')
+        toml = self.write_spec(settings)
         environment = {**os.environ, **self.variables(), "FLEET_BOX": self.name, "FLEET_PIECE": "64", **variables}
-        environment["FLEET_DIE"] = str(self.deaths)
+        environment["FLEET_ORDER"] = str(self.order)
         command = [
             *self.within,
             *TORCHRUN,
@@ -85,6 +86,17 @@ class Box:
         self.lines = Lines(self.agent)
         return self
 
+    def write_spec(self, settings: str) -> Path:
+        source, toml = self.source or self.checkpoints, self.fleet.base / f"{self.name}.toml"
+        toml.write_text(f'policy = "policies:mlp"\nname = "{NAME}"\ncheckpoints = "{source}"\n{settings}')
+        return toml
+
+    def read_again(self, settings: str) -> None:
+        """Gives its watch other settings, as ``systemctl reload`` does."""
+        self.write_spec(settings)
+        signal_another_thread(self.worker, signal.SIGHUP)
+        self.lines.until("read again")
+
     def variables(self) -> dict[str, str]:
         return {"WSYNC_RUNTIME_DIR": str(self.runtime), "WSYNC_STATE_DIR": str(self.runtime / ".state")}
 
@@ -95,9 +107,9 @@ class Box:
         return pid
 
     @property
-    def deaths(self) -> Path:
-        """The file that tells where and how its watch is to die next; gone once it did."""
-        return self.fleet.base / f"{self.name}.dies"
+    def order(self) -> Path:
+        """The file that tells what is to happen to its watch next, and where; gone once it did."""
+        return self.fleet.base / f"{self.name}.order"
 
     def look(self) -> None:
         """Adds what is live to ``seen``, where a WORD was stored since the last look."""
@@ -170,6 +182,8 @@ class Fleet:
 
     def __init__(self, base: Path, nodes: str) -> None:
         self.base = base
+        self.hidden = 8  # of the policy
+        self.step = 0  # of the newest checkpoint, where ``next`` writes them
         (base / "runs").mkdir()
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -192,10 +206,20 @@ class Fleet:
         return next(iter(self.boxes.values()))
 
     def publish(self, step: int, mark: float | None = None) -> Path:
-        return write(self.base / "runs" / f"step_{step}.safetensors", mlp(), step if mark is None else mark, step)
+        file = self.base / "runs" / f"step_{step}.safetensors"
+        return write(file, mlp(self.hidden), step if mark is None else mark, step)
 
-    def publish_large(self, step: int, hidden: int) -> Path:
-        return write(self.base / "runs" / f"step_{step}.safetensors", mlp(hidden), step, step)
+    def next(self, mark: float | None = None) -> int:
+        """Writes one more checkpoint; its step."""
+        self.step += 1
+        self.publish(self.step, mark)
+        return self.step
+
+    @property
+    def version(self) -> int:
+        """That which is live on all boxes."""
+        (version,) = {box.seen[-1][0] if box.seen else 0 for box in self.boxes.values()}
+        return version
 
     def until(self, version: int, step: int, *boxes: Box) -> None:
         """Until that is live on all of these boxes."""
@@ -238,23 +262,63 @@ class Fleet:
         assert all(len(found) == 1 for found in steps.values()), steps
 
 
-@pytest.fixture
-def fleet(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fleet]]:
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+@contextmanager
+def fleets() -> Iterator[Callable[[str], Fleet]]:
+    """Makes a group with so many boxes in a place of its own; at the end its processes go, and its story is checked."""
+    base = Path(tempfile.mkdtemp(prefix="wsync-test-", dir="/dev/shm"))
     started: list[Fleet] = []
-    base = runtime.with_name(f"{runtime.name}-boxes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT)]))
+        patch.setenv("PYTHONUNBUFFERED", "1")
 
-    def make(nodes: str) -> Fleet:
-        base.mkdir()
-        started.append(Fleet(base, nodes))
-        return started[-1]
+        def make(nodes: str) -> Fleet:
+            started.append(Fleet(base, nodes))
+            return started[-1]
 
-    yield make
-    for each in started:
-        each.close()
-    shutil.rmtree(base, ignore_errors=True)
-    for each in started:
-        each.check()
+        try:
+            yield make
+        finally:
+            for each in started:
+                each.close()
+            shutil.rmtree(base, ignore_errors=True)
+        for each in started:
+            each.check()
+
+
+@pytest.fixture
+def fleet(runtime: Path) -> Iterator[Callable[[str], Fleet]]:
+    with fleets() as make:
+        yield make
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A group of two boxes that tests take one after another, whatever is live on them.
+
+    Attributes:
+        reads: the box of rank 0.
+        hears: the other one.
+        settings: of both.
+    """
+
+    group: Fleet
+    reads: Box
+    hears: Box
+    settings: str
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with fleets() as make:
+        group = make("2")
+        group.hidden = 600_000
+        settings = f"[policy_kwargs]\nhidden = {group.hidden}\n[weights]\ncast = true\n"
+        for name in "ab":
+            group.box(name).start(settings=settings, FLEET_PIECE="100000")
+        a, b = group.boxes.values()
+        reads, hears = (a, b) if "rank 0" in a.lines.until("nets: rank") else (b, a)
+        yield Pair(group, reads, hears, settings)
 
 
 def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:
@@ -290,26 +354,25 @@ def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:
     assert not [line for box in (a, b, c) for line in box.lines.seen if "wsync/" in line and "File" in line]
 
 
-def test_a_gate_of_one_box_refuses_for_all(fleet: Callable[..., Fleet]) -> None:
+def test_a_gate_of_one_box_refuses_for_all(pair: Pair) -> None:
     """What one box's gate does not want is live nowhere, each box says who was against it, and the next one goes on."""
-    group = fleet("2")
-    a = group.box("a").start()
-    b = group.box("b").start(settings="[hooks]\ngate = 'test \"$WSYNC_HOOK_STEP\" != 2 || { echo too weak; false; }'\n")
-    group.publish(1)
-    group.until(1, 1)
-    group.publish(2)
-    for box in (a, b):
+    group, boxes = pair.group, (pair.reads, pair.hears)
+    good = group.next()
+    group.until(group.version + 1, good)
+    version, refused = group.version, pair.hears.command("log", NAME, "--json").stdout.count('"reject"')
+    gate = f"test $WSYNC_HOOK_STEP != {good + 1} || {{ echo too weak; false; }}"
+    pair.hears.read_again(f"{pair.settings}[hooks]\ngate = '{gate}'\n")
+    weak = group.next()
+    for box in boxes:
         line = box.lines.until("rejected")
-        assert "b: " in line and "too weak" in line and "Version 1 stays live" in line
-    group.publish(3, float("nan"))
-    for box in (a, b):
+        assert f"{pair.hears.name}: " in line and "too weak" in line and f"Version {version} stays live" in line
+    nan = group.next(float("nan"))
+    for box in boxes:
         box.lines.until("rejected", "NaN")
-    signal_another_thread(b.worker, signal.SIGHUP)
-    b.lines.until("read again")
-    group.publish(4)
-    group.until(2, 4)
-    assert group.steps_ever_live() == {1, 4}
-    assert b.command("log", NAME, "--json").stdout.count('"reject"') == 2
+    pair.hears.read_again(pair.settings)
+    group.until(version + 1, group.next())
+    assert not {weak, nan} & group.steps_ever_live()
+    assert pair.hears.command("log", NAME, "--json").stdout.count('"reject"') == refused + 2
 
 
 DEATHS = (
@@ -329,8 +392,8 @@ def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet]) -> No
     a, b = group.box("a").start(), group.box("b").start()
     a.lines.until("rank 0 of 2")
     for version, (step, how, victim) in enumerate(DEATHS, 1):
-        dies = group.boxes[victim].deaths
-        dies.write_text(f"{step} {how}")
+        order = group.boxes[victim].order
+        order.write_text(f"{step} {how}")
         group.publish(version)
         if how == "agent":
             assert b.agent
@@ -339,7 +402,7 @@ def test_a_box_that_is_killed_costs_one_retry(fleet: Callable[..., Fleet]) -> No
             b.end()
             b.start()
         group.until(version, version)
-        assert not dies.exists()
+        assert not order.exists()
         a.lines.until("rank 0 of 2")
     group.publish(len(DEATHS) + 1)
     group.until(len(DEATHS) + 1, len(DEATHS) + 1)
@@ -351,7 +414,7 @@ def test_a_box_that_hangs_holds_nobody_for_long(fleet: Callable[..., Fleet]) -> 
     a, b = (group.box(name).start(FLEET_TIMEOUT="4") for name in "ab")
     a.lines.until("rank 0 of 2")
     hung = b.worker
-    b.deaths.write_text("agree stop")
+    b.order.write_text("agree stop")
     group.publish(1)
     line = a.lines.until("wsync: the group of 2 boxes")
     assert "torchrun forms the group again" in line
@@ -361,49 +424,44 @@ def test_a_box_that_hangs_holds_nobody_for_long(fleet: Callable[..., Fleet]) -> 
     assert not [line for box in (a, b) for line in box.lines.seen if "/wsync/" in line]
 
 
-def test_a_rollback_on_one_box_goes_to_all(fleet: Callable[..., Fleet]) -> None:
+def test_a_rollback_on_one_box_goes_to_all(pair: Pair) -> None:
     """What an operator does on any box holds on all, whoever reads, until it is taken back there."""
-    group = fleet("2")
-    a, b = group.box("a").start(), group.box("b").start()
-    for version in (1, 2):
-        group.publish(version)
-        group.until(version, version)
-    reader, other = (a, b) if "rank 0" in a.lines.until("nets: rank") else (b, a)
-    assert other.command("rollback", NAME).returncode == 0
-    group.until(3, 1)
-    group.publish(3)
-    line = reader.lines.until("pinned")
-    assert other.name in line and "unpin" in line
-    assert other.command("unpin", NAME).returncode == 0
-    group.until(4, 3)
-    assert reader.command("pin", NAME, str(group.base / "runs" / "step_2.safetensors")).returncode == 0
-    group.until(5, 2)
-    assert reader.command("unpin", NAME).returncode == 0
-    group.until(6, 3)
+    group, reads, hears = pair.group, pair.reads, pair.hears
+    version = group.version
+    first = group.next()
+    group.until(version + 1, first)
+    second = group.next()
+    group.until(version + 2, second)
+    assert hears.command("rollback", NAME).returncode == 0
+    group.until(version + 3, first)
+    third = group.next()
+    line = reads.lines.until("pinned")
+    assert hears.name in line and "unpin" in line
+    assert hears.command("unpin", NAME).returncode == 0
+    group.until(version + 4, third)
+    assert reads.command("pin", NAME, str(group.base / "runs" / f"step_{second}.safetensors")).returncode == 0
+    group.until(version + 5, second)
+    assert reads.command("unpin", NAME).returncode == 0
+    group.until(version + 6, third)
 
 
-def test_bytes_that_came_wrong_are_thrown_away(fleet: Callable[..., Fleet]) -> None:
+def test_bytes_that_came_wrong_are_thrown_away(pair: Pair) -> None:
     """What is not what was sent goes live nowhere, the box where it came wrong is named, and it is sent again."""
-    group = fleet("2")
-    a = group.box("a").start()
-    group.box("b").start(FLEET_GARBLE="1")
-    group.publish(1)
-    line = a.lines.until("differ from the bytes sent")
-    assert "b: " in line
-    group.until(1, 1)
+    group, version = pair.group, pair.group.version
+    pair.hears.order.write_text("came garbled")
+    step = group.next()
+    assert f"{pair.hears.name}: " in pair.reads.lines.until("differ from the bytes sent")
+    group.until(version + 1, step)
 
 
-def test_a_push_by_hand_in_between_goes_first(fleet: Callable[..., Fleet]) -> None:
+def test_a_push_by_hand_in_between_goes_first(pair: Pair) -> None:
     """What goes live on one box while a checkpoint is on its way takes its number, on all boxes, and first."""
-    group = fleet("2")
+    group, version = pair.group, pair.group.version
     (group.base / "own").mkdir()
-    own = write(group.base / "own" / "step_7.safetensors", mlp(), 7, 7)
-    a, b = group.box("a").start(), group.box("b").start(FLEET_PUSH=str(own))
-    group.publish(1)
-    group.until(1, 1)
-    group.publish(2)
-    group.until(3, 2)
-    assert (2, 7) in a.seen and (2, 7) in b.seen
+    own = write(group.base / "own" / "step_1000.safetensors", mlp(group.hidden), 1000, 1000)
+    pair.hears.order.write_text(f"offer {own}")
+    group.until(version + 2, group.next())
+    assert all((version + 1, 1000) in box.seen for box in group.boxes.values())
 
 
 def test_weights_of_a_stranger_give_way(fleet: Callable[..., Fleet]) -> None:
@@ -450,38 +508,61 @@ def test_another_policy_on_one_box_is_told(fleet: Callable[..., Fleet]) -> None:
     assert not group.steps_ever_live()
 
 
-@pytest.mark.parametrize("kind", ["a store", "a cast"])
-def test_what_is_not_read_in_order_is_sent_when_it_is_whole(fleet: Callable[..., Fleet], kind: str) -> None:
-    """Guards against pieces that go before they are filled: ranges overtake each other, a cast comes in pieces."""
-    settings = "[policy_kwargs]\nhidden = 600000\n[weights]\ncast = true\n"
-    group = fleet("2:2")
+def test_a_cast_is_sent_when_it_is_whole(pair: Pair) -> None:
+    """Guards against pieces that go before they are filled: a cast comes in pieces of its own."""
+    group, version = pair.group, pair.group.version
+    group.step += 1
+    file = group.base / "runs" / f"step_{group.step}.safetensors"
+    write(file, mlp(group.hidden).double(), group.step, group.step)
+    group.until(version + 1, group.step)
+
+
+def test_the_source_is_read_once(pair: Pair) -> None:
+    """All that the watches of a group read from files for one checkpoint is its bytes, once."""
+    group = pair.group
+    first = group.next()
+    group.until(group.version + 1, first)
+    before = [read_by(box.worker) for box in (pair.reads, pair.hears)]
+    second = group.next()
+    group.until(group.version + 1, second)
+    reads, hears = (read_by(box.worker) - was for box, was in zip((pair.reads, pair.hears), before, strict=True))
+    size = (group.base / "runs" / f"step_{second}.safetensors").stat().st_size
+    assert size < reads < 1.1 * size and hears < 0.1 * size
+
+
+def test_ranges_of_a_store_are_sent_when_they_are_whole(fleet: Callable[..., Fleet]) -> None:
+    """Guards against pieces that go before they are filled: ranges overtake each other."""
+    pytest.importorskip("obstore")
+    group = fleet("2")
+    group.hidden = 600_000
     for name in "ab":
         box = group.box(name)
-        if kind == "a store":
-            pytest.importorskip("obstore")
-            box.source = f"file://{box.checkpoints}"
-        box.start(settings=settings, FLEET_PIECE="100000")
+        box.source = f"file://{box.checkpoints}"
+        box.start(settings=f"[policy_kwargs]\nhidden = {group.hidden}\n", FLEET_PIECE="100000")
     for step in (1, 2):
-        policy = mlp(600_000) if kind == "a store" else mlp(600_000).double()
-        write(group.base / "runs" / f"step_{step}.safetensors", policy, step, step)
+        group.publish(step)
         group.until(step, step)
 
 
-@pytest.mark.parametrize("slow", ["bytes=0-0", "bytes=(?!0-)"], ids=["look", "read"])
-def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet], slow: str) -> None:
-    """However long the store takes to answer, the box that reads goes on telling the others that it lives."""
+def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet]) -> None:
+    """However long the store takes to answer a look or a read, the box that reads tells the others that it lives."""
     pytest.importorskip("obstore")
     group = fleet("2")
     busy = group.base / "busy"
+    busy.touch()
     os.utime(group.publish(1), (1e9, 1e9))
     with serve(Web(group.base / "runs")) as web:
         proxy = Proxy(web.port)
+        slow: list[int] = []
 
         def before() -> None:
-            while not proxy.closed.wait(0.1) and (not busy.exists() or len(busy.read_text().splitlines()) < 3):
+            told = len(busy.read_text().splitlines())
+            while not proxy.closed.wait(0.1) and len(busy.read_text().splitlines()) < told + 2:
                 pass
+            slow.append(told)
 
-        proxy.arm(slow, before=before, times=1000)
+        for range_ in ("bytes=0-0", "bytes=(?!0-)"):  # of a look, and of a read
+            proxy.arm(range_, before=before, times=1)
         for name in "ab":
             box = group.box(name)
             box.source = f"{proxy.url}/step_1.safetensors"
@@ -490,21 +571,7 @@ def test_a_store_that_takes_long_breaks_no_group(fleet: Callable[..., Fleet], sl
             group.until(1, 1)
         finally:
             proxy.close()
-
-
-def test_the_source_is_read_once(fleet: Callable[..., Fleet]) -> None:
-    """All that the watches of a group read from files for one checkpoint is its bytes, once."""
-    group = fleet("2")
-    settings = "[policy_kwargs]\nhidden = 600000\n"
-    boxes = [group.box(name).start(settings=settings, FLEET_PIECE=str(1 << 20)) for name in "ab"]
-    file = group.publish_large(1, 600_000)
-    group.until(1, 1)
-    before = [read_by(box.worker) for box in boxes]
-    group.publish_large(2, 600_000)
-    group.until(2, 2)
-    read = [read_by(box.worker) - was for box, was in zip(boxes, before, strict=True)]
-    size = file.stat().st_size
-    assert size < max(read) < 1.1 * size and min(read) < 0.1 * size
+    assert len(slow) == 2
 
 
 @pytest.fixture

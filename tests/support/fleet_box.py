@@ -1,9 +1,9 @@
 """``wsync`` on one box of a test's group: it has a name of its own, and can die at a chosen step.
 
-FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_DIE is a file with ``step how``: at
-that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops. FLEET_PUSH is
-a checkpoint that is pushed here by hand when the box hears of one of step 2. To the file FLEET_BUSY a line is added
-each time that this box tells that it is at work.
+FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_ORDER is a file with ``step what``:
+at that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops; or the
+piece that came is garbled; or, when the box hears of a checkpoint, another one is pushed here by hand. To the file
+FLEET_BUSY a line is added each time that this box tells that it is at work.
 """
 
 from __future__ import annotations
@@ -23,14 +23,22 @@ from wsync.fleet import membership as badge
 from wsync.segment.writable import WritableSegment
 
 
-def die_at(step: str) -> None:
-    file = Path(os.environ["FLEET_DIE"])
+def ordered(step: str) -> str:
+    """What is to happen at this step, once; mostly nothing."""
+    file = Path(os.environ["FLEET_ORDER"])
     if not file.exists():
-        return
-    at, how = file.read_text().split()
+        return ""
+    at, _, what = file.read_text().partition(" ")
     if at != step:
-        return
+        return ""
     file.unlink()
+    return what
+
+
+def die_at(step: str) -> None:
+    how = ordered(step)
+    if not how:
+        return
     if how == "agent":
         os.kill(os.getppid(), signal.SIGKILL)
         signal.pause()  # its end ends us
@@ -52,7 +60,7 @@ def around(owner: Any, name: str, before: Callable[..., None], after: Callable[[
 
 def sharing(self: group.Group, memory: memoryview, rank: int) -> None:
     share(self, memory, rank)
-    if os.environ.pop("FLEET_GARBLE", ""):  # the first piece that ever comes here comes wrong
+    if ordered("came"):
         memory[0] ^= 1
     die_at("stage")
 
@@ -64,9 +72,8 @@ def voting(turn: delivery.Turn) -> None:
 
 def hearing(self: group.Group, rank: int) -> Any:
     told = hear(self, rank)
-    offer = told.get("offer") if isinstance(told, dict) else None
-    if offer and offer["weights"]["step"] == 2 and (file := os.environ.pop("FLEET_PUSH", "")):
-        subprocess.run([sys.executable, "-m", "wsync", "push", "policies:mlp", file, "--name", "nets"], check=True)
+    if isinstance(told, dict) and told.get("offer") and (file := ordered("offer")):
+        subprocess.run([sys.executable, "-m", "wsync", "push", sys.argv[2], file], check=True)
     return told
 
 
