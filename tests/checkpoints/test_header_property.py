@@ -91,7 +91,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("headers") / "a.safetensors"
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(case=headers())
 def test_we_take_what_the_official_reader_takes(case: tuple[bytes, int], file: Path) -> None:
     """Guards agreement with the reference over headers that are nearly right; keys that are there twice aside."""

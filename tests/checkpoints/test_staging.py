@@ -180,13 +180,6 @@ def test_a_file_in_the_page_cache_is_read_from_there(path: Path, in_parts: Calla
         assert not vars(checkpoint.table.source)["_direct"]
 
 
-def test_a_closed_checkpoint_leaves_no_descriptor(path: Path, cold: list[int]) -> None:
-    """Guards a watch of months against a descriptor left at each cold file."""
-    before = os.listdir("/proc/self/fd")
-    weights_of(path)
-    assert cold and os.listdir("/proc/self/fd") == before
-
-
 # The copies that a processor makes slowly
 
 
@@ -196,12 +189,9 @@ def test_a_slow_distance_is_gone_round(early: int, tmp_path: Path, monkeypatch: 
     values = np.arange(100_000, dtype="<f4")
     header: dict[str, Any] = {"w": {"dtype": "F32", "shape": [100_000], "data_offsets": [0, 400_000]}}
     header["__metadata__"] = {"x": ""}
-    for length in range(8200):
-        header["__metadata__"]["x"] = "x" * length
-        path = raw(tmp_path / "a.safetensors", header, b"")
-        if path.stat().st_size % mmap.PAGESIZE == mmap.PAGESIZE - early:
-            break
-    path = raw(path, header, values.tobytes())
+    shortest = raw(tmp_path / "a.safetensors", header).stat().st_size
+    header["__metadata__"]["x"] = "x" * (-(shortest + early) % mmap.PAGESIZE)  # the data begins so early in a page
+    path = raw(tmp_path / "a.safetensors", header, values.tobytes())
     weights = mmap.mmap(-1, 400_000)
     distances, real = [], os.preadv
 

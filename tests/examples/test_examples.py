@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import http.client
 import json
+import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from builders import ROOT, write
-from object_stores import Bucket
 from processes import DEADLINE, Cli, Spawn
 from torch import nn
 
@@ -41,44 +40,24 @@ def box(runtime: Path, tmp_path: Path) -> Path:
 
 
 def test_quickstart_shows_the_return_climb_without_a_restart() -> None:
-    """The first command of the README: a real trainer, watch and policy; versions arrive and the policy gets better."""
+    """The first command of the README, in a third of its time: a real trainer, watch and policy, which gets better."""
     pytest.importorskip("gymnasium")
     before = set(Path("/dev/shm").glob("wsync-quickstart-*"))
+    program = (
+        "import sys, quickstart; quickstart.DELAY, quickstart.LEARN, quickstart.EVERY = 1.0, 9.0, 1.0; "
+        "sys.exit(quickstart.main())"
+    )
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py")], capture_output=True, text=True, timeout=4 * DEADLINE
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=4 * DEADLINE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ versions, .* ms from file to policy", done.stdout)
     assert "\x1b" not in done.stdout
     assert set(Path("/dev/shm").glob("wsync-quickstart-*")) <= before
-
-
-def test_the_cartpole_files_work_when_copied(tmp_path: Path, cli: Cli, spawn: Spawn) -> None:
-    """The trainer writes checkpoints that a push takes, and the policy process plays on them."""
-    pytest.importorskip("gymnasium")
-    box = tmp_path / "box"
-    shutil.copytree(EXAMPLES / "cartpole", box)
-    trainer = spawn("train.py", "checkpoints", "--seconds", "2", "--every", "1", cwd=box)
-    assert trainer.wait(DEADLINE) == 0
-    pushed = cli("push", "cartpole.toml", "--json", cwd=box)
-    assert json.loads(pushed.stdout)["status"] == "published", pushed.stderr
-    player = spawn("play.py", "--episodes", "2", cwd=box)
-    out, err = player.communicate(timeout=DEADLINE)
-    assert player.returncode == 0, err
-    assert [json.loads(line) for line in out.splitlines() if '"return"' in line]
-
-
-def test_the_policy_process_ends_cleanly_on_a_signal(box: Path, cli: Cli, spawn: Spawn) -> None:
-    """SIGTERM ends the example's policy process with status 0, and its reader is gone."""
-    pytest.importorskip("gymnasium")
-    write(box / "checkpoints" / "step_1.safetensors", POLICY, 0.0, 1)
-    assert cli("push", "cartpole.toml", cwd=box).returncode == 0
-    player = spawn("play.py", cwd=box)
-    assert player.stdout is not None
-    player.stdout.readline()
-    player.send_signal(signal.SIGTERM)
-    assert player.wait(DEADLINE) == 0
-    assert json.loads(cli("status", "cartpole", "--json", cwd=box).stdout)["readers"] == []
 
 
 def test_the_gate_lets_only_a_good_policy_live(box: Path, cli: Cli) -> None:
@@ -101,21 +80,6 @@ def test_the_gate_lets_only_a_good_policy_live(box: Path, cli: Cli) -> None:
     good = cli("push", "gated.toml", "--json", cwd=box)
     told = json.loads(good.stdout)
     assert (good.returncode, told["status"], told["step"]) == (0, "published", 2), good.stderr
-
-
-def test_the_s3_files_work_when_copied(tmp_path: Path, cli: Cli, spawn: Spawn, bucket: Bucket) -> None:
-    """The upload puts checkpoints into the spec's bucket, and the commands find them and publish one after another."""
-    box = tmp_path / "box"
-    shutil.copytree(EXAMPLES / "s3", box)
-    for step in (9, 10):
-        upload = spawn("upload.py", "s3://bucket/run", str(step), cwd=box)
-        assert upload.wait(DEADLINE) == 0, upload.communicate()
-        if step == 10:
-            looked = cli("inspect", "s3://bucket/run", "--spec", "net.toml", "--json", cwd=box)
-            assert [found["fits"] for found in json.loads(looked.stdout)["candidates"]] == [True, True], looked.stderr
-        pushed = cli("push", "net.toml", "--json", cwd=box)
-        told = json.loads(pushed.stdout)
-        assert (told["status"], told["step"]) == ("published", step), pushed.stderr
 
 
 def test_a_server_answers_with_each_version_in_turn(box: Path, cli: Cli, spawn: Spawn) -> None:

@@ -100,7 +100,8 @@ def test_the_crontab_line_runs_in_crons_bare_environment(tmp_path: Path, runtime
     pytest.importorskip("prometheus_client")
     lines = [line for line in (OPERATIONS / "crontab").read_text().splitlines() if line and not line.startswith("#")]
     assignment, line = lines
-    assert assignment.startswith("MAILTO=")
+    (shown,) = re.findall(r"^```crontab\n(.*)\n```$", (OPERATIONS / "README.md").read_text(), re.MULTILINE)
+    assert assignment.startswith("MAILTO=") and line.startswith(f"{shown} --metrics-file ")
     assert line.split()[:5] == ["*"] * 5 and "%" not in line  # which cron would take for a line break
     box = tmp_path / "opt"
     (box / "bin").mkdir(parents=True)

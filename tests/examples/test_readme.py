@@ -23,7 +23,6 @@ from object_stores import Bucket
 from processes import DEADLINE, Cli, Lines, Spawn
 
 from wsync.layout.layout import layout_of
-from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.settings.user_code import build
@@ -44,7 +43,7 @@ TESTED = {
     ("gpu", "python"): 1,
     ("how-it-works", "console"): 1,
     ("operations", "console"): 4,  # one is run by test_drill.py
-    ("operations", "crontab"): 1,
+    ("operations", "crontab"): 1,  # looked at by test_operations.py, which runs the file
     ("operations", "sh"): 2,  # looked at by test_operations.py
     ("operations", "toml"): 1,
     ("readers", "python"): 2,  # run by test_leasing.py
@@ -254,36 +253,6 @@ def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
         assert "watching" in watch.stdout.readline()
         watch.send_signal(signal.SIGTERM)
         assert watch.wait(DEADLINE) == 0
-
-
-def test_the_crontab_line_runs_in_crons_bare_environment(box: Path, runtime: Path) -> None:
-    """cron's command publishes, is silent about a missing checkpoint, and says once what a person must look at."""
-    (line,) = blocks("operations", "crontab")
-    stand(box / "cartpole.toml")
-    command = line.split(maxsplit=5)[5].replace("/opt/policy/.venv/bin/wsync", f"{sys.executable} -m wsync")
-    command = command.replace("/opt/policy", str(box))
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "WSYNC_STATE_DIR": str(runtime / "state"),  # else the box's own
-        "HOME": str(box),
-        "WSYNC_RUNTIME_DIR": str(runtime),
-        "PYTHONPATH": str(ROOT),
-    }
-
-    def run() -> tuple[int, str]:
-        done = subprocess.run(
-            ["/bin/sh", "-c", command], env=environment, cwd="/", timeout=DEADLINE, capture_output=True, text=True
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    assert run() == (0, "")
-    assert Segment.open("cartpole").version == 1
-    (box / "checkpoints").rename(box / "elsewhere")
-    assert run() == (66, "")
-    (box / "cartpole.toml").write_text("nonsense")
-    code, said = run()
-    assert code == 2 and "cartpole.toml" in said
-    assert run() == (2, "")
 
 
 def test_the_looks_of_an_operator_are_as_shown(box: Path, cli: Cli, spawn: Spawn) -> None:

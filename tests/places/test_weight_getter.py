@@ -101,13 +101,6 @@ def test_the_newest_of_a_directory_is_taken(tmp_path: Path) -> None:
     assert mark_of(getter()) == 1.0
 
 
-def test_a_named_file_is_read_whatever_is_newer(tmp_path: Path) -> None:
-    """Guards that a getter of one file stays with it."""
-    path = put(tmp_path / "step_1.safetensors", 1.0, 10)
-    put(tmp_path / "step_2.safetensors", 2.0, 20)
-    assert mark_of(CheckpointWeightGetter(path)()) == 1.0
-
-
 def test_the_getter_tells_what_it_gave(tmp_path: Path) -> None:
     """Guards that a caller can log the step and file of the weights that it just got."""
     getter = CheckpointWeightGetter(tmp_path)
@@ -115,16 +108,6 @@ def test_the_getter_tells_what_it_gave(tmp_path: Path) -> None:
     put(tmp_path / "step_7.safetensors", 1.0, 10)
     getter()
     assert (getter.path, getter.step) == (tmp_path / "step_7.safetensors", 7)
-
-
-def test_incomplete_files_are_passed_over(tmp_path: Path) -> None:
-    """Guards that while a trainer writes the newest, the newest whole one is given."""
-    put(tmp_path / "step_1.safetensors", 1.0, 10)
-    put(tmp_path / "step_2.safetensors", 2.0, 20)
-    cut = put(tmp_path / "step_3.safetensors", 3.0, 30)
-    os.truncate(cut, cut.stat().st_size - 1)
-    (tmp_path / "step_4.safetensors").touch()
-    assert mark_of(CheckpointWeightGetter(tmp_path)()) == 2.0
 
 
 def test_a_file_that_retention_removed_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,14 +130,6 @@ def test_no_complete_checkpoint_is_told(content: bytes | None, tmp_path: Path) -
         CheckpointWeightGetter(tmp_path)()
     assert caught.value.exit_code == NoCheckpoint.exit_code
     assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("place", ["later", "later.safetensors"])
-def test_a_place_that_is_not_there_is_no_checkpoint(place: str, tmp_path: Path) -> None:
-    """Guards that a getter may be made before the trainer has made its directory."""
-    getter = CheckpointWeightGetter(tmp_path / place)
-    with pytest.raises(NoCheckpoint, match="later"):
-        getter()
 
 
 def test_a_broken_newest_is_not_passed_over(tmp_path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from policies import mlp
-from segments import LAYOUT, Push, push, segment, slot_file
+from segments import LAYOUT, Push, push, segment
 
 from wsync.errors import LayoutDiffers, SegmentMissing, SegmentUnsafe, UsageError
 from wsync.layout.layout import layout_of
@@ -75,49 +74,6 @@ def test_segment_that_is_removed_while_it_is_opened_is_missing(
     monkeypatch.setattr(protocol, "map_control", late)
     with pytest.raises(SegmentMissing):
         Segment.open("nets")
-
-
-@pytest.mark.parametrize("kind", ["link", "writable by others", "file"])
-def test_unsafe_runtime_directory_is_refused(runtime: Path, kind: str) -> None:
-    """Segments are neither made nor opened where somebody else could have put them."""
-    place = runtime / "place"
-    (runtime / "real").mkdir(mode=0o700)
-    if kind == "link":
-        place.symlink_to(runtime / "real")
-    elif kind == "file":
-        place.touch()
-    else:
-        place.mkdir()
-        place.chmod(0o777)
-    uses: tuple[Callable[[], Segment], ...]
-    uses = (lambda: WritableSegment.create("nets", LAYOUT, place), lambda: Segment.open("nets", place))
-    for use in uses:
-        with pytest.raises(SegmentUnsafe, match="place"):
-            use()
-    with pytest.raises(SegmentUnsafe):
-        segments(place)
-    assert os.listdir(runtime / "real") == []
-
-
-@pytest.mark.parametrize("kind", ["fifo", "link"])
-def test_slot_that_is_no_regular_file_is_refused(
-    segment: WritableSegment, push: Push, tmp_path: Path, kind: str
-) -> None:
-    """Neither a publisher nor a reader follows a link, or hangs on a FIFO, that stands where a slot was."""
-    push(1.0)
-    outside = tmp_path / "outside"
-    outside.write_bytes(bytes(1 << 16))
-    for slot in range(segment.slots):
-        slot_file(segment, slot).unlink()
-        if kind == "link":
-            slot_file(segment, slot).symlink_to(outside)
-        else:
-            os.mkfifo(slot_file(segment, slot))
-    uses: tuple[Callable[[], object], ...] = (lambda: push(2.0), segment.lease, segment.live)
-    for use in uses:
-        with pytest.raises(SegmentUnsafe, match="slot-"):
-            use()
-    assert outside.read_bytes() == bytes(1 << 16)
 
 
 @pytest.mark.parametrize(

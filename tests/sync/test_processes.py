@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from builders import NAME, SPEC, mark_of, write
 from policies import mlp
-from processes import DEADLINE, Cli, Lines, Spawn
+from processes import DEADLINE, Lines, Spawn
 
 from wsync import CheckpointWeightGetter
 from wsync.checkpoints.checkpoint import Checkpoint
@@ -51,21 +51,6 @@ while True:
     reader.refresh()
 print(reader.mode, flush=True)
 sys.stdin.read()
-"""
-
-STAGING = """
-import sys
-from wsync import CheckpointWeightGetter
-from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.segment.publisher import publish
-from wsync.segment.segment import Segment
-from wsync.segment.writable import WritableSegment
-def progress(nbytes):
-    print("staged", nbytes, flush=True)
-    sys.stdin.read()
-segment = WritableSegment.open("policies.mlp")
-with segment.publishing(), Checkpoint(sys.argv[1]) as checkpoint:
-    publish(segment, checkpoint, progress=progress)
 """
 
 
@@ -110,51 +95,6 @@ def test_readers_see_whole_versions_in_order(
     assert ended(log, signal.SIGTERM) == 0
 
 
-def test_publisher_killed_while_staging(segment: WritableSegment, spawn: Spawn, cli: Cli, runs: Path) -> None:
-    """Killed in the middle a publisher has published nothing, and the next push is not held up by it."""
-    write(runs / "step_1.safetensors", mlp(), 1.0)
-    assert cli("push", SPEC, "runs").returncode == 0
-    word, used = segment.word, []
-    for step in (2, 3, 4):
-        path = write(runs / f"step_{step}.safetensors", mlp(), float(step))
-        publisher = spawn("-c", STAGING, str(path), stdin=-1)
-        used.append(Lines(publisher).next())
-        assert segment.word == word and mark_of(segment) == {1.0}
-        assert cli("push", SPEC, "runs").returncode == 75
-        publisher.kill()
-        publisher.wait()
-        live = segment.live()
-        assert segment.word == word and live and live.version == 1 and mark_of(segment) == {1.0}
-    assert all(line.startswith("staged") for line in used)
-    result = cli("push", SPEC, "runs", "--json")
-    assert (json.loads(result.stdout)["version"], mark_of(segment)) == (2, {4.0})
-
-
-def test_killed_reader_frees_its_slot(segment: WritableSegment, spawn: Spawn, cli: Cli, runs: Path) -> None:
-    """While a reader holds a slot it is listed with its lag; once it is killed the slot is free and it is not."""
-    write(runs / "step_1.safetensors", mlp(), 1.0)
-    assert cli("push", SPEC, "runs").returncode == 0
-    held = segment.word & 0xFF
-    reader = Lines(spawn("-c", READER, "swap", "1", stdin=-1))
-    reader.until("swap")
-    used = set()
-    for step in (2, 3, 4):
-        write(runs / f"step_{step}.safetensors", mlp(), float(step))
-        assert cli("push", SPEC, "runs").returncode == 0
-        used.add(segment.word & 0xFF)
-    assert held not in used
-    (listed,) = json.loads(cli("status", NAME, "--json").stdout)["readers"]
-    assert (listed["pid"], listed["version"], listed["lag"]) == (reader.process.pid, 1, 3)
-    reader.process.kill()
-    reader.process.wait()
-    assert json.loads(cli("status", NAME, "--json").stdout)["readers"] == []
-    for step in (5, 6):
-        write(runs / f"step_{step}.safetensors", mlp(), float(step))
-        assert cli("push", SPEC, "runs").returncode == 0
-        used.add(segment.word & 0xFF)
-    assert held in used
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_watch_stops_cleanly(
     watch: Callable[..., Lines], segment: WritableSegment, runs: Path, number: signal.Signals
@@ -176,24 +116,6 @@ def test_watch_stops_before_there_is_anything(watch: Callable[..., Lines]) -> No
     log = watch("--poll", "3600", place="not/yet/there")
     log.until("empty")
     assert ended(log, signal.SIGTERM) == 0
-
-
-def test_refusal_is_said_once_and_the_watch_goes_on(
-    watch: Callable[..., Lines], segment: WritableSegment, runs: Path
-) -> None:
-    """A refused checkpoint is one line, what was live stays, and the next good one goes live."""
-    write(runs / "step_1.safetensors", mlp(), 1.0)
-    log = watch("--poll", "0.1")
-    log.until("version 1")
-    write(runs / "step_2.safetensors", mlp(), float("nan"))
-    log.until("rejected", "step_2")
-    assert mark_of(segment) == {1.0}
-    write(runs / "step_3.safetensors", mlp(), 3.0)
-    log.until("version 2", "step 3")
-    assert mark_of(segment) == {3.0}
-    assert ended(log, signal.SIGTERM) == 0
-    log.rest()
-    assert sum("rejected" in line for line in log.seen) == 1, log.seen
 
 
 def test_refusal_is_said_once_over_many_passes(
@@ -256,29 +178,6 @@ def test_checkpoint_between_first_look_and_notifier(segment: WritableSegment, ru
     give_up.cancel()
     give_up.join()
     assert steps == [None, 1]
-
-
-def test_directory_may_come_later(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
-    """A watch may be started before the trainer has made its directory; what appears in it goes live."""
-    log = watch("--poll", "0.1", place="runs/later/still")
-    log.until("empty")
-    write(Path("runs/later/still/step_1.safetensors"), mlp(), 1.0)
-    log.until("version 1")
-    write(Path("runs/later/still/step_2.safetensors"), mlp(), 2.0)
-    log.until("version 2")
-    assert mark_of(segment) == {2.0}
-
-
-def test_burst_is_one_version(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
-    """Of many checkpoints that lie there at the start only the newest is published."""
-    for step in range(1, 21):
-        write(runs / f"step_{step}.safetensors", mlp(), float(step))
-    log = watch()
-    line = log.until("version")
-    assert "version 1" in line and "step 20" in line
-    assert ended(log, signal.SIGTERM) == 0
-    assert not [line for line in log.rest() if "published" in line or "version 2" in line]
-    assert (segment.version, mark_of(segment)) == (1, {20.0})
 
 
 def test_notification_beats_the_clock(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
