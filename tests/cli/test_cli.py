@@ -29,11 +29,11 @@ from wsync.sync.syncer import Syncer
 PUSH_KEYS = {"status", "name", "version", "step", "checkpoint", "bytes", "seconds", "reason"}
 
 
-def test_first_push_makes_the_segment(cli: Cli, runs: Path) -> None:
+def test_first_push_makes_the_segment(program: Cli, runs: Path) -> None:
     """The newest of a directory is published into a segment that the push itself makes: 0, with every key."""
     write(runs / "step_9.safetensors", mlp(), 9.0)
     newest = write(runs / "step_10.safetensors", mlp(), 10.0)
-    result = cli("push", SPEC, "runs", "--json")
+    result = program("push", SPEC, "runs", "--json")
     data = report(result)
     assert result.returncode == 0 and data.keys() >= PUSH_KEYS
     assert (data["status"], data["name"], data["version"], data["step"]) == ("published", NAME, 1, 10)
@@ -204,18 +204,18 @@ def imported(stderr: str) -> set[str]:
     return found
 
 
-def test_nothing_to_do_imports_little(cli: Cli, live: WritableSegment) -> None:
+def test_nothing_to_do_imports_little(program: Cli, live: WritableSegment) -> None:
     """A cron job that finds nothing new imports no torch, and not what only staging or drawing takes."""
-    result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = program("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
     heavy = {"torch", "tensordict", "numpy", "inotify_simple", "rich.console", "safetensors", "policies"}
     assert not imported(result.stderr) & heavy
 
 
-def test_publishing_imports_no_torch(cli: Cli, live: WritableSegment, runs: Path) -> None:
+def test_publishing_imports_no_torch(program: Cli, live: WritableSegment, runs: Path) -> None:
     """A new checkpoint goes into a standing segment without torch and without the user's code."""
     write(runs / "step_11.safetensors", mlp(), 2.0)
-    result = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = program("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "version 2" in result.stdout
     assert not imported(result.stderr) & {
         "torch",
@@ -248,15 +248,15 @@ def test_status_without_segments(cli: Cli, runs: Path, runtime: Path) -> None:
     assert report(cli("status", "--json", "--runtime-dir", str(runtime / "nowhere"))) == {"segments": []}
 
 
-def test_status_shows_readers_and_their_lag(cli: Cli, live: WritableSegment, runs: Path) -> None:
+def test_status_shows_readers_and_their_lag(program: Cli, live: WritableSegment, runs: Path) -> None:
     """Each reader is there with its pid, its version and how many versions it lags."""
     with wsync.attach(mlp(), NAME, mode="swap"), wsync.attach(mlp(), NAME, mode="copy") as fresh:
         for step in (11, 12):
             write(runs / f"step_{step}.safetensors", mlp(), float(step))
             Syncer(load_spec(SPEC), runs).once()
         fresh.refresh()
-        data, text = report(cli("status", NAME, "--json")), cli("status", NAME).stdout
-        everything = report(cli("status", env={**os.environ, "WSYNC_JSON": "1"}))
+        data, text = report(program("status", NAME, "--json")), program("status", NAME).stdout
+        everything = report(program("status", env={**os.environ, "WSYNC_JSON": "1"}))
     assert data.keys() >= {"name", "version", "step", "checkpoint", "published_at", "pin", "last_failure", "readers"}
     assert (data["name"], data["version"], data["step"]) == (NAME, 3, 12)
     assert data["checkpoint"].endswith("runs/step_12.safetensors")
@@ -315,9 +315,9 @@ def test_variables_stand_for_options(cli: Cli, runs: Path, runtime: Path) -> Non
     assert report(cli("push", SPEC, "elsewhere", "--name", "critic", env=environment))["name"] == "critic"
 
 
-def test_version_and_module(cli: Cli, runs: Path) -> None:
+def test_version_and_module(program: Cli, runs: Path) -> None:
     """`python -m wsync --version` answers in one line, without torch."""
-    result = cli("--version", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = program("--version", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert (result.returncode, result.stdout) == (0, f"wsync {wsync.__version__}\n")
     assert not imported(result.stderr) & {"torch", "numpy", "rich.console"}
 

@@ -170,12 +170,12 @@ def test_wrong_input_is_two(runs: Path, runtime: Path, kind: str) -> None:
     assert list(runtime.iterdir()) == []
 
 
-def test_messages_suggest_what_was_meant(cli: Cli, runs: Path) -> None:
+def test_messages_suggest_what_was_meant(program: Cli, runs: Path) -> None:
     """A near miss is answered with the word that was probably meant, also of what a process of its own looked for."""
     Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
-    assert "policy_kwargs" in cli("push", "unknown.toml", "runs").stderr
+    assert "policy_kwargs" in program("push", "unknown.toml", "runs").stderr
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    result = cli("push", "policies:mpl", "runs")
+    result = program("push", "policies:mpl", "runs")
     assert result.returncode == 2 and "'mlp'" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -197,22 +197,22 @@ def test_impossible_runtime_directory_is_no_traceback(runs: Path, place: str) ->
     assert "--runtime-dir" in err
 
 
-def test_users_own_error_is_told_with_its_line(cli: Cli, runs: Path) -> None:
+def test_users_own_error_is_told_with_its_line(program: Cli, runs: Path) -> None:
     """When the policy's own code fails, its error and line are shown, without our stack."""
     Path("own.py").write_text("import torch\n\ndef make():\n    return torch.nn.Linear(1, 2) + no_such_name\n")
     write(runs / "step_1.safetensors", nn.Linear(1, 2), 1.0)
-    result = cli("push", "own:make", "runs")
+    result = program("push", "own:make", "runs")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "NameError" in result.stderr and "own.py:4" in result.stderr
 
 
-def test_what_the_users_code_prints_is_not_our_output(cli: Cli, runs: Path) -> None:
+def test_what_the_users_code_prints_is_not_our_output(program: Cli, runs: Path) -> None:
     """stdout carries one JSON object, whatever the policy's module prints."""
     Path("chatty.py").write_text(
         "from torch import nn\nprint('hello')\n\ndef make():\n    print('x')\n    return nn.Linear(1, 2)\n"
     )
     write(runs / "step_1.safetensors", nn.Linear(1, 2), 1.0)
-    assert report(cli("push", "chatty:make", "runs", "--json"))["status"] == "published"
+    assert report(program("push", "chatty:make", "runs", "--json"))["status"] == "published"
 
 
 def test_closed_outputs_are_no_error(cli: Cli, live: WritableSegment) -> None:

@@ -599,7 +599,7 @@ def test_log_follows_a_history_that_is_begun_anew(push: Push, spawn: Spawn, stat
     assert json.loads(following.stdout.readline())["version"] == 4
 
 
-def test_a_broken_history_hides_no_pin_and_undoes_nothing(push: Push, cli: Cli, state: State) -> None:
+def test_a_broken_history_hides_no_pin_and_undoes_nothing(push: Push, program: Cli, state: State) -> None:
     """What an operator asked for is done, and told so, whether or not its line can be written."""
     for mark in (1, 2):
         push(mark)
@@ -607,10 +607,10 @@ def test_a_broken_history_hides_no_pin_and_undoes_nothing(push: Push, cli: Cli, 
     for file in state.directory.glob(f"{NAME}.sqlite*"):
         file.unlink()
     (state.directory / f"{NAME}.sqlite").write_bytes(b"no database" * 1000)
-    pinned = cli("pin", NAME)
+    pinned = program("pin", NAME)
     assert pinned.returncode == 0 and "is pinned" in pinned.stdout and "set aside" in pinned.stderr
-    assert json.loads(cli("status", NAME, "--json").stdout)["pin"].endswith("step_2.safetensors")
-    unpinned = cli("unpin", NAME)
+    assert json.loads(program("status", NAME, "--json").stdout)["pin"].endswith("step_2.safetensors")
+    unpinned = program("unpin", NAME)
     assert unpinned.returncode == 0 and "no longer pinned" in unpinned.stdout and state.pin() is None
 
 

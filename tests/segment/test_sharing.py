@@ -28,24 +28,24 @@ def may_unshare() -> bool:
     return subprocess.run([*UNSHARE, "-c", ""], capture_output=True, check=False, timeout=DEADLINE).returncode == 0
 
 
-def test_status_tells_of_a_lease_that_an_old_version_holds(cli: Cli, runtime: Path, tmp_path: Path) -> None:
+def test_status_tells_of_a_lease_that_an_old_version_holds(program: Cli, runtime: Path, tmp_path: Path) -> None:
     """Guards the answer to "who keeps a slot back": a kept tensor shows, with its version, until it is gone."""
     for step in (1, 2, 3):
         write(tmp_path / f"step_{step}.safetensors", mlp(), float(step), step)
-    assert cli("push", "policies:mlp", str(tmp_path / "step_1.safetensors")).returncode == 0
+    assert program("push", "policies:mlp", str(tmp_path / "step_1.safetensors")).returncode == 0
     policy = mlp()
     with wsync.attach(policy, NAME, mode="swap") as reader:
         kept = next(policy.parameters()).detach()
-        assert cli("push", "policies:mlp", str(tmp_path / "step_2.safetensors")).returncode == 0
+        assert program("push", "policies:mlp", str(tmp_path / "step_2.safetensors")).returncode == 0
         assert reader.refresh()
-        (told,) = json.loads(cli("status", NAME, "--json").stdout)["readers"]
+        (told,) = json.loads(program("status", NAME, "--json").stdout)["readers"]
         assert (told["version"], told["holds"]) == (2, [1]) and told["lease_since"] < told["since"]
-        assert ", version 1" in cli("status", NAME).stdout
+        assert ", version 1" in program("status", NAME).stdout
         assert torch.equal(kept, torch.ones_like(kept))
         del kept
-        assert cli("push", "policies:mlp", str(tmp_path / "step_3.safetensors")).returncode == 0
+        assert program("push", "policies:mlp", str(tmp_path / "step_3.safetensors")).returncode == 0
         assert reader.refresh()
-        (told,) = json.loads(cli("status", NAME, "--json").stdout)["readers"]
+        (told,) = json.loads(program("status", NAME, "--json").stdout)["readers"]
         assert (told["version"], told["holds"]) == (3, [])
 
 

@@ -12,10 +12,11 @@ import io
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -168,6 +169,14 @@ def run_main(*arguments: str) -> tuple[int, str, str]:
     ):
         code, said, complained = step()
     return code, said, complained
+
+
+def run_forked(
+    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``run_main`` in an environment and a directory, with its answer as ``subprocess.run`` gives it."""
+    with mock.patch.dict(os.environ, env or {}, clear=env is not None), contextlib.chdir(cwd or "."):
+        return subprocess.CompletedProcess(arguments, *run_main(*arguments))
 
 
 run_cli("--help")  # typer loads parts of its own at the first command
