@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from wsync.cli import plot
-from wsync.cli.top import view_of
+from wsync.cli.tables import view_of
 from wsync.errors import SegmentUnsafe
 from wsync.history.database import Event
 

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = {f"WSYNC_{name.upper()}" for name in Hooks.__dataclass_fields__}
 
 Push = Callable[..., Outcome]
+Gated = Callable[..., Syncer]
 
 GATES = """
 import os
@@ -100,7 +101,7 @@ def live(runs: Path) -> Iterator[WritableSegment]:
 
 
 @pytest.fixture
-def syncer(live: WritableSegment, runs: Path) -> Iterator[Callable[..., Syncer]]:
+def syncer(live: WritableSegment, runs: Path) -> Iterator[Gated]:
     """Makes a syncer of the segment with a gate."""
     made: list[Syncer] = []
 
@@ -128,7 +129,7 @@ def asked(count: str = "asked") -> int:
 # --- commands
 
 
-def test_command_sees_the_staged_file(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_command_sees_the_staged_file(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """The gate finds a whole safetensors file with the new weights and their step, while the old ones are live."""
     path = write(runs / "step_2.safetensors", mlp(), 2.0)
     took = syncer(
@@ -149,7 +150,7 @@ def test_command_sees_the_staged_file(live: WritableSegment, syncer: Callable[..
 
 
 def test_version_is_dated_after_the_gate(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, monkeypatch: pytest.MonkeyPatch
+    live: WritableSegment, syncer: Gated, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A version is as old as its publish, not as its staging: the gate's own time does not count."""
     now = time.time()
@@ -160,9 +161,7 @@ def test_version_is_dated_after_the_gate(
     assert publication and publication.published_at == now + 1000
 
 
-def test_rejected_is_remembered_and_never_live(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path
-) -> None:
+def test_rejected_is_remembered_and_never_live(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """Another status rejects with the output as the reason; it is asked once, and again when the file changed."""
     path = write(runs / "step_2.safetensors", mlp(), 2.0)
     pushing = syncer("printf x >> asked; echo return 20 is too low; echo or so >&2; exit 3")
@@ -180,9 +179,7 @@ def test_rejected_is_remembered_and_never_live(
         assert (asked(), reader.refresh(), live.version) == (2, False, 1)
 
 
-def test_next_newest_is_tried_after_a_rejection(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path
-) -> None:
+def test_next_newest_is_tried_after_a_rejection(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """Where the gate does not want the newest, the one before it goes live, and the newest is told as refused."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     write(runs / "step_3.safetensors", mlp(), 3.0)
@@ -191,7 +188,7 @@ def test_next_newest_is_tried_after_a_rejection(
     assert [(each.status, each.step) for each in took.passed_over] == [("rejected", 3)]
 
 
-def test_75_tries_the_same_later(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_75_tries_the_same_later(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """Status 75 is busy, not remembered, and nothing older goes live in its place; accepted later it does."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     write(runs / "step_3.safetensors", mlp(), 3.0)
@@ -205,7 +202,7 @@ def test_75_tries_the_same_later(live: WritableSegment, syncer: Callable[..., Sy
     assert (pushing.once().status, mark_of(live)) == ("published", {3.0})
 
 
-def test_ended_by_a_signal_rejects(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_ended_by_a_signal_rejects(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """A gate that is killed has accepted nothing, and the reason names the signal."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     told = syncer("kill -9 $$").once()
@@ -214,7 +211,7 @@ def test_ended_by_a_signal_rejects(live: WritableSegment, syncer: Callable[..., 
 
 def test_timeout_ends_the_whole_group(
     live: WritableSegment,
-    syncer: Callable[..., Syncer],
+    syncer: Gated,
     runs: Path,
     fifo: Callable[[str], int],
     monkeypatch: pytest.MonkeyPatch,
@@ -232,7 +229,7 @@ def test_timeout_ends_the_whole_group(
 
 def test_timeout_ends_sessions_of_their_own(
     live: WritableSegment,
-    syncer: Callable[..., Syncer],
+    syncer: Gated,
     runs: Path,
     fifo: Callable[[str], int],
     monkeypatch: pytest.MonkeyPatch,
@@ -263,7 +260,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_goes_live_is_what_the_gate_was_shown(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, change: str
+    live: WritableSegment, syncer: Gated, runs: Path, change: str
 ) -> None:
     """A gate cannot change what it is shown; where it finds the slot itself and changes that, nothing goes live."""
     spare = " ".join(str(live.path / f"slot-{slot}.safetensors") for slot in (1, 2))
@@ -282,7 +279,7 @@ def test_what_goes_live_is_what_the_gate_was_shown(
         assert mark_of(Segment.open(NAME)) == {2.0}  # where a spare slot was cut, the segment is made anew
 
 
-def test_sigterm_comes_first(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_sigterm_comes_first(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """A gate whose time is up may clean up: its handler of SIGTERM runs, and its shell's end does not cut it short."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     inner = 'trap "sleep 0.2; touch cleaned; exit" TERM; echo up; for i in $(seq 999); do sleep 0.05; done'
@@ -291,7 +288,7 @@ def test_sigterm_comes_first(live: WritableSegment, syncer: Callable[..., Syncer
 
 
 def test_background_child_holds_nobody_up(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
+    live: WritableSegment, syncer: Gated, runs: Path, fifo: Callable[[str], int]
 ) -> None:
     """What a gate leaves running keeps its pipe open, and is not waited for."""
     fifo("hold")
@@ -303,7 +300,7 @@ def test_background_child_holds_nobody_up(
 
 
 def test_a_gate_that_closes_its_output_is_waited_for(
-    live: WritableSegment, syncer: Callable[..., Syncer], runs: Path, fifo: Callable[[str], int]
+    live: WritableSegment, syncer: Gated, runs: Path, fifo: Callable[[str], int]
 ) -> None:
     """The end of the output is not the end of the gate: its status counts."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
@@ -311,7 +308,7 @@ def test_a_gate_that_closes_its_output_is_waited_for(
     assert told.status == "rejected" and told.reason and "status 1, without a word" in told.reason
 
 
-def test_output_is_bounded_and_harmless(live: WritableSegment, syncer: Callable[..., Syncer], runs: Path) -> None:
+def test_output_is_bounded_and_harmless(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """Of a flood the end is kept, and nothing of it reaches the terminal as a control character."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
     told = syncer("yes tick | head -c 200000000; printf '\\033[31mred\\007 \\342\\200\\256bad\\377'; exit 1").once()
@@ -322,7 +319,7 @@ def test_output_is_bounded_and_harmless(live: WritableSegment, syncer: Callable[
 
 
 def test_gate_may_call_wsync(
-    live: WritableSegment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch, syncer: Callable[..., Syncer]
+    live: WritableSegment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch, syncer: Gated
 ) -> None:
     """Also where the runtime directory was no variable: status of the name that it was given says what is live."""
     monkeypatch.delenv("WSYNC_RUNTIME_DIR")
@@ -457,7 +454,7 @@ def test_function_gets_the_real_policy(runs: Path) -> None:
     ],
 )
 def test_function_in_its_process(
-    live: WritableSegment, runs: Path, syncer: Callable[..., Syncer], name: str, status: str, words: list[str]
+    live: WritableSegment, runs: Path, syncer: Gated, name: str, status: str, words: list[str]
 ) -> None:
     """An exception rejects with its text and line, RetryLater is later, and a process without a verdict rejects."""
     write(runs / "step_2.safetensors", mlp(), 2.0)

@@ -37,9 +37,13 @@ pytestmark = pytest.mark.slow
 
 parser = pytest.importorskip("prometheus_client.parser")
 
-from wsync.service.endpoint import PATIENCE, Endpoint, _Server  # noqa: E402  (they need the client)
+from wsync.service.endpoint import (  # noqa: E402  (they need the client)
+    PATIENCE,
+    Endpoint,
+    Monitor,
+    _Server,
+)
 from wsync.service.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
-from wsync.service.monitor import Monitor  # noqa: E402
 
 Samples = dict[tuple[str, ...], float]
 
@@ -439,16 +443,8 @@ def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) ->
     done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "wsync.sync.syncer" in loaded
-    assert (
-        not {
-            "prometheus_client",
-            "http.server",
-            "wsync.service.figures",
-            "wsync.service.monitor",
-            "wsync.service.notify",
-        }
-        & loaded
-    )
+    figures = {"wsync.service.figures", "wsync.service.endpoint", "wsync.service.notify"}
+    assert not {"prometheus_client", "http.server", *figures} & loaded
 
 
 def test_reader_labels_are_few_and_harmless(runs: Path) -> None:

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.slow
 
 TOML = 'policy = "policies:mlp"\nname = "actor"\ncheckpoints = "runs"\n'
 NO_POLL = "86400"  # only a notification or a signal can be why something happens
+Watch = Callable[..., Lines]
 
 OWN_TERMINAL = """
 import fcntl, os, signal, sys, termios
@@ -100,7 +101,7 @@ def manager(runtime: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture
-def watch(spawn: Spawn, runs: Path) -> Callable[..., Lines]:
+def watch(spawn: Spawn, runs: Path) -> Watch:
     """Starts a watch, and waits until it looks."""
 
     def start(*options: str, spec: str = "actor.toml", **variables: str) -> Lines:
@@ -147,7 +148,7 @@ def test_a_signal_amid_a_wait(spawn: Spawn, runs: Path) -> None:
     assert spawn("-c", code).wait(DEADLINE) == 0
 
 
-def test_ready_comes_with_the_first_version(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_ready_comes_with_the_first_version(watch: Watch, manager: Manager, runs: Path) -> None:
     """Ready is said once, when weights are live and not before; each event is a status, and the end is told."""
     log = watch(NOTIFY_SOCKET=manager.address)
     log.until("empty")
@@ -161,7 +162,7 @@ def test_ready_comes_with_the_first_version(watch: Callable[..., Lines], manager
     assert "READY=1" not in manager.until("STOPPING=1")
 
 
-def test_a_live_version_makes_ready_at_once(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_a_live_version_makes_ready_at_once(watch: Watch, manager: Manager, runs: Path) -> None:
     """A watch that is started again beside live weights is ready with its first look."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     first = watch("--poll", NO_POLL)
@@ -172,7 +173,7 @@ def test_a_live_version_makes_ready_at_once(watch: Callable[..., Lines], manager
     end(log)
 
 
-def test_an_abstract_socket_is_one(watch: Callable[..., Lines], runs: Path) -> None:
+def test_an_abstract_socket_is_one(watch: Watch, runs: Path) -> None:
     """An address that begins with @ names no file."""
     manager = Manager(f"@wsync-test-{secrets.token_hex(8)}")
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -182,7 +183,7 @@ def test_an_abstract_socket_is_one(watch: Callable[..., Lines], runs: Path) -> N
     manager.close()
 
 
-def test_a_stage_puts_time_outs_off(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_a_stage_puts_time_outs_off(watch: Watch, manager: Manager, runs: Path) -> None:
     """While bytes move, neither a start nor a stop is cut off."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     log = watch(NOTIFY_SOCKET=manager.address)
@@ -199,7 +200,7 @@ def test_a_long_stage_does_not_flood(manager: Manager) -> None:
     assert len(manager.until("STOPPING=1")) <= 3
 
 
-def test_the_watchdog_is_fed_while_the_loop_waits(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_the_watchdog_is_fed_while_the_loop_waits(watch: Watch, manager: Manager, runs: Path) -> None:
     """Between two looks that are a day apart the watchdog is fed."""
     log = watch("--poll", NO_POLL, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="100000")
     for _ in range(5):
@@ -207,7 +208,7 @@ def test_the_watchdog_is_fed_while_the_loop_waits(watch: Callable[..., Lines], m
     end(log)
 
 
-def test_the_watchdog_is_fed_while_a_gate_looks(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_the_watchdog_is_fed_while_a_gate_looks(watch: Watch, manager: Manager, runs: Path) -> None:
     """A gate may take its time, and a pause after failures too: neither is a loop that hangs."""
     os.mkfifo("answer")
     log = watch("--gate", "read line < answer", NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="100000", WSYNC_POLL="0.1")
@@ -256,7 +257,7 @@ def test_without_a_manager_nothing_is_opened() -> None:
     notifier.close()
 
 
-def test_a_manager_that_is_gone_changes_nothing(watch: Callable[..., Lines], runs: Path, runtime: Path) -> None:
+def test_a_manager_that_is_gone_changes_nothing(watch: Watch, runs: Path, runtime: Path) -> None:
     """A socket that nobody listens on is no reason to fail."""
     log = watch(NOTIFY_SOCKET=str(runtime / "nobody"), WATCHDOG_USEC="50000")
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -288,7 +289,7 @@ def test_a_name_cannot_forge_a_message(manager: Manager) -> None:
     assert all("\n" not in part and "\x1b" not in part for part in heard)
 
 
-def test_sighup_takes_new_settings_at_once(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_sighup_takes_new_settings_at_once(watch: Watch, manager: Manager, runs: Path) -> None:
     """A waiting loop wakes, says what changed, looks with the new settings, and systemd hears of both ends."""
     write(runs / "best_1.safetensors", mlp(), 1.0)
     log = watch("--poll", NO_POLL, NOTIFY_SOCKET=manager.address)
@@ -310,7 +311,7 @@ def test_sighup_takes_new_settings_at_once(watch: Callable[..., Lines], manager:
     end(log)
 
 
-def test_sighup_before_ready_does_not_say_ready(watch: Callable[..., Lines], manager: Manager, runs: Path) -> None:
+def test_sighup_before_ready_does_not_say_ready(watch: Watch, manager: Manager, runs: Path) -> None:
     """A watch without weights that reads its TOML again is still starting."""
     log = watch("--poll", NO_POLL, NOTIFY_SOCKET=manager.address)
     log.until("empty")
@@ -331,9 +332,7 @@ def test_sighup_before_ready_does_not_say_ready(watch: Callable[..., Lines], man
         (TOML.replace('checkpoints = "runs"', ""), ["no checkpoints are named"]),
     ],
 )
-def test_broken_settings_leave_the_old_ones(
-    watch: Callable[..., Lines], runs: Path, text: str, words: list[str]
-) -> None:
+def test_broken_settings_leave_the_old_ones(watch: Watch, runs: Path, text: str, words: list[str]) -> None:
     """What cannot be taken is an error in the log, one line, and the watch goes on as it was."""
     log = watch("--poll", NO_POLL)
     log.until("empty")
@@ -346,7 +345,7 @@ def test_broken_settings_leave_the_old_ones(
     end(log)
 
 
-def test_sighup_of_an_import_string_is_told_and_ignored(watch: Callable[..., Lines], runs: Path) -> None:
+def test_sighup_of_an_import_string_is_told_and_ignored(watch: Watch, runs: Path) -> None:
     """Without a TOML there is nothing to read again; the watch goes on."""
     log = watch("runs", spec=SPEC)
     log.process.send_signal(signal.SIGHUP)
@@ -356,14 +355,14 @@ def test_sighup_of_an_import_string_is_told_and_ignored(watch: Callable[..., Lin
     end(log)
 
 
-def test_sigterm_ends_it_also_right_after_sighup(watch: Callable[..., Lines]) -> None:
+def test_sigterm_ends_it_also_right_after_sighup(watch: Watch) -> None:
     """Two signals at once are both obeyed."""
     log = watch("--poll", NO_POLL)
     log.process.send_signal(signal.SIGHUP)
     end(log)
 
 
-def test_figures_of_a_standing_port_change_as_far_as_they_can(watch: Callable[..., Lines], runs: Path) -> None:
+def test_figures_of_a_standing_port_change_as_far_as_they_can(watch: Watch, runs: Path) -> None:
     """A new --max-staleness holds at once; another port is told to need a restart, and the old one stays."""
     pytest.importorskip("prometheus_client")
     Path("actor.toml").write_text(TOML + "[metrics]\nport = 0\n")
@@ -468,7 +467,7 @@ def test_sighup_beside_a_standing_terminal_reads_again(spawn: Spawn, runs: Path)
     assert process.wait(DEADLINE) == 0
 
 
-def test_the_plain_log_is_one_line_an_event(watch: Callable[..., Lines], runs: Path) -> None:
+def test_the_plain_log_is_one_line_an_event(watch: Watch, runs: Path) -> None:
     """Without a terminal each line has a time, a level and its event whole, also with what differs, and no colour."""
     log = watch(FORCE_COLOR="1", TERM="xterm")
     write(runs / "step_1.safetensors", mlp(hidden=3), 1.0)
@@ -483,7 +482,7 @@ def test_the_plain_log_is_one_line_an_event(watch: Callable[..., Lines], runs: P
     assert all(form.fullmatch(line) and line.isprintable() for line in log.seen), log.seen
 
 
-def test_the_json_log_is_objects_whatever_comes(watch: Callable[..., Lines], runs: Path) -> None:
+def test_the_json_log_is_objects_whatever_comes(watch: Watch, runs: Path) -> None:
     """Each line is one object with time, level, event and name, also with an odd file name or an error of many rows."""
     log = watch("--log-format", "json")
     os.rename(write(runs / ".hidden.tmp", mlp(), 1.0), os.fsencode(runs) + b"/step_2\n\xff.safetensors")

@@ -192,7 +192,7 @@ def watch(
     with ExitStack() as stack:
         monitor = None
         if loaded.metrics.file or loaded.metrics.port is not None:
-            from ..service.monitor import Monitor
+            from ..service.endpoint import Monitor
 
             complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
             monitor = stack.enter_context(closing(Monitor(loaded.name, loaded.metrics, runtime_dir, complain)))

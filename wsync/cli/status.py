@@ -84,8 +84,7 @@ def follow(name: str | None, runtime: Place, state: Place) -> None:
     """Shows the status again and again until interrupted: in place on a terminal, otherwise one below the other."""
     from rich.live import Live
 
-    from .tables import stdout_console
-    from .top import view_of
+    from .tables import stdout_console, view_of
 
     console = stdout_console()
     unwind_at(signal.SIGTERM)  # the cursor is shown again

@@ -1,4 +1,4 @@
-"""The tables that people see: segments and their readers, and what is in a checkpoint.
+"""The tables that people see: segments and their readers, the screen of ``status --watch``, what is in a checkpoint.
 
 rich lays them; this module, and rich with it, is imported where one is printed.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .config import Setting
 
 _PIPE = 100_000  # columns: a line is never broken there
+_COLUMNS = 80  # of the screen of ``status --watch``, as top(1) shows processes
+_HEAD = f"{'segment, reader':<31}{'version':>8}{'lag':>5}{'step':>11}{'age':>12}{'per min':>9}"
 
 
 def stdout_console() -> Console:
@@ -106,6 +108,51 @@ def _reader_table(readers: list[dict[str, Any]]) -> RenderableType:
             lease + (f", version {', '.join(map(str, r['holds']))}" if r["holds"] else ""),
         )
     return table
+
+
+def view_of(
+    told: list[dict[str, Any]], broken: Mapping[str, Exception], recent: Callable[[str], int], lines: int
+) -> RenderableType:
+    """One look, the segments first that are in trouble.
+
+    Args:
+        told: the segments, as ``status.look`` has them.
+        broken: why others cannot be read, by name.
+        recent: versions that went live in a segment within the last minute.
+        lines: of the screen.
+    """
+    readers = sum(len(each["readers"]) for each in told)
+    segments = count(len(told) + len(broken), "segment")
+    rows = [Text(f"wsync {time.strftime('%H:%M:%S')}  {segments}, {count(readers, 'reader')}"), Text(_HEAD, "bold")]
+    rows += [Text(_fit(f"{name}: {' '.join(str(why).split())}"), "red") for name, why in broken.items()]
+    for each in sorted(told, key=lambda each: (not each["last_failure"], each["name"])):
+        rows += _segment_rows(each, recent(each["name"]))
+    if len(rows) > lines:
+        rows = [*rows[: lines - 1], Text(f"… and {len(rows) - lines + 1} more lines", "dim")]
+    return Group(*rows)
+
+
+def _segment_rows(told: dict[str, Any], recent: int) -> list[Text]:
+    step = "" if told["step"] is None else str(told["step"])
+    live = told["version"]
+    since = age(told["published_at"]) if live else "nothing live"
+    pinned = " (pinned)" if told["pin"] else ""
+    name = f"{told['name']:.{31 - len(pinned) - 1}}{pinned}"
+    rows = [
+        Text(_fit(f"{name:<31}{live or '':>8}{'':>5}{step:>11}{since:>12}{recent:>9}"), "green" if live else "yellow")
+    ]
+    for reader in sorted(told["readers"], key=lambda reader: -reader["lag"]):
+        who = printable(f"  {reader['process']:.18} {reader['pid']}")
+        line = f"{who:<31}{reader['version']:>8}{reader['lag']:>5}{reader['mode']:>11}{age(reader['since']):>12}"
+        rows.append(Text(_fit(line), "yellow" if reader["lag"] else ""))
+    if failure := told["last_failure"]:
+        reason = printable(" ".join((failure["reason"] or "").split()))
+        rows.append(Text(_fit(f"  failed {age(failure['at'])} ago: {reason}"), "red"))
+    return rows
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 1]}…"
 
 
 def print_inspection(looked: dict[str, Any]) -> None:

@@ -70,9 +70,8 @@ class Event(NamedTuple):
             raise TypeError("a value of an event is of another type")
         if not (0 <= event.at < END_OF_TIME and event.kind in KINDS):
             raise ValueError("an event has no time, or has an unknown kind")
-        for number in (event.version, event.lag):
-            if number is not None and abs(number) >= MAX_VERSION:
-                raise ValueError(f"an event holds the number {number}")
+        if not (0 <= (event.version or 0) < MAX_VERSION and abs(event.lag or 0) < MAX_VERSION):
+            raise ValueError("an event holds a version that cannot be")
         if event.settings is not None and not isinstance(json.loads(event.settings), dict):
             raise TypeError("an event's settings are not a table")
         return event
@@ -280,23 +279,13 @@ class State:
 
     def last(self) -> tuple[int, str]:
         """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""
-
-        def look(database: sqlite3.Connection) -> tuple[int, str]:
-            query = f"SELECT max(version), identity FROM events WHERE {_PUBLISHED}"
-            version, identity = database.execute(query).fetchone()
-            if not (isinstance(version, int | None) and 0 <= (version or 0) < MAX_VERSION):
-                raise ValueError(f"it holds the version {version!r:.40}")
-            if not isinstance(identity, str | None):
-                raise TypeError("an identity is not a text")
-            return version or 0, identity or ""
-
-        return self._read(look) or (0, "")
+        found = self.published(f"version = (SELECT max(version) FROM events WHERE {_PUBLISHED})", limit=1)
+        return (found[0].version or 0, found[0].identity or "") if found else (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
         """Under which identity a path was published last; empty where it never was."""
-        query = "SELECT identity FROM events WHERE kind = 'publish' AND checkpoint = ? ORDER BY id DESC LIMIT 1"
-        values = (_text(checkpoint),)
-        return self._read(lambda database: [str(row[0]) for row in database.execute(query, values)]) or []
+        found = self._select("kind = 'publish' AND checkpoint = ?", (_text(checkpoint),), 1)
+        return [event.identity or "" for event in found]
 
     # --- what was rejected
 

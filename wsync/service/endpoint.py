@@ -1,6 +1,6 @@
-"""``/metrics`` and ``/healthz`` over HTTP, in threads beside a watch.
+"""What ``[metrics]`` asks of a watch: its figures, their file, and ``/metrics`` and ``/healthz`` over HTTP.
 
-It listens on the loopback unless told otherwise: the figures name steps and processes, and nobody is asked who he is.
+The port listens on the loopback unless told otherwise: the figures name steps and processes, and any client gets them.
 Each client has a thread, ``PATIENCE`` seconds, and one request. Where there are too many clients the oldest is dropped,
 so that slow ones keep nobody waiting.
 """
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,12 +23,15 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import make_wsgi_app
 
-from ..errors import UsageError
-from .figures import Figures
+from ..errors import UsageError, WsyncError
+from ..history.outcome import Outcome
+from ..settings.spec import Metrics
+from .figures import HEALTHY, Figures, last_success, write
 
 _log = logging.getLogger("wsync")
 PATIENCE = 10.0  # seconds that a client may take in all
 _MOST = 64  # clients at a time
+_EVERY = 5.0  # seconds between two writes of the file where passes find nothing new
 
 
 class Endpoint:
@@ -135,3 +140,56 @@ class _Handler(WSGIRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs nothing: a scrape is no event."""
+
+
+class Monitor:
+    """Counts a watch's passes, serves the figures, and writes them to a file.
+
+    Args:
+        name: of the segment.
+        runtime: where segments live.
+        complain: called, once for each reason in a row, when the file cannot be written.
+
+    Raises:
+        UsageError: the port or the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Metrics,
+        runtime: str | os.PathLike[str] | None,
+        complain: Callable[[WsyncError], None],
+    ) -> None:
+        self.figures = Figures(name, runtime)
+        self._complain, self._complaint, self._next = complain, "", 0.0
+        self._file = Path(settings.file) if settings.file else None
+        if self._file:
+            self.figures.live.last_success = last_success(self._file, name)
+        self.endpoint: Endpoint | None = None
+        if settings.port is not None:
+            self.endpoint = Endpoint(self.figures, settings.address, settings.port, settings.max_staleness)
+
+    def tell(self, event: Outcome | WsyncError) -> None:
+        """Counts a pass: its outcome, or why it failed."""
+        self.figures.tell(event)
+        quiet = isinstance(event, Outcome) and event.status in HEALTHY and event.status != "published"
+        if not quiet or time.monotonic() >= self._next:
+            self._write()
+
+    def close(self) -> None:
+        if self.endpoint:
+            self.endpoint.close()
+        self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        self._next = time.monotonic() + _EVERY
+        try:
+            write(self._file, self.figures.registry)
+            self._complaint = ""
+        except WsyncError as exc:
+            if str(exc) != self._complaint:
+                self._complaint = str(exc)
+                self._complain(exc)

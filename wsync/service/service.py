@@ -29,7 +29,7 @@ from .notify import Notifier
 if TYPE_CHECKING:
     from ..fleet.fleet import Fleet
     from ..fleet.group import Group
-    from .monitor import Monitor
+    from .endpoint import Monitor
 
 
 class Log(Protocol):
