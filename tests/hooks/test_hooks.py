@@ -22,7 +22,6 @@ from builders import NAME, SPEC, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn, heard, signal_another_thread
 
-from wsync.cli.commands import ended
 from wsync.cli.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
@@ -237,7 +236,7 @@ def test_a_signal_while_a_push_is_closing_ends_its_hook(
         close(self, now=now)
 
     monkeypatch.setattr(HookRunner, "close", signalled)
-    with pytest.raises(SystemExit), ended(box.syncer):
+    with pytest.raises(SystemExit), box.syncer:
         box.publish(1)
         assert heard(up) == b"up\n"
     assert heard(up) == b"" and closed == [False, True]

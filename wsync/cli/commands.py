@@ -7,11 +7,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -36,9 +35,6 @@ from .options import (
     read_spec,
     with_settings,
 )
-
-if TYPE_CHECKING:
-    from ..sync.syncer import Syncer
 
 app = typer.Typer(
     name="wsync",
@@ -110,7 +106,7 @@ def push(
     undone = ""
     try:
         state = State(loaded.name, state_dir, loaded.history)
-        with ended(Syncer(loaded, checkpoint, runtime=runtime_dir, state=state)) as syncer:
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer:
             syncer.box.report, syncer.record.complain = report, complain
             syncer.box.claim.take_over = take_over
             if retry:
@@ -139,17 +135,6 @@ def push(
     if undone:
         print(harmless(f"{event.name}: {undone}"), file=sys.stderr)
     raise typer.Exit(event.exit_code)
-
-
-@contextmanager
-def ended(syncer: Syncer) -> Iterator[Syncer]:
-    """Closes a syncer at the end of the block, even if a signal comes while it is being closed."""
-    try:
-        with syncer:
-            yield syncer
-    except (SystemExit, KeyboardInterrupt):
-        syncer.close(now=True)
-        raise
 
 
 @app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync watch cartpole.toml checkpoints/")
@@ -331,22 +316,21 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
+    told = ""
     code: object = 0
     try:
         check_variables()
         command_line(*sys.argv[1:2])(prog_name="wsync")
     except WsyncError as exc:
-        print(f"wsync: {harmless(on_one_line(str(exc), *sys.argv[1:]))}", file=sys.stderr)
-        code = exc.exit_code
+        told, code = harmless(on_one_line(str(exc), *sys.argv[1:])), exc.exit_code
     except OSError as exc:
-        told = printable(str(exc))
-        print(f"wsync: OS error: {told}. {advice(exc)}, then run it again.", file=sys.stderr)
-        code = 1
+        told, code = f"OS error: {printable(str(exc))}. {advice(exc)}, then run it again.", 1
     except MemoryError:
-        print("wsync: this process has no memory left. Raise its limit (`ulimit -v`) and try again.", file=sys.stderr)
-        code = 1
+        told, code = "this process has no memory left. Raise its limit (`ulimit -v`) and try again.", 1
     except SystemExit as exc:
         code = exc.code
+    if told:
+        print(f"wsync: {told}", file=sys.stderr)
     try:
         sys.stdout.flush()
         sys.stderr.flush()

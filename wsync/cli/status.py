@@ -141,7 +141,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
     """The line and the exit code.
 
     Args:
-        told: the segments, as ``status.look`` has them.
+        told: the segments, as ``look`` has them.
         broken: why others cannot be read, by name.
         state: the directory of histories, which show since when a reader is behind.
     """
@@ -154,13 +154,17 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
             code, words = 2, [*words, f"{name} has no version yet"]
             continue
         age, readers = time.time() - each["published_at"].timestamp(), each["readers"]
-        troubles = [f"version {each['version']} is {duration(age)} old"] if _above(age, bounds.staleness) else []
+        is_stale = bounds.staleness is not None and age > bounds.staleness
+        troubles = [f"version {each['version']} is {duration(age)} old"] if is_stale else []
         troubles += _lagging(each, bounds, state)
         code = max(code, int(bool(troubles)))
         good = f"{name} is at version {each['version']}, {duration(age)} old, {count(len(readers), 'reader')}"
         words.append(f"{name}: {', '.join(troubles)}" if troubles else good)
         lag = max((reader["lag"] for reader in readers), default=0)
-        figures += [f"{name}_age={age:.0f}s;{bounds.staleness or ''}", f"{name}_lag={lag};{_shown(bounds.lag)}"]
+        figures += [
+            f"{name}_age={age:.0f}s;{bounds.staleness or ''}",
+            f"{name}_lag={lag};{'' if bounds.lag is None else bounds.lag}",
+        ]
     words.sort(key=lambda word: " is at version " in word)  # what is wrong comes first
     line = f"WSYNC {_WORDS[code]}: {'; '.join(words)}"
     return printable(f"{line} | {' '.join(figures)}" if figures else line), code
@@ -169,7 +173,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
 def _lagging(told: dict[str, Any], bounds: Bounds, state: Place) -> list[str]:
     """Names the readers that are further behind than allowed."""
     behind = [reader for reader in told["readers"] if reader["lag"] > 0]
-    late = [reader for reader in behind if _above(reader["lag"], bounds.lag)]
+    late = [reader for reader in behind if bounds.lag is not None and reader["lag"] > bounds.lag]
     words = [f"{_named(r)} is {count(r['lag'], 'version')} behind" for r in late]
     if bounds.lag_seconds is None or not behind:
         return words
@@ -194,11 +198,3 @@ def _publishes(name: str, place: Place, **bounds: Any) -> list[Event]:
 
 def _named(reader: dict[str, Any]) -> str:
     return f"reader {reader['process']} (pid {reader['pid']})"
-
-
-def _above(value: float, bound: float | None) -> bool:
-    return bound is not None and value > bound
-
-
-def _shown(bound: float | None) -> str:
-    return "" if bound is None else str(bound)

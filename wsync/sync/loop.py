@@ -106,6 +106,46 @@ class Schedule:
         self._changes.close()
 
 
+class Idle:
+    """Makes a watch's passes, and says the same again where a place need not be listed.
+
+    No notification came, and the place's own times are unchanged, as are those of the live file, which a memory map may
+    write to without a word. Among 10,000 files a listing a second took 15 % of a core.
+    """
+
+    def __init__(self, syncer: Syncer) -> None:
+        self._syncer = syncer
+        self._last: tuple[object, Outcome] | None = None  # what a pass found that left all as it was, and its outcome
+
+    def once(self, *, is_idle: bool) -> Outcome:
+        """As ``Syncer.once``.
+
+        Args:
+            is_idle: nothing was told of the place since the last pass.
+        """
+        started, found = time.perf_counter(), self._look()
+        if is_idle and found and self._last and self._last[0] == found:
+            seconds = round(time.perf_counter() - started, 6)
+            return self._last[1]._replace(seconds=seconds, warning=None, passed_over=(), casts=())
+        outcome = self._syncer.once()
+        is_settled = outcome.status in ("current", "rejected") and not outcome.newer
+        self._last = (found, outcome) if is_settled else None
+        return outcome
+
+    def _look(self) -> object:
+        """What is live, and the times; None where they do not tell what is in the place."""
+        place = self._syncer.getter.checkpoints
+        try:
+            segment = self._syncer.updater.segment
+            live = segment.live() if segment else None
+            if not live or remote(place) or self._syncer.record.pin():
+                return None
+            infos = [os.stat(path) for path in (place, live.source)]
+        except (OSError, WsyncError):  # a pass tells of it
+            return None
+        return live, [(i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos]
+
+
 def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
     """Runs passes until ``stop`` is set: at each notification, and at least every ``spec.poll`` seconds.
 
@@ -122,7 +162,7 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
         UsageError: the first pass tells that a setting is wrong.
     """
     place = syncer.getter.checkpoints
-    schedule = Schedule(syncer.spec, place, stop)
+    schedule, passes = Schedule(syncer.spec, place, stop), Idle(syncer)
     passed = False  # from then on a wrong setting is no longer one that the operator just made
     event: Outcome | WsyncError
     syncer.box.stop = stop
@@ -137,7 +177,7 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
             try:
                 if not passed:
                     syncer.prepare()
-                event, passed = syncer.once(idle=schedule.is_idle), True
+                event, passed = passes.once(is_idle=schedule.is_idle), True
             except WsyncError as exc:
                 if isinstance(exc, UsageError) and not passed:
                     raise

@@ -39,7 +39,6 @@ from . import told_once
 from .box import Box
 from .choosing import Choice, choose
 from .claim import Claim
-from .idle import Idle
 from .passes import Pass
 from .policy_layout import PolicyLayout
 from .taking import Taking
@@ -101,13 +100,16 @@ class Syncer:
         self.box = Box(spec, self.updater, self.record, claim)
         self.taking = Taking(self.box, self.policy)
         self.lock: WatchLock | None = None
-        self._idle = Idle(self.getter.checkpoints)
 
     def __enter__(self) -> Syncer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self.close(now=kind is not None and not issubclass(kind, Exception))
+        try:
+            self.close(now=kind is not None and not issubclass(kind, Exception))
+        except (SystemExit, KeyboardInterrupt):  # a signal that comes while it is closed
+            self.close(now=True)
+            raise
 
     def close(self, *, now: bool = False) -> None:
         """Lets go of the segment; see ``Box.close``."""
@@ -130,33 +132,28 @@ class Syncer:
         except OSError as exc:
             raise refused(exc, self.updater.path) from exc
 
-    def once(self, *, force: bool = False, dry_run: bool = False, idle: bool = False) -> Outcome:
+    def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
 
         Args:
             force: publish the newest checkpoint again even if it is live.
             dry_run: check everything, publish nothing.
-            idle: nothing was told of the place since the last pass; it is not listed again if its own times agree.
 
         Raises:
             WsyncError: something other than the checkpoint is wrong, or it cannot be read.
         """
-        return recorded(self.box, partial(self.look, force=force, dry_run=dry_run, idle=idle), dry_run=dry_run)
+        return recorded(self.box, partial(self.look, force=force, dry_run=dry_run), dry_run=dry_run)
 
-    def look(self, *, force: bool = False, dry_run: bool = False, idle: bool = False) -> Outcome:
+    def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass that the history is told nothing of; see ``once``."""
         this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
         self.policy.begin_pass()
         try:
             this = this.at(self.updater.segment)
-            times = self._idle.times(this.live)
-            if idle and (same := self._idle.again(this, times)) and not self.record.pin():
-                return same
             try:
-                outcome = self._pass(this._replace(again=remote(self.getter.checkpoints) is not None))
+                return self._pass(this._replace(again=remote(self.getter.checkpoints) is not None))
             except CheckpointChanged:
-                outcome = self._pass(this)
-            return self._idle.keep(this, times, outcome)
+                return self._pass(this)
         except NoCheckpoint as exc:
             return this.outcome("empty", reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
@@ -179,9 +176,7 @@ class Syncer:
             return self.taking.pinned(this, choice.pin, reopen=choice.reopen)
         refusal = self._known(this, choice.refused) if choice.refused else None
         if not choice.todo:
-            if not refusal and self._has_nothing_for(this):
-                raise self.getter.nothing()
-            return refusal or self._current(this, choice)
+            return refusal or self._nothing_newer(this, choice)
         reads = self.policy.reads
         take = self.taking.route.busy(partial(self.taking.ready, this, self._choose))
         if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
@@ -228,13 +223,14 @@ class Syncer:
             live=this.live,
         )
 
-    def _has_nothing_for(self, this: Pass) -> bool:
-        """Whether the place is empty, and what is live never came from there: only retention empties a place."""
-        here = this.live is not None and self.getter.holds(this.live.source)
-        return not here and not self.getter.candidates()
+    def _nothing_newer(self, this: Pass, choice: Choice) -> Outcome:
+        """What is live is current.
 
-    def _current(self, this: Pass, choice: Choice) -> Outcome:
-        if this.live is None:
+        Raises:
+            NoCheckpoint: nothing is live; or the place is empty and what is live never came from there. Where it did,
+                retention emptied the place.
+        """
+        if this.live is None or not (self.getter.holds(this.live.source) or self.getter.candidates()):
             raise self.getter.nothing()
         warning = None if this.dry_run else told_once.late(self.record, this.live, choice, self.spec.select.order)
         return this.standing("current", warning=warning)
