@@ -15,11 +15,14 @@ from policies import mlp
 from processes import DEADLINE
 
 from wsync.errors import WsyncError
+from wsync.history.database import State
 from wsync.history.outcome import Outcome
+from wsync.history.rollback import pin_checkpoint
 from wsync.places import candidates
 from wsync.places.candidates import Select
 from wsync.places.changes import Changes
 from wsync.segment.segment import Segment
+from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync import loop
 from wsync.sync.loop import run
@@ -48,7 +51,7 @@ def watch(segment: Segment, runs: Path) -> Iterator[Callable[[], Event]]:
     """A watch of ``runs`` in a thread; gives the outcome of its next pass."""
     stop, told = threading.Event(), queue.SimpleQueue[Event]()
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    with Syncer(Spec(SPEC, NAME, Path.cwd(), poll=0.02), runs) as syncer:
+    with Syncer(Spec(SPEC, NAME, Path.cwd(), poll=0.02), runs, state=State(NAME)) as syncer:
         thread = threading.Thread(target=run, args=(syncer, stop, told.put))
         thread.start()
         yield lambda: told.get(timeout=DEADLINE)
@@ -134,3 +137,36 @@ def test_a_write_that_nobody_tells_of_is_seen_in_the_live_file(
     watch()
     watch()
     assert len(listings) > before
+
+
+def test_a_pin_is_obeyed_without_a_notification(
+    listings: list[str], watch: Callable[[], Event], runs: Path, runtime: Path
+) -> None:
+    """Guards `wsync pin` of another file beside an idle watch: the next pass puts it live."""
+    other = write(runs.parent / "other.safetensors", mlp(), 2.0)
+    until(watch, "current")
+    watch()
+    with State(NAME) as state:
+        pin_checkpoint(NAME, str(other), runtime=runtime, state=state)
+    assert "published" in [status(watch()) for _ in range(5)]
+
+
+def test_what_may_pass_by_itself_is_looked_at_again(
+    listings: list[str], watch: Callable[[], Event], runs: Path, segment: WritableSegment
+) -> None:
+    """Guards a newer checkpoint that is half written or met another publisher: no notification tells of its end."""
+    until(watch, "current")
+    half = write(runs.parent / "half.safetensors", mlp(), 2.0)
+    os.truncate(half, half.stat().st_size - 1)
+    half = half.rename(runs / "step_2.safetensors")
+    while not getattr(watch(), "newer", None):
+        pass
+    before = len(listings)
+    for _ in range(5):
+        watch()
+    assert len(listings) - before >= 4
+    with segment.publishing():
+        write(half, mlp(), 2.0)
+        until(watch, "busy")
+        watch()
+    assert "published" in [status(watch()) for _ in range(5)]

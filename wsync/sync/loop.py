@@ -138,7 +138,7 @@ class Idle:
         try:
             segment = self._syncer.updater.segment
             live = segment.live() if segment else None
-            if not live or remote(place) or self._syncer.record.pin():
+            if not live or self._syncer.record.pin():
                 return None
             infos = [os.stat(path) for path in (place, live.source)]
         except (OSError, WsyncError):  # a pass tells of it
