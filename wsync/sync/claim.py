@@ -49,6 +49,8 @@ class Claim:
         Raises:
             UsageError: what is live is another owner's.
         """
+        if not self.owner:
+            return "", ""
         if live and self.is_foreign(live) and not self.take_over:
             raise UsageError(
                 f"version {live.version} of segment {self._name!r} came from {live.owner} (checkpoints in "
