@@ -23,7 +23,6 @@ from processes import DEADLINE, Cli, Spawn
 
 from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
-from wsync.checkpoints.table import TensorTable
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
@@ -58,7 +57,7 @@ def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Has files come in pieces of so many bytes: from the page cache, or past it by two threads."""
 
     def of(nbytes: int) -> None:
-        monkeypatch.setattr(TensorTable, "piece", nbytes)
+        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", nbytes)
         monkeypatch.setattr(fitting, "CHUNK", nbytes)
         monkeypatch.setattr(staging, "_BUFFER", max(nbytes // 16, 1) * 8)
         if request.param == "cold":

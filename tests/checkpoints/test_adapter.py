@@ -17,7 +17,6 @@ from torch import nn
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
-from wsync.checkpoints.table import TensorTable
 from wsync.errors import (
     BeingRewritten,
     CheckpointChanged,
@@ -399,7 +398,7 @@ def test_a_merge_is_rounded_once(
     """Guards that the sum is made of the base as it is stored, whatever the policy's dtype and the pieces of it."""
     from safetensors.torch import save_file
 
-    monkeypatch.setattr(TensorTable, "piece", piece)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", piece)
     model = trained(**config)
     base, adapter = saved(model, tmp_path)
     wide = getattr(torch, stored)

@@ -28,7 +28,6 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.steps import step_of
-from wsync.checkpoints.table import TensorTable
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -132,7 +131,7 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
 @pytest.mark.parametrize("chunk", [8, 40])
 def test_reads_keep_elements_whole(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards that no read ends inside an element, which the finite check would then see by halves."""
-    monkeypatch.setattr(TensorTable, "piece", chunk)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", chunk)
     monkeypatch.setattr(fitting, "CHUNK", chunk)
     header = {"a": row("U8", [3], 0, 3), "b": row("F64", [9], 3, 75), "c": row("U8", [1], 75, 76)}
     path = raw(tmp_path / "a.safetensors", {**header, "d": row("F64", [2], 76, 92)}, bytes(92))

@@ -273,6 +273,38 @@ def test_an_adapter_has_a_digest_of_its_configuration_too(tmp_path: Path) -> Non
         staged(tmp_path / "step_1", layout, fit)
 
 
+def test_an_adapter_is_merged_from_the_very_bytes_that_were_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a disk that gives other bytes when it is asked again: the halves are not read a second time."""
+    base = saved(tmp_path / "base.safetensors", {"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)})
+    weights, config = adapter(tmp_path / "step_1")
+    (tmp_path / "step_1" / "SHA256SUMS").write_text(listed([weights, config], tmp_path / "step_1"))
+    with Checkpoint(base) as opened:
+        layout = opened.layout
+    fit = Fit(base=str(base))
+    right, real = unchecked(tmp_path / "step_1", layout, fit), Files.read
+
+    def read(self: Files, file: int, nbytes: int, start: int) -> bytes:
+        return bytes(nbytes) if nbytes == 32 else real(self, file, nbytes, start)  # the size of one half
+
+    monkeypatch.setattr(Files, "read", read)
+    assert unchecked(tmp_path / "step_1", layout, fit) != right
+    assert staged(tmp_path / "step_1", layout, fit) == right
+
+
+def test_the_header_is_covered(tmp_path: Path) -> None:
+    """Guards the names and the step, which stand in the header: what is compared begins with a file's first byte."""
+    file = tmp_path / "step_1.safetensors"
+    save_file(FLOATS, file, metadata={"step": "1"})
+    beside(file).write_text(of(file))
+    assert staged(file) == unchecked(file)
+    file.write_bytes(file.read_bytes().replace(b'"step":"1"', b'"step":"2"'))
+    os.utime(beside(file))
+    with pytest.raises(WrongDigest):
+        staged(file)
+
+
 @pytest.fixture
 def syncer(segment: Segment, runs: Path) -> Callable[[], Syncer]:
     spec = load_spec("policies:mlp", name=segment.name)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import Parts, fingerprints, identity_of, parts_of
-from wsync.checkpoints.one_save import check_files
+from wsync.checkpoints.settling import check_files
 from wsync.errors import BeingRewritten
 from wsync.layout.filenames import INDEX, SINGLE
 
@@ -34,9 +34,9 @@ def info(when: float) -> os.stat_result:
 
 def verdict(first: float, second: float, index: float, published: bool = False, settle: float = 1.0) -> str:
     """What is said of two shards and an index that were written at these moments."""
-    before = [identity_of(map(info, (BEFORE[2], *BEFORE[:2])))] if published else []
+    before = [identity_of(map(info, BEFORE))] if published else []
     try:
-        check_files(PARTS, [info(first), info(second)], info(index), settle, before)
+        check_files(PARTS, [info(first), info(second), info(index)], settle, before)
     except BeingRewritten as exc:
         return "never" if "is being rewritten" in exc.message else "later"
     return "whole"
@@ -122,6 +122,6 @@ def test_the_newer_of_a_file_and_its_shards_is_the_checkpoint(tmp_path: Path) ->
     hour = path.stat().st_mtime - 3600
     assert parts_of(path).files == (path / SINGLE,)
     os.utime(path / SINGLE, (hour, hour))
-    assert parts_of(path).index == path / INDEX
+    assert parts_of(path).beside == path / INDEX
     (path / "model-00002-of-00002.safetensors").unlink()  # they are on their way
     assert parts_of(path).files == (path / SINGLE,)

@@ -25,8 +25,8 @@ from builders import SUPPORT, write
 from safetensors.torch import save_file
 
 from wsync.checkpoints import files as parts
+from wsync.checkpoints import header as module
 from wsync.checkpoints import settling
-from wsync.checkpoints import table as module
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity, parts_of
 from wsync.cli.inspection import inspect

@@ -165,7 +165,7 @@ def test_what_the_disk_has_yet_to_give_is_read_past_the_page_cache(path: Path) -
     with Checkpoint(path) as checkpoint:
         weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
         checkpoint.read_into(memoryview(weights), plan)
-        assert vars(checkpoint.table.source)["_direct"]
+        assert vars(checkpoint.source)["_direct"]
     assert cached_pages(path) < pages // 4  # what was read ahead beside the header
     assert bytes(weights) == weights_of(path)
 
@@ -177,7 +177,7 @@ def test_a_file_in_the_page_cache_is_read_from_there(path: Path, in_parts: Calla
     with Checkpoint(path) as checkpoint:
         weights, plan = bytearray(checkpoint.layout.nbytes), checkpoint.plan(checkpoint.layout)
         checkpoint.read_into(memoryview(weights), plan)
-        assert not vars(checkpoint.table.source)["_direct"]
+        assert not vars(checkpoint.source)["_direct"]
 
 
 # The copies that a processor makes slowly

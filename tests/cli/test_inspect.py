@@ -21,7 +21,6 @@ from wsync.checkpoints.cast import Piece
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
-from wsync.checkpoints.table import TensorTable
 from wsync.cli.inspection import inspect
 from wsync.segment.segment import Segment
 from wsync.settings import layout_process
@@ -91,7 +90,7 @@ def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, runtime: Pat
 def test_a_scan_goes_in_parts(cut: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards bounded memory whatever a file claims, and that every tensor is looked at to its last element."""
     if cut:
-        monkeypatch.setattr(TensorTable, "piece", 8 * cut)
+        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 8 * cut)
     state = {f"t{n}": torch.ones(n * 7, dtype=dtype) for n, dtype in enumerate([torch.float32, torch.float64] * 9)}
     state |= {"i": torch.full((9,), -1), "e": torch.zeros(0), "s": torch.tensor(1.0)}
     ill = {"t3", "t8", "t17", "s"}
@@ -145,12 +144,12 @@ def test_checkpoints_in_a_checkpoint_are_told_as_well(tmp_path: Path, cli: Cli) 
 def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a look at a directory while the trainer's retention is at work there."""
 
-    def open_checkpoint(path: Path, **_: object) -> Checkpoint:
+    def opened(path: Path, **_: object) -> Checkpoint:
         if path.name == "step_2.safetensors":
             path.unlink()
         return Checkpoint(path)
 
-    monkeypatch.setattr("wsync.cli.inspection.open_checkpoint", open_checkpoint)
+    monkeypatch.setattr("wsync.cli.inspection.Checkpoint", opened)
     looked = inspect(runs)
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 

@@ -28,7 +28,7 @@ LAYERS, SECONDS, TURNS = 100, 1.0, 8
 
 PUBLISHER = """
 import sys
-from wsync.checkpoints.checkpoint import open_checkpoint
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
 from wsync.segment.publisher import publish
 from wsync.segment.writable import WritableSegment
@@ -36,7 +36,7 @@ from wsync.segment.writable import WritableSegment
 segment = WritableSegment.open("policy", sys.argv[1])
 while True:
     try:
-        with segment.publishing(), open_checkpoint(sys.argv[2]) as checkpoint:
+        with segment.publishing(), Checkpoint(sys.argv[2]) as checkpoint:
             publish(segment, checkpoint)
     except SegmentBusy:  # the reader is late
         continue

@@ -25,7 +25,6 @@ import wsync
 from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.objects import AT_ONCE
-from wsync.checkpoints.table import TensorTable
 from wsync.cli.inspection import inspect
 from wsync.layout.layout import layout_of
 from wsync.places.candidates import Select
@@ -260,7 +259,7 @@ def test_weights_are_fitted_as_on_disk(bucket: Bucket, tmp_path: Path, case: str
     """Under each setting the getter gives the same tensors from a store as from the file, in chunks of a few bytes."""
     make, stored, fit = FITS[case]
     monkeypatch.setattr(fitting, "CHUNK", 16)
-    monkeypatch.setattr(TensorTable, "piece", 16)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 16)
     torch.manual_seed(0)
     policy = make()
     for tensor in policy.state_dict().values():

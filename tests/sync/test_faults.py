@@ -29,7 +29,6 @@ from processes import DEADLINE
 from rich.console import Console
 
 from wsync.checkpoints.fit import Fit
-from wsync.checkpoints.table import TensorTable
 from wsync.cli.console import WatchLog
 from wsync.errors import SegmentError, SegmentUnsafe
 from wsync.layout.layout import layout_of
@@ -184,7 +183,7 @@ def test_a_source_that_changes_while_it_is_read(
     segment: WritableSegment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that only bytes of one state of a file go live, and that the next pass takes what is there then."""
-    monkeypatch.setattr(TensorTable, "piece", 64)
+    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
     act, status, afterwards, mark = CHANGES[change]
     spec = replace(load_spec(SPEC), weights=Fit(cast=True))
     write(runs / "step_1.safetensors", mlp(), 1.0)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import UsageError
 from ..layout.layout import views
@@ -67,7 +67,7 @@ class Slot:
 
     def __init__(self, place: Place, path: Path) -> None:
         self.path = path
-        with open_checkpoint(path) as checkpoint:
+        with Checkpoint(path) as checkpoint:
             self.layout = checkpoint.layout
         self.nbytes = self.layout.nbytes
         with open(place.runtime / path.name, "w+b") as file:
@@ -75,7 +75,7 @@ class Slot:
             self.weights = memoryview(mmap.mmap(file.fileno(), self.nbytes))
 
     def stage(self, *, finite: bool = False) -> None:
-        with open_checkpoint(self.path) as checkpoint:
+        with Checkpoint(self.path) as checkpoint:
             checkpoint.read_into(self.weights, checkpoint.plan(self.layout, Fit()), finite=finite)
 
     def load_and_copy(self) -> None:

@@ -1,8 +1,12 @@
-"""How a PEFT adapter is merged into its base weights, tensor by tensor.
+"""Plans how a PEFT adapter reaches a policy: as the policy's own adapter, or merged into its base weights.
 
 The layout of the files is PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
 ``base_model.model.<module>.lora_A.weight`` of shape (r, in), its ``lora_B`` of shape (out, r), and the adapter's
 ``adapter_config.json``. Where the base lies is said by the spec alone.
+
+A policy may be a PEFT model itself. PEFT leaves the adapter's name out when it saves: ``lora_A.weight`` is
+``lora_A.default.weight`` in the policy. So it does with ``modules_to_save`` (``utils/save_and_load.py``). The base's
+weights are in no adapter: they keep their live values, or come from ``base``, or are as the policy is built.
 """
 
 from __future__ import annotations
@@ -24,19 +28,19 @@ from ..errors import (
 )
 from ..layout.filenames import CONFIG
 from ..layout.layout import Layout, TensorEntry, describe
-from . import plan as plan_module
 from .adapter_config import Config, read_config
 from .cast import Pair
-from .files import place_at, unreadable
-from .fit import FLOATS, Fit, is_castable
+from .files import unreadable
+from .fit import FLOATS, Fit
 from .header import StoredTensor
-from .plan import Delta, Merge, Plan
+from .plan import Delta, Merge, Plan, plan_of
 from .table import TensorTable
 
 _SMALL = 1 << 24  # elements of both halves, whatever their rank; a hostile file of 4 KiB can claim any
 _ROOT = "base_model.model."
 _BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_OWN = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)(?:\.|$)")
 _MORE = re.compile(r"(.*?)\.(?:lora_|token_adapter\.)")  # a part of a module that PEFT has beside its weight
 
 
@@ -58,27 +62,99 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
         raise CheckpointError(f"the base of the adapter {adapter} cannot be opened: {told}") from exc
 
 
-def open_base(path: str, adapter: Path) -> TensorTable:
+def plan_adapter(
+    adapter: TensorTable, layout: Layout, settings: Fit, exc: CheckpointMismatch | PartialCheckpoint
+) -> Plan:
+    """The plan of an adapter: for the policy's own adapter, where it has one that fits, else merged into a base.
+
+    Args:
+        adapter: gets the base, opened, as its ``base``.
+        exc: why it does not fit as it is.
+
+    Raises:
+        CheckpointMismatch: there is no base; a tensor has no place in the policy, another shape, or is of a kind that
+            cannot be merged.
+        PartialCheckpoint: there are no live values for the base's weights to keep.
+        IncompleteCheckpoint: the adapter's configuration has not come.
+        MalformedCheckpoint: it is of a kind that is not merged here.
+        UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
+    """
+    own = _named_by_policy(adapter.tensors, layout)
+    if own is None and not settings.base:
+        has = any(_OWN.search(name) for entry in layout.tensors for name in entry.names)
+        policy = "the policy's own adapters have other tensors" if has else "the policy has no adapters"
+        raise CheckpointMismatch(
+            f"{adapter.path} is an adapter, and {policy}. Name the weights that it is merged "
+            'into: base = "…" in [weights].',
+            exc.differences,
+        ) from None
+    if settings.base and not adapter.base:
+        adapter.base = _open_base(settings.base, adapter.path)
+    if own is not None:
+        return _plan_own(own, adapter.base, layout, settings, adapter.path)
+    assert adapter.base
+    return _plan_merge(adapter, adapter.base, layout, settings)
+
+
+def _open_base(path: str, adapter: Path) -> TensorTable:
     """Opens the weights that an adapter is merged into."""
     with blaming(path, adapter):
-        base = TensorTable(place_at(path))
+        base = TensorTable(path)
         if not base.parts.is_adapter:
             return base
         base.close()
         raise CheckpointError(f"{base.path} is an adapter itself. Name the weights that both were trained on.")
 
 
-def plan_of(adapter: TensorTable, base: TensorTable, layout: Layout, settings: Fit) -> Plan:
-    """How an adapter is merged into a policy's weights.
+def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dict[str, StoredTensor] | None:
+    """An adapter's tensors by the names of the policy's own adapter; None where they are not all of that one.
 
-    Raises:
-        CheckpointMismatch: a tensor has no place in the policy, another shape, or is of a kind that cannot be merged.
-        IncompleteCheckpoint: the adapter's configuration has not come.
-        MalformedCheckpoint: it is of a kind that is not merged here.
-        UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
+    Of several adapters in the policy, ``default`` comes first.
     """
+    names = [name for entry in layout.tensors for name in entry.names]
+    adapters = {match[1] for name in names if (match := _OWN.search(name))}
+    for adapter in sorted(adapters, key=lambda each: (each != "default", each)):
+        saved = {each: name for name in names for each in _saved_as(name, adapter)}
+        if tensors.keys() <= saved.keys():
+            return {saved[name]: tensor for name, tensor in tensors.items()}
+    return None
+
+
+def _plan_own(
+    tensors: Mapping[str, StoredTensor], base: TensorTable | None, layout: Layout, settings: Fit, path: Path
+) -> Plan:
+    """How an adapter's tensors, by the policy's names, and those of the base reach the policy."""
+    own = replace(settings, prefix="", rename={}, include=(), exclude=(), strict=False)
+    if base is None:
+        return plan_of(tensors, layout, own, path)
+    own = replace(own, partial=True)
+    known = {name for entry in layout.tensors for name in entry.names}
+    named = {name: tensor for stored, tensor in base.tensors.items() if (name := _in_policy(stored, known))}
+    return _together(plan_of(tensors, layout, own, path), plan_of(named, layout, own, path), ())
+
+
+def _saved_as(name: str, adapter: str) -> Iterator[str]:
+    """The names under which PEFT saves a tensor of the policy's own adapter; none for any other tensor."""
+    match = _OWN.search(name)
+    if match is None or match[1] != adapter:
+        return
+    bare = name[: match.start(1) - 1] + name[match.end(1) :]
+    yield bare
+    yield bare.replace(".modules_to_save.", ".").removesuffix(".modules_to_save")
+    yield bare.removesuffix(".weight")  # lora_magnitude_vector
+
+
+def _in_policy(stored: str, known: set[str]) -> str:
+    """The name of a base's tensor in a PEFT model of it; empty where it has none."""
+    module, _, leaf = f"{_ROOT}{stored}".rpartition(".")
+    names = (stored, f"{module}.{leaf}", f"{module}.base_layer.{leaf}", f"{module}.original_module.{leaf}")
+    return next((name for name in names if name in known), "")
+
+
+def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, settings: Fit) -> Plan:
+    """How an adapter is merged into a policy's weights."""
     with blaming(base.path, adapter.path):
-        plan = plan_module.plan_of(base.tensors, layout, settings, base.path)
+        plan = plan_of(base.tensors, layout, settings, base.path)
     try:
         config = read_config(adapter.source, adapter.parts.files[0].parent / CONFIG)
     except OSError as exc:
@@ -108,12 +184,18 @@ def plan_of(adapter: TensorTable, base: TensorTable, layout: Layout, settings: F
         with blaming(base.path, adapter.path):
             held = f"{base.path} lacks {len(lacking)} of the weights that the adapter adds to."
             raise CheckpointMismatch(held, tuple(lacking))
-    replaced = {entry.name for _, entry in own.pairs}
+    return _together(replace(own, settings=settings), plan, tuple(deltas))
+
+
+def _together(own: Plan, base: Plan, deltas: tuple[Delta, ...]) -> Plan:
+    """The plan of what an adapter brings itself, of what its base brings, and of what is added to either."""
     added = {delta.entry.name for delta in deltas}
-    kept = tuple(entry for entry in plan.kept if entry.name not in replaced)
-    built = tuple(entry for entry in plan.built if entry.name not in replaced)
-    merge = Merge(plan.without(replaced | added), tuple(deltas))
-    return replace(own.without(added), kept=kept, built=built, settings=settings, merge=merge)
+    replaced = {entry.name for _, entry in own.pairs}
+    brought = replaced | {entry.name for _, entry in base.pairs}
+    kept = tuple(entry for entry in base.kept if entry.name not in brought)
+    built = tuple(entry for entry in base.built if entry.name not in brought)
+    merge = Merge(replace(base.without(replaced | added), built=built), deltas)
+    return replace(own.without(added), kept=kept, built=built, merge=merge)
 
 
 def _replace(
@@ -133,10 +215,9 @@ def _replace(
         more = None if entry else _MORE.match(bare)
         if more:  # it belongs to a weight, and is left out with it alone
             name = settings.name(f"{more[1]}.weight")
-        castable = settings.cast and entry and is_castable(tensor.dtype, entry.dtype)
         if name is None or not (entry or more or settings.strict):
             continue
-        if entry is None or tensor.shape != entry.shape or not (tensor.dtype == entry.dtype or castable):
+        if entry is None or tensor.shape != entry.shape or not settings.takes(tensor.dtype, entry.dtype):
             expected = entry.describe() if entry else "absent"
             rows.append(Difference(tensor.name, expected, describe(tensor.dtype, tensor.shape)))
         elif name in taken:

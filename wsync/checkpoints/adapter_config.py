@@ -62,7 +62,7 @@ def read_config(adapter: ByteSource, file: Path) -> Config:
         OSError: the system could not read it.
     """
     try:
-        return _config(json.loads(adapter.read_index(_MAX_CONFIG)))
+        return _config(json.loads(adapter.read_beside(_MAX_CONFIG)))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as exc:
         raise IncompleteCheckpoint(
             f"{file} does not say how the adapter beside it is merged ({exc!s:.100}). Wait for its writer to finish, "

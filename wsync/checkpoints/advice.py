@@ -1,7 +1,7 @@
 """Finds the setting that would make a checkpoint fit. It tries each setting, so that the advice is true.
 
 The trials go from the smallest change to larger ones: a cast, a prefix off, the policy's own wrapper on, others left
-out; and several of them together.
+out; and several of them together. Renames are guessed by names that end alike, and shapes that are equal.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import glob
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, permutations
 from typing import Any
 
 from ..layout.layout import Layout, TensorEntry
@@ -20,7 +21,6 @@ from ..layout.names import bare
 from .fit import Fit
 from .header import StoredTensor
 from .match import Match, match
-from .renames import guesses
 
 _WRAPPERS = (
     "base_model.model.",  # PEFT
@@ -36,6 +36,8 @@ _EXPERT = re.compile(r"experts\.\d+\.")  # one of those that a module may hold f
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # that are tried at most
 _GLOBS = 32  # that are advised at most
+_RENAMES = 4  # together
+_LOOKED_AT = 2000  # tensors that the policy lacks
 
 HOPELESS = "It stays refused until it changes: "
 """How the advice begins where no setting makes a checkpoint fit."""
@@ -110,7 +112,7 @@ def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change
             yield changed
         for prefix in _prefixes(tensors, layout, settings, wrapper, renamed):
             yield {"prefix": prefix, **changed}
-    for renames in guesses(tensors, layout, settings):
+    for renames in _guesses(tensors, layout, settings):
         yield {"rename": {**settings.rename, **renames}}
 
 
@@ -188,3 +190,50 @@ def _options(change: Change) -> str:
                 else [f"--{name}={v}" for v in (value if isinstance(value, tuple) else (value,))]
             )
     return " ".join(map(shlex.quote, words)) if all(word.isprintable() for word in words) else ""
+
+
+def _guesses(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[dict[str, str]]:
+    """Renames to try, each for all tensors that are lacking; one rename of those may have to come before another."""
+    named = {name: tensor for stored, tensor in tensors.items() if (name := settings.name(stored)) is not None}
+    known = {name for entry in layout.tensors for name in entry.names}
+    unknown: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
+    for name, tensor in named.items():
+        if name not in known:
+            parts = name.split(".")
+            unknown.setdefault((parts[-1], tensor.shape), []).append(parts)
+    lacking = [entry for entry in layout.tensors if named.keys().isdisjoint(entry.names)]
+    found: Counter[tuple[str, str]] = Counter()
+    for entry in lacking[:_LOOKED_AT]:
+        if rule := _rule(entry, unknown):
+            found[rule] += 1
+    rules = [rule for rule, _ in found.most_common(_RENAMES)]
+    if rules:
+        yield from map(dict, permutations(rules))
+
+
+def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list[list[str]]]) -> tuple[str, str] | None:
+    """The rename that makes the policy's name of the one whose end is most like it; None where that is not one."""
+    wanted = entry.name.split(".")
+    alike = unknown.get((wanted[-1], entry.shape), [])[:_LOOKED_AT]
+    scored = sorted(
+        (((_common(wanted[::-1], each[::-1]), _common(wanted, each)), each) for each in alike), reverse=True
+    )
+    if not scored or (len(scored) > 1 and scored[0][0] == scored[1][0]):
+        return None
+    (ends, _), given = scored[0]
+    begins = min(_common(wanted, given), len(wanted) - ends, len(given) - ends)
+    before, old, new = given[:begins], given[begins : len(given) - ends], wanted[begins : len(wanted) - ends]
+    after = given[len(given) - ends]
+    if any(part.isdigit() for part in before):  # inside one of many numbered layers
+        if not old:
+            old, new = [after], [*new, after]
+        return rf"/\.{re.escape('.'.join(old))}\./", ".".join(["", *new, ""])
+    if not before and not old:
+        old, new = [after], [*new, after]
+    return rf"/^{re.escape('.'.join([*before, *old]))}\./", "".join(f"{part}." for part in [*before, *new])
+
+
+def _common(first: list[str], second: list[str]) -> int:
+    """How many parts two lists begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -11,20 +11,19 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import BeingWritten, MalformedCheckpoint, WrongDigest
 from ..layout.filenames import MAX_INDEX
-from .files import Parts, read_small, remote
+from .files import Parts, read_small
 
 _MOST = 10_000_000  # bytes of a file of digests
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")
 _SUMS = "SHA256SUMS"
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
+class Digest(NamedTuple):
     """What one file has to be.
 
     Attributes:
@@ -70,7 +69,7 @@ def digests_of(parts: Parts) -> tuple[Digest, ...]:
     """
     known: dict[Path, list[tuple[str, str]]] = {}
     found = tuple(_needed(file, _digest(file, known)) for file in parts.files)
-    if small := parts.index:
+    if small := parts.beside:
         digest = _digest(small, known)
         if parts.is_adapter:
             digest = _needed(small, digest)
@@ -112,7 +111,7 @@ def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | No
 def _lines(listing: Path) -> Iterator[tuple[str, str]]:
     """Digest and name of each line of a list; what is torn, or not a digest, is left out."""
     try:
-        data = _read(listing)
+        data = read_small(listing, _MOST)
     except FileNotFoundError:
         return
     except ValueError as exc:
@@ -124,18 +123,6 @@ def _lines(listing: Path) -> Iterator[tuple[str, str]]:
             if escaped:
                 name = name.replace("\\n", "\n").replace("\\\\", "\\")
             yield (digest or tagged_digest).lower(), name
-
-
-def _read(listing: Path) -> bytes:
-    away = remote(listing)
-    if away is None:
-        return read_small(listing, _MOST)
-    stored = away.stored() or away.store.head(away.key)  # the listing of a named object does not show its neighbours
-    if stored is None:
-        raise FileNotFoundError
-    if stored.size > _MOST:
-        raise ValueError(f"{stored.size:,} bytes")
-    return away.store.read_whole(stored)
 
 
 def _shared(name: str, file: Path) -> int:

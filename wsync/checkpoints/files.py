@@ -19,9 +19,8 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from ..layout.filenames import (
@@ -83,22 +82,26 @@ def remote(place: object) -> RemotePath | None:
     return None if isinstance(place, Path) else cast("RemotePath", place)
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """What a checkpoint consists of.
 
     Attributes:
         path: the file or directory that is the checkpoint.
         files: the safetensors files to read.
-        index: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
+        beside: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
             where it does not exist, or not yet.
         names: the tensors that the index gives to each of ``files``; empty where it is not sharded.
     """
 
     path: Path
     files: tuple[Path, ...]
-    index: Path | None = None
+    beside: Path | None = None
     names: tuple[frozenset[str], ...] = ()
+
+    @property
+    def every(self) -> tuple[Path, ...]:
+        """The files and, behind them, the small one."""
+        return (*self.files, self.beside) if self.beside else self.files
 
     @property
     def is_adapter(self) -> bool:
@@ -189,30 +192,28 @@ def read_small(file: Path, most: int) -> bytes:
         ValueError: it has more than ``most`` bytes, or is no regular file.
         OSError: the system could not read it.
     """
-    if remote(file):
-        if (size := file.stat().st_size) <= most:
-            return file.read_bytes()
-        raise ValueError(f"{size:,} bytes")
-    fd = open_small(file)
+    if away := remote(file):
+        stored = away.now()
+        if stored is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+        if stored.size > most:
+            raise ValueError(f"{stored.size:,} bytes")
+        return away.store.read_whole(stored)
+    fd = open_file(file)
     try:
-        return read_opened(fd, most)
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a regular file")
+        if info.st_size > most:
+            raise ValueError(f"{info.st_size:,} bytes")
+        return read_at(fd, info.st_size, 0)
     finally:
         os.close(fd)
 
 
-def open_small(file: Path) -> int:
-    """Opens such a file; a pipe is opened at once, too."""
+def open_file(file: Path) -> int:
+    """Opens a file that is data from elsewhere: a pipe, which nobody may ever write, is opened at once, too."""
     return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-
-
-def read_opened(fd: int, most: int) -> bytes:
-    """All of such a file, once it is open; see ``read_small``."""
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError("it is not a regular file")
-    if info.st_size > most:
-        raise ValueError(f"{info.st_size:,} bytes")
-    return read_at(fd, info.st_size, 0)
 
 
 def _adapter(path: Path, file: Path) -> Parts:

@@ -18,11 +18,6 @@ INTEGERS = {"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
 
-def is_castable(source: str, target: str) -> bool:
-    """Whether values of one dtype can be converted to another."""
-    return {source, target} <= FLOATS or {source, target} <= INTEGERS
-
-
 @dataclass(frozen=True)
 class Fit:
     """What is taken of a checkpoint, and how: the settings of ``[weights]``.
@@ -86,6 +81,11 @@ class Fit:
         if self.include and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
             return None
         return None if matching([name], self.exclude) or matching([name, bare(name)], self.own) else name
+
+    def takes(self, stored: str, wanted: str) -> bool:
+        """Whether a tensor of one dtype can become one of another."""
+        castable = {stored, wanted} <= FLOATS or {stored, wanted} <= INTEGERS
+        return stored == wanted or (self.cast and castable)
 
     def may_be_infinite(self, entry: TensorEntry) -> bool:
         """Whether a tensor of the policy may hold infinities."""

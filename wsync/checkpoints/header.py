@@ -1,7 +1,8 @@
 """The header of one safetensors file, checked against the file's real size before anything uses it.
 
 Whatever the official reader refuses is refused here, each with its reason
-(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a key that stands twice.
+(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a key that stands twice. What
+``torch.save`` or a pickle leaves is told by its first bytes, and never opened: loading it can run any code.
 
 The headers of one run's checkpoints differ in their metadata alone, so the last tables are remembered by their text: a
 header of 2,000 tensors takes 8 ms to parse and 0.3 ms to recognise.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ from typing import Any, NamedTuple
 from ..errors import IncompleteCheckpoint, MalformedCheckpoint
 from ..layout.filenames import MAX_TENSORS
 from ..layout.layout import DTYPE_BITS, describe
-from . import foreign
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
 # More than a policy has: the largest mixtures of experts have some 210,000 tensors, numpy takes 64 dimensions, and the
@@ -33,6 +34,7 @@ _MAX_ENTRY = MAX_NAME + 500  # bytes
 _DEEPEST = 126  # tables and lists of one entry within one another, as the official reader has it
 _FIRST = '{"__metadata__":{'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
+_PICKLES = range(2, 6)  # protocols of pickles that begin with 0x80
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -61,10 +63,10 @@ def read_header(
         MalformedCheckpoint: anything that the official reader refuses as well.
     """
     head = read(min(1 << 16, size), 0)
-    if kind := foreign.kind_of(head):
+    if kind := kind_of(head):
         raise MalformedCheckpoint(
             f"{path} is {kind}, not a safetensors file. wsync never opens one, since loading it can run any code. Let "
-            f"the trainer write safetensors: {foreign.instead(path.name)}"
+            f"the trainer write safetensors: {instead(path.name)}"
         )
     if len(head) < 8:
         raise _incomplete(path, size, "its length field has 8")
@@ -95,6 +97,27 @@ def read_header(
     if end < size:
         raise malformed(path, f"it has {size - end:,} bytes more than its header says")
     return table, own or metadata or {}
+
+
+def kind_of(head: bytes) -> str:
+    """What a file is that begins so; empty for a safetensors file, and for what is not known.
+
+    The ninth byte of a safetensors file is the brace that begins its header, whatever the eight of its length are.
+    """
+    if head[8:9] == b"{":
+        return ""
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "a zip archive, as torch.save and stable-baselines3 write it, with a pickle in it"
+    if head[:1] == b"\x80" and head[1:2] and head[1] in _PICKLES:
+        return "a pickle"
+    return ""
+
+
+def instead(name: str) -> str:
+    """The line of code that writes safetensors in place of a file of this name."""
+    stem, suffix = os.path.splitext(name)
+    policy = "model.policy" if suffix == ".zip" else "policy"
+    return f'safetensors.torch.save_file({policy}.state_dict(), "{stem}.safetensors")'
 
 
 def _too_large(text: bytes) -> str:

@@ -1,17 +1,34 @@
-"""Holds a checkpoint's tensors against a policy's layout: which tensor becomes which, and what does not fit."""
+"""Holds a checkpoint's tensors against a policy's layout: which tensor becomes which, and what does not fit.
+
+Experts that a checkpoint holds one by one, and the policy fused, are each read into their place in the fused tensor.
+transformers 5 writes mixtures of experts in the hub's layout, ``experts.3.gate_proj.weight`` and so on. Its modules
+hold ``experts.gate_up_proj`` of shape (experts, 2 x width, hidden) and ``experts.down_proj`` of (experts, hidden,
+width); see https://github.com/huggingface/transformers, ``conversion_mapping.py``. What is fused in that way lies in
+one piece for each expert, so nothing is computed.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import product
 from typing import NamedTuple
 
 from ..errors import Difference
 from ..layout.layout import Layout, TensorEntry, describe
 from ..layout.names import seen_through
 from .cast import Pair
-from .experts import fused
-from .fit import Fit, is_castable
+from .fit import Fit
 from .header import StoredTensor
+
+_PARTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+    "up_proj": (("up_proj",),),
+    "gate_proj": (("gate_proj",),),
+}
+"""The tensors of one expert, in their order in the fused one."""
+_FUSED = re.compile(r"(.*\.)?experts\.(" + "|".join(_PARTS) + r")(\.weight)?")
 
 
 class Match(NamedTuple):
@@ -37,7 +54,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
     for name, home in seen_through(taken, wanted).items():
         taken[home] = taken.pop(name)
     for entry in layout.tensors:
-        if taken.keys().isdisjoint(entry.names) and (parts := fused(entry, taken, settings)):
+        if taken.keys().isdisjoint(entry.names) and (parts := _fused(entry, taken, settings)):
             found.pairs.extend(parts.values())
             whole.add(entry.name)
             for name in parts:
@@ -48,8 +65,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
     for entry in layout.tensors:
         stored = [taken[name] for name in entry.names if name in taken]
         for tensor in stored:
-            castable = settings.cast and is_castable(tensor.dtype, entry.dtype)
-            if tensor.shape != entry.shape or (tensor.dtype != entry.dtype and not castable):
+            if tensor.shape != entry.shape or not settings.takes(tensor.dtype, entry.dtype):
                 rows.append(Difference(tensor.name, entry.describe(), _say(tensor)))
         if entry.name in whole:
             continue
@@ -84,3 +100,40 @@ def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str
 
 def _say(tensor: StoredTensor) -> str:
     return describe(tensor.dtype, tensor.shape)
+
+
+def _fused(entry: TensorEntry, taken: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
+    """The checkpoint's tensors that together are one of the policy, by their names; empty where not all are there.
+
+    Each becomes a part of the policy's tensor: an entry with the offset and shape of its place.
+
+    Args:
+        taken: what comes, by its names in the policy.
+    """
+    for name in entry.names:
+        match = _FUSED.fullmatch(name)
+        if match is None or len(entry.shape) != 3:
+            continue
+        for parts in _PARTS[match[2]]:
+            experts = f"{match[1] or ''}experts."
+            names = [f"{experts}{number}.{part}.weight" for number, part in product(range(entry.shape[0]), parts)]
+            if all(each in taken for each in names):
+                return _placed(entry, {each: taken[each] for each in names}, settings)
+    return {}
+
+
+def _placed(entry: TensorEntry, tensors: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
+    """Each tensor with its place, one after another; nothing where their shapes do not fill the fused one."""
+    rows, columns = entry.shape[1:]
+    pairs: dict[str, Pair] = {}
+    offset = entry.offset
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != 2 or tensor.shape[1] != columns or not settings.takes(tensor.dtype, entry.dtype):
+            return {}
+        place = TensorEntry(entry.name, entry.dtype, tensor.shape, offset)
+        pairs[name] = (tensor, place)
+        offset += place.nbytes
+    each = len(tensors) // entry.shape[0]
+    heights = [tensor.shape[0] for tensor in tensors.values()]
+    even = all(sum(heights[at : at + each]) == rows for at in range(0, len(heights), each))
+    return pairs if even else {}

@@ -11,9 +11,10 @@ from ..layout.layout import DTYPE_BITS
 from . import staging
 from .adapter import blaming
 from .cast import Piece, convert
-from .files import unreadable
+from .files import changed, unreadable
 from .header import StoredTensor
 from .plan import Delta, Plan
+from .source import Held
 from .staging import Progress
 from .table import TensorTable
 
@@ -25,7 +26,8 @@ def read_into(
     assert plan.merge
     regions = float_regions(plan.layout) if finite else ()
     try:
-        adapter.hold()
+        if adapter.digests:  # below they are compared with what is held, and nothing else is read then
+            adapter.source = Held(adapter.source)
         with blaming(base.path, adapter.path):
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
         clean = staging.stage(adapter, weights, plan, regions, progress)
@@ -56,14 +58,14 @@ def _add(
     rows: list[Difference] = []
     for delta in deltas:
         pairs = [(delta.weight, delta.entry)]
-        work = _adding(weights, delta, adapter.whole(delta.a), adapter.whole(delta.b), regions)
+        work = _adding(weights, delta, _whole(adapter, delta.a), _whole(adapter, delta.b), regions)
         if not delta.of_base:
             finite = adapter.convert_each(pairs, work, progress) and finite
             continue
         with blaming(base.path, adapter.path):
             if not base.convert_each(pairs, work, progress):
                 finite = False
-                if not base.is_finite(delta.weight):
+                if not staging.stored_is_finite(base, delta.weight):
                     rows.append(Difference(delta.entry.name, "finite", "NaN or infinity"))
     with blaming(base.path, adapter.path):
         base.check_unchanged()
@@ -74,20 +76,29 @@ def _add(
     return finite
 
 
+def _whole(adapter: TensorTable, tensor: StoredTensor) -> Any:
+    """All of a tensor, as an array of float32."""
+    import numpy as np
+
+    data = memoryview(adapter.source.read(tensor.file, tensor.nbytes, tensor.start))
+    if len(data) != tensor.nbytes:
+        raise changed(adapter.path)
+    return np.frombuffer(convert(data, tensor.dtype, "F32"), "f4").reshape(tensor.shape)
+
+
 def _adding(
-    weights: memoryview, delta: Delta, a: memoryview, b: memoryview, regions: Sequence[Region]
+    weights: memoryview, delta: Delta, right: Any, left: Any, regions: Sequence[Region]
 ) -> Callable[[Piece, memoryview], bool]:
     """Returns a function that adds the delta to pieces of a weight and casts each sum once, into the weights.
 
     It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
 
     Args:
-        a: with ``b`` the bytes of the delta's halves.
+        right: with ``left`` the delta's halves, A and B.
     """
     import numpy as np
 
     entry, scale = delta.entry, np.float32(delta.scale)
-    left, right = _single(b, delta.b), _single(a, delta.a)
     if delta.transposed:
         left, right = right.T, left.T
     width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
@@ -110,10 +121,3 @@ def _adding(
         return all_finite(weights, regions, ((piece.offset, piece.becomes),))
 
     return work
-
-
-def _single(data: memoryview, tensor: StoredTensor) -> Any:
-    import numpy as np
-
-    floats = data if tensor.dtype == "F32" else convert(data, tensor.dtype, "F32")
-    return np.frombuffer(floats, "f4").reshape(tensor.shape)

@@ -22,39 +22,29 @@ from ..stores.store import OtherVersion, Stored, into
 from . import plan, settling
 from .cast import Piece, split
 from .digest import Digest
-from .files import Parts, changed, read_small
+from .files import Parts, changed
 from .plan import Read
+from .source import ByteSource, Job, scatter
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
 AHEAD = 4  # chunks that wait in memory to be converted
 
 
-class Objects:
-    """The objects of a checkpoint in a store: a ``ByteSource``."""
+class Objects(ByteSource):
+    """The objects of a checkpoint in a store."""
 
     def __init__(self, parts: Parts, settle: float) -> None:
         self.parts = parts
-        self.infos = [file.stat() for file in parts.files]
-        self.index = parts.index.stat() if parts.index else None
+        self.infos = [file.stat() for file in parts.every]
         self._store = cast(RemotePath, parts.path).store
-        self._stored = [_listed_as(file) for file in parts.files]
-        self._index = [_listed_as(parts.index)] if parts.index else []
-        told = [self._store.sha256(stored) for stored in self._stored]
-        names = zip(parts.files, told, strict=True)
-        self.digests = tuple(Digest(file, sha256, "the store") for file, sha256 in names) if all(told) else ()
+        self._stored = [_listed_as(file) for file in parts.every]
+        told = {file: self._store.sha256(stored) for file, stored in zip(parts.files, self._stored, strict=False)}
+        if all(told.values()):
+            self.digests = tuple(Digest(file, sha256, "the store") for file, sha256 in told.items())
         settling.let_objects_settle(parts, settle, self.stands, is_web=self._store.is_web)
 
-    def close(self) -> None:
-        pass
-
-    def read_index(self, most: int) -> bytes:
-        if self.parts.index is None:
-            raise FileNotFoundError("it is not there")
-        return read_small(self.parts.index, most)
-
     def stands(self) -> bool:
-        files = [*self._stored, *self._index]
-        looks = prefetch(files, lambda file: self._store.head(file.key), AT_ONCE)
+        looks = prefetch(self._stored, lambda file: self._store.head(file.key), AT_ONCE)
         return all(now and now.is_version(file) for file, now in looks)
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
@@ -62,10 +52,13 @@ class Objects:
         self._fetch(file, nbytes, start, into(data))
         return bytes(data)
 
+    def ranges(self, jobs: Sequence[Job], at_once: int = AHEAD) -> Iterator[tuple[Job, memoryview]]:
+        for job, data in prefetch(jobs, lambda job: self.read(job.file, job.nbytes, job.start), at_once):
+            yield job, memoryview(data)
+
     def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
-        parts = split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK)
-        for _, data in prefetch(parts, lambda part: self.read(file, part.nbytes, part.start), AT_ONCE):
-            yield memoryview(data)
+        parts = list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK))
+        return (data for _, data in self.ranges(parts, AT_ONCE))
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
@@ -73,11 +66,13 @@ class Objects:
         lock, over = threading.Lock(), threading.Event()
 
         def work(read: Read) -> None:
-            def take(at: int, piece: memoryview) -> None:
+            places = read.places(weights)
+
+            def take(_: int, piece: memoryview) -> None:
                 with lock:  # a pass that failed has given the slot back
                     if over.is_set():
                         raise _Abandoned
-                    _scatter(weights, read, at, piece)
+                    scatter(piece, places)
 
             self._fetch(read.file, read.nbytes, read.start, take)
 
@@ -88,13 +83,6 @@ class Objects:
             with lock:
                 over.set()
 
-    def converted(
-        self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
-    ) -> Iterator[tuple[Piece, bool]]:
-        fetch = lambda piece: self.read(piece.file, piece.nbytes, piece.start)  # noqa: E731
-        for piece, data in prefetch(listed, fetch, AHEAD):
-            yield piece, work(piece, memoryview(data))
-
     def _fetch(self, file: int, nbytes: int, start: int, take: Callable[[int, memoryview], object]) -> None:
         if not nbytes:
             return
@@ -104,7 +92,7 @@ class Objects:
             raise changed(self.parts.path) from None
         except FileNotFoundError:
             raise NoCheckpoint(
-                f"{self.parts.files[file]} is gone. You need not do anything: the next pass takes what it finds."
+                f"{self.parts.every[file]} is gone. You need not do anything: the next pass takes what it finds."
             ) from None
 
 
@@ -117,15 +105,3 @@ def _listed_as(file: Path) -> Stored:
     if stored is None:
         raise NoCheckpoint(f"there is no {file}. Name a checkpoint that exists.")
     return stored
-
-
-def _scatter(weights: memoryview, read: Read, at: int, piece: memoryview) -> None:
-    """Puts a piece of a read, ``at`` bytes into it, into the slices that it belongs to."""
-    for offset, nbytes in read.slices:
-        if at < nbytes:
-            part = piece[: nbytes - at]
-            weights[offset + at : offset + at + len(part)] = part
-            piece, at = piece[len(part) :], at + len(part)
-            if not piece:
-                return
-        at -= nbytes

@@ -31,6 +31,10 @@ class Read(NamedTuple):
     nbytes: int
     slices: tuple[tuple[int, int], ...]
 
+    def places(self, weights: memoryview) -> list[memoryview]:
+        """The slices themselves."""
+        return [weights[offset : offset + nbytes] for offset, nbytes in self.slices]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -20,17 +20,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 from ..errors import IncompleteCheckpoint, NoCheckpoint
 from ..layout.finite import Region, all_finite
 from ..system.memory import PAGE, being_written, kept, read_at, shut
 from . import settling
 from .cast import Piece, split
-from .digest import Digest
-from .files import Parts, changed, open_small, parts_of, read_opened, unreadable
+from .files import Parts, changed, open_file, parts_of, unreadable
 from .header import malformed
 from .plan import Read
+from .source import ByteSource, Job, scatter
 
 _BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; they stay in its second cache
 _LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
@@ -42,34 +41,27 @@ _TICK = 0.01
 # as long for it; two copies, by way of a buffer that lies elsewhere in its page, take half of that.
 _SLOW_DISTANCES = {8, 16, 24}
 _ELSEWHERE = 1024
-_J = TypeVar("_J", Read, Piece)
 
 
-class Files:
-    """The open files of a checkpoint on a disk: a ``ByteSource``.
+class Files(ByteSource):
+    """The open files of a checkpoint on a disk.
 
     Each is used through one descriptor, and looked at again when all is read.
     """
 
     def __init__(self, parts: Parts, settle: float) -> None:
         self.parts = parts
-        self.digests: tuple[Digest, ...] = ()
         self._fds: list[int] = []
-        self._index = -1
         self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
         self._own = threading.local()
         try:
-            for file in parts.files:
+            for file in parts.every:
                 self._fds.append(_open(file))
-            if parts.index:
-                self._index = open_small(parts.index)
-            self.index = os.fstat(self._index) if parts.index else None
             self.infos = [os.fstat(fd) for fd in self._fds]
             if parts.is_several and not self._lies_there(parts):
                 raise changed(parts.path)
-            settling.let_files_settle(parts, self._fds, settle)
-            self.infos = [os.fstat(fd) for fd in self._fds]
-        except BaseException:
+            settling.let_files_settle(parts, self._fds[: len(parts.files)], settle)
+        except BaseException:  # an interrupt leaves no descriptors open, either
             self.close()
             raise
 
@@ -78,24 +70,13 @@ class Files:
             shut(self._direct.popitem()[1])
         while self._fds:
             shut(self._fds.pop())
-        if self._index >= 0:
-            shut(self._index)
-            self._index = -1
-
-    def read_index(self, most: int) -> bytes:
-        if self._index < 0:
-            raise FileNotFoundError("it is not there")
-        return read_opened(self._index, most)
 
     def stands(self) -> bool:
         """As a ``ByteSource`` tells it.
 
         On tmpfs what is written through a mapping shows in no time; who writes so is seen while the mapping stands.
         """
-        opened = list(zip(self.parts.files, self._fds, self.infos, strict=True))
-        if self.parts.index and self.index:
-            opened.append((self.parts.index, self._index, self.index))
-        for file, fd, info in opened:
+        for file, fd, info in zip(self.parts.every, self._fds, self.infos, strict=True):
             if _state(os.fstat(fd)) != _state(info) or being_written(fd) or _times_were_put_back(file, fd, info):
                 return False
         return not self.parts.is_several or self._lies_there_or_is_gone()
@@ -106,10 +87,9 @@ class Files:
         Files that are replaced one after another are each whole, and together none. A trainer that keeps few
         checkpoints deletes whole ones, and while it is at it some files are still there.
         """
-        files = [*self.parts.files, *([self.parts.index] if self.parts.index else [])]
         until = time.monotonic() + _DELETING
         while True:
-            there = [os.path.lexists(file) for file in files]
+            there = [os.path.lexists(file) for file in self.parts.every]
             if not any(there):
                 return True
             with suppress(FileNotFoundError, NoCheckpoint, IncompleteCheckpoint):
@@ -120,10 +100,8 @@ class Files:
 
     def _lies_there(self, parts: Parts) -> bool:
         """Whether a checkpoint of these parts consists of the files that were opened."""
-        return (
-            parts == self.parts
-            and all(_is_same(file.stat(), info) for file, info in zip(parts.files, self.infos, strict=True))
-            and (not parts.index or not self.index or _is_same(parts.index.stat(), self.index))
+        return parts == self.parts and all(
+            _is_same(file.stat(), info) for file, info in zip(parts.every, self.infos, strict=True)
         )
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
@@ -137,10 +115,10 @@ class Files:
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
         def stage(read: Read) -> bool:
-            slices = [weights[offset : offset + nbytes] for offset, nbytes in read.slices]  # P4 stage
+            slices = read.places(weights)  # P4 stage
             if read.file in self._direct or (read.slices[0][0] - read.start) % PAGE in _SLOW_DISTANCES:
                 for data in self._pieces(read.file, read.start, read.nbytes):
-                    _scatter(data, slices)
+                    scatter(data, slices)
             else:
                 self._fill(read.file, slices, read.start, read.nbytes)
             return all_finite(weights, regions, read.slices)
@@ -158,7 +136,7 @@ class Files:
 
         return self._each(listed, convert)
 
-    def _each(self, jobs: Sequence[_J], work: Callable[[_J], bool]) -> Iterator[tuple[_J, bool]]:
+    def _each(self, jobs: Sequence[Job], work: Callable[[Job], bool]) -> Iterator[tuple[Job, bool]]:
         """Yields each job with its result, in order."""
         cold = self._open_direct(jobs)
         threads = max(2 if cold else 1, min(len(os.sched_getaffinity(0)) // 4, _MOST_THREADS))
@@ -171,7 +149,7 @@ class Files:
         with ThreadPoolExecutor(threads, "wsync-staging") as pool:
             yield from zip(jobs, pool.map(work, jobs), strict=True)
 
-    def _open_direct(self, jobs: Sequence[_J]) -> bool:
+    def _open_direct(self, jobs: Sequence[Job]) -> bool:
         """Opens the large files that are not in the page cache for direct reads; returns whether there are any."""
         for file, fd in enumerate(self._fds):
             mine = [job for job in jobs if job.file == file]
@@ -215,7 +193,7 @@ class Files:
 
 def _open(path: Path) -> int:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = open_file(path)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:
@@ -270,12 +248,3 @@ def _read_direct(fd: int, pages: memoryview, start: int) -> int:
         if exc.errno != errno.EINVAL:
             raise
         return 0
-
-
-def _scatter(data: memoryview, slices: list[memoryview]) -> None:
-    """Copies bytes into the first of these slices, and takes from the list what is full."""
-    while data:
-        part = data[: len(slices[0])]
-        slices[0][: len(part)] = part
-        data, rest = data[len(part) :], slices[0][len(part) :]
-        slices[:1] = [rest] if rest else []

@@ -3,19 +3,24 @@
 A file that some process has open for writing is not done; nor is one with room that was reserved and never written, or
 with the file of a downloader beside it. Where the system does not tell whether a file is open, and where a checkpoint
 has several files, which are written one after another, it must have stood still for a while.
+
+Nor may its files be of two saves. A trainer, or rsync, that writes over an earlier save replaces one file after
+another; until the last of them is replaced, the directory holds some files of either save, each of them whole. Three
+things tell that: files that are still those that were published from this place, beside others that are not; shards
+that are newer than the index beside shards that are older; and shards whose metadata name different steps.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import BeingWritten
+from ..errors import BeingRewritten, BeingWritten
 from ..system.extents import unwritten
 from ..system.memory import being_written
-from .files import Parts, identity
+from .files import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
 """How many times ``settle`` a checkpoint stands still until it counts although something says that it is not whole."""
@@ -79,7 +84,7 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
 
 def _check_downloads(parts: Parts) -> None:
     """Raises BeingWritten if the file of a downloader lies beside one of the checkpoint's files."""
-    for file in (*parts.files, *([parts.index] if parts.index else [])):
+    for file in parts.every:
         for companion in (f"{file}.{end}" for end in COMPANIONS):
             if os.path.lexists(companion):
                 raise BeingWritten(
@@ -122,3 +127,83 @@ def _unsettled(path: Path, wanted: float) -> BeingWritten:
         f"{path} was written to a moment ago, and must not change for {wanted:g} s. It is looked at again at the "
         "next pass."
     )
+
+
+def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
+    """Checks that the files of a checkpoint in several are of one save, as far as they can tell.
+
+    Args:
+        infos: of ``parts.every``, the index last.
+        settle: seconds that a checkpoint in several has to stand still.
+        published: identities of what was published from this path before.
+
+    Raises:
+        BeingRewritten: they are of two saves, or may be and have not stood still for ``PATIENCE * settle`` seconds.
+    """
+    *times, index = map(written, infos)
+    mixed = min(times) < index < max(times)
+    for earlier in map(fingerprints, published):
+        mixed = _is_mixed(parts, [fingerprint(info) in earlier for info in infos]) or mixed
+    if mixed:
+        _let_stand(parts, infos, settle)
+
+
+def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, since: int) -> None:
+    """The same of files that a writer has written over in place, and put their times back: their change times tell.
+
+    Args:
+        since: newest change time of all of them as they were when they were published, ns.
+
+    Raises:
+        BeingRewritten: as of ``check_files``.
+    """
+    if _is_mixed(parts, [info.st_ctime_ns <= since for info in infos]):
+        _let_stand(parts, infos, settle)
+
+
+def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
+    """Whether the weights alone have changed, or the index alone; raises BeingRewritten where some weights have.
+
+    Args:
+        each: whether it is the one that was published, of ``parts.every``.
+    """
+    *same, index = each
+    if any(same) and not all(same):
+        raise BeingRewritten(
+            f"{parts.path} is being rewritten: {same.count(False)} of its {len(same)} weight files have changed "
+            f"since it was published, and {parts.files[same.index(True)].name} has not. It is published once all "
+            "have. Wait for its writer; if the writer has ended, touch the files that stay as they are."
+        )
+    return any(same) != index
+
+
+def _let_stand(parts: Parts, infos: Sequence[os.stat_result], settle: float) -> None:
+    now = time.time()
+    changed = [t / 1e9 for info in infos for t in (info.st_mtime_ns, info.st_ctime_ns)]
+    left = max((t for t in changed if t <= now + 1), default=0.0) + PATIENCE * settle - now
+    if left > 0:
+        assert parts.beside
+        raise BeingRewritten(
+            f"{parts.path} may hold files of two saves: {parts.beside.name} is older than some of its weights and "
+            "newer than others, or only one of the two has changed. Wait for its writer: it is published once all "
+            f"files have changed, or none has changed for {PATIENCE * settle:g} s ({PATIENCE:g} times select.settle)."
+        )
+
+
+def check_steps(parts: Parts, metadata: Sequence[Mapping[str, str]]) -> None:
+    """Checks that no two files of a checkpoint name different steps.
+
+    Args:
+        metadata: of each of ``parts.files``.
+
+    Raises:
+        BeingRewritten: two do.
+    """
+    for key in ("step", "global_step"):
+        named = {each[key].strip(): file.name for each, file in zip(metadata, parts.files, strict=True) if key in each}
+        if len(named) > 1:
+            (first, one), (second, other) = list(named.items())[:2]
+            raise BeingRewritten(
+                f"{parts.path} holds files of two saves: {one} is of step {first:.40}, and {other} of step "
+                f"{second:.40}. Wait for its writer to finish, or write it again."
+            )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, CheckpointMismatch
 from ..layout.filenames import INDEX_SUFFIX, SUFFIX
 from ..layout.layout import Layout
-from .advice import HOPELESS
+from .advice import HOPELESS, Tensors
 from .files import Parts, remote
 from .fit import Fit
-from .header import StoredTensor
 from .match import match
 from .steps import is_fixed
 from .table import TensorTable
@@ -20,7 +19,7 @@ from .table import TensorTable
 _MOST = 16  # files that are tried
 
 
-def named(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
+def with_siblings(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
     """The same mismatch with the file of that directory which fits in place of the advice, where there is one."""
     before, hopeless, _ = exc.message.partition(HOPELESS)
     path = parts.path
@@ -32,7 +31,7 @@ def named(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) 
 
 
 def _file_that_fits(directory: Path, parts: Parts, layout: Layout, settings: Fit) -> str:
-    own = {*parts.files, parts.index}
+    own = {*parts.files, parts.beside}
     files = sorted(
         file for suffix in (SUFFIX, INDEX_SUFFIX) for file in directory.glob(f"*{suffix}") if file not in own
     )
@@ -65,7 +64,7 @@ def _parts_of_a_model(directory: Path, layout: Layout) -> str:
     return ""
 
 
-def _tensors(file: Path) -> Iterator[Mapping[str, StoredTensor]]:
+def _tensors(file: Path) -> Iterator[Tensors]:
     """The tensors of a file; nothing where it cannot be read."""
     try:
         table = TensorTable(file)

@@ -1,51 +1,79 @@
-"""Where a checkpoint's bytes come from: local files, or objects of a store, behind the same few methods."""
+"""Where a checkpoint's bytes come from: local files (``reading``), objects of a store (``objects``), or memory."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TypeVar
 
-from ..layout.finite import Region
-from .cast import Piece
+from ..layout.finite import Region, all_finite
+from . import plan
+from .cast import Piece, split
 from .digest import Digest
-from .files import Parts, remote
+from .files import Parts
 from .plan import Read
-from .reading import Files
+
+Job = TypeVar("Job", Read, Piece)
 
 
-class ByteSource(Protocol):
-    """The files of one checkpoint, opened.
+class ByteSource:
+    """The files of one checkpoint, opened; each goes by its number in ``Parts.every``.
+
+    What is here needs ``read`` alone, and takes one range after the other; a source may know a faster way.
 
     Attributes:
         infos: what the system, or the store, said of each file when it was opened.
-        digests: what the store itself says that the files have to be; empty where it does not say it of all.
-        index: the same of the small file beside them (``Parts.index``); None without one.
+        digests: what the store itself says that the weight files have to be; empty where it does not say it of all.
     """
 
+    parts: Parts
     infos: list[os.stat_result]
-    index: os.stat_result | None
-    digests: tuple[Digest, ...]
+    digests: tuple[Digest, ...] = ()
 
-    def read_index(self, most: int) -> bytes:
-        """All of the small file beside them, as it was when they were opened.
+    def read(self, file: int, nbytes: int, start: int) -> bytes:
+        """Bytes of one of the files; fewer where it ends."""
+        raise NotImplementedError
+
+    def stands(self) -> bool:
+        """Whether the files are still those that were opened, unchanged, and nobody is writing to them.
+
+        A checkpoint that was deleted as a whole stands, as far as it can still be read.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Gives back what was opened."""
+
+    def read_beside(self, most: int) -> bytes:
+        """All of the small file beside the weights (``Parts.beside``), as it was when they were opened.
 
         Raises:
             FileNotFoundError: there was none.
             ValueError: it has more than ``most`` bytes, or is not a regular file.
             OSError: it cannot be read.
         """
-
-    def read(self, file: int, nbytes: int, start: int) -> bytes:
-        """Bytes of one of the files; fewer where it ends."""
+        if self.parts.beside is None:
+            raise FileNotFoundError("it is not there")
+        info = self.infos[-1]
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is not a regular file")
+        if info.st_size > most:
+            raise ValueError(f"{info.st_size:,} bytes")
+        return self.read(len(self.parts.files), info.st_size, 0)
 
     def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
         """Yields a part of one of the files from its beginning to its end, in pieces that are good until the next."""
+        for _, data in self.ranges(list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK))):
+            yield data
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
         """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
+        for read, data in self.ranges(reads):
+            scatter(data, read.places(weights))
+            yield read, all_finite(weights, regions, read.slices)
 
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
@@ -55,30 +83,31 @@ class ByteSource(Protocol):
         Args:
             work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
         """
+        for piece, data in self.ranges(listed):
+            yield piece, work(piece, data)
 
-    def stands(self) -> bool:
-        """Whether the files are still those that were opened, unchanged, and nobody is writing to them.
-
-        A checkpoint that was deleted as a whole stands, as far as it can still be read.
-        """
-
-    def close(self) -> None: ...
+    def ranges(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, memoryview]]:
+        """Yields each job with the bytes of its range of a file."""
+        for job in jobs:
+            yield job, memoryview(self.read(job.file, job.nbytes, job.start))
 
 
-def open_source(parts: Parts, settle: float) -> ByteSource:
-    """Opens the files of a checkpoint.
+class Held(ByteSource):
+    """What another source has, in memory: an adapter is read out of order, and its digest covers those very bytes."""
 
-    Args:
-        settle: seconds that they must have stood still where nothing else tells that their writer is done.
+    def __init__(self, source: ByteSource) -> None:
+        self.parts, self.infos, self.digests = source.parts, source.infos, source.digests
+        self.stands, self.close = source.stands, source.close  # type: ignore[method-assign]
+        self.data = [source.read(file, info.st_size, 0) for file, info in enumerate(source.infos)]
 
-    Raises:
-        NoCheckpoint: one is not there.
-        BeingWritten: the writer is still at work.
-        MalformedCheckpoint: one is not a regular file.
-        CheckpointError: one cannot be read.
-    """
-    if remote(parts.path) is None:
-        return Files(parts, settle)
-    from .objects import Objects
+    def read(self, file: int, nbytes: int, start: int) -> bytes:
+        return self.data[file][start : start + nbytes]
 
-    return Objects(parts, settle)
+
+def scatter(data: memoryview, slices: list[memoryview]) -> None:
+    """Copies bytes into the first of these slices, and takes from the list what is full."""
+    while data:
+        part = data[: len(slices[0])]
+        slices[0][: len(part)] = part
+        data, rest = data[len(part) :], slices[0][len(part) :]
+        slices[:1] = [rest] if rest else []

@@ -1,23 +1,31 @@
-"""Brings the planned bytes of a checkpoint into the weights, and checks them there."""
+"""Brings the planned bytes of a checkpoint into the weights, and checks them there.
+
+Where a digest has to be compared, a file is read in the order of its bytes: SHA-256 goes from the first to the last, so
+everything is read, also what the plan does not take, once and by one thread.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from ..errors import CheckpointMismatch, Difference, NonFiniteWeights, UsageError, WsyncError
-from ..layout.finite import Region, all_finite, float_regions, has_nan, not_finite, same_infinities
+from ..layout.finite import Region, all_finite, float_regions, has_nan, is_finite, not_finite, same_infinities
 from ..layout.layout import TensorEntry
-from .cast import Piece, convert
+from .cast import Pair, Piece, convert
 from .digest import Digest
 from .files import unreadable
 from .header import StoredTensor
 from .plan import Plan
+from .source import ByteSource
 from .table import TensorTable
 
 _NAMED = 8  # tensors that a message names at most
 Progress = Callable[[int], None] | None
 """Called with the number of bytes of each read."""
+_Put = Callable[[StoredTensor, Piece, memoryview], None]
 
 
 def read_into(table: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress) -> None:
@@ -61,9 +69,7 @@ def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence
         CheckpointMismatch: two copies of a tied tensor differ.
     """
     if digests := digests_for(table, plan):
-        from . import verified
-
-        clean, different = verified.stage(table, weights, plan, regions, digests, progress)
+        clean, different = _stage_in_order(table, weights, plan, regions, digests, progress)
         if different:
             table.check_unchanged()
             raise _different(table, *different)
@@ -115,6 +121,103 @@ def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
     return table.source.digests if taken == sum(tensor.nbytes for tensor in table.tensors.values()) else ()
 
 
+def stored_is_finite(table: TensorTable, tensor: StoredTensor) -> bool:
+    """Whether a tensor is finite as it is stored."""
+    entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, 0)
+    return table.convert_each([(tensor, entry)], lambda piece, data: is_finite(data, piece.source))
+
+
+def _stage_in_order(
+    table: TensorTable,
+    weights: memoryview,
+    plan: Plan,
+    regions: Sequence[Region],
+    digests: Sequence[Digest],
+    progress: Callable[[int], None] | None,
+) -> tuple[bool, Pair | None]:
+    """Reads everything, and puts into the weights what the plan takes.
+
+    Returns:
+        Whether the floats in these regions are finite; and a copy of a tied tensor that differs, if there is one.
+
+    Raises:
+        WrongDigest: the bytes are others than their digest names.
+        BeingWritten: the same, and the digest is older than they are.
+    """
+    targets = {stored.name: entry for stored, entry in (*plan.pairs, *plan.twins)}
+    first: dict[int, str] = {}  # the stored name that was read into this place
+    clean, different = True, None
+
+    def put(tensor: StoredTensor, piece: Piece, data: memoryview) -> None:
+        nonlocal clean, different
+        entry = targets[tensor.name]
+        there = weights[piece.offset : piece.offset + piece.becomes]
+        if first.setdefault(entry.offset, tensor.name) != tensor.name:
+            if convert(data, piece.source, piece.target) != there:
+                different = different or (tensor, entry)
+            return
+        convert(data, piece.source, piece.target, there)
+        clean = all_finite(weights, regions, ((piece.offset, piece.becomes),)) and clean
+        if progress:
+            progress(piece.becomes)
+
+    for file, tensors in groupby(table.tensors.values(), lambda tensor: tensor.file):
+        wanted = [(tensor, targets.get(tensor.name)) for tensor in tensors]
+        _sweep(table.source, file, wanted, put, digests[file])
+    return clean, different
+
+
+def check_digests(table: TensorTable) -> None:
+    """Reads everything, and compares the digests that were asked for.
+
+    Raises:
+        WrongDigest: the bytes are others than their digest names.
+        BeingWritten: the same, and the digest is older than they are.
+    """
+    for file, digest in enumerate(table.digests):
+        _sweep(table.source, file, [], lambda *_: None, digest)
+
+
+def _sweep(
+    source: ByteSource, file: int, tensors: list[tuple[StoredTensor, TensorEntry | None]], put: _Put, digest: Digest
+) -> None:
+    """Reads one file from its first byte to its last, and compares its digest.
+
+    Args:
+        tensors: all that lie in the file, in their order, with what each becomes; None for one that is not taken.
+        put: called with the bytes of each that is taken, whole elements at a time.
+    """
+    found = hashlib.sha256()
+
+    def chunks() -> Iterator[memoryview]:
+        for data in source.in_order(file, 0, source.infos[file].st_size):
+            found.update(data)
+            yield data
+
+    header = tensors[0][0].start if tensors else 0
+    stream, data = chunks(), memoryview(b"")
+    for tensor, entry in [(StoredTensor("", "U8", (header,), 0, header), None), *tensors]:
+        at, held = 0, b""
+        while at + len(held) < tensor.nbytes:
+            if not data:
+                data = next(stream)
+            part = data[: tensor.nbytes - at - len(held)]
+            data = data[len(part) :]
+            if entry is None:
+                at += len(part)
+                continue
+            ready = memoryview(held + part) if held else part
+            whole = len(ready) if at + len(ready) == tensor.nbytes else len(ready) & ~7
+            if whole:
+                row = Piece(file, tensor.start, at, tensor.dtype, entry.dtype, entry.offset)
+                offset = entry.offset + row.becomes
+                put(tensor, row._replace(start=tensor.start + at, nbytes=whole, offset=offset), ready[:whole])
+            at, held = at + whole, bytes(ready[whole:])
+    for _ in stream:
+        pass
+    digest.check(found.hexdigest())
+
+
 def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
     """Looks at what is not finite of all that was read, tensor by tensor.
 
@@ -128,7 +231,7 @@ def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
     casts = {entry.name: stored for stored, entry in plan.casts}
     for entry in (entry for entry in plan.layout.tensors if entry.name in names):
         stored = casts.get(entry.name)
-        if stored and table.is_finite(stored):
+        if stored and stored_is_finite(table, stored):
             beyond.append(Difference(entry.name, f"within the range of {entry.dtype}", f"beyond it, as {stored.dtype}"))
         elif has_nan(_part(weights, entry), entry.dtype):
             rows.append(Difference(entry.name, "finite", "NaN or infinity"))

@@ -1,87 +1,119 @@
 """The tensors of one checkpoint: a source of bytes, opened once, and a table of what lies where in it.
 
 The format is safetensors (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON
-header that gives dtype, shape and byte range of each tensor, then the bytes without gaps. A checkpoint is data from
-elsewhere: nothing in it is believed before it is checked against the file's real size.
+header that gives dtype, shape and byte range of each tensor, then the bytes without gaps.
+
+What opens and reads is imported when the first checkpoint is opened: a pass with nothing to do opens none.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import IncompleteCheckpoint
-from ..layout.finite import is_finite
-from ..layout.layout import TensorEntry
-from . import one_save
-from .cast import Pair, Piece, pieces
-from .digest import digests_of
-from .files import changed, identity_of, parts_of, unreadable
-from .header import StoredTensor, read_header
-from .held import Held
-from .plan import CHUNK
-from .source import ByteSource, open_source
+from .files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
+
+if TYPE_CHECKING:
+    from .cast import Pair, Piece
+    from .digest import Digest
+    from .header import StoredTensor
+    from .source import ByteSource
 
 
 class TensorTable:
     """The open tensors of a checkpoint, its headers validated; however many files it has, they are one table.
 
     Attributes:
-        path: the file or directory where it was found, absolute.
+        path: the file or directory where it was found, absolute, and through a link where that led.
         parts: what it consists of.
         source: gives its bytes.
         identity: of its files as they were opened.
+        changed_ns: when the system last changed one of its files, as they were opened; 0 of a copy, or in a store.
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
-        heads: the bytes of each file before its first tensor.
         digests: what the files have to be, where that was asked for.
+        base: the table of the weights that it is merged into, once it was planned so; see ``adapter``.
     """
 
-    piece = CHUNK
-    """Bytes of what is converted at once."""
-
     def __init__(
-        self, path: Path, settle: float = 0.0, digest: str = "", published: Callable[[], Sequence[str]] = tuple
+        self,
+        path: str | os.PathLike[str],
+        *,
+        settle: float = 0.0,
+        digest: str = "",
+        published: Callable[[], Sequence[str]] = tuple,
     ) -> None:
-        """Opens a checkpoint; see ``Checkpoint``."""
-        self.path, self.identity = path, ""
-        source: ByteSource | None = None
+        """Opens a checkpoint.
+
+        Args:
+            path: of a file or directory, or a URL.
+            settle: seconds that it must have stood still where nothing else tells that its writer is done; waited for
+                here.
+            digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
+            published: gives the identities of what was published from this path before; called where it has several
+                files.
+
+        Raises:
+            NoCheckpoint: there is none at this path.
+            BeingWritten: its writer is still at work, or was a moment ago.
+            IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or another write's.
+            MalformedCheckpoint: it breaks the format.
+            WrongDigest: the configuration of an adapter is another than its digest names.
+            CheckpointError: it cannot be read.
+        """
+        self.path = led_to(place_at(path))
+        self.tensors: Mapping[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}
+        self.digests: tuple[Digest, ...] = ()
+        self.base: TensorTable | None = None
         try:
-            self.parts = parts_of(path)
-            self.source = source = open_source(self.parts, settle)
-            index = [source.index] if source.index else []
-            self.identity = identity_of([*index, *source.infos])
-            if index:
-                one_save.check_files(self.parts, source.infos, index[0], settle, published())
-            self.tensors: Mapping[str, StoredTensor] = {}
-            self.metadata: dict[str, str] = {}
-            self.heads: list[bytes] = []
-            self.digests = digests_of(self.parts) if digest else ()
-            headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
-            one_save.check_steps(self.parts, headers)
-            for header in headers:
-                self.metadata |= header
-        except BaseException as exc:
-            if source:
-                source.close()
-            if isinstance(exc, OSError):
-                raise unreadable(path, exc) from exc
-            raise
+            self.parts = parts_of(self.path)
+            self.source = self._open(settle)
+            try:
+                self._read(settle, digest, published)
+            except BaseException:  # an interrupt leaves no descriptors open, either
+                self.source.close()
+                raise
+        except OSError as exc:
+            raise unreadable(self.path, exc) from exc
+        infos = self.source.infos
+        self.changed_ns = 0 if remote(self.path) else max(info.st_ctime_ns for info in infos)
+
+    def _open(self, settle: float) -> ByteSource:
+        if remote(self.path):
+            from .objects import Objects
+
+            return Objects(self.parts, settle)
+        from .reading import Files
+
+        return Files(self.parts, settle)
+
+    def _read(self, settle: float, digest: str, published: Callable[[], Sequence[str]]) -> None:
+        """Checks that the files are of one save, and reads their headers."""
+        from .digest import digests_of
+        from .settling import check_files, check_steps
+
+        self.identity = identity_of(self.source.infos)
+        if self.parts.beside:
+            check_files(self.parts, self.source.infos, settle, published())
+        if digest:
+            self.digests = digests_of(self.parts)
+        headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
+        check_steps(self.parts, headers)
+        for header in headers:
+            self.metadata |= header
 
     def _read_header(self, number: int, file: Path) -> Mapping[str, str]:
         """Adds the tensors of one of the files; returns its metadata."""
-        size, head = self.source.infos[number].st_size, bytearray()
+        from .header import read_header
 
         def read(nbytes: int, start: int) -> bytes:
-            data = self.source.read(number, nbytes, start)
-            head[start:] = data
-            return data
+            return self.source.read(number, nbytes, start)
 
-        tensors, metadata = read_header(read, size, file, number)
-        if self.digests or self.source.digests:
-            begin = next(iter(tensors.values())).start if tensors else size
-            self.heads.append(bytes(head[:begin]))
+        tensors, metadata = read_header(read, self.source.infos[number].st_size, file, number)
         if self.parts.names and tensors.keys() != self.parts.names[number]:
             odd = sorted(tensors.keys() ^ self.parts.names[number])
             raise IncompleteCheckpoint(
@@ -93,18 +125,8 @@ class TensorTable:
 
     def close(self) -> None:
         self.source.close()
-
-    def hold(self) -> None:
-        """Reads all files into memory, if digests were asked for, and compares those: nothing else is read then.
-
-        Raises:
-            WrongDigest: the bytes are others than their digest names.
-            BeingWritten: the same, and the digest is older than they are.
-        """
-        if self.digests and not isinstance(self.source, Held):
-            self.source = held = Held(self.source)
-            for digest, data in zip(self.digests, held.data, strict=True):
-                digest.check(hashlib.sha256(data).hexdigest())
+        if self.base:
+            self.base.close()
 
     def check_unchanged(self) -> None:
         """Whether the open files are still those whose headers were read, and nobody writes to them by now.
@@ -114,13 +136,6 @@ class TensorTable:
         """
         if not self.source.stands():
             raise changed(self.path)
-
-    def whole(self, tensor: StoredTensor) -> memoryview:
-        """All bytes of a tensor."""
-        data = self.source.read(tensor.file, tensor.nbytes, tensor.start)
-        if len(data) != tensor.nbytes:
-            raise changed(self.path)
-        return memoryview(data)
 
     def convert_each(
         self,
@@ -134,14 +149,12 @@ class TensorTable:
             work: called with a piece and its bytes, which are good until it returns.
             progress: called with the bytes that each piece becomes.
         """
+        from . import plan
+        from .cast import pieces
+
         every = True
-        for piece, result in self.source.converted(list(pieces(pairs, self.piece)), work):
+        for piece, result in self.source.converted(list(pieces(pairs, plan.CHUNK)), work):
             every = every and result
             if progress:
                 progress(piece.becomes)
         return every
-
-    def is_finite(self, tensor: StoredTensor) -> bool:
-        """Whether a tensor is finite as it is stored."""
-        entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, 0)
-        return self.convert_each([(tensor, entry)], lambda piece, data: is_finite(data, piece.source))

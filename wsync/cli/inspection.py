@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.cast import Piece
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import parts_of, place_at, unreadable
+from ..checkpoints.staging import check_digests
 from ..checkpoints.steps import step_at
-from ..checkpoints.verified import check_digests
 from ..errors import CheckpointError, NoCheckpoint, on_one_line
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
@@ -80,11 +80,11 @@ def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> li
 
 def _look(path: Path, settings: Select, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
-        checkpoint = open_checkpoint(path, digest=settings.digest)
+        checkpoint = Checkpoint(path, digest=settings.digest)
         with checkpoint:
             broken = _not_finite(checkpoint) if scan_values else None
             if scan_values:
-                check_digests(checkpoint.table)
+                check_digests(checkpoint)
             return _described(path, checkpoint, settings, broken) | (fits(checkpoint) if fits else {})
     except NoCheckpoint:
         raise
@@ -110,7 +110,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
         "step_from": step.source or None,
         "other_numbers": list(step.others),
         "bytes": checkpoint.size,
-        "files": [file.name for file in checkpoint.table.parts.files],
+        "files": [file.name for file in checkpoint.parts.files],
         "metadata": checkpoint.metadata,
         "tensors": [
             {
@@ -118,7 +118,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
                 "dtype": tensor.dtype,
                 "shape": list(tensor.shape),
                 "bytes": tensor.nbytes,
-                "file": checkpoint.table.parts.files[tensor.file].name,
+                "file": checkpoint.parts.files[tensor.file].name,
                 **({} if broken is None else {"finite": tensor.name not in broken}),
             }
             for tensor in checkpoint.tensors.values()
@@ -161,10 +161,8 @@ def _not_finite(checkpoint: Checkpoint) -> set[str]:
         return True
 
     try:
-        checkpoint.table.convert_each(
-            [(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look
-        )
-        checkpoint.table.check_unchanged()
+        checkpoint.convert_each([(each, TensorEntry(each.name, each.dtype, each.shape, 0)) for each in tensors], look)
+        checkpoint.check_unchanged()
     except OSError as exc:
         raise unreadable(checkpoint.path, exc) from exc
     return broken

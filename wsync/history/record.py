@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError
 from ..places.inodes import is_same, was_changed
@@ -350,7 +350,7 @@ def _same(path: str | None, identity: str | None, state: State) -> Checkpoint | 
     latest = next(iter(state.published_from(path)), identity)
     try:
         # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
-        checkpoint = open_checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
+        checkpoint = Checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None
     if is_same(checkpoint, identity) and not was_changed(identity, latest):

@@ -160,7 +160,7 @@ def pin_checkpoint(
         CheckpointError: the checkpoint cannot be opened.
         StateError: the pin cannot be written.
     """
-    from ..checkpoints.checkpoint import open_checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
 
     live = None
     try:
@@ -174,7 +174,7 @@ def pin_checkpoint(
             raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
         pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
     else:
-        with open_checkpoint(checkpoint) as opened:
+        with Checkpoint(checkpoint) as opened:
             path = str(opened.path)
             renumbered = live is not None and live.source == path and is_same(opened, live.identity)
             if live and (renumbered or live.identity == opened.identity):

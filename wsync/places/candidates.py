@@ -366,7 +366,7 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
 
 def _of_parts(parts: Parts, name: str = "") -> Candidate:
     """A checkpoint of several files, or in a directory, as a candidate."""
-    infos = [file.stat() for file in ((parts.index, *parts.files) if parts.index else parts.files)]
+    infos = [file.stat() for file in parts.every]
     arrived = max(info.st_ctime_ns for info in infos)
     return Candidate(parts.path, identity_of(infos), max(map(written, infos)), None, name, arrived)
 

@@ -25,8 +25,8 @@ def is_marked(mtime_ns: int, markers: Iterable[Path]) -> bool:
 
 def _look(file: Path) -> os.stat_result | None:
     """Looks at a file, or at an object of a store; None where there is none."""
-    if away := remote(file):  # the listing of a named object does not show its neighbours
-        stored = away.stored() or away.store.head(away.key)
+    if away := remote(file):
+        stored = away.now()
         return stored.stat(str(away.store)) if stored else None
     try:
         return file.lstat()

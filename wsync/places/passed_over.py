@@ -1,4 +1,5 @@
-"""Says why a place has no checkpoint: which entries were passed over, and which setting finds weights that lie deeper.
+"""Says why a place has no checkpoint: which entries were passed over, which setting finds weights that lie deeper, and
+which files would have to be safetensors.
 
 It runs only when there is nothing to publish, and looks at a bounded number of names.
 """
@@ -7,20 +8,27 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ..checkpoints.files import led_to, parts_of, place_at, remote
+from ..checkpoints.files import led_to, open_file, parts_of, place_at, remote
+from ..checkpoints.header import instead, kind_of
 from ..checkpoints.steps import names_a_step, step_in_name
-from ..errors import CheckpointError, printable
+from ..errors import CheckpointError, WsyncError, printable
 from ..layout.filenames import SUFFIX
+from ..system.memory import read_at
 from .candidates import SHARD, TEMPORARY, Select, candidate_of, entries_of, scan
 
 _MOST = 200  # entries that are looked at
 _DEEPER = 8  # directories that are looked into
 _SHOWN = 3
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".zip", ".pkl", ".pickle", ".tar")
+_LOOKED_AT = 20  # files that may be pickles, and directories, at most
+_ENTRIES = 10_000  # of one directory
+_FIRST = 9  # bytes
 
 
 def passed_over(place: Path, settings: Select) -> str:
@@ -114,3 +122,57 @@ def _below(directory: Path) -> Iterator[tuple[str, Path]]:
             for entry in sorted(islice(entries_of(path), _MOST), key=lambda entry: entry.name)
             if entry.is_dir() and not TEMPORARY.search(entry.name)
         ][:_DEEPER]
+
+
+def pickles_in(place: Path) -> str:
+    """Names files that wsync never opens in a directory or one level below, in a sentence; empty if there are none."""
+    try:
+        found = [(path, kind) for entry in _pickles(place) if (kind := _kind(path := place_at(entry.path)))]
+    except (OSError, WsyncError):  # it was listed a moment ago; this only explains
+        return ""
+    if not found:
+        return ""
+    file, kind = found[0]
+    name, more = str(file).removeprefix(f"{place}/"), len(found) - 1
+    others = f", and {more} more like it" if more else ""
+    return (
+        f" There is {printable(name):.100}, {kind}{others}: wsync never opens those, since loading one can run any "
+        f"code. Let the trainer write safetensors: {printable(instead(file.name)):.200}"
+    )
+
+
+def _pickles(place: Path) -> list[os.DirEntry[str]]:
+    """A few files of a directory, and of those directly below it, whose names end like a pickle's."""
+    files: list[os.DirEntry[str]] = []
+    directories = [place]
+    for number, directory in enumerate(directories):
+        for entry in islice(entries_of(directory), _ENTRIES):
+            if entry.name.lower().endswith(_PICKLES):
+                files.append(entry)
+            elif not number and len(directories) <= _LOOKED_AT and entry.is_dir():
+                directories.append(directory / entry.name)
+            if len(files) == _LOOKED_AT:
+                return files
+    return files
+
+
+def _kind(file: Path) -> str:
+    """What a file is by its first bytes; empty for what is not a regular one, or cannot be read."""
+    try:
+        if away := remote(file):
+            stored = away.stored()
+            data = bytearray(min(stored.size, _FIRST)) if stored else bytearray()
+            if stored and data:
+                from ..stores.store import into
+
+                away.store.read(stored, 0, len(data), into(data))
+            return kind_of(bytes(data))
+        fd = open_file(file)
+    except (OSError, WsyncError):
+        return ""
+    try:
+        return kind_of(read_at(fd, _FIRST, 0)) if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

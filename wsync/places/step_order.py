@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import remote
 from ..checkpoints.steps import step_by_shape, step_in_name
 from ..errors import CheckpointError, MalformedCheckpoint
@@ -97,7 +97,7 @@ class StepOrder:
         if where in known and known[where][0] == state:
             return known[where][1]
         try:
-            with open_checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
+            with Checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
                 step = self._step_of(candidate, checkpoint.metadata)
         except CheckpointError as exc:  # told when it is tried; until then its name says what it is
             step = self._step_of(candidate, {})

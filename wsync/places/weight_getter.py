@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import led_to, place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
@@ -202,7 +202,7 @@ class CheckpointWeightGetter:
             published: gives the identities of what was published from its path before.
         """
         settle, digest = self.select.settle, self.select.digest
-        checkpoint = open_checkpoint(candidate.path, settle=settle, digest=digest, published=published)
+        checkpoint = Checkpoint(candidate.path, settle=settle, digest=digest, published=published)
         checkpoint.identity = as_listed(candidate, checkpoint)
         step = self.step_of(candidate, checkpoint.metadata)
         checkpoint.step = checkpoint.step if step is None else step
@@ -213,13 +213,12 @@ class CheckpointWeightGetter:
         if self.select.marker:
             wanted.append(f'a marker "{self.select.marker}" that is no older than its checkpoint')
         asked = f" (looked for: {', '.join(wanted)})" if wanted else ""
-        from ..checkpoints import foreign
-        from .passed_over import passed_over
+        from .passed_over import passed_over, pickles_in
 
         return NoCheckpoint(
             f"there is no complete checkpoint in {self.checkpoints} yet{asked}. "
             f"{passed_over(self.checkpoints, self.select)}It is looked at again at the next pass."
-            + foreign.found_in(self.checkpoints)
+            + pickles_in(self.checkpoints)
         )
 
 

@@ -92,6 +92,10 @@ class RemotePath:
         """The object of this name in the listing."""
         return self._listed().get(self.key)
 
+    def now(self) -> Stored | None:
+        """The same; also where the listing, which is of a named object alone, does not show its neighbours."""
+        return self.stored() or self.store.head(self.key)
+
     def stat(self) -> os.stat_result:
         if stored := self.stored():
             return stored.stat(str(self.store))
@@ -112,12 +116,6 @@ class RemotePath:
     def has(self, path: str) -> bool:
         """Whether the listing has an object at this path, in full."""
         return self._listed().get(path.removeprefix(f"{self.store}/")) is not None
-
-    def read_bytes(self) -> bytes:
-        stored = self.stored()
-        if stored is None:
-            raise FileNotFoundError(2, os.strerror(2), str(self))
-        return self.store.read_whole(stored)
 
     def entries(self) -> list[os.DirEntry[str]]:
         """What lies directly below; each can be used like the entries that ``os.scandir`` gives."""

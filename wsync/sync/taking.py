@@ -92,12 +92,11 @@ class Taking:
                 return False
             fit = replace(box.spec.weights, built=box.built)
             is_same = self.route.busy(partial(holds, segment, checkpoint, fit))
-        table = checkpoint.table
-        if not is_same and table.source.index:
-            from ..checkpoints.one_save import check_changed  # not on the way of a pass with nothing new
+        if not is_same and checkpoint.parts.beside:
+            from ..checkpoints.settling import check_changed  # not on the way of a pass with nothing new
 
             settle = box.spec.select.settle
-            check_changed(table.parts, table.source.infos, table.source.index, settle, live.changed_ns)
+            check_changed(checkpoint.parts, checkpoint.source.infos, settle, live.changed_ns)
         if is_same and not this.dry_run:
             box.record.skip(checkpoint.identity, f"it has the bytes of version {live.version}")
         return is_same
