@@ -18,7 +18,7 @@ from wsync.errors import WsyncError
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
-from wsync.places import candidates
+from wsync.places import listing
 from wsync.places.candidates import Select
 from wsync.places.changes import Changes
 from wsync.segment.segment import Segment
@@ -35,13 +35,13 @@ Event = Outcome | WsyncError
 def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Each listing of a place from now on."""
     made: list[str] = []
-    entries_of = candidates.entries_of
+    entries_of = listing.entries_of
 
     def counting(place: Path) -> Any:
         made.append(str(place))
         return entries_of(place)
 
-    monkeypatch.setattr(candidates, "entries_of", counting)
+    monkeypatch.setattr(listing, "entries_of", counting)
     monkeypatch.setattr("wsync.places.changes._is_local", lambda device: True)
     return made
 

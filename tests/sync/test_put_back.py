@@ -202,3 +202,22 @@ def test_the_way_back_is_to_the_bytes_of_then(keep: int, segment: WritableSegmen
         else:
             with pytest.raises(Exception, match="gone or was changed"):
                 rollback(NAME, 1, runtime=runtime, state=state)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_pin_is_of_the_bytes_of_then(again: bool, segment: WritableSegment, runs: Path, runtime: Path) -> None:
+    """Guards a pin after a reboot: a file that was written over once more, and never published, is not what it pins."""
+    latest = write(runs / "latest.safetensors", mlp(), 1.0)
+    assert push(runs).version == 1
+    over(write(runs.parent / "new.safetensors", mlp(), 2.0), latest)
+    assert push(runs).version == 2
+    with State(NAME) as state:
+        pin_checkpoint(NAME, None, runtime=runtime, state=state)
+    if again:
+        over(write(runs.parent / "new.safetensors", mlp(), 3.0), latest)
+    shutil.rmtree(segment.path)
+    outcome = push(runs)
+    if again:
+        assert "gone or was changed" in (outcome.reason or "")
+    else:
+        assert (outcome.status, mark_of(WritableSegment.open(NAME))) == ("published", {2.0})

@@ -23,8 +23,8 @@ from pathlib import Path
 from ..checkpoints.files import remote
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
-from ..places.candidates import listing_of
 from ..places.changes import Changes
+from ..places.listing import listing_of
 from ..segment.watching import Watching, WatchLock
 from ..settings.spec import Spec
 from .syncer import Syncer

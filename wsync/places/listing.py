@@ -1,0 +1,368 @@
+"""Lists a place where checkpoints appear: which of its entries are candidates.
+
+A listing costs one ``scandir`` and a ``stat`` an entry and opens no file, but for directories, whose own files are
+looked at too. It may leave out what is older than what is live.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+
+from ..checkpoints.files import (
+    Parts,
+    identity_of,
+    led_to,
+    parts_of,
+    place_at,
+    read_small,
+    remote,
+    unreadable,
+    written,
+)
+from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
+from .candidates import Candidate, Select
+
+TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
+    r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
+    r"|[-_](?:tmp(?:[-_.]?\d+)?|temp|partial|incomplete)(?:\.safetensors)?$",
+    re.IGNORECASE,
+)
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_OTHERS = "lost+found"  # of a file system, in its root directory
+_MAX_POINTER = 4096  # bytes
+_ANY = 1 << 63
+
+Older = Callable[[os.DirEntry[str]], bool]
+"""Tells the files that are older than what is live, and did not arrive after it, by one look at each."""
+Told = Callable[[str], int | None]
+"""Gives the step of a name, where the name tells it."""
+
+
+def scan(
+    place: Path,
+    settings: Select = Select(),  # noqa: B008  (frozen)
+    *,
+    halves: bool = False,
+    older: Older | None = None,
+) -> list[Candidate]:
+    """The candidates of a directory, or the one checkpoint that ``place`` is itself.
+
+    A directory that is itself a checkpoint offers what it is. The checkpoints in it count only where a pattern asks for
+    them: they may be anything, such as the parts of a pipeline.
+
+    Args:
+        halves: list all that a person may want to see: those beside the checkpoint that the place is, and sharded ones
+            of which a part is missing.
+        older: what is left out, but for one of them, which tells that what is live lies beside others. A place may have
+            100,000, and a pass has nothing to say of any.
+
+    Raises:
+        NoCheckpoint: there is no such place yet.
+        CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
+    """
+    try:
+        away = remote(place)  # one listing of the store answers all that is asked below
+        place = place_at(away.listed()) if away else led_to(place)
+        info = place.stat()
+        if not stat.S_ISDIR(info.st_mode):
+            return _named(place.absolute(), info, settings)
+        if settings.pointer:
+            return _pointed(place, settings)
+        counts, entries = _counts(settings), entries_of(place)
+        listed = list(_without(entries, older, counts) if older else entries)
+        names = {entry.name for entry in listed}
+        found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
+        if own:
+            listed = [] if settings.pattern == "*" and not halves else list(entries_of(place))
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
+    except OSError as exc:
+        if exc.errno == errno.EACCES:
+            raise unreadable(place, exc) from exc
+        raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
+    links: set[str] = set()
+    for entry in listed:
+        if entry.name in own or not counts(entry.name):
+            continue
+        several, wrong = _looked_at(place, entry, names, settings, halves)
+        found += several
+        trouble = trouble or wrong
+        if several and not remote(place) and entry.is_symlink():
+            links.add(several[0].name)
+    if trouble and not found:
+        raise trouble
+    return _without_links(found, links) if links else found
+
+
+def _without(
+    entries: Iterable[os.DirEntry[str]], older: Older, counts: Callable[[str], bool]
+) -> Iterator[os.DirEntry[str]]:
+    """The entries but those that are older; the first of them that counts by its name stays."""
+    is_kept = False
+    for entry in entries:
+        if older(entry):
+            if is_kept or not counts(entry.name):
+                continue
+            is_kept = True
+        yield entry
+
+
+def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
+    """Tells what is older than what is live; None where a listing has to have all.
+
+    Args:
+        live: with its path below the place as its name.
+        told: for the order by step, where names are known to count as the metadata do.
+    """
+    where, arrived, before, step = str(live.location), live.arrived_ns, _ANY, None
+    try:
+        info = os.stat(where)
+    except OSError:
+        info = None  # gone: by step, the newest of the others has to tell whether names count as metadata do
+    if order == "mtime":
+        before = min(live.mtime_ns, written(info)) if info else live.mtime_ns
+    elif order == "arrival":
+        arrived = min(arrived, info.st_ctime_ns - 1) if info else arrived
+    elif not info or not told or (step := told(live.name)) is None:
+        return None
+
+    def is_older(entry: os.DirEntry[str]) -> bool:
+        name = entry.name
+        if not name.endswith(SUFFIX) or name in FORMS or entry.path == where:
+            return False
+        try:
+            if not entry.is_file(follow_symlinks=False):
+                return False
+            info = entry.stat(follow_symlinks=False)
+        except OSError:  # told where it is looked at as a candidate
+            return False
+        if info.st_mtime_ns >= before or info.st_ctime_ns > arrived:
+            return False
+        return step is None or (told is not None and (lower := told(name)) is not None and lower < step)
+
+    return is_older
+
+
+def _counts(settings: Select) -> Callable[[str], bool]:
+    """Tells whether an entry may be a checkpoint by its name."""
+    matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
+    return lambda name: not (TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)))
+
+
+def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], CheckpointError | None]:
+    """The checkpoint that a place is itself, the names of its files, and what is wrong with it."""
+    try:
+        parts = parts_of(inside(place.absolute(), settings.within, settings.file))
+        own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
+        return _marked(_of_parts(parts), [place / settings.marker], settings), own, None
+    except NoCheckpoint:
+        return [], set(), None
+    except CheckpointError as exc:
+        return [], {*FORMS}, exc
+    except OSError as exc:
+        return [], {*FORMS}, unreadable(place, exc)
+
+
+def _looked_at(
+    place: Path, entry: os.DirEntry[str], names: set[str], settings: Select, halves: bool
+) -> tuple[list[Candidate], CheckpointError | None]:
+    """The candidate that an entry is, also where only opening it says what is wrong; and what is wrong with others."""
+    name = entry.name
+    try:
+        return candidate_of(place, entry, names, settings), None
+    except FileNotFoundError:  # retention was faster, or a link leads nowhere
+        return [], None
+    except OSError as exc:
+        path = Path(entry.path)
+        if exc.errno == errno.EACCES and name != _OTHERS and (closed := _unopened(path, path, name)):
+            return closed, None
+        is_ours = exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES)
+        return [], unreadable(path, exc) if is_ours and name != _OTHERS else None
+    except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
+        is_told = isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint))
+        return _unopened(place / name, place / name / INDEX, name) if is_told else [], None
+
+
+def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidate]:
+    """The one file that the place is; an adapter is two files, too, and an index names several."""
+    is_several = place.name == ADAPTER or place.name.endswith(INDEX_SUFFIX)
+    named = (
+        _of_parts(parts_of(place)) if is_several else Candidate(place, info, written(info), arrived_ns=info.st_ctime_ns)
+    )
+    return _marked(named, (place.parent / name for name in markers_of(place.name, settings.marker)), settings)
+
+
+def _pointed(place: Path, settings: Select) -> list[Candidate]:
+    """The checkpoint that the pointer names; nothing while that is not complete."""
+    name = pointed(place, settings.pointer)
+    path = place / name
+    if stat.S_ISDIR(path.stat().st_mode):
+        path = inside(path, settings.within, settings.file)
+        beside = [place / name / settings.marker]
+    else:
+        beside = [place / each for each in markers_of(name, settings.marker)]
+    return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
+
+
+def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
+    """One after the other, so that of what nobody keeps no memory is taken."""
+    if away := remote(place):
+        yield from away.entries()
+        return
+    with os.scandir(place.absolute()) as entries:
+        yield from entries
+
+
+def _known_by(settings: Select) -> set[str]:
+    """Names by one of which a place may be a checkpoint itself."""
+    if settings.within:
+        return {settings.within.partition("/")[0]}
+    return {settings.file, settings.file.removesuffix(SUFFIX) + INDEX_SUFFIX} if settings.file else {*FORMS}
+
+
+def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> list[Candidate]:
+    """The candidate that an entry of a place is, if it is one.
+
+    Args:
+        names: of all entries.
+
+    Raises:
+        CheckpointError: it is a directory, and no complete checkpoint.
+        OSError: the system refuses a look.
+    """
+    name, is_nested = entry.name, bool(settings.within or settings.file)
+    if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
+        where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
+        single = Candidate(where, info, written(info), None, name, info.st_ctime_ns)
+        return _marked(single, (place / m for m in markers_of(name, settings.marker) if m in names), settings)
+    if not entry.is_dir():
+        return []
+    path = Path(entry.path) if remote(place) is None else place / name
+    if not remote(place) and entry.is_symlink():
+        path = led_to(path)
+    if settings.marker and not (path / settings.marker).exists():
+        return []
+    lies = inside(path, settings.within, settings.file) if is_nested else path
+    below = f"{name}{str(lies)[len(str(path)) :]}"
+    return _marked(_of_parts(parts_of(lies), below), [path / settings.marker], settings)
+
+
+def markers_of(name: str, marker: str) -> tuple[str, ...]:
+    """The marker's possible names beside a file: one of them says that the file is whole."""
+    dotted = marker if marker.startswith(".") else f".{marker}"
+    own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
+    return (*own, marker) if name == SINGLE else own
+
+
+def _marked(candidate: Candidate, markers: Iterable[Path], settings: Select) -> list[Candidate]:
+    """The candidate, where it needs no marker or has one; a marker that is older than it is of an earlier save."""
+    infos = map(_look, markers) if settings.marker else ()
+    is_marked = not settings.marker or any(written(info) >= candidate.mtime_ns for info in infos if info)
+    return [candidate] if is_marked else []
+
+
+def _look(file: Path) -> os.stat_result | None:
+    """Looks at a file, or at an object of a store; None where there is none."""
+    if away := remote(file):
+        stored = away.now()
+        return stored.stat(str(away.store)) if stored else None
+    try:
+        return file.lstat()
+    except OSError:
+        return None
+
+
+def _without_links(found: list[Candidate], links: Collection[str]) -> list[Candidate]:
+    """The same without the links to others of them."""
+    real = {candidate.identity for candidate in found if candidate.name not in links}
+    return [c for c in found if c.name not in links or c.identity not in real]
+
+
+def listing_of(place: Path, settings: Select = Select()) -> object:  # noqa: B008  (frozen)
+    """Tells one state of a place from another: what it lists, or why it cannot be listed.
+
+    Other than an identity it tells, too, that a file's mode changed; and other than a time of access, that it was read.
+    """
+    try:
+        return {(c.location, c.identity, getattr(c.stamp, "st_ctime_ns", 0)) for c in scan(place, settings)}
+    except CheckpointError as exc:
+        return str(exc)
+
+
+def _of_parts(parts: Parts, name: str = "") -> Candidate:
+    """A checkpoint of several files, or in a directory, as a candidate."""
+    infos = [file.stat() for file in parts.every]
+    arrived = max(info.st_ctime_ns for info in infos)
+    return Candidate(parts.path, identity_of(infos), max(map(written, infos)), None, name, arrived)
+
+
+def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
+    """Candidate for what cannot be looked into, by this file of it, so that opening it says what is wrong."""
+    try:
+        info = file.stat()
+    except OSError:
+        return []
+    return [Candidate(path, info, written(info), None, name, info.st_ctime_ns)]
+
+
+def inside(entry: Path, within: str, file: str) -> Path:
+    """The checkpoint of an entry that is a directory.
+
+    Args:
+        within: the directory below it that holds the weights, ``pretrained_model`` or ``policy/actor``, or "".
+        file: the name of the file with the weights, where it is not one that is known; its index counts as well.
+
+    Raises:
+        NoCheckpoint: it has no such file.
+    """
+    directory = entry / within if within else entry
+    if not file:
+        return directory
+    for name in (file, f"{file.removesuffix(SUFFIX)}{INDEX_SUFFIX}"):
+        if (directory / name).exists():
+            return directory / name
+    raise NoCheckpoint(f"{directory} has no {file}. Wait for its writer, or name another file (select.file).")
+
+
+def pointed(place: Path, pointer: str) -> str:
+    """The name of the entry that a pointer file in a place names.
+
+    A pointer is data: what it names is never outside the place. It holds a name, as DeepSpeed's ``latest`` does; or a
+    path of the place with the name at its end; or the number of Megatron's ``iter_0000500``. A link counts as well.
+
+    Raises:
+        NoCheckpoint: there is no such pointer yet, or what it names is not there.
+        MalformedCheckpoint: it names something outside the place.
+    """
+    file = place / pointer
+    try:
+        if not remote(place) and file.is_dir():
+            text = os.path.realpath(file)
+        else:
+            text = read_small(file, _MAX_POINTER).decode().strip()
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"there is no pointer {file} yet. It is looked at again at the next pass.") from exc
+    except ValueError as exc:
+        raise MalformedCheckpoint(f"{file} is not a pointer: it does not hold a name. Correct select.pointer.") from exc
+    real = place if remote(place) else Path(os.path.realpath(place))
+    named = text.rstrip("/").removeprefix(f"{real}/").removeprefix(f"{place}/").removeprefix("./")
+    names = (f"iter_{int(named):07d}", named) if named.isdecimal() and len(named) < 20 else (named,)
+    if not named:
+        raise NoCheckpoint(f"the pointer {file} is empty. It is looked at again at the next pass.")
+    if not is_file_name(named):
+        raise MalformedCheckpoint(
+            f"{file} names {text!a:.100}, which is not an entry of {place}. Write the name of one."
+        )
+    found = next((name for name in names if (place / name).exists()), "")
+    if not found:
+        raise NoCheckpoint(f"{file} names {named}, which is not there yet. It is looked at again at the next pass.")
+    if not remote(place) and os.path.dirname(os.path.realpath(place / found)) != str(real):
+        raise MalformedCheckpoint(f"{file} names {named}, a link that leads out of {place}. Name what lies in it.")
+    return found
