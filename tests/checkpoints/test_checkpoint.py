@@ -27,7 +27,7 @@ from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity
 from wsync.checkpoints.fit import Fit
-from wsync.checkpoints.steps import step_of
+from wsync.checkpoints.steps import read_step
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -293,7 +293,7 @@ def test_two_copies_that_differ_are_refused(at: int, tmp_path: Path, in_pieces: 
 )
 def test_the_step_is_the_producers(name: str, metadata: dict[str, str], step: int | None, tmp_path: Path) -> None:
     """Guards where the step comes from: the metadata, else the last integer of the name, else nowhere."""
-    assert step_of(name, metadata) == step
+    assert read_step(name, metadata).number == step
     with Checkpoint(raw(tmp_path / name, {"__metadata__": metadata, "a": F32}, bytes(8))) as checkpoint:
         assert (checkpoint.step, checkpoint.metadata) == (step, metadata)
 

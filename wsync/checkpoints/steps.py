@@ -51,11 +51,6 @@ class Step(NamedTuple):
     certain: bool = True
 
 
-def step_of(name: str, metadata: Mapping[str, str], pattern: str = "") -> int | None:
-    """A checkpoint's step; see ``read_step``."""
-    return read_step(name, metadata, pattern).number
-
-
 def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step:
     """The step by the setting's pattern; else of the metadata; else the number of the name.
 

@@ -70,11 +70,11 @@ def scan(
     try:
         away = remote(place)  # one listing of the store answers all that is asked below
         place = place_at(away.listed()) if away else led_to(place)
-        info = place.stat()
-        if not stat.S_ISDIR(info.st_mode):
-            return _named(place.absolute(), info, settings)
+        if not stat.S_ISDIR(place.stat().st_mode):
+            return _found(place.absolute(), "", settings)
         if settings.pointer:
-            return _pointed(place, settings)
+            name = pointed(place, settings.pointer)
+            return _found(place.absolute() / name, name, settings)
         counts, entries = _counts(settings), entries_of(place)
         listed = list(_without(entries, older, counts) if older else entries)
         names = {entry.name for entry in listed}
@@ -159,7 +159,7 @@ def _counts(settings: Select) -> Callable[[str], bool]:
 def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], CheckpointError | None]:
     """The checkpoint that a place is itself, the names of its files, and what is wrong with it."""
     try:
-        parts = parts_of(inside(place.absolute(), settings.within, settings.file))
+        parts = parts_of(inside(place.absolute(), settings))
         own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
         return _marked(_of_parts(parts), [place / settings.marker], settings), own, None
     except NoCheckpoint:
@@ -190,25 +190,18 @@ def _looked_at(
         return _unopened(place / name, place / name / INDEX, name) if is_told else [], None
 
 
-def _named(place: Path, info: os.stat_result, settings: Select) -> list[Candidate]:
-    """The one file that the place is; an adapter is two files, too, and an index names several."""
-    is_several = place.name == ADAPTER or place.name.endswith(INDEX_SUFFIX)
-    named = (
-        _of_parts(parts_of(place)) if is_several else Candidate(place, info, written(info), arrived_ns=info.st_ctime_ns)
-    )
-    return _marked(named, (place.parent / name for name in markers_of(place.name, settings.marker)), settings)
+def _found(path: Path, name: str, settings: Select) -> list[Candidate]:
+    """The candidate that a file or a directory is, where it has its marker.
 
-
-def _pointed(place: Path, settings: Select) -> list[Candidate]:
-    """The checkpoint that the pointer names; nothing while that is not complete."""
-    name = pointed(place, settings.pointer)
-    path = place / name
+    Args:
+        name: of the entry of a place; empty for the place itself.
+    """
     if stat.S_ISDIR(path.stat().st_mode):
-        path = inside(path, settings.within, settings.file)
-        beside = [place / name / settings.marker]
+        lies, markers = inside(path, settings), [path / settings.marker]
     else:
-        beside = [place / each for each in markers_of(name, settings.marker)]
-    return _marked(_of_parts(parts_of(path.absolute()), name), beside, settings)
+        lies, markers = path, [path.parent / each for each in _markers_of(path.name, settings.marker)]
+    below = f"{name}{str(lies)[len(str(path)) :]}"
+    return _marked(_of_parts(parts_of(lies), below), markers, settings)
 
 
 def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
@@ -237,11 +230,15 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
         CheckpointError: it is a directory, and no complete checkpoint.
         OSError: the system refuses a look.
     """
-    name, is_nested = entry.name, bool(settings.within or settings.file)
-    if not is_nested and name.endswith(SUFFIX) and stat.S_ISREG((info := entry.stat()).st_mode):
+    name = entry.name
+    if (
+        not (settings.within or settings.file)
+        and name.endswith(SUFFIX)
+        and stat.S_ISREG((info := entry.stat()).st_mode)
+    ):
         where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
         single = Candidate(where, info, written(info), None, name, info.st_ctime_ns)
-        return _marked(single, (place / m for m in markers_of(name, settings.marker) if m in names), settings)
+        return _marked(single, (place / m for m in _markers_of(name, settings.marker) if m in names), settings)
     if not entry.is_dir():
         return []
     path = Path(entry.path) if remote(place) is None else place / name
@@ -249,12 +246,10 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
         path = led_to(path)
     if settings.marker and not (path / settings.marker).exists():
         return []
-    lies = inside(path, settings.within, settings.file) if is_nested else path
-    below = f"{name}{str(lies)[len(str(path)) :]}"
-    return _marked(_of_parts(parts_of(lies), below), [path / settings.marker], settings)
+    return _found(path, name, settings)
 
 
-def markers_of(name: str, marker: str) -> tuple[str, ...]:
+def _markers_of(name: str, marker: str) -> tuple[str, ...]:
     """The marker's possible names beside a file: one of them says that the file is whole."""
     dotted = marker if marker.startswith(".") else f".{marker}"
     own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
@@ -312,18 +307,14 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
     return [Candidate(path, info, written(info), None, name, info.st_ctime_ns)]
 
 
-def inside(entry: Path, within: str, file: str) -> Path:
-    """The checkpoint of an entry that is a directory.
-
-    Args:
-        within: the directory below it that holds the weights, ``pretrained_model`` or ``policy/actor``, or "".
-        file: the name of the file with the weights, where it is not one that is known; its index counts as well.
+def inside(entry: Path, settings: Select) -> Path:
+    """The checkpoint of an entry that is a directory; of ``settings.file`` the index counts as well.
 
     Raises:
         NoCheckpoint: it has no such file.
     """
-    directory = entry / within if within else entry
-    if not file:
+    directory = entry / settings.within if settings.within else entry
+    if not (file := settings.file):
         return directory
     for name in (file, f"{file.removesuffix(SUFFIX)}{INDEX_SUFFIX}"):
         if (directory / name).exists():

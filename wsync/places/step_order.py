@@ -49,21 +49,19 @@ class StepOrder:
             live: with its path below the place as its name, where it lies there.
             all_of: lists those, too, that were left out because their names tell a lower step.
         """
-        if not self._agree(found, live):
-            found = all_of()
-            told: list[int | None] = [None] * len(found)
-        else:
-            told = [self.told(candidate.name) for candidate in found]
+        steps: dict[int, int | None] = {}
+        if self._agree(found, live):
+            steps = {id(each): number for each in found if (number := self.told(each.name)) is not None}
             if live and live.name and (number := self.told(live.name)) is not None:
                 live = live._replace(step=number)
-        unread = [candidate for number, candidate in zip(told, found, strict=True) if number is None]
-        steps = dict(zip(map(id, unread), self._read(unread), strict=True)) if not self._pattern else {}
+        else:
+            found = all_of()
+        if not self._pattern:
+            unread = [each for each in found if id(each) not in steps]
+            steps.update(zip(map(id, unread), self._read(unread), strict=True))
         self._forget_others(found)
         self._save()
-        return [
-            candidate._replace(step=steps.get(id(candidate)) if number is None else number)
-            for number, candidate in zip(told, found, strict=True)
-        ], live
+        return [each._replace(step=steps.get(id(each))) for each in found], live
 
     def told(self, name: str) -> int | None:
         """The step that a name tells for certain."""

@@ -113,10 +113,6 @@ class RemotePath:
     def is_dir(self) -> bool:
         return self.exists() and stat.S_ISDIR(self.stat().st_mode)
 
-    def has(self, path: str) -> bool:
-        """Whether the listing has an object at this path, in full."""
-        return self._listed().get(path.removeprefix(f"{self.store}/")) is not None
-
     def entries(self) -> list[os.DirEntry[str]]:
         """What lies directly below; each can be used like the entries that ``os.scandir`` gives."""
         skip = len(self.key) + 1 if self.key else 0
