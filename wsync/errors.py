@@ -145,7 +145,13 @@ class WithDifferences(WsyncError):
 
 
 class CheckpointError(WsyncError):
-    """Something about one checkpoint."""
+    """Something about one checkpoint.
+
+    Attributes:
+        identity: of its files, where they had been opened before it was found.
+    """
+
+    identity = ""
 
 
 class CheckpointRejected(WithDifferences, CheckpointError):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import IncompleteCheckpoint
+from ..errors import CheckpointError, IncompleteCheckpoint
 from .files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class TensorTable:
             WrongDigest: the configuration of an adapter is another than its digest names.
             CheckpointError: it cannot be read.
         """
-        self.path = led_to(place_at(path))
+        self.path, self.identity = led_to(place_at(path)), ""
         self.tensors: Mapping[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.digests: tuple[Digest, ...] = ()
@@ -79,6 +79,9 @@ class TensorTable:
                 raise
         except OSError as exc:
             raise unreadable(self.path, exc) from exc
+        except CheckpointError as exc:
+            exc.identity = self.identity
+            raise
         infos = self.source.infos
         self.changed_ns = 0 if remote(self.path) else max(info.st_ctime_ns for info in infos)
 

@@ -246,7 +246,7 @@ class Syncer:
         for candidate in choice.todo:
             if candidate.identity in passed and remote(candidate.path):
                 continue  # an object does not grow
-            opened = ""  # a link may have moved since it was listed
+            opened = ""
             try:
                 published = partial(self._published_from, this, candidate.path)
                 with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
@@ -259,6 +259,8 @@ class Syncer:
             except (CheckpointError, RetryLater) as exc:
                 if this.again and isinstance(exc, CheckpointChanged):
                     raise
+                if "@" not in candidate.identity:  # else it is known by more than its files tell
+                    opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
                 refusal = this.refusal(
                     exc,
                     named=not candidate.name,
