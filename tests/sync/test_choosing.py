@@ -34,19 +34,7 @@ def pin(identity: str, version: int = 0) -> Pin:
             (NEW,), LIVE, {OLD.identity}, None, False, Choice((NEW,)), id="one that is not listed was refused"
         ),
         pytest.param((NEW, OLD), LIVE, {NEW.identity}, None, True, Choice((NEW, OLD)), id="forced"),
-        pytest.param(
-            (), LIVE, (), pin(OLD.identity), False, Choice(pin=pin(OLD.identity)), id="what is live is pinned"
-        ),
-        pytest.param(
-            (NEW,), LIVE, (), pin(MIDDLE.identity), True, Choice(pin=pin(MIDDLE.identity), reopen=True), id="pinned"
-        ),
-        pytest.param(
-            (), None, (), pin(OLD.identity), False, Choice(pin=pin(OLD.identity), reopen=True), id="not live yet"
-        ),
-        pytest.param((), FROM_MEMORY, (), pin("", 7), False, Choice(pin=pin("", 7)), id="weights from memory"),
-        pytest.param(
-            (), FROM_MEMORY, (), pin("", 6), False, Choice(pin=pin("", 6), reopen=True), id="others from memory"
-        ),
+        pytest.param((NEW,), LIVE, (), pin(MIDDLE.identity), True, Choice(pin=pin(MIDDLE.identity)), id="pinned"),
     ],
 )
 def test_what_a_pass_tries(
@@ -59,3 +47,9 @@ def test_what_a_pass_tries(
 ) -> None:
     """A pin comes first, then --force, then the newest candidates that were not refused."""
     assert choose(newer, live, refused, held, force=force) == choice
+
+
+def test_a_pin_holds_what_it_names() -> None:
+    """By its identity; weights from memory, which have none, by their version."""
+    assert pin(OLD.identity).holds(LIVE) and not pin(MIDDLE.identity).holds(LIVE)
+    assert pin("", 7).holds(FROM_MEMORY) and not pin("", 6).holds(FROM_MEMORY)

@@ -200,7 +200,7 @@ class State:
             if pin is None:
                 self._pin_file.unlink(missing_ok=True)
                 return
-            self._make()
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             temporary = self._pin_file.with_suffix(f".pin.{os.getpid()}.tmp")
             try:
                 with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -316,9 +316,6 @@ class State:
         return self._read(look) or {}
 
     # --- the files
-
-    def _make(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
         """What the work finds in the database; None where there is none.

@@ -17,7 +17,6 @@ class Choice(NamedTuple):
         todo: candidates, newest first; the first one that can be published goes live.
         refused: the newest candidate, if it was refused before and is not tried again.
         pin: the pin that holds; no candidate is tried.
-        reopen: what is pinned is not live, and is published again.
         late: what counts as older than what is live, and yet arrived after that.
         is_new_run: what is live is gone, and all that is there arrived after it.
     """
@@ -25,7 +24,6 @@ class Choice(NamedTuple):
     todo: tuple[Candidate, ...] = ()
     refused: Candidate | None = None
     pin: Pin | None = None
-    reopen: bool = False
     late: tuple[Candidate, ...] = ()
     is_new_run: bool = False
 
@@ -49,7 +47,7 @@ def choose(
         force: try refused candidates again.
     """
     if pin:
-        return Choice(pin=pin, reopen=not (live and pin.holds(live)))
+        return Choice(pin=pin)
     if force:
         return Choice(tuple(newer))
     todo = tuple(candidate for candidate in newer if candidate.identity not in refusals)

@@ -173,7 +173,7 @@ class Syncer:
             self.box.claim.origin(this.live)  # raises where what is live is another's
         self._wait_for_other_watch()
         if choice.pin:
-            return self.taking.pinned(this, choice.pin, reopen=choice.reopen)
+            return self.taking.pinned(this, choice.pin)
         refusal = self._known(this, choice.refused) if choice.refused else None
         if not choice.todo:
             return refusal or self._nothing_newer(this, choice)
@@ -272,11 +272,12 @@ class Syncer:
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
-                if this.live and told_once.is_abandoned(exc, candidate):
+                abandoned = this.live is not None and told_once.is_abandoned(exc, candidate)
+                if abandoned:
                     refusal = refusal._replace(status="rejected", reason=f"{exc.message} {told_once.ABANDONED}")
                 refusals.append(refusal)
                 if not this.dry_run:
-                    told_once.remember(self.record, exc, refusal)
+                    told_once.remember(self.record, exc, refusal, abandoned=abandoned)
         if not refusals and this.live:
             return this.standing("current")
         if not refusals:

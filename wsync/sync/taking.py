@@ -101,10 +101,11 @@ class Taking:
             box.record.skip(checkpoint.identity, f"it has the bytes of version {live.version}")
         return is_same
 
-    def pinned(self, this: Pass, pin: Pin, *, reopen: bool) -> Outcome:
+    def pinned(self, this: Pass, pin: Pin) -> Outcome:
         """Keeps what is pinned live, and makes it so if the segment was made anew or the operator named a file."""
         box = self._box
-        if this.dry_run or not reopen:
+        is_live = this.live is not None and pin.holds(this.live)
+        if this.dry_run or is_live:
             if not this.dry_run and this.live and this.live.source and (segment := box.updater.opened):
                 box.keep(segment)  # for the next reboot, whatever became of its file
             return this.pinned(pin)

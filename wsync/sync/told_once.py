@@ -35,12 +35,11 @@ def is_abandoned(exc: WsyncError, candidate: Candidate) -> bool:
     return is_half and bool(candidate.name) and time.time() - candidate.mtime_ns / 1e9 > _LONG_AGO
 
 
-def remember(record: Record, exc: CheckpointError | WsyncError, refusal: Outcome) -> None:
+def remember(record: Record, exc: CheckpointError, refusal: Outcome, *, abandoned: bool) -> None:
     """Remembers what stays refused, and what is passed over from now on."""
-    is_half = isinstance(exc, IncompleteCheckpoint) and refusal.status == "rejected"
     if isinstance(exc, CheckpointRejected):
         record.refuse(refusal.identity, exc.message, refusal)
-    if isinstance(exc, ForeignCheckpoint) or (is_half and refusal.reason and refusal.reason.endswith(ABANDONED)):
+    if isinstance(exc, ForeignCheckpoint) or abandoned:
         record.pass_over(refusal.identity, exc.kind, refusal)
 
 
