@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trainers import Trainer
 import wsync
 from wsync.errors import UsageError
 from wsync.policy.reader import Mode
+from wsync.policy.users import Users
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
@@ -112,8 +114,24 @@ def test_a_close_waits_for_those_inside(trainer: Trainer) -> None:
     assert policy.get_parameter("0.weight").data_ptr() != before and marks(policy) == {1.0}
 
 
+def test_one_thread_at_a_time_changes_a_policy() -> None:
+    """Guards a close beside a refresh: the second one begins when the first is done."""
+    users, entered = Users(), threading.Event()
+
+    def change() -> None:
+        with users.alone():
+            entered.set()
+
+    with users.alone():
+        other = threading.Thread(target=change)
+        other.start()
+        assert not entered.wait(0.05)
+    assert entered.wait(DEADLINE)
+    other.join(DEADLINE)
+
+
 def test_threads_of_a_parent_are_not_waited_for_in_its_child(trainer: Trainer, tmp_path: Path) -> None:
-    """Guards workers that are forked while requests are under way in their parent."""
+    """Guards workers that are forked while requests, and a refresh that waits for them, are under way."""
     trainer.push(1)
     policy, inside, go = mlp(), threading.Event(), threading.Event()
     with wsync.attach(policy, "nets", mode="copy") as reader:
@@ -127,11 +145,17 @@ def test_threads_of_a_parent_are_not_waited_for_in_its_child(trainer: Trainer, t
         thread.start()
         assert inside.wait(DEADLINE)
         trainer.push(2)
+        refreshing = threading.Thread(target=reader.refresh)
+        refreshing.start()
+        while not reader._users._changer:
+            pass
         pid = os.fork()
         if not pid:
             torch.set_num_threads(1)
+            signal.alarm(int(DEADLINE))
             os._exit(0 if reader.refresh() and reader.version == 2 else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         go.set()
         thread.join(DEADLINE)
-        assert reader.refresh()
+        refreshing.join(DEADLINE)
+        assert reader.version == 2
