@@ -58,39 +58,6 @@ def report(text: str) -> dict[str, Any]:
     return data
 
 
-def test_the_newest_of_a_bucket_goes_live(cli: Cli, bucket: Bucket) -> None:
-    """A push of a URL publishes the newest checkpoint below it, and names it by its URL."""
-    bucket.save("run/step_9.safetensors", mlp(), 9.0, 9)
-    bucket.save("run/step_10.safetensors", mlp(), 10.0, 10)
-    done = cli("push", SPEC, RUN, "--json")
-    said = report(done.stdout)
-    assert (done.returncode, said["status"], said["version"], said["step"]) == (0, "published", 1, 10), done.stderr
-    assert said["checkpoint"] == f"{RUN}/step_10.safetensors"
-    assert live_marks() == {10.0}
-
-
-def test_nothing_new_is_current(bucket: Bucket, segment: WritableSegment) -> None:
-    """What is live is known by its ETag, from a listing as by its own name; to find nothing is one request."""
-    bucket.save("run/step_1.safetensors", mlp(), 1.0)
-    spec = load_spec(SPEC)
-    for place, status in ((RUN, "published"), (RUN, "current"), (f"{RUN}/step_1.safetensors", "current")):
-        with Syncer(spec, place) as syncer:
-            assert syncer.once().status == status
-    before = len(bucket.proxy.requests)
-    with Syncer(spec, RUN) as syncer:
-        assert syncer.once().status == "current"
-    assert len(bucket.proxy.requests) - before == 1
-
-
-def test_replaced_under_its_own_name_is_new(bucket: Bucket, segment: WritableSegment) -> None:
-    """Another object under the live one's name is published, even within the same second."""
-    with Syncer(load_spec(SPEC), RUN) as syncer:
-        for mark in (1.0, 2.0):
-            bucket.save("run/last.safetensors", mlp(), mark)
-            assert syncer.once().status == "published"
-    assert live_marks() == {2.0}
-
-
 @pytest.mark.parametrize("place", [RUN, "s3://bucket/nothing/here.safetensors", "s3://bucket"])
 def test_nothing_there_is_empty(cli: Cli, bucket: Bucket, place: str) -> None:
     """No object is no checkpoint yet: 66, as for a directory that is not there."""
@@ -140,14 +107,6 @@ def test_a_save_over_the_last_one_goes_live_whole(bucket: Bucket, segment: Writa
         bucket.upload(tmp_path / "new", "run/latest")
         assert syncer.once().version == 2
     assert live_marks() == {2.0}
-
-
-def test_a_bucket_that_is_not_there_is_told(cli: Cli, bucket: Bucket) -> None:
-    """A wrong bucket fails with the store's own word for it, and is not tried again and again."""
-    done = cli("push", SPEC, "s3://no-such-bucket/run")
-    assert done.returncode == 1
-    assert "NoSuchBucket" in done.stderr and "s3://no-such-bucket/run" in done.stderr
-    assert len(bucket.proxy.requests) == 1
 
 
 def _tree(root: Path) -> Path:
@@ -288,17 +247,6 @@ def test_only_what_the_policy_needs_is_asked_for(bucket: Bucket, segment: Writab
     with Syncer(spec, RUN) as syncer:
         assert syncer.once().status == "published"
     assert bucket.proxy.sent < 100_000
-
-
-def test_every_range_is_of_the_listed_version(bucket: Bucket, segment: WritableSegment, monkeypatch: Any) -> None:
-    """Header and ranges carry the ETag of the listing as If-Match, and nothing is read without a range."""
-    monkeypatch.setattr(fitting, "CHUNK", 64)
-    bucket.save("run/x.safetensors", mlp(), 1.0)
-    with Syncer(load_spec(SPEC), RUN) as syncer:
-        assert syncer.once().status == "published"
-    gets = [head.lower() for head in bucket.proxy.heads(r"GET \S*x\.safetensors")]
-    assert len(gets) > 3
-    assert all('\r\nif-match: "' in head and "\r\nrange: bytes=" in head for head in gets)
 
 
 def test_ranges_come_many_at_a_time(bucket: Bucket, segment: WritableSegment, monkeypatch: Any) -> None:
