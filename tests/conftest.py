@@ -25,7 +25,9 @@ from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
+from wsync.settings import layout_process
 from wsync.settings.spec import load_spec
+from wsync.settings.user_code import read_layout
 
 if TYPE_CHECKING:
     from object_stores import Bucket
@@ -74,6 +76,13 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     return Path("runs")
+
+
+@pytest.fixture
+def layouts_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts are read in this process, where torch is already, and not in one of their own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
 
 
 @pytest.fixture

@@ -146,6 +146,7 @@ def test_a_checkpoint_of_nothing_is_not_the_policy_as_it_is_built(tmp_path: Path
         staged(tmp_path, without(*RARE), Fit(missing="policy"))
 
 
+@pytest.mark.slow
 def test_a_pass_asks_the_policy_in_a_process_of_its_own(runtime: Path, tmp_path: Path) -> None:
     """Guards both settings from end to end: said once, and torch stays out of the process that publishes."""
     (tmp_path / "nets.py").write_text(POLICY)
@@ -167,6 +168,7 @@ def test_a_pass_asks_the_policy_in_a_process_of_its_own(runtime: Path, tmp_path:
     assert done.stdout.strip().endswith("False")
 
 
+@pytest.mark.slow
 def test_a_dry_run_knows_the_policy_too(runtime: Path, tmp_path: Path) -> None:
     """Guards a rehearsal against a refusal that the pass itself would not make."""
     (tmp_path / "nets.py").write_text(POLICY)

@@ -460,6 +460,7 @@ def test_a_huge_header_is_not_remembered(tmp_path: Path, monkeypatch: pytest.Mon
         assert second.tensors == first.tensors and second.tensors is not first.tensors
 
 
+@pytest.mark.slow
 def test_every_truncation_is_incomplete(tmp_path: Path) -> None:
     """Guards that a file cut at any byte, or still empty, is "not yet" (66) and never rejected for good."""
     content = write(tmp_path / "a.safetensors", policies.mlp(2), 1.0, step=1).read_bytes()

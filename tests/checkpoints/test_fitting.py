@@ -748,7 +748,7 @@ def test_the_tables_reach_the_pass(tmp_path: Path, runtime: Path) -> None:
         assert syncer.once().status == "current"
 
 
-def test_finite_and_strict_of_the_toml_reach_the_pass(tmp_path: Path, runtime: Path) -> None:
+def test_finite_and_strict_of_the_toml_reach_the_pass(tmp_path: Path, runtime: Path, layouts_here: None) -> None:
     """Guards the two settings that loosen a check: both are only off where the spec says so."""
     policy = policies.mlp()
     write(tmp_path / "runs" / "step_1.safetensors", policy, float("nan"))

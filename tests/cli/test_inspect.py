@@ -23,9 +23,7 @@ from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
 from wsync.cli.inspection import inspect
 from wsync.segment.segment import Segment
-from wsync.settings import layout_process
 from wsync.settings.spec import Spec
-from wsync.settings.user_code import read_layout
 
 
 @pytest.fixture
@@ -154,9 +152,8 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 
 
-def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_its_base_does_not_fit(tmp_path: Path, layouts_here: None) -> None:
     """Guards that what is missing beside a checkpoint is told as its verdict, and ends no look."""
-    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
     lora = {f"base_model.model.0.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     (tmp_path / "adapter").mkdir()
     save_file(lora, tmp_path / "adapter" / "adapter_model.safetensors")

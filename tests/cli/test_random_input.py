@@ -21,9 +21,7 @@ from wsync.cli import commands
 from wsync.history.outcome import EXIT_CODES
 from wsync.segment.files import WORD_OFFSET
 from wsync.segment.writable import WritableSegment
-from wsync.settings import layout_process
 from wsync.settings.spec import _KEYS
-from wsync.settings.user_code import read_layout
 
 CODES = {*EXIT_CODES.values(), 2}
 LONGEST = 5.0  # seconds
@@ -35,10 +33,8 @@ Main = Callable[..., str]
 
 
 @pytest.fixture
-def main(runs: Path, segment: WritableSegment, monkeypatch: pytest.MonkeyPatch) -> Iterator[Main]:
+def main(runs: Path, segment: WritableSegment, layouts_here: None) -> Iterator[Main]:
     """The whole command line in this process, which checks what comes of it and returns what was said."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
     write(runs / "step_1.safetensors", mlp(), 1.0)
 
     def run(*arguments: str, **variables: str) -> str:
@@ -68,6 +64,7 @@ WORDS = st.one_of(text, st.sampled_from(TYPED.split()))
 COMMANDS = st.sampled_from(["push", "status", "log", "pin", "unpin", "rollback", "rm", "config", "inspect"])
 
 
+@pytest.mark.slow
 @bounded
 @given(command=COMMANDS, words=st.lists(WORDS, max_size=5))
 def test_any_command_line(main: Main, command: str, words: list[str]) -> None:
@@ -107,6 +104,7 @@ def test_any_setting_of_a_toml(main: Main, data: st.DataObject) -> None:
     main("push", "spec.toml", "--dry-run")
 
 
+@pytest.mark.slow
 @bounded
 @given(word=st.one_of(st.integers(0, (1 << 64) - 1), st.integers(0, 1 << 12)))
 def test_any_word(main: Main, segment: WritableSegment, word: int) -> None:

@@ -41,10 +41,8 @@ from wsync.hooks import gate
 from wsync.layout.layout import layout_of
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
-from wsync.settings import layout_process
 from wsync.settings.hooks import Hooks
 from wsync.settings.spec import Spec, load_spec
-from wsync.settings.user_code import read_layout
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow
@@ -66,10 +64,8 @@ def state(runtime: Path) -> Iterator[State]:
 
 
 @pytest.fixture
-def push(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Push:
-    """One pass as cron makes it: a syncer of its own each time; the layout is read here, where torch is already."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
+def push(runs: Path, layouts_here: None) -> Push:
+    """One pass as cron makes it: a syncer of its own each time."""
 
     def once(mark: float | None = None, *, spec: Spec | None = None, **options: Any) -> Outcome:
         if mark is not None:

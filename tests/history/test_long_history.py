@@ -18,9 +18,7 @@ from wsync.history import rollback as going_back
 from wsync.history.database import Event, State
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.segment.writable import remove
-from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec
-from wsync.settings.user_code import read_layout
 from wsync.sync.syncer import Syncer
 
 NAME = "policies.mlp"
@@ -49,10 +47,9 @@ class Watched:
 
 
 @pytest.fixture
-def watched(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+def watched(runtime: Path, tmp_path: Path, layouts_here: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
     """A history of many publishes whose files are gone, and then one whose file is there and kept."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
     with State(NAME) as state:
         state.record("pin")
         file = state.directory / f"{NAME}.sqlite"

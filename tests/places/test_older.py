@@ -30,10 +30,19 @@ def save(place: Path, name: str, at: int, **metadata: str) -> Path:
 
 def live_at(place: Path, name: str, step: int) -> Candidate:
     (same,) = (candidate for candidate in scan(place) if candidate.name == f"{name}.safetensors")
-    time.sleep(0.02)  # the clock that files have ticks every few milliseconds
+    after_a_tick(place)
     live = Candidate(same.location, same.identity, same.mtime_ns, step, arrived_ns=time.time_ns())
-    time.sleep(0.02)
+    after_a_tick(place)
     return live
+
+
+def after_a_tick(place: Path) -> None:
+    """Waits until the clock of the file system has moved: what arrived within the same tick counts as new."""
+    probe = place.with_name("tick")
+    probe.touch()
+    was = probe.stat().st_ctime_ns
+    while probe.stat().st_ctime_ns == was:
+        probe.touch()
 
 
 def told(look: Look) -> tuple[list[str], list[str], bool]:
@@ -127,7 +136,7 @@ def test_what_is_older_takes_no_memory(order: Order, tmp_path: Path, monkeypatch
     for step in range(5000):
         os.close(os.open(path := tmp_path / f"step_{step}.safetensors", os.O_CREAT | os.O_WRONLY))
         os.utime(path, (step, step))
-    time.sleep(0.02)  # what arrived within the same tick counts
+    after_a_tick(tmp_path)
     save(tmp_path, "step_5000", 5000)
     live = live_at(tmp_path, "step_5000", 5000)
     listed: list[int] = []

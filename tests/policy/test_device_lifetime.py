@@ -422,6 +422,7 @@ def test_close_in_another_thread_ends_a_wait(trainer: Trainer, device: LateDevic
     assert told and "closed" in told[0]
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_told(trainer: Trainer, spawn: Spawn) -> None:
     """CUDA does not go through a fork: the child's reader says so and touches nothing of CUDA's, to the child's very
     end, and the parent goes on.

@@ -187,6 +187,7 @@ def test_a_handler_that_refreshes_returns_at_once(trainer: Trainer, mode: readin
             trainer.push(mark)
 
 
+@pytest.mark.slow
 def test_a_handler_that_closes_has_it_done_afterwards(trainer: Trainer) -> None:
     """SIGTERM's handler that calls ``close`` in the middle of a ``refresh`` neither hangs nor leaves a lease."""
     trainer.push(1)

@@ -126,7 +126,7 @@ def act(policy: nn.Module, go: Any, said: Any) -> None:
         said.put([policy.get_parameter(name).flatten()[0].item() for name in ("0.weight", "2.bias")])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_act_on_the_version_that_the_reader_has(trainer: Trainer, method: str) -> None:
     """Guards actors that share the policy of the process that attached it."""
     trainer.push(1)

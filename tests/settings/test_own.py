@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from others import run_cli
+from others import run_main
 from policies import Tied, mlp
 from safetensors.torch import save_file
 from torch import nn
@@ -63,7 +63,7 @@ def save(directory: Path, mark: float, *more: str) -> None:
 def test_what_is_its_own_is_in_no_checkpoint_and_no_segment(spec: str, runs: Path) -> None:
     """A push with a gate, a reader with the same globs; a checkpoint may still have the tensors, also as DDP saves."""
     save(runs, 1.0)
-    code, _, err = run_cli("push", spec)
+    code, _, err = run_main("push", spec)
     assert code == 0, err
     with closing(Segment.open("noisy")) as segment:
         assert {entry.name for entry in segment.layout.tensors} == {"net.weight", "net.bias"}
@@ -74,7 +74,7 @@ def test_what_is_its_own_is_in_no_checkpoint_and_no_segment(spec: str, runs: Pat
     with wsync.attach(policy, "noisy", exclude=["eps"], timeout=0) as reader:
         for mark, name in ((2.0, "eps"), (3.0, "module.eps")):
             save(runs, mark, name)
-            code, _, err = run_cli("push", spec)
+            code, _, err = run_main("push", spec)
             assert code == 0, err
             assert reader.refresh() and policy.get_parameter("net.bias").tolist() == [mark, mark]
         assert policy.get_buffer("eps").tolist() == [7, 7]
@@ -84,7 +84,7 @@ def test_a_segment_that_has_them_is_told_from_the_spec(spec: str, runs: Path) ->
     """A reader that attached without ``exclude`` made the segment: the push says what its readers should do."""
     WritableSegment.create("noisy", layout_of(Noisy())).close()
     save(runs, 1.0)
-    code, _, err = run_cli("push", spec)
+    code, _, err = run_main("push", spec)
     assert code != 0 and "wsync rm noisy" in err and 'exclude=["*eps"]' in err
 
 

@@ -26,7 +26,7 @@ Push = Callable[..., int]
 
 
 @pytest.fixture
-def push(runs: Path) -> Push:
+def push(runs: Path, layouts_here: None) -> Push:
     """One pass of a spec in this process; returns the version that is live afterwards."""
 
     def once(spec: str, place: str | None = None, *, take_over: bool = False, follows: bool = False) -> int:

@@ -170,7 +170,10 @@ def test_that_it_does_not_fit_is_not_remembered(trainer: Trainer, runtime: Path,
 def test_a_slow_policy_does_not_starve(trainer: Trainer, runtime: Path, spawn: Spawn, tmp_path: Path) -> None:
     """A reader attaches first, the policy takes long to import, a sharded trainer keeps one: weights go live."""
     (tmp_path / "slow_policy.py").write_text(
-        "import time, torch\ntime.sleep(3)\n"
+        "import pathlib, time, torch\n"
+        "saves = lambda: len(pathlib.Path('saves').read_text())\n"
+        "enough = saves() + 2\n"
+        "while saves() < enough: time.sleep(0.01)\n"
         "def make(): return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).eval()\n"
     )
     policy = mlp()
@@ -178,9 +181,14 @@ def test_a_slow_policy_does_not_starve(trainer: Trainer, runtime: Path, spawn: S
         wsync.attach(policy, NAME, timeout=0.01)
     end = threading.Event()
 
+    saves = tmp_path / "saves"  # a character for each
+    saves.touch()
+
     def train() -> None:
         while not end.wait(1.0):
             trainer.save()
+            with saves.open("a") as file:
+                file.write("x")
 
     training = threading.Thread(target=train)
     training.start()
