@@ -18,7 +18,7 @@ from .options import _HELP as HELP
 
 _OWN_TABLE = {"poll": "watch", "max_failures": "watch"}
 _EXAMPLES = {"name": "cartpole", "mode": "0600", "group": "policies", "metrics_port": 9464, "max_staleness": 300.0}
-"""What stands where there is no default."""
+"""Examples for settings without a default."""
 
 
 class Setting(NamedTuple):
@@ -36,7 +36,7 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
         spec: with what options and variables say in it.
         text: the spec as it was named.
         given: options by name, with where they came from.
-        others: what is no part of the spec, by the names of its options.
+        others: settings outside the spec, by the names of their options.
     """
     toml = _toml(text)
     rows: list[Setting] = []

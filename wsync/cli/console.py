@@ -211,7 +211,7 @@ class WatchLog:
         self._status = status
         self._rewriting, self._rewritten_since = rewriting, 0.0
         self._last: tuple[str, str] = ("", "")
-        self._refused: dict[str, None] = {}  # in the order in which they were told of last
+        self._refused: dict[str, None] = {}  # the one that was logged or seen last comes last
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
         self._writing = threading.Lock()  # hooks report from threads of their own
         self._version = 0  # that was live after the last pass

@@ -244,7 +244,7 @@ def print_log(name: str, events: list[Event], coming: Iterable[Event]) -> None:
     """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe.
 
     Args:
-        coming: what is told of as it comes.
+        coming: further events, printed as they come.
     """
     console = stdout_console()
     beside = not console.is_terminal

@@ -33,7 +33,7 @@ T = TypeVar("T")
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _UNBOUNDED = 1 << 40
-_TRIM = 100  # events, of which one looks whether there are too many
+_TRIM = 100  # events; one in so many checks whether there are too many
 _KEEP_REJECTIONS = 1_000
 _MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
 
@@ -64,7 +64,7 @@ class Event(NamedTuple):
 
     @classmethod
     def checked(cls, row: Sequence[Any]) -> Event:
-        """From a row; raises ValueError or TypeError where it is none that ``record`` wrote."""
+        """From a row; raises ValueError or TypeError if ``record`` cannot have written it."""
         event = cls(*row)
         if not all(isinstance(value, kind) for value, kind in zip(event, _TYPES, strict=True)):
             raise TypeError("a value of an event is of another type")
@@ -144,7 +144,7 @@ class State:
         warn: called when the history was damaged, and a new one begins; logs by default.
 
     Raises:
-        UsageError: that is no name.
+        UsageError: the name cannot be that of a segment.
     """
 
     def __init__(self, name: str, directory: str | os.PathLike[str] | None = None, bound: int = _UNBOUNDED) -> None:
@@ -318,7 +318,7 @@ class State:
     # --- the files
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What the work finds in the database; None where there is none.
+        """What the work finds in the database; None if there is no database.
 
         Raises:
             StateError: it cannot be read.

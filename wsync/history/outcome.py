@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
         identity: of the checkpoint's file.
         passed_over: newer candidates that were refused on the way to this one.
         pin: the checkpoint that an operator keeps live, where one holds.
-        known: whether it was refused in an earlier run, which told of it.
+        known: whether an earlier run refused and reported it.
         kind: of the error that refused it, in one word; empty where it was not refused just now.
         newer: path of a checkpoint that is newer than what is live, and not complete yet; the reason says why.
         warning: what an operator may want to change, said once.
@@ -116,7 +116,7 @@ class Outcome(NamedTuple):
 
 
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
-    """A half-written file in a directory is none yet; one that was named itself is refused, once its writer is done."""
+    """The status for an error. A half-written file in a directory does not count; one that was named is refused."""
     half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten)
     if isinstance(exc, BeingRewritten):
         return "busy"

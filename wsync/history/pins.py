@@ -38,7 +38,7 @@ class Pin(NamedTuple):
 
     @classmethod
     def from_json(cls, text: bytes) -> Pin:
-        """Raises ValueError where this is no pin."""
+        """Reads a pin; raises ValueError if the text does not hold one."""
         with parsed():
             pin = cls(**json.loads(text))
             kinds = (str, str, int, int | None, int | float, str)

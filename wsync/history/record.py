@@ -137,14 +137,14 @@ class Record:
             self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
 
     def skip(self, identity: str, why: str) -> None:
-        """Remembers that a checkpoint is not tried again, and not told of."""
+        """Remembers that a checkpoint is not tried again, and is not reported."""
         self._refused[identity] = why
         self._passed.add(identity)
         for settings in (self._settings, f"{self._settings}{_PASSED}"):
             self._try(State.reject, identity, settings, why)
 
     def told_until(self) -> int:
-        """When the last checkpoint arrived of which it was told that it counts as older, ns since the epoch."""
+        """When the last checkpoint arrived that was reported as older than what is live, ns since the epoch."""
         if self._told is None:
             self._told = max(map(int, (self._try(State.rejections, _LATE) or {}).values()), default=0)
         return self._told
@@ -175,7 +175,7 @@ class Record:
         self._failure = ""
 
     def _try(self, action: Callable[Concatenate[State, P], T], *args: P.args, **more: P.kwargs) -> T | None:
-        """Does it to the state; None where there is none, or it cannot be done."""
+        """Applies an action to the state; None without a state, or if the action fails."""
         try:
             return action(self._state, *args, **more) if self._state else None
         except StateError as exc:
@@ -187,7 +187,7 @@ class Record:
     # --- what was published before
 
     def keep(self, segment: Segment, number: int) -> None:
-        """Keeps a copy of what is live, where there is none yet, and of the last ``number`` in all."""
+        """Keeps a copy of what is live, and of the last ``number`` checkpoints in all."""
         state = self._state
         if state and number > 0:
             self._try(keep, segment, number)
@@ -279,7 +279,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
 
 
 def _holds(copy: Path, identity: str) -> bool:
-    """Whether a kept copy is there, and by its own word of this checkpoint."""
+    """Whether a kept copy is there, and its metadata name this checkpoint."""
     try:
         with Checkpoint(copy) as checkpoint:
             return checkpoint.metadata.get("identity") == identity
@@ -301,7 +301,7 @@ def what(event: Event) -> tuple[str, str]:
 
 
 def kept_events(state: State) -> list[Event]:
-    """The events of versions of which a copy is kept, oldest first."""
+    """The events of the versions that have a copy, oldest first."""
     kept = kept_versions(state)
     return state.published(f"version IN ({', '.join('?' * len(kept))})", kept)[::-1] if kept else []
 
@@ -316,7 +316,7 @@ def copy_path(state: State, version: int) -> Path:
 
 
 def kept_versions(state: State) -> list[int]:
-    """Versions of which a copy is kept, oldest first."""
+    """The versions that have a copy, lowest first."""
     return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
 
 

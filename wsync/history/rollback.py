@@ -87,7 +87,7 @@ def _begin_publishing(segment: WritableSegment, stack: ExitStack) -> None:
 
 
 def _note(state: State, kind: str, **fields: Any) -> None:
-    """What is done is done: a history that cannot be written is told of, and is no failure."""
+    """Adds an event. If that fails, logs a warning only: what the operator asked for is done already."""
     try:
         state.record(kind, **fields)
     except StateError as exc:

@@ -24,7 +24,7 @@ ERRORS = (OSError, ValueError, TypeError, OverflowError, sqlite3.Error)
 """What reading or writing raises; all but the first and the last come of values that were never written."""
 
 _NO_DAMAGE = {3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23}
-"""SQLite's codes for what is no fault of the file: permission, busy, locked, no memory, read-only, interrupted, an
+"""SQLite's codes for errors other than damage: permission, busy, locked, no memory, read-only, interrupted, an
 error of the disk, full, cannot open, a lock's protocol, no large files, not authorized (sqlite.org/rescode.html)."""
 
 

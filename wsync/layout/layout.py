@@ -11,7 +11,6 @@ is also the name that ``safetensors.torch.save_model`` keeps; the others are its
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +167,8 @@ class Layout:
         """The names that this layout has besides the other one's; empty where more than these differ."""
         names = {name for entry in other.tensors for name in entry.names}
         more = [name for entry in self.tensors for name in entry.names if name not in names]
+        import glob  # not on the way of a push with nothing to do
+
         return more if more and self.without([glob.escape(name) for name in more]).digest == other.digest else []
 
     def advice(self, other: Layout) -> str:

@@ -84,7 +84,7 @@ class Endpoint:
             if path == "/metrics":
                 body: list[bytes] = self._metrics(environ, start_response)
                 return [] if is_head else body
-        except (ValueError, TypeError):  # of urlsplit, and of the client library where a version is no number
+        except (ValueError, TypeError):  # from urlsplit, and from the client library for a version that is not a number
             status, text = "400 Bad Request", "the address, or the Accept header, cannot be read"
         if path == "/healthz":
             healthy, text = self._figures.health(self.max_staleness)
@@ -139,7 +139,7 @@ class _Handler(WSGIRequestHandler):
         return io.StringIO()  # an odd request that the client library fails at is answered 500, without a traceback
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing: a scrape is no event."""
+        """Logs nothing: a watch logs events, and a scrape is not one."""
 
 
 class Monitor:

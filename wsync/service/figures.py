@@ -3,7 +3,7 @@
 A watch counts the outcomes of its passes. What is live, how old it is and how far readers lag is read from the segment
 whenever somebody asks. All labels are bounded in number and in their characters.
 
-A push from cron is no process that counts: its file holds what is live and how the last run ended.
+A push from cron does not live long enough to count: its file holds what is live and how the last run ended.
 
 The client library takes a tenth of a second to import, so this is loaded only where somebody asked for figures.
 """
@@ -57,7 +57,7 @@ class Live(Collector):
         self.name, self._runtime, self.last_success = name, runtime, 0.0
 
     def look(self) -> tuple[Publication | None, list[ReaderRecord]] | None:
-        """What is live, and who reads it; None where there is no segment, or one that cannot be read."""
+        """What is live, and its readers; None if the segment is absent or cannot be read."""
         try:
             segment = Segment.open(self.name, self._runtime)
             try:
@@ -97,7 +97,7 @@ class Live(Collector):
         yield lag
 
     def gauge(self, what: str, text: str, value: float | None) -> Metric:
-        """A gauge of this segment; without a sample where there is no value."""
+        """A gauge of this segment; it has no sample if the value is None."""
         gauge = GaugeMetricFamily(f"wsync_{what}", text, labels=["name"])
         if value is not None:
             gauge.add_metric([self.name], value)
@@ -229,7 +229,7 @@ def write(path: Path, figures: Collector) -> None:
 
 
 def last_success(path: Path, name: str) -> float:
-    """The time of the last success that a file with figures tells; 0 where there is none.
+    """The time of the last success, from a file with figures; 0 if it holds none.
 
     Raises:
         UsageError: it holds anything but the figures of this segment, or cannot be written.

@@ -49,7 +49,7 @@ class Service:
 
     Args:
         load: reads the spec, with what the command line says instead; called again at each SIGHUP.
-        toml: the file that ``load`` reads; None for an import string, of which there is nothing to read again.
+        toml: the file that ``load`` reads; None for an import string, which cannot be read again.
         checkpoints: a directory or file; default the spec's.
         runtime: where segments live.
         state: where history and pins are kept.

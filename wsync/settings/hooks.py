@@ -22,13 +22,12 @@ such a name: a wsync that they run for another policy must not take the name of 
 
 MAX_SECONDS = 86_400.0
 
-_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_URL = re.compile(r"https?://[!-~]+", re.IGNORECASE)
+_FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """The settings of ``[hooks]``; an empty command or URL is none.
+    """The settings of ``[hooks]``; an empty command or URL turns that hook off.
 
     Attributes:
         gate: ``package.module:function``, or else a command for ``/bin/sh``, run in the spec's directory.
@@ -36,7 +35,7 @@ class Hooks:
         exec: command for ``/bin/sh`` after a publish, run in the spec's directory.
         exec_timeout: seconds that it may take.
         exec_backoff: seconds until it is tried again after it failed.
-        webhook: http or https URL that is told of a publish. It may hold secrets: it is never shown.
+        webhook: http or https URL that is called after a publish. It may hold secrets: it is never shown.
         webhook_method: of the request.
         webhook_timeout: seconds that the request may take in all.
         webhook_backoff: seconds until it is tried again after it failed.
@@ -69,7 +68,7 @@ class Hooks:
                 "hooks.webhook is not an http or https URL (--webhook; it is not shown, because it may hold a "
                 "secret). Give a URL of printable ASCII, with a host."
             )
-        if not re.fullmatch(r"[A-Za-z]+", self.webhook_method):
+        if not (self.webhook_method.isascii() and self.webhook_method.isalpha()):
             raise UsageError(
                 f"hooks.webhook_method = {self.webhook_method!r} is not an HTTP method. Give POST, or another."
             )
@@ -82,17 +81,17 @@ class Hooks:
     @property
     def gate_is_function(self) -> bool:
         """Whether the gate is ``package.module:function``: names, dots and one colon, and nothing else."""
-        return bool(_FUNCTION.fullmatch(self.gate))
+        return bool(re.fullmatch(_FUNCTION, self.gate))
 
     def _is_url(self) -> bool:
         from urllib.parse import urlsplit
 
-        if not _URL.fullmatch(self.webhook):
+        if not re.fullmatch(r"https?://[!-~]+", self.webhook, re.IGNORECASE):
             return False
         try:
             parts = urlsplit(self.webhook)
             return bool(parts.hostname) and parts.port != 0
-        except ValueError:  # a port that is no number, a broken IPv6 address
+        except ValueError:  # the port is not a number, or an IPv6 address is broken
             return False
 
 

@@ -18,7 +18,7 @@ def layout_of_spec(spec: Spec) -> Layout:
     """The policy's layout, read in a process of its own.
 
     Raises:
-        SpecError: the policy cannot be imported or built, or is none.
+        SpecError: the policy cannot be imported or built, or is not an ``nn.Module``.
         WsyncError: that process was ended, or torch cannot be loaded.
     """
     from .user_code import read_layout

@@ -106,7 +106,7 @@ class Spec:
         max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
         slots: buffers of a segment that is made.
         max_slots: how many it may grow to while readers keep older versions.
-        keep: published versions of which a copy is kept beside the state, for a rollback.
+        keep: how many published versions have a copy beside the state, for a rollback.
         history: published versions on record, and as many other events.
         access: who else may read the segment.
         select: which entries are checkpoints, and which is newest.

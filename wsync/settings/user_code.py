@@ -31,7 +31,7 @@ def read_layout(spec: Spec) -> Layout:
     The module is built on the meta device where it allows that, which costs no memory.
 
     Raises:
-        SpecError: the policy cannot be imported or built, or is none; it has state that no version changes.
+        SpecError: the policy cannot be imported or built, is not a module, or has state that no version changes.
         UsageError: ``weights.own`` matches nothing, all, or one name of a tied tensor.
         CopyRefused: a tensor's class refuses copies, so that no reader could take a version.
         WsyncError: torch cannot be loaded.

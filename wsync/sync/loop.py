@@ -30,7 +30,7 @@ from ..settings.spec import Spec
 from .syncer import Syncer
 
 LONGEST = 60.0  # seconds between two passes, however many failed
-_FULL = 60.0  # seconds between two full looks at a place of which notifications tell all
+_FULL = 60.0  # seconds between two full looks at a place whose changes are all notified
 _APART = 1.0  # seconds between two looks at the listing of a directory; a store is listed every ``poll`` seconds
 
 
@@ -107,7 +107,7 @@ class Schedule:
 
 
 class Idle:
-    """Makes a watch's passes, and says the same again where a place need not be listed.
+    """Makes a watch's passes, and repeats the last outcome where the place need not be listed again.
 
     No notification came, and the place's own times are unchanged, as are those of the live file, which a memory map may
     write to without a word. Among 10,000 files a listing a second took 15 % of a core.
@@ -121,7 +121,7 @@ class Idle:
         """As ``Syncer.once``.
 
         Args:
-            is_idle: nothing was told of the place since the last pass.
+            is_idle: no notification of the place came since the last pass.
         """
         started, found = time.perf_counter(), self._look()
         if is_idle and found and self._last and self._last[0] == found:

@@ -58,7 +58,7 @@ class Syncer:
         state: history, pin and rejections; None keeps none.
 
     Attributes:
-        box: this box's segment, and what is told of it.
+        box: this box's segment, its history and its hooks.
         record: what is known of the past.
         policy: the policy's layout, and whether it fits.
         taking: what is done with a checkpoint that was chosen, and how it reaches the readers.

@@ -64,7 +64,7 @@ class Taking:
 
         Raises:
             LayoutDiffers: the segment holds another architecture than the policy.
-            WsyncError: there is no segment to be had, or the policy cannot be built.
+            WsyncError: the segment cannot be opened or made, or the policy cannot be built.
         """
         if this.dry_run:
             layout, segment = self._policy.read(), self._box.updater.opened
