@@ -17,7 +17,7 @@ from torch import nn
 
 import wsync
 from wsync.errors import SpecError
-from wsync.layout.extra_state import check_extra_state
+from wsync.layout.module import check_extra_state
 
 
 class Extra(nn.Linear):

@@ -17,7 +17,7 @@ from wsync.checkpoints.fit import Fit
 from wsync.errors import LayoutDiffers, UsageError
 from wsync.hooks import gate
 from wsync.layout.layout import layout_of
-from wsync.layout.own import followed
+from wsync.layout.module import followed
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

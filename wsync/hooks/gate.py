@@ -157,8 +157,8 @@ def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
     from safetensors.torch import load_file
 
     from ..layout.layout import layout_of_tensors
+    from ..layout.module import followed
     from ..layout.names import seen_through
-    from ..layout.own import followed
 
     weights, targets = load_file(path), dict(followed(policy, own, "weights.own"))
     homes = seen_through(weights, targets)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..errors import SpecError, SwapRefused, UsageError
-from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
-from ..layout.own import followed
+from ..layout.module import check_extra_state, followed
 from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim

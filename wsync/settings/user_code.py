@@ -15,9 +15,8 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError, UsageError, WsyncError
-from ..layout.extra_state import check_extra_state
 from ..layout.layout import Layout, layout_of_tensors, named_tensors
-from ..layout.own import followed
+from ..layout.module import check_extra_state, followed
 from ..layout.writing import check_takes_copies
 from .spec import Spec
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import HalfWritten
-from ..layout.extra_state import check_extra_state
+from ..layout.module import check_extra_state
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,84 @@
+"""What of a module is kept in step: all its named tensors, but for those that each process keeps for itself.
+
+Of those, such as exploration noise, no version has any. Nor does one hold what else a ``state_dict()`` has: that comes
+from ``get_extra_state``, and from modules that pack their weights, as quantised ones do. It would stay as it is while
+versions change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..errors import SpecError, UsageError
+from .layout import named_tensors, place_of, unreadable
+from .names import bare, matching
+
+if TYPE_CHECKING:
+    import torch
+
+
+def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[tuple[str, torch.Tensor]]:
+    """The named tensors of a policy that are kept in step: all but those that a glob names.
+
+    Args:
+        own: the globs.
+        setting: what they are called where they are set.
+
+    Raises:
+        UsageError: a glob matches nothing, or one name of a tensor that has several; nothing is left.
+        SpecError: the module's own code failed.
+    """
+    tensors = list(named_tensors(module))
+    names = [name for name, _ in tensors]
+    out = matching(names, own)
+    for glob in own:
+        if not matching(names, [glob]):
+            raise UsageError(f"{setting}: {glob!r} matches no parameter and no persistent buffer. Correct the glob.")
+    left = [(name, tensor) for name, tensor in tensors if name not in out]
+    kept = {place_of(tensor): name for name, tensor in left}
+    for name, tensor in tensors:
+        if name in out and (tied := kept.get(place_of(tensor))):
+            raise UsageError(f"{setting} names {name}, which is tied to {tied}. Name both, or neither.")
+    if out and not left:
+        raise UsageError(f"{setting} names every tensor of the policy, so that nothing is kept in step. Name fewer.")
+    return left
+
+
+def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
+    """Refuses a policy that has such state, or says once that it has.
+
+    Args:
+        extra_state: ``"refuse"``, or ``"ignore"``, which logs the names.
+
+    Raises:
+        SpecError: it has, and that is not to be ignored; the module's own code failed; another way was named.
+    """
+    import torch
+
+    if extra_state not in ("refuse", "ignore"):
+        raise SpecError(f'extra_state={extra_state!r} is neither "refuse" nor "ignore". Use one of them.')
+    tensors = dict(named_tensors(module))
+    known, objects = set(map(bare, tensors)), set(map(id, tensors.values()))
+    try:
+        state = dict(module.state_dict(keep_vars=True))
+    except Exception as exc:
+        raise unreadable(module, exc) from exc
+    others = [
+        f"{name} ({type(value).__name__})"
+        for name, value in state.items()
+        if not (bare(name) in known or id(value) in objects or value is None)
+        and not (isinstance(value, torch.Tensor) and not value.numel())
+    ]
+    if not others:
+        return
+    held = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+    what = f"the policy's state_dict() holds entries that are neither parameters nor persistent buffers: {held}"
+    if extra_state == "refuse":
+        raise SpecError(
+            f"{what}. They would stay as they are while versions change. Keep them in buffers, or set "
+            'extra_state="ignore" if they need not change.'
+        )
+    import logging
+
+    logging.getLogger("wsync").warning("%s. They stay as they are while versions change.", what)
