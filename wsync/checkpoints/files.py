@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from ..layout.filenames import (
@@ -242,8 +242,24 @@ def _sharded(path: Path, index: Path) -> Parts:
 
 def _shards(index: Path) -> Mapping[str, frozenset[str]]:
     """The shards that an index names, with the tensors that it gives to each."""
+    try:
+        data = read_small(index, MAX_INDEX)
+        if (names := data.count(b'"') // 4) > MAX_TENSORS + 1000:
+            raise ValueError(f"it names some {names:,} tensors, over the bound of {MAX_TENSORS:,}")
+        held = json.loads(data)
+        table = held.get("weight_map") if isinstance(held, dict) else None
+        if not isinstance(table, dict) or not table:
+            raise ValueError("no weight_map")
+    except FileNotFoundError as exc:
+        raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
+    except (ValueError, RecursionError) as exc:
+        if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
+            raise IncompleteCheckpoint(
+                f"{index} is not JSON, or is cut off. Wait for its writer to finish, or write it again."
+            ) from exc
+        raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
     shards: dict[str, set[str]] = {}
-    for tensor, shard in _weight_map(index).items():
+    for tensor, shard in table.items():
         if not is_file_name(shard):
             raise MalformedCheckpoint(
                 f"{index} puts a tensor into {shard!a:.100}, which is not a file beside it. Write it again."
@@ -256,26 +272,6 @@ def _shards(index: Path) -> Mapping[str, frozenset[str]]:
 def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]]:
     """The same of an index in that state."""
     return _shards(index)
-
-
-def _weight_map(index: Path) -> dict[str, Any]:
-    try:
-        data = read_small(index, MAX_INDEX)
-        if (names := data.count(b'"') // 4) > MAX_TENSORS + 1000:
-            raise ValueError(f"it names some {names:,} tensors, over the bound of {MAX_TENSORS:,}")
-        held = json.loads(data)
-        table = held.get("weight_map") if isinstance(held, dict) else None
-        if not isinstance(table, dict) or not table:
-            raise ValueError("no weight_map")
-        return table
-    except FileNotFoundError as exc:
-        raise NoCheckpoint(f"{index} is gone. It is looked at again at the next pass.") from exc
-    except (ValueError, RecursionError) as exc:
-        if isinstance(exc, json.JSONDecodeError | UnicodeDecodeError):
-            raise IncompleteCheckpoint(
-                f"{index} is not JSON, or is cut off. Wait for its writer to finish, or write it again."
-            ) from exc
-        raise MalformedCheckpoint(f"{index} is not an index of shards ({exc!s:.100}). Write it again.") from exc
 
 
 def changed(path: Path) -> CheckpointChanged:

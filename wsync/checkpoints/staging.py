@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from .table import TensorTable
 _NAMED = 8  # tensors that a message names at most
 Progress = Callable[[int], None] | None
 """Called with the number of bytes of each read."""
-_Put = Callable[[StoredTensor, Piece, memoryview], None]
 
 
 def read_into(table: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress) -> None:
@@ -69,39 +69,33 @@ def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence
         CheckpointMismatch: two copies of a tied tensor differ.
     """
     if digests := digests_for(table, plan):
-        clean, different = _stage_in_order(table, weights, plan, regions, digests, progress)
-        if different:
-            table.check_unchanged()
-            raise _different(table, *different)
-        return clean
+        return _stage_in_order(table, weights, plan, regions, digests, progress)
     clean = True
     for read, finite_too in table.source.staged(weights, plan.reads, regions):
         clean = clean and finite_too
         if progress:
             progress(read.nbytes)
-
-    def cast(piece: Piece, data: memoryview) -> bool:
-        there = weights[piece.offset : piece.offset + piece.becomes]
-        convert(data, piece.source, piece.target, there)
-        return all_finite(weights, regions, ((piece.offset, piece.becomes),))
-
-    clean = table.convert_each(plan.casts, cast, progress) and clean
+    clean = table.convert_each(plan.casts, partial(_put, weights, regions), progress) and clean
     for twin, entry in plan.twins:
-        _compare(table, weights, twin, entry)
+        if not table.convert_each([(twin, entry)], partial(_equals, weights)):
+            raise _different(table, twin, entry)
     return clean
 
 
-def _compare(table: TensorTable, weights: memoryview, twin: StoredTensor, entry: TensorEntry) -> None:
-    def work(piece: Piece, data: memoryview) -> bool:
-        there = weights[piece.offset : piece.offset + piece.becomes]
-        return convert(data, piece.source, piece.target) == there
+def _put(weights: memoryview, regions: Sequence[Region], piece: Piece, data: memoryview) -> bool:
+    """Converts a piece into its place; returns whether its floats in these regions are finite."""
+    convert(data, piece.source, piece.target, weights[piece.offset : piece.offset + piece.becomes])
+    return all_finite(weights, regions, ((piece.offset, piece.becomes),))
 
-    if not table.convert_each([(twin, entry)], work):
-        table.check_unchanged()
-        raise _different(table, twin, entry)
+
+def _equals(weights: memoryview, piece: Piece, data: memoryview) -> bool:
+    """Whether a piece of a further copy is what already lies in its place."""
+    there = weights[piece.offset : piece.offset + piece.becomes]
+    return convert(data, piece.source, piece.target) == there
 
 
 def _different(table: TensorTable, twin: StoredTensor, entry: TensorEntry) -> CheckpointMismatch:
+    table.check_unchanged()
     return CheckpointMismatch(
         f"{table.path}: {twin.name} and {entry.name} are one tensor in the policy and two different ones "
         "in the file. Write the checkpoint from a model whose weights are tied.",
@@ -133,38 +127,37 @@ def _stage_in_order(
     plan: Plan,
     regions: Sequence[Region],
     digests: Sequence[Digest],
-    progress: Callable[[int], None] | None,
-) -> tuple[bool, Pair | None]:
-    """Reads everything, and puts into the weights what the plan takes.
-
-    Returns:
-        Whether the floats in these regions are finite; and a copy of a tied tensor that differs, if there is one.
+    progress: Progress,
+) -> bool:
+    """Reads everything, and puts into the weights what the plan takes; see ``stage``.
 
     Raises:
         WrongDigest: the bytes are others than their digest names.
         BeingWritten: the same, and the digest is older than they are.
+        CheckpointMismatch: two copies of a tied tensor differ.
     """
     targets = {stored.name: entry for stored, entry in (*plan.pairs, *plan.twins)}
     first: dict[int, str] = {}  # the stored name that was read into this place
-    clean, different = True, None
+    different: list[Pair] = []
+    clean = True
 
     def put(tensor: StoredTensor, piece: Piece, data: memoryview) -> None:
-        nonlocal clean, different
+        nonlocal clean
         entry = targets[tensor.name]
-        there = weights[piece.offset : piece.offset + piece.becomes]
         if first.setdefault(entry.offset, tensor.name) != tensor.name:
-            if convert(data, piece.source, piece.target) != there:
-                different = different or (tensor, entry)
+            if not _equals(weights, piece, data):
+                different.append((tensor, entry))
             return
-        convert(data, piece.source, piece.target, there)
-        clean = all_finite(weights, regions, ((piece.offset, piece.becomes),)) and clean
+        clean = _put(weights, regions, piece, data) and clean
         if progress:
             progress(piece.becomes)
 
     for file, tensors in groupby(table.tensors.values(), lambda tensor: tensor.file):
         wanted = [(tensor, targets.get(tensor.name)) for tensor in tensors]
         _sweep(table.source, file, wanted, put, digests[file])
-    return clean, different
+    if different:
+        raise _different(table, *different[0])
+    return clean
 
 
 def check_digests(table: TensorTable) -> None:
@@ -179,7 +172,11 @@ def check_digests(table: TensorTable) -> None:
 
 
 def _sweep(
-    source: ByteSource, file: int, tensors: list[tuple[StoredTensor, TensorEntry | None]], put: _Put, digest: Digest
+    source: ByteSource,
+    file: int,
+    tensors: list[tuple[StoredTensor, TensorEntry | None]],
+    put: Callable[[StoredTensor, Piece, memoryview], None],
+    digest: Digest,
 ) -> None:
     """Reads one file from its first byte to its last, and compares its digest.
 

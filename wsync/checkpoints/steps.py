@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from ..layout.filenames import SUFFIX
 
 _METADATA = ("step", "global_step")
 _STATED = re.compile(r"(-?\d{1,19})(?:\.0*)?")
@@ -32,7 +33,6 @@ _FIXED = re.compile(  # what libraries call the file, whatever the step
 _UNITS = {"k": 1_000, "m": 1_000_000}
 _DIGITS = re.compile(r"(\d+)")
 _MOST = 1 << 63
-_SUFFIX = ".safetensors"
 
 
 class Step(NamedTuple):
@@ -95,7 +95,7 @@ def step_in_name(name: str, pattern: str = "") -> Step:
         found = expression(pattern).search(name)
         digits = next((group for group in found.groups() if group), "") if found else ""
         return Step(_number(digits), f"name, by {pattern}") if digits.isdecimal() else Step(None)
-    stem = _LIGHTNING.sub("", name.removesuffix(_SUFFIX))
+    stem = _LIGHTNING.sub("", name.removesuffix(SUFFIX))
     digits = re.findall(r"\d+", stem)
     for word in _WORDS:
         if found := word.search(stem):

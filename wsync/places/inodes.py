@@ -15,7 +15,7 @@ import os
 import zlib
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import identity, remote
+from ..checkpoints.files import remote
 from .candidates import Candidate
 
 _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h
@@ -33,10 +33,7 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
 
     def known(candidate: Candidate) -> Candidate:
         stamp = candidate.stamp
-        if isinstance(stamp, str):
-            is_same = stamp == plain
-        else:
-            is_same = stamp.st_mtime_ns == written and identity(stamp) == plain
+        is_same = (isinstance(stamp, str) or stamp.st_mtime_ns == written) and candidate.identity == plain
         if is_same and 0 < live.changed_ns < candidate.arrived_ns and not remote(candidate.path):
             return candidate._replace(stamp=_changed(candidate.arrived_ns, plain))
         if is_same or (str(candidate.location) == where and _is_renumbered(candidate, live)):
@@ -50,7 +47,7 @@ def lasting(newer: list[Candidate]) -> list[Candidate]:
     """Returns candidates of one place; where inodes change, with identities that tell their paths instead."""
     if not newer or remote(newer[0].path) or not inodes_change(str(newer[0].location)):
         return newer
-    return [c if "@" in (i := c.identity) else c._replace(stamp=_numbered(c, i)) for c in newer]
+    return [each if "@" in each.identity else each._replace(stamp=_by_path(each)) for each in newer]
 
 
 def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
@@ -108,9 +105,9 @@ def _plain(identity: str) -> str:
     return identity.rpartition("@")[2]
 
 
-def _numbered(candidate: Candidate, identity: str) -> str:
-    """An identity with the path in place of inodes, and with the change time."""
-    fields = identity.split("-")
+def _by_path(candidate: Candidate) -> str:
+    """Its identity with the path in place of inodes, and with the change time."""
+    fields = candidate.identity.split("-")
     fields[-3] = f"{zlib.crc32(os.fsencode(candidate.location)):08x}"
     return _changed(candidate.arrived_ns, "-".join(fields))
 

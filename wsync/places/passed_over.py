@@ -27,7 +27,7 @@ _MOST = 200  # entries that are looked at
 _DEEPER = 8  # directories that are looked into
 _SHOWN = 3
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".zip", ".pkl", ".pickle", ".tar")
-_LOOKED_AT = 20  # files that may be pickles, and directories, at most
+_LOOKED_AT = 20  # files that may be pickles
 _ENTRIES = 10_000  # of one directory
 _FIRST = 9  # bytes
 
@@ -112,10 +112,10 @@ def _deeper(directory: Path) -> Iterator[tuple[str, str]]:
                 yield within, name
 
 
-def _below(directory: Path) -> Iterator[tuple[str, Path]]:
-    """A directory and those up to three levels below it, each with its path from there."""
+def _below(directory: Path, levels: int = 4) -> Iterator[tuple[str, Path]]:
+    """A directory and those in it, down to so many levels, each with its path from there."""
     level = [("", directory)]
-    for _ in range(4):
+    for _ in range(levels):
         yield from level
         level = [
             (f"{within}/{entry.name}".lstrip("/"), path / entry.name)
@@ -128,7 +128,9 @@ def _below(directory: Path) -> Iterator[tuple[str, Path]]:
 def pickles_in(place: Path) -> str:
     """Names files that wsync never opens in a directory or one level below, in a sentence; empty if there are none."""
     try:
-        found = [(path, kind) for entry in _pickles(place) if (kind := _kind(path := place_at(entry.path)))]
+        entries = ((path, entry.name) for _, path in _below(place, 2) for entry in islice(entries_of(path), _ENTRIES))
+        files = (path / name for path, name in entries if name.lower().endswith(_PICKLES))
+        found = [(file, kind) for file in islice(files, _LOOKED_AT) if (kind := _kind(file))]
     except (OSError, WsyncError):  # it was listed a moment ago; this only explains
         return ""
     if not found:
@@ -140,21 +142,6 @@ def pickles_in(place: Path) -> str:
         f" There is {printable(name):.100}, {kind}{others}: wsync never opens those, since loading one can run any "
         f"code. Let the trainer write safetensors: {printable(instead(file.name)):.200}"
     )
-
-
-def _pickles(place: Path) -> list[os.DirEntry[str]]:
-    """A few files of a directory, and of those directly below it, whose names end like a pickle's."""
-    files: list[os.DirEntry[str]] = []
-    directories = [place]
-    for number, directory in enumerate(directories):
-        for entry in islice(entries_of(directory), _ENTRIES):
-            if entry.name.lower().endswith(_PICKLES):
-                files.append(entry)
-            elif not number and len(directories) <= _LOOKED_AT and entry.is_dir():
-                directories.append(directory / entry.name)
-            if len(files) == _LOOKED_AT:
-                return files
-    return files
 
 
 def _kind(file: Path) -> str:
