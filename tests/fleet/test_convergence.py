@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
 from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
-from wsync.fleet.delivery import Offer, Shared, Turn, judge
+from wsync.fleet.delivery import Shared, Turn, judge
 from wsync.fleet.group import Group
 from wsync.fleet.membership import few
 from wsync.fleet.reconcile import Change, Report, change_of, holder_of, leader_of
@@ -125,8 +125,8 @@ def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: P
     layout = Layout.build(dict.fromkeys(tensors, ("F32", (4, 4))), {})
     weights, group = bytearray(layout.nbytes), Alone()
     with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
-        offer = Offer(Publication(1, None, str(checkpoint.path), checkpoint.identity, 0.0, ""), gated=False)
-        sent = Shared(offer, 0, Turn(group), checkpoint)
+        about = Publication(1, None, str(checkpoint.path), checkpoint.identity, 0.0, "")
+        sent = Shared(about, Turn(group), 0, checkpoint)
         plan = sent.plan(layout, Fit(cast=True))
         with pytest.raises(NonFiniteWeights, match="a: ") if wrong else nullcontext():
             sent.read_into(memoryview(weights), plan, finite=True, progress=None)

@@ -227,7 +227,7 @@ class Fleet:
         for box in boxes or self.boxes.values():
             while box.seen[-1:] != [(version, step)]:
                 assert time.monotonic() < deadline, {
-                    b.name: (b.seen, b.lines.seen, list(b.lines._queue.queue)) for b in self.boxes.values()
+                    b.name: (b.seen, b.lines.seen, list(b.lines._queue.queue)) for b in boxes or self.boxes.values()
                 }
                 self._end.wait(0.02)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,24 +26,6 @@ if TYPE_CHECKING:
     from ..segment.publisher import Source
 
 _GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What one box offers to all.
-
-    Attributes:
-        weights: what goes live on every box; time and spec are each box's own.
-        gated: each box asks its gate first.
-    """
-
-    weights: Publication
-    gated: bool
-
-    @classmethod
-    def from_dict(cls, told: dict[str, Any]) -> Offer:
-        """From what ``asdict`` made of one."""
-        return cls(Publication(**told["weights"]), told["gated"])
 
 
 class Turn:
@@ -125,7 +107,7 @@ class Shared:
     """What one box sends, as it goes into this box's slot.
 
     Args:
-        offer: what the box that sends told to all.
+        weights: what goes live on every box, as the box that sends told it; time and spec are each box's own.
         rank: of the box that sends.
         source: on that box, what it reads first.
         live: on that box, its live weights, which go live again under another number.
@@ -133,17 +115,17 @@ class Shared:
 
     def __init__(
         self,
-        offer: Offer,
-        rank: int,
+        weights: Publication,
         turn: Turn,
+        rank: int,
         source: Source | None = None,
         live: memoryview | None = None,
     ) -> None:
-        about = offer.weights
-        self.path, self.step, self.identity = about.source, about.step, about.identity
-        self.changed_ns = about.changed_ns
+        self.path, self.step, self.identity = weights.source, weights.step, weights.identity
+        self.changed_ns = weights.changed_ns
         self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
-        self._rank, self._turn, self._source, self._live = rank, turn, source, live
+        self.weights, self.turn = weights, turn
+        self._rank, self._source, self._live = rank, source, live
 
     def plan(self, layout: Layout, settings: Fit) -> Plan:
         return self._source.plan(layout, settings) if self._source else Plan(layout)
@@ -157,7 +139,7 @@ class Shared:
             progress = None  # what is read is what is counted
         elif self._live is not None:
             weights[:] = self._live
-        deliver(self._turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)
+        deliver(self.turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)
 
 
 def deliver(

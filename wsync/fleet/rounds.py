@@ -17,11 +17,11 @@ from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
 from ..history.outcome import Outcome
 from ..segment.files import Publication
-from ..segment.publisher import Source, Staged
+from ..segment.publisher import Staged
 from ..segment.writable import WritableSegment
 from ..sync.passes import Look, Pass
 from ..sync.syncer import Syncer
-from .delivery import Offer, Shared, Turn, deliver, judge
+from .delivery import Shared, Turn, deliver, judge
 from .group import Group
 from .member import Member
 from .membership import few
@@ -126,10 +126,9 @@ class Rounds:
         version = max(report.last for report in self._reports) + 1
         weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
         weights = replace(weights, changed_ns=checkpoint.changed_ns)
-        offer = Offer(weights, gated=look.staged is not None)
-        self._group.tell({"offer": asdict(offer)})
-        turn = Turn(self._group)
-        return self._take(this, turn, Shared(offer, self._group.rank, turn, checkpoint), offer, fit)
+        gated = look.staged is not None
+        self._group.tell({"offer": asdict(weights), "gated": gated})
+        return self._take(this, Shared(weights, Turn(self._group), self._group.rank, checkpoint), gated, fit)
 
     # The boxes that follow
 
@@ -143,9 +142,9 @@ class Rounds:
                 raise WsyncError(told["failed"] if named else f"{names[leader]}: {told['failed']}")
             if "outcome" in told:
                 break
-            turn, offer = Turn(self._group), Offer.from_dict(told["offer"])
+            shared = Shared(Publication(**told["offer"]), Turn(self._group), leader)
             try:
-                taken = self._take(this, turn, Shared(offer, leader, turn), offer)
+                taken = self._take(this, shared, told["gated"])
             except GroupBroken:
                 raise
             except WsyncError:  # the leader tells what comes of it
@@ -165,26 +164,34 @@ class Rounds:
     def _take(
         self,
         this: Pass,
-        turn: Turn,
-        source: Source,
-        offer: Offer,
+        shared: Shared,
+        gated: bool,
         fit: Fit = Fit(),  # noqa: B008  (frozen)
     ) -> Outcome:
-        """Publishes what is offered, with all boxes, under the number that is offered."""
+        """Publishes what is offered, with all boxes, under the number that is offered.
+
+        Args:
+            gated: this box asks its gate first.
+        """
+        weights = shared.weights
 
         def before(now: Pass) -> None:
             self._member.check_unchanged(segment)
 
-        look = Look(before, lambda staged: self._agree(turn, staged, offer))
+        def agree(staged: Staged) -> None:
+            asked = gated and self._box.spec.hooks.gate
+            shared.turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
+            self._member.takes(weights)
+
         try:
             try:
                 segment = self._box.make_segment()
-                published = self._box.put_live(this, segment, source, fit, look, offer.weights.version - 1)
+                published = self._box.put_live(this, segment, shared, fit, Look(before, agree), weights.version - 1)
             except OSError as exc:
                 raise refused(exc, self._box.updater.path) from exc
         except WsyncError as exc:
-            turn.refuse(exc)
-        self._member.took(offer.weights)
+            shared.turn.refuse(exc)
+        self._member.took(weights)
 
         def keep() -> dict[str, Any]:
             self._box.keep(segment)
@@ -193,36 +200,30 @@ class Rounds:
         self._group.together(keep)  # a copy may take longer than a box may be silent
         return published
 
-    def _agree(self, turn: Turn, staged: Staged, offer: Offer) -> None:
-        asked = offer.gated and self._box.spec.hooks.gate
-        turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
-        self._member.takes(offer.weights)
-
     def _change(self, this: Pass, segment: WritableSegment, change: Change) -> Outcome:
         """Brings the boxes that are behind to what the provider has."""
         rank, provider, live = self._group.rank, change.provider, this.live
         if rank == provider:
             assert live
-            offer = Offer(replace(live, version=change.version), change.gated)
-            self._group.tell(asdict(offer))
-            offer = replace(offer, gated=False)  # it is live here
+            weights = replace(live, version=change.version)
+            self._group.tell(asdict(weights))
         else:
-            offer = Offer.from_dict(self._group.hear(provider))
+            weights = Publication(**self._group.hear(provider))
         turn = Turn(self._group)
         try:
             if rank in change.takers and rank != provider:
-                return self._take(this, turn, Shared(offer, provider, turn), offer)
+                return self._take(this, Shared(weights, turn, provider), change.gated)
             with segment.publishing():
                 self._member.check_unchanged(segment)
-                weights = segment.live_weights() if rank == provider else None
-                if rank in change.takers:
-                    return self._take(this, turn, Shared(offer, provider, turn, live=weights), offer)
-                deliver(turn, provider, weights, segment.layout.nbytes)  # it is sent from here, or goes by
+                sent = segment.live_weights() if rank == provider else None
+                if rank in change.takers:  # the provider, where it is live already, under another number
+                    return self._take(this, Shared(weights, turn, provider, live=sent), gated=False)
+                deliver(turn, provider, sent, segment.layout.nbytes)  # it is sent from here, or goes by
                 turn.vote()  # agreed
                 self._group.together(dict)  # others keep copies
         except CheckpointRejected as exc:
             if turn.objected:
-                self._member.declined = offer.weights.identity
+                self._member.declined = weights.identity
             raise WsyncError(f"the live version of the group is refused: {exc}") from exc
         except WsyncError as exc:
             turn.refuse(exc)
