@@ -462,38 +462,10 @@ def test_a_wrapped_policy_is_told_the_rename(prefix: str, tmp_path: Path) -> Non
     assert same(read(path, layout, Fit(**advice)), under(prefix, own))
 
 
-@pytest.mark.parametrize("prefix", WRAPPERS)
-def test_a_wrapped_part_of_a_larger_checkpoint_is_told_its_prefix(prefix: str, tmp_path: Path) -> None:
-    """Guards the advice where critic and optimizer lie beside the policy."""
-    path = save(tmp_path / "a", under(prefix, state()) | under("critic.", {"w": torch.ones(1)}) | EXTRA)
-    assert follow(path, LAYOUT)[0] == {"prefix": prefix}
-
-
-def test_a_cast_is_advised_alone_and_with_a_prefix(tmp_path: Path) -> None:
-    """Guards the advice for a trainer of other precision."""
-    low = {name: tensor.bfloat16() for name, tensor in state().items()}
-    assert follow(save(tmp_path / "a", low), LAYOUT)[0] == {"cast": True}
-    assert follow(save(tmp_path / "b", under("actor.", low)), LAYOUT)[0] == {"prefix": "actor.", "cast": True}
-
-
-def test_an_exclude_is_advised(tmp_path: Path) -> None:
-    """Guards the advice for what lies beside a policy that has no prefix of its own."""
-    path = save(tmp_path / "a", state() | EXTRA | {"temperature": torch.tensor(0.1)})
-    assert set(follow(path, LAYOUT)[0]["exclude"]) == {"optimizer.*", "temperature"}
-
-
 def test_an_exclude_of_many_is_advised_whole(tmp_path: Path) -> None:
     """Guards that advice works where a dozen others lie beside the policy."""
     path = save(tmp_path / "a", state() | {f"other{number}.w": torch.ones(1) for number in range(12)})
     follow(path, LAYOUT)
-
-
-def test_advice_goes_on_from_the_settings_that_are_there(tmp_path: Path) -> None:
-    """Guards that one more setting is advised beside those that are set already, and those are kept."""
-    low = {name: tensor.bfloat16() for name, tensor in state().items()}
-    path = save(tmp_path / "a", under("actor.", low) | EXTRA)
-    assert follow(path, LAYOUT, {"prefix": "actor."})[0] == {"cast": True}
-    assert follow(path, LAYOUT, {"cast": True})[0] == {"prefix": "actor."}
 
 
 def test_advice_adds_to_an_exclude_that_is_there(tmp_path: Path) -> None:
@@ -517,6 +489,11 @@ def named(**tensors: tuple[int, ...]) -> dict[str, torch.Tensor]:
 TIED = Layout.build({"embed.weight": ("F32", (3,)), "body.bias": ("F32", (2,))}, {"head.weight": "embed.weight"})
 DEEP = lay(net__0__weight=("F32", (3,)), net__0__bias=("F32", (2,)))
 COMBINATIONS: dict[str, tuple[Tensors, Layout, dict[str, Any], dict[str, Any]]] = {
+    "another precision": ({n: t.bfloat16() for n, t in state().items()}, LAYOUT, {}, {"cast": True}),
+    "a wrapper, and others beside it": (under("actor.", state()) | named(critic__w=(1,)) | EXTRA, LAYOUT, {},
+                                        {"prefix": "actor."}),
+    "others beside it": (state() | named(critic__w=(1,)), LAYOUT, {}, {"exclude": ("critic.*",)}),
+    "a prefix where a cast is set": (under("actor.", state()), LAYOUT, {"cast": True}, {"prefix": "actor."}),
     "a prefix that nothing has": (state(), LAYOUT, {"prefix": "actor."}, {"prefix": ""}),
     "a prefix and others below it": (
         under("model.", state() | named(value_head__w=(1,))) | EXTRA,

@@ -1159,15 +1159,3 @@ def test_ten_thousand_files_are_not_opened(order: Any, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "open", count)
     assert CheckpointWeightGetter(tmp_path, select=Select(order=order)).candidates(now) == []
-
-
-def test_a_policy_fits_its_own_shards(tmp_path: Path) -> None:
-    """Guards the use: a sharded state_dict of a policy reaches the policy's own layout."""
-    policy = policies.mlp()
-    layout = layout_of(policy)
-    with Checkpoint(shard(tmp_path, policy.state_dict(), 4)) as checkpoint:
-        weights = bytearray(layout.nbytes)
-        checkpoint.read_into(memoryview(weights), checkpoint.plan(layout))
-    for entry in layout.tensors:
-        bits = policy.state_dict()[entry.name].detach().numpy().tobytes()
-        assert weights[entry.offset : entry.offset + entry.nbytes] == bits

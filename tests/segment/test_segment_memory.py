@@ -93,16 +93,6 @@ def test_living_reader_is_listed(runtime: Path) -> None:
     assert segment.readers() == [] and os.listdir(segment.path / "readers") == []
 
 
-def test_unreadable_record_stops_nobody(runtime: Path) -> None:
-    """A record that cannot be read, as of another wsync, hides no other reader and fails nothing."""
-    segment = WritableSegment.create("nets", LAYOUT)
-    strange, good = Registration(segment.path, "swap"), Registration(segment.path, "copy")
-    os.pwrite(strange._fd, b"?" * 1024, 0)
-    assert [r.mode for r in segment.readers()] == ["copy"]
-    strange.close()
-    good.close()
-
-
 def test_record_of_slots_that_hold_nothing_holds_nothing_back(runtime: Path) -> None:
     """A record may name an empty slot, one that is not there, or a segment that is gone: none of it is a version."""
     segment = WritableSegment.create("nets", LAYOUT)

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from wsync.checkpoints.fit import Fit
 from wsync.cli.console import WatchLog
-from wsync.errors import SegmentError, SegmentUnsafe
+from wsync.errors import SegmentError
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
@@ -239,31 +239,6 @@ def test_readers_that_cannot_be_counted_do_not_make_a_publish_a_failure(
     monkeypatch.setattr(WritableSegment, "readers", refuse)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert (syncer.once().status, segment.version) == ("published", 1)
-
-
-def test_a_damaged_live_slot_is_told(segment: WritableSegment, runs: Path) -> None:
-    """Guards that a slot that somebody overwrote is a message with the way out, never a traceback."""
-    write(runs / "step_1.safetensors", mlp(), 1.0)
-    with Syncer(load_spec(SPEC), runs) as syncer:
-        assert syncer.once().status == "published"
-        for slot in range(segment.slots):
-            with (segment.path / f"slot-{slot}.safetensors").open("r+b") as opened:
-                opened.write(b"x" * 100)
-        write(runs / "step_2.safetensors", mlp(), 2.0)
-        syncer.close()
-        with pytest.raises(SegmentUnsafe, match="wsync rm"):
-            syncer.once()
-
-
-def test_a_segment_with_a_cut_slot_is_made_anew(segment: WritableSegment, runs: Path) -> None:
-    """Guards that a spare slot that somebody cut neither ends a publisher nor stops it for ever."""
-    write(runs / "step_1.safetensors", mlp(), 1.0)
-    with Syncer(load_spec(SPEC), runs) as syncer:
-        assert syncer.once().status == "published"
-        os.truncate(segment.path / f"slot-{((segment.word & 0xFF) + 1) % segment.slots}.safetensors", 0)
-        write(runs / "step_2.safetensors", mlp(), 2.0)
-        syncer.close()
-        assert syncer.once().status == "published"
 
 
 @pytest.mark.parametrize("fault", ["EIO", "a link in a circle"])

@@ -158,28 +158,6 @@ def test_every_publish_is_logged(runs: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("step_1.safetensors") == 2
 
 
-def test_checkpoint_between_first_look_and_notifier(segment: WritableSegment, runs: Path) -> None:
-    """A checkpoint that appears right after the first pass does not wait for the clock."""
-    steps: list[int | None] = []
-    stop = threading.Event()
-    give_up = threading.Timer(3.0, stop.set)
-    give_up.start()
-
-    def tell(event: Outcome | WsyncError) -> None:
-        assert isinstance(event, Outcome)
-        steps.append(event.step)
-        if len(steps) == 1:
-            write(runs / "step_1.safetensors", mlp(), 1.0)
-        else:
-            stop.set()
-
-    with Syncer(replace(load_spec(SPEC), poll=3600.0), runs) as syncer:
-        run(syncer, stop, tell)
-    give_up.cancel()
-    give_up.join()
-    assert steps == [None, 1]
-
-
 def test_notification_beats_the_clock(watch: Callable[..., Lines], segment: WritableSegment, runs: Path) -> None:
     """With a poll of an hour a new checkpoint goes live by the file system's notification alone."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
