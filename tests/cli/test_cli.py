@@ -322,14 +322,6 @@ def test_version_and_module(program: Cli, runs: Path) -> None:
     assert not imported(result.stderr) & {"torch", "numpy", "rich.console"}
 
 
-@pytest.mark.parametrize("command", ["push", "watch", "status", "rm", "bench"])
-def test_help_of_each_command(cli: Cli, runs: Path, command: str) -> None:
-    """Each command explains itself with an example."""
-    result = cli(command, "--help", env={**os.environ, "TERM": "dumb"})
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"wsync {command}" in result.stdout and "--runtime-dir" in result.stdout
-
-
 def test_help_lists_the_commands(cli: Cli, runs: Path) -> None:
     """The bare help names every command."""
     result = cli("-h")
