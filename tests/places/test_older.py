@@ -65,6 +65,11 @@ def is_gone(place: Path) -> None:
     (place / "step_5.safetensors").unlink()
 
 
+def is_gone_as_an_older_one_comes(place: Path) -> None:
+    is_gone(place)
+    is_late(place)
+
+
 def is_renamed(place: Path) -> None:
     (place / "step_5.safetensors").rename(place / "step_3b.safetensors")
 
@@ -102,6 +107,7 @@ def is_nothing(place: Path) -> None:
     "change",
     [
         *(is_nothing, arrives, is_late, is_rewritten, is_gone, is_renamed, is_a_new_run, disagrees, is_linked),
+        is_gone_as_an_older_one_comes,
         has_others,
     ],
 )
@@ -111,7 +117,8 @@ def test_what_is_left_out_changes_nothing(
     """Guards each answer of a look, whatever came, went, or was renamed, against the answer of a listing of all."""
     for step in range(1, 6):
         save(tmp_path, f"step_{step}", 100 * step)
-    save(tmp_path, "tmp_step_0", 1)
+    for number in range(20):  # some of them come first, in whatever order they are listed
+        save(tmp_path, f"tmp_step_{number}", 1)
     live = live_at(tmp_path, "step_5", 5)
     change(tmp_path)
     settings = Select(order=order)

@@ -191,11 +191,9 @@ def _together(own: Plan, base: Plan, deltas: tuple[Delta, ...]) -> Plan:
     """The plan of what an adapter brings itself, of what its base brings, and of what is added to either."""
     added = {delta.entry.name for delta in deltas}
     replaced = {entry.name for _, entry in own.pairs}
-    brought = replaced | {entry.name for _, entry in base.pairs}
-    kept = tuple(entry for entry in base.kept if entry.name not in brought)
-    built = tuple(entry for entry in base.built if entry.name not in brought)
-    merge = Merge(replace(base.without(replaced | added), built=built), deltas)
-    return replace(own.without(added), kept=kept, built=built, merge=merge)
+    kept = tuple(entry for entry in base.kept if entry.name not in replaced)
+    built = tuple(entry for entry in base.built if entry.name not in replaced)
+    return replace(own.without(added), kept=kept, built=built, merge=Merge(base.without(replaced | added), deltas))
 
 
 def _replace(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError
-from ..places.inodes import is_same, was_changed
+from ..places.identity import is_same, was_changed
 from ..segment.access import opened
 from ..system.memory import try_lock
 from .database import State

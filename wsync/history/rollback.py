@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
-from ..places.inodes import is_same
+from ..places.identity import is_same
 from ..segment.files import Publication
 from ..segment.publisher import publish, publish_again
 from ..segment.segment import Segment

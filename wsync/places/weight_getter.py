@@ -23,7 +23,7 @@ from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
 from .candidates import Candidate, Select, select
-from .inodes import as_listed, known_again, lasting
+from .identity import as_listed, known_again, lasting
 from .listing import Older, older_than, scan
 
 if TYPE_CHECKING:

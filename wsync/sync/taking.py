@@ -13,7 +13,7 @@ from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBa
 from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout
-from ..places.inodes import was_changed
+from ..places.identity import was_changed
 from ..segment.publisher import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import told_once

@@ -17,7 +17,7 @@ from wsync.checkpoints import files
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
-from wsync.places import candidates, inodes
+from wsync.places import candidates, identity
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -49,7 +49,7 @@ def test_what_is_live_is_published_once(
             assert syncer.once().version == 1
         for keeps, status in ((False, "current"), (False, "current"), (True, "published")):
             renumber(path)
-            monkeypatch.setattr(inodes, "inodes_change", lambda where, keeps=keeps: not keeps)
+            monkeypatch.setattr(identity, "inodes_change", lambda where, keeps=keeps: not keeps)
             assert syncer.once().status == status
     assert mark_of(segment) == {1.0}
 
@@ -59,7 +59,7 @@ def test_a_file_that_changed_after_it_went_live_is_new(
 ) -> None:
     """Guards that where inodes are not kept, a checkpoint of the same size and time is still taken when it arrives."""
     path = write(runs / "latest.safetensors", mlp(), 1.0)
-    monkeypatch.setattr(inodes, "inodes_change", lambda where: True)
+    monkeypatch.setattr(identity, "inodes_change", lambda where: True)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert syncer.once().version == 1
         os.utime(other := write(runs.parent / "other", mlp(), 2.0), ns=(0, path.stat().st_mtime_ns))
@@ -71,11 +71,11 @@ def test_a_file_that_changed_after_it_went_live_is_new(
 def test_inodes_that_change_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards how it is told: by two looks at one file, or by the kind of its file system."""
     path = write(tmp_path / "step_1.safetensors", mlp())
-    assert not inodes.inodes_change(str(path))
-    assert not inodes.inodes_change(str(tmp_path / "gone"))
+    assert not identity.inodes_change(str(path))
+    assert not identity.inodes_change(str(tmp_path / "gone"))
     with monkeypatch.context() as fuse:
-        fuse.setattr(inodes, "_KINDS", range(1 << 63))
-        assert inodes.inodes_change(str(path))
+        fuse.setattr(identity, "_KINDS", range(1 << 63))
+        assert identity.inodes_change(str(path))
     real, number = os.stat, iter(range(10))
 
     def renumbered(where: Any) -> os.stat_result:
@@ -84,13 +84,13 @@ def test_inodes_that_change_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return os.stat_result((info.st_mode, next(number), *info[2:]), times)
 
     monkeypatch.setattr(os, "stat", renumbered)
-    assert inodes.inodes_change(str(path))
+    assert identity.inodes_change(str(path))
 
 
 def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards cron's mail where inodes change: what was refused is known again by its path, its size and its times."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    monkeypatch.setattr(inodes, "inodes_change", lambda where: True)
+    monkeypatch.setattr(identity, "inodes_change", lambda where: True)
     number = itertools.count(1)
     monkeypatch.setattr(files, "identity", lambda info: f"{next(number)}-{info.st_size}-{info.st_mtime_ns}")
     monkeypatch.setattr(candidates, "identity", files.identity)
@@ -115,7 +115,7 @@ def test_a_pin_holds_where_inodes_change(
     """Guards `wsync pin NAME CHECKPOINT` of what is live, and a pin after a reboot, and that it lets go else."""
     path = write(runs / "a.safetensors", mlp(), 1.0) if form == "file" else shards(runs / "a", mlp(), 1.0)
     keeps = False
-    monkeypatch.setattr(inodes, "inodes_change", lambda where: not keeps)
+    monkeypatch.setattr(identity, "inodes_change", lambda where: not keeps)
     with State(NAME) as state, Syncer(load_spec(SPEC), runs, state=state) as syncer:
         assert syncer.once().version == 1
         renumber(path)
