@@ -212,8 +212,7 @@ ENDLESS = """
 import sys, signal
 from pathlib import Path
 import wsync
-from wsync.bench.place import private_place
-from wsync.bench.processes import COMMAND, make
+from wsync.bench.place import COMMAND, make, private_place
 from wsync.bench.rows import Settings
 with private_place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2]))) as place:
     place.save("small/step_1.safetensors", 4096, 4)

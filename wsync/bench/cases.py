@@ -33,8 +33,7 @@ from ..policy.attaching import attach
 from ..policy.reader import Mode, Reader
 from ..text import size as shown
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
-from .place import Place, private_place
-from .processes import BY_HAND, COMMAND, make
+from .place import BY_HAND, COMMAND, Place, make, private_place
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed
 
 _DEADLINE = 30.0  # seconds until a file that was not noticed fails the case
@@ -246,7 +245,7 @@ def readers(place: Place) -> list[Row]:
 
 def _growth(place: Place, source: str) -> float:
     """By how many bytes the processes grow together between their imports and having the weights."""
-    role = ("-m", "wsync.bench.processes", source, str(place.settings.size), str(place.settings.tensors))
+    role = ("-m", "wsync.bench.place", source, str(place.settings.size), str(place.settings.tensors))
     sizes = []
     with ExitStack() as stack:
         processes = [stack.enter_context(place.process(*role)) for _ in range(place.settings.readers)]

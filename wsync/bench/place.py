@@ -1,4 +1,8 @@
-"""Where a case runs: two private directories that are removed afterwards, and processes that end with it."""
+"""Where a case runs: the policy that is measured, two private directories that are removed afterwards, and processes.
+
+``python -m wsync.bench.place SOURCE BYTES TENSORS`` is weighed before and after it has the weights of SOURCE. Processes
+end with the measurement, also when that is killed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from torch import nn
 
+from ..policy.attaching import attach
 from ..system.memory import spare_memory
 from ..text import size
 from .rows import Settings, Skip
+
+COMMAND = """
+import ctypes, signal
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+from wsync.cli.commands import main
+main()
+"""
+"""A script that is ``wsync``, and ends when its parent does."""
+
+BY_HAND = """
+import os, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+checkpoints, shared = map(Path, sys.argv[1:])
+newest = max(checkpoints.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+save_file(load_file(newest), shared / "weights.new")
+os.replace(shared / "weights.new", shared / "weights.safetensors")
+"""
+"""What one writes without wsync: puts the newest file into shared memory, and checks nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +84,7 @@ class Place:
         (self.files / name).mkdir(exist_ok=True)
         spec = self.files / f"{name}.toml"
         spec.write_text(
-            f'policy = "wsync.bench.processes:make"\ncheckpoints = "{name}"\n'
+            f'policy = "wsync.bench.place:make"\ncheckpoints = "{name}"\n'
             f"[policy_kwargs]\nnbytes = {nbytes}\ntensors = {tensors}\n"
         )
         return spec
@@ -119,3 +146,25 @@ def settle(file: Path) -> None:
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     os.utime(file, (0, 0))
+
+
+def make(nbytes: int, tensors: int) -> nn.ParameterList:
+    """So many float32 vectors, of ``nbytes`` together."""
+    count = max(nbytes // tensors // 4, 1)
+    return nn.ParameterList(nn.Parameter(torch.zeros(count)) for _ in range(tensors)).eval()
+
+
+def weigh(source: str, nbytes: str, tensors: str) -> None:
+    """Attaches a policy to a segment, or loads a checkpoint into one; goes on when it is told to."""
+    input("imported\n")
+    policy = make(int(nbytes), int(tensors))
+    if source.endswith(".safetensors"):
+        policy.load_state_dict(load_file(source))
+        input("loaded\n")
+    else:
+        with attach(policy, source, mode="swap", timeout=60):
+            input("attached\n")
+
+
+if __name__ == "__main__":
+    weigh(*sys.argv[1:])
