@@ -61,6 +61,7 @@ class Files(ByteSource):
             if parts.is_several and not self._lies_there(parts):
                 raise changed(parts.path)
             settling.let_files_settle(parts, self._fds[: len(parts.files)], settle)
+            self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have ended since they were opened
         except BaseException:  # an interrupt leaves no descriptors open, either
             self.close()
             raise
