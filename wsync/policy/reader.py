@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NoReturn
 
-from ..errors import HalfWritten, SegmentDamaged, UsageError, WsyncError, refused
+from ..errors import HalfWritten, SegmentDamaged, UsageError, refused
 from ..segment.files import REMOVED, WORD_OFFSET
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
@@ -300,12 +300,9 @@ class Reader:
         self._users.after_fork()
         self._way.after_fork()
         if not self._closed:
-            try:
-                self._registration.close(unlink=False)
-                self._registration = Registration(self._segment.path, self.mode)
-                self._registration.update(self.version, *self._leases())
-            except (OSError, WsyncError) as exc:
-                _log.warning("the forked reader of %r is not in the list of readers: %s", self.name, exc)
+            self._registration.close(unlink=False)
+            self._registration = Registration(self._segment.path, self.mode)
+            self._registration.update(self.version, *self._leases())
 
 
 def deadline_of(timeout: float | None) -> float | None:
