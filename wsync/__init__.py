@@ -2,7 +2,7 @@
 
 Importing this package imports neither torch nor tensordict; names that need them are loaded when they are first used.
 
-The rooms, from the ground up. Each may import the rooms above it in this list, and not those below it:
+The rooms, lowest layer first. Each may import only rooms that this list names before it:
 
     errors, text    the exceptions, their exit codes; numbers and times as people read them
     system          what the kernel gives: memory, locks, sleeping on a word, a child process
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .policy.attaching import attach
     from .policy.reader import Reader
     from .segment.access import Access
-    from .segment.leasing import Held, follow, lease
+    from .segment.without_torch import Held, follow, lease
     from .updaters.publisher import Publisher, publisher
     from .updaters.shared_memory import SharedMemoryWeightUpdater
     from .updaters.vanilla import VanillaWeightUpdater, WeightUpdaterBase
@@ -62,15 +62,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Access": "segment.access",
     "CheckpointWeightGetter": "places.weight_getter",
-    "Held": "segment.leasing",
+    "Held": "segment.without_torch",
     "Publisher": "updaters.publisher",
     "Reader": "policy.reader",
     "SharedMemoryWeightUpdater": "updaters.shared_memory",
     "VanillaWeightUpdater": "updaters.vanilla",
     "WeightUpdaterBase": "updaters.vanilla",
     "attach": "policy.attaching",
-    "follow": "segment.leasing",
-    "lease": "segment.leasing",
+    "follow": "segment.without_torch",
+    "lease": "segment.without_torch",
     "publisher": "updaters.publisher",
 }
 

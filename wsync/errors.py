@@ -16,7 +16,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   │   └── ForeignCheckpoint 65 it shares no name with the policy: another file among the checkpoints
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
     │   │   └── GateRejected        65  the user's gate does not want it
-    │   ├── IncompleteCheckpoint    66  it ends before its header says
+    │   ├── IncompleteCheckpoint    66  it ends before its header says (65 where a push names it)
     │   │   ├── BeingWritten        66  its writer is still at work
     │   │   │   └── BeingRewritten  75  it holds files of two saves
     │   │   └── PartialCheckpoint   66  the rest is to keep its live values, and nothing is live

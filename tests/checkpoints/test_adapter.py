@@ -28,8 +28,8 @@ from wsync.errors import (
     NonFiniteWeights,
 )
 from wsync.layout.layout import Layout, layout_of, views
-from wsync.places.candidates import Select
 from wsync.places.listing import scan
+from wsync.places.newest import Select
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer

@@ -24,7 +24,7 @@ from wsync.checkpoints.reading import Files
 from wsync.cli.inspection import inspect
 from wsync.errors import BeingWritten, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights, WrongDigest
 from wsync.layout.layout import Layout
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

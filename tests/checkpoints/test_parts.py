@@ -39,8 +39,8 @@ from wsync.errors import (
 )
 from wsync.layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.candidates import Candidate, Select
 from wsync.places.listing import scan
+from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec

@@ -29,8 +29,8 @@ from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
 from wsync.layout.layout import layout_of, named_tensors
-from wsync.places.candidates import Select
 from wsync.places.listing import scan
+from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run

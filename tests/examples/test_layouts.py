@@ -14,7 +14,7 @@ from builders import ROOT, write
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 
 TABLE = (ROOT / "examples" / "layouts" / "README.md").read_text()

@@ -46,7 +46,7 @@ TESTED = {
     ("operations", "crontab"): 1,  # looked at by test_operations.py, which runs the file
     ("operations", "sh"): 2,  # looked at by test_operations.py
     ("operations", "toml"): 1,
-    ("readers", "python"): 2,  # run by test_leasing.py
+    ("readers", "python"): 2,  # run by test_without_torch.py
     ("stable_baselines3", "console"): 1,  # run by test_trainer_examples.py, with what follows
     ("stable_baselines3", "python"): 2,
     ("s3", "console"): 1,

@@ -17,7 +17,7 @@ from wsync.checkpoints import files
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
-from wsync.places import candidates, identity
+from wsync.places import identity, newest
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -93,7 +93,7 @@ def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatc
     monkeypatch.setattr(identity, "inodes_change", lambda where: True)
     number = itertools.count(1)
     monkeypatch.setattr(files, "identity", lambda info: f"{next(number)}-{info.st_size}-{info.st_mtime_ns}")
-    monkeypatch.setattr(candidates, "identity", files.identity)
+    monkeypatch.setattr(newest, "identity", files.identity)
 
     def push() -> Outcome:
         with Syncer(load_spec(SPEC), runs, state=State(NAME)) as syncer:

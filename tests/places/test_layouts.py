@@ -15,8 +15,8 @@ from wsync.errors import MalformedCheckpoint, NoCheckpoint, UsageError
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import rollback
-from wsync.places.candidates import Select
 from wsync.places.listing import scan
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from wsync.places import weight_getter
-from wsync.places.candidates import Candidate, Select
 from wsync.places.listing import scan
+from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter, Look
 
 Order = Literal["mtime", "step", "arrival"]

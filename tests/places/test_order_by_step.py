@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from wsync.cli.inspection import inspect
 from wsync.cli.tables import print_inspection
-from wsync.places.candidates import Candidate, Select
 from wsync.places.listing import scan
+from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 
 

@@ -16,7 +16,7 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointMismatch, ForeignCheckpoint
 from wsync.layout.layout import layout_of
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 

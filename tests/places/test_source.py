@@ -15,9 +15,9 @@ from processes import DEADLINE
 
 from wsync.checkpoints.files import identity
 from wsync.errors import CheckpointError, NoCheckpoint
-from wsync.places.candidates import Candidate, Select, natural, select
 from wsync.places.changes import Changes
 from wsync.places.listing import scan
+from wsync.places.newest import Candidate, Select, natural, select
 from wsync.places.weight_getter import place_of
 from wsync.segment.files import Publication
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from wsync import CheckpointWeightGetter
 from wsync.errors import CheckpointError, CheckpointRejected, MalformedCheckpoint, NoCheckpoint, NonFiniteWeights
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 
 
 def put(path: Path, mark: float, mtime: int, policy: nn.Module | None = None) -> Path:

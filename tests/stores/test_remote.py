@@ -27,7 +27,7 @@ from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.objects import AT_ONCE
 from wsync.cli.inspection import inspect
 from wsync.layout.layout import layout_of
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

@@ -24,7 +24,7 @@ from processes import DEADLINE, Cli, Lines
 
 import wsync
 from wsync.layout.layout import layout_of
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

@@ -28,7 +28,7 @@ from wsync.checkpoints.files import place_at
 from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointError
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

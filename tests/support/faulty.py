@@ -31,7 +31,7 @@ from wsync.checkpoints.fit import Fit
 from wsync.errors import SegmentError, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.files import slot_name
 from wsync.segment.segment import Segment
 from wsync.settings import layout_process

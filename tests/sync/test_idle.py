@@ -19,8 +19,8 @@ from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
 from wsync.places import listing
-from wsync.places.candidates import Select
 from wsync.places.changes import Changes
+from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec

@@ -25,7 +25,7 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.console import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
-from wsync.places.candidates import Candidate
+from wsync.places.newest import Candidate
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

@@ -19,7 +19,7 @@ from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.filenames import INDEX
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.publisher import holds
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

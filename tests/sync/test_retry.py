@@ -21,8 +21,8 @@ from wsync.checkpoints.files import Parts
 from wsync.cli.console import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
-from wsync.places.candidates import Candidate, Select
 from wsync.places.listing import listing_of
+from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment

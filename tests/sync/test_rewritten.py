@@ -20,7 +20,7 @@ from wsync.errors import BeingRewritten
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.layout.filenames import INDEX
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

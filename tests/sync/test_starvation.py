@@ -18,7 +18,7 @@ import wsync
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec

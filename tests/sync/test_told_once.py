@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from wsync.cli.console import WatchLog, outcome_json, tell
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
-from wsync.places.candidates import Select
+from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.service.figures import Figures
 from wsync.settings.spec import Spec

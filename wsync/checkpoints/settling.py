@@ -23,7 +23,7 @@ from ..system.memory import being_written
 from .files import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
-"""How many times ``settle`` a checkpoint stands still until it counts although something says that it is not whole."""
+"""A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""
 COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart")
 """What downloaders add to the name of a file for another one, which lies beside it until all of it has come."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass

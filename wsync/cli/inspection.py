@@ -17,8 +17,8 @@ from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint, on_one_line
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
-from ..places.candidates import Candidate, Select, select
 from ..places.listing import scan
+from ..places.newest import Candidate, Select, select
 from ..settings import layout_process
 from ..settings.spec import Spec
 

@@ -19,7 +19,7 @@ from ..history.outcome import Outcome
 from ..segment.files import Publication
 from ..segment.publisher import Staged
 from ..segment.writable import WritableSegment
-from ..sync.passes import Look, Pass
+from ..sync.passes import Pass, Recheck
 from ..sync.syncer import Syncer
 from .delivery import Shared, Turn, deliver, judge
 from .group import Group
@@ -121,12 +121,14 @@ class Rounds:
         """See ``Route``; the other boxes are told meanwhile that this one lives."""
         return self._group.busy(work)
 
-    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(
+        self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
+    ) -> Outcome:
         """See ``Route``; goes to all boxes, this one among them."""
         version = max(report.last for report in self._reports) + 1
         weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
         weights = replace(weights, changed_ns=checkpoint.changed_ns)
-        gated = look.staged is not None
+        gated = recheck.staged is not None
         self._group.tell({"offer": asdict(weights), "gated": gated})
         return self._take(this, Shared(weights, Turn(self._group), self._group.rank, checkpoint), gated, fit)
 
@@ -186,7 +188,7 @@ class Rounds:
         try:
             try:
                 segment = self._box.make_segment()
-                published = self._box.put_live(this, segment, shared, fit, Look(before, agree), weights.version - 1)
+                published = self._box.put_live(this, segment, shared, fit, Recheck(before, agree), weights.version - 1)
             except OSError as exc:
                 raise refused(exc, self._box.updater.path) from exc
         except WsyncError as exc:

@@ -7,11 +7,8 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from ..errors import (
-    BeingRewritten,
     BeingWritten,
-    CheckpointChanged,
     CheckpointError,
-    CheckpointRejected,
     Difference,
     IncompleteCheckpoint,
     RetryLater,
@@ -117,11 +114,6 @@ class Outcome(NamedTuple):
 
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
     """The status for an error. A half-written file in a directory does not count; one that was named is refused."""
-    half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten)
-    if isinstance(exc, BeingRewritten):
-        return "busy"
-    if isinstance(exc, CheckpointRejected) or (named and half):
+    if named and isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten):
         return "rejected"
-    if isinstance(exc, IncompleteCheckpoint):
-        return "empty"
-    return "busy" if isinstance(exc, CheckpointChanged | RetryLater) else "failed"
+    return next((status for status in ("rejected", "empty", "busy") if EXIT_CODES[status] == exc.exit_code), "failed")

@@ -1,8 +1,8 @@
 """What of a module is kept in step: all its named tensors, but for those that each process keeps for itself.
 
-Of those, such as exploration noise, no version has any. Nor does one hold what else a ``state_dict()`` has: that comes
-from ``get_extra_state``, and from modules that pack their weights, as quantised ones do. It would stay as it is while
-versions change.
+No version contains the latter, such as exploration noise. Nor does a version contain the other entries of a
+``state_dict()``, which come from ``get_extra_state`` and from modules that pack their weights, as quantised ones do:
+they would stay as they are while versions change.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ def bare(name: str) -> str:
 def seen_through(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """What names are called among those that are known, where only wrappers tell them apart.
 
-    A name that is known is not there; nor is one that could be several, or that is given under its own name, too.
+    Left out are names that are known already, names that match several known ones, and names whose known form is given
+    too.
     """
     names = list(names)
     given = set(names)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.files import remote
 from ..layout.filenames import CONFIG, INDEX, SUFFIX
-from .candidates import Select
 from .listing import TEMPORARY
+from .newest import Select
 
 if TYPE_CHECKING:
     from inotify_simple import INotify

@@ -16,7 +16,7 @@ import zlib
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import remote
-from .candidates import Candidate
+from .newest import Candidate
 
 _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h
 

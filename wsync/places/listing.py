@@ -27,7 +27,7 @@ from ..checkpoints.files import (
 )
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
 from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
-from .candidates import Candidate, Select
+from .newest import Candidate, Select
 
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
     r"^\.|^~|~$|^tmp|\.tmp|\.(?:temp|part|partial|incomplete)(?:$|[.\-_])"
@@ -283,7 +283,7 @@ def _without_links(found: list[Candidate], links: Collection[str]) -> list[Candi
 def listing_of(place: Path, settings: Select = Select()) -> object:  # noqa: B008  (frozen)
     """Tells one state of a place from another: what it lists, or why it cannot be listed.
 
-    Other than an identity it tells, too, that a file's mode changed; and other than a time of access, that it was read.
+    Unlike an identity, it also changes when a file's mode changes; unlike a time of access, not when the file is read.
     """
     try:
         return {(c.location, c.identity, getattr(c.stamp, "st_ctime_ns", 0)) for c in scan(place, settings)}

@@ -20,8 +20,8 @@ from ..checkpoints.steps import names_a_step, step_in_name
 from ..errors import CheckpointError, WsyncError, printable
 from ..layout.filenames import SUFFIX
 from ..system.memory import read_at
-from .candidates import Select
 from .listing import SHARD, TEMPORARY, candidate_of, entries_of, scan
+from .newest import Select
 
 _MOST = 200  # entries that are looked at
 _DEEPER = 8  # directories that are looked into

@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import remote
 from ..checkpoints.steps import step_by_shape, step_in_name
 from ..errors import CheckpointError, MalformedCheckpoint
-from .candidates import Candidate
+from .newest import Candidate
 
 StepOf = Callable[[Candidate, Mapping[str, str]], int | None]
 

@@ -22,9 +22,9 @@ from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.files import Publication
-from .candidates import Candidate, Select, select
 from .identity import as_listed, known_again, lasting
 from .listing import Older, older_than, scan
+from .newest import Candidate, Select, select
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

@@ -116,9 +116,9 @@ class Cuda:
         return done
 
     def _forget_error(self) -> None:
-        """The runtime keeps the last error for whoever asks next: the next kernel's launch, which it would be laid to.
+        """CUDA reports its last error to the next caller, usually the next kernel's launch, which would then be blamed.
 
-        torch has no call that clears it; so that kernel is ours.
+        torch has no call that clears the error, so this launches a kernel of its own.
         """
         try:
             torch.empty(1, device=self._device).fill_(1)

@@ -15,10 +15,11 @@ _LOOK = 0.1  # seconds between two looks for a segment that is gone
 _SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
 
 
-class Schedule:
+class Lookout:
     """When a reader that is called between steps is to look at its segment's directory.
 
-    A look at the clock would double what an idle call costs: so many calls do without as took no second before.
+    Reading the clock would double the cost of an idle call, so it is read once in many calls: at most as many as took a
+    second before.
     """
 
     def __init__(self) -> None:

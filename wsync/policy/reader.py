@@ -31,7 +31,7 @@ from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
 from ..system.memory import sleep_on
 from .copying import Copy
-from .finding import Schedule, Search, is_gone
+from .finding import Lookout, Search, is_gone
 from .swap import Swap
 from .tensors import Attached, drop_caches
 from .users import Users
@@ -69,7 +69,7 @@ class Reader:
         self._closed = self._close_asked = False
         self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
-        self._schedule, self._calls_left = Schedule(), 1  # without a look at the clock
+        self._schedule, self._calls_left = Lookout(), 1  # without a look at the clock
         self._search, self._told_of_writing = Search(), False
         self._attached = attached
         self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
@@ -124,8 +124,8 @@ class Reader:
             timeout: seconds; None waits for ever.
 
         Raises:
-            UsageError: this reader is closed, the timeout is none, or a signal handler calls it in the middle of
-                another call.
+            UsageError: this reader is closed, the timeout is not a number, or a signal handler calls it in the middle
+                of another call.
         """
         deadline = deadline_of(timeout)
         if self._is_at_work():

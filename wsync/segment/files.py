@@ -36,7 +36,7 @@ END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can pr
 
 @contextmanager
 def parsed() -> Iterator[None]:
-    """Makes a ValueError of whatever data raise that are not what they should be."""
+    """Turns each error that comes from reading wrong data into a ValueError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
@@ -92,7 +92,7 @@ class Publication:
                 **texts,
             )
             if not all(isinstance(text, str) for text in texts.values()):
-                raise TypeError("a text is none")
+                raise TypeError("a field is not a string")
             if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")
             return found

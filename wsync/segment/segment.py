@@ -22,7 +22,8 @@ The publisher                                The reader
   P7 store    the WORD
   P8 wake     sleeping readers
 
-The reader's steps are in this module, P1 to P6 in ``writable``, P7 and P8 in ``control``.
+P1 to P3 and P6 are in ``writable``, P4 and P5 in ``publisher`` and ``checkpoints.staging``, P7 and P8 in ``control``.
+R1 to R3 are in this module, and R4 in ``policy``.
 
 All locks are taken without waiting, so that nobody waits for a stopped process. Why each step is there:
 

@@ -1,4 +1,4 @@
-"""The publisher's handle on a segment: making it, P1 to P8 of the protocol (see ``segment``), sharing, removing."""
+"""The publisher's handle on a segment: making it, its steps of the protocol (see ``segment``), sharing, removing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoints.files import place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import SpecError
-from ..places.candidates import Select
+from ..places.newest import Select
 from ..segment.access import Access, check_name
 from ..segment.files import BOUND, MAX_SLOTS, SLOTS
 from .hooks import Hooks

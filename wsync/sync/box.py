@@ -22,7 +22,7 @@ from ..settings.layout_process import built_by
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
-from .passes import NO_LOOK, Look, Pass
+from .passes import NO_RECHECK, Pass, Recheck
 
 if TYPE_CHECKING:
     from ..hooks.runner import HookRunner
@@ -66,9 +66,11 @@ class Box:
         """See ``taking.Route``: on a box alone nobody waits for a sign of life."""
         return work()
 
-    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(
+        self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
+    ) -> Outcome:
         """See ``taking.Route``: to this box alone."""
-        outcome = self.put_live(this, segment, checkpoint, fit, look)
+        outcome = self.put_live(this, segment, checkpoint, fit, recheck)
         if outcome.status == "published":
             self.keep(segment)
         return outcome
@@ -79,13 +81,13 @@ class Box:
         segment: WritableSegment,
         source: Source,
         fit: Fit,
-        look: Look = NO_LOOK,
+        recheck: Recheck = NO_RECHECK,
         last_version: int | None = None,
     ) -> Outcome:
         """Publishes weights, and tells the history and the hooks.
 
         Args:
-            look: what is looked at again under the lock.
+            recheck: what is looked at again under the lock.
             last_version: the version before it, if the caller knows better than the segment and the history.
 
         Raises:
@@ -95,7 +97,7 @@ class Box:
         with segment.publishing():
             this = this.at(segment)
             origin = self.claim.origin(this.live)
-            if look.before and (ended := look.before(this)):
+            if recheck.before and (ended := recheck.before(this)):
                 return ended
             if last_version is None:
                 last_version = 0 if this.live else max(self.updater.last_version, self.record.last_published()[0])
@@ -105,7 +107,7 @@ class Box:
                 fit=replace(fit, built=self.built),
                 spec=self.spec.fingerprint,
                 progress=self.counter(segment.layout.nbytes),
-                gate=look.staged,
+                gate=recheck.staged,
                 last_version=last_version,
                 origin=origin,
             )

@@ -10,7 +10,7 @@ import os
 
 from ..errors import CheckpointError, UsageError
 from ..history.outcome import Outcome
-from ..places.candidates import Select
+from ..places.newest import Select
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.files import Publication
 from ..segment.segment import Segment

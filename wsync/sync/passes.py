@@ -1,14 +1,15 @@
-"""One pass, as a record: what it is for, when it began, and what was live then."""
+"""One pass, as a record: what it is for, when it began, what was live then; and what it tries, a pure function."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.outcome import Outcome, status_of
 from ..history.pins import Pin
+from ..places.newest import Candidate
 from ..segment.files import Publication
 from ..segment.publisher import Gate
 from ..segment.segment import Segment
@@ -67,7 +68,7 @@ class Pass(NamedTuple):
         return self.outcome(status_of(exc, named), **more)
 
 
-class Look(NamedTuple):
+class Recheck(NamedTuple):
     """What a pass checks again under the publisher's lock, because it may have begun minutes ago.
 
     Attributes:
@@ -79,5 +80,50 @@ class Look(NamedTuple):
     staged: Gate | None = None
 
 
-NO_LOOK = Look()
+NO_RECHECK = Recheck()
 """For a pin: the operator has decided, and no gate is asked."""
+
+
+class Choice(NamedTuple):
+    """What a pass tries.
+
+    Attributes:
+        todo: candidates, newest first; the first one that can be published goes live.
+        refused: the newest candidate, if it was refused before and is not tried again.
+        pin: the pin that holds; no candidate is tried.
+        late: what counts as older than what is live, and yet arrived after that.
+        is_new_run: what is live is gone, and all that is there arrived after it.
+    """
+
+    todo: tuple[Candidate, ...] = ()
+    refused: Candidate | None = None
+    pin: Pin | None = None
+    late: tuple[Candidate, ...] = ()
+    is_new_run: bool = False
+
+
+def choose(
+    newer: Sequence[Candidate],
+    live: Publication | None,
+    refusals: Collection[str],
+    pin: Pin | None,
+    *,
+    passed: Collection[str] = (),
+    force: bool = False,
+) -> Choice:
+    """Chooses what a pass tries; nothing if what is live stays live.
+
+    Args:
+        newer: the candidates that are newer than what is live, newest first.
+        refusals: identities of checkpoints that were refused before.
+        passed: identities of those that are passed over without a word while something is live: each was told once.
+        pin: the pin that holds; it comes before everything else.
+        force: try refused candidates again.
+    """
+    if pin:
+        return Choice(pin=pin)
+    if force:
+        return Choice(tuple(newer))
+    todo = tuple(candidate for candidate in newer if candidate.identity not in refusals)
+    first = next((candidate for candidate in newer if not live or candidate.identity not in passed), None)
+    return Choice(todo, first if first and first.identity in refusals else None)

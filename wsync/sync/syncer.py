@@ -31,15 +31,14 @@ from ..errors import (
 )
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
-from ..places.candidates import Candidate
+from ..places.newest import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, Look, place_of
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import told_once
 from .box import Box
-from .choosing import Choice, choose
 from .claim import Claim
-from .passes import Pass
+from .passes import Choice, Pass, choose
 from .policy_layout import PolicyLayout
 from .taking import Taking
 

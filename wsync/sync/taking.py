@@ -18,8 +18,7 @@ from ..segment.publisher import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import told_once
 from .box import Box
-from .choosing import Choice
-from .passes import NO_LOOK, Look, Pass
+from .passes import NO_RECHECK, Choice, Pass, Recheck
 from .policy_layout import PolicyLayout
 
 T = TypeVar("T")
@@ -32,7 +31,9 @@ class Route(Protocol):
         """Returns what this work returns; it may take long, for a store may not answer."""
         ...
 
-    def deliver(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, look: Look) -> Outcome:
+    def deliver(
+        self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
+    ) -> Outcome:
         """Publishes an opened checkpoint.
 
         Raises:
@@ -113,7 +114,7 @@ class Taking:
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
             with checkpoint:
-                return self.route.deliver(this, segment, checkpoint, fit, NO_LOOK)._replace(pin=pin.name)
+                return self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK)._replace(pin=pin.name)
         except CheckpointError as exc:
             about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
             outcome = this.refusal(exc, named=True, **about)
@@ -143,7 +144,7 @@ class Taking:
                 )
 
         try:
-            outcome = self.route.deliver(this, segment, checkpoint, self._box.spec.weights, Look(before, staged))
+            outcome = self.route.deliver(this, segment, checkpoint, self._box.spec.weights, Recheck(before, staged))
         except (CheckpointMismatch, UnusableBase):
             self.route.busy(partial(self._policy.recheck, segment))
             raise

@@ -20,9 +20,9 @@ from ..errors import (
 )
 from ..history.outcome import Outcome
 from ..history.record import Record
-from ..places.candidates import Candidate
+from ..places.newest import Candidate
 from ..segment.files import Publication
-from .choosing import Choice
+from .passes import Choice
 
 ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."
 NEW_RUN = "The live checkpoint is gone, and every checkpoint here arrived after it: this is taken as a new run."

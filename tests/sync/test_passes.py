@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from wsync.history.pins import Pin
-from wsync.places.candidates import Candidate
+from wsync.places.newest import Candidate
 from wsync.segment.files import Publication
-from wsync.sync.choosing import Choice, choose
+from wsync.sync.passes import Choice, choose
 
 NEW, MIDDLE, OLD = (Candidate(f"/runs/step_{n}.safetensors", f"{n}-10-{n}", n) for n in (3, 2, 1))
 LIVE = Publication(7, 1, "/runs/step_1.safetensors", OLD.identity, 0.0, "spec")

@@ -1,4 +1,4 @@
-"""Candidates, which may be checkpoints, and which of them is newest: a pure function of one listing (``select``).
+"""Which checkpoint of a place is newest: a pure function (``select``) of the candidates that a listing gives.
 
 Among 10,000 files a pass that finds nothing new takes about 60 ms, half of them in the system; so a candidate is a
 plain tuple, and its path, identity and place in the order are only worked out where they are asked for. Whether a
@@ -23,7 +23,7 @@ from ..layout.filenames import SUFFIX, is_file_name
 
 _LEVELS = 3  # between a checkpoint's directory and its weights
 
-Place = tuple[int, int, list[tuple[int, int, str]]]
+Rank = tuple[int, int, list[tuple[int, int, str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,8 @@ class Candidate(NamedTuple):
         where, below = str(self.location), f"/{self.name}"
         return where.removesuffix(below) if where.endswith(below) else os.path.dirname(where)
 
-    def place(self, order: str = "mtime") -> Place:
-        """Sorts candidates from oldest to newest."""
+    def rank(self, order: str = "mtime") -> Rank:
+        """The key that sorts candidates from oldest to newest."""
         name = natural(self.name or os.path.basename(self.location))
         if order == "name":
             return (0, 0, name)
@@ -160,12 +160,12 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
     if live is not None:
         same = [c for c in found if c.identity == live.identity]
         beside = any(c.home == live.home for c in found)
-        bound = max(same, key=lambda c: c.place(order)) if same else live if beside else None
+        bound = max(same, key=lambda c: c.rank(order)) if same else live if beside else None
         if bound is not None:
             where = str(live.location)
             if order == "mtime":  # spares the thousands that are older their place
                 found = [c for c in found if c.mtime_ns >= bound.mtime_ns or str(c.location) == where]
-            least = bound.place(order)
-            found = [c for c in found if str(c.location) == where or c.place(order) >= least]
+            least = bound.rank(order)
+            found = [c for c in found if str(c.location) == where or c.rank(order) >= least]
         found = [c for c in found if c not in same]
-    return sorted(found, key=lambda c: c.place(order), reverse=True)
+    return sorted(found, key=lambda c: c.rank(order), reverse=True)
