@@ -55,8 +55,8 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
             f"{parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
             "a writer should write under another name, and rename the file into place."
         )
-    told = not parts.is_several and None not in writing
-    wanted = _TICK if told else max(settle, _TICK)
+    closed = not parts.is_several and None not in writing
+    wanted = _TICK if closed else max(settle, _TICK)
     never_written = [unwritten(fd) for fd in fds]
     if "reserved" in never_written:
         raise BeingWritten(
@@ -66,11 +66,13 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     if "hole" in never_written and None in writing:
         wanted *= PATIENCE
     infos = [os.fstat(fd) for fd in fds]
-    # A copy may keep the time of what it copied, but not that of its own change. What is ahead of our clock by
-    # more than a second says nothing.
     now = time.time()
-    times = [t for i in infos for t in (i.st_mtime_ns, i.st_ctime_ns) if t == i.st_mtime_ns or not told or _is_set(i)]
-    ends = [t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND) for t in times if t / 1e9 <= now + 1]
+    ends = [
+        t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND)
+        for info in infos
+        for t in _times(info, closed=closed)
+        if t / 1e9 <= now + 1  # what is further ahead of our clock says nothing
+    ]
     left = max(ends, default=now) - now
     if left <= 0:
         return
@@ -93,9 +95,14 @@ def _check_downloads(parts: Parts) -> None:
                 )
 
 
-def _is_set(info: os.stat_result) -> bool:
-    """Whether a file's modification time was likely set to an earlier one."""
-    return info.st_ctime_ns - info.st_mtime_ns > 10**9
+def _times(info: os.stat_result, *, closed: bool) -> tuple[int, ...]:
+    """The times, in ns, after which a file has to stand still.
+
+    A copy may keep the modification time of its original, so the change time counts too where the former was likely set
+    to an earlier one, or where the system does not tell that the file is closed.
+    """
+    was_set = info.st_ctime_ns - info.st_mtime_ns > 10**9
+    return (info.st_mtime_ns,) if closed and not was_set else (info.st_mtime_ns, info.st_ctime_ns)
 
 
 def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
