@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,3 +163,42 @@ def test_what_is_older_takes_no_memory(order: Order, tmp_path: Path, monkeypatch
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert listed == [2] and most < 200_000
+
+
+def count_stats(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the entries that are looked at from now on."""
+    looked: list[str] = []
+    real = os.scandir
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry = entry
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "stat":
+                looked.append(self._entry.name)
+            return getattr(self._entry, name)
+
+    @contextlib.contextmanager
+    def counting(place: Path) -> Iterator[Iterator[Entry]]:
+        with real(place) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", counting)
+    return looked
+
+
+@pytest.mark.parametrize(("order", "number"), [("mtime", 101), ("step", 2)])
+def test_a_listing_looks_at_no_more_files_than_it_must(
+    order: Order, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards what a push with nothing new costs: by step, names tell it alone until a file comes."""
+    for step in range(1, 101):
+        save(tmp_path, f"step_{step}", 100 * step)
+    live = live_at(tmp_path, "step_100", 100)
+    getter = CheckpointWeightGetter(tmp_path, select=Select(order=order))
+    looked = count_stats(monkeypatch)
+    assert getter.candidates(live) == [] and len(looked) == number
+    save(tmp_path, "step_0", 5)
+    looked.clear()
+    assert [c.name for c in getter.look(live).late] == ["step_0.safetensors"] and len(looked) > 100

@@ -1,7 +1,7 @@
 """Lists a place where checkpoints appear: which of its entries are candidates.
 
-A listing costs one ``scandir`` and a ``stat`` an entry and opens no file, but for directories, whose own files are
-looked at too. It may leave out what is older than what is live.
+A listing costs one ``scandir`` and at most a ``stat`` an entry and opens no file, but for directories, whose own files
+are looked at too. It may leave out what is older than what is live.
 """
 
 from __future__ import annotations
@@ -117,11 +117,15 @@ def _without(
 def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
     """Tells what is older than what is live; None where a listing has to have all.
 
+    By step, names tell it alone while no entry has come or gone since that went live, and no file is looked at. Until
+    one has, a file that was written over in place, under a lower step, is not known to be newer by its times.
+
     Args:
         live: with its path below the place as its name.
         told: for the order by step, where names are known to count as the metadata do.
     """
     where, arrived, before, step = str(live.location), live.arrived_ns, _ANY, None
+    is_still = False  # whether no entry has come or gone since that went live
     try:
         info = os.stat(where)
     except OSError:
@@ -132,20 +136,22 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
         arrived = min(arrived, info.st_ctime_ns - 1) if info else arrived
     elif not info or not told or (step := told(live.name)) is None:
         return None
+    else:
+        is_still = os.stat(live.home).st_mtime_ns <= arrived
 
     def is_older(entry: os.DirEntry[str]) -> bool:
         name = entry.name
         if not name.endswith(SUFFIX) or name in FORMS or entry.path == where:
             return False
+        if step is not None and (told is None or (lower := told(name)) is None or lower >= step):
+            return False
         try:
             if not entry.is_file(follow_symlinks=False):
                 return False
-            info = entry.stat(follow_symlinks=False)
+            info = None if is_still else entry.stat(follow_symlinks=False)
         except OSError:  # told where it is looked at as a candidate
             return False
-        if info.st_mtime_ns >= before or info.st_ctime_ns > arrived:
-            return False
-        return step is None or (told is not None and (lower := told(name)) is not None and lower < step)
+        return info is None or (info.st_mtime_ns < before and info.st_ctime_ns <= arrived)
 
     return is_older
 
