@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import md5
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from builders import marks
@@ -18,8 +19,10 @@ from processes import DEADLINE, Cli
 import wsync
 from wsync.checkpoints import plan as fitting
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
+from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
+from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
@@ -196,6 +199,31 @@ def test_an_object_cut_short_is_incomplete(bucket: Bucket, live: Syncer) -> None
     outcome = live.once()
     assert (outcome.status, outcome.step) == ("published", 2)
     assert [o.status for o in outcome.passed_over] == ["empty"]
+
+
+@pytest.mark.parametrize("order", ["mtime", "step"])
+def test_an_object_cut_short_is_read_once(bucket: Bucket, tmp_path: Path, order: Literal["mtime", "step"]) -> None:
+    """Guards what a pass costs among halves of uploads: each pass tells the same, and after the first one only lists.
+
+    Each pass is that of a push of its own; once an object has come whole, it goes live.
+    """
+    spec = replace(load_spec(SPEC), select=Select(order=order))
+    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
+
+    def push() -> tuple[Outcome, int]:
+        before = len(bucket.proxy.requests)
+        with Syncer(spec, RUN, state=State(NAME, tmp_path)) as syncer:
+            return syncer.once(), len(bucket.proxy.requests) - before
+
+    whole = bucket.save("run/step_1.safetensors", mlp(), 1.0)
+    assert push()[0].status == "published"
+    for step in range(2, 6):
+        bucket.put(f"run/step_{step}.safetensors", whole[: len(whole) // 2])
+    (first, number), (second, listings) = push(), push()
+    assert (first.status, first.newer) == ("current", "s3://bucket/run/step_5.safetensors")
+    assert (second.newer, second.reason) == (first.newer, first.reason) and listings == 1 < number
+    bucket.save("run/step_4.safetensors", mlp(), 4.0)
+    assert (push()[0].status, live_marks()) == ("published", {4.0})
 
 
 def test_a_lost_network_leaves_what_is_live(bucket: Bucket, live: Syncer) -> None:

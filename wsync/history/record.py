@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PASSED, _LATE = "+passed", "+late"  # beside the settings under which a refusal is remembered
+_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # beside the settings under which a refusal is remembered
 IN_NO_FILE = "kept live values that are in no file"
 NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
 
@@ -59,6 +59,7 @@ class Record:
             state.warn = lambda exc: self.complain(exc) if self.complain else None
         self._refused: dict[str, str] = {}
         self._passed: set[str] = set()
+        self._halves: dict[str, str] = {}
         self._fresh: set[str] = set()
         self._loaded = False
         self._told: int | None = None
@@ -97,7 +98,7 @@ class Record:
 
     def forget(self) -> None:
         """Takes what was refused before for new."""
-        self._refused, self._passed, self._loaded = {}, set(), True
+        self._refused, self._passed, self._halves, self._loaded = {}, set(), {}, True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Identity to reason of those of ``listed`` that were refused."""
@@ -106,8 +107,10 @@ class Record:
             self._loaded = True
             self._refused |= self._try(State.rejections, self._settings) or {}
             self._passed |= (self._try(State.rejections, f"{self._settings}{_PASSED}") or {}).keys()
+            self._halves |= self._try(State.rejections, _HALF) or {}
         if wanted:
             self._refused = {state: why for state, why in self._refused.items() if state in wanted}
+            self._halves = {state: why for state, why in self._halves.items() if state in wanted}
         return self._refused
 
     def reason(self, identity: str) -> str:
@@ -135,6 +138,16 @@ class Record:
         self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
         if identity not in self._refused:
             self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
+
+    def half(self, identity: str) -> str:
+        """Why an object of the last listing was found incomplete; empty where it was not."""
+        return self._halves.get(identity, "")
+
+    def found_half(self, identity: str, why: str) -> None:
+        """Remembers that an object is incomplete: whatever the settings are, it does not grow."""
+        if self._halves.get(identity) != why:
+            self._halves[identity] = why
+            self._try(State.reject, identity, _HALF, why)
 
     def skip(self, identity: str, why: str) -> None:
         """Remembers that a checkpoint is not tried again, and is not reported."""

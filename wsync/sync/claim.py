@@ -43,20 +43,24 @@ class Claim:
             return True
         return bool(live.place) and not self._own and not _same(live.place, self._place) and not self._is_named()
 
-    def origin(self, live: Publication | None) -> tuple[str, str]:
-        """Owner and place to record with the version that comes after what is live.
-
-        Raises:
-            UsageError: what is live is another owner's.
-        """
-        if not self.owner:
-            return "", ""
+    def check(self, live: Publication | None) -> None:
+        """Raises UsageError if what is live is another owner's, and is not taken over."""
         if live and self.is_foreign(live) and not self.take_over:
             raise UsageError(
                 f"version {live.version} of segment {self._name!r} came from {live.owner} (checkpoints in "
                 f"{live.place or 'no directory'}), and this is {self.owner} (checkpoints in {self._place}). "
                 "Give this one another --name, or take the segment over for good with --take-over."
             )
+
+    def origin(self, live: Publication | None) -> tuple[str, str]:
+        """Owner and place to record with the version that comes after what is live.
+
+        Raises:
+            UsageError: as of ``check``.
+        """
+        if not self.owner:
+            return "", ""
+        self.check(live)
         if not self._is_named():
             return self.owner, self._place
         ours = live and _same(live.owner, self.owner)

@@ -169,7 +169,7 @@ class Syncer:
         """Chooses, and takes the newest."""
         choice = self.taking.route.busy(partial(self._choose, this))
         if choice.pin or choice.todo or choice.refused:
-            self.box.claim.origin(this.live)  # raises where what is live is another's
+            self.box.claim.check(this.live)
         self._wait_for_other_watch()
         if choice.pin:
             return self.taking.pinned(this, choice.pin)
@@ -247,6 +247,8 @@ class Syncer:
                 continue  # an object does not grow
             opened = ""
             try:
+                if why := "" if this.force else self.record.half(candidate.identity):
+                    raise IncompleteCheckpoint(why)
                 published = partial(self._published_from, this, candidate.path)
                 with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
@@ -277,6 +279,8 @@ class Syncer:
                 refusals.append(refusal)
                 if not this.dry_run:
                     told_once.remember(self.record, exc, refusal, abandoned=abandoned)
+                    if type(exc) is IncompleteCheckpoint and remote(candidate.path):  # time alone changes nothing
+                        self.record.found_half(candidate.identity, exc.message)
         if not refusals and this.live:
             return this.standing("current")
         if not refusals:
