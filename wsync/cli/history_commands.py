@@ -1,10 +1,11 @@
-"""The commands that look back and go back: log, rollback, pin, unpin, config."""
+"""The commands about what was published: log, rollback, promote, pin, unpin, config."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError, printable
+from ..errors import SegmentError, UsageError, printable
 from ..text import when
 from .options import (
     GO_BACK,
+    KEEP_IN_STEP,
     LOOK,
     JsonOption,
     LogFormatOption,
@@ -25,10 +27,13 @@ from .options import (
     RuntimeOption,
     SpecArgument,
     StateOption,
+    TakeOverOption,
     argument,
     check_format,
+    names,
     option,
     read_spec,
+    targets,
     versions,
 )
 
@@ -108,6 +113,46 @@ def rollback(
     else:
         step = "" if live.step is None else f", step {live.step}"
         print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")
+
+
+@history.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync promote cartpole-canary cartpole.toml")
+def promote(
+    source: Annotated[str, argument("SOURCE", "The segment whose live version is published.", autocompletion=names)],
+    target: Annotated[
+        str,
+        argument(
+            "TARGET",
+            "The segment that takes it, or its policy's TOML or package.module:attr.",
+            autocompletion=targets,
+        ),
+    ],
+    take_over: TakeOverOption = False,
+    as_json: JsonOption = False,
+    runtime_dir: RuntimeOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Publish what is live in one segment into another, with its step and checkpoint.
+
+    The gate and the hooks are those of TARGET's TOML. If you name a segment, that
+    is the TOML that published its live version; a segment that was published from
+    memory, or by package.module:attr, has none. To make a segment that does not
+    exist yet, name its TOML. A pin of TARGET holds.
+
+    Exit codes: 0 published, or already current; 1 failed, or the layouts differ;
+    2 usage; 65 the gate, or the check of the values, rejects it; 66 nothing is
+    live in SOURCE; 75 try later: TARGET is busy or pinned, or the gate asks for it.
+    """
+    from ..history.outcome import Outcome
+    from ..sync.promoting import promote as publish
+    from .console import tell, unwind_at
+
+    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
+    try:
+        outcome = publish(source, target, take_over=take_over, runtime=runtime_dir, state_dir=state_dir)
+    except SegmentError as exc:
+        outcome = Outcome("failed", target, reason=str(exc))
+    tell(outcome, as_json=as_json)
+    raise typer.Exit(outcome.exit_code)
 
 
 @history.command(rich_help_panel=GO_BACK, epilog="Example: wsync pin cartpole checkpoints/step_500.safetensors")

@@ -150,6 +150,11 @@ def specs(incomplete: str) -> list[str]:
     return sorted(each for each in shown if name.startswith(".") or not each.removeprefix(before).startswith("."))
 
 
+def targets(incomplete: str) -> list[str]:
+    """Both, for a segment that may be named by its spec."""
+    return names(incomplete) + specs(incomplete)
+
+
 def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """The versions on record of the segment that the command line names, newest first."""
     from ..history.database import State

@@ -75,7 +75,7 @@ class DeviceReader(Reader):
         """Sends the leased version on its way; False where there is no room for it."""
         try:
             self._attached.check()
-            step = self._segment.step_of(lease)
+            step = self._segment.leased(lease).step
             self._weights.start(self._segment, lease.slot)
         except OutOfDeviceMemory as exc:
             lease.release()

@@ -211,7 +211,7 @@ class Reader:
 
     def _take_in(self, lease: Lease) -> None:
         """Gives the policy a leased version; may be called again where it was interrupted."""
-        step = self._segment.step_of(lease)
+        step = self._segment.leased(lease).step
         written = self._way.take(self._segment, lease)
         self._took(lease, step)
         if written and not self._told_of_writing:

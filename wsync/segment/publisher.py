@@ -119,7 +119,8 @@ def publish(
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
-        about = Publication(version, step, str(checkpoint.path), checkpoint.identity, time.time(), spec, *origin)
+        source = "" if checkpoint.path == Path() else str(checkpoint.path)  # a copy of weights from memory has no path
+        about = Publication(version, step, source, checkpoint.identity, time.time(), spec, *origin)
         about = replace(about, changed_ns=checkpoint.changed_ns)
         publication = _describe(segment, slot, about, gate)
     segment.store(publication.version, slot.number)
@@ -334,7 +335,7 @@ def rehearse(
     _read_aside(layout, checkpoint, _plan(checkpoint, layout, fit, segment), fit, progress)
 
 
-def holds(segment: WritableSegment, checkpoint: Checkpoint, fit: Fit) -> bool:
+def holds(segment: WritableSegment, checkpoint: Source, fit: Fit) -> bool:
     """Whether what is live has the very bytes that a checkpoint would bring; the caller holds ``publishing()``.
 
     Raises:
@@ -353,7 +354,7 @@ def holds(segment: WritableSegment, checkpoint: Checkpoint, fit: Fit) -> bool:
 
 
 def _read_aside(
-    layout: Layout, checkpoint: Checkpoint, plan: Plan, fit: Fit, progress: Callable[[int], None] | None = None
+    layout: Layout, checkpoint: Source, plan: Plan, fit: Fit, progress: Callable[[int], None] | None = None
 ) -> memoryview:
     """The weights of a checkpoint, in memory of this process that is given back with the last view of it."""
     with mapping(layout.nbytes):

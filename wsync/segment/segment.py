@@ -215,13 +215,13 @@ class Segment:
                 return live
         return None
 
-    def step_of(self, lease: Lease) -> int | None:
-        """The producer's number for a leased version, None where it gave none.
+    def leased(self, lease: Lease) -> Publication:
+        """What the header of a leased slot says of the version in it.
 
         Raises:
             SegmentUnsafe: the slot's header does not say.
         """
-        return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot).step
+        return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
 
     def _publication(self, head: bytes, slot: int) -> Publication:
         """What the first ``METADATA_END`` bytes of a live slot say."""

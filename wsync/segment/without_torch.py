@@ -38,7 +38,8 @@ class Held(Mapping[str, "np.ndarray[Any, Any]"]):
     """
 
     def __init__(self, segment: Segment, lease: Lease) -> None:
-        self.version, self.step, self.path = lease.version, segment.step_of(lease), segment.path / slot_name(lease.slot)
+        self.version, self.step = lease.version, segment.leased(lease).step
+        self.path = segment.path / slot_name(lease.slot)
         self._entries = {name: entry for entry in segment.layout.tensors for name in entry.names}
         self._start = segment.data_offset
         memory, _ = segment.map_pages(lease.slot)

@@ -97,7 +97,8 @@ class Spec:
     """A policy and its settings.
 
     Attributes:
-        policy: ``package.module:attr``, the attr a callable or class that gives an ``nn.Module``, or a module instance.
+        policy: ``package.module:attr``, the attr a callable or class that gives an ``nn.Module``, or a module instance;
+            empty where the segment's name is all that is known.
         name: of the segment; default the TOML's own name, or ``package.module.attr``.
         directory: what is importable beside the installed packages: the TOML's directory, or the current one.
         policy_kwargs: what the callable is called with.
@@ -169,6 +170,8 @@ class Spec:
         Covers the import string, its arguments, what is left out of its layout, and the state of the module's own file
         where it is found beside the spec; the modules that it imports are beyond it.
         """
+        if not self.policy:
+            return ""
         import hashlib
 
         place = self.directory.joinpath(*self.policy.partition(":")[0].split("."))

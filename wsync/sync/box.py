@@ -83,12 +83,14 @@ class Box:
         fit: Fit,
         recheck: Recheck = NO_RECHECK,
         last_version: int | None = None,
+        reason: str | None = None,
     ) -> Outcome:
         """Publishes weights, and tells the history and the hooks.
 
         Args:
             recheck: what is looked at again under the lock.
             last_version: the version before it, if the caller knows better than the segment and the history.
+            reason: why it is published, for the history.
 
         Raises:
             UsageError: what is live came from another spec or place.
@@ -115,9 +117,11 @@ class Box:
             self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
             kept = replace(fit, kept=publication.version) if source.kept else fit
-            return self._tell(this, segment, publication, kept)
+            return self._tell(this, segment, publication, kept, reason)
 
-    def _tell(self, this: Pass, segment: WritableSegment, publication: Publication, fit: Fit) -> Outcome:
+    def _tell(
+        self, this: Pass, segment: WritableSegment, publication: Publication, fit: Fit, reason: str | None
+    ) -> Outcome:
         step, last = publication.step, this.live.step if this.live else None
         try:
             readers = segment.readers()
@@ -127,9 +131,10 @@ class Box:
             "published",
             version=publication.version,
             step=step,
-            checkpoint=publication.source,
+            checkpoint=publication.source or None,
             bytes=segment.layout.nbytes,
             readers=len(readers),
+            reason=reason,
             backwards=step is not None and last is not None and step < last,
             identity=publication.identity,
         )

@@ -25,7 +25,7 @@ class Claim:
         own: the spec itself says so, and not its caller: then the spec may name another place than it once did.
 
     Attributes:
-        owner: the spec; empty makes no claim, and heeds none.
+        owner: the spec; empty makes no claim, heeds none, and leaves a segment to its owner.
         take_over: the next publish may replace another owner's version.
         one_shot: a single push, which may name a checkpoint from elsewhere.
     """
@@ -59,7 +59,7 @@ class Claim:
             UsageError: as of ``check``.
         """
         if not self.owner:
-            return "", ""
+            return (live.owner, live.place) if live else ("", "")
         self.check(live)
         if not self._is_named():
             return self.owner, self._place
