@@ -254,6 +254,7 @@ CHANGES = {
     "lengthened": "for slot in {}; do echo x >> $slot; done",
     "unlinked": "rm {}",
     "replaced": "for slot in {}; do cp $slot other; mv other $slot; done",
+    "control": 'printf x | dd of="$WSYNC_RUNTIME_DIR/$WSYNC_HOOK_NAME/control" conv=notrunc',
     "gone": 'rm -r "$WSYNC_RUNTIME_DIR/$WSYNC_HOOK_NAME"',
 }
 
@@ -273,7 +274,7 @@ def test_what_goes_live_is_what_the_gate_was_shown(
     with pytest.raises(SegmentError, match="the gate looked at"):
         pushing.once()
     assert live.word == word
-    if change not in ("unlinked", "replaced", "gone"):  # the segment is whole
+    if change not in ("unlinked", "replaced", "control", "gone"):  # the segment is whole
         with Syncer(load_spec(SPEC), runs) as again:
             assert again.once().status == "published"
         assert mark_of(Segment.open(NAME)) == {2.0}  # where a spare slot was cut, the segment is made anew

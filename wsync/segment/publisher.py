@@ -11,18 +11,20 @@ import operator
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..checkpoints.fit import Fit
-from ..errors import SegmentError, SegmentUnsafe
+from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..layout.names import seen_through
 from ..system.memory import mapping, reserve, write_at
 from .files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
+from .segment import Segment
 from .writable import WritableSegment
 
 if TYPE_CHECKING:
@@ -282,11 +284,19 @@ def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publicatio
 
 
 def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
-    """Whether the slot is still the whole file at its place.
+    """Whether the slot is still the whole file at its place, in a segment that others can open.
 
     Raises:
         SegmentError: it is not.
     """
+    try:
+        with suppress(SegmentMissing):
+            Segment.open(segment.name, segment.path.parent).close()
+    except SegmentError as exc:
+        raise SegmentError(
+            f"segment {segment.name!r} was damaged while the gate looked at its weights, and nothing went live. Let "
+            f"the gate change no file of a segment, and run `wsync rm {segment.name}`."
+        ) from exc
     info = os.fstat(slot.fd)
     try:
         there = segment.is_current() and os.path.samestat(info, os.stat(place, follow_symlinks=False))
