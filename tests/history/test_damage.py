@@ -155,6 +155,13 @@ def test_a_damaged_word_is_told_and_never_goes_back(runs: Path, segment: Segment
         assert rollback(NAME, 5, runtime=None, state=state)[0].version > 6
 
 
+def test_a_history_that_never_ends_is_not_copied(tmp_path: Path) -> None:
+    """Guards a database that is a link to a device: nobody reads it to its end."""
+    (tmp_path / "nets.sqlite").symlink_to("/dev/zero")
+    with State("nets", tmp_path) as state, pytest.raises(StateError, match="cannot be kept"):
+        state.events()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file system")
 def test_a_full_disk_keeps_nobody_from_reading(tmp_path: Path) -> None:
     """``log`` and what a rollback lists are read from a copy, where SQLite could not even make its own files."""

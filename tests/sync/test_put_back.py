@@ -14,7 +14,7 @@ from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
 from wsync.checkpoints.files import parts_of
-from wsync.errors import BeingRewritten
+from wsync.errors import BeingRewritten, NoCheckpoint
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
@@ -188,31 +188,60 @@ def test_what_was_written_over_is_refused_once(segment: WritableSegment, runs: P
 
 
 @pytest.mark.parametrize("keep", [0, 3])
-def test_the_way_back_is_to_the_bytes_of_then(keep: int, segment: WritableSegment, runs: Path, runtime: Path) -> None:
+@pytest.mark.parametrize("publishes", [False, True])
+def test_the_way_back_is_to_the_bytes_of_then(
+    publishes: bool, keep: int, segment: WritableSegment, runs: Path, runtime: Path
+) -> None:
     """Guards rollback: a version whose file was written over comes from a slot or a copy, and never from that file."""
-    latest = write(runs / "latest.safetensors", mlp(), 1.0)
-    for mark in (1.0, 2.0, 3.0, 4.0, 5.0):
-        if mark > 1:
-            over(write(runs.parent / "new.safetensors", mlp(), mark), latest)
-        assert push(runs, keep=keep).version == mark
+    first = write(runs / "step_1.safetensors", mlp(), 1.0)
+    for mark in (1.0, 2.0, 3.0, 4.0):
+        assert push(write(runs / f"step_{mark:.0f}.safetensors", mlp(), mark), keep=4 * keep).version == mark
+    over(write(runs.parent / "new.safetensors", mlp(), 5.0), first)
+    if publishes:
+        assert push(first, keep=4 * keep).version == 5
     with State(NAME) as state:
         if keep:
-            rollback(NAME, 3, runtime=runtime, state=state)
-            assert mark_of(segment) == {3.0}
-        else:
-            with pytest.raises(Exception, match="gone or was changed"):
-                rollback(NAME, 1, runtime=runtime, state=state)
+            rollback(NAME, 1, runtime=runtime, state=state)
+            assert mark_of(segment) == {1.0}
+            return
+        with pytest.raises(NoCheckpoint, match="was changed .*takes it as it is now"):
+            rollback(NAME, 1, runtime=runtime, state=state)
+        pin_checkpoint(NAME, str(first), runtime=runtime, state=state)
+        push(runs)
+        assert mark_of(segment) == {5.0}
 
 
+def test_what_was_touched_while_it_was_live_is_on_record(segment: WritableSegment, runs: Path, runtime: Path) -> None:
+    """Guards rollback to a checkpoint that got a second name, as that of the best one, after it went live."""
+    first = write(runs / "step_1.safetensors", mlp(), 1.0)
+    push(runs)
+    os.link(first, runs.parent / "best.safetensors")
+    assert push(runs).status == "current"
+    for mark in (2.0, 3.0, 4.0):
+        push(write(runs / f"step_{mark:.0f}.safetensors", mlp(), mark))
+    with State(NAME) as state:
+        rollback(NAME, 1, runtime=runtime, state=state)
+    assert mark_of(segment) == {1.0}
+
+
+@pytest.mark.parametrize("published", [1, 2])
 @pytest.mark.parametrize("again", [False, True])
-def test_a_pin_is_of_the_bytes_of_then(again: bool, segment: WritableSegment, runs: Path, runtime: Path) -> None:
+@pytest.mark.parametrize("goes_back", [False, True])
+def test_a_pin_is_of_the_bytes_of_then(
+    goes_back: bool, again: bool, published: int, segment: WritableSegment, runs: Path, runtime: Path
+) -> None:
     """Guards a pin after a reboot: a file that was written over once more, and never published, is not what it pins."""
     latest = write(runs / "latest.safetensors", mlp(), 1.0)
     assert push(runs).version == 1
-    over(write(runs.parent / "new.safetensors", mlp(), 2.0), latest)
-    assert push(runs).version == 2
+    if published == 2:
+        over(write(runs.parent / "new.safetensors", mlp(), 2.0), latest)
+        assert push(runs).version == 2
     with State(NAME) as state:
-        pin_checkpoint(NAME, None, runtime=runtime, state=state)
+        if goes_back:
+            push(write(runs / "other.safetensors", mlp(), 4.0))
+            rollback(NAME, published, runtime=runtime, state=state)
+        else:
+            pin_checkpoint(NAME, None, runtime=runtime, state=state)
     if again:
         over(write(runs.parent / "new.safetensors", mlp(), 3.0), latest)
     shutil.rmtree(segment.path)
@@ -220,4 +249,18 @@ def test_a_pin_is_of_the_bytes_of_then(again: bool, segment: WritableSegment, ru
     if again:
         assert "gone or was changed" in (outcome.reason or "")
     else:
-        assert (outcome.status, mark_of(WritableSegment.open(NAME))) == ("published", {2.0})
+        assert (outcome.status, mark_of(WritableSegment.open(NAME))) == ("published", {float(published)})
+
+
+def test_a_history_of_an_older_wsync_goes_on(segment: WritableSegment, runs: Path, runtime: Path) -> None:
+    """Guards a database that was made before change times were recorded: it is not taken for a damaged one."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    push(runs)
+    with State(NAME) as state:
+        state._write(lambda database: database.execute("ALTER TABLE events DROP COLUMN changed_ns"))
+    write(runs / "step_2.safetensors", mlp(), 2.0)
+    push(runs)
+    with State(NAME) as state:
+        assert [event.version for event in state.events()] == [1, 2]
+        rollback(NAME, 1, runtime=runtime, state=state)
+    assert mark_of(segment) == {1.0}

@@ -186,7 +186,7 @@ def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
 
     with State(name, state_dir) as state:
         before = let_go(state)
-    print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing was pinned")
+    print(f"{name}: {printable(before.name)} is no longer pinned" if before else f"{name}: nothing is pinned")
 
 
 @history.command(rich_help_panel=LOOK, epilog="Example: wsync config cartpole.toml")
@@ -232,7 +232,7 @@ def config(
 
 def event_json(event: Event) -> dict[str, Any]:
     """One event; the fields that do not apply are None."""
-    data = {name: value for name, value in event._asdict().items() if name not in ("id", "settings")}
+    data = {name: value for name, value in event._asdict().items() if name not in ("id", "settings", "changed_ns")}
     return {**data, "at": when(event.at)}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ class Event(NamedTuple):
         version: that was live afterwards.
         lag: of the slowest reader at that moment, versions.
         settings: of the fit, by which a rollback publishes the file again; JSON.
+        changed_ns: when the system had last changed a file of the checkpoint; 0 or None where it was not read itself.
     """
 
     id: int
@@ -61,6 +63,7 @@ class Event(NamedTuple):
     lag: int | None = None
     reason: str | None = None
     settings: str | None = None
+    changed_ns: int | None = None
 
     @classmethod
     def checked(cls, row: Sequence[Any]) -> Event:
@@ -78,7 +81,7 @@ class Event(NamedTuple):
 
 
 _NUMBER, _TEXT = int | None, str | None
-_TYPES = (int, float, str, _NUMBER, _NUMBER, _TEXT, _TEXT, _NUMBER, int | float | None, _NUMBER, _TEXT, _TEXT)
+_TYPES = (int, float, str, _NUMBER, _NUMBER, _TEXT, _TEXT, _NUMBER, int | float | None, _NUMBER, _TEXT, _TEXT, _NUMBER)
 _FIELDS = Event._fields[3:]  # without id, at and kind
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (
@@ -91,6 +94,7 @@ CREATE TABLE IF NOT EXISTS rejections (
     identity TEXT NOT NULL, settings TEXT NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (identity, settings));
 """
+_UPGRADE = "ALTER TABLE events ADD COLUMN changed_ns INTEGER"
 
 
 def _warn(exc: StateError) -> None:
@@ -287,6 +291,21 @@ class State:
         found = self._select("kind = 'publish' AND checkpoint = ?", (_text(checkpoint),), 1)
         return [event.identity or "" for event in found]
 
+    def changed_ns(self, identity: str, until: int = sys.maxsize) -> int:
+        """When the files of this identity had last changed as they were published; 0 where that is not on record.
+
+        Args:
+            until: as of the event of this id.
+        """
+        found = self.published("identity = ? AND changed_ns > 0 AND id <= ?", (identity, until), 1)
+        return found[0].changed_ns or 0 if found else 0
+
+    def touched(self, version: int, changed_ns: int) -> None:
+        """Notes a later change of the files of a version, which left their bytes as they were."""
+        values = changed_ns, version
+        change = f"UPDATE events SET changed_ns = ? WHERE {_PUBLISHED} AND version = ?"
+        self._write(lambda database: database.execute(change, values))
+
     # --- what was rejected
 
     def reject(self, identity: str, settings: str, reason: str) -> None:
@@ -343,7 +362,7 @@ class State:
         except (ImportError, OSError) as exc:  # a Python without SQLite, or no memory or descriptor left to load it
             raise self._failed(exc) from exc
         try:
-            self._storage = self._storage or Storage(self._file, _SCHEMA, self._tell_damage)
+            self._storage = self._storage or Storage(self._file, _SCHEMA, _UPGRADE, self._tell_damage)
             return work(self._storage)
         except ERRORS as exc:
             raise self._failed(exc) from exc

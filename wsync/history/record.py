@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
-from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError
-from ..places.identity import is_same, was_changed
+from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError, printable
+from ..places.identity import is_same
 from ..segment.access import opened
 from ..system.memory import try_lock
 from .database import State
 
 if TYPE_CHECKING:
+    from ..segment.files import Publication
     from ..segment.publisher import Staged
     from ..segment.segment import Segment
     from .database import Event
@@ -149,8 +150,10 @@ class Record:
             self._halves[identity] = why
             self._try(State.reject, identity, _HALF, why)
 
-    def skip(self, identity: str, why: str) -> None:
-        """Remembers that a checkpoint is not tried again, and is not reported."""
+    def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
+        """Remembers that a checkpoint has the bytes of what is live: it is not tried again, and is not reported."""
+        identity, why = checkpoint.identity, f"it has the bytes of version {live.version}"
+        self._try(State.touched, live.version, checkpoint.changed_ns)
         self._refused[identity] = why
         self._passed.add(identity)
         for settings in (self._settings, f"{self._settings}{_PASSED}"):
@@ -168,8 +171,8 @@ class Record:
 
     # --- events
 
-    def published(self, outcome: Outcome, lag: int, fit: Fit) -> None:
-        fields = {**outcome._asdict(), "lag": lag, "settings": fit_to_json(fit)}
+    def published(self, outcome: Outcome, lag: int, fit: Fit, changed_ns: int) -> None:
+        fields = {**outcome._asdict(), "lag": lag, "settings": fit_to_json(fit), "changed_ns": changed_ns}
         self._try(State.record, "publish", accepted=self._settings, **fields)
 
     def gate(self, result: str, staged: Staged) -> None:
@@ -216,11 +219,13 @@ class Record:
         pinned = found[0] if found else None
         if pinned and (again := reopen(pinned, copies(self._state), self._state)):
             return again
+        changed_ns = self._state.changed_ns(pin.identity, pinned.id) if pinned else 0
         mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
-        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, self._state)
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, changed_ns)
         if checkpoint is None:
+            why = IN_NO_FILE if mixed else gone_or_changed(self._state, pin.checkpoint)
             raise CheckpointError(
-                f"{pin.name}, which is pinned, {IN_NO_FILE if mixed else 'is gone or was changed'}, and {NO_COPY}. "
+                f"{pin.name}, which is pinned, {why}, and {NO_COPY}. "
                 f"`wsync unpin {self._state.name}` goes on with the newest; `wsync rollback` lists what is still there."
             )
         return checkpoint, fit
@@ -340,7 +345,7 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path], state: State) -> 
 
     Args:
         kept: the ``copies``.
-        state: tells whether the file was written over and published since.
+        state: tells whether the file was written over since, with its times put back.
     """
     try:
         fit = fit_from_json(event.settings)
@@ -351,22 +356,29 @@ def reopen(event: Event, kept: Mapping[tuple[str, str], Path], state: State) -> 
         checkpoint = Checkpoint(copy)
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
         return checkpoint, Fit(finite=False, kept=fit.kept)
-    original = None if fit.kept else _same(event.checkpoint, event.identity, state)
+    changed_ns = state.changed_ns(event.identity or "", event.id)
+    original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns)
     if original:
         original.step = event.step  # a setting may have told it, and not the name alone
     return (original, fit) if original else None
 
 
-def _same(path: str | None, identity: str | None, state: State) -> Checkpoint | None:
+def gone_or_changed(state: State, path: str | None) -> str:
+    """Why a file cannot be published again, and how to take it nevertheless."""
+    if not path or not os.path.exists(path):
+        return "is gone or was changed"
+    return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
+
+
+def _same(path: str | None, identity: str | None, changed_ns: int) -> Checkpoint | None:
     if not path or not identity:
         return None
-    latest = next(iter(state.published_from(path)), identity)
     try:
         # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
         checkpoint = Checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None
-    if is_same(checkpoint, identity) and not was_changed(identity, latest):
+    if is_same(checkpoint, identity, changed_ns):
         checkpoint.identity = identity
         return checkpoint
     checkpoint.close()

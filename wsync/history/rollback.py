@@ -14,14 +14,14 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
-from ..places.identity import is_same
+from ..places.identity import changed, is_same
 from ..segment.files import Publication
 from ..segment.publisher import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
 from .database import Event, State
 from .pins import Pin
-from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, kept_events, reopen, what
+from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, gone_or_changed, kept_events, reopen, what
 
 _log = logging.getLogger("wsync")
 _PATIENCE = 3.0  # seconds that another publisher may hold the segment
@@ -121,10 +121,11 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
         with checkpoint:
             live = segment.live()
             spec = (live.spec if live else "") or segment.spec
-            origin = (live.owner, live.place) if live else ("", "")
-            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last, origin=origin)
+            owner = (live.owner, live.place) if live else ("", "")
+            return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last, origin=owner)
     mixed = fit_from_json(event.settings).kept
-    why = IN_NO_FILE if mixed else f"came from {event.checkpoint or 'memory'}, which is gone or was changed"
+    origin = f"came from {event.checkpoint or 'memory'}, which {gone_or_changed(state, event.checkpoint)}"
+    why = IN_NO_FILE if mixed else origin
     raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state)}")
 
 
@@ -175,12 +176,14 @@ def pin_checkpoint(
         pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
     else:
         with Checkpoint(checkpoint) as opened:
-            path = str(opened.path)
-            renumbered = live is not None and live.source == path and is_same(opened, live.identity)
-            if live and (renumbered or live.identity == opened.identity):
+            path, known = str(opened.path), state.changed_ns(live.identity) if live else 0
+            about_live = live and (live.identity == opened.identity or live.source == path)
+            if live and about_live and is_same(opened, live.identity, live.changed_ns or known):
                 pin = Pin(path, live.identity, live.version, live.step, time.time(), "by hand")
             else:
-                pin = Pin(path, opened.identity, 0, opened.step, time.time(), "by hand")
+                as_before = state.changed_ns(opened.identity) in (0, opened.changed_ns)
+                identity = opened.identity if as_before else changed(opened.changed_ns, opened.identity)
+                pin = Pin(path, identity, 0, opened.step, time.time(), "by hand")
     state.set_pin(pin)
     _note(state, "pin", **{**pin._asdict(), "version": pin.version or None, "reason": None})
     return pin, live is not None and live.identity == pin.identity

@@ -33,11 +33,12 @@ class Storage:
 
     Args:
         schema: statements that make what is missing.
+        upgrade: a statement that adds what a database of an older wsync lacks; it fails on a newer one.
         warn: called with what was damaged when the file was set aside and a new one began.
     """
 
-    def __init__(self, file: Path, schema: str, warn: Callable[[str], None]) -> None:
-        self._file, self._schema, self._warn = file, schema, warn
+    def __init__(self, file: Path, schema: str, upgrade: str, warn: Callable[[str], None]) -> None:
+        self._file, self._schema, self._upgrade, self._warn = file, schema, upgrade, warn
         self._connection: sqlite3.Connection | None = None
         self._opened: os.stat_result | None = None
 
@@ -56,7 +57,8 @@ class Storage:
             return self.write(work)
         except ERRORS as exc:
             with suppress(*ERRORS):
-                return self._read_copy(work)
+                if self._file.is_file():
+                    return self._read_copy(work)
             raise exc
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -93,6 +95,8 @@ class Storage:
                 self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.executescript(self._schema)
+            with suppress(sqlite3.OperationalError):
+                self._connection.execute(self._upgrade)
         with self._connection as database:
             return work(database)
 

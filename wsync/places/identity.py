@@ -35,7 +35,7 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
         stamp = candidate.stamp
         is_same = (isinstance(stamp, str) or stamp.st_mtime_ns == written) and candidate.identity == plain
         if is_same and 0 < live.changed_ns < candidate.arrived_ns and not remote(candidate.path):
-            return candidate._replace(stamp=_changed(candidate.arrived_ns, plain))
+            return candidate._replace(stamp=changed(candidate.arrived_ns, plain))
         if is_same or (str(candidate.location) == where and _is_renumbered(candidate, live)):
             return candidate._replace(stamp=live.identity)
         return candidate
@@ -54,15 +54,20 @@ def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
     """The identity of an opened checkpoint: that of the candidate where only inode or change time tell them apart."""
     plain = _plain(candidate.identity)
     if "@" in candidate.identity and _without_inodes(plain) == _without_inodes(checkpoint.identity):
-        return _changed(checkpoint.changed_ns, plain)
+        return changed(checkpoint.changed_ns, plain)
     return checkpoint.identity
 
 
-def is_same(checkpoint: Checkpoint, identity: str) -> bool:
-    """Whether a checkpoint, opened at its path on record, is the one of this identity."""
-    plain, told = _plain(identity), identity.partition("@")[0]
+def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int) -> bool:
+    """Whether a checkpoint, opened at its path on record, is the one of this identity.
+
+    Args:
+        changed_ns: when its files had last changed then; 0 where that is not known.
+    """
+    plain = _plain(identity)
     if checkpoint.identity == plain:
-        return plain == identity or told == str(checkpoint.changed_ns)
+        now = checkpoint.changed_ns
+        return identity == changed(now, plain) or (identity == plain and changed_ns in (0, now))
     same = _without_inodes(checkpoint.identity) == _without_inodes(plain)
     return same and not remote(checkpoint.path) and inodes_change(str(checkpoint.path))
 
@@ -96,7 +101,8 @@ def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
     )
 
 
-def _changed(changed_ns: int, plain: str) -> str:
+def changed(changed_ns: int, plain: str) -> str:
+    """The identity of files that were changed after they were published, with their times put back."""
     return f"{changed_ns}@{plain}"
 
 
@@ -109,7 +115,7 @@ def _by_path(candidate: Candidate) -> str:
     """Its identity with the path in place of inodes, and with the change time."""
     fields = candidate.identity.split("-")
     fields[-3] = f"{zlib.crc32(os.fsencode(candidate.location)):08x}"
-    return _changed(candidate.arrived_ns, "-".join(fields))
+    return changed(candidate.arrived_ns, "-".join(fields))
 
 
 def _without_inodes(plain: str) -> str:

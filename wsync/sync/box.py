@@ -139,7 +139,7 @@ class Box:
             identity=publication.identity,
         )
         lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
-        self.record.published(outcome, lag, fit)
+        self.record.published(outcome, lag, fit, publication.changed_ns)
         if self.spec.hooks.exec or self.spec.hooks.webhook:
             from ..hooks.runner import HookRunner
 

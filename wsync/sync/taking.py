@@ -99,7 +99,7 @@ class Taking:
             settle = box.spec.select.settle
             check_changed(checkpoint.parts, checkpoint.source.infos, settle, live.changed_ns)
         if is_same and not this.dry_run:
-            box.record.skip(checkpoint.identity, f"it has the bytes of version {live.version}")
+            box.record.touched(live, checkpoint)
         return is_same
 
     def pinned(self, this: Pass, pin: Pin) -> Outcome:
