@@ -17,6 +17,7 @@ from wsync.history.database import State
 from wsync.history.rollback import rollback
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
+from wsync.segment.watching import Watching, WatchLock, watch_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -127,6 +128,33 @@ def test_a_push_beside_a_watch_says_that_it_will_be_undone(push: Push, cli: Cli,
     watch.kill()
     write(Path("runA/ckpt/step_7.safetensors"), mlp(), 7.0)
     other.until("step_7")
+
+
+def test_a_watch_holds_the_segment_that_it_makes(push: Push) -> None:
+    """Guards the first version of a watch: whoever publishes beside it is told so at once, and not a pass later."""
+    with closing(WritableSegment.open("policy")) as before:
+        before.remove()
+    with Syncer(load_spec("runA/policy.toml"), state=State("policy")) as syncer:
+        syncer.lock = WatchLock(Watching(os.getpid(), "runA/policy.toml", "runA/ckpt"))
+        assert syncer.once().version == 1
+        with closing(Segment.open("policy")) as segment:
+            assert watch_of(segment) == Watching(os.getpid(), "runA/policy.toml", "runA/ckpt")
+
+
+def test_cron_is_told_once_what_a_watch_will_undo_and_that_a_place_is_gone(
+    push: Push, cli: Cli, spawn: Spawn, tmp_path: Path
+) -> None:
+    """Guards `push --quiet`: a version that does not last, and a place that went away, are new problems."""
+    write(Path("other.safetensors"), mlp(), 5.0)
+    watch = spawn("-m", "wsync", "watch", "runA/policy.toml", "--poll", "3600", "--log-format", "plain")
+    Lines(watch).until("version 1,")
+    said = [cli("push", "runA/policy.toml", "other.safetensors", "--quiet", "--force").stderr for _ in range(2)]
+    assert "`wsync pin policy`" in said[0] and not said[1]
+    watch.kill()
+    watch.wait()
+    Path("runA/ckpt").rename("runA/aside")
+    told = [cli("push", "runA/policy.toml", "--quiet") for _ in range(2)]
+    assert [each.returncode for each in told] == [66, 66] and "there is no" in told[0].stderr and not told[1].stderr
 
 
 def test_take_over_is_an_option_of_push_and_watch(push: Push, cli: Cli, spawn: Spawn) -> None:

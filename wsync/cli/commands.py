@@ -103,7 +103,6 @@ def push(
             figures.hook(kind, ok)
 
     event: Outcome | WsyncError
-    undone = ""
     try:
         state = State(loaded.name, state_dir, loaded.history)
         with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer:
@@ -114,7 +113,8 @@ def push(
             shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
             with transfer_bar() if shown else nullcontext() as syncer.box.progress:
                 event = syncer.once(force=force, dry_run=dry_run)
-            undone = undone_by(syncer.updater.opened, event, loaded.select)
+            if undone := undone_by(syncer.updater.opened, event, loaded.select):
+                event = event._replace(warning=undone)
     except WsyncError as exc:
         event = exc
     if figures:
@@ -132,8 +132,6 @@ def push(
             print(json.dumps(outcome_json(failed)))
         raise event
     tell(event, as_json=as_json, quiet=quiet)
-    if undone:
-        print(harmless(f"{event.name}: {undone}"), file=sys.stderr)
     raise typer.Exit(event.exit_code)
 
 

@@ -40,12 +40,11 @@ class News:
 
 def _trouble(event: Outcome | WsyncError) -> str:
     """A text that differs between different problems; empty if there is no problem."""
-    if isinstance(event, WsyncError):
-        return re.sub(r"\d+", "0", str(event)).encode(errors="replace").decode()  # free bytes and pids differ each time
+    if isinstance(event, WsyncError) or event.warning:
+        said = str(event) if isinstance(event, WsyncError) else event.warning or ""
+        return re.sub(r"\d+", "0", said).encode(errors="replace").decode()  # free bytes and pids differ each time
     passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"
-    nothing = event.status == "empty" and not event.checkpoint
-    if event.warning:
-        return event.warning
+    nothing = event.status == "empty" and not event.checkpoint and not event.version
     refused = [each for each in (*event.passed_over, event) if each.exit_code]
     if not refused or (passing and len(refused) == 1) or nothing:
         return ""

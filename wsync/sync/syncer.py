@@ -178,6 +178,7 @@ class Syncer:
             return refusal or self._nothing_newer(this, choice)
         reads = self.policy.reads
         take = self.taking.route.busy(partial(self.taking.ready, this, self._choose))
+        self._wait_for_other_watch()  # also on a segment that was just made
         if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
             return self._pass(this)
         try:
