@@ -2,11 +2,11 @@
 
 The layout of the files is PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
 ``base_model.model.<module>.lora_A.weight`` of shape (r, in), its ``lora_B`` of shape (out, r), and the adapter's
-``adapter_config.json``. Where the base lies is said by the spec alone.
+``adapter_config.json``. Only the spec says where the base is.
 
 A policy may be a PEFT model itself. PEFT leaves the adapter's name out when it saves: ``lora_A.weight`` is
-``lora_A.default.weight`` in the policy. So it does with ``modules_to_save`` (``utils/save_and_load.py``). The base's
-weights are in no adapter: they keep their live values, or come from ``base``, or are as the policy is built.
+``lora_A.default.weight`` in the policy. The same goes for ``modules_to_save`` (``utils/save_and_load.py``). An adapter
+has no base weights: they keep their live values, come from ``base``, or stay as the policy is built.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .header import StoredTensor
 from .plan import Delta, Merge, Plan, plan_of
 from .table import TensorTable
 
-_SMALL = 1 << 24  # elements of both halves, whatever their rank; a hostile file of 4 KiB can claim any
+_SMALL = 1 << 24  # elements in both halves for which any rank is taken; a hostile 4 KiB file can claim any
 _ROOT = "base_model.model."
 _BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
@@ -65,10 +65,10 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
 def plan_adapter(
     adapter: TensorTable, layout: Layout, settings: Fit, exc: CheckpointMismatch | PartialCheckpoint
 ) -> Plan:
-    """The plan of an adapter: for the policy's own adapter, where it has one that fits, else merged into a base.
+    """Plans an adapter: into the policy's own adapter where one fits, else merged into a base.
 
     Args:
-        adapter: gets the base, opened, as its ``base``.
+        adapter: its ``base`` is set to the opened base.
         exc: why it does not fit as it is.
 
     Raises:
@@ -76,7 +76,7 @@ def plan_adapter(
             cannot be merged.
         PartialCheckpoint: there are no live values for the base's weights to keep.
         IncompleteCheckpoint: the adapter's configuration has not come.
-        MalformedCheckpoint: it is of a kind that is not merged here.
+        MalformedCheckpoint: wsync cannot merge its kind.
         UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
     """
     own = _named_by_policy(adapter.tensors, layout)
@@ -107,7 +107,7 @@ def _open_base(path: str, adapter: Path) -> TensorTable:
 
 
 def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dict[str, StoredTensor] | None:
-    """An adapter's tensors by the names of the policy's own adapter; None where they are not all of that one.
+    """An adapter's tensors under the names of the policy's own adapter; None unless one has them all.
 
     Of several adapters in the policy, ``default`` comes first.
     """
@@ -123,7 +123,7 @@ def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dic
 def _plan_own(
     tensors: Mapping[str, StoredTensor], base: TensorTable | None, layout: Layout, settings: Fit, path: Path
 ) -> Plan:
-    """How an adapter's tensors, by the policy's names, and those of the base reach the policy."""
+    """Plans an adapter's tensors, under the policy's names, together with the base's."""
     own = replace(settings, prefix="", rename={}, include=(), exclude=(), strict=False)
     if base is None:
         return plan_of(tensors, layout, own, path)
@@ -145,7 +145,7 @@ def _saved_as(name: str, adapter: str) -> Iterator[str]:
 
 
 def _in_policy(stored: str, known: set[str]) -> str:
-    """The name of a base's tensor in a PEFT model of it; empty where it has none."""
+    """A base tensor's name in a PEFT model; empty where it has none."""
     module, _, leaf = f"{_ROOT}{stored}".rpartition(".")
     names = (stored, f"{module}.{leaf}", f"{module}.base_layer.{leaf}", f"{module}.original_module.{leaf}")
     return next((name for name in names if name in known), "")
@@ -188,7 +188,7 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
 
 
 def _together(own: Plan, base: Plan, deltas: tuple[Delta, ...]) -> Plan:
-    """The plan of what an adapter brings itself, of what its base brings, and of what is added to either."""
+    """Joins what an adapter brings, what its base brings and the deltas for either into one plan."""
     added = {delta.entry.name for delta in deltas}
     replaced = {entry.name for _, entry in own.pairs}
     kept = tuple(entry for entry in base.kept if entry.name not in replaced)
@@ -211,7 +211,7 @@ def _replace(
         name = settings.name(bare.replace(_BASE, "."))  # what was trained, or saved, of an adapted module
         entry = entries.get(name) if name is not None else None
         more = None if entry else _MORE.match(bare)
-        if more:  # it belongs to a weight, and is left out with it alone
+        if more:  # belongs to a weight and is left out only with it
             name = settings.name(f"{more[1]}.weight")
         if name is None or not (entry or more or settings.strict):
             continue
@@ -237,12 +237,12 @@ def _add(
     base: Plan,
     rows: list[Difference],
 ) -> tuple[list[Delta], list[Difference]]:
-    """What an adapter adds to which weights, and which neither plan brings; adds to ``rows`` what has no place."""
+    """The deltas, and the adapted weights that neither plan brings; adds what has no place to ``rows``."""
     lacking: list[Difference] = []
     deltas: list[Delta] = []
     brought, of_base = ({entry.name: stored for stored, entry in plan.pairs} for plan in (own, base))
     modules = {name.rpartition(".")[0] for name in entries}
-    added: dict[str, str] = {}  # one tensor gets one delta: of tied modules with one each, none has the other's
+    added: dict[str, str] = {}  # one delta per tensor: tied modules with one each cannot share a merged weight
     added |= {entry.name: t.name for t, entry in (*own.pairs, *own.twins) if _BASE not in t.name}
     for (module, embedding), half in halves.items():
         name = settings.name(f"{module}.weight")
@@ -279,5 +279,5 @@ def _multiplies(a: StoredTensor, b: StoredTensor, entry: TensorEntry, transposed
 
 
 def _highest(entry: TensorEntry) -> int:
-    """The highest rank that is taken: one that a weight can have, and any other while the halves stay small."""
+    """The highest rank accepted: the most that a weight can have, or more while the halves stay small."""
     return max(min(entry.shape), _SMALL // sum(entry.shape))

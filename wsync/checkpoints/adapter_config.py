@@ -1,7 +1,7 @@
-"""What a PEFT adapter's ``adapter_config.json`` says of how it is merged.
+"""How a PEFT adapter is merged, from its ``adapter_config.json``.
 
 The scale is PEFT's own (https://github.com/huggingface/peft, ``tuners/lora``): ``lora_alpha`` divided by the rank, or
-by its root under ``use_rslora``. What the file says of where the base lies is data from elsewhere, and not used.
+by its root under ``use_rslora``. The base's path in the file is untrusted and not used.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _KINDS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("lora_bias", "trainable_token_indices"),
 )
-"""What makes of an adapter one that is more, or elsewhere, than W + scale · B A."""
+"""Settings that make an adapter other than W + scale · B A."""
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` by which training began with another base than the one it was given."""
+"""How ``init_lora_weights`` begins where training began by changing the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What an adapter's configuration says of its merge.
+    """How an adapter is merged.
 
     Attributes:
-        alpha: divided by the rank, or by its root, it is the scale.
-        patterns: alphas of single modules, by expressions that their names match; the first counts.
-        root: whether it is the rank's root.
-        transposed: whether the modules keep their weights so.
+        alpha: the scale is this divided by the rank or its square root.
+        patterns: alphas for modules whose names match an expression; the first match counts.
+        root: whether alpha is divided by the square root.
+        transposed: whether weights are stored transposed.
     """
 
     alpha: float
@@ -57,8 +57,8 @@ def read_config(adapter: ByteSource, file: Path) -> Config:
         file: where it lies, for messages.
 
     Raises:
-        IncompleteCheckpoint: it has not come, or not all of it.
-        MalformedCheckpoint: it is of a kind of adapter that is not merged here.
+        IncompleteCheckpoint: it is missing or cut off.
+        MalformedCheckpoint: wsync cannot merge this kind of adapter.
         OSError: the system could not read it.
     """
     try:
@@ -105,7 +105,7 @@ def _number(value: object) -> float:
 
 
 def _expression(key: str) -> re.Pattern[str]:
-    """The modules that a key of ``alpha_pattern`` means, by PEFT's own rule; it is not to cost more than a look."""
+    """Compiles an ``alpha_pattern`` key by PEFT's rule; refuses what could be slow to match."""
     if not _PLAIN.fullmatch(key):
         raise ValueError(f"its alpha_pattern {key!r:.40} is not a plain name")
     try:

@@ -1,7 +1,7 @@
 """Finds the setting that would make a checkpoint fit. It tries each setting, so that the advice is true.
 
-The trials go from the smallest change to larger ones: a cast, a prefix off, the policy's own wrapper on, others left
-out; and several of them together. Renames are guessed by names that end alike, and shapes that are equal.
+Trials go from small changes to large ones: cast, remove a prefix, add the policy's own wrapper, exclude other tensors,
+or several of these. Renames are guessed from tensors of equal shape whose names end alike.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _WRAPPERS = (
     "model.",
     "actor_network.",
 )
-"""What is put before the names of a policy, besides what ``match`` sees through."""
+"""Prefixes of a policy's names, besides those that ``match`` ignores."""
 _CONSTANTS = ("inv_freq", "original_inv_freq")
 _WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
-_EXPERT = re.compile(r"experts\.\d+\.")  # one of those that a module may hold fused
+_EXPERT = re.compile(r"experts\.\d+\.")  # one expert; a module may hold them fused
 _WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
-_PREFIXES = 16  # that are tried at most
-_GLOBS = 32  # that are advised at most
+_PREFIXES = 16  # most prefixes tried
+_GLOBS = 32  # most globs advised
 _RENAMES = 4  # together
-_LOOKED_AT = 2000  # tensors that the policy lacks
+_LOOKED_AT = 2000  # most tensors compared
 
 HOPELESS = "It stays refused until it changes: "
 """How the advice begins where no setting makes a checkpoint fit."""
@@ -47,7 +47,7 @@ Change = dict[str, Any]
 
 
 def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
-    """The settings that would make all fit, as a TOML and as options have them; or what else to do."""
+    """The settings that would make all tensors fit, as TOML and as options; or what else to do."""
     trials = islice(_changes(tensors, layout, settings), 3 + _WORK // max(len(tensors), 1))
     for told in (_tried(tensors, layout, settings, change) for change in trials):
         if told:
@@ -70,7 +70,7 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
 
 
 def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> str:
-    """What to say of a change; nothing where it does not make all fit."""
+    """The advice for a change; empty unless it makes all fit."""
     found = _match(tensors, layout, settings, change)
     absent = {row.name for row in found.rows if row.found == "absent"}
     if absent and all(_is_rarely_saved(entry) for entry in layout.tensors if entry.name in absent):
@@ -121,7 +121,7 @@ def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, ren
 
     Args:
         wrapper: what is put before the names once the prefix is off.
-        renamed: whether names are changed besides; then only those before every name of a common beginning are known.
+        renamed: whether names are changed besides; then only known wrappers and the names' first parts are tried.
     """
     trained = [entry for entry in layout.tensors if not _is_rarely_saved(entry)] or layout.tensors
     wanted = [[n.removeprefix(wrapper) for n in entry.names] for entry in trained]
@@ -135,7 +135,7 @@ def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, ren
 
 
 def _wrappers_of(layout: Layout) -> list[str]:
-    """What all names of the policy begin with, the shortest first."""
+    """Prefixes of all names of the policy, the shortest first."""
     names = [name for entry in layout.tensors for name in entry.names]
     first, last = min(names), max(names)
     ends = [at + 1 for at, letter in enumerate(first) if letter == "." and first[: at + 1] == last[: at + 1]]
@@ -143,7 +143,7 @@ def _wrappers_of(layout: Layout) -> list[str]:
 
 
 def _left_out(unknown: list[str], layout: Layout, settings: Fit) -> Change:
-    """Globs that leave these names out, and none of the policy's; or that take the policy's alone."""
+    """Globs that exclude these names and none of the policy's; or that include only the policy's."""
     known = {name for entry in layout.tensors for name in entry.names}
     stems = {"", *(stem for name in known for stem in _stems(bare(name)))}
     globs = dict.fromkeys(settings.exclude)
@@ -169,14 +169,14 @@ def _stems(name: str) -> Iterator[str]:
 
 
 def _toml(value: object) -> str:
-    """A setting as TOML writes it; JSON's way with strings is one of TOML's."""
+    """A setting as TOML; a JSON string is a TOML string, too."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(old)} = {json.dumps(new)}" for old, new in value.items()) + " }"
     return json.dumps(value)
 
 
 def _options(change: Change) -> str:
-    """The same as a command has it; empty where an option cannot say it."""
+    """A change as options; empty where options cannot express it."""
     words = []
     for name, value in change.items():
         if isinstance(value, dict):
@@ -193,7 +193,7 @@ def _options(change: Change) -> str:
 
 
 def _guesses(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[dict[str, str]]:
-    """Renames to try, each for all tensors that are lacking; one rename of those may have to come before another."""
+    """Sets of renames to try, in every order, since one rename may have to come before another."""
     named = {name: tensor for stored, tensor in tensors.items() if (name := settings.name(stored)) is not None}
     known = {name for entry in layout.tensors for name in entry.names}
     unknown: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
@@ -212,7 +212,7 @@ def _guesses(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[dict[s
 
 
 def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list[list[str]]]) -> tuple[str, str] | None:
-    """The rename that makes the policy's name of the one whose end is most like it; None where that is not one."""
+    """The rename from the stored name whose end is most like the policy's name; None unless one is closest."""
     wanted = entry.name.split(".")
     alike = unknown.get((wanted[-1], entry.shape), [])[:_LOOKED_AT]
     scored = sorted(
@@ -234,6 +234,6 @@ def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list
 
 
 def _common(first: list[str], second: list[str]) -> int:
-    """How many parts two lists begin with alike."""
+    """How many leading parts two lists share."""
     pairs = zip(first, second, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -1,8 +1,8 @@
-"""Floats, and integers, of one dtype as those of another, with numpy: a publisher that casts need not import torch.
+"""Converts floats and integers between dtypes with numpy, so that a publisher that casts need not import torch.
 
 Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
-then finds. The eight-bit floats alone are left to torch: ml_dtypes makes another value of what is too large for them.
-Of those ``F8_E4M3`` has no infinity: what is too large becomes its largest number, as in torch, and an infinity NaN.
+finds. Only the eight-bit floats are left to torch, because ml_dtypes treats overflow in them differently. ``F8_E4M3``
+has no infinity: numbers that are too large become its largest, as in torch, and infinities become NaN.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from ..layout.layout import DTYPE_BITS, TORCH_DTYPES, TensorEntry
 from .header import StoredTensor
 
 Pair = tuple[StoredTensor, TensorEntry]
-"""What is stored, and what it becomes."""
+"""A stored tensor and its layout entry."""
 _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8"}
 _INTEGERS = {"U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "I32": "i4", "U32": "u4", "I64": "i8", "U64": "u8"}
 
 
 class Piece(NamedTuple):
-    """Whole elements of one dtype, in a row in a file and in the weights, that are read and converted together.
+    """Whole elements of one dtype, contiguous in a file and in the weights, read and converted together.
 
     Attributes:
         file: number of the checkpoint's file.
-        start: byte of the file.
-        nbytes: that are stored.
-        source: their dtype.
-        target: the dtype that they get.
-        offset: byte of the weights.
+        start: first byte in the file.
+        nbytes: size in the file.
+        source: dtype in the file.
+        target: dtype in the weights.
+        offset: first byte in the weights.
     """
 
     file: int
@@ -40,12 +40,12 @@ class Piece(NamedTuple):
 
     @property
     def becomes(self) -> int:
-        """Bytes that they are in the weights."""
+        """Size in the weights, in bytes."""
         return self.nbytes * DTYPE_BITS[self.target] // DTYPE_BITS[self.source]
 
 
 def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
-    """The bytes of these tensors, neighbours as one, in pieces of at most so many bytes, a multiple of eight."""
+    """Yields these tensors in pieces of at most ``most`` bytes, a multiple of eight; joins neighbours."""
     rows: list[Piece] = []
     for stored, entry in pairs:
         new = Piece(stored.file, stored.start, stored.nbytes, stored.dtype, entry.dtype, entry.offset)
@@ -70,9 +70,9 @@ def split(row: Piece, most: int) -> Iterator[Piece]:
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
-    """The bytes of numbers of dtype ``source`` as bytes of dtype ``target``, in ``out`` where one is given.
+    """Converts numbers of dtype ``source`` to dtype ``target``, into ``out`` where it is given.
 
-    Integers are converted where each value stays what it is.
+    Integers must keep their values.
 
     It does so in one call without the interpreter's lock, so that two threads convert twice as fast as one.
 
@@ -97,7 +97,7 @@ def convert(data: memoryview, source: str, target: str, out: memoryview | None =
         values: Any = np.frombuffer(data, _numpy(source))
         with np.errstate(all="ignore"):
             if source == "F64" and target != "F32":
-                values = values.astype("f4")  # by the same way as torch, which rounds twice
+                values = values.astype("f4")  # like torch, which rounds twice
             np.copyto(np.frombuffer(out, _numpy(target)), values, casting="unsafe")
     else:
         out[:] = _with_torch(data, source, target)
@@ -118,5 +118,5 @@ def _with_torch(data: memoryview, source: str, target: str) -> memoryview:
     values = torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_DTYPES[source]))
     cast = values.to(getattr(torch, TORCH_DTYPES[target])).view(torch.uint8)
     if target == "F8_E4M3":
-        cast[values.isinf()] = 0x7F  # torch makes 448 of it, in which the finite check would find nothing
+        cast[values.isinf()] = 0x7F  # torch makes it 448, which would pass the finite check
     return memoryview(cast.numpy().data)

@@ -22,7 +22,7 @@ class Checkpoint(TensorTable):
     Attributes:
         step: the producer's number, None where it has none; see ``steps``.
         planned: the last plan.
-        fitted: how it was fitted when it was copied, where it is a copy.
+        fitted: for a copy, the settings it was fitted with when made.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Checkpoint(TensorTable):
 
         Raises:
             CheckpointMismatch: tensors do not fit; all of them are listed.
-            PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
+            PartialCheckpoint: only a part came, as allowed, but the rest has no live values to keep.
         """
         from .plan import plan_of
 
@@ -83,7 +83,7 @@ class Checkpoint(TensorTable):
 
     @property
     def kept(self) -> bool:
-        """Whether the last plan leaves live values of others beside its own."""
+        """Whether the last plan keeps some live values beside its own."""
         return bool(self.planned and self.planned.kept)
 
     def read_into(
@@ -104,8 +104,8 @@ class Checkpoint(TensorTable):
         Raises:
             NonFiniteWeights: the tensors that hold NaN or infinity are listed.
             CheckpointMismatch: two copies of a tied tensor differ.
-            WrongDigest: the bytes that were read are others than their digest names.
-            BeingWritten: the same, and the digest is older than they are.
+            WrongDigest: the bytes that were read do not match their digest.
+            BeingWritten: the same, but the digest is older than the file.
             CheckpointChanged: the file changed, or was cut, while it was read.
             CheckpointError: the system could not read it.
         """

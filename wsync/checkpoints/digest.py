@@ -1,8 +1,8 @@
-"""SHA-256 of a checkpoint's files: what its writer, or its store, says it is.
+"""SHA-256 digests of a checkpoint's files, from its writer or its store.
 
-``[select] digest = "sha256"`` asks for it. The digest of a file stands in ``NAME.sha256`` beside it; for a directory
-also in ``SHA256SUMS`` within it, or in ``DIRECTORY.sha256`` beside it, a line a file. The lines are those of
-``sha256sum``, also with ``--binary`` and ``--tag``; a line of a digest alone is that of ``NAME``.
+``[select] digest = "sha256"`` asks for it. A file's digest is in ``NAME.sha256`` beside it; for a directory also in
+``SHA256SUMS`` inside it or ``DIRECTORY.sha256`` beside it, one line per file. Lines are as ``sha256sum`` writes them,
+also with ``--binary`` and ``--tag``; a digest without a name is that of ``NAME``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SUMS = "SHA256SUMS"
 
 
 class Digest(NamedTuple):
-    """What one file has to be.
+    """The digest that a file must have.
 
     Attributes:
         file: the checkpoint's file.
         expected: 64 hexadecimal digits in lower case.
-        told_by: who says so.
-        older: whether what says so was written before the file, and may be about an earlier state of it.
+        told_by: the list or store it comes from.
+        older: whether that was written before the file, and may be of an earlier state.
     """
 
     file: Path
@@ -59,11 +59,11 @@ class Digest(NamedTuple):
 def digests_of(parts: Parts) -> tuple[Digest, ...]:
     """The digests of a checkpoint's files, in their order.
 
-    The small file beside them is compared at once: an adapter's configuration, and an index where a list has it.
+    Checks the small file beside them at once: an adapter's configuration, or an index that a list names.
 
     Raises:
         BeingWritten: a digest has not come.
-        WrongDigest: the small file is another than its digest names.
+        WrongDigest: the small file does not match its digest.
         MalformedCheckpoint: a list of digests is too large, or not a regular file.
         OSError: one could not be read.
     """
@@ -88,10 +88,10 @@ def _needed(file: Path, digest: Digest | None) -> Digest:
 
 
 def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | None:
-    """The digest of a file, of the first list that has it.
+    """The digest of a file, from the first list that has it.
 
     Args:
-        known: lists that were read before; added to.
+        known: lists already read; added to.
     """
     own = file.parent / f"{file.name}.sha256"
     for listing in (own, file.parent / _SUMS, file.parent.parent / f"{file.parent.name}.sha256"):
@@ -109,7 +109,7 @@ def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | No
 
 
 def _lines(listing: Path) -> Iterator[tuple[str, str]]:
-    """Digest and name of each line of a list; what is torn, or not a digest, is left out."""
+    """Yields the digest and name in each line of a list; skips all other lines."""
     try:
         data = read_small(listing, _MOST)
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _lines(listing: Path) -> Iterator[tuple[str, str]]:
 
 
 def _shared(name: str, file: Path) -> int:
-    """How many parts at their ends a name in a list and a path have in common."""
+    """How many trailing parts a name in a list shares with a path."""
     pairs = zip(reversed(name.split("/")), reversed(str(file).split("/")), strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), name.count("/") + 1)
 

@@ -1,9 +1,9 @@
 """The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
 
-A directory's form is told by the names that Hugging Face's libraries write: ``model.safetensors``, or
-``model.safetensors.index.json`` with the shards that it names, the newer of them where both are there; else
-``adapter_model.safetensors`` with its ``adapter_config.json``; else the first two under the stems of diffusers and
-OpenCLIP. Whatever else lies there is ignored, stale shards of an older write included.
+A directory is recognised by the names that Hugging Face's libraries write: ``model.safetensors``, or
+``model.safetensors.index.json`` with the shards that it names, the newer if both exist; else
+``adapter_model.safetensors`` with its ``adapter_config.json``; else the first two with the stems of diffusers and
+OpenCLIP. All else in it is ignored, including stale shards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..stores.path import RemotePath
 
 _KEPT = 1 << 18  # bytes of an index that is remembered at most
-_TOLD_APART = 256  # files of a checkpoint; a slot's header has room for that many fingerprints
+_TOLD_APART = 256  # most files with their own fingerprint; a slot's header has room for no more
 _STEADY = 1.0  # seconds after which a further write of an index shows in its times
 
 
@@ -62,7 +62,7 @@ def place_at(place: str | os.PathLike[str]) -> Path:
 
 
 def led_to(path: Path) -> Path:
-    """Where links lead to at this moment, so that what is recorded does not move with them.
+    """Resolves links now, so that a recorded path does not change with them.
 
     A link to a file keeps its own name if the target's name does not end in .safetensors, as in Hugging Face's cache.
     """
@@ -78,7 +78,7 @@ def led_to(path: Path) -> Path:
 
 
 def remote(place: object) -> RemotePath | None:
-    """What stands for a URL; None for a path on disk."""
+    """As a RemotePath; None for a path on disk."""
     return None if isinstance(place, Path) else cast("RemotePath", place)
 
 
@@ -100,7 +100,7 @@ class Parts(NamedTuple):
 
     @property
     def every(self) -> tuple[Path, ...]:
-        """The files and, behind them, the small one."""
+        """The files, followed by the small one."""
         return (*self.files, self.beside) if self.beside else self.files
 
     @property
@@ -122,9 +122,7 @@ def identity(info: os.stat_result) -> str:
 
 
 def identity_of(infos: Iterable[os.stat_result]) -> str:
-    """The same for the files of a checkpoint together, each with its fingerprint; ends with the newest modification
-    time, too.
-    """
+    """The identity of one or several files together. Several have a fingerprint each, and the newest change of all."""
     listed = list(infos)
     if len(listed) == 1:
         return identity(listed[0])
@@ -135,12 +133,12 @@ def identity_of(infos: Iterable[os.stat_result]) -> str:
 
 
 def fingerprint(info: os.stat_result) -> str:
-    """Tells one file of a checkpoint in several from the one that replaces it: its identity in 8 characters."""
+    """A file's identity in 8 characters; tells one of several files from its replacement."""
     return f"{zlib.crc32(identity(info).encode()):08x}"
 
 
 def fingerprints(identity: str) -> frozenset[str]:
-    """Those of the files of a checkpoint in several, from their identity; empty where they are not told apart."""
+    """The fingerprints in the identity of several files; empty for a single file."""
     marks = identity.split("-")[1] if identity.count("-") == 3 else ""
     return frozenset(marks[at : at + 8] for at in range(0, len(marks), 8))
 
@@ -157,7 +155,7 @@ def parts_of(path: Path) -> Parts:
         NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
         IncompleteCheckpoint: a shard is not there yet.
         MalformedCheckpoint: the index is not an index, or names files elsewhere.
-        OSError: the system refuses a look.
+        OSError: the system refused access.
     """
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
@@ -169,7 +167,7 @@ def parts_of(path: Path) -> Parts:
         if not file.exists():
             continue
         if index.exists() and written(index.stat()) > written(file.stat()):  # the model has grown since
-            with suppress(CheckpointError):  # the index alone, or the first of its shards
+            with suppress(CheckpointError):  # incomplete: some shards are not there yet
                 return _by(path, index)
         return _by(path, file)
     raise NoCheckpoint(
@@ -179,14 +177,14 @@ def parts_of(path: Path) -> Parts:
 
 
 def _by(path: Path, file: Path) -> Parts:
-    """The parts of a checkpoint that is known by this file of it."""
+    """The parts of the checkpoint that this file identifies."""
     if file.name.endswith(INDEX_SUFFIX):
         return _sharded(path, file)
     return _adapter(path, file) if file.name == ADAPTER else Parts(path, (file,))
 
 
 def read_small(file: Path, most: int) -> bytes:
-    """All of a small file beside a checkpoint, which is data from elsewhere, too.
+    """Reads a small file beside a checkpoint; it is untrusted, too.
 
     Raises:
         ValueError: it has more than ``most`` bytes, or is no regular file.
@@ -212,7 +210,7 @@ def read_small(file: Path, most: int) -> bytes:
 
 
 def open_file(file: Path) -> int:
-    """Opens a file that is data from elsewhere: a pipe, which nobody may ever write, is opened at once, too."""
+    """Opens an untrusted file without blocking, even if it is a pipe that nobody ever writes to."""
     return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
@@ -270,7 +268,7 @@ def _shards(index: Path) -> Mapping[str, frozenset[str]]:
 
 @functools.lru_cache(maxsize=64)
 def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]]:
-    """The same of an index in that state."""
+    """``_shards``, cached by state."""
     return _shards(index)
 
 
@@ -303,7 +301,7 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
 def _forbidden(path: Path, reason: str) -> CheckpointError:
     path = path.absolute()
     looks = ((each, _stat(each)) for each in (path, *path.parents))
-    closed, info = next((each, info) for each, info in looks if info)  # the root at last can be looked at by all
+    closed, info = next((each, info) for each, info in looks if info)  # everyone can stat the root
     try:
         owner = pwd.getpwuid(info.st_uid).pw_name
     except KeyError:

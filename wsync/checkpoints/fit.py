@@ -23,19 +23,19 @@ class Fit:
     """What is taken of a checkpoint, and how: the settings of ``[weights]``.
 
     Attributes:
-        prefix: only tensors whose names begin so are taken, without it.
+        prefix: only names that begin with it are taken; it is cut off.
         rename: old name to new, after the prefix is gone: exact, or a regular expression where the old one is written
             between slashes; its groups are ``\\1`` … in the new one.
         include: only names that match one of these globs are taken; empty takes all.
         exclude: names that match one of these globs are not.
-        own: globs of the policy's tensors that are each process's own: neither its segment nor a checkpoint need them.
+        own: globs of the policy's tensors that each process keeps for itself; no segment or checkpoint needs them.
         cast: floats of another float dtype are converted to the policy's, and integers of another width whose values it
             can hold.
-        strict: every tensor of the policy must come, and no other; else what does not come keeps its live values, and
-            what the policy does not know is passed over.
-        finite: NaN and infinity are refused; not an infinity where the policy has it when it is built.
+        strict: a checkpoint must have every tensor of the policy and no other; else missing ones keep their live
+            values, and unknown ones are ignored.
+        finite: refuses NaN and infinity, except an infinity that the policy has when it is built.
         finite_except: globs of tensors that may hold infinities, never NaN.
-        missing: ``"policy"`` gives what does not come the value that the policy has when it is built.
+        missing: ``"policy"`` gives missing tensors the values that the policy has when it is built.
         extra_state: ``"ignore"`` takes a policy whose ``state_dict()`` holds what no segment can; else it is refused.
         base: checkpoint that a PEFT adapter is merged into, where the policy has the base's names, not the adapter's.
     """
@@ -65,7 +65,7 @@ class Fit:
             try:
                 expression = self._expression(old)
                 if expression:
-                    expression.sub(new, "")  # also tells a group that is not there
+                    expression.sub(new, "")  # also fails for a missing group
             except (re.error, IndexError) as exc:
                 raise UsageError(
                     f"weights.rename: {old!r} to {new!r} is not a regular expression ({exc}). Correct it."

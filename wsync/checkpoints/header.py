@@ -1,10 +1,10 @@
 """The header of one safetensors file, checked against the file's real size before anything uses it.
 
 Whatever the official reader refuses is refused here, each with its reason
-(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a key that stands twice. What
-``torch.save`` or a pickle leaves is told by its first bytes, and never opened: loading it can run any code.
+(https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a duplicate key. Pickles and
+files of ``torch.save`` are recognised by their first bytes and never opened: loading one can run any code.
 
-The headers of one run's checkpoints differ in their metadata alone, so the last tables are remembered by their text: a
+The headers of one run's checkpoints differ only in their metadata, so the last tables are cached by their text: a
 header of 2,000 tensors takes 8 ms to parse and 0.3 ms to recognise.
 """
 
@@ -29,9 +29,9 @@ MAX_RANK = 128
 MAX_NAME = 4096  # characters
 MAX_METADATA = 10_000_000  # characters: configurations and vocabularies are kept there
 _MAX_SIZES = 20 * MAX_TENSORS  # of all shapes and offsets together
-_IN_METADATA = 100_000  # braces, in a configuration that is kept as JSON
+_IN_METADATA = 100_000  # braces in metadata that holds JSON
 _MAX_ENTRY = MAX_NAME + 500  # bytes
-_DEEPEST = 126  # tables and lists of one entry within one another, as the official reader has it
+_DEEPEST = 126  # levels of nesting in one entry, as in the official reader
 _FIRST = '{"__metadata__":{'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
 _PICKLES = range(2, 6)  # protocols of pickles that begin with 0x80
@@ -84,7 +84,7 @@ def read_header(
         raise malformed(path, f"its header {why}, more than any policy has")
     try:
         own, rest = _split(text.decode())
-        known = _table if length <= _KEPT else _table.__wrapped__  # a hostile one must not stay
+        known = _table if length <= _KEPT else _table.__wrapped__  # do not cache a huge one
         table, metadata = known(rest, 8 + length, number)
         if own and metadata is not None:
             raise ValueError("a key appears twice")
@@ -100,7 +100,7 @@ def read_header(
 
 
 def kind_of(head: bytes) -> str:
-    """What a file is that begins so; empty for a safetensors file, and for what is not known.
+    """Names the kind of a file by its first bytes; empty for safetensors and the unknown.
 
     The ninth byte of a safetensors file is the brace that begins its header, whatever the eight of its length are.
     """
@@ -121,7 +121,7 @@ def instead(name: str) -> str:
 
 
 def _too_large(text: bytes) -> str:
-    """Why a header is not even parsed; empty where it is. Looks at its bytes alone, 100 MB of them in 0.2 s."""
+    """Why a header is too large to parse, or empty. Only counts bytes: 0.2 s for 100 MB."""
     tensors, sizes, strings = text.count(b"{"), text.count(b","), text.count(b'"')
     if tensors > MAX_TENSORS + _IN_METADATA:
         return f"has {tensors:,} entries"
@@ -139,15 +139,15 @@ def _incomplete(path: Path, size: int, says: str) -> IncompleteCheckpoint:
 
 
 def malformed(path: Path, reason: str) -> MalformedCheckpoint:
-    if len(reason) > 300:  # of a hostile header's own words no more than a line
+    if len(reason) > 300:  # quote at most a line of a hostile header
         reason = f"{reason[:200]} … {reason[-90:]}"
     return MalformedCheckpoint(f"{path} is not a safetensors file: {reason}. Write it again.")
 
 
 def _split(text: str) -> tuple[dict[str, str], str]:
-    """A header's metadata, and the header without it, where it stands first, as the official writer puts it.
+    """Splits metadata from a header where it comes first, as the official writer puts it.
 
-    A header of another form comes back whole, beside no metadata.
+    Returns any other header whole, with no metadata.
     """
     if text.startswith(_FIRST):
         metadata, end = _JSON.raw_decode(text, len(_FIRST) - 1)
@@ -206,7 +206,7 @@ def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
     elements = 1
     for size in shape:
         elements *= size
-        if elements >= 1 << 64:  # whatever follows, a 0 included, as the official reader counts
+        if elements >= 1 << 64:  # too large even if a 0 follows, as in the official reader
             break
     bits = DTYPE_BITS[dtype] * elements
     if bits >= 1 << 64 or bits % 8 or bits // 8 != offsets[1] - offsets[0]:
@@ -223,7 +223,7 @@ def _sizes(value: object) -> bool:
 
 
 def _depth(value: object) -> int:
-    """How many tables and lists lie within one another."""
+    """How deeply tables and lists are nested."""
     if not isinstance(value, dict | list):
         return 0
     return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)

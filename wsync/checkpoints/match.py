@@ -1,10 +1,10 @@
-"""Holds a checkpoint's tensors against a policy's layout: which tensor becomes which, and what does not fit.
+"""Matches a checkpoint's tensors with a policy's layout: which becomes which, and what does not fit.
 
-Experts that a checkpoint holds one by one, and the policy fused, are each read into their place in the fused tensor.
+Where a checkpoint holds experts singly and the policy fused, each is read into its place in the fused tensor.
 transformers 5 writes mixtures of experts in the hub's layout, ``experts.3.gate_proj.weight`` and so on. Its modules
 hold ``experts.gate_up_proj`` of shape (experts, 2 x width, hidden) and ``experts.down_proj`` of (experts, hidden,
-width); see https://github.com/huggingface/transformers, ``conversion_mapping.py``. What is fused in that way lies in
-one piece for each expert, so nothing is computed.
+width); see https://github.com/huggingface/transformers, ``conversion_mapping.py``. Each expert is contiguous in them,
+so nothing is computed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Match(NamedTuple):
 
 
 def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
-    """Holds a checkpoint's tensors against a layout; ``unknown`` are the policy's names for what it does not have.
+    """Matches a checkpoint's tensors with a layout; ``unknown`` are the renamed tensors that the policy lacks.
 
-    What ``torch.compile`` and data parallels put into names is seen through, and experts are fused.
+    Ignores what ``torch.compile`` and data parallels put into names, and fuses experts.
     """
     taken, rows = _names(tensors, settings)
     found = Match(rows, [], [], [], [], [])
-    whole: set[str] = set()  # what is fused of several
+    whole: set[str] = set()  # fused from several
     wanted = {name for entry in layout.tensors for name in entry.names}
     for name, home in seen_through(taken, wanted).items():
         taken[home] = taken.pop(name)
@@ -85,7 +85,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
 
 
 def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str, StoredTensor], list[Difference]]:
-    """The tensors that are taken by their names in the policy; and those that two names lead to."""
+    """The taken tensors by their names in the policy; and those whose name is already taken."""
     taken: dict[str, StoredTensor] = {}
     rows = []
     for stored, tensor in tensors.items():
@@ -103,7 +103,7 @@ def _say(tensor: StoredTensor) -> str:
 
 
 def _fused(entry: TensorEntry, taken: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
-    """The checkpoint's tensors that together are one of the policy, by their names; empty where not all are there.
+    """The checkpoint's tensors that together make one of the policy's, by name; empty if some are missing.
 
     Each becomes a part of the policy's tensor: an entry with the offset and shape of its place.
 
@@ -123,7 +123,7 @@ def _fused(entry: TensorEntry, taken: Mapping[str, StoredTensor], settings: Fit)
 
 
 def _placed(entry: TensorEntry, tensors: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
-    """Each tensor with its place, one after another; nothing where their shapes do not fill the fused one."""
+    """Places the tensors one after another; empty unless their shapes fill the fused one."""
     rows, columns = entry.shape[1:]
     pairs: dict[str, Pair] = {}
     offset = entry.offset

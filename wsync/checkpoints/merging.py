@@ -26,7 +26,7 @@ def read_into(
     assert plan.merge
     regions = float_regions(plan.layout) if finite else ()
     try:
-        if adapter.digests:  # below they are compared with what is held, and nothing else is read then
+        if adapter.digests:  # digests are checked on the held bytes, and only those are read
             adapter.source = Held(adapter.source)
         with blaming(base.path, adapter.path):
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
@@ -49,7 +49,7 @@ def _add(
     regions: Sequence[Region],
     progress: Progress,
 ) -> bool:
-    """Reads the adapted weights, each with what is added to it; returns whether the sums are finite.
+    """Reads the adapted weights and adds the deltas; returns whether the sums are finite.
 
     Raises:
         UnusableBase: one is not finite in the base.
@@ -94,7 +94,7 @@ def _adding(
     It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
 
     Args:
-        right: with ``left`` the delta's halves, A and B.
+        right, left: the delta's halves, A and B.
     """
     import numpy as np
 
@@ -104,7 +104,7 @@ def _adding(
     width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
 
     def product(first: int, number: int) -> Any:
-        """So many elements of the product, by rows, from ``first`` on."""
+        """``number`` elements of the product, by rows, from ``first``."""
         top, begin = divmod(first, columns)
         if begin + number <= columns:
             return left[top] @ right[:, begin : begin + number]

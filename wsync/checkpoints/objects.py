@@ -1,10 +1,10 @@
 """Reads the bytes of objects in a store into the weights, by ranges.
 
-The planned ranges alone are read, ``AT_ONCE`` at a time, piece by piece straight into the slot: beyond the slot it
-takes a few pieces of 64 KiB for each range, and where tensors are converted ``AHEAD`` chunks.
+Only the planned ranges are read, ``AT_ONCE`` at a time, piece by piece straight into the slot. The memory used beyond
+that is a few pieces of 64 KiB per range, and ``AHEAD`` chunks where tensors are converted.
 
-All is read of the versions that were listed, or nothing: an object that is overwritten in between ends the pass, and
-what was read is thrown away. A thread that is late writes nothing any more.
+Only the listed versions are read: an object that is overwritten meanwhile ends the pass, and what was read is thrown
+away. A late thread then writes nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The plan of a read: where each tensor's bytes go in the layout.
 
-A plan is data, and carries what was found on the way: what is cast, what keeps its live values, what an adapter adds.
-What does not fit is told as a whole, tensor by tensor; and where one setting would make it fit, the message says which.
+A plan is data, and records what is cast, what keeps its live values and what an adapter adds. All tensors that do not
+fit are listed; where one setting would make them fit, the message names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .fit import Fit
 from .header import StoredTensor
 from .match import match
 
-CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the third cache for the finite check
+CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the L3 cache for the finite check
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
 
 
@@ -43,8 +43,8 @@ class Plan:
     Attributes:
         pairs: what is read of the checkpoint, and what it becomes.
         twins: further copies of a tied tensor, which must equal the one that is read.
-        kept: tensors that do not come and keep their live values.
-        built: tensors that do not come and get the values of the policy as it is built.
+        kept: missing tensors, which keep their live values.
+        built: missing tensors, which get the values of the policy as it is built.
         merge: what an adapter adds to its base, and what is read of that.
     """
 
@@ -72,18 +72,18 @@ class Plan:
         return (*self.merge.conversions, *self.casts) if self.merge else self.casts
 
     def without(self, names: Collection[str]) -> Plan:
-        """The same without these tensors, unless a further copy is compared with them."""
+        """This plan without these tensors, except those that have twins."""
         left_out = set(names) - {entry.name for _, entry in self.twins}
         return replace(self, pairs=tuple(pair for pair in self.pairs if pair[1].name not in left_out))
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one adapted weight gets: ``scale`` · B A, transposed where the module keeps its weight so.
+    """What is added to one weight: ``scale`` · B A, transposed if the module stores weights so.
 
     Attributes:
         weight: what it is added to, as it is stored.
-        of_base: whether that is the base's, and not one that the adapter brings itself.
+        of_base: whether that is from the base, not from the adapter.
     """
 
     entry: TensorEntry
@@ -108,7 +108,7 @@ class Merge:
         return (*self.plan.conversions, *added)
 
 
-_last: tuple[Mapping[str, StoredTensor], Layout, Fit, Plan] | None = None  # those of one run are planned alike
+_last: tuple[Mapping[str, StoredTensor], Layout, Fit, Plan] | None = None  # a run's checkpoints share a plan
 
 
 def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, path: Path) -> Plan:
@@ -120,11 +120,11 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
     Raises:
         CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
             setting that would make them fit where there is one.
-        PartialCheckpoint: a part came, as it may, and there are no live values for the rest to keep.
+        PartialCheckpoint: only a part came, as allowed, but the rest has no live values to keep.
     """
     global _last
     if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
-        last = _last[3]  # with its reads, which were worked out
+        last = _last[3]  # with its cached reads
         return last if last.settings.built is settings.built else replace(last, settings=settings)
     found = match(tensors, layout, settings)
     if found.rows:
@@ -137,7 +137,7 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
                 "--missing policy.",
                 rows,
             )
-        from .advice import HOPELESS, advice  # which few passes need
+        from .advice import HOPELESS, advice  # few passes need it
 
         told = advice(tensors, layout, settings)
         known = {name for entry in layout.tensors for name in entry.names}

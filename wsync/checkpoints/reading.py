@@ -1,12 +1,12 @@
 """Reads the bytes of local files into the weights.
 
-A file that the page cache has is read straight into the slot, one ``preadv`` for each planned read, and the finite
-check looks at those bytes while they are in a cache. A file that the disk has yet to give is read past the page cache
-(O_DIRECT) by two threads: one waits for the disk while the other copies and checks what came. Where a file system takes
-no direct reads, all reads are buffered.
+A file in the page cache is read straight into the slot, one ``preadv`` for each planned read, and the finite check
+looks at those bytes while they are in a CPU cache. A file not in it is read around it (O_DIRECT) by two threads: one
+waits for the disk while the other copies and checks what came. Where a file system has no direct reads, all reads are
+buffered.
 
-A warm file takes a quarter of the processors that this process may use, at least one thread and at most eight: on two
-cores the policy's steps keep theirs.
+A cached file is read by a thread for every four processors of this process, at least one and at most eight: on two
+cores the policy keeps its own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .header import malformed
 from .plan import Read
 from .source import ByteSource, Job, scatter
 
-_BUFFER = 1 << 20  # bytes that pass through memory of a thread's own at once; they stay in its second cache
-_LARGE = 4 << 20  # bytes of a file; of fewer the page cache reads ahead as fast as any other way
+_BUFFER = 1 << 20  # bytes of each thread's buffer; they stay in its L2 cache
+_LARGE = 4 << 20  # bytes of a file; below this, buffered reads are as fast as any
 _WORTH_THREADS = 16 << 20  # bytes; fewer are staged before a second thread has begun
 _MOST_THREADS = 8
 _DELETING = 1.0  # seconds that the files of one checkpoint may take to go, one after another
@@ -73,9 +73,9 @@ class Files(ByteSource):
             shut(self._fds.pop())
 
     def stands(self) -> bool:
-        """As a ``ByteSource`` tells it.
+        """See ``ByteSource.stands``.
 
-        On tmpfs what is written through a mapping shows in no time; who writes so is seen while the mapping stands.
+        On tmpfs, writes through a mapping change no timestamp; such a writer is seen while its mapping exists.
         """
         for file, fd, info in zip(self.parts.every, self._fds, self.infos, strict=True):
             if _state(os.fstat(fd)) != _state(info) or being_written(fd) or _times_were_put_back(file, fd, info):
@@ -85,8 +85,8 @@ class Files(ByteSource):
     def _lies_there_or_is_gone(self) -> bool:
         """Whether all files are where they were opened, or none.
 
-        Files that are replaced one after another are each whole, and together none. A trainer that keeps few
-        checkpoints deletes whole ones, and while it is at it some files are still there.
+        Files replaced one after another are each whole, but do not belong together. A trainer that keeps few
+        checkpoints deletes whole ones; while it does, some files are still there.
         """
         until = time.monotonic() + _DELETING
         while True:
@@ -179,7 +179,7 @@ class Files(ByteSource):
             yield buffer[first : first + size]
 
     def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
-        """Reads into buffers of so many bytes together; a single call may give less."""
+        """Fills buffers of ``missing`` bytes in total; one call may give less."""
         while missing:
             got = os.preadv(self._fds[file], buffers, start)
             if not got:
@@ -213,14 +213,14 @@ def _state(info: os.stat_result) -> tuple[int, int]:
 
 
 def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether these are of one file, also where its inode is not kept: one that replaces it has a later change time."""
+    """Whether both are of one file, even where inodes are not kept: a replacement has a later change time."""
     return os.path.samestat(one, other) or (*_state(one), one.st_ctime_ns) == (*_state(other), other.st_ctime_ns)
 
 
 def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
-    """Whether a file may have been written to although its modification time says no: its change time cannot be set.
+    """Whether a file may have been written to and its modification time restored: change times cannot be set.
 
-    Removing or renaming it changes that time, too: of a file that is not there any more, what was opened counts.
+    Removing or renaming a file changes that time, too, so one that is gone counts as unwritten.
     """
     now = os.fstat(fd)
     if now.st_ctime_ns == info.st_ctime_ns or now.st_nlink < info.st_nlink:

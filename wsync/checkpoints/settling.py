@@ -1,13 +1,13 @@
-"""Whether the writer of a checkpoint is done with it: seen before its bytes are believed.
+"""Decides whether a checkpoint's writer is done, before its bytes are trusted.
 
-A file that some process has open for writing is not done; nor is one with room that was reserved and never written, or
-with the file of a downloader beside it. Where the system does not tell whether a file is open, and where a checkpoint
-has several files, which are written one after another, it must have stood still for a while.
+A file that some process has open for writing is not done; nor is one with space reserved but never written, or with a
+downloader's file beside it. Where the system does not tell whether a file is open, and where a checkpoint has several
+files, which are written one by one, it must not have changed for a while.
 
-Nor may its files be of two saves. A trainer, or rsync, that writes over an earlier save replaces one file after
-another; until the last of them is replaced, the directory holds some files of either save, each of them whole. Three
-things tell that: files that are still those that were published from this place, beside others that are not; shards
-that are newer than the index beside shards that are older; and shards whose metadata name different steps.
+Nor may its files be of two saves. A trainer or rsync that overwrites an earlier save replaces one file after another;
+until the last is replaced, the directory holds some files of each save, all of them whole. Three signs show this: some
+files are still those published from this place and others are not; some shards are newer than the index and others
+older; or the shards' metadata name different steps.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ from .files import Parts, fingerprint, fingerprints, identity, written
 PATIENCE = 30.0
 """A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""
 COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart")
-"""What downloaders add to the name of a file for another one, which lies beside it until all of it has come."""
+"""Suffixes of the files that downloaders keep beside a file until it is complete."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
-_TICK = 0.01  # seconds: no coarser than a file system's clock ticks
-_SECOND = 1.0 + _TICK  # the same where its times have whole seconds, as on ext3, and NFS from there
+_TICK = 0.01  # seconds: file systems' clocks tick at least so often
+_SECOND = 1.0 + _TICK  # the same for times in whole seconds, as on ext3 and NFS exports of it
 _WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
 
 
 def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     """Waits until a further write would show in a file's modification time, or its writer is likely done.
 
-    A file system's clock may stand still for some milliseconds, or for a second: of a write in the same tick as the
-    last one before the file was opened, nothing would be seen. Several files are written one after another, and not
-    every system tells whether a file is still open for writing: there the checkpoint must have stood still for
-    ``settle``. Where nothing tells whether it is open, and a part of it was never written, that takes ``PATIENCE``
-    times as long: it is sparse, or its writer has stalled.
+    A file system's clock may tick only every few milliseconds, or once a second: two writes in one tick look like one.
+    Several files are written one after another, and not every system tells whether a file is still open for writing: in
+    both cases the checkpoint must not have changed for ``settle`` seconds. Where the system does not tell, and a part
+    was never written, that takes ``PATIENCE`` times as long: the file is sparse, or its writer has stalled.
 
     Args:
         fds: open descriptors, one for each of ``parts.files``.
@@ -96,17 +95,17 @@ def _check_downloads(parts: Parts) -> None:
 
 
 def _times(info: os.stat_result, *, closed: bool) -> tuple[int, ...]:
-    """The times, in ns, after which a file has to stand still.
+    """The times, in ns, after which a file must not change.
 
-    A copy may keep the modification time of its original, so the change time counts too where the former was likely set
-    to an earlier one, or where the system does not tell that the file is closed.
+    A copy may keep its original's modification time, so the change time also counts where the modification time was
+    likely set back, or where the system does not tell that the file is closed.
     """
     was_set = info.st_ctime_ns - info.st_mtime_ns > 10**9
     return (info.st_mtime_ns,) if closed and not was_set else (info.st_mtime_ns, info.st_ctime_ns)
 
 
 def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
-    """The same for objects of a store, each of which is there whole or not at all.
+    """The same for objects of a store, each of which is whole or absent.
 
     Args:
         stands: whether the store still has all objects as they were listed.
@@ -145,7 +144,7 @@ def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, pu
         published: identities of what was published from this path before.
 
     Raises:
-        BeingRewritten: they are of two saves, or may be and have not stood still for ``PATIENCE * settle`` seconds.
+        BeingRewritten: they are of two saves, or may be and changed within ``PATIENCE * settle`` seconds.
     """
     *times, index = map(written, infos)
     mixed = min(times) < index < max(times)
@@ -156,7 +155,7 @@ def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, pu
 
 
 def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, since: int) -> None:
-    """The same of files that a writer has written over in place, and put their times back: their change times tell.
+    """The same for files overwritten in place with their times restored: their change times show it.
 
     Args:
         since: newest change time of all of them as they were when they were published, ns.
@@ -169,7 +168,7 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
 
 
 def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
-    """Whether the weights alone have changed, or the index alone; raises BeingRewritten where some weights have.
+    """Whether only the weights, or only the index, changed; raises BeingRewritten if only some weights did.
 
     Args:
         each: whether it is the one that was published, of ``parts.every``.

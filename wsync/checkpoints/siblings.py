@@ -20,7 +20,7 @@ _MOST = 16  # files that are tried
 
 
 def with_siblings(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
-    """The same mismatch with the file of that directory which fits in place of the advice, where there is one."""
+    """Replaces the advice in a mismatch with a file of the directory that fits, where there is one."""
     before, hopeless, _ = exc.message.partition(HOPELESS)
     path = parts.path
     if not hopeless or remote(path) or not (path.is_dir() or is_fixed(path.name)):

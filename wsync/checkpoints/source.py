@@ -20,11 +20,11 @@ Job = TypeVar("Job", Read, Piece)
 class ByteSource:
     """The files of one checkpoint, opened; each goes by its number in ``Parts.every``.
 
-    What is here needs ``read`` alone, and takes one range after the other; a source may know a faster way.
+    The methods here only use ``read``, one range after another; a subclass may have a faster way.
 
     Attributes:
         infos: what the system, or the store, said of each file when it was opened.
-        digests: what the store itself says that the weight files have to be; empty where it does not say it of all.
+        digests: those that the store itself has of the weight files; empty unless it has all of them.
     """
 
     parts: Parts
@@ -105,7 +105,7 @@ class Held(ByteSource):
 
 
 def scatter(data: memoryview, slices: list[memoryview]) -> None:
-    """Copies bytes into the first of these slices, and takes from the list what is full."""
+    """Copies bytes into the first of these slices, and removes slices that are full."""
     while data:
         part = data[: len(slices[0])]
         slices[0][: len(part)] = part

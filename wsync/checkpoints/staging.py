@@ -1,7 +1,7 @@
 """Brings the planned bytes of a checkpoint into the weights, and checks them there.
 
-Where a digest has to be compared, a file is read in the order of its bytes: SHA-256 goes from the first to the last, so
-everything is read, also what the plan does not take, once and by one thread.
+To check a digest, one thread reads a file once from its first byte to its last: SHA-256 needs every byte in order,
+including those that the plan does not take.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def too_large(path: Path, exc: OverflowError) -> CheckpointMismatch:
 
 
 def fill(weights: memoryview, plan: Plan) -> None:
-    """Puts what does not come into the weights: the values of the policy as it is built."""
+    """Gives missing tensors the values of the policy as it is built."""
     if not plan.built:
         return
     if plan.settings.built is None:
@@ -104,10 +104,10 @@ def _different(table: TensorTable, twin: StoredTensor, entry: TensorEntry) -> Ch
 
 
 def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
-    """The digests that are checked while this is staged.
+    """The digests to check while staging.
 
-    One that the writer was to leave is always checked. One that the store knows by itself is checked where the plan
-    takes every tensor, so that nothing more is read for it.
+    The writer's digests are always checked. The store's own are checked only where the plan takes every tensor, so
+    that nothing more is read for them.
     """
     if table.digests or not table.source.digests:
         return table.digests
@@ -161,11 +161,11 @@ def _stage_in_order(
 
 
 def check_digests(table: TensorTable) -> None:
-    """Reads everything, and compares the digests that were asked for.
+    """Reads everything, and checks the digests that were asked for.
 
     Raises:
-        WrongDigest: the bytes are others than their digest names.
-        BeingWritten: the same, and the digest is older than they are.
+        WrongDigest: the bytes do not match their digest.
+        BeingWritten: the same, but the digest is older than the file.
     """
     for file, digest in enumerate(table.digests):
         _sweep(table.source, file, [], lambda *_: None, digest)
@@ -216,10 +216,10 @@ def _sweep(
 
 
 def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
-    """Looks at what is not finite of all that was read, tensor by tensor.
+    """Checks every tensor that was read and is not finite.
 
     Raises:
-        NonFiniteWeights: a tensor holds NaN, or an infinity that the settings and the policy as it is built do not.
+        NonFiniteWeights: a tensor holds NaN, or an infinity that neither the settings nor the built policy allow.
     """
     read = {entry.name for _, entry in plan.pairs}
     read |= {delta.entry.name for delta in plan.merge.deltas} if plan.merge else set()

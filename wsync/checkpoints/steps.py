@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step:
-    """The step by the setting's pattern; else of the metadata; else the number of the name.
+    """The step by the pattern if there is one; else from the metadata; else from the name.
 
     Args:
         pattern: ``select.step``; where it is set, nothing else gives a step.
@@ -133,7 +133,7 @@ def _place_of_step(texts: tuple[str, ...]) -> tuple[int, int]:
 
 
 def is_fixed(name: str) -> bool:
-    """Whether libraries call the file so, whatever the step: ``model.safetensors``, ``model_1.safetensors``."""
+    """Whether libraries use this name at every step: ``model.safetensors``, ``model_1.safetensors``."""
     return _FIXED.fullmatch(name) is not None
 
 

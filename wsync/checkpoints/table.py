@@ -27,14 +27,14 @@ class TensorTable:
     """The open tensors of a checkpoint, its headers validated; however many files it has, they are one table.
 
     Attributes:
-        path: the file or directory where it was found, absolute, and through a link where that led.
+        path: absolute path of the file or directory, with links resolved.
         parts: what it consists of.
         source: gives its bytes.
         identity: of its files as they were opened.
-        changed_ns: when the system last changed one of its files, as they were opened; 0 of a copy, or in a store.
+        changed_ns: newest change time of its files as they were opened; 0 for a copy, or in a store.
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
-        digests: what the files have to be, where that was asked for.
+        digests: digests that the files must have, where asked for.
         base: the table of the weights that it is merged into, once it was planned so; see ``adapter``.
     """
 
@@ -59,9 +59,9 @@ class TensorTable:
         Raises:
             NoCheckpoint: there is none at this path.
             BeingWritten: its writer is still at work, or was a moment ago.
-            IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or another write's.
+            IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or from another write.
             MalformedCheckpoint: it breaks the format.
-            WrongDigest: the configuration of an adapter is another than its digest names.
+            WrongDigest: the configuration of an adapter does not match its digest.
             CheckpointError: it cannot be read.
         """
         self.path, self.identity = led_to(place_at(path)), ""
@@ -132,7 +132,7 @@ class TensorTable:
             self.base.close()
 
     def check_unchanged(self) -> None:
-        """Whether the open files are still those whose headers were read, and nobody writes to them by now.
+        """Checks that the open files are those whose headers were read, and nobody writes to them.
 
         Raises:
             CheckpointChanged: they are not.

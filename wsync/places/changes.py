@@ -1,9 +1,9 @@
-"""Waits until something may have changed where checkpoints appear: by notification, and by the clock.
+"""Waits until something may have changed where checkpoints appear: by notification, and by polling.
 
 Notifications come from inotify(7), which misses remote file systems, directories that are not there yet, and what is
-written by a memory map; for those the clock is. Between two events a watch sleeps in the kernel: a rename into place is
-known within a millisecond, and idling costs a hundredth of a percent of a core. (watchfiles, which looks at a queue of
-its own every so many milliseconds, cost 0.8 % of a core at 10 ms.)
+written by a memory map; polling covers those. Between two events a watch sleeps in the kernel: a rename into place is
+noticed within a millisecond, and idling costs 0.01 % of a core. (watchfiles, which polls a queue of its own, cost 0.8 %
+of a core at 10 ms.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from inotify_simple import INotify
 
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay", "ramfs", "bcachefs"}
-_SLICE = 0.25  # seconds of sleep at most, after which it is seen that another thread, or a signal, wants a stop
+_SLICE = 0.25  # longest sleep in seconds, so that a stop by another thread or a signal is noticed
 
 
 class Changes:
@@ -53,7 +53,7 @@ class Changes:
         deadline = time.monotonic() + (self._poll if seconds is None else seconds)
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._begin():
-                return True  # what happened before this watch began was told to nobody
+                return True  # earlier changes were not notified
             if self._notify is None:
                 self._stop.wait(min(left, _SLICE))
             elif self._told(min(left, _SLICE)):
@@ -61,7 +61,7 @@ class Changes:
         return False
 
     def tells_all(self) -> bool:
-        """Whether notifications tell all that may change: each directory is watched, on a file system of this box."""
+        """Whether notifications cover every change: all directories are watched, and the file system is local."""
         return self._notify is not None and self._is_complete
 
     def close(self) -> None:
@@ -71,14 +71,14 @@ class Changes:
         self._paths.clear()
 
     def _told(self, seconds: float) -> bool:
-        """Whether a notification of concern comes in that time."""
+        """Whether a notification that matters comes in time."""
         from inotify_simple import flags
 
         assert self._notify is not None
         told = False
         for event in self._notify.read(max(1, int(seconds * 1000))):
             if event.mask & (flags.Q_OVERFLOW | flags.UNMOUNT | flags.DELETE_SELF | flags.MOVE_SELF):
-                self._watched = None  # what is there is looked at anew, and watched anew
+                self._watched = None  # list and watch the directory anew
             is_new = bool(event.mask & (flags.CREATE | flags.MOVED_TO))
             path = self._paths.get(event.wd, self._directory) / event.name
             is_directory = bool(event.mask & flags.ISDIR) or (is_new and _leads_to_directory(path))
@@ -100,9 +100,9 @@ class Changes:
         return is_directory or name.endswith((SUFFIX, INDEX, CONFIG))
 
     def _begin(self) -> bool:
-        """Whether watching began just now: the first time, and where another directory stands in the place."""
+        """Starts watching if needed; returns whether it did: at first, or after the directory was replaced."""
         if remote(self._place):
-            return False  # a store notifies of nothing
+            return False  # stores do not notify
         try:
             self._directory = self._place if self._place.is_dir() else self._place.parent
             info = self._directory.stat()
@@ -121,7 +121,7 @@ class Changes:
                         if entry.is_dir():
                             self._add_entry(Path(entry.path))
                 self._add_levels(self._place)
-        except OSError:  # there is nothing to watch, or no watch is left to be had: the clock remains
+        except OSError:  # nothing to watch, or no watch is left: polling remains
             self.close()
         return self._notify is not None
 
@@ -139,7 +139,7 @@ class Changes:
             self._add(directory)
 
     def _add(self, directory: Path, *, must: bool = False) -> None:
-        """Watches one directory; one of many may fail, and the clock remains for it."""
+        """Watches one directory; unless it ``must``, it may fail: polling remains."""
         from inotify_simple import flags
 
         mask = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.CREATE | flags.DELETE | flags.ATTRIB
@@ -159,7 +159,7 @@ def _leads_to_directory(path: Path) -> bool:
 
 
 def _is_local(device: int) -> bool:
-    """Whether a file system is changed by this machine alone, so that the kernel tells of each change."""
+    """Whether only this machine changes a file system, so that the kernel reports every change."""
     number = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo") as mounts:  # proc_pid_mountinfo(5)
         kinds = [line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number]

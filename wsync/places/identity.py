@@ -1,12 +1,12 @@
-"""What a file's identity (inode, size, modification time) does not tell by itself.
+"""Finds changes that a file's identity (inode, size, modification time) does not show.
 
-A writer that keeps a file's size and puts its time back (``rsync --inplace -t``, ``cp -p`` onto it) leaves its identity
+A writer that keeps a file's size and restores its time (``rsync --inplace -t``, ``cp -p`` onto it) leaves its identity
 as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename move that, too.
-So what has the identity of the live version and changed after it was read is a candidate under an identity of its own,
-which begins with the change time; whether its bytes are others is seen when it is read.
+So a file that has the live version's identity but changed after it was read is a candidate with a new identity, which
+begins with the change time; reading it shows whether its bytes differ.
 
-Some FUSE file systems and sandboxes number a file anew at each look, or after a while. There a file is known again by
-its path, its size and its times.
+Some FUSE file systems and sandboxes renumber a file at each look, or after a while. There a file is recognised by its
+path, its size and its times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h
 
 
 def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidate]:
-    """Returns the candidates; those that are what is live have its recorded identity, or that of a later change.
+    """Returns the candidates; the live one among them gets its recorded identity, or that of a later change.
 
     Args:
         live: what is live; its ``arrived_ns`` is when it went live.
@@ -44,14 +44,14 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
 
 
 def lasting(newer: list[Candidate]) -> list[Candidate]:
-    """Returns candidates of one place; where inodes change, with identities that tell their paths instead."""
+    """Returns candidates of one place; where inodes change, their identities use the paths instead."""
     if not newer or remote(newer[0].path) or not inodes_change(str(newer[0].location)):
         return newer
     return [each if "@" in each.identity else each._replace(stamp=_by_path(each)) for each in newer]
 
 
 def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
-    """The identity of an opened checkpoint: that of the candidate where only inode or change time tell them apart."""
+    """The identity of an opened checkpoint: the candidate's if they differ only in inode or change time."""
     plain = _plain(candidate.identity)
     if "@" in candidate.identity and _without_inodes(plain) == _without_inodes(checkpoint.identity):
         return changed(checkpoint.changed_ns, plain)
@@ -59,7 +59,7 @@ def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
 
 
 def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int) -> bool:
-    """Whether a checkpoint, opened at its path on record, is the one of this identity.
+    """Whether a checkpoint, opened at its recorded path, has this identity.
 
     Args:
         changed_ns: when its files had last changed then; 0 where that is not known.
@@ -78,7 +78,7 @@ def was_changed(identity: str, later: str) -> bool:
 
 
 def inodes_change(where: str) -> bool:
-    """Whether the inode of a path says nothing: it changes between two looks, or on file systems of this kind may."""
+    """Whether a path's inode says nothing: it changes between two looks, or may on this kind of file system."""
     try:
         first, second = os.stat(where), os.stat(where)
     except OSError:  # it is gone
@@ -92,7 +92,7 @@ def inodes_change(where: str) -> bool:
 
 
 def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
-    """Whether only the inode of a candidate differs from what is live, and says nothing."""
+    """Whether a candidate differs from the live one only in an inode that says nothing."""
     return (
         _without_inodes(candidate.identity) == _without_inodes(_plain(live.identity))
         and candidate.arrived_ns <= live.arrived_ns

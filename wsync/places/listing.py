@@ -40,7 +40,7 @@ _MAX_POINTER = 4096  # bytes
 _ANY = 1 << 63
 
 Older = Callable[[os.DirEntry[str]], bool]
-"""Tells the files that are older than what is live, and did not arrive after it, by one look at each."""
+"""Whether an entry is older than the live version and did not arrive after it."""
 Told = Callable[[str], int | None]
 """Gives the step of a name, where the name tells it."""
 
@@ -54,14 +54,14 @@ def scan(
 ) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
-    A directory that is itself a checkpoint offers what it is. The checkpoints in it count only where a pattern asks for
+    A directory that is itself a checkpoint is a candidate. The checkpoints in it count only where a pattern asks for
     them: they may be anything, such as the parts of a pipeline.
 
     Args:
-        halves: list all that a person may want to see: those beside the checkpoint that the place is, and sharded ones
-            of which a part is missing.
-        older: what is left out, but for one of them, which tells that what is live lies beside others. A place may have
-            100,000, and a pass has nothing to say of any.
+        halves: also list, for a person to see, what is beside the checkpoint that the place is, and sharded ones that
+            lack a part.
+        older: which entries to skip, except one, which shows that the live version is not alone. A place may have
+            100,000, and a pass needs none of them.
 
     Raises:
         NoCheckpoint: there is no such place yet.
@@ -104,7 +104,7 @@ def scan(
 def _without(
     entries: Iterable[os.DirEntry[str]], older: Older, counts: Callable[[str], bool]
 ) -> Iterator[os.DirEntry[str]]:
-    """The entries but those that are older; the first of them that counts by its name stays."""
+    """The entries without older ones; the first of those that counts by its name stays."""
     is_kept = False
     for entry in entries:
         if older(entry):
@@ -115,21 +115,21 @@ def _without(
 
 
 def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
-    """Tells what is older than what is live; None where a listing has to have all.
+    """Returns the test for older entries; None where a listing needs them all.
 
     By step, names tell it alone while no entry has come or gone since that went live, and no file is looked at. Until
     one has, a file that was written over in place, under a lower step, is not known to be newer by its times.
 
     Args:
         live: with its path below the place as its name.
-        told: for the order by step, where names are known to count as the metadata do.
+        told: for the order by step, where names are known to agree with metadata.
     """
     where, arrived, before, step = str(live.location), live.arrived_ns, _ANY, None
     is_still = False  # whether no entry has come or gone since that went live
     try:
         info = os.stat(where)
     except OSError:
-        info = None  # gone: by step, the newest of the others has to tell whether names count as metadata do
+        info = None  # gone: the newest of the others has to show whether names agree with metadata
     if order == "mtime":
         before = min(live.mtime_ns, written(info)) if info else live.mtime_ns
     elif order == "arrival":
@@ -149,7 +149,7 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
             if not entry.is_file(follow_symlinks=False):
                 return False
             info = None if is_still else entry.stat(follow_symlinks=False)
-        except OSError:  # told where it is looked at as a candidate
+        except OSError:  # reported when it is tried as a candidate
             return False
         return info is None or (info.st_mtime_ns < before and info.st_ctime_ns <= arrived)
 
@@ -157,7 +157,7 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
 
 
 def _counts(settings: Select) -> Callable[[str], bool]:
-    """Tells whether an entry may be a checkpoint by its name."""
+    """Returns the test whether a name may be a checkpoint's."""
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     return lambda name: not (TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)))
 
@@ -179,7 +179,7 @@ def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], C
 def _looked_at(
     place: Path, entry: os.DirEntry[str], names: set[str], settings: Select, halves: bool
 ) -> tuple[list[Candidate], CheckpointError | None]:
-    """The candidate that an entry is, also where only opening it says what is wrong; and what is wrong with others."""
+    """An entry's candidate, even if only opening it will say what is wrong; else what is wrong with it."""
     name = entry.name
     try:
         return candidate_of(place, entry, names, settings), None
@@ -211,7 +211,7 @@ def _found(path: Path, name: str, settings: Select) -> list[Candidate]:
 
 
 def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
-    """One after the other, so that of what nobody keeps no memory is taken."""
+    """Yields the entries singly, so that skipped ones take no memory."""
     if away := remote(place):
         yield from away.entries()
         return
@@ -305,7 +305,7 @@ def _of_parts(parts: Parts, name: str = "") -> Candidate:
 
 
 def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
-    """Candidate for what cannot be looked into, by this file of it, so that opening it says what is wrong."""
+    """Candidate for an unreadable entry, from this file of it, so that opening it says what is wrong."""
     try:
         info = file.stat()
     except OSError:
@@ -314,7 +314,7 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
 
 
 def inside(entry: Path, settings: Select) -> Path:
-    """The checkpoint of an entry that is a directory; of ``settings.file`` the index counts as well.
+    """The checkpoint in a directory entry; an index of ``settings.file`` counts as well.
 
     Raises:
         NoCheckpoint: it has no such file.

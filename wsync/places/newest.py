@@ -163,7 +163,7 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
         bound = max(same, key=lambda c: c.rank(order)) if same else live if beside else None
         if bound is not None:
             where = str(live.location)
-            if order == "mtime":  # spares the thousands that are older their place
+            if order == "mtime":  # saves ranking thousands of older ones
                 found = [c for c in found if c.mtime_ns >= bound.mtime_ns or str(c.location) == where]
             least = bound.rank(order)
             found = [c for c in found if str(c.location) == where or c.rank(order) >= least]

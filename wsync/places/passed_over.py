@@ -33,7 +33,7 @@ _FIRST = 9  # bytes
 
 
 def passed_over(place: Path, settings: Select) -> str:
-    """Sentences that say what lies in a place and does not count, each with a blank behind it; else nothing.
+    """Sentences that say which entries of a place do not count, each followed by a blank; or empty.
 
     Args:
         place: a directory, or the URL of one.
@@ -80,7 +80,7 @@ def _why_not(place: Path, entry: os.DirEntry[str], names: set[str], settings: Se
 
 
 def _advice(place: Path, entries: list[os.DirEntry[str]], settings: Select) -> str:
-    """What finds weights one to three levels deeper: tried, so that what is advised is true."""
+    """Settings that find weights one to three levels deeper; each is tried before it is advised."""
     directories = [place / entry.name for entry in reversed(entries) if entry.is_dir()]
     for directory in directories[:_DEEPER]:
         for within, file in _deeper(directory):

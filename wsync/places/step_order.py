@@ -1,8 +1,8 @@
-"""The steps of a place's candidates, for the order by step: of their names as far as these tell, else of their headers.
+"""Finds candidates' steps for the order by step: from their names where these are certain, else from their headers.
 
-A name tells a step where the number follows a known word, or is the only one. The metadata of the newest by name say
-whether names and metadata count the same; if they do not, all headers are read. What was read is remembered by
-identity, in this process and in a file, so that each state of a checkpoint is opened once.
+A name tells a step where the number follows a known word, or is the only one. The newest by name shows whether names
+and metadata agree; if not, all headers are read. Steps that were read are cached by identity, in this process and in a
+file, so that each state of a checkpoint is opened once.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class StepOrder:
     def apply(
         self, found: list[Candidate], live: Candidate | None, all_of: Callable[[], list[Candidate]]
     ) -> tuple[list[Candidate], Candidate | None]:
-        """The candidates with their steps, and what is live with a step that counts as theirs do.
+        """The candidates with their steps, and the live one with a step found in the same way.
 
         Args:
             live: with its path below the place as its name, where it lies there.
-            all_of: lists those, too, that were left out because their names tell a lower step.
+            all_of: also lists those that were skipped because their names tell a lower step.
         """
         steps: dict[int, int | None] = {}
         if self._agree(found, live):
@@ -69,7 +69,7 @@ class StepOrder:
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
 
     def counts_as(self, live: Candidate) -> bool:
-        """Whether the step of what is live is the one that its name tells, or not known."""
+        """Whether the step of what is live is the one in its name, or unknown."""
         return bool(self._pattern) or live.step in (None, self.told(live.name))
 
     def _agree(self, found: list[Candidate], live: Candidate | None) -> bool:
@@ -95,9 +95,9 @@ class StepOrder:
         if where in known and known[where][0] == state:
             return known[where][1]
         try:
-            with Checkpoint(candidate.path) as checkpoint:  # to be taken, it will have to stand still
+            with Checkpoint(candidate.path) as checkpoint:  # settling is checked when it is taken
                 step = self._step_of(candidate, checkpoint.metadata)
-        except CheckpointError as exc:  # told when it is tried; until then its name says what it is
+        except CheckpointError as exc:  # reported when it is tried; until then its name decides
             step = self._step_of(candidate, {})
             if not isinstance(exc, MalformedCheckpoint) and not remote(candidate.path):  # an object does not grow
                 return step
@@ -113,7 +113,7 @@ class StepOrder:
     def _load(self) -> dict[str, tuple[str, int | None]]:
         if self._known is None:
             self._known = {}
-            with suppress(OSError, ValueError, TypeError):  # it is there to save time alone
+            with suppress(OSError, ValueError, TypeError):  # it only saves time
                 text = self._memory.read_text() if self._memory else "{}"
                 self._known = {where: (str(state), step) for where, (state, step) in json.loads(text).items()}
         return self._known

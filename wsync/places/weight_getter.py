@@ -1,7 +1,7 @@
 """The weight getter: the one thing that turns "this directory" into "the newest weights".
 
-Called, it gives a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and of ours does. For publishing
-it hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
+Calling it returns a TensorDict, like the ``weight_getter`` of torchrl's and our weight updaters. For publishing it
+hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
 imported.
 """
 
@@ -40,8 +40,8 @@ class Look(NamedTuple):
 
     Attributes:
         newer: than what is live, newest first.
-        late: what counts as older, and yet arrived after that went live.
-        is_new_run: what is live is gone, and all that is there arrived later, so all of it counts as newer.
+        late: what counts as older, but arrived after the live version went live.
+        is_new_run: the live one is gone and all others arrived later, so they count as newer.
     """
 
     newer: list[Candidate]
@@ -124,7 +124,7 @@ class CheckpointWeightGetter:
         return self.look(live).newer
 
     def look(self, live: Candidate | None = None) -> Look:
-        """Lists the place; a checkpoint that is named itself, or by a pointer, is new whatever its age.
+        """Lists the place; a checkpoint named directly, or by a pointer, is new whatever its age.
 
         Raises:
             NoCheckpoint: the place is not there.
@@ -155,7 +155,7 @@ class CheckpointWeightGetter:
         """What a listing may leave out."""
         if not live.name or remote(self.checkpoints) or (settings := self.select).marker or settings.pointer:
             return None
-        if settings.within or settings.file:  # directories alone count
+        if settings.within or settings.file:  # only directories count
             return None
         is_by_step = settings.order == "step" and self._step_order().counts_as(live)
         return older_than(live, settings.order, self._step_order().told if is_by_step else None)
@@ -235,7 +235,7 @@ def place_of(live: Publication | None) -> Candidate | None:
 
 def _place(source: str, identity: str, step: int | None, taken: float) -> Candidate:
     written = int(identity.rpartition("-")[2])
-    if written > (taken + _AHEAD) * 1e9:  # a time that was set, and not the clock's, says nothing
+    if written > (taken + _AHEAD) * 1e9:  # a time set ahead of the clock says nothing
         written = int(taken * 1e9)
     return Candidate(source, identity, written, step, arrived_ns=int(taken * 1e9))
 
@@ -248,7 +248,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
     try:
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
-    except RuntimeError as exc:  # as torch has it for memory that is not given
+    except RuntimeError as exc:  # torch's error where memory is refused
         raise CheckpointError(
             f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, and this process cannot get that much "
             "memory. Take fewer of its tensors (include, exclude), or raise the limit of this process."
