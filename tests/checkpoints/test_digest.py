@@ -23,6 +23,8 @@ from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
 from wsync.cli.inspection import inspect
 from wsync.errors import BeingWritten, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights, WrongDigest
+from wsync.history.database import State
+from wsync.history.rollback import pin_checkpoint
 from wsync.layout.layout import Layout
 from wsync.places.newest import Select
 from wsync.segment.segment import Segment
@@ -343,6 +345,20 @@ def test_a_digest_that_is_older_than_its_weights_is_waited_for(syncer: Callable[
         assert waits.version == 1 and "older than the file" in (waits.reason or "")
         beside(file).write_text(of(file))
         assert (each.once().status, each.updater.segment and each.updater.segment.version) == ("published", 2)
+
+
+def test_a_pinned_checkpoint_is_compared_too(segment: Segment, runs: Path, runtime: Path) -> None:
+    """Guards a pin that is published, by a named file or after a reboot: its digest is waited for, and compared."""
+    file = write(runs / "step_1.safetensors", mlp(), 1.0)
+    spec = replace(load_spec("policies:mlp", name=segment.name), select=Select(digest="sha256"))
+    with State(segment.name) as state, Syncer(spec, runs, state=state) as each:
+        pin_checkpoint(segment.name, str(file), runtime=runtime, state=state)
+        waits = each.once()
+        assert waits.version == 0 and "neither step_1.safetensors.sha256" in (waits.reason or "")
+        beside(file).write_text("0" * 64)
+        assert each.once().kind == "digest"
+        beside(file).write_text(of(file))
+        assert [each.once().status for _ in range(2)] == ["published", "pinned"]
 
 
 def test_the_command_has_an_option_for_it(cli: Cli, segment: Segment, runs: Path) -> None:

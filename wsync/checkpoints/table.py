@@ -96,18 +96,32 @@ class TensorTable:
 
     def _read(self, settle: float, digest: str, published: Callable[[], Sequence[str]]) -> None:
         """Checks that the files are of one save, and reads their headers."""
-        from .digest import digests_of
         from .settling import check_files, check_steps
 
         self.identity = identity_of(self.source.infos)
         if self.parts.beside:
             check_files(self.parts, self.source.infos, settle, published())
-        if digest:
-            self.digests = digests_of(self.parts)
+        self.expect(digest)
         headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
         check_steps(self.parts, headers)
         for header in headers:
             self.metadata |= header
+
+    def expect(self, digest: str) -> None:
+        """Takes the digests that the writer left, with which the files are compared as they are read.
+
+        Args:
+            digest: ``"sha256"``; empty expects nothing.
+
+        Raises:
+            BeingWritten: a digest has not come.
+            WrongDigest: the configuration of an adapter is another than its digest names.
+            OSError: one cannot be read.
+        """
+        from .digest import digests_of
+
+        if digest:
+            self.digests = digests_of(self.parts)
 
     def _read_header(self, number: int, file: Path) -> Mapping[str, str]:
         """Adds the tensors of one of the files; returns its metadata."""

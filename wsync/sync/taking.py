@@ -114,6 +114,8 @@ class Taking:
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
             with checkpoint:
+                if not checkpoint.fitted:  # a kept copy is not the file that a digest is of
+                    checkpoint.expect(box.spec.select.digest)
                 return self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK)._replace(pin=pin.name)
         except CheckpointError as exc:
             about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
