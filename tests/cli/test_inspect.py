@@ -139,6 +139,25 @@ def test_checkpoints_in_a_checkpoint_are_told_as_well(tmp_path: Path, cli: Cli) 
     assert "4 tensors" in shown and "2 other candidates" in shown
 
 
+def test_options_say_where_the_weights_lie(tmp_path: Path) -> None:
+    """Guards `--within`, `--file` and the rest of [select], for a directory of checkpoints and for one of them."""
+    for step in (1, 2):
+        write(tmp_path / f"step_{step}" / "policy" / "model.safetensors", torch.nn.Linear(4, 1))
+        write(tmp_path / f"step_{step}" / "policy" / "model_1.safetensors", mlp())
+    options = ("--within", "policy", "--file", "model_1.safetensors", "--json")
+    looked = json.loads(run_main("inspect", str(tmp_path), *options)[1])
+    assert [(Path(c["path"]).name, c["complete"], c["step"]) for c in looked["candidates"]] == [
+        ("model_1.safetensors", True, 2),
+        ("model_1.safetensors", True, 1),
+    ]
+    for place in ("step_1", "step_1/policy"):
+        looked = json.loads(run_main("inspect", str(tmp_path / place), *options[2 * place.count("/") :])[1])
+        assert looked["files"] == ["model_1.safetensors"] and len(looked["tensors"]) == 4
+    looked = json.loads(run_main("inspect", str(tmp_path), "--spec", SPEC, *options, "--pattern", "step_1")[1])
+    assert [c["fits"] for c in looked["candidates"]] == [True]
+    assert run_main("inspect", str(tmp_path), "--within", "..")[0] == 2
+
+
 def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a look at a directory while the trainer's retention is at work there."""
 

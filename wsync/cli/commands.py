@@ -222,16 +222,20 @@ def status(
 
 @app.command(rich_help_panel=LOOK, epilog="Example: wsync inspect checkpoints/ --spec cartpole.toml")
 def inspect(
+    *,
     path: Annotated[str, argument("PATH", "A checkpoint, a directory of checkpoints, or a URL.")],
     spec: Annotated[str | None, option("--spec", "Also show whether it fits this policy.")] = None,
     scan: Annotated[bool, option("--scan", "Read every tensor, and show which ones are not finite.")] = False,
     as_json: JsonOption = False,
+    settings: dict[str, dict[str, Any]],
 ) -> None:
     """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
-    from ..settings.spec import load_spec
+    from ..places.newest import Select
     from .inspection import inspect as look
 
-    looked = look(path, spec=load_spec(spec) if spec else None, scan_values=scan)
+    policy = read_spec(spec, settings) if spec else None
+    select = policy.select if policy else Select(**settings["select"])
+    looked = look(path, spec=policy, settings=select, scan_values=scan)
     if as_json:
         print(json.dumps(looked))
     else:

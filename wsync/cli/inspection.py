@@ -17,7 +17,7 @@ from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint, on_one_line
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
-from ..places.listing import scan
+from ..places.listing import inside, scan
 from ..places.newest import Candidate, Select, select
 from ..settings import layout_process
 from ..settings.spec import Spec
@@ -25,11 +25,14 @@ from ..settings.spec import Spec
 Fits = Callable[[Checkpoint], dict[str, Any]]
 
 
-def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_values: bool = False) -> dict[str, Any]:
+def inspect(
+    path: str | os.PathLike[str], *, spec: Spec | None = None, settings: Select | None = None, scan_values: bool = False
+) -> dict[str, Any]:
     """Looks at a checkpoint, or at the candidates of a directory; never raises for what is wrong with one of them.
 
     Args:
         spec: tells whether it fits this policy, and how.
+        settings: which entries are checkpoints; default the spec's.
         scan_values: reads every tensor to tell whether it is finite, and compares digests where the spec asks for them.
 
     Returns:
@@ -48,20 +51,21 @@ def inspect(path: str | os.PathLike[str], *, spec: Spec | None = None, scan_valu
         CheckpointError: a directory cannot be listed.
     """
     fits, path = _fitter(spec) if spec else None, place_at(path)
-    settings = spec.select if spec else Select()
+    settings = settings or (spec.select if spec else Select())
     try:
         if not path.is_dir():
             return _look(path, settings, fits, scan_values)
-        parts_of(path)
+        own = inside(path, settings)
+        parts_of(own)
     except NoCheckpoint:
         return {"path": str(path), "candidates": _verdicts(scan(path, settings, halves=True), settings, fits)}
     except OSError as exc:
         raise unreadable(path, exc) from exc
     except CheckpointError:
         pass  # told below, where it is opened
-    looked = _look(path, settings, fits, scan_values)
+    looked = _look(own, settings, fits, scan_values)
     try:
-        others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != path]
+        others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != own]
     except CheckpointError:
         others = []
     return {**looked, "candidates": _verdicts(others, settings, fits)} if others else looked

@@ -216,8 +216,11 @@ def with_settings(command: CommandInfo) -> CommandInfo:
     function = command.callback
     if function is None or "settings" not in function.__annotations__:
         return command
-    is_full = function.__name__ in ("watch", "config")
-    taken = {name: about for name, about in _HELP.items() if is_full or name not in _ONLY_WATCH}
+    if function.__name__ == "inspect":
+        taken = {name: about for name, about in _HELP.items() if about[0] == "select"}
+    else:
+        is_full = function.__name__ in ("watch", "config")
+        taken = {name: about for name, about in _HELP.items() if is_full or name not in _ONLY_WATCH}
 
     @functools.wraps(function)
     def wrapped(**given: Any) -> None:
