@@ -37,6 +37,7 @@ TESTED = {
     ("README", "console"): 3,
     ("README", "python"): 2,
     ("README", "toml"): 1,
+    ("canary", "console"): 1,  # run by test_canary.py
     ("cartpole", "python"): 1,
     ("cartpole", "toml"): 2,
     ("fleet", "sh"): 1,  # run by test_fleet_example.py
