@@ -25,6 +25,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
     ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
+    ├── Stale                       75  the policy's weights are older than its reader's ``max_age``
     ├── HalfWritten                 1   a copy failed, and left a policy with weights of two versions
     ├── GroupBroken                 1   a box of the group is gone, or does not answer
     └── SegmentError                1   something about one segment
@@ -123,6 +124,12 @@ class CopyRefused(UsageError, TypeError):
 
 class HalfWritten(WsyncError):
     """A copy failed half-way and left the policy with weights of two versions. The policy cannot be used any more."""
+
+
+class Stale(WsyncError):
+    """The newest weights that a reader can give its policy are older than its ``max_age``; newer ones may come."""
+
+    exit_code = 75
 
 
 class WithDifferences(WsyncError):

@@ -24,6 +24,11 @@ def report(event: str, **facts: float | None) -> None:
     print(json.dumps({"event": event, "time": time.time(), **facts}), flush=True)
 
 
+def tell(version: int, step: int | None, extras: object) -> None:
+    """Report a version that came in; the first one comes while `attach` waits for it."""
+    report("version", version=version, step=step)
+
+
 class Pace:
     """Keeps a loop at `rate` turns a second, so that playing does not eat a whole core."""
 
@@ -41,14 +46,12 @@ def play(name: str, episodes: float, seconds: float, rate: float) -> None:
     policy = make_policy()
     env = gym.make("CartPole-v1")
     pace = Pace(rate)
-    with wsync.attach(policy, name) as reader:
-        report("version", version=reader.version, step=reader.step)
+    with wsync.attach(policy, name, on_version=tell) as reader:
         until = time.monotonic() + seconds
         played, total, first = 0, 0.0, reader.version
         observation, _ = env.reset(seed=0)
         while played < episodes and time.monotonic() < until:
-            if reader.refresh():
-                report("version", version=reader.version, step=reader.step)
+            reader.refresh()
             observation, reward, terminated, truncated, _ = env.step(act(policy, observation))
             total += float(reward)
             if terminated or truncated:

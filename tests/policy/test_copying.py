@@ -14,8 +14,9 @@ from trainers import Trainer
 import wsync
 from wsync.errors import UsageError
 from wsync.layout.layout import layout_of
-from wsync.policy.reader import Reader
+from wsync.policy.reader import PlainReader
 from wsync.policy.tensors import Attached
+from wsync.policy.terms import Terms
 from wsync.segment.publisher import publish_tensors
 from wsync.segment.writable import WritableSegment
 
@@ -172,7 +173,7 @@ def test_a_tensor_elsewhere_is_left_to_torch(runtime: Path) -> None:
         publish_tensors(segment, {name: torch.full_like(each, 3) for name, each in policy.state_dict().items()})
     policy.get_submodule("2").bias = nn.Parameter(torch.zeros(2, device="meta"))
     names = {name: name for name in policy.state_dict()}
-    with Reader(Attached(policy, segment.layout, names), segment, "copy") as reader:
+    with PlainReader(Attached(policy, segment.layout, names), segment, "copy", Terms()) as reader:
         assert reader.refresh() and policy.get_parameter("0.weight").eq(3).all()
 
 

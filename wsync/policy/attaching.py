@@ -21,9 +21,10 @@ from ..layout.writing import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
 from .first_version import Opening
-from .reader import Mode, Reader
+from .reader import Mode, PlainReader, Reader
 from .swap import own_uses
 from .tensors import Attached, Tensors, lie_together, mapped, shared
+from .terms import OnVersion, Terms
 
 if TYPE_CHECKING:
     from .device import Cuda
@@ -40,6 +41,9 @@ def attach(
     staging: Staging = "device",
     extra_state: Literal["refuse", "ignore"] = "refuse",
     exclude: Iterable[str] = (),
+    on_version: OnVersion | None = None,
+    on_version_error: Literal["log", "raise"] = "log",
+    max_age: float | None = None,
     runtime_dir: str | os.PathLike[str] | None = None,
 ) -> Reader:
     """Attaches a policy to a segment; returns when its first version is in.
@@ -71,6 +75,15 @@ def attach(
             (``get_extra_state``, packed quantised weights), which no version changes: ``"ignore"`` logs its names.
         exclude: globs of the policy's tensors that are its own, such as exploration noise: no version changes them, and
             the segment need not have them (``[weights] own`` in a spec). With it, a publisher makes the segment.
+        on_version: called as ``on_version(version, step, extras)`` after each take, the first one here included, in the
+            thread that takes it and while no other is inside ``using()``. It may run the policy; a ``refresh()`` in it
+            returns False. ``extras`` is a mapping that is empty until files can travel with the weights.
+        on_version_error: what it raises is logged, and with ``"raise"`` the call that took the version raises it, too.
+            The policy has that version all the same.
+        max_age: seconds; while the policy's version was published longer ago, each ``refresh()`` raises Stale, once it
+            has taken what is newer. Here, a first version of any age is taken. The wall clock says when a version was
+            published, and is looked at as it is taken: if it is set in between, the age is wrong by as much. Later
+            jumps change nothing, and time that the machine is suspended counts.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
@@ -85,10 +98,11 @@ def attach(
     """
     _check_arguments(policy, name, mode, staging)
     _check_not_frozen(policy)
+    terms = Terms(on_version, on_version_error, max_age)
     check_extra_state(policy, extra_state)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     with Opening(name, runtime_dir, timeout) as opening:
-        reader = _make(policy, opening, mode, staging, exclude)
+        reader = _make(policy, opening, mode, staging, exclude, terms)
         try:
             opening.wait(reader)
         except BaseException:  # an interrupt, too: the policy gets tensors of its own
@@ -130,7 +144,9 @@ def _check_not_frozen(policy: torch.nn.Module) -> None:
             )
 
 
-def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str]) -> Reader:
+def _make(
+    policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Staging, exclude: Sequence[str], terms: Terms
+) -> Reader:
     tensors = followed(policy, exclude, "exclude")
     layout = layout_of_tensors(tensors)
     device = _device_of(policy)
@@ -154,7 +170,7 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
         if copies:
             _check_writable(tensors)
         segment = opening.open(layout, exclude)
-        return Reader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap")
+        return PlainReader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap", terms)
     from .device_reader import DeviceReader
     from .device_weights import DeviceWeights, check_contiguous
 
@@ -164,7 +180,7 @@ def _make(policy: torch.nn.Module, opening: Opening, mode: Mode, staging: Stagin
     segment = opening.open(layout, exclude)
     attached = _attached(policy, layout, segment, exclude)
     weights = DeviceWeights(attached, device, chosen, staged=staging == "device")
-    return DeviceReader(attached, segment, chosen, weights)
+    return DeviceReader(attached, segment, chosen, weights, terms)
 
 
 def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude: Sequence[str]) -> Attached:

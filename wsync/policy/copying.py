@@ -28,8 +28,8 @@ class Copy:
         self._tensors, self._places = [tensor for tensor, _ in targets], [index for _, index in targets]
         self._own = sum(map(runs_code, self._tensors))  # so many of them come first, since they may refuse a copy
 
-    def take(self, segment: Segment, lease: Lease) -> bool:
-        """Copies a leased slot; returns False: what the policy writes to its weights is its own.
+    def take(self, segment: Segment, lease: Lease) -> None:
+        """Copies a leased slot.
 
         Whoever uses a tensor's old values in a backward pass is told by autograd.
 
@@ -54,7 +54,6 @@ class Copy:
         except KeyboardInterrupt:  # in the code of a tensor's own class, between two tensors
             self._copy(sources)
             raise
-        return False
 
     def holds(self, lease: Lease) -> bool:
         return False

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Literal
 
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
+from ..segment.files import Publication
 from ..segment.segment import Lease, Segment
 from .device_weights import DeviceWeights
-from .reader import _CLOSED, _WAITS, Reader, deadline_of
+from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of
 from .tensors import Attached
+from .terms import Terms
 
 _log = logging.getLogger("wsync")
 _NAP = 0.0005  # seconds between two looks at a copy under way
@@ -27,16 +28,10 @@ _AGAIN = 1.0  # seconds until a full device is asked again: to ask costs it its 
 class DeviceReader(Reader):
     """A ``Reader`` of a policy on a device; made by ``attach``."""
 
-    def __init__(
-        self,
-        attached: Attached,
-        segment: Segment,
-        mode: Literal["swap", "copy"],
-        weights: DeviceWeights,
-    ) -> None:
-        self._weights = weights
-        super().__init__(attached, segment, mode)
-        self._sent: tuple[Lease, int | None, float] | None = None  # the copy under way: its slot, step, and since when
+    def __init__(self, attached: Attached, segment: Segment, mode: Way, weights: DeviceWeights, terms: Terms) -> None:
+        self._attached, self._weights = attached, weights
+        super().__init__(segment, mode, terms)
+        self._sent: tuple[Lease, Publication, float] | None = None  # the copy under way: what it copies, and since when
         self._again = 0.0
         self._told_of_room = False
         self._forked = False
@@ -75,7 +70,7 @@ class DeviceReader(Reader):
         """Sends the leased version on its way; False where there is no room for it."""
         try:
             self._attached.check()
-            step = self._segment.leased(lease).step
+            publication = self._segment.leased(lease)
             self._weights.start(self._segment, lease.slot)
         except OutOfDeviceMemory as exc:
             lease.release()
@@ -86,7 +81,7 @@ class DeviceReader(Reader):
         except BaseException:  # an interrupt, too: nothing reads the slot
             lease.release()
             raise
-        self._sent = lease, step, time.time()
+        self._sent = lease, publication, time.time()
         self._again, self._told_of_room = 0.0, False
         self._registration.update(self.version, *self._leases())
         return True
@@ -95,7 +90,7 @@ class DeviceReader(Reader):
         assert self._sent is not None
         if not self._weights.landed(wait=wait):
             return False
-        (lease, step, _), self._sent = self._sent, None
+        (lease, publication, _), self._sent = self._sent, None
         lease.release()
         self._attached.check()  # again: it may have been moved under the copy
         first = self.version == 0
@@ -104,7 +99,7 @@ class DeviceReader(Reader):
         except HalfWritten as exc:
             self._half_written = exc
             raise
-        self._took(lease, step)
+        self._took(lease, publication)
         if first:
             self._weights.make_room(self._segment.layout)  # what is too large is told while attaching
         return True

@@ -20,9 +20,13 @@ class Lookout:
 
     Reading the clock would double the cost of an idle call, so it is read once in many calls: at most as many as took a
     second before.
+
+    Args:
+        most: calls that may do without.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _SELDOM) -> None:
+        self._most = most
         self._calls = 1
         self._clock = self._looked = 0.0
 
@@ -30,7 +34,7 @@ class Lookout:
         """How many calls may come until the next one of this, and whether now is the time."""
         now = time.monotonic()
         took, self._clock = max(now - self._clock, 1e-9), now
-        self._calls = max(1, min(_SELDOM, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
+        self._calls = max(1, min(self._most, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
         due = now - self._looked >= _SELDOM_SECONDS
         if due:
             self._looked = now

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, printable, refused
+from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, Stale, printable, refused
 from ..layout.layout import Layout
 from ..segment.segment import Segment, segments
 from ..segment.writable import WritableSegment
@@ -78,7 +78,7 @@ class Opening:
             AttachTimeout: none came in time.
         """
         due: float | None = time.monotonic() + _PATIENCE
-        if reader.refresh(wait=True):
+        if _has_first(reader):
             return
         while True:
             now = time.monotonic()
@@ -88,7 +88,7 @@ class Opening:
             left = None if self._deadline is None else self._deadline - now
             times = [seconds for seconds in (left, None if due is None else due - now) if seconds is not None]
             if reader.wait(min(times, default=None)):
-                if reader.refresh(wait=True):
+                if _has_first(reader):
                     return
                 time.sleep(_LOOK)  # its slot is locked by somebody who does not follow the protocol
             if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -101,6 +101,13 @@ class Opening:
             f"{os.geteuid()}). {_told_of_neighbours(self._name, base)}Start `wsync watch` or `wsync push` for this "
             "name, or attach to another one."
         )
+
+
+def _has_first(reader: Reader) -> bool:
+    """Whether the first version is in now; one that is too old is, and each later refresh says so."""
+    with suppress(Stale):
+        reader.refresh(wait=True)
+    return reader.version > 0
 
 
 def _told_of_neighbours(name: str, base: Path) -> str:

@@ -3,7 +3,8 @@
 Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
 the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose addresses stay.
 
-A policy on a CUDA device has a reader of its own kind (``device_reader``).
+``PlainReader`` takes it while the caller waits; a policy on a CUDA device has a reader of its own kind
+(``device_reader``).
 
 What a step costs when nothing is new is one load of eight bytes and one comparison. It is between steps that a version
 changes: call ``refresh()`` where no other thread is inside the policy, or have each of them inside ``using()``.
@@ -15,18 +16,19 @@ version, of which a warning tells once.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NoReturn
 
 from ..errors import HalfWritten, SegmentDamaged, UsageError, refused
-from ..segment.files import REMOVED, WORD_OFFSET
+from ..segment.files import REMOVED, WORD_OFFSET, Publication
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
 from ..system.memory import sleep_on
@@ -34,23 +36,25 @@ from .copying import Copy
 from .finding import Lookout, Search, is_gone
 from .swap import Swap
 from .tensors import Attached, drop_caches
+from .terms import Terms
 from .users import Users
 
+Way = Literal["swap", "copy"]
 Mode = Literal["auto", "swap", "copy"]
 
-_log = logging.getLogger("wsync")
 _WORD = WORD_OFFSET // 8
-_WRITES = (
-    "the policy attached to %r writes to its weights in place: these writes belong to it alone, and are lost with the "
-    'next version. Attach with mode="copy" to give it tensors of its own.'
-)
+_clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # seconds; it never jumps, and goes on in a suspended machine
 _WAITS = (
     "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
     "a flag, and wait where the program reads the flag."
 )
+_UNSENDABLE = (
+    "a reader of {!r} cannot be sent to another process or copied: its leases belong to this process. Send the policy "
+    "alone, and attach it there."
+)
 
 
-class Reader:
+class Reader(ABC):
     """Keeps a policy in step with a segment; made by ``attach``.
 
     Attributes:
@@ -60,19 +64,19 @@ class Reader:
         step: the producer's number for them, None where it gave none.
     """
 
-    def __init__(self, attached: Attached, segment: Segment, mode: Literal["swap", "copy"]) -> None:
+    def __init__(self, segment: Segment, mode: Way, terms: Terms) -> None:
         self.name, self.mode = segment.name, mode
         self.version = 0
         self.step: int | None = None
+        self._terms, self._born = terms, 0.0
         self._seen, self._taken = -1, 0
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
         self._users = Users()
         self._half_written: HalfWritten | None = None  # the policy is of no use any more
-        self._schedule, self._calls_left = Lookout(), 1  # without a look at the clock
-        self._search, self._told_of_writing = Search(), False
-        self._attached = attached
-        self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
+        self._schedule = Lookout(1) if terms.max_age else Lookout()
+        self._calls_left = 1  # without a look at the clock
+        self._search = Search()
         self._registration = self._take(segment)
         _readers.add(self)
 
@@ -92,6 +96,7 @@ class Reader:
             being taken is in.
 
         Raises:
+            Stale: the policy's version is older than ``max_age``; see ``attach``.
             SegmentError: a slot cannot be opened, mapped or read; the policy keeps the version that it has.
             UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; this thread is
                 inside ``using()``; on a GPU also while a CUDA graph is captured, and in a forked child.
@@ -163,6 +168,16 @@ class Reader:
                 self._words = _CLOSED
                 self._segment.close()
 
+    @property
+    def age(self) -> float:
+        """Seconds since the policy's version was published, see ``attach`` about the clock; 0 before the first."""
+        return _clock() - self._born if self.version else 0.0
+
+    @property
+    def lag(self) -> int:
+        """How many versions the live one is ahead of the policy's."""
+        return max(0, (self._words[_WORD] >> 8) - self.version)
+
     def __enter__(self) -> Reader:
         return self
 
@@ -178,45 +193,32 @@ class Reader:
             return False
         try:
             with self._users.alone(skip=skip) as alone:
-                if not alone:
-                    return False
-                with self._lock:
-                    self._check_open()
-                    return self._advance(wait)
+                took = alone and self._take_newest(wait)
+        finally:
+            if self._close_asked:
+                self.close()
+        self._terms.check_age(self.name, self.version, self.age)
+        return took
+
+    def _take_newest(self, wait: bool) -> bool:
+        """Takes the newest version while no other thread is inside, and tells of it."""
+        born = self._born
+        try:
+            with self._lock:
+                self._check_open()
+                return self._advance(wait)
         except OSError as exc:
             if exc.errno is None:  # a signal handler's own TimeoutError
                 raise
             raise refused(exc, self._segment.path) from exc
         finally:
-            if self._close_asked:
-                self.close()
+            if self._born != born:  # also where an interrupt came meanwhile
+                with self._users.inside(alone=True):
+                    self._terms.tell(self.name, self.version, self.step)
 
+    @abstractmethod
     def _advance(self, wait: bool) -> bool:
         """Takes the newest version, under the lock; returns whether it did."""
-        lease = self._newest()
-        if lease is None:
-            return False
-        try:
-            self._take_in(lease)
-        except Exception as exc:
-            self._half_written = exc if isinstance(exc, HalfWritten) else None
-            raise
-        except BaseException:  # an interrupt: what was begun is finished first
-            self._take_in(lease)
-            raise
-        finally:
-            if not self._way.holds(lease):  # it was a copy, or it failed before
-                lease.release()
-        return True
-
-    def _take_in(self, lease: Lease) -> None:
-        """Gives the policy a leased version; may be called again where it was interrupted."""
-        step = self._segment.leased(lease).step
-        written = self._way.take(self._segment, lease)
-        self._took(lease, step)
-        if written and not self._told_of_writing:
-            self._told_of_writing = True
-            _log.warning(_WRITES, self.name)
 
     def _is_at_work(self) -> bool:
         """Whether this very thread holds the lock: a signal handler came in between, and must not wait for it."""
@@ -239,28 +241,31 @@ class Reader:
             return None
         return lease
 
-    def _took(self, lease: Lease, step: int | None) -> None:
+    def _took(self, lease: Lease, publication: Publication) -> None:
         drop_caches()
         self.version = self._taken = lease.version
-        self.step, self._seen = step, lease.word
+        self.step, self._seen = publication.step, lease.word
+        self._born = _clock() - max(0.0, time.time() - publication.published_at)
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self, skip: bool) -> bool:
         """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
         self._calls_left, due = self._schedule.next()
-        if not due or self._closed or self._is_at_work() or not is_gone(self._segment):
-            return False
-        with self._lock:
-            found = self._find_again()
-        return found and self._refresh(skip=skip)
+        if due and not (self._closed or self._is_at_work()) and is_gone(self._segment):
+            with self._lock:
+                found = self._find_again()
+            if found:
+                return self._refresh(skip=skip)
+        self._terms.check_age(self.name, self.version, self.age)
+        return False
 
+    @abstractmethod
     def _give_own(self) -> None:
         """Gives the policy tensors of its own, where it has none."""
-        self._way.close()
 
+    @abstractmethod
     def _leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that this reader leases, and since when the oldest of them."""
-        return self._way.leases()
 
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
@@ -289,20 +294,56 @@ class Reader:
             raise self._half_written
 
     def __reduce__(self) -> NoReturn:
-        raise UsageError(
-            f"a reader of {self.name!r} cannot be sent to another process or copied: its leases belong to this "
-            "process. Send the policy alone, and attach it there."
-        )
+        raise UsageError(_UNSENDABLE.format(self.name))
 
     def _after_fork(self) -> None:
         """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
         self._lock, self._close_asked = threading.RLock(), False
         self._users.after_fork()
-        self._way.after_fork()
         if not self._closed:
             self._registration.close(unlink=False)
-            self._registration = Registration(self._segment.path, self.mode)
-            self._registration.update(self.version, *self._leases())
+            self._registration = Registration(self._segment.path, self.mode, self.version, *self._leases())
+
+
+class PlainReader(Reader):
+    """A ``Reader`` whose refresh has the version in when it returns; for a policy on the CPU, or on several devices."""
+
+    def __init__(self, attached: Attached, segment: Segment, mode: Way, terms: Terms) -> None:
+        self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
+        super().__init__(segment, mode, terms)
+
+    def _advance(self, wait: bool) -> bool:
+        lease = self._newest()
+        if lease is None:
+            return False
+        try:
+            self._take_in(lease)
+        except Exception as exc:
+            self._half_written = exc if isinstance(exc, HalfWritten) else None
+            raise
+        except BaseException:  # an interrupt: what was begun is finished first
+            self._take_in(lease)
+            raise
+        finally:
+            if not self._way.holds(lease):  # it was a copy, or it failed before
+                lease.release()
+        return True
+
+    def _take_in(self, lease: Lease) -> None:
+        """Gives the policy a leased version; may be called again where it was interrupted."""
+        publication = self._segment.leased(lease)
+        self._way.take(self._segment, lease)
+        self._took(lease, publication)
+
+    def _give_own(self) -> None:
+        self._way.close()
+
+    def _leases(self) -> tuple[tuple[int, ...], float]:
+        return self._way.leases()
+
+    def _after_fork(self) -> None:
+        self._way.after_fork()
+        super()._after_fork()
 
 
 def deadline_of(timeout: float | None) -> float | None:

@@ -17,6 +17,7 @@ thread does it beside the policy's steps, as soon as the policy has left the slo
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -32,6 +33,11 @@ from ..segment.segment import Lease, Segment, SlotMemory
 from ..system.memory import renew, take_over
 from .tensors import Attached, Targets, addresses
 
+_log = logging.getLogger("wsync")
+_WRITES = (
+    "the policy attached to %r writes to its weights in place: these writes belong to it alone, and are lost with the "
+    'next version. Attach with mode="copy" to give it tensors of its own.'
+)
 _point: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _looks = ThreadPoolExecutor(1, "wsync-look")
 
@@ -106,9 +112,10 @@ class Swap:
         self._slots: dict[int, _Slot] = {}
         self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
         self._kept: list[_Kept] = []  # memory that only kept tensors use
+        self._told_of_writing = False
 
-    def take(self, segment: Segment, lease: Lease) -> bool:
-        """Points the policy at a leased slot; returns whether the policy had written to that slot before.
+    def take(self, segment: Segment, lease: Lease) -> None:
+        """Points the policy at a leased slot; warns once where the policy had written to that slot before.
 
         Whoever uses the old weights in a backward pass is told by autograd, as after any write in place.
 
@@ -128,7 +135,9 @@ class Swap:
         for other in others:  # more than one where the take before was interrupted
             if self._leave(other):
                 other.begin_look()
-        return written
+        if written and not self._told_of_writing:
+            self._told_of_writing = True
+            _log.warning(_WRITES, segment.name)
 
     def holds(self, lease: Lease) -> bool:
         """Whether the policy may point into this slot, also where a take was interrupted."""

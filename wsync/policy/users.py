@@ -18,11 +18,15 @@ class Users:
         self._changer = 0  # the thread that changes the policy, or waits to; 0 without one
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """A thread is inside; it may come in again."""
+    def inside(self, *, alone: bool = False) -> Iterator[None]:
+        """A thread is inside; it may come in again.
+
+        Args:
+            alone: this very thread is alone, and done with its change.
+        """
         me = threading.get_ident()
         with self._changed:
-            while self._changer and me not in self._inside:
+            while self._changer and not alone and me not in self._inside:
                 self._changed.wait()
             self._inside[me] = self._inside.get(me, 0) + 1
         try:
@@ -38,12 +42,14 @@ class Users:
     def alone(self, *, skip: bool = False) -> Iterator[bool]:
         """Nobody is inside; yields False, at once, where somebody is and that is not to be waited for.
 
+        It also does where this very thread is alone already.
+
         Raises:
             UsageError: this very thread is inside.
         """
         me = threading.get_ident()
         with self._changed:
-            if me in self._inside:
+            if me in self._inside and self._changer != me:
                 raise UsageError(
                     "this thread is inside a using() block, which holds the version still. Refresh or close after the "
                     "block."

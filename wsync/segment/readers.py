@@ -68,15 +68,17 @@ class ReaderRecord(NamedTuple):
 
 
 class Registration:
-    """A reader's own record, there as long as this object is open, where one can be made."""
+    """A reader's own record, there as long as this object is open, where one can be made; begins as of ``update``."""
 
-    def __init__(self, segment: Path, mode: str) -> None:
+    def __init__(
+        self, segment: Path, mode: str, version: int = 0, slots: tuple[int, ...] = (), oldest: float = 0.0
+    ) -> None:
         process = Path(sys.argv[0] or sys.executable).name[:64] if sys.argv else "python"
         self._record = ReaderRecord(os.getpid(), process, 0, 0.0, mode, ())
         self._fd = -1
         try:
             self._fd = self._make(segment / "readers")
-            self.update(0, ())
+            self.update(version, slots, oldest)
             readers(segment)  # which removes the records of those that were killed
         except (OSError, SegmentUnsafe) as exc:
             import logging

@@ -43,8 +43,7 @@ class Held(Mapping[str, "np.ndarray[Any, Any]"]):
         self._entries = {name: entry for entry in segment.layout.tensors for name in entry.names}
         self._start = segment.data_offset
         memory, _ = segment.map_pages(lease.slot)
-        registration = Registration(segment.path, "swap")
-        registration.update(self.version, (lease.slot,), time.time())
+        registration = Registration(segment.path, "swap", self.version, (lease.slot,), time.time())
         weakref.finalize(memory, registration.close)
         memory.lease = lease
         self._memory: SlotMemory | None = memory
