@@ -242,7 +242,7 @@ def test_the_shown_figures_are_kept(box: Path, cli: Cli) -> None:
 def test_every_command_runs(box: Path, cli: Cli, spawn: Spawn) -> None:
     """Each command of the README does what its comment says, in the order in which it stands there."""
     listed = commands(blocks("README", "console")[2])
-    assert len(listed) == 12
+    assert len(listed) == 13
     assert cli("push", "cartpole.toml", "--name", "cartpole-canary", cwd=box).returncode == 0
     for program, *arguments in listed:
         assert program == "wsync"

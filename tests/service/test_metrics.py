@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -99,6 +100,22 @@ def until(look: Callable[[], bool]) -> None:
 
 def outcome(status: str, **more: object) -> Outcome:
     return Outcome(status=status, name=NAME, **more)  # type: ignore[arg-type]
+
+
+def test_a_watch_tells_when_all_readers_have_a_version(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:
+    """Once in the log for programs, and as a figure: seconds from the publish until the last reader had it."""
+    log, url = serving("--log-format", "json")
+    write(runs / "step_7.safetensors", mlp(), 1.0)
+    log.until('"version": 1')
+    with wsync.attach(mlp(), NAME) as reader:
+        write(runs / "step_8.safetensors", mlp(), 1.0)
+        log.until('"version": 2')
+        assert ("wsync_time_to_all_readers_seconds",) not in parsed(get(f"{url}/metrics")[1])
+        assert reader.wait(DEADLINE) and reader.refresh()
+        told = json.loads(log.until('"event": "reached"'))
+        assert (told["version"], told["readers"]) == (2, 1) and 0 < told["seconds"] < DEADLINE
+        found = parsed(get(f"{url}/metrics")[1])
+        assert round(found["wsync_time_to_all_readers_seconds",], 6) == told["seconds"]
 
 
 def test_a_watch_serves_what_happened(serving: Callable[..., tuple[Lines, str]], runs: Path) -> None:

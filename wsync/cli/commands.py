@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack, closing, nullcontext
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,9 @@ from .options import (
     with_settings,
 )
 
+if TYPE_CHECKING:
+    from ..segment.segment import Segment
+
 app = typer.Typer(
     name="wsync",
     help="Keeps the weights of a running policy in step with the newest checkpoint on disk.",
@@ -57,6 +60,10 @@ def push(
     dry_run: Annotated[bool, option("--dry-run", "Check everything except the gate; publish nothing.")] = False,
     retry: Annotated[bool, option("--retry", "Try rejected checkpoints again.")] = False,
     take_over: TakeOverOption = False,
+    wait: Annotated[
+        float | None,
+        option("--wait", "Wait so many seconds until all readers have it; exit with 75 if some have not."),
+    ] = None,
     quiet: Annotated[bool, option("--quiet", "For cron: report each problem once, and nothing else.", "-q")] = False,
     as_json: JsonOption = False,
     runtime_dir: RuntimeOption = None,
@@ -103,6 +110,7 @@ def push(
             figures.hook(kind, ok)
 
     event: Outcome | WsyncError
+    late = ""
     try:
         state = State(loaded.name, state_dir, loaded.history)
         with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer:
@@ -115,6 +123,8 @@ def push(
                 event = syncer.once(force=force, dry_run=dry_run)
             if undone := undone_by(syncer.updater.opened, event, loaded.select):
                 event = event._replace(warning=undone)
+            if wait is not None and event.status in ("published", "current", "pinned"):
+                late = _wait(syncer.updater.opened, event.version, wait)
     except WsyncError as exc:
         event = exc
     if figures:
@@ -124,15 +134,17 @@ def push(
             complain(exc)
     if not isinstance(event, WsyncError):
         event = event.told_before()
+    if late and isinstance(event, Outcome):
+        event = event._replace(warning=late)
     if news and not news.has(event):
-        raise typer.Exit(event.exit_code)
+        raise typer.Exit(75 if late else event.exit_code)
     if isinstance(event, WsyncError):
         if as_json and not isinstance(event, UsageError):
             failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
             print(json.dumps(outcome_json(failed)))
         raise event
     tell(event, as_json=as_json, quiet=quiet)
-    raise typer.Exit(event.exit_code)
+    raise typer.Exit(75 if late else event.exit_code)
 
 
 @app.command(rich_help_panel=KEEP_IN_STEP, epilog="Example: wsync watch cartpole.toml checkpoints/")
@@ -271,6 +283,14 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+def _wait(segment: Segment | None, version: int, seconds: float) -> str:
+    """Waits until all readers have a version; says which of them do not have it in time."""
+    from ..segment.reach import behind, wait_for_readers
+
+    late = wait_for_readers(segment, version, seconds) if segment else []
+    return behind(late, version) if late else ""
 
 
 def _live(name: str, runtime: Path | None) -> int:

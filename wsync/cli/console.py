@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SHOWN, BeingRewritten, Difference, WithDifferences, WsyncError, harmless, printable
 from ..history.outcome import Outcome
+from ..segment.reach import oldest_version
 from ..segment.segment import Segment
 from ..text import count, duration, size, when
 
@@ -164,6 +165,7 @@ def segment_json(segment: Segment) -> dict[str, Any]:
         "slots": segment.slots,
         "added_slots": len(segment.slot_numbers()) - segment.slots,
         "max_slots": segment.bound,
+        "oldest_version": oldest_version(segment),
         "readers": [
             {
                 "pid": r.pid,
@@ -266,6 +268,12 @@ class WatchLog:
                 for cast in event.casts:
                     self.note("info", "cast", cast)
         self._last = key
+
+    def reached(self, version: int, readers: int, seconds: float) -> None:
+        """Logs, for programs, that all readers have a version; people see it in the panel."""
+        if self._form == "json":
+            told = {"version": version, "readers": readers, "seconds": round(seconds, 6)}
+            self.note("info", "reached", f"version {version} is with {count(readers, 'reader')}", told)
 
     def hook(self, kind: str, ok: bool, message: str) -> None:
         """Logs a failure of a hook once, as long as it stays the same, and once that the hook works again."""

@@ -51,10 +51,12 @@ class Live(Collector):
 
     Attributes:
         last_success: seconds since the epoch; 0 before the first.
+        to_all_readers: seconds from a watch's last publish that all readers have until the last of them had it.
     """
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None = None) -> None:
         self.name, self._runtime, self.last_success = name, runtime, 0.0
+        self.to_all_readers: float | None = None
 
     def look(self) -> tuple[Publication | None, list[ReaderRecord]] | None:
         """What is live, and its readers; None if the segment is absent or cannot be read."""
@@ -86,6 +88,8 @@ class Live(Collector):
             age = max(0.0, time.time() - (written or live.published_at))
         yield self.gauge("checkpoint_age_seconds", "Since the live checkpoint was written.", age)
         yield self.gauge("readers", "Living readers.", len(readers) if looked else None)
+        text = "From the last publish that all readers have until the last of them had it; no sample before."
+        yield self.gauge("time_to_all_readers_seconds", text, self.to_all_readers)
         lags: dict[str, int] = {}
         for reader in readers:  # one process may have several; the one that lags most speaks for it
             label = f"{_ODD.sub('_', reader.process)[:32]}-{reader.pid}"

@@ -14,12 +14,14 @@ import signal
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SpecError, WsyncError
 from ..history.database import State
 from ..history.outcome import Outcome
+from ..segment.reach import Reach
 from ..settings import layout_process
 from ..settings.spec import Spec
 from ..sync.loop import LONGEST, run
@@ -40,6 +42,8 @@ class Log(Protocol):
     def progress(self, done: int, total: int) -> None: ...
 
     def hook(self, kind: str, ok: bool, message: str) -> None: ...
+
+    def reached(self, version: int, readers: int, seconds: float) -> None: ...
 
     def note(self, level: str, event: str, text: str) -> None: ...
 
@@ -97,8 +101,17 @@ class Service:
             if monitor:  # before the log: who reads there what happened finds it in the figures
                 monitor.tell(event)
             log.tell(event)
+            look(event)
             if isinstance(event, Outcome) and event.version:
                 self.notifier.ready()
+
+        def look(event: Outcome | WsyncError) -> None:
+            published = event.version if isinstance(event, Outcome) and event.status == "published" else 0
+            with suppress(OSError, WsyncError):  # the next pass tells what is wrong
+                if told := reach.look(self.syncer.updater.opened, published):
+                    if monitor:
+                        monitor.figures.live.to_all_readers = told[-1]
+                    log.reached(*told)
 
         def progress(done: int, total: int) -> None:
             self.notifier.staging()
@@ -109,6 +122,7 @@ class Service:
                 monitor.figures.hook(kind, ok)
             log.hook(kind, ok, message)
 
+        reach = Reach()
         try:
             while not self._stopped:
                 self.notifier.patience = _patience(self.spec)

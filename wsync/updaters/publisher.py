@@ -13,6 +13,8 @@ from .shared_memory import SharedMemoryWeightUpdater
 if TYPE_CHECKING:
     import torch
 
+    from ..segment.readers import ReaderRecord
+
 _log = logging.getLogger("wsync")
 
 
@@ -43,6 +45,14 @@ class Publisher:
         self._updater.push_weights(self._policy)
         assert self._updater.published
         return self._updater.published.version
+
+    def wait_for_readers(self, version: int | None = None, timeout: float | None = None) -> list[ReaderRecord]:
+        """See ``SharedMemoryWeightUpdater.wait_for_readers``."""
+        return self._updater.wait_for_readers(version, timeout)
+
+    def oldest_version(self) -> int:
+        """See ``SharedMemoryWeightUpdater.oldest_version``."""
+        return self._updater.oldest_version()
 
     def close(self) -> None:
         """Lets go of the segment, which stays."""

@@ -27,6 +27,8 @@ from .vanilla import WeightUpdaterBase
 if TYPE_CHECKING:
     import torch
 
+    from ..segment.readers import ReaderRecord
+
 
 class SharedMemoryWeightUpdater(WeightUpdaterBase):
     """Publishes weights into a segment, which is its one worker: every attached policy on the box follows.
@@ -148,6 +150,31 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         segment, self._segment = self._segment, None
         if segment:
             segment.close()
+
+    def wait_for_readers(self, version: int | None = None, timeout: float | None = None) -> list[ReaderRecord]:
+        """Waits until every living reader has a version, or a newer one.
+
+        Args:
+            version: default what is live.
+            timeout: seconds; None waits for ever.
+
+        Returns:
+            The readers that have not when the time is up, each with ``pid``, ``process``, ``version`` and ``since``;
+            empty when all have it.
+        """
+        from ..segment.reach import wait_for_readers
+
+        segment = self.segment
+        return wait_for_readers(segment, segment.version if version is None else version, timeout) if segment else []
+
+    def oldest_version(self) -> int:
+        """The oldest version that a living reader acts on or keeps; the live one without readers, 0 before the first.
+
+        A trainer may delete or reuse what belongs to older ones.
+        """
+        from ..segment.reach import oldest_version
+
+        return oldest_version(self.segment) if self.segment else 0
 
     def _get_server_weights(self) -> Any:
         maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights

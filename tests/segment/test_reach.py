@@ -1,0 +1,121 @@
+"""Which readers have a version: a push that waits for them, the oldest version in use, and how long all took."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from builders import write
+from others import run_cli
+from policies import mlp
+from processes import DEADLINE
+from trainers import Trainer
+
+import wsync
+from wsync.segment.reach import Reach, oldest_version, wait_for_readers
+
+
+@pytest.fixture
+def trainer(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    monkeypatch.chdir(tmp_path)
+    return Trainer(mlp, tmp_path)
+
+
+def test_all_living_readers_are_waited_for(trainer: Trainer) -> None:
+    """Guards a trainer that goes on when the last reader has its weights, and not before."""
+    assert wait_for_readers(trainer.segment, 1, 0) == []  # nobody is there
+    trainer.push(1)
+    slow, quick = wsync.attach(mlp(), "nets"), wsync.attach(mlp(), "nets")
+    with quick, slow:
+        version = trainer.push(2)
+        quick.refresh()
+        (late,) = wait_for_readers(trainer.segment, version, 0.05)
+        assert late.version == 1
+        found: list[object] = []
+        waiting = threading.Thread(target=lambda: found.append(wait_for_readers(trainer.segment, version, DEADLINE)))
+        waiting.start()
+        assert slow.refresh()
+        waiting.join(DEADLINE)
+        assert found == [[]]
+        trainer.push(3)
+        quick.refresh()
+        waiting = threading.Thread(target=lambda: found.append(wait_for_readers(trainer.segment, 3)))
+        waiting.start()
+        slow.close()  # who is gone is not waited for
+        waiting.join(DEADLINE)
+        assert found == [[], []]
+
+
+def test_the_oldest_version_that_somebody_has(trainer: Trainer) -> None:
+    """Guards what a trainer may delete: a version that a reader acts on, or whose tensor it keeps, is in use."""
+    assert oldest_version(trainer.segment) == 0
+    trainer.push(1)
+    assert oldest_version(trainer.segment) == 1
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode="swap") as reader:
+        kept = policy.get_parameter("0.weight").detach()
+        trainer.push(2)
+        assert oldest_version(trainer.segment) == 1
+        reader.refresh()
+        assert oldest_version(trainer.segment) == 1 and float(kept[0, 0]) == 1
+        del kept
+        trainer.push(3)
+        reader.refresh()
+        assert oldest_version(trainer.segment) == 3
+        code, out, _ = run_cli("status", "nets", "--json")
+        assert code == 0 and json.loads(out)["oldest_version"] == 3
+
+
+def test_an_updater_and_a_publisher_know_their_readers(runtime: Path) -> None:
+    """Guards the same by the objects that a training script has."""
+    policy = mlp()
+    with wsync.publisher("nets", policy) as publisher:
+        assert publisher.wait_for_readers(timeout=0) == [] and publisher.oldest_version() == 0
+        publisher.push(1)
+        with wsync.attach(mlp(), "nets") as reader:
+            version = publisher.push(2)
+            (late,) = publisher.wait_for_readers(timeout=0.05)
+            assert late.version == 1 == publisher.oldest_version()
+            reader.refresh()
+            assert publisher.wait_for_readers(version, DEADLINE) == [] and publisher.oldest_version() == 2
+
+
+def test_a_push_waits_and_says_who_is_late(trainer: Trainer) -> None:
+    """Guards exit code 75 with the names of those that have not, and 0 when all have, also where nothing was new."""
+    trainer.push(1)
+    write(Path("step_2.safetensors"), mlp(), 2.0, 2)
+    push = ("push", "policies:mlp", "step_2.safetensors", "--name", "nets", "--take-over")
+    with wsync.attach(mlp(), "nets") as reader:
+        code, out, told = run_cli(*push, "--wait", "0.05")
+        assert code == 75 and "version 2" in out and "1 reader did not take version 2 in time" in told
+        assert f"(pid {os.getpid()}), on version 1" in told
+        reader.refresh()
+        code, out, told = run_cli(*push, "--wait", "5")
+        assert code == 0 and "is current" in out and "did not take" not in told
+        trainer.push(3)
+    code, out, _ = run_cli(*push, "--force", "--wait", "5", "--json")
+    assert code == 0 and json.loads(out)["version"] == 4
+
+
+def test_how_long_all_readers_took_is_told_once(trainer: Trainer) -> None:
+    """Guards the figure of a watch: seconds from the publish until the last reader had it, whenever that is seen."""
+    reach = Reach()
+    assert reach.look(None, 0) is None
+    trainer.push(1)
+    assert reach.look(trainer.segment, 1) is None  # nobody is there to be told of
+    with wsync.attach(mlp(), "nets") as reader, torch.no_grad():
+        trainer.push(2)
+        assert reach.look(trainer.segment, 2) is None
+        reader.refresh()
+        told = reach.look(trainer.segment, 0)
+        assert told and told[:2] == (2, 1) and 0 <= told[2] < DEADLINE
+        assert reach.look(trainer.segment, 0) is None
+        trainer.push(3)
+        trainer.push(4)  # another publisher's
+        assert reach.look(trainer.segment, 3) is None
+        reader.refresh()
+        assert reach.look(trainer.segment, 0) is None

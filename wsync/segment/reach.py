@@ -1,0 +1,83 @@
+"""How far a version has come: which readers have it, and how long all of them took."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from ..text import count, duration
+from .readers import ReaderRecord
+from .segment import Segment
+
+_SHORTEST, _LONGEST = 0.02, 0.5  # seconds between two looks at the readers' records
+
+
+def wait_for_readers(segment: Segment, version: int, timeout: float | None = None) -> list[ReaderRecord]:
+    """Waits until every living reader has this version or a newer one.
+
+    A reader that ends meanwhile is not waited for any more; one that attaches meanwhile is.
+
+    Args:
+        timeout: seconds; None waits for ever.
+
+    Returns:
+        The readers that still have an older version when the time is up; empty when all have it.
+    """
+    until, pause = math.inf if timeout is None else time.monotonic() + timeout, _SHORTEST
+    while late := [reader for reader in segment.readers() if reader.version < version]:
+        left = until - time.monotonic()
+        if left <= 0:
+            break
+        time.sleep(min(pause, left))
+        pause = min(2 * pause, _LONGEST)
+    return late
+
+
+def behind(late: list[ReaderRecord], version: int) -> str:
+    """Says which readers do not have a version yet, and what to do."""
+    now = time.time()
+    said = [f"{r.process} (pid {r.pid}), on version {r.version} for {duration(now - r.since)}" for r in late[:5]]
+    more = f" and {len(late) - 5} more" if len(late) > 5 else ""
+    return (
+        f"{count(len(late), 'reader')} did not take version {version} in time: {'; '.join(said)}{more}. See whether "
+        "they still call refresh(), or wait longer."
+    )
+
+
+def oldest_version(segment: Segment) -> int:
+    """The oldest version that a living reader acts on or keeps; the live one without readers, 0 before the first.
+
+    A trainer may delete or reuse what belongs to older ones.
+    """
+    held = [version for r in segment.readers() for version in (r.version, *segment.held_back(r)) if version]
+    return min([*held, segment.version])
+
+
+class Reach:
+    """Tells once, of each version that a watch published, when all readers have it."""
+
+    def __init__(self) -> None:
+        self._version = 0  # that is on its way to readers; 0 where none is
+
+    def look(self, segment: Segment | None, published: int) -> tuple[int, int, float] | None:
+        """Looks after a pass, without waiting.
+
+        Args:
+            published: the version that this pass published, or 0.
+
+        Returns:
+            The version, how many readers have it, and seconds from its publish until the last of them had it; None
+            where some have not, or nothing is to be told.
+        """
+        self._version = published or self._version
+        live = segment.live() if segment and self._version else None
+        if not segment or not live or live.version != self._version:
+            self._version = 0
+            return None
+        readers = segment.readers()
+        if any(reader.version < live.version for reader in readers):
+            return None
+        self._version = 0
+        if not readers:
+            return None
+        return live.version, len(readers), max(0.0, max(reader.since for reader in readers) - live.published_at)
