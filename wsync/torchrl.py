@@ -1,8 +1,8 @@
 """``wsync.torchrl.SegmentWeightSyncScheme`` for torchrl's collectors; importing it imports torchrl.
 
 The sender publishes a version. A collector takes the newest version at the start of each batch, between two steps, so
-that all frames of a batch come from one version, and labels them with it. Sender and receivers meet in the segment
-alone: no queue, no acknowledgement, no thread, and a receiver that is killed or stopped keeps nobody waiting.
+that all frames of a batch come from one version, and labels them with it. Sender and receivers meet only in the
+segment: no queue, no acknowledgement, no thread, and a receiver that is killed or stopped keeps nobody waiting.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
 
         Args:
             weights: a module, a TensorDict or a dict of tensors; None sends the collector's policy.
-            worker_ids: not looked at.
+            worker_ids: ignored.
 
         Raises:
             RuntimeError: ``connect`` was not called on this sender.

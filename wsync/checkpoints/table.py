@@ -115,7 +115,7 @@ class TensorTable:
 
         Raises:
             BeingWritten: a digest has not come.
-            WrongDigest: the configuration of an adapter is another than its digest names.
+            WrongDigest: the configuration of an adapter does not match its digest.
             OSError: one cannot be read.
         """
         from .digest import digests_of

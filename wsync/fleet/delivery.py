@@ -1,8 +1,7 @@
 """Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
 
-``Shared`` stands where a checkpoint stands in ``publisher.publish``, so that a group publishes by the very steps by
-which one box does. The box that reads has the whole slot first; then it is broadcast in pieces, and a
-checksum of all of it follows.
+``Shared`` takes the place of a checkpoint in ``publisher.publish``, so that a group publishes by the same steps as one
+box. The box that reads fills its whole slot first; then it is broadcast in pieces, and a checksum of all of it follows.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of severa
 
 
 class Turn:
-    """The votes on one publish; each raises on all boxes what any box has against it.
+    """The votes on one publish; an objection of any box is raised on all of them.
 
     Attributes:
         over: nothing is left to vote on: it is agreed, or refused.
@@ -91,7 +90,7 @@ def _objection(exc: WsyncError) -> dict[str, Any]:
 
 
 def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
-    """Raises what boxes have against it as one error, the gravest kind of all, with each box named."""
+    """Raises the boxes' objections as one error of the gravest kind, with each box named."""
     against = [(name, verdict) for name, verdict in zip(names, verdicts, strict=True) if verdict]
     if not against:
         return
@@ -136,7 +135,7 @@ class Shared:
         read = None
         if self._source:
             read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
-            progress = None  # what is read is what is counted
+            progress = None  # reading reports progress
         elif self._live is not None:
             weights[:] = self._live
         deliver(self.turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)

@@ -2,8 +2,8 @@
 
 All boxes of a group (``group``) go through the same rounds. In each, every box tells what is live on it and whether a
 pin holds there, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and
-offers it; each box then publishes by ``publisher.publish``, with three votes on the way, of which each is unanimous or
-ends the matter on all boxes, with those named that refused, and why:
+offers it; each box then publishes by ``publisher.publish``, with three votes on the way. Each vote is unanimous, or
+ends the publish on all boxes, naming who refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
   read     on the box that reads: they are finite and the file stood still. Then they go to the others, with a checksum

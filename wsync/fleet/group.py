@@ -88,7 +88,7 @@ class Group:
             GroupBroken: one did not come.
         """
         _end_with_parent()
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what it would warn of is told by our errors
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors report what it warns of
         import torch.distributed as dist
 
         try:
@@ -138,7 +138,7 @@ class Group:
         return [row.numpy().tobytes() for row in rows]
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """What this box's work gives; the others are told meanwhile, each second, that it lives."""
+        """The result of this box's work; each second meanwhile, the others hear that it lives."""
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
@@ -150,7 +150,7 @@ class Group:
             return future.result()
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
-        """What each box's work gives, which is never None."""
+        """The result of each box's work; never None."""
         mine = self.busy(work)
         while None in (answers := self.gather(mine)):  # some are still at work
             pass
@@ -161,7 +161,7 @@ class Group:
         self.gather(what)
 
     def hear(self, rank: int) -> Any:
-        """What that box tells, once it is not ``busy`` any more."""
+        """What that box tells, once it is no longer ``busy``."""
         while (told := self.gather(False)[rank]) is None:
             pass
         return told

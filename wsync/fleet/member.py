@@ -32,7 +32,7 @@ class Member:
         self._last = self._box.record.last_published()
 
     def report(self, due: bool) -> Report:
-        """What this box has; what is wrong with it is told by the round."""
+        """What this box has; the round reports what is wrong with it."""
         try:
             segment = self._box.updater.segment
             live = segment.live() if segment else None

@@ -1,8 +1,8 @@
 """What a watch shows of its group: a small file in the segment, locked while the group lives.
 
-``wsync status`` reads it; one whose lock is free was left by a watch that is gone, and is no group. It also keeps,
-for the next time that this box joins the same group, which versions came from there: what was published into the
-segment by others meanwhile does not count as the group's.
+``wsync status`` reads it; one whose lock is free was left by a dead watch, and is ignored. It also keeps, for the next
+time that this box joins the same group, which versions came from there: what was published into the segment by others
+meanwhile does not count as the group's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Badge:
 
     def is_at(self, segment: Path) -> bool:
         """Whether it still lies in the segment of that path, which may have been made anew."""
-        try_lock(self._fd)  # again and again: a look at it in that moment may have been in the way
+        try_lock(self._fd)  # retried each time: a reader of the file may have held the lock
         with suppress(OSError):
             return os.path.samestat(self.info, os.stat(segment / FILE))
         return False
@@ -69,7 +69,7 @@ def group_of(segment: Path) -> dict[str, Any] | None:
 
 
 def few(boxes: Sequence[str]) -> str:
-    """The names of boxes in one line: of many the first ones, and how many more there are."""
+    """The names of boxes in one line: the first few, and how many more there are."""
     more = len(boxes) - _SHOWN
     return ", ".join(boxes[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 

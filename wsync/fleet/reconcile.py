@@ -80,7 +80,7 @@ def change_of(reports: Sequence[Report]) -> Change | None:
 
 
 def leader_of(reports: Sequence[Report]) -> int:
-    """Who looks for what to publish next: rank 0, or a box whose pin is live nowhere yet."""
+    """The rank that looks for what to publish: 0, or a box whose pin is live nowhere yet."""
     if any(box.held for box in reports):
         return 0
     return next((rank for rank, box in enumerate(reports) if box.pin), 0)

@@ -56,8 +56,8 @@ def is_finite(floats: memoryview, dtype: str) -> bool:
 
     With numpy, the dot product of one half with the other: a core reads two streams faster than one.
 
-    It is NaN or infinite if any element is; only where it is (it may also overflow) the bits are looked at: as unsigned
-    integers the largest negative, as signed ones the largest positive pattern shows whether any exponent is all ones.
+    The product is NaN or infinite if any element is. Only then (it may also overflow) are the bits checked: the largest
+    as unsigned and the largest as signed integers show whether any exponent is all ones.
     """
     import numpy as np
 

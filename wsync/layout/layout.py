@@ -139,9 +139,9 @@ class Layout:
         return cls.build(tensors, ties)
 
     def names_in(self, other: Layout) -> dict[str, str] | None:
-        """What each name of this layout is in another one that holds the same tensors; None where it does not.
+        """Maps each name to its name in another layout of the same tensors; None where those differ.
 
-        What wraps modules is seen through (see ``names``).
+        Ignores what wraps modules (see ``names``).
         """
         mine = [name for entry in self.tensors for name in entry.names]
         if self.digest == other.digest:
@@ -164,7 +164,7 @@ class Layout:
         return Layout.build({entry.name: (entry.dtype, entry.shape) for entry in left}, ties) if out else self
 
     def more_than(self, other: Layout) -> list[str]:
-        """The names that this layout has besides the other one's; empty where more than these differ."""
+        """The names that only this layout has; empty where anything else differs, too."""
         names = {name for entry in other.tensors for name in entry.names}
         more = [name for entry in self.tensors for name in entry.names if name not in names]
         import glob  # not on the way of a push with nothing to do
@@ -264,7 +264,7 @@ def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
 
 
 def place_of(tensor: torch.Tensor) -> object:
-    """The same for tensors that are one in memory."""
+    """A key that is equal for tied tensors."""
     try:
         where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         return where if tensor.numel() else id(tensor)

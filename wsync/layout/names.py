@@ -15,7 +15,7 @@ def bare(name: str) -> str:
 
 
 def seen_through(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """What names are called among those that are known, where only wrappers tell them apart.
+    """Maps names to known names that differ from them only by wrappers.
 
     Left out are names that are known already, names that match several known ones, and names whose known form is given
     too.

@@ -65,7 +65,7 @@ def dotted(path: Iterable[str]) -> str:
 
 
 def aligned(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> dict[Path, torch.Tensor]:
-    """The sources under the names of their targets, where only what wraps modules tells those apart."""
+    """The sources under their targets' names, where the two differ only by wrappers."""
     paths = {dotted(path): path for path in (*sources, *targets)}
     homes = seen_through(map(dotted, sources), {dotted(path) for path in targets})
     return {
@@ -175,7 +175,7 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether its values are, and what a cast to this dtype makes of them."""
+    """Whether its values are finite, also once cast to this dtype."""
     for values in (tensor.detach().to(each) for each in {tensor.dtype, dtype}):
         if values.is_floating_point() and values.element_size() == 1:  # which torch.isfinite does not know
             values = values.float()

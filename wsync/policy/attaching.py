@@ -1,8 +1,8 @@
 """Attaching a policy: what it lies on, how it takes versions, and waiting for the first.
 
-``swap`` is for policies that do not write to their own weights. Where that can be known beforehand, one that does is
-refused it, and ``auto`` copies. Where it cannot, the write hits pages of the process's own, harms nobody, and is gone
-with the next version, of which a warning tells once.
+``swap`` is for policies that do not write to their own weights. Where a write is known beforehand, swap is refused, and
+``auto`` copies. Where it is not, the write hits private pages, harms nobody, and is lost with the next version; a
+warning says so once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the tensors of a policy get a version as bytes of their own: ``target.copy_(source)``, from the leased slot.
+"""Copies a version into a policy's own tensors: ``target.copy_(source)``, from the leased slot.
 
 Torch copies, with as many threads as its user gave it (``torch.set_num_threads``), and knows about strides, subclasses,
 dtypes and devices. The views of a slot's weights are made once.

@@ -42,10 +42,10 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._homes: set[torch.cuda.Stream] = set()  # of which the buffers are
+        self._homes: set[torch.cuda.Stream] = set()  # streams that own buffers
 
     def capturing(self) -> bool:
-        """Whether the policy's stream is captured: what it is given goes into a graph, and is not done now."""
+        """Whether the policy's stream is being captured: work then goes into a graph and is not run now."""
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 

@@ -32,7 +32,7 @@ from .device import Cuda, Flight
 from .tensors import Attached, Targets
 
 _log = logging.getLogger("wsync")
-_WORDS = {  # as what a tensor is copied whose own dtype has no kernel that copies many at once on a GPU
+_WORDS = {  # dtype to copy as, where a tensor's own has no GPU kernel that copies many at once
     torch.float8_e5m2: torch.uint8,
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2fnuz: torch.uint8,
@@ -269,7 +269,7 @@ class DeviceWeights:
         self._slots = {}
 
     def forget(self) -> None:
-        """In a forked child, where the device is out of reach: lets go without a word to it.
+        """In a forked child, which cannot use the device: lets go without calling CUDA.
 
         An event, and a buffer that two streams used, call CUDA where they are destroyed, and end the child with that:
         they are kept for ever.

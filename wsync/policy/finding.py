@@ -31,7 +31,7 @@ class Lookout:
         self._clock = self._looked = 0.0
 
     def next(self) -> tuple[int, bool]:
-        """How many calls may come until the next one of this, and whether now is the time."""
+        """The number of calls to skip before the next check, and whether to look now."""
         now = time.monotonic()
         took, self._clock = max(now - self._clock, 1e-9), now
         self._calls = max(1, min(self._most, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))

@@ -6,8 +6,8 @@ the time depends on the number of tensors alone. ``copy`` copies into the policy
 ``PlainReader`` takes it while the caller waits; a policy on a CUDA device has a reader of its own kind
 (``device_reader``).
 
-What a step costs when nothing is new is one load of eight bytes and one comparison. It is between steps that a version
-changes: call ``refresh()`` where no other thread is inside the policy, or have each of them inside ``using()``.
+A step with nothing new costs one load of eight bytes and one comparison. A version changes between steps: call
+``refresh()`` where no other thread is inside the policy, or have each of them inside ``using()``.
 
 A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
 cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
@@ -138,7 +138,7 @@ class Reader(ABC):
         while True:
             with self._lock:
                 self._check_open()
-                if is_gone(self._segment):  # one that was deleted by hand left no word of it
+                if is_gone(self._segment):  # one deleted by hand does not change the WORD
                     self._find_again()
                 if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
                     return True
@@ -249,7 +249,7 @@ class Reader(ABC):
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self, skip: bool) -> bool:
-        """A segment that was deleted by hand left no word of it: now and then the directory itself is looked at."""
+        """A segment deleted by hand does not change the WORD, so now and then this checks the directory."""
         self._calls_left, due = self._schedule.next()
         if due and not (self._closed or self._is_at_work()) and is_gone(self._segment):
             with self._lock:

@@ -1,4 +1,4 @@
-"""How a policy comes to lie on another slot: each of its tensors is pointed at its part of the slot's memory.
+"""Moves a policy to another slot: points each of its tensors at its part of the slot's memory.
 
 A slot is mapped once, and the views of its weights are made once. To take a version is ``parameter.data = view`` for
 each tensor: no bytes move, and the time depends on the number of tensors alone.
@@ -178,7 +178,7 @@ class Swap:
             slot.look = None
 
     def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
-        """The slot, mapped and as its file is; whether the policy had written there. The policy is checked, too."""
+        """Maps a slot with its file's bytes, and checks the policy; also returns whether it had written there."""
         slot, written = slots.get(number), False
         if slot and not slot.added:
             written = slot.end_look()
@@ -191,7 +191,7 @@ class Swap:
         return slot, written
 
     def _take_over_kept(self) -> None:
-        """Has a thread free the slots whose memory was kept for a version already; most of it is gone before that."""
+        """Has a thread free slots whose memory has been kept for a whole version; most is gone before that."""
         kept, self._kept = self._kept, []
         for one in kept:
             try:

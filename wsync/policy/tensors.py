@@ -82,7 +82,7 @@ class Attached:
             raise moved(name, "in memory that other processes share (share_memory(), a torch.multiprocessing queue)")
 
     def spare_holders(self) -> None:
-        """Before the tensors are pointed elsewhere: sees to those that hold a tensor itself, and not only its memory.
+        """Before tensors are pointed elsewhere: handles holders of a tensor itself, not only of its memory.
 
         A graph that saved a parameter, or a module's cache that is keyed by the version of one, would go on with other
         weights. So the versions of all tensors move, and a backward pass over the old ones is autograd's error. A
@@ -169,5 +169,5 @@ def addresses(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _look(table: Mapping[str, Any]) -> Callable[[str], Any]:
-    """``table.get``, which the tables of TorchScript have not."""
+    """``table.get``, which TorchScript's tables lack."""
     return table.get if isinstance(table, dict) else lambda key: dict(table.items()).get(key)

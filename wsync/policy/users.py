@@ -40,7 +40,7 @@ class Users:
 
     @contextmanager
     def alone(self, *, skip: bool = False) -> Iterator[bool]:
-        """Nobody is inside; yields False, at once, where somebody is and that is not to be waited for.
+        """Waits until nobody is inside; yields False at once where it must not wait for somebody.
 
         It also does where this very thread is alone already.
 

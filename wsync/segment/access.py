@@ -179,7 +179,7 @@ def open_file(name: str, flags: int, dir_fd: int) -> int:
 
 
 class Descriptor(FileIO):
-    """A descriptor that is closed however its user ends; it is gone also where close(2) fails, and nothing is lost."""
+    """A descriptor that is closed however its user ends; a failing close(2) is ignored, since it is gone."""
 
     def close(self) -> None:
         self._finalizing = False  # a finalizer is one of the ways to close it, and no reason for a ResourceWarning
@@ -190,7 +190,7 @@ class Descriptor(FileIO):
 def open_owned(name: str, flags: int, dir_fd: int) -> Descriptor:
     """As ``open_file``, but the descriptor is a file object's own, which closes it however its user ends.
 
-    Nothing is interpreted between the two calls that make it, so that no interrupt comes while it is nobody's.
+    No Python code runs between the two calls that make it, so that no interrupt can leak it.
     """
     with _converted(name, flags, dir_fd):
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)

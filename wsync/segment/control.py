@@ -27,7 +27,7 @@ class ControlPage:
 
     @property
     def bound(self) -> int:
-        """How many slots the segment may grow to; its publishers say it, and nothing is believed of it but a number."""
+        """How many slots the segment may grow to, as its publishers say; never more than ``MAX_SLOTS``."""
         return min(int(self.words[_BOUND]) or BOUND, MAX_SLOTS)
 
     @bound.setter
@@ -47,7 +47,7 @@ class ControlPage:
         wake(address)  # P8 wake
 
     def tell_removed(self) -> None:
-        """Tells the readers that the segment is none any more, also where it was deleted by hand."""
+        """Tells the readers that the segment is removed, also where it was deleted by hand."""
         self.store(self.word | REMOVED)
 
     def close(self) -> None:

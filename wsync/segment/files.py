@@ -149,7 +149,7 @@ class SpareSlot(NamedTuple):
         return memoryview(self.memory)[self.data_offset :]
 
     def forget(self) -> None:
-        """Takes away what its header says that it holds."""
+        """Clears the description in its header."""
         write_at(self.fd, BLANK, 8)
 
     def describe(self, publication: Publication) -> None:
@@ -173,7 +173,7 @@ def slot_name(slot: int) -> str:
 def damage(directory: int, slots: int) -> str:
     """What something outside wsync did to the files of a segment, as the end of a sentence; empty where all is well.
 
-    That is a file that is gone, or was cut. What is of another kind was put there: opening it refuses it.
+    That is a file that is gone or was cut. One of another kind is refused when it is opened.
     """
     sizes, names = {}, [slot_name(slot) for slot in range(slots)]
     for name in ("control", "layout.json", "publisher.lock", "readers", *names):

@@ -196,7 +196,7 @@ def publish_tensors(
             for name in entry.names
         }
         check(targets, sources)
-        if finite:  # a cast to this dtype makes a finite number of an infinity, in which nothing is found afterwards
+        if finite:  # a cast to this dtype turns an infinity into a finite number, so look before the cast
             eight = torch.float8_e4m3fn
             cast = {path: s for path, s in sources.items() if targets[path].dtype == eight != s.dtype}
             check(targets, cast, finite=True)
@@ -264,7 +264,7 @@ def _whole(step: int | None) -> int | None:
 def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
     """Writes the slot's header, then lets the gate look at the whole file: nothing points to it yet.
 
-    What is published is told with the time after the gate, which may take its own.
+    The publish time is taken after the gate, which may be slow.
     """
     slot.describe(publication)
     if gate:
@@ -322,7 +322,7 @@ def _restore(segment: WritableSegment, slot: SpareSlot) -> None:
 
 
 def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: WritableSegment | None) -> Plan:
-    """The plan; a part alone needs live values beside which it can go."""
+    """The plan; a partial checkpoint needs live values to keep."""
     if segment is None or not segment.version:
         settings = replace(settings, partial=False)
     return checkpoint.plan(layout, settings)

@@ -1,8 +1,8 @@
 """Who reads a segment: one small file a reader in the segment's ``readers/``, locked while the reader lives.
 
 The record is for people (``wsync status``, the message that names who holds a slot back); no decision hangs on it.
-That a reader lives is said by the lock on its file alone: pids mean nothing across containers. A file whose lock is
-free was left by a dead reader and is removed by whoever looks and may.
+Only the lock on its file says that a reader lives: pids mean nothing across containers. A file whose lock is free was
+left by a dead reader and is removed by whoever looks and may.
 
 In a shared segment others write these files. Nothing in them is believed: what is not a small regular file with the
 fields that we know is passed over, and what they say is made harmless to print. And a reader that finds no room for a

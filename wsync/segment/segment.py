@@ -237,7 +237,7 @@ class Segment:
         """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
         versions = set()
         for slot in reader.slots:
-            with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is older than what it says
+            with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is out of date
                 versions.add(Publication.from_header(self._head(slot)).version)
         return sorted(versions - {reader.version})
 

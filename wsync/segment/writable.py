@@ -104,7 +104,7 @@ class WritableSegment(Segment):
             discard(self.path)
 
     def remove_unused(self) -> None:
-        """Removes the segment where nobody published to it, and no reader waits for that.
+        """Removes the segment if nobody has published to it and no reader waits.
 
         Raises:
             SegmentBusy: somebody is about to publish.

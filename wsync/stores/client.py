@@ -1,4 +1,4 @@
-"""Opens obstore's clients: with time limits, with no patience of their own, and with credentials from the usual places.
+"""Opens obstore's clients: with time limits, without retries of their own, and with credentials from the usual places.
 
 Requests are signed with what the environment gives, as the stores' own tools do: keys, a role of the machine or the
 container, a token's file. Profiles and single sign-on are boto3's, which is asked where there are files of its own and

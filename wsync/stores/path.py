@@ -126,7 +126,7 @@ class RemotePath:
 
 
 def open_url(url: str) -> RemotePath | Path:
-    """What stands for a URL; a ``file://`` one is a path.
+    """Opens a URL; a ``file://`` one is a path.
 
     Raises:
         UsageError: its scheme is none that we know, or it names no bucket or host.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
+LOOK = 0.25  # longest wait in seconds: a signal that another thread receives does not end it
 _J = TypeVar("_J")
 _R = TypeVar("_R")
 

@@ -6,7 +6,7 @@ eight at a time, from a server on the loopback of two cores: 2,090 MB/s with 20 
 
 Each range is asked for under the version that was listed (``If-Match``), and what comes is compared with it. What fails
 on the way is tried again after growing pauses, from where it was cut, a bounded number of times. The texts of obstore's
-errors hold URLs whole, with what is secret in them: of those only a status and a word of a known form are repeated.
+errors hold URLs whole, with what is secret in them: only a status and a word of a known form are taken from them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
-_PIECE = 1 << 16  # bytes of a body that are handed over at a time; larger ones are slower, for the cache
+_PIECE = 1 << 16  # bytes of a body handed over at a time; larger pieces miss the cache and are slower
 DEPTH = 5  # of the names that a listing keeps: checkpoints that are directories, and three more within those
 _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
@@ -91,7 +91,7 @@ class Stored:
         return cls(key, meta["size"], etag, int(meta["last_modified"].timestamp()))
 
     def is_version(self, other: Stored) -> bool:
-        """Whether this is the same version; only where there are no ETags its time has to tell."""
+        """Whether this is the same version; times are compared only where there are no ETags."""
         same = (self.size, self.etag) == (other.size, other.etag)
         return same and (self.etag != "" or self.written == other.written)
 
@@ -121,7 +121,7 @@ class Store:
         secret: what a web server's URL has for it alone: ``user:password`` and the query, in that order.
 
     Attributes:
-        stop: once set, nobody waits for an answer any more: who did gets ``Stopped``.
+        stop: once set, every wait for an answer ends with ``Stopped``.
     """
 
     def __init__(self, scheme: str, root: str, secret: tuple[str, str] = ("", "")) -> None:
@@ -139,7 +139,7 @@ class Store:
         return type(self), (self.scheme, self.root, self._secret)
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """The object of this name and what belongs to it, or all that lie one or two names below it; else nothing.
+        """The object of this name and what belongs to it, or all up to ``DEPTH`` names below it; or nothing.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
@@ -205,7 +205,7 @@ class Store:
         self._patiently(stored.key, attempt)
 
     def _source(self, stored: Stored) -> tuple[Any, GetOptions]:
-        """Who gives this version, and under which conditions."""
+        """The client and options to ask for this version."""
         strong = stored.etag and not stored.etag.startswith("W/")  # a weak one matches nothing
         return self._client, {"if_match": stored.etag} if strong else {}
 
@@ -214,7 +214,7 @@ class Store:
         return Stored.of(meta, stored.key).is_version(stored)
 
     def sha256(self, stored: Stored) -> str:
-        """What the store says that the object's bytes are, as 64 hexadecimal digits; empty where it does not say it.
+        """The store's own digest of the object's bytes, as 64 hexadecimal digits; empty where it has none.
 
         obstore passes on no checksum of S3, Google Cloud or Azure; an ETag is one only in some of their settings.
         """
@@ -261,7 +261,7 @@ class Store:
         return {stored.key: stored for stored in looked if stored}
 
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries until it works, in a thread of its own, because the library may be silent for long and heeds no stop.
+        """Tries until it works, in a thread, because the library may block for long and cannot be stopped.
 
         Raises:
             Stopped: ``stop`` is set.

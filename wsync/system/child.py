@@ -20,10 +20,10 @@ _T = TypeVar("_T")
 
 
 def ask(function: Callable[..., Any], *arguments: Any, run: Callable[[list[str], int], _T]) -> tuple[Any, _T]:
-    """What a function gives in its process, or the WsyncError that it raised; None where there was no answer.
+    """The function's result in its process, or the WsyncError that it raised; None without an answer.
 
     Args:
-        run: runs a command with this descriptor as its stdin, and returns when it ended; what it gives is given, too.
+        run: runs a command with this descriptor as its stdin until it ends; its result is returned, too.
     """
     code = f"import sys; sys.path[:] = {sys.path!r}; from wsync.system.child import _answer; _answer()"
     question = pickle.dumps((function, arguments, os.getpid()))
@@ -41,7 +41,7 @@ def ask(function: Callable[..., Any], *arguments: Any, run: Callable[[list[str],
 
 
 def _answer() -> None:
-    """In the child: reads the question from stdin, and writes the answer behind it."""
+    """In the child: reads the question from stdin, and appends the answer to it."""
     import ctypes
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which waits for this process
@@ -57,4 +57,4 @@ def _answer() -> None:
     except WsyncError as exc:
         answer = exc
     os.pwrite(link, pickle.dumps(answer), size)
-    os._exit(0)  # threads and exit handlers of the user's code have no say in it any more
+    os._exit(0)  # skips threads and exit handlers of the user's code

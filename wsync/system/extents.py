@@ -1,4 +1,4 @@
-"""What of a file was never written: room that its writer reserved, and holes."""
+"""Finds what was never written of a file: space that was reserved, and holes."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def kept(fd: int) -> Iterator[None]:
 
 
 def read_at(fd: int, nbytes: int, offset: int) -> bytes:
-    """So many bytes of a file, fewer only where it ends; a single read may give less (of 2 GiB and more it does)."""
+    """Reads ``nbytes``, fewer only where the file ends; a single read may give less (from 2 GiB on it does)."""
     data = b""
     while len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
         data += more
@@ -129,7 +129,7 @@ def mapping(size: int, fd: int = -1) -> Iterator[None]:
 
 
 def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> OutOfSharedMemory | None:
-    """The error of files that could not be made for want of room; None where ``exc`` has another reason.
+    """The error for files that found no room; None where ``exc`` has another reason.
 
     Args:
         where: what is taken already is given back by now.
@@ -183,9 +183,9 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None where the system does not tell.
 
-    A writer that opens it in that moment waits until the lease is given back, in the same breath: between the two calls
-    no other thread runs Python. Else one that opens the file with the interpreter's lock held, as safetensors'
-    ``save_file`` did, would come in between and wait for what only this process gives back.
+    A writer that opens it in that moment waits until the lease is given back at once: between the two calls no other
+    thread runs Python. Else a thread that opens the file with the interpreter's lock held, as safetensors'
+    ``save_file`` did, would come in between and wait for ever for this process.
     """
     import ctypes
 
@@ -262,7 +262,7 @@ def has_own_pages(mapped: mmap.mmap) -> bool | None:
 
 
 def address_of(mapped: mmap.mmap | memoryview) -> int:
-    """Where a mapping lies, read-only ones included, for which ctypes alone has no answer."""
+    """The address of a mapping, also of a read-only one, which ctypes refuses."""
     import ctypes
 
     view = ctypes.py_object(mapped)

@@ -85,7 +85,7 @@ def _end_all(grace: float) -> None:
 
 
 def _below() -> list[int]:
-    """Every process below this one, parents first: a shell that is ended before its child tells nothing of that."""
+    """Every process below this one, parents first: a shell that ends before its child does not report it."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:

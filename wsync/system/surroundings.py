@@ -19,8 +19,8 @@ _ADDED = ("OPENBLAS_NUM_THREADS", "LC_CTYPE")
 def given() -> dict[str, str]:
     """The variables that this process was started with, and what its own code set since, without wsync's options.
 
-    Options are those of this very command: a wsync that a gate or hook runs is another one. What Kubernetes calls by
-    such a name is none, and stays. ``NOTIFY_SOCKET`` was taken out: nothing that we start may speak in our name.
+    Options are those of this very command: a wsync that a gate or hook runs is another one. What Kubernetes names so
+    stays. ``NOTIFY_SOCKET`` was taken out: nothing that we start may speak in our name.
     """
     text = Path("/proc/self/environ").read_bytes()
     start = dict(os.fsdecode(pair).partition("=")[::2] for pair in text.split(b"\0") if b"=" in pair)

@@ -168,7 +168,7 @@ class WeightUpdaterBase:
         return None
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """What becomes of the weights between the getter and the workers; by default a module becomes a TensorDict.
+        """Maps the weights between the getter and the workers; by default a module becomes a TensorDict.
 
         Raises:
             SpecError: a module's ``state_dict()`` holds what no update changes, and ``extra_state`` is ``"refuse"``.
@@ -221,7 +221,7 @@ class VanillaWeightUpdater(WeightUpdaterBase):
     Args:
         weight_getter: gives the weights of a push without any; may return None for "nothing new".
         policy_weights: a TensorDict of the policy's live tensors, on any devices, written in place: addresses stay.
-        strict: every tensor must come in every push; else what does not come stays as it was.
+        strict: every push must bring every tensor; else missing ones stay as they were.
         finite: refuse NaN and infinity.
         extra_state: ``"ignore"`` takes a module whose ``state_dict()`` holds more than tensors (``get_extra_state``,
             packed quantised weights), which no update changes, and says so once.
