@@ -292,10 +292,10 @@ def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
     try:
         with suppress(SegmentMissing):
             Segment.open(segment.name, segment.path.parent).close()
-    except SegmentError as exc:
+    except SegmentUnsafe as exc:
         raise SegmentError(
-            f"segment {segment.name!r} was damaged while the gate looked at its weights, and nothing went live. Let "
-            f"the gate change no file of a segment, and run `wsync rm {segment.name}`."
+            f"{segment.path} was damaged while the gate looked at its weights, and nothing went live. Let the gate "
+            f"change no file of a segment, and run `wsync rm {segment.name}`."
         ) from exc
     info = os.fstat(slot.fd)
     try:
