@@ -58,7 +58,7 @@ def test_specs_and_versions_are_completed(runs: Path) -> None:
             state.record("publish", version=version, step=version * 10, checkpoint=f"/runs/step_{version}")
     context: Any = SimpleNamespace(params={"name": "actor"})
     assert versions(context, "1") == [("12", "step 120, step_12"), ("1", "step 10, step_1")]
-    assert versions(SimpleNamespace(params={}), "") == []  # type: ignore[arg-type]
+    assert versions(SimpleNamespace(params={}, args=[]), "") == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("panel", ["Keep in step", "Look", "Go back", "Measure"])

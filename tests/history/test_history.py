@@ -738,6 +738,7 @@ def test_help_of_every_command_has_an_example_and_fits_80_columns(cli: Cli, runt
         ("ro", {"rollback"}),
         ("status pol", {NAME}),
         ("rollback ", {NAME}),
+        (f"rollback {NAME} --to ", {"1"}),
         ("push x --order ", {"arrival", "mtime", "step", "name"}),
     ],
 )

@@ -159,8 +159,10 @@ def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """The versions on record of the segment that the command line names, newest first."""
     from ..history.database import State
 
+    # While --to lacks its value, the parser stops before it assigns the arguments, and leaves them in the context.
+    name = context.params.get("name") or next(iter(context.args), "")
     try:
-        with State(context.params.get("name") or "", context.params.get("state_dir")) as state:
+        with State(name, context.params.get("state_dir")) as state:
             events = state.events(kinds=("publish", "rollback"), limit=50)
     except (WsyncError, OSError):
         return []

@@ -74,6 +74,15 @@ _KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's ty
     "tuple": list,
     "Mapping": dict,
 }
+_WORDS: dict[Any, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    (int, float): "a number",
+    (str, int): "a string or a whole number",
+    list: "a list",
+    dict: "a table",
+}
 _KEYS: dict[str, Any] = {
     "policy": str,
     "policy_kwargs": dict,
@@ -285,8 +294,7 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
                 raise SpecError(f"{path}: {key} is a table. Write [{key}] with its settings below.")
             _check_keys(value, kind, path, f"{prefix}{key}.")
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise SpecError(f"{path}: {prefix}{key} = {value!r} is a {type(value).__name__}. Give a {wanted}.")
+            raise SpecError(f"{path}: {prefix}{key} = {value!r} is not {_WORDS[kind]}. Correct it.")
         elif isinstance(value, str) and "\0" in value:
             raise SpecError(f"{path}: {prefix}{key} = {value!r} holds a NUL character. Remove it.")
         elif isinstance(value, list | dict) and prefix == "weights.":
