@@ -172,7 +172,7 @@ def _make(
         segment = opening.open(layout, exclude)
         return PlainReader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap", terms)
     from .device_reader import DeviceReader
-    from .device_weights import DeviceWeights, check_contiguous
+    from .device_transfer import DeviceWeights, check_contiguous
 
     chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
     if staging == "none":

@@ -15,7 +15,7 @@ import time
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ..segment.files import Publication
 from ..segment.segment import Lease, Segment
-from .device_weights import DeviceWeights
+from .device_transfer import DeviceWeights
 from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of
 from .tensors import Attached
 from .terms import Terms
