@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders import ROOT
+from pages import run_console
 from processes import DEADLINE, Cli
 
 PAGE = (ROOT / "examples" / "operations" / "README.md").read_text()
@@ -36,19 +36,7 @@ def test_the_drill_says_what_the_page_says(runtime: Path, tmp_path: Path) -> Non
     place.mkdir()
     for file in ("cartpole/policy.py", "cartpole/cartpole.toml", "operations/break.py"):
         shutil.copy(ROOT / "examples" / file, place)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, module in (("wsync", "-m wsync "), ("python", "")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module}"$@"\n')
-        (programs / name).chmod(0o755)
-    lines = [line[2:] for line in drill[1].splitlines() if line.startswith("$ ")]
-    script = "\n".join(f"cat <<'END'\n$ {line}\nEND\n{line}" for line in lines)
-    env = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=3 * DEADLINE,
-    )  # fmt: skip
-    assert plain(done.stdout, place) == plain(drill[1], place)
+    assert plain(run_console(drill[1], place), place) == plain(drill[1], place)
 
 
 @pytest.mark.slow
