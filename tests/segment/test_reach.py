@@ -93,6 +93,9 @@ def test_a_push_waits_and_says_who_is_late(trainer: Trainer) -> None:
         code, out, told = run_cli(*push, "--wait", "0.05")
         assert code == 75 and "version 2" in out and "1 reader did not take version 2 in time" in told
         assert f"(pid {os.getpid()}), on version 1" in told
+        for words in (1, 0):  # for cron each trouble is reported once, and the exit code stays
+            code, _, told = run_cli(*push, "--wait", "0.05", "--quiet")
+            assert code == 75 and told.count("did not take") == words
         reader.refresh()
         code, out, told = run_cli(*push, "--wait", "5")
         assert code == 0 and "is current" in out and "did not take" not in told
