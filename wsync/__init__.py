@@ -22,7 +22,7 @@ The rooms, lowest layer first. Each may import only rooms that this list names b
     fleet           many boxes as one
     service         a watch, its figures, systemd
     bench           what this box can do
-    cli             the command line
+    cli             the command line: what each command takes, and what it prints
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from wsync.checkpoints import header as module
 from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import identity, parts_of
-from wsync.cli.inspection import inspect
+from wsync.cli.inspect_output import inspect
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,

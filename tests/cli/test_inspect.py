@@ -21,7 +21,7 @@ from wsync.checkpoints.cast import Piece
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
-from wsync.cli.inspection import inspect
+from wsync.cli.inspect_output import inspect
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
 
@@ -166,7 +166,7 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
             path.unlink()
         return Checkpoint(path)
 
-    monkeypatch.setattr("wsync.cli.inspection.Checkpoint", opened)
+    monkeypatch.setattr("wsync.cli.inspect_output.Checkpoint", opened)
     looked = inspect(runs)
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 

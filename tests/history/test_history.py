@@ -25,13 +25,13 @@ from builders import NAME, marks, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 from safetensors.torch import save_file
+from wsync.cli.plot import bar
 
 import wsync
 from wsync.checkpoints.fit import Fit
 from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
 from wsync.cli.options import VARIABLES
-from wsync.cli.plot import bar
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.history import rollback as way_back
 from wsync.history.database import State

@@ -22,7 +22,7 @@ from builders import NAME, SPEC, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn, heard, signal_another_thread
 
-from wsync.cli.console import WatchLog
+from wsync.cli.watch_output import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command

@@ -14,7 +14,7 @@ from pathlib import Path
 from wsync.bench import cases
 from wsync.bench.place import Place, private_place, settle
 from wsync.bench.rows import GIB, MIB, Aim, Row, Settings, compare, timed
-from wsync.cli.bench_view import box, print_rows
+from wsync.cli.bench_output import box, print_rows
 
 PAGE = 4096
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsync.cli.inspection import inspect
-from wsync.cli.tables import print_inspection
+from wsync.cli.inspect_output import inspect, print_inspection
 from wsync.places.listing import scan
 from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter

@@ -56,8 +56,8 @@ def server(modules: str) -> Iterator[Server]:
 def light() -> Iterator[Server]:
     """Forks processes that never need torch: the command line."""
     yield from server(
-        "wsync.cli.commands wsync.sync.syncer wsync.cli.console wsync.cli.tables rich.console inotify_simple shutil "
-        "tempfile"
+        "wsync.cli.commands wsync.sync.syncer wsync.cli.push_output wsync.cli.watch_output wsync.cli.status_output "
+        "rich.console rich.table inotify_simple shutil tempfile"
     )
 
 

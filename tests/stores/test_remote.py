@@ -25,7 +25,7 @@ import wsync
 from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.objects import AT_ONCE
-from wsync.cli.inspection import inspect
+from wsync.cli.inspect_output import inspect
 from wsync.layout.layout import layout_of
 from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter

@@ -29,7 +29,7 @@ from processes import DEADLINE
 from rich.console import Console
 
 from wsync.checkpoints.fit import Fit
-from wsync.cli.console import WatchLog
+from wsync.cli.watch_output import WatchLog
 from wsync.errors import SegmentError
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment

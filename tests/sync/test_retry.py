@@ -18,7 +18,7 @@ from processes import DEADLINE, Cli
 from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import Parts
-from wsync.cli.console import WatchLog
+from wsync.cli.watch_output import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.places.listing import listing_of
@@ -332,7 +332,7 @@ def test_what_is_remembered_of_checkpoints_is_bounded(
     segment: WritableSegment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards that a watch of months keeps nothing of checkpoints that are gone: steps, refusals, what was told."""
-    monkeypatch.setattr("wsync.cli.console._REMEMBERED", 3)
+    monkeypatch.setattr("wsync.cli.watch_output._REMEMBERED", 3)
     spec = replace(load_spec(SPEC), select=Select(order="step"))
     with Syncer(spec, runs) as syncer, WatchLog(NAME, runs, "plain", lambda: None) as log:
         for number in range(5):

@@ -15,7 +15,7 @@ from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 from processes import DEADLINE
 
-from wsync.cli.console import WatchLog
+from wsync.cli.watch_output import WatchLog
 from wsync.errors import BeingRewritten
 from wsync.history.database import State
 from wsync.history.outcome import Outcome

@@ -50,7 +50,7 @@ def bench(
     """
     # Long because it declares its options; what it does is check them, run the cases and print the rows.
     from ..bench.rows import Settings, parse_size
-    from .console import unwind_at
+    from .terminal import unwind_at
 
     nbytes = parse_size(size)
     if nbytes < 4 * tensors:
@@ -69,7 +69,7 @@ def bench(
     unwind_at(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         from ..bench import cases
-        from . import bench_view as view
+        from . import bench_output as view
 
         names, about = cases.chosen(settings.only), view.box()
         rows = cases.run(settings, names)

@@ -83,11 +83,12 @@ def push(
     from ..history.outcome import Outcome
     from ..sync.claim import undone_by
     from ..sync.syncer import Syncer
-    from .console import complain, outcome_json, tell, transfer_bar, unwind_at
+    from .push_output import outcome_json, tell, transfer_bar
+    from .terminal import complain, unwind_at
 
     news = None
     if quiet:
-        from .news import News
+        from .push_quiet import News
 
         news = News(spec, state_dir)
     try:
@@ -174,7 +175,7 @@ def watch(
     box, they form a group: one reads, and all boxes go live together.
     """
     from ..service.service import Service
-    from .console import WatchLog, default_format
+    from .watch_output import WatchLog, default_format
 
     check_format(log_format)
     toml = spec if os.path.isfile(spec) else None
@@ -220,7 +221,7 @@ def status(
     codes of Nagios: 0 all is well; 1 something is beyond its bound; 2 nothing is
     live, or a segment is unusable.
     """
-    from .status import Bounds, follow, show
+    from .status_output import Bounds, follow, show
 
     bounds = Bounds(max_staleness, max_lag, max_lag_seconds)
     bounds.check()
@@ -243,7 +244,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
     from ..places.newest import Select
-    from .inspection import inspect as look
+    from .inspect_output import inspect as look
+    from .inspect_output import print_inspection
 
     policy = read_spec(spec, settings) if spec else None
     select = policy.select if policy else Select(**settings["select"])
@@ -251,8 +253,6 @@ def inspect(
     if as_json:
         print(json.dumps(looked))
     else:
-        from .tables import print_inspection
-
         print_inspection(looked)
     bad = looked.get("complete") is False or looked.get("fits") is False
     raise typer.Exit((1 if looked["kind"] == "failed" else 65) if bad else 0)

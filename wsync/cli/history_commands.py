@@ -68,7 +68,7 @@ def log(
     with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
-            from .plot import print_plot
+            from .log_output import print_plot
 
             print_plot(name, state.events(since=start, limit=max(number, _DRAWN)), time.time())
             return
@@ -81,7 +81,7 @@ def log(
             for event in itertools.chain(events, coming):
                 print(json.dumps(event_json(event)), flush=True)
         else:
-            from .tables import print_log
+            from .log_output import print_log
 
             print_log(name, events, coming)
 
@@ -144,7 +144,8 @@ def promote(
     """
     from ..history.outcome import Outcome
     from ..sync.promoting import promote as publish
-    from .console import tell, unwind_at
+    from .push_output import tell
+    from .terminal import unwind_at
 
     unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
     try:
@@ -204,8 +205,8 @@ def config(
     """Show every setting and where it comes from: option, variable, TOML or default."""
     from ..history.database import state_dir as state_place
     from ..system.memory import runtime_dir as runtime_place
-    from .config import origins, write_spec
-    from .console import default_format
+    from .config_output import origins, print_config, write_spec
+    from .watch_output import default_format
 
     if init:
         if made := write_spec(spec):
@@ -225,8 +226,6 @@ def config(
     if as_json:
         print(json.dumps({name: {"value": value, "origin": origin} for name, value, origin in rows}, default=str))
     else:
-        from .tables import print_config
-
         print_config(rows)
 
 

@@ -1,4 +1,4 @@
-"""What ``wsync push --quiet`` says: each problem once, until it changes or ends. cron mails what is printed."""
+"""What ``wsync push --quiet`` prints: each problem once, until it changes or ends. cron mails what is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``wsync config``: every setting and where it comes from, and a new TOML that holds them all."""
+"""What ``wsync config`` prints: every setting and where it comes from; and with ``--init``, a new TOML of them all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from ..segment.access import Access
 from ..settings.spec import _TABLES as TABLES
 from ..settings.spec import Spec
 from .options import _HELP as HELP
+from .terminal import plain_table, stdout_console
 
 _OWN_TABLE = {"poll": "watch", "max_failures": "watch"}
 _EXAMPLES = {"name": "cartpole", "mode": "0600", "group": "policies", "metrics_port": 9464, "max_staleness": 300.0}
@@ -120,3 +121,11 @@ def _setting(name: str) -> list[str]:
     default = _EXAMPLES.get(name, made)
     value = "{}" if default == {} or hasattr(default, "items") else json.dumps(default)
     return [f"# {text.partition(' (default:')[0]}", f"#{key} = {value}"]
+
+
+def print_config(rows: list[Setting]) -> None:
+    """The table of ``wsync config``."""
+    lines = plain_table("setting", "value", "from")
+    for row in rows:
+        lines.add_row(row.name, "" if row.value is None else printable(str(row.value)), row.origin)
+    stdout_console().print(lines)

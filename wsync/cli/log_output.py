@@ -1,13 +1,21 @@
-"""``wsync log --plot``: events over time, in as many columns as the terminal has."""
+"""What ``wsync log`` prints: a table of events, and with ``--plot`` a picture as wide as the terminal."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 
+from rich.console import JustifyMethod
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import printable
 from ..history.database import Event
 from ..text import duration, size
-from .tables import stdout_console
+from .terminal import stdout_console
 
 _LABEL, _MOST = 15, 200  # columns
 _BARS = "▁▂▃▄▅▆▇█"
@@ -75,3 +83,54 @@ def _greatest(of: Callable[[Event], float | None]) -> Of:
 def bar(value: float, most: float) -> str:
     """A value between 0 and the greatest one as a block of that height."""
     return _BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0]
+
+
+_LOG_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (  # with the columns that each takes at least
+    ("time", 14, "left"),
+    ("event", 8, "left"),
+    ("version", 7, "right"),
+    ("step", 6, "right"),
+    ("took", 7, "right"),
+    ("checkpoint", 24, "left"),
+)
+_LOG_STYLES = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "yellow", "unpin": "yellow"}
+
+
+def print_log(name: str, events: list[Event], coming: Iterable[Event]) -> None:
+    """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe.
+
+    Args:
+        coming: further events, printed as they come.
+    """
+    console = stdout_console()
+    beside = not console.is_terminal
+    if events:
+        heads = [head for head, _, _ in _LOG_COLUMNS]
+        console.print(_log_line([Text(head, "bold") for head in (*heads, *["reason"] * beside)]))
+    else:
+        console.print(f"{name}: no history")
+    for event in itertools.chain(events, coming):
+        reason = Text(printable(" ".join((event.reason or "").split())))
+        console.print(_log_line([*_log_row(event), *[reason] * beside]))
+        if reason and not beside:
+            console.print(Padding(reason, (0, 0, 0, 4)))
+
+
+def _log_line(cells: list[Text]) -> Table:
+    """Lays out one event by itself, because with ``--follow`` the next events are not known yet."""
+    line = Table.grid(padding=(0, 2, 0, 0))
+    for head, least, justify in _LOG_COLUMNS:
+        line.add_column(min_width=least, justify=justify, no_wrap=head != "checkpoint", overflow="fold")
+    line.add_row(*cells)
+    return line
+
+
+def _log_row(event: Event) -> list[Text]:
+    return [
+        Text(datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")),
+        Text(event.kind, _LOG_STYLES.get(event.kind, "")),
+        Text("" if event.version is None else str(event.version)),
+        Text("" if event.step is None else str(event.step)),
+        Text("" if event.seconds is None else duration(event.seconds)),
+        Text(printable(Path(event.checkpoint).name) if event.checkpoint else ""),
+    ]

@@ -1,86 +1,33 @@
-"""The output for people: one line for a push, tables for status, a panel or log lines for a watch.
-
-rich is loaded only to draw a table or the panel, not for a line. Without a terminal there are
-plain lines without colour, or JSON lines, one an event.
-"""
+"""What ``wsync watch`` prints: a panel on a terminal, elsewhere plain lines, or JSON lines, one an event."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SHOWN, BeingRewritten, Difference, WithDifferences, WsyncError, harmless, printable
 from ..history.outcome import Outcome
-from ..segment.reach import oldest_version
 from ..segment.segment import Segment
-from ..text import count, duration, size, when
+from ..text import count, size, when
+from .push_output import outcome_json, outcome_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
 _STYLES = {"info": "", "warning": "yellow", "error": "red"}
-_TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
 _REMEMBERED = 1024  # refused checkpoints that a log does not report again
 
 LogFormat = Literal["rich", "plain", "json"]
 LOGGED = 5
 """Differences that stand in a log line."""
-
-
-def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    data: dict[str, Any] = {name: getattr(outcome, name) for name in _TOLD}
-    if outcome.pin is not None:
-        data["pin"] = outcome.pin
-    for name in ("newer", "warning"):
-        if (value := getattr(outcome, name)) is not None:
-            data[name] = value
-    if outcome.casts:
-        data["casts"] = list(outcome.casts)
-    if outcome.differences:
-        data["differences"] = [asdict(d) for d in outcome.differences]
-    return data
-
-
-def outcome_line(outcome: Outcome) -> str:
-    """One line that says what a pass did."""
-    file = printable(Path(outcome.checkpoint).name) if outcome.checkpoint else "weights from memory"
-    step = "" if outcome.step is None else f", step {outcome.step}"
-    live = f"version {outcome.version} stays live" if outcome.version else ""
-    match outcome.status:
-        case "published":
-            back = ", step went back" if outcome.backwards else ""
-            staged = f"{size(outcome.bytes)} in {duration(outcome.seconds)}"
-            return f"version {outcome.version}{step}{back}, {file}, {staged}, {count(outcome.readers, 'reader')}"
-        case "checked":
-            told = f"{file}{step} would be published, {size(outcome.bytes)}"
-            return _joined(told, outcome.reason or "", live or "nothing is live")
-        case "current":
-            newer = f"{printable(Path(outcome.newer).name)} is newer, and not complete yet" if outcome.newer else ""
-            return _joined(f"version {outcome.version}{step} is current, {file}", newer or outcome.reason or "")
-    again = "`wsync push --retry` tries it again" if outcome.known else ""
-    return _joined(f"{outcome.status}: {outcome.reason}", live, again)
-
-
-def _joined(*clauses: str) -> str:
-    """Clauses one after another; after one that is a sentence the next is one too."""
-    told = ""
-    for clause in filter(None, clauses):
-        if told.endswith("."):
-            told += f" {clause[0].upper()}{clause[1:].removesuffix('.')}."
-        else:
-            told += f"; {clause}" if told else clause
-    return told
 
 
 def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
@@ -92,101 +39,6 @@ def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
     more = [f"{len(rows) - LOGGED} more"] if len(rows) > LOGGED else []
     lines = [line.strip() for line in [*text.splitlines(), *rows[:LOGGED], *more]]
     return printable("; ".join(filter(None, lines)).replace(".; ", ". ").replace(":; ", ": "))
-
-
-def complain(exc: WsyncError) -> None:
-    print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
-
-
-def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
-    """Prints what a push did: what went live to stdout, what did not to stderr, with the differences.
-
-    Args:
-        quiet: print nothing about what went live.
-    """
-    told = [*outcome.passed_over]
-    if outcome.exit_code and not as_json:
-        told.append(outcome)
-    for refused in told:
-        text = f"{refused.name}: {outcome_line(refused)}"
-        print(harmless(str(WithDifferences(text, refused.differences))), file=sys.stderr)
-    if as_json:
-        print(json.dumps(outcome_json(outcome)))
-        return
-    if outcome.warning:
-        print(harmless(f"{outcome.name}: {outcome.warning}"), file=sys.stderr)
-    if quiet:
-        return
-    for cast in outcome.casts:
-        print(harmless(f"{outcome.name}: {cast}"), file=sys.stderr)
-    if not outcome.exit_code:
-        print(harmless(f"{outcome.name}: {outcome_line(outcome)}"))
-
-
-def unwind_at(*numbers: int) -> None:
-    """Unwinds this process at the first of these signals, which ends what it started; later ones are ignored."""
-
-    def end(number: int, _: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        sys.exit(128 + number)
-
-    for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
-            signal.signal(number, end)
-
-
-@contextmanager
-def transfer_bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows bytes, rate and time left on stderr until the block ends: called with bytes done, and bytes in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", visible=False)
-        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
-
-
-def segment_json(segment: Segment) -> dict[str, Any]:
-    """A segment and its readers, for programs and for the tables; each time is a ``datetime`` (see ``to_json``)."""
-    live, readers = segment.live(), segment.readers()
-    version = live.version if live else 0
-    return {
-        "name": segment.name,
-        "version": version,
-        "step": live.step if live else None,
-        "checkpoint": (live.source or None) if live else None,
-        "published_at": datetime.fromtimestamp(live.published_at, UTC) if live else None,
-        "pin": None,
-        "last_failure": None,
-        "bytes": segment.layout.nbytes,
-        "tensors": len(segment.layout.tensors),
-        "slots": segment.slots,
-        "added_slots": len(segment.slot_numbers()) - segment.slots,
-        "max_slots": segment.bound,
-        "oldest_version": oldest_version(segment),
-        "readers": [
-            {
-                "pid": r.pid,
-                "process": r.process,
-                "mode": r.mode,
-                "version": r.version,
-                "lag": version - r.version,
-                "since": datetime.fromtimestamp(r.since, UTC),
-                "lease_since": datetime.fromtimestamp(r.oldest, UTC) if r.oldest else None,
-                "holds": segment.held_back(r),
-            }
-            for r in readers
-        ],
-    }
-
-
-def to_json(data: Any) -> str:
-    """JSON on one line, with times as ``when`` writes them and paths as texts."""
-    return json.dumps(
-        data, default=lambda value: when(value.timestamp()) if isinstance(value, datetime) else str(value)
-    )
 
 
 class WatchLog:
@@ -342,7 +194,7 @@ class WatchLog:
         from rich.table import Table
         from rich.text import Text
 
-        from .tables import segment_view
+        from .status_output import segment_json, segment_view
 
         segment = self._segment()
         told: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}

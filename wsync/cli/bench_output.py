@@ -1,4 +1,4 @@
-"""Rows for people and for programs: one table, and one JSON object."""
+"""What ``wsync bench`` prints: one table for people, and one JSON object for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import wsync
 from ..bench.rows import Row, Settings
 from ..system.memory import spare_memory
 from ..text import size
-from .tables import stdout_console
+from .terminal import stdout_console
 
 
 def box() -> dict[str, Any]:

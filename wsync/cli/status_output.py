@@ -1,4 +1,6 @@
-"""``wsync status``: what is live, pinned and failing, for people, for programs, and for a monitoring system.
+"""What ``wsync status`` prints: tables, the screen of ``--watch``, JSON, and a line for a monitoring system.
+
+rich is loaded where a table is drawn, and for nothing else.
 
 A monitor gets one line, and an exit code as Nagios and similar systems expect it. 0 is OK; 1, a warning: something is
 beyond its bound; 2, critical: nothing is live, or a segment cannot be read. A usage error, such as a misspelt option,
@@ -7,25 +9,33 @@ also ends with 2. The figures after ``|`` are for graphs.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SegmentError, StateError, UsageError, printable
-from ..fleet.membership import group_of
+from ..fleet.membership import few, group_of
 from ..history.database import Event, State
+from ..segment.reach import oldest_version
 from ..segment.segment import Segment, segments
-from ..text import count, duration
-from .console import complain, segment_json, to_json, unwind_at
+from ..text import count, duration, size, when
+from .terminal import complain, plain_table, stdout_console, unwind_at
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 _REFRESH = 1.0  # seconds
 _WORDS = ("OK", "WARNING", "CRITICAL")
 _LOOKED_AT = 1000  # events
+_COLUMNS = 80  # of the screen of ``--watch``, as top(1) shows processes
+_HEAD = f"{'segment, reader':<31}{'version':>8}{'lag':>5}{'step':>11}{'age':>12}{'per min':>9}"
 Place = str | os.PathLike[str] | None
 
 
@@ -74,8 +84,6 @@ def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_j
     elif line:
         print(line)
     else:
-        from .tables import status_view, stdout_console
-
         stdout_console().print(status_view(told), soft_wrap=True)
     return code
 
@@ -83,8 +91,6 @@ def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_j
 def follow(name: str | None, runtime: Place, state: Place) -> None:
     """Shows the status again and again until interrupted: in place on a terminal, otherwise one below the other."""
     from rich.live import Live
-
-    from .tables import stdout_console, view_of
 
     console = stdout_console()
     unwind_at(signal.SIGTERM)  # the cursor is shown again
@@ -135,6 +141,167 @@ def _told(segment: Segment, place: Place) -> dict[str, Any]:
     if group := group_of(segment.path):
         told["group"] = group
     return told
+
+
+def segment_json(segment: Segment) -> dict[str, Any]:
+    """A segment and its readers, for programs and for the tables; each time is a ``datetime`` (see ``to_json``)."""
+    live, readers = segment.live(), segment.readers()
+    version = live.version if live else 0
+    return {
+        "name": segment.name,
+        "version": version,
+        "step": live.step if live else None,
+        "checkpoint": (live.source or None) if live else None,
+        "published_at": datetime.fromtimestamp(live.published_at, UTC) if live else None,
+        "pin": None,
+        "last_failure": None,
+        "bytes": segment.layout.nbytes,
+        "tensors": len(segment.layout.tensors),
+        "slots": segment.slots,
+        "added_slots": len(segment.slot_numbers()) - segment.slots,
+        "max_slots": segment.bound,
+        "oldest_version": oldest_version(segment),
+        "readers": [
+            {
+                "pid": r.pid,
+                "process": r.process,
+                "mode": r.mode,
+                "version": r.version,
+                "lag": version - r.version,
+                "since": datetime.fromtimestamp(r.since, UTC),
+                "lease_since": datetime.fromtimestamp(r.oldest, UTC) if r.oldest else None,
+                "holds": segment.held_back(r),
+            }
+            for r in readers
+        ],
+    }
+
+
+def to_json(data: Any) -> str:
+    """JSON on one line, with times as ``when`` writes them and paths as texts."""
+    return json.dumps(
+        data, default=lambda value: when(value.timestamp()) if isinstance(value, datetime) else str(value)
+    )
+
+
+def status_view(told: list[dict[str, Any]]) -> RenderableType:
+    """The tables, of what ``look`` found."""
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(*map(segment_view, told)) if told else Text("no segments")
+
+
+def segment_view(told: dict[str, Any], most: int | None = None) -> RenderableType:
+    """Shows a segment as ``segment_json`` gives it, and at most ``most`` of its readers."""
+    from rich.console import Group
+    from rich.text import Text
+
+    readers = told["readers"]
+    parts: list[RenderableType] = [Text.assemble(*_headline(told))]
+    parts += [Text(f"  {note}", "yellow") for note in _notes(told)]
+    parts.append(_reader_table(readers[:most]) if readers else Text("  no readers", "dim"))
+    if most and len(readers) > most:
+        parts.append(Text(f"  … and {count(len(readers) - most, 'more reader')}"))
+    return Group(*parts)
+
+
+def _headline(told: dict[str, Any]) -> list[str | tuple[str, str]]:
+    name = (told["name"], "bold")
+    if not told["version"]:
+        return [name, ("  no version yet", "yellow")]
+    step = "" if told["step"] is None else f"  step {told['step']}"
+    file = printable(told["checkpoint"] or "weights from memory")
+    more = f"{step}  {size(told['bytes'])}  {age(told['published_at'])} ago\n  {file}"
+    return [name, (f"  version {told['version']}", "green"), more]
+
+
+def _notes(told: dict[str, Any]) -> Iterator[str]:
+    if told.get("pin"):
+        yield f"pinned: {printable(told['pin'])}"
+    if told.get("added_slots"):
+        slots = told["slots"] + told["added_slots"]
+        yield f"{slots} slots, {told['max_slots']} at most: readers keep older versions"
+    if group := told.get("group"):
+        yield f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}"
+    if failure := told.get("last_failure"):
+        reason = " ".join((failure["reason"] or "").split())
+        yield f"last failure {age(failure['at'])} ago: {printable(reason[:200])}"
+
+
+def _reader_table(readers: list[dict[str, Any]]) -> Table:
+    from rich.text import Text
+
+    rows = plain_table()
+    rows.add_column("  reader", overflow="ellipsis", no_wrap=True)
+    for column in ("pid", "version", "lag", "since"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    rows.add_column("mode", no_wrap=True)
+    rows.add_column("oldest lease", justify="right", no_wrap=True)
+    for r in readers:
+        lease = age(r["lease_since"]) if r["lease_since"] else ""
+        rows.add_row(
+            f"  {r['process']}",
+            str(r["pid"]),
+            str(r["version"]),
+            Text(str(r["lag"]), "yellow" if r["lag"] else ""),
+            age(r["since"]),
+            r["mode"],
+            lease + (f", version {', '.join(map(str, r['holds']))}" if r["holds"] else ""),
+        )
+    return rows
+
+
+def age(moment: datetime) -> str:
+    return duration(max(0.0, time.time() - moment.timestamp()))
+
+
+def view_of(
+    told: list[dict[str, Any]], broken: Mapping[str, Exception], recent: Callable[[str], int], lines: int
+) -> RenderableType:
+    """One look, the segments first that are in trouble.
+
+    Args:
+        told: the segments, as ``look`` has them.
+        broken: why others cannot be read, by name.
+        recent: versions that went live in a segment within the last minute.
+        lines: of the screen.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    readers = sum(len(each["readers"]) for each in told)
+    segments = count(len(told) + len(broken), "segment")
+    rows = [(f"wsync {time.strftime('%H:%M:%S')}  {segments}, {count(readers, 'reader')}", ""), (_HEAD, "bold")]
+    rows += [(_fit(f"{name}: {' '.join(str(why).split())}"), "red") for name, why in broken.items()]
+    for each in sorted(told, key=lambda each: (not each["last_failure"], each["name"])):
+        rows += _segment_rows(each, recent(each["name"]))
+    if len(rows) > lines:
+        rows = [*rows[: lines - 1], (f"… and {len(rows) - lines + 1} more lines", "dim")]
+    return Group(*(Text(*row) for row in rows))
+
+
+def _segment_rows(told: dict[str, Any], recent: int) -> list[tuple[str, str]]:
+    """The lines of a segment and its readers, each with its style."""
+    step = "" if told["step"] is None else str(told["step"])
+    live = told["version"]
+    since = age(told["published_at"]) if live else "nothing live"
+    pinned = " (pinned)" if told["pin"] else ""
+    name = f"{told['name']:.{31 - len(pinned) - 1}}{pinned}"
+    line = f"{name:<31}{live or '':>8}{'':>5}{step:>11}{since:>12}{recent:>9}"
+    rows = [(_fit(line), "green" if live else "yellow")]
+    for reader in sorted(told["readers"], key=lambda reader: -reader["lag"]):
+        who = printable(f"  {reader['process']:.18} {reader['pid']}")
+        line = f"{who:<31}{reader['version']:>8}{reader['lag']:>5}{reader['mode']:>11}{age(reader['since']):>12}"
+        rows.append((_fit(line), "yellow" if reader["lag"] else ""))
+    if failure := told["last_failure"]:
+        reason = printable(" ".join((failure["reason"] or "").split()))
+        rows.append((_fit(f"  failed {age(failure['at'])} ago: {reason}"), "red"))
+    return rows
+
+
+def _fit(line: str) -> str:
+    return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 1]}…"
 
 
 def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds, state: Place) -> tuple[str, int]:

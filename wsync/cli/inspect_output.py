@@ -1,4 +1,4 @@
-"""Describes a checkpoint, and whether it is complete and fits a policy; or lists the checkpoints of a directory."""
+"""What ``wsync inspect`` prints: a checkpoint, and whether it is complete and fits; or those of a directory."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.cast import Piece
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files import parts_of, place_at, unreadable
 from ..checkpoints.staging import check_digests
 from ..checkpoints.steps import step_at
-from ..errors import CheckpointError, NoCheckpoint, on_one_line
+from ..errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from ..places.listing import inside, scan
 from ..places.newest import Candidate, Select, select
 from ..settings import layout_process
 from ..settings.spec import Spec
+from ..text import count, size
+from .terminal import plain_table, stdout_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Fits = Callable[[Checkpoint], dict[str, Any]]
 
@@ -171,3 +176,81 @@ def _not_finite(checkpoint: Checkpoint) -> set[str]:
     except OSError as exc:
         raise unreadable(checkpoint.path, exc) from exc
     return broken
+
+
+def print_inspection(looked: dict[str, Any]) -> None:
+    """What ``wsync inspect`` found, as tables."""
+    console = stdout_console()
+    if "complete" in looked:
+        _print_checkpoint(console, looked)
+    if "candidates" in looked:
+        _print_candidates(console, looked)
+
+
+def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    found = looked["candidates"]
+    others = "other " if "complete" in looked else ""
+    title = f"{printable(looked['path'])}: {count(len(found), f'{others}candidate')}, newest first"
+    console.print(title, soft_wrap=True)
+    rows = plain_table("checkpoint", "step", "size", "verdict")
+    for each in found:
+        good = each["complete"] and each.get("fits", True)
+        verdict = ("fits" if "fits" in each else "complete") if good else each["reason"].split("\n")[0]
+        verdict += f"; step from the {_origin(each)}" if each.get("other_numbers") else ""
+        step = "" if each["step"] is None else str(each["step"])
+        weight = "" if each["bytes"] is None else size(each["bytes"])
+        name = printable(Path(each["path"]).name)
+        rows.add_row(name, step, weight, Text(printable(verdict), "" if good else "red"))
+    console.print(rows)
+
+
+def _origin(looked: dict[str, Any]) -> str:
+    """Says where the step was read, and which other numbers a setting could take instead."""
+    others = ", ".join(looked["other_numbers"])
+    more = f", which also holds {others}: select.step would take another" if others else ""
+    return printable(f"{looked['step_from']}{more}")
+
+
+def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    if not looked["complete"]:
+        console.print(harmless(looked["reason"]), style="red", soft_wrap=True)
+        return
+    step = "" if looked["step"] is None else f", step {looked['step']}"
+    files = "" if len(looked["files"]) == 1 else f" in {len(looked['files'])} files"
+    tensors = looked["tensors"]
+    title = f"{printable(looked['path'])}: {count(len(tensors), 'tensor')}, {size(looked['bytes'])}{files}{step}"
+    console.print(title, soft_wrap=True)
+    if looked["step_from"]:
+        console.print(f"step {looked['step']} is from the {_origin(looked)}", soft_wrap=True)
+    for key, value in looked["metadata"].items():
+        console.print(f"  {printable(key)} = {printable(value)}", soft_wrap=True)
+    if "fits" in looked:
+        verdict = _how_it_fits(looked) if looked["fits"] else printable(looked["reason"])
+        console.print(verdict, style="green" if looked["fits"] else "red", soft_wrap=True)
+    rows = plain_table("tensor")
+    for column in ("dtype", "shape", "bytes"):
+        rows.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=True)
+    scanned = any("finite" in tensor for tensor in tensors)
+    if scanned:
+        rows.add_column("finite")
+    for tensor in tensors:
+        cells = printable(tensor["name"]), tensor["dtype"], str(tensor["shape"]), f"{tensor['bytes']:,}"
+        finite = [Text("yes") if tensor["finite"] else Text("NO", "red")] if scanned else []
+        rows.add_row(*cells, *finite)
+    console.print(rows)
+
+
+def _how_it_fits(looked: dict[str, Any]) -> str:
+    parts = [f"merged into {looked['base']}"] if looked["base"] else []
+    if casts := looked["casts"]:
+        kinds = sorted({f"{cast['from']} to {cast['to']}" for cast in casts})
+        parts.append(f"{count(len(casts), 'tensor')} cast ({', '.join(kinds)})")
+    if kept := looked["kept"]:
+        parts.append(f"{count(len(kept), 'tensor')} of the policy not in it")
+    if left := looked["left_out"]:
+        parts.append(f"{len(left):,} of its own left out")
+    return printable("; ".join(["fits the policy", *parts]))

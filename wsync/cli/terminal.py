@@ -1,0 +1,52 @@
+"""What the commands share on a terminal: errors, a stop by a signal, and tables, for which rich is loaded late."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import WsyncError, harmless
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_PIPE = 100_000  # columns: a line is never broken there
+
+
+def complain(exc: WsyncError) -> None:
+    print(f"wsync: {harmless(str(exc))}", file=sys.stderr)
+
+
+def unwind_at(*numbers: int) -> None:
+    """Unwinds this process at the first of these signals, which ends what it started; later ones are ignored."""
+
+    def end(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+            signal.signal(number, end)
+
+
+def stdout_console() -> Console:
+    """Where tables go: as wide as the terminal, and in a pipe or a file one line a row, however long."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE
+    return console
+
+
+def plain_table(*columns: str) -> Table:
+    """A table without lines; a text that does not fit is folded, unless its column says otherwise."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
