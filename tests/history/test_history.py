@@ -25,7 +25,7 @@ from builders import NAME, marks, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 from safetensors.torch import save_file
-from wsync.cli.plot import bar
+from wsync.cli.log_output import bar
 
 import wsync
 from wsync.checkpoints.fit import Fit
