@@ -21,8 +21,8 @@ from processes import DEADLINE, Cli, Spawn
 from rich.console import Console
 
 from wsync.bench import cases
-from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Aim, Row, Settings, Skip, compare, parse_size
+from wsync.bench.workspace import Workspace, private_workspace
 from wsync.cli.bench_output import amount, as_json, print_rows
 from wsync.cli.terminal import unwind_at
 from wsync.errors import UsageError
@@ -138,13 +138,13 @@ def test_one_round_is_made_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) ->
 def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a long run: what a case cannot do is its result, and the next one is measured."""
 
-    def fails(place: Place) -> list[Row]:
+    def fails(workspace: Workspace) -> list[Row]:
         raise RuntimeError("unable to allocate")  # as torch does
 
-    def skips(place: Place) -> list[Row]:
+    def skips(workspace: Workspace) -> list[Row]:
         raise Skip("there is none")
 
-    def works(place: Place) -> list[Row]:
+    def works(workspace: Workspace) -> list[Row]:
         return [Row("works", "s", ((1.0,),))]
 
     monkeypatch.setattr(cases, "CASES", {"a": fails, "b": skips, "c": works})
@@ -195,37 +195,37 @@ def test_the_users_settings_are_not_the_measurements(settings: Settings, monkeyp
     """Guards against a gate or a runtime directory of the user's in what is measured, and against compiling anew."""
     monkeypatch.setenv("WSYNC_GATE", "false")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    with private_place(settings) as place:
-        assert "PYTHONDONTWRITEBYTECODE" not in place.environment
-        own = {name: value for name, value in place.environment.items() if name.startswith("WSYNC_")}
+    with private_workspace(settings) as workspace:
+        assert "PYTHONDONTWRITEBYTECODE" not in workspace.environment
+        own = {name: value for name, value in workspace.environment.items() if name.startswith("WSYNC_")}
         assert own.keys() == {"WSYNC_RUNTIME_DIR", "WSYNC_STATE_DIR"}
-        assert own["WSYNC_RUNTIME_DIR"] == str(place.runtime)
+        assert own["WSYNC_RUNTIME_DIR"] == str(workspace.runtime)
 
 
 BRIEF = """
 from wsync.cli import commands as cli
-from wsync.bench.place import Place
-Place.rounds = lambda place, number: 1
+from wsync.bench.workspace import Workspace
+Workspace.rounds = lambda workspace, number: 1
 cli.main()
 """
 ENDLESS = """
 import sys, signal
 from pathlib import Path
 import wsync
-from wsync.bench.place import COMMAND, make, private_place
+from wsync.bench.workspace import COMMAND, make, private_workspace
 from wsync.bench.rows import Settings
-with private_place(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2]))) as place:
-    place.save("small/step_1.safetensors", 4096, 4)
-    spec = place.write_spec("small", 4096, 4)
-    with place.process("-c", COMMAND, "watch", spec) as process:
-        with wsync.attach(make(4096, 4), "small", timeout=60, runtime_dir=place.runtime):
+with private_workspace(Settings(directory=Path(sys.argv[1]), runtime=Path(sys.argv[2]))) as workspace:
+    workspace.save("small/step_1.safetensors", 4096, 4)
+    spec = workspace.write_spec("small", 4096, 4)
+    with workspace.process("-c", COMMAND, "watch", spec) as process:
+        with wsync.attach(make(4096, 4), "small", timeout=60, runtime_dir=workspace.runtime):
             print(process.pid, flush=True)
             signal.pause()
 """
 BROKEN = """
 from wsync.cli import commands as cli
 from wsync.bench import cases
-def fail(place):
+def fail(workspace):
     raise ArithmeticError("as asked")
 cases.CASES["refresh-idle"] = fail
 cli.main()
@@ -236,7 +236,7 @@ from wsync.cli import commands as cli
 from wsync.bench import cases
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 measure = cases.CASES["refresh-idle"]
-cases.CASES["refresh-idle"] = lambda place: os.kill(os.getpid(), signal.SIGHUP) or measure(place)
+cases.CASES["refresh-idle"] = lambda workspace: os.kill(os.getpid(), signal.SIGHUP) or measure(workspace)
 cli.main()
 """
 
@@ -353,7 +353,7 @@ def test_only_the_first_signal_counts() -> None:
 
 
 def processes_in(runtime: Path) -> list[str]:
-    """Processes that were given a place below this one."""
+    """Processes that were given a workspace below this one."""
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -25,7 +25,7 @@ from safetensors.torch import save_file, save_model
 from wsync.checkpoints import header
 from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files import identity
+from wsync.checkpoints.checkpoint_files import identity
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.steps import read_step
 from wsync.errors import (

@@ -30,7 +30,7 @@ from wsync.checkpoints.plan import Plan, plan_of
 from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
 from wsync.history.database import State
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
-from wsync.segment.publisher import publish, rehearse
+from wsync.segment.publishing import publish, rehearse
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

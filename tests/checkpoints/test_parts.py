@@ -24,11 +24,11 @@ import torch
 from builders import SUPPORT, write
 from safetensors.torch import save_file
 
-from wsync.checkpoints import files as parts
+from wsync.checkpoints import checkpoint_files as parts
 from wsync.checkpoints import header as module
 from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files import identity, parts_of
+from wsync.checkpoints.checkpoint_files import identity, parts_of
 from wsync.cli.inspect_output import inspect
 from wsync.errors import (
     CheckpointChanged,

@@ -13,7 +13,7 @@ from builders import shards, write
 from policies import mlp
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files import parts_of
+from wsync.checkpoints.checkpoint_files import parts_of
 from wsync.checkpoints.settling import COMPANIONS, PATIENCE
 from wsync.errors import BeingWritten
 from wsync.layout.filenames import INDEX

@@ -19,7 +19,7 @@ from policies import mlp
 
 from wsync.cli import commands
 from wsync.history.outcome import EXIT_CODES
-from wsync.segment.files import WORD_OFFSET
+from wsync.segment.segment_files import WORD_OFFSET
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import _KEYS
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from web_server import Web, serve
 
 from wsync.errors import SegmentError
-from wsync.segment.files import WORD_OFFSET, slot_name
 from wsync.segment.segment import Segment
+from wsync.segment.segment_files import WORD_OFFSET, slot_name
 
 pytestmark = pytest.mark.slow
 

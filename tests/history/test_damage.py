@@ -19,8 +19,8 @@ from wsync.errors import NoCheckpoint, SegmentUnsafe, StateError, UsageError
 from wsync.history.database import State
 from wsync.history.pins import Pin
 from wsync.history.rollback import rollback
-from wsync.segment.files import WORD_OFFSET
 from wsync.segment.segment import Segment
+from wsync.segment.segment_files import WORD_OFFSET
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 

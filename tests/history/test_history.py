@@ -25,12 +25,12 @@ from builders import NAME, marks, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 from safetensors.torch import save_file
-from wsync.cli.log_output import bar
 
 import wsync
 from wsync.checkpoints.fit import Fit
 from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
+from wsync.cli.log_output import bar
 from wsync.cli.options import VARIABLES
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.history import rollback as way_back
@@ -41,7 +41,7 @@ from wsync.hooks import gate
 from wsync.layout.layout import layout_of
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
-from wsync.settings.hooks import Hooks
+from wsync.settings.hook_settings import Hooks
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer
 

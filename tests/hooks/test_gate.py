@@ -26,10 +26,10 @@ from wsync.errors import GateRejected, RetryLater, SegmentError, SpecError, Usag
 from wsync.history.outcome import Outcome
 from wsync.hooks import command, gate
 from wsync.layout.layout import layout_of
-from wsync.segment.publisher import Staged
+from wsync.segment.publishing import Staged
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
-from wsync.settings.hooks import VARIABLES, Hooks
+from wsync.settings.hook_settings import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -154,7 +154,7 @@ def test_version_is_dated_after_the_gate(
 ) -> None:
     """A version is as old as its publish, not as its staging: the gate's own time does not count."""
     now = time.time()
-    monkeypatch.setattr("wsync.segment.publisher.time.time", lambda: now + (1000 if Path("done").exists() else 0))
+    monkeypatch.setattr("wsync.segment.publishing.time.time", lambda: now + (1000 if Path("done").exists() else 0))
     write(runs / "step_2.safetensors", mlp(), 2.0)
     syncer("touch done").once()
     publication = live.live()

@@ -27,9 +27,9 @@ from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command
 from wsync.hooks.runner import Hook, HookRunner, request
-from wsync.segment.files import Publication
+from wsync.segment.segment_files import Publication
 from wsync.segment.writable import WritableSegment
-from wsync.settings.hooks import VARIABLES, Hooks
+from wsync.settings.hook_settings import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -465,7 +465,7 @@ def test_nothing_to_do_costs_nothing(segment: WritableSegment, runs: Path, cli: 
     result = cli("push", SPEC, "runs", *settings, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
     found = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "wsync.settings.hooks" in found
+    assert "wsync.settings.hook_settings" in found
     runners = {
         "wsync.hooks.gate",
         "wsync.hooks.command",

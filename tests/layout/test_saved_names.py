@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of, named_tensors
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 

@@ -12,23 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from wsync.bench import cases
-from wsync.bench.place import Place, private_place, settle
 from wsync.bench.rows import GIB, MIB, Aim, Row, Settings, compare, timed
+from wsync.bench.workspace import Workspace, private_workspace, settle
 from wsync.cli.bench_output import box, print_rows
 
 PAGE = 4096
 
 
-def staging_shifted(place: Place) -> list[Row]:
+def staging_shifted(workspace: Workspace) -> list[Row]:
     """A file whose data begins 16 bytes before a page, beside one whose data begins elsewhere.
 
     ``rep movsb``, which read(2) uses, is slow on AMD's cores where the target's address is 8 to 24 bytes beyond the
     source's, modulo 4096.
     """
-    file = place.save("staging.safetensors", place.settings.size, place.settings.tensors)
-    slow, usual = (cases.Slot(place, shifted(file, before)) for before in (16, 1024))
+    file = workspace.save("staging.safetensors", workspace.settings.size, workspace.settings.tensors)
+    slow, usual = (cases.Slot(workspace, shifted(file, before)) for before in (16, 1024))
     name, ours, theirs = "staging, data 16 B before a page", timed(slow.stage), timed(usual.stage)
-    return [compare(name, ours, "1 KiB", theirs, None, place.rounds(20), nbytes=slow.nbytes)]
+    return [compare(name, ours, "1 KiB", theirs, None, workspace.rounds(20), nbytes=slow.nbytes)]
 
 
 def shifted(source: Path, before: int) -> Path:
@@ -45,17 +45,17 @@ def shifted(source: Path, before: int) -> Path:
 def main() -> None:
     usual, about, rows = Settings(directory=Path(tempfile.gettempdir())), box(), []
     many = {"loop, p.data = v": Aim("<=", 1.8), "load_file, copy_": Aim(">=", 8.0), "memory copy": None}
-    measured: list[tuple[Settings, Callable[[Place], list[Row]]]] = [
+    measured: list[tuple[Settings, Callable[[Workspace], list[Row]]]] = [
         (replace(usual, size=GIB), cases.staging),
         (replace(usual, size=2000 * PAGE, tensors=2000), cases.staging),
         (usual, staging_shifted),
         (replace(usual, size=64 * MIB, tensors=2000), cases.refresh),
     ]
     for settings, case in measured:
-        with private_place(settings) as place:
+        with private_workspace(settings) as workspace:
             found = [
                 replace(row, name=f"{settings.size / MIB:.0f} MiB in {settings.tensors}: {row.name}")
-                for row in case(place)
+                for row in case(workspace)
             ]
         rows += [replace(row, aim=many.get(row.beside, row.aim)) if settings.tensors == 2000 else row for row in found]
     print_rows(usual, about, rows)

@@ -31,7 +31,7 @@ from torch import nn
 import wsync
 from wsync.policy import attaching
 from wsync.policy.attaching import Staging
-from wsync.policy.device import Cuda
+from wsync.policy.cuda import Cuda
 from wsync.policy.device_transfer import lock_slot
 from wsync.segment.writable import WritableSegment
 

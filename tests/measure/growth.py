@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from wsync.bench.place import Place, private_place
 from wsync.bench.rows import MIB, Settings
+from wsync.bench.workspace import Workspace, private_workspace
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
@@ -24,11 +24,14 @@ Pass = Callable[[], str]
 
 
 @contextmanager
-def publishing(place: Place, nbytes: int, tensors: int) -> Iterator[Pass]:
+def publishing(workspace: Workspace, nbytes: int, tensors: int) -> Iterator[Pass]:
     """A pass that finds a new checkpoint and publishes it, each slot having had one."""
-    spec, file = place.write_spec("policy", nbytes, tensors), place.save("policy/step_1.safetensors", nbytes, tensors)
+    spec, file = (
+        workspace.write_spec("policy", nbytes, tensors),
+        workspace.save("policy/step_1.safetensors", nbytes, tensors),
+    )
     times = iter(range(1, 1000))
-    with Syncer(load_spec(str(spec)), runtime=place.runtime) as syncer:
+    with Syncer(load_spec(str(spec)), runtime=workspace.runtime) as syncer:
 
         def run() -> str:
             os.utime(file, (number := next(times), number))
@@ -40,14 +43,14 @@ def publishing(place: Place, nbytes: int, tensors: int) -> Iterator[Pass]:
 
 
 @contextmanager
-def among_files(place: Place, number: int) -> Iterator[Pass]:
+def among_files(workspace: Workspace, number: int) -> Iterator[Pass]:
     """A pass that finds nothing new among so many files."""
-    with publishing(place, MIB, 16):
+    with publishing(workspace, MIB, 16):
         for old in range(number - 1):
-            file = place.files / "policy" / f"old_{old}.safetensors"
+            file = workspace.files / "policy" / f"old_{old}.safetensors"
             file.touch()
             os.utime(file, (0, 0))
-        with Syncer(load_spec(str(place.files / "policy.toml")), runtime=place.runtime) as syncer:
+        with Syncer(load_spec(str(workspace.files / "policy.toml")), runtime=workspace.runtime) as syncer:
             yield lambda: syncer.once().status
 
 
@@ -59,16 +62,16 @@ def exponent(points: Sequence[tuple[int, float]]) -> float:
 
 
 def main() -> None:
-    curves: list[tuple[str, tuple[int, ...], Callable[[Place, int], AbstractContextManager[Pass]]]] = [
-        ("tensors", (100, 1000, 5000, 20_000), lambda place, n: publishing(place, 16 * MIB, n)),
-        ("MiB", (16, 64, 256, 1024), lambda place, n: publishing(place, n * MIB, 200)),
+    curves: list[tuple[str, tuple[int, ...], Callable[[Workspace, int], AbstractContextManager[Pass]]]] = [
+        ("tensors", (100, 1000, 5000, 20_000), lambda workspace, n: publishing(workspace, 16 * MIB, n)),
+        ("MiB", (16, 64, 256, 1024), lambda workspace, n: publishing(workspace, n * MIB, 200)),
         ("files", (10, 100, 1000, 10_000), among_files),
     ]
     for name, numbers, measure in curves:
         points = []
         for number in numbers:
             settings = Settings(directory=Path(tempfile.gettempdir()))
-            with private_place(settings) as place, measure(place, number) as run:
+            with private_workspace(settings) as workspace, measure(workspace, number) as run:
                 points.append((number, min(seconds(run) for _ in range(ROUNDS))))
         figures = ", ".join(f"{number:,}: {taken * 1e3:.2f} ms" for number, taken in points)
         print(f"a pass against {name} grows as n^{exponent(points):.2f} ({figures})", flush=True)

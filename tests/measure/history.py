@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from wsync.bench.place import Place, private_place
 from wsync.bench.rows import MIB, Settings
+from wsync.bench.workspace import Workspace, private_workspace
 from wsync.history.database import State
 
 NUMBER = 100_000
@@ -48,10 +48,10 @@ def timed(*words: str) -> tuple[float, float]:
     return min(times), mib
 
 
-def measure(place: Place, number: int) -> None:
-    spec, state = place.write_spec("policy", MIB, 16), place.files / "state"
-    os.environ |= {"WSYNC_RUNTIME_DIR": str(place.runtime), "WSYNC_STATE_DIR": str(state), "WSYNC_KEEP": "1"}
-    file = place.save("policy/step_1.safetensors", MIB, 16)
+def measure(workspace: Workspace, number: int) -> None:
+    spec, state = workspace.write_spec("policy", MIB, 16), workspace.files / "state"
+    os.environ |= {"WSYNC_RUNTIME_DIR": str(workspace.runtime), "WSYNC_STATE_DIR": str(state), "WSYNC_KEEP": "1"}
+    file = workspace.save("policy/step_1.safetensors", MIB, 16)
     words = [str(spec), str(file)]
     name = spec.stem
     fill(state, name, number)
@@ -68,5 +68,5 @@ def measure(place: Place, number: int) -> None:
 
 if __name__ == "__main__":
     for number in (0, NUMBER):
-        with private_place(Settings()) as place:
-            measure(place, number)
+        with private_workspace(Settings()) as workspace:
+            measure(workspace, number)

@@ -30,7 +30,7 @@ PUBLISHER = """
 import sys
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 segment = WritableSegment.open("policy", sys.argv[1])

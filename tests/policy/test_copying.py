@@ -17,7 +17,7 @@ from wsync.layout.layout import layout_of
 from wsync.policy.reader import PlainReader
 from wsync.policy.tensors import Attached
 from wsync.policy.terms import Terms
-from wsync.segment.publisher import publish_tensors
+from wsync.segment.publishing import publish_tensors
 from wsync.segment.writable import WritableSegment
 
 WIDE = (1 << 20) + 7  # elements that torch may share between threads

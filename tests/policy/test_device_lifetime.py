@@ -479,7 +479,7 @@ def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spaw
         "import sys, torch, wsync\n"
         "from policies import mlp\n"
         "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
-        "print([m for m in sys.modules if m.startswith('wsync.policy.device')], torch.cuda.is_initialized())\n"
+        "print([m for m in sys.modules if m.startswith('wsync.policy.cuda')], torch.cuda.is_initialized())\n"
     )
     out, err = spawn("-c", script).communicate(timeout=DEADLINE)
     assert out == "[] False\n", err

@@ -22,7 +22,7 @@ from wsync.errors import LayoutDiffers, SwapRefused, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 MODES = [("swap", "device"), ("copy", "device"), ("copy", "none")]

@@ -24,9 +24,9 @@ from wsync.errors import OutOfDeviceMemory, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
-from wsync.policy.device import Cuda
+from wsync.policy.cuda import Cuda
 from wsync.policy.device_transfer import lock_slot
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import AttachTimeout, LayoutDiffers, SwapRefused, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import reader as reading
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
@@ -390,7 +390,7 @@ def test_wait_is_woken_by_a_publish_of_another_process(
     script = (
         "import sys\n"
         "from wsync.checkpoints.checkpoint import Checkpoint\n"
-        "from wsync.segment.publisher import publish\n"
+        "from wsync.segment.publishing import publish\n"
         "from wsync.segment.writable import WritableSegment\n"
         "segment = WritableSegment.open('nets')\n"
         "sys.stdin.readline()\n"

@@ -17,7 +17,7 @@ import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import LayoutDiffers, SpecError
 from wsync.layout.layout import layout_of
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 Wrap = Callable[[nn.Module], nn.Module]

@@ -18,7 +18,7 @@ from trainers import Trainer, leased, taken_over
 import wsync
 from wsync.errors import SegmentBusy
 from wsync.policy.reader import Mode, Reader
-from wsync.segment import files, writable
+from wsync.segment import segment_files, writable
 from wsync.segment.access import Access
 from wsync.segment.segment import Segment
 from wsync.system import memory
@@ -141,7 +141,7 @@ def test_memory_that_is_short_is_not_taken(trainer: Trainer, monkeypatch: pytest
             os.ftruncate(fd, size // 2)
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(files, "reserve", full)
+        monkeypatch.setattr(segment_files, "reserve", full)
     with pytest.raises(SegmentBusy, match=f"there is {cause} for another one"):
         trainer.push(4)
     assert len(slot_files(trainer.segment)) == 3 and trainer.segment.version == 3
@@ -156,7 +156,7 @@ def test_a_publisher_killed_while_it_adds_leaves_a_segment_that_works(
     """What is there of the new slot has no name; the next publisher adds another one, and removes it."""
     idle = idle_readers(trainer, 2)
     if not (child := os.fork()):
-        place: Any = os if at == "rename" else files
+        place: Any = os if at == "rename" else segment_files
         real = getattr(place, at)
 
         def die(what: Any, *arguments: Any, **named: Any) -> Any:

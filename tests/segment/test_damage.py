@@ -25,9 +25,9 @@ from wsync.policy import finding
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
 from wsync.segment.access import open_dir
-from wsync.segment.files import set_aside
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment
+from wsync.segment.segment_files import set_aside
 from wsync.segment.writable import WritableSegment
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater
 

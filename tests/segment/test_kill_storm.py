@@ -27,11 +27,11 @@ from victims import HIDDEN, NAME, Child, Server
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
-from wsync.segment import files as segment_files
 from wsync.segment import segment as segment_module
-from wsync.segment.files import REMOVED
-from wsync.segment.publisher import publish
+from wsync.segment import segment_files
+from wsync.segment.publishing import publish
 from wsync.segment.segment import segments
+from wsync.segment.segment_files import REMOVED
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 
@@ -64,7 +64,7 @@ def light() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def heavy() -> Iterator[Server]:
     """Forks processes that do: policies, and a trainer that publishes from memory."""
-    yield from server("torch wsync.policy.reader wsync.segment.publisher wsync.layout.weights policies")
+    yield from server("torch wsync.policy.reader wsync.segment.publishing wsync.layout.weights policies")
 
 
 class Storm:
@@ -205,7 +205,7 @@ def used(line: Line) -> set[tuple[str, str]]:
 PUBLISHER = [
     (role, line)
     for line in code()
-    for role in (("tensors",) if line.file.endswith("publisher.py") else ("push", "watch"))
+    for role in (("tensors",) if line.file.endswith("publishing.py") else ("push", "watch"))
     if line.step.startswith("P")
 ]
 READER = [

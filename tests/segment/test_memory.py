@@ -22,7 +22,7 @@ from wsync.errors import OutOfSharedMemory, SegmentBusy, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.access import Access
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment, remove
 from wsync.settings import layout_process
@@ -320,7 +320,7 @@ def test_memory_that_is_gone_is_one_message(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsync.sync.box.publish", fail)
+        patch.setattr("wsync.sync.put_live.publish", fail)
         code, _, err = run_cli("push", "policies:mlp", str(path))
         assert code == 1 and err.startswith("wsync: ") and err.count("\n") == 1
         stop, told = threading.Event(), []

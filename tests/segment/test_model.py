@@ -17,7 +17,7 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
 from wsync.layout.layout import layout_of
 from wsync.segment import writable
-from wsync.segment.publisher import publish, publish_tensors
+from wsync.segment.publishing import publish, publish_tensors
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 

@@ -25,13 +25,12 @@ from wsync.errors import (
     NonFiniteWeights,
     SegmentBusy,
 )
-from wsync.segment import control, writable
-from wsync.segment import files as segment_files
+from wsync.segment import control, segment_files, writable
 from wsync.segment import segment as protocol
-from wsync.segment.files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment, segments
+from wsync.segment.segment_files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 

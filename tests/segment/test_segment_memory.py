@@ -11,7 +11,7 @@ from policies import mlp
 from processes import Spawn
 
 from wsync.layout.layout import Layout, layout_of
-from wsync.segment import files as segment_files
+from wsync.segment import segment_files
 from wsync.segment.readers import ReaderRecord, Registration
 from wsync.segment.writable import WritableSegment
 
@@ -31,7 +31,7 @@ def test_remains_of_killed_makers_are_swept(runtime: Path, spawn: Spawn) -> None
     """The next maker removes what a killed one left half made, and not what a living one is at."""
     script = (
         "import sys\n"
-        "from wsync.segment import files as segment_files\n"
+        "from wsync.segment import segment_files\n"
         "from wsync.layout.layout import Layout\n"
         "from wsync.segment.writable import WritableSegment\n"
         "def reserve(*_, **__): print('making', flush=True); sys.stdin.read()\n"

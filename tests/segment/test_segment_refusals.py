@@ -13,8 +13,8 @@ from segments import LAYOUT, Push, push, segment
 from wsync.errors import LayoutDiffers, SegmentMissing, SegmentUnsafe, UsageError
 from wsync.layout.layout import layout_of
 from wsync.segment import segment as protocol
-from wsync.segment.files import map_control
 from wsync.segment.segment import Segment, segments
+from wsync.segment.segment_files import map_control
 from wsync.segment.writable import WritableSegment
 
 __all__ = ["push", "segment"]  # fixtures

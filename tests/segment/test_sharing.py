@@ -90,7 +90,7 @@ def test_makers_and_removers_at_once(runtime: Path, tmp_path: Path, spawn: Spawn
     code = (
         "import sys; from wsync.segment.writable import WritableSegment, remove; from wsync.errors import WsyncError; "
         "from wsync.layout.layout import layout_of; from wsync.checkpoints.checkpoint import Checkpoint; "
-        "from wsync.segment.publisher import publish; "
+        "from wsync.segment.publishing import publish; "
         "import policies; layout = layout_of(policies.mlp()); print('ready', flush=True); input()\n"
         "for n in range(60):\n"
         "    try:\n"

@@ -17,7 +17,7 @@ from torch import nn
 
 from wsync.errors import SpecError, UsageError, WsyncError
 from wsync.layout.layout import layout_of
-from wsync.segment.files import SLOTS
+from wsync.segment.segment_files import SLOTS
 from wsync.settings.layout_process import layout_of_spec
 from wsync.settings.spec import POLL, Spec, load_spec
 from wsync.settings.user_code import build, read_layout

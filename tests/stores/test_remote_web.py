@@ -24,7 +24,7 @@ from web_server import Web, serve
 
 import wsync
 from tests.measure.remote import PEAK, Sender, Server
-from wsync.checkpoints.files import place_at
+from wsync.checkpoints.checkpoint_files import place_at
 from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointError
 from wsync.layout.layout import Layout, layout_of

@@ -18,8 +18,8 @@ from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
-from wsync.policy.device import Cuda
-from wsync.segment.publisher import publish
+from wsync.policy.cuda import Cuda
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 TENSORS = 300
@@ -28,7 +28,7 @@ import itertools, sys, threading, time
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 
 ended = threading.Event()

@@ -13,7 +13,7 @@ from torch import nn
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
 from wsync.policy import swap
-from wsync.segment.publisher import publish
+from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 

@@ -89,7 +89,7 @@ def tensors(mark: float) -> None:
     """A trainer that publishes from memory."""
     from policies import mlp
 
-    from wsync.segment.publisher import publish_tensors
+    from wsync.segment.publishing import publish_tensors
     from wsync.segment.writable import WritableSegment
 
     state = {name: tensor.detach().fill_(mark) for name, tensor in mlp(HIDDEN).state_dict().items()}

@@ -10,22 +10,22 @@ from pathlib import Path
 import pytest
 
 from wsync.bench.cases import Slot
-from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Settings
+from wsync.bench.workspace import Workspace, private_workspace
 from wsync.checkpoints import header
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
 
 @pytest.fixture
-def place(runtime: Path, tmp_path: Path) -> Iterator[Place]:
-    with private_place(Settings(directory=tmp_path, runtime=runtime)) as made:
+def workspace(runtime: Path, tmp_path: Path) -> Iterator[Workspace]:
+    with private_workspace(Settings(directory=tmp_path, runtime=runtime)) as made:
         yield made
 
 
-def test_a_staged_file_is_read_once_and_takes_no_memory(place: Place) -> None:
+def test_a_staged_file_is_read_once_and_takes_no_memory(workspace: Workspace) -> None:
     """Guards the slot as the only copy: no byte of 64 MiB is read twice, and less than 1 MiB is allocated."""
-    slot = Slot(place, place.save("x.safetensors", 64 << 20, 200))
+    slot = Slot(workspace, workspace.save("x.safetensors", 64 << 20, 200))
     slot.stage(finite=True)  # so that what is imported late is there
     before = bytes_read()
     slot.stage(finite=True)
@@ -38,10 +38,10 @@ def test_a_staged_file_is_read_once_and_takes_no_memory(place: Place) -> None:
         tracemalloc.stop()
 
 
-def test_a_pass_is_not_searched_for_garbage(place: Place) -> None:
+def test_a_pass_is_not_searched_for_garbage(workspace: Workspace) -> None:
     """Guards a first pass that is linear in tensors: the collector looks at their tables neither once nor often."""
-    spec = load_spec(str(place.write_spec("policy", 1 << 20, 3000)))
-    place.save("policy/step_1.safetensors", 1 << 20, 3000)
+    spec = load_spec(str(workspace.write_spec("policy", 1 << 20, 3000)))
+    workspace.save("policy/step_1.safetensors", 1 << 20, 3000)
     header._table.cache_clear()
     collected: list[str] = []
 
@@ -51,7 +51,7 @@ def test_a_pass_is_not_searched_for_garbage(place: Place) -> None:
     gc.collect()
     gc.callbacks.append(note)
     try:
-        with Syncer(spec, runtime=place.runtime) as syncer:
+        with Syncer(spec, runtime=workspace.runtime) as syncer:
             assert syncer.once().status == "published"
             assert gc.isenabled()
     finally:

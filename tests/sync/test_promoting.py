@@ -26,8 +26,8 @@ from wsync.history.database import Event, State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.layout import Layout, layout_of
-from wsync.segment.files import Publication
 from wsync.segment.segment import Segment
+from wsync.segment.segment_files import Publication
 from wsync.segment.watching import Watching, WatchLock
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process

@@ -13,14 +13,14 @@ import pytest
 from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
-from wsync.checkpoints.files import parts_of
+from wsync.checkpoints.checkpoint_files import parts_of
 from wsync.errors import BeingRewritten, NoCheckpoint
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.filenames import INDEX
 from wsync.places.newest import Select
-from wsync.segment.publisher import holds
+from wsync.segment.publishing import holds
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
@@ -58,7 +58,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return holds(*args)
 
-    monkeypatch.setattr("wsync.sync.taking.holds", counted)
+    monkeypatch.setattr("wsync.sync.publish_checkpoint.holds", counted)
     return calls
 
 

@@ -17,7 +17,7 @@ from processes import DEADLINE, Cli
 
 from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files import Parts
+from wsync.checkpoints.checkpoint_files import Parts
 from wsync.cli.watch_output import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome

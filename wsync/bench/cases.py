@@ -1,4 +1,4 @@
-"""What is measured: each case is a function that gets a place of its own and returns its rows.
+"""What is measured: each case is a function that gets a workspace of its own and returns its rows.
 
 Staging is timed from the path on (open, validate, plan, read), into a file in shared memory such as a slot is. The
 policies attach as any other does.
@@ -33,43 +33,45 @@ from ..policy.attaching import attach
 from ..policy.reader import Mode, Reader
 from ..text import size as shown
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
-from .place import BY_HAND, COMMAND, Place, make, private_place
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed
+from .workspace import BY_HAND, COMMAND, Workspace, make, private_workspace
 
 _DEADLINE = 30.0  # seconds until a file that was not noticed fails the case
 
 
-def push(place: Place) -> list[Row]:
+def push(workspace: Workspace) -> list[Row]:
     """A push with nothing to do, then one of a checkpoint that is new, beside what one would write by hand."""
-    size, tensors = place.settings.size, place.settings.tensors
-    place.need(5 * size)
-    spec = place.write_spec("policy", size, tensors)
-    file = place.save("policy/step_1.safetensors", size, tensors)
+    size, tensors = workspace.settings.size, workspace.settings.tensors
+    workspace.need(5 * size)
+    spec = workspace.write_spec("policy", size, tensors)
+    file = workspace.save("policy/step_1.safetensors", size, tensors)
     times = itertools.count(1)
 
     def renewed(work: Timed) -> float:
         os.utime(file, ns=(0, next(times) * 10**9))  # new, and old enough that nobody waits for its writer
         return work()
 
-    ours = timed(partial(place.run, "-m", "wsync", "push", spec))
-    imports = timed(partial(place.run, "-c", "import typer, rich"))
-    script = timed(partial(place.run, "-c", BY_HAND, file.parent, place.runtime))
+    ours = timed(partial(workspace.run, "-m", "wsync", "push", spec))
+    imports = timed(partial(workspace.run, "-c", "import typer, rich"))
+    script = timed(partial(workspace.run, "-c", BY_HAND, file.parent, workspace.runtime))
     new, our_new, script_new = f"wsync push, new {shown(size)}", partial(renewed, ours), partial(renewed, script)
     return [
-        compare("wsync push, nothing to do", ours, "import typer, rich", imports, Aim("<=", 1.45), place.rounds(12)),
-        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 7), place.rounds(4)),
+        compare(
+            "wsync push, nothing to do", ours, "import typer, rich", imports, Aim("<=", 1.45), workspace.rounds(12)
+        ),
+        compare(new, our_new, "script, load_file", script_new, Aim("<=", 1 / 7), workspace.rounds(4)),
     ]
 
 
 class Slot:
     """A checkpoint on the disk and in the page cache, and memory for its weights such as a slot is."""
 
-    def __init__(self, place: Place, path: Path) -> None:
+    def __init__(self, workspace: Workspace, path: Path) -> None:
         self.path = path
         with Checkpoint(path) as checkpoint:
             self.layout = checkpoint.layout
         self.nbytes = self.layout.nbytes
-        with open(place.runtime / path.name, "w+b") as file:
+        with open(workspace.runtime / path.name, "w+b") as file:
             os.posix_fallocate(file.fileno(), 0, self.nbytes)
             self.weights = memoryview(mmap.mmap(file.fileno(), self.nbytes))
 
@@ -92,12 +94,12 @@ def _memory_copy(target: memoryview) -> Timed:
     return timed(partial(np.copyto, np.frombuffer(target, "u1"), np.ones(target.nbytes, "u1")))
 
 
-def staging(place: Place) -> list[Row]:
+def staging(workspace: Workspace) -> list[Row]:
     """A file in the page cache, without and with the look for NaN and infinity."""
-    place.need(2 * place.settings.size)
-    slot = Slot(place, place.save("staging.safetensors", place.settings.size, place.settings.tensors))
+    workspace.need(2 * workspace.settings.size)
+    slot = Slot(workspace, workspace.save("staging.safetensors", workspace.settings.size, workspace.settings.tensors))
     name, ours, checked = "staging, warm", timed(slot.stage), timed(partial(slot.stage, finite=True))
-    load, rounds, nbytes = timed(slot.load_and_copy), place.rounds(20), slot.nbytes
+    load, rounds, nbytes = timed(slot.load_and_copy), workspace.rounds(20), slot.nbytes
     return [
         compare(name, ours, "memory copy", _memory_copy(slot.weights), Aim(">=", 0.85), rounds, nbytes=nbytes),
         compare(name, ours, "load_file, copy_", load, Aim(">=", 1.0), rounds, nbytes=nbytes),
@@ -105,11 +107,11 @@ def staging(place: Place) -> list[Row]:
     ]
 
 
-def staging_cold(place: Place) -> list[Row]:
+def staging_cold(workspace: Workspace) -> list[Row]:
     """A file that the page cache does not hold, beside a read past the page cache."""
-    size = place.settings.size if place.settings.quick else max(place.settings.size, GIB)
-    place.need(2 * size)
-    slot = Slot(place, place.save("staging.safetensors", size, place.settings.tensors))
+    size = workspace.settings.size if workspace.settings.quick else max(workspace.settings.size, GIB)
+    workspace.need(2 * size)
+    slot = Slot(workspace, workspace.save("staging.safetensors", size, workspace.settings.tensors))
     dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", "bs=8M"]
     read_directly = partial(subprocess.run, dd, check=True, capture_output=True, start_new_session=True)
     no_disk = Skip(f"the page cache of {slot.path.parent} cannot be dropped and gone round; name a disk with --dir")
@@ -127,11 +129,11 @@ def staging_cold(place: Place) -> list[Row]:
     except (OSError, subprocess.CalledProcessError) as exc:
         raise no_disk from exc
     name, ours, theirs = f"staging {shown(size)}, cold", partial(dropped, slot.stage), partial(dropped, read_directly)
-    return [compare(name, ours, "dd iflag=direct", theirs, Aim(">=", 0.9), place.rounds(8), nbytes=slot.nbytes)]
+    return [compare(name, ours, "dd iflag=direct", theirs, Aim(">=", 0.9), workspace.rounds(8), nbytes=slot.nbytes)]
 
 
 @contextmanager
-def _attached(place: Place, nbytes: int, tensors: int, mode: Mode) -> Iterator[tuple[Timed, Reader]]:
+def _attached(workspace: Workspace, nbytes: int, tensors: int, mode: Mode) -> Iterator[tuple[Timed, Reader]]:
     """Two policies that have taken a version from each slot.
 
     Yields:
@@ -139,9 +141,9 @@ def _attached(place: Place, nbytes: int, tensors: int, mode: Mode) -> Iterator[t
     """
     state = {name: torch.rand_like(tensor) for name, tensor in make(nbytes, tensors).state_dict().items()}
     with ExitStack() as stack:
-        updater = stack.enter_context(closing(SharedMemoryWeightUpdater("policy", runtime_dir=place.runtime)))
+        updater = stack.enter_context(closing(SharedMemoryWeightUpdater("policy", runtime_dir=workspace.runtime)))
         updater.push_weights(state)
-        attached = partial(attach, name="policy", mode=mode, runtime_dir=place.runtime)
+        attached = partial(attach, name="policy", mode=mode, runtime_dir=workspace.runtime)
         readers = [stack.enter_context(attached(make(nbytes, tensors))) for _ in range(2)]
 
         def renewed() -> float:
@@ -158,18 +160,20 @@ def _last(work: Callable[[Any], object], each: Iterable[Any]) -> float:
     return [timed(partial(work, one))() for one in each][-1]
 
 
-def refresh_idle(place: Place) -> list[Row]:
+def refresh_idle(workspace: Workspace) -> list[Row]:
     """Beside the least that a look can cost: a method call that loads eight bytes."""
     load = MethodType(lambda words: words[0], memoryview(bytes(8)).cast("Q"))
-    with _attached(place, MIB, 16, "swap") as (_, reader):
+    with _attached(workspace, MIB, 16, "swap") as (_, reader):
         ours, theirs = timed(reader.refresh, 10_000), timed(load, 10_000)
-        return [compare("refresh(), nothing new", ours, "loading 8 bytes", theirs, Aim("<=", 2.0), place.rounds(40))]
+        return [
+            compare("refresh(), nothing new", ours, "loading 8 bytes", theirs, Aim("<=", 2.0), workspace.rounds(40))
+        ]
 
 
-def refresh(place: Place) -> list[Row]:
+def refresh(workspace: Workspace) -> list[Row]:
     """Swap, beside a loop that points parameters at other tensors, and beside ``load_state_dict``."""
-    nbytes, tensors = place.settings.size, place.settings.tensors
-    place.need(5 * nbytes)
+    nbytes, tensors = workspace.settings.size, workspace.settings.tensors
+    workspace.need(5 * nbytes)
     usual = [make(nbytes, tensors) for _ in range(2)]
     pairs = [(list(policy.parameters()), list(map(torch.rand_like, policy.parameters()))) for policy in usual]
 
@@ -180,38 +184,38 @@ def refresh(place: Place) -> list[Row]:
     def load() -> float:
         return _last(methodcaller("load_state_dict", usual[0].state_dict()), [usual[1]] * 2)
 
-    with _attached(place, nbytes, tensors, "swap") as (ours, _):
+    with _attached(workspace, nbytes, tensors, "swap") as (ours, _):
         name, loop = f"refresh() in swap, {tensors:,} tensors", partial(_last, point, pairs)
         return [
-            compare(name, ours, "loop, p.data = v", loop, Aim("<=", 4.0), place.rounds(20)),
-            compare(name, ours, "load_state_dict", load, Aim("<=", 0.1), place.rounds(8)),
+            compare(name, ours, "loop, p.data = v", loop, Aim("<=", 4.0), workspace.rounds(20)),
+            compare(name, ours, "load_state_dict", load, Aim("<=", 0.1), workspace.rounds(8)),
         ]
 
 
-def refresh_copy(place: Place) -> list[Row]:
-    size, tensors = place.settings.size, place.settings.tensors
-    place.need(6 * size)
+def refresh_copy(workspace: Workspace) -> list[Row]:
+    size, tensors = workspace.settings.size, workspace.settings.tensors
+    workspace.need(6 * size)
     nbytes = sum(parameter.nbytes for parameter in make(size, tensors).parameters())
     name, theirs = f"refresh() in copy, {shown(nbytes)}", _memory_copy(memoryview(bytearray(nbytes)))
-    with _attached(place, size, tensors, "copy") as (ours, _):
-        return [compare(name, ours, "memory copy", theirs, Aim(">=", 0.85), place.rounds(20), nbytes=nbytes)]
+    with _attached(workspace, size, tensors, "copy") as (ours, _):
+        return [compare(name, ours, "memory copy", theirs, Aim(">=", 0.85), workspace.rounds(20), nbytes=nbytes)]
 
 
-def watch(place: Place) -> list[Row]:
+def watch(workspace: Workspace) -> list[Row]:
     """How soon a running ``wsync watch`` has a new file in the policy, then what it costs while nothing is new."""
-    tensors, nbytes = place.settings.tensors, max(MIB, 4 * place.settings.tensors)
-    place.save("small/step_0.safetensors", nbytes, tensors)
-    spec = place.write_spec("small", nbytes, tensors)
+    tensors, nbytes = workspace.settings.tensors, max(MIB, 4 * workspace.settings.tensors)
+    workspace.save("small/step_0.safetensors", nbytes, tensors)
+    spec = workspace.write_spec("small", nbytes, tensors)
     taken = []
     with (
-        place.process("-c", COMMAND, "watch", spec) as process,
-        attach(make(nbytes, tensors), "small", timeout=60, runtime_dir=place.runtime) as reader,
+        workspace.process("-c", COMMAND, "watch", spec) as process,
+        attach(make(nbytes, tensors), "small", timeout=60, runtime_dir=workspace.runtime) as reader,
     ):
-        for number in range(1, place.rounds(48) + 1):
-            written = place.save("new.safetensors", nbytes, tensors)
+        for number in range(1, workspace.rounds(48) + 1):
+            written = workspace.save("new.safetensors", nbytes, tensors)
             os.utime(written)
             began = time.perf_counter()
-            written.rename(place.files / "small" / f"step_{number}.safetensors")
+            written.rename(workspace.files / "small" / f"step_{number}.safetensors")
             while not reader.refresh():
                 if not reader.wait(_DEADLINE):
                     raise RuntimeError(f"wsync watch did not publish a new file within {_DEADLINE:g} s")
@@ -219,7 +223,7 @@ def watch(place: Place) -> list[Row]:
         time.sleep(0.3)  # the end of a publish is not idle
         clock = ~process.pid << 3 | 2  # of all its threads on the processor, as of clock_getcpuclockid(3)
         before, began = time.clock_gettime(clock), time.perf_counter()
-        time.sleep(1.5 if place.settings.quick else 5.0)
+        time.sleep(1.5 if workspace.settings.quick else 5.0)
         percent = 100 * (time.clock_gettime(clock) - before) / (time.perf_counter() - began)
     return [
         Row("new file until refresh() is True", "s", tuple(taken), aim=Aim("<=", 0.015)),
@@ -228,27 +232,27 @@ def watch(place: Place) -> list[Row]:
     ]
 
 
-def readers(place: Place) -> list[Row]:
+def readers(workspace: Workspace) -> list[Row]:
     """How much the proportional set sizes of processes grow by attaching, beside as many that load the file.
 
     The interpreter and torch, which each process has before, are left out on both sides.
     """
-    size, tensors, number = place.settings.size, place.settings.tensors, place.settings.readers
-    place.need((3 + number) * size)
-    spec = place.write_spec("policy", size, tensors)
-    file = place.save("policy/step_1.safetensors", size, tensors)
-    place.run("-m", "wsync", "push", spec)
-    samples = _growth(place, "policy"), _growth(place, str(file))
+    size, tensors, number = workspace.settings.size, workspace.settings.tensors, workspace.settings.readers
+    workspace.need((3 + number) * size)
+    spec = workspace.write_spec("policy", size, tensors)
+    file = workspace.save("policy/step_1.safetensors", size, tensors)
+    workspace.run("-m", "wsync", "push", spec)
+    samples = _growth(workspace, "policy"), _growth(workspace, str(file))
     aim = Aim("<=", round(1.05 / number + 8 * MIB / size, 2))  # 8 MiB to map a segment
     return [Row(f"memory of {number} readers", "B", (samples,), f"{number} with load_file", aim)]
 
 
-def _growth(place: Place, source: str) -> float:
+def _growth(workspace: Workspace, source: str) -> float:
     """By how many bytes the processes grow together between their imports and having the weights."""
-    role = ("-m", "wsync.bench.place", source, str(place.settings.size), str(place.settings.tensors))
+    role = ("-m", "wsync.bench.workspace", source, str(workspace.settings.size), str(workspace.settings.tensors))
     sizes = []
     with ExitStack() as stack:
-        processes = [stack.enter_context(place.process(*role)) for _ in range(place.settings.readers)]
+        processes = [stack.enter_context(workspace.process(*role)) for _ in range(workspace.settings.readers)]
         for _ in ("imported", "attached or loaded"):
             if not all(process.stdout and process.stdout.readline() for process in processes):
                 raise RuntimeError("a process of the measurement ended")
@@ -259,7 +263,7 @@ def _growth(place: Place, source: str) -> float:
     return float(sizes[1] - sizes[0])
 
 
-CASES: dict[str, Callable[[Place], list[Row]]] = {
+CASES: dict[str, Callable[[Workspace], list[Row]]] = {
     "push": push,
     "staging": staging,
     "staging-cold": staging_cold,
@@ -286,8 +290,8 @@ def run(settings: Settings, names: Iterable[str]) -> list[Row]:
         if sys.stderr.isatty():
             print(f"measuring: {name}", file=sys.stderr)
         try:
-            with private_place(settings) as place:
-                rows += [replace(row, case=name) for row in CASES[name](place)]
+            with private_workspace(settings) as workspace:
+                rows += [replace(row, case=name) for row in CASES[name](workspace)]
         except Skip as exc:
             rows.append(Row(name, skipped=str(exc), case=name))
         except Exception as exc:  # whatever a library raises, the other cases are measured

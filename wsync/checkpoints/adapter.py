@@ -30,7 +30,7 @@ from ..layout.filenames import CONFIG
 from ..layout.layout import Layout, TensorEntry, describe
 from .adapter_config import Config, read_config
 from .cast import Pair
-from .files import unreadable
+from .checkpoint_files import unreadable
 from .fit import FLOATS, Fit
 from .header import StoredTensor
 from .plan import Delta, Merge, Plan, plan_of

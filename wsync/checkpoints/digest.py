@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..errors import BeingWritten, MalformedCheckpoint, WrongDigest
 from ..layout.filenames import MAX_INDEX
-from .files import Parts, read_small
+from .checkpoint_files import Parts, read_small
 
 _MOST = 10_000_000  # bytes of a file of digests
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")

@@ -11,7 +11,7 @@ from ..layout.layout import DTYPE_BITS
 from . import staging
 from .adapter import blaming
 from .cast import Piece, convert
-from .files import changed, unreadable
+from .checkpoint_files import changed, unreadable
 from .header import StoredTensor
 from .plan import Delta, Plan
 from .source import Held

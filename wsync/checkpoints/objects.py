@@ -21,8 +21,8 @@ from ..stores.prefetch import prefetch
 from ..stores.store import OtherVersion, Stored, into
 from . import plan, settling
 from .cast import Piece, split
+from .checkpoint_files import Parts, changed
 from .digest import Digest
-from .files import Parts, changed
 from .plan import Read
 from .source import ByteSource, Job, scatter
 

@@ -26,7 +26,7 @@ from ..layout.finite import Region, all_finite
 from ..system.memory import PAGE, being_written, kept, read_at, shut
 from . import settling
 from .cast import Piece, split
-from .files import Parts, changed, open_file, parts_of, unreadable
+from .checkpoint_files import Parts, changed, open_file, parts_of, unreadable
 from .header import malformed
 from .plan import Read
 from .source import ByteSource, Job, scatter

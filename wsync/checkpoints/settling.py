@@ -20,7 +20,7 @@ from pathlib import Path
 from ..errors import BeingRewritten, BeingWritten
 from ..system.extents import unwritten
 from ..system.memory import being_written
-from .files import Parts, fingerprint, fingerprints, identity, written
+from .checkpoint_files import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
 """A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""

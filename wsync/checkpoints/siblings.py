@@ -10,7 +10,7 @@ from ..errors import CheckpointError, CheckpointMismatch
 from ..layout.filenames import INDEX_SUFFIX, SUFFIX
 from ..layout.layout import Layout
 from .advice import HOPELESS, Tensors
-from .files import Parts, remote
+from .checkpoint_files import Parts, remote
 from .fit import Fit
 from .match import match
 from .steps import is_fixed

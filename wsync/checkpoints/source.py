@@ -10,8 +10,8 @@ from typing import TypeVar
 from ..layout.finite import Region, all_finite
 from . import plan
 from .cast import Piece, split
+from .checkpoint_files import Parts
 from .digest import Digest
-from .files import Parts
 from .plan import Read
 
 Job = TypeVar("Job", Read, Piece)

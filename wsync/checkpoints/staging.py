@@ -16,8 +16,8 @@ from ..errors import CheckpointMismatch, Difference, NonFiniteWeights, UsageErro
 from ..layout.finite import Region, all_finite, float_regions, has_nan, is_finite, not_finite, same_infinities
 from ..layout.layout import TensorEntry
 from .cast import Pair, Piece, convert
+from .checkpoint_files import unreadable
 from .digest import Digest
-from .files import unreadable
 from .header import StoredTensor
 from .plan import Plan
 from .source import ByteSource

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, IncompleteCheckpoint
-from .files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
+from .checkpoint_files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
     from .cast import Pair, Piece

@@ -78,7 +78,7 @@ def push(
     0, because the live version stays live; if nothing is live, they exit with 65.
     """
     # Long, but most of it declares options; the rest is one sequence that shares what it has opened.
-    from ..checkpoints.files import remote
+    from ..checkpoints.checkpoint_files import remote
     from ..history.database import State
     from ..history.outcome import Outcome
     from ..sync.claim import undone_by

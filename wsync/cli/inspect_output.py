@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.cast import Piece
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import parts_of, place_at, unreadable
+from ..checkpoints.checkpoint_files import parts_of, place_at, unreadable
 from ..checkpoints.staging import check_digests
 from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable

@@ -17,8 +17,8 @@ import typer
 from typer.models import CommandInfo
 
 from ..errors import UsageError, WsyncError
-from ..settings.hooks import VARIABLES as OWN_VARIABLES
-from ..system.surroundings import SERVICE
+from ..settings.hook_settings import VARIABLES as OWN_VARIABLES
+from ..system.environment import SERVICE
 
 if TYPE_CHECKING:
     from ..settings.spec import Spec

@@ -1,6 +1,6 @@
 """Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
 
-``Shared`` takes the place of a checkpoint in ``publisher.publish``, so that a group publishes by the same steps as one
+``Shared`` takes the place of a checkpoint in ``publishing.publish``, so that a group publishes by the same steps as one
 box. The box that reads fills its whole slot first; then it is broadcast in pieces, and a checksum of all of it follows.
 """
 
@@ -17,12 +17,12 @@ from ..checkpoints.fit import Fit
 from ..checkpoints.plan import Plan
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
 from ..layout.layout import Layout
-from ..segment.files import Publication
+from ..segment.segment_files import Publication
 from . import group as transport
 from .group import Group
 
 if TYPE_CHECKING:
-    from ..segment.publisher import Source
+    from ..segment.publishing import Source
 
 _GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
 

@@ -2,7 +2,7 @@
 
 All boxes of a group (``group``) go through the same rounds. In each, every box tells what is live on it and whether a
 pin holds there, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and
-offers it; each box then publishes by ``publisher.publish``, with three votes on the way. Each vote is unanimous, or
+offers it; each box then publishes by ``publishing.publish``, with three votes on the way. Each vote is unanimous, or
 ends the publish on all boxes, naming who refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
-from ..checkpoints.files import remote
+from ..checkpoints.checkpoint_files import remote
 from ..errors import GroupBroken, Stopped, WsyncError
 from ..history.outcome import Outcome
 from ..sync.loop import Schedule

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..errors import SegmentBusy, WsyncError
-from ..segment.files import Publication
 from ..segment.segment import Segment
-from ..sync.box import Box
+from ..segment.segment_files import Publication
+from ..sync.put_live import Box
 from .group import Group
 from .membership import Badge
 from .reconcile import Report

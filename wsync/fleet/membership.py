@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..segment.access import opened
-from ..segment.files import Publication
+from ..segment.segment_files import Publication
 from ..system.memory import shut, try_lock, write_at
 
 FILE = "group.json"

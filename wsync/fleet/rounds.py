@@ -16,8 +16,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
 from ..history.outcome import Outcome
-from ..segment.files import Publication
-from ..segment.publisher import Staged
+from ..segment.publishing import Staged
+from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from ..sync.passes import Pass, Recheck
 from ..sync.syncer import Syncer

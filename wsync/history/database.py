@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import StateError, UsageError
 from ..segment.access import check_name, opened
-from ..segment.files import END_OF_TIME, MAX_VERSION
+from ..segment.segment_files import END_OF_TIME, MAX_VERSION
 from ..system.memory import read_at
 from .pins import Pin
 

@@ -27,9 +27,9 @@ from ..system.memory import try_lock
 from .database import State
 
 if TYPE_CHECKING:
-    from ..segment.files import Publication
-    from ..segment.publisher import Staged
+    from ..segment.publishing import Staged
     from ..segment.segment import Segment
+    from ..segment.segment_files import Publication
     from .database import Event
     from .outcome import Outcome
     from .pins import Pin

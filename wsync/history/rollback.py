@@ -15,9 +15,9 @@ from typing import Any
 
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from ..places.identity import changed, is_same
-from ..segment.files import Publication
-from ..segment.publisher import publish, publish_again
+from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
+from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from .database import Event, State
 from .pins import Pin

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import GateRejected, RetryLater, SegmentError, SpecError, WsyncError
 from ..segment.access import opened
-from ..segment.publisher import Staged
-from ..settings.hooks import environment
+from ..segment.publishing import Staged
+from ..settings.hook_settings import environment
 from ..settings.spec import Spec
 from ..settings.user_code import build, find, origin
 from ..system import child

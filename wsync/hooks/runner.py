@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import WsyncError
-from ..segment.files import Publication
-from ..settings.hooks import environment
+from ..segment.segment_files import Publication
+from ..settings.hook_settings import environment
 from ..settings.spec import Spec
 from . import command
 

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-from ..checkpoints.files import (
+from ..checkpoints.checkpoint_files import (
     Parts,
     identity_of,
     led_to,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..checkpoints.files import identity
+from ..checkpoints.checkpoint_files import identity
 from ..errors import UsageError
 from ..layout.filenames import SUFFIX, is_file_name
 

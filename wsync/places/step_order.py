@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import remote
+from ..checkpoints.checkpoint_files import remote
 from ..checkpoints.steps import step_by_shape, step_in_name
 from ..errors import CheckpointError, MalformedCheckpoint
 from .newest import Candidate

@@ -27,7 +27,7 @@ from .tensors import Attached, Tensors, lie_together, mapped, shared
 from .terms import OnVersion, Terms
 
 if TYPE_CHECKING:
-    from .device import Cuda
+    from .cuda import Cuda
 
 Staging = Literal["device", "none"]
 
@@ -225,7 +225,7 @@ def _device_of(policy: torch.nn.Module) -> Cuda | None:
     places = {tensor.device for _, tensor in named_tensors(policy)}
     if {place.type for place in places} != {"cuda"} or len(places) > 1:
         return None
-    from .device import Cuda
+    from .cuda import Cuda
 
     return Cuda(*places)
 

@@ -13,8 +13,8 @@ import logging
 import time
 
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
-from ..segment.files import Publication
 from ..segment.segment import Lease, Segment
+from ..segment.segment_files import Publication
 from .device_transfer import DeviceWeights
 from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of
 from .tensors import Attached

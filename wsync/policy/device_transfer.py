@@ -28,7 +28,7 @@ from ..layout.layout import Layout, named_tensors, views
 from ..layout.writing import copy_each, runs_code
 from ..segment.segment import Segment
 from ..system.memory import address_of, populate
-from .device import Cuda, Flight
+from .cuda import Cuda, Flight
 from .tensors import Attached, Targets
 
 _log = logging.getLogger("wsync")

@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 
 from ..errors import SegmentError
-from ..segment.files import REMOVED
 from ..segment.segment import Segment
+from ..segment.segment_files import REMOVED
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks for a segment that is gone

@@ -28,9 +28,9 @@ from functools import partial
 from typing import Literal, NoReturn
 
 from ..errors import HalfWritten, SegmentDamaged, UsageError, refused
-from ..segment.files import REMOVED, WORD_OFFSET, Publication
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
+from ..segment.segment_files import REMOVED, WORD_OFFSET, Publication
 from ..system.memory import sleep_on
 from .copying import Copy
 from .finding import Lookout, Search, is_gone

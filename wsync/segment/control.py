@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 
 from ..system.memory import address_of, wake
-from .files import BOUND, BOUND_OFFSET, MAX_SLOTS, REMOVED, WORD_OFFSET
+from .segment_files import BOUND, BOUND_OFFSET, MAX_SLOTS, REMOVED, WORD_OFFSET
 
 _WORD, _BOUND = WORD_OFFSET // 8, BOUND_OFFSET // 8
 

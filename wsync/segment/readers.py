@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ..errors import SegmentUnsafe, printable
 from ..system.memory import kept, shut, try_lock
 from .access import open_dir, opened
-from .files import END_OF_TIME, MAX_SLOTS, parsed
+from .segment_files import END_OF_TIME, MAX_SLOTS, parsed
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in

@@ -22,7 +22,7 @@ The publisher                                The reader
   P7 store    the WORD
   P8 wake     sleeping readers
 
-P1 to P3 and P6 are in ``writable``, P4 and P5 in ``publisher`` and ``checkpoints.staging``, P7 and P8 in ``control``.
+P1 to P3 and P6 are in ``writable``, P4 and P5 in ``publishing`` and ``checkpoints.staging``, P7 and P8 in ``control``.
 R1 to R3 are in this module, and R4 in ``policy``.
 
 All locks are taken without waiting, so that nobody waits for a stopped process. Why each step is there:
@@ -66,8 +66,18 @@ from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
-from .files import MAX_SLOTS, METADATA_END, NO_SLOT, About, Publication, added_slots, damage, map_control, slot_name
 from .readers import ReaderRecord, open_readers, readers
+from .segment_files import (
+    MAX_SLOTS,
+    METADATA_END,
+    NO_SLOT,
+    About,
+    Publication,
+    added_slots,
+    damage,
+    map_control,
+    slot_name,
+)
 
 
 class Segment:

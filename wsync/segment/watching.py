@@ -9,8 +9,8 @@ from typing import NamedTuple
 from ..errors import SegmentUnsafe
 from ..system.memory import read_at, shut, try_lock, write_at
 from .access import open_dir, open_file, opened
-from .files import parsed
 from .segment import Segment
+from .segment_files import parsed
 
 _FILE, _SIZE = "watch.lock", 16_384
 

@@ -14,7 +14,8 @@ from ..errors import SegmentBusy, SegmentDamaged, SegmentError, SegmentUnsafe, U
 from ..layout.layout import Layout
 from ..system.memory import file_system, no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
 from .access import Access, base_owner, check_name, make_base, open_dir, opened
-from .files import (
+from .segment import Segment, damaged, removed
+from .segment_files import (
     MAX_SLOTS,
     METADATA_END,
     NO_SLOT,
@@ -32,7 +33,6 @@ from .files import (
     sweep,
     sweep_slot,
 )
-from .segment import Segment, damaged, removed
 
 
 class WritableSegment(Segment):

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import place_at, remote
+from ..checkpoints.checkpoint_files import place_at, remote
 from ..checkpoints.fit import Fit
 from ..errors import SpecError
 from ..places.newest import Select
 from ..segment.access import Access, check_name
-from ..segment.files import BOUND, MAX_SLOTS, SLOTS
-from .hooks import Hooks
+from ..segment.segment_files import BOUND, MAX_SLOTS, SLOTS
+from .hook_settings import Hooks
 
 POLL = 1.0
 REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money

@@ -12,8 +12,8 @@ from ..errors import CheckpointError, UsageError
 from ..history.outcome import Outcome
 from ..places.newest import Select
 from ..places.weight_getter import CheckpointWeightGetter, place_of
-from ..segment.files import Publication
 from ..segment.segment import Segment
+from ..segment.segment_files import Publication
 
 
 class Claim:

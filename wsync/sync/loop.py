@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.files import remote
+from ..checkpoints.checkpoint_files import remote
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
 from ..places.changes import Changes

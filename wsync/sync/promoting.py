@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import Parts
+from ..checkpoints.checkpoint_files import Parts
 from ..checkpoints.fit import Fit
 from ..checkpoints.source import ByteSource
 from ..errors import (
@@ -32,15 +32,15 @@ from ..history.database import State
 from ..history.outcome import Outcome
 from ..history.record import fit_from_json
 from ..segment.access import is_name
-from ..segment.files import slot_name
-from ..segment.publisher import Staged, holds
+from ..segment.publishing import Staged, holds
 from ..segment.segment import Lease, Segment
+from ..segment.segment_files import slot_name
 from ..segment.watching import watch_of
 from ..segment.writable import WritableSegment
 from ..settings.spec import Spec, load_spec
 from ..system.memory import read_at
-from .box import Box
 from .passes import Pass, Recheck
+from .put_live import Box
 from .syncer import Syncer, recorded
 
 

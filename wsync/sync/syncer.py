@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.files import led_to, remote
+from ..checkpoints.checkpoint_files import led_to, remote
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
@@ -35,12 +35,12 @@ from ..places.newest import Candidate
 from ..places.weight_getter import CheckpointWeightGetter, Look, place_of
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
-from . import told_once
-from .box import Box
+from . import report_once
 from .claim import Claim
 from .passes import Choice, Pass, choose
 from .policy_layout import PolicyLayout
-from .taking import Taking
+from .publish_checkpoint import Taking
+from .put_live import Box
 
 if TYPE_CHECKING:
     from ..history.database import State
@@ -188,7 +188,7 @@ class Syncer:
                 return refusal
             raise
         if choice.is_new_run and outcome.status == "published":
-            return outcome._replace(warning=told_once.NEW_RUN)
+            return outcome._replace(warning=report_once.NEW_RUN)
         if refusal and outcome.status in ("rejected", "empty", "current"):  # what is older makes the newest no better
             return refusal._replace(passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
@@ -232,7 +232,7 @@ class Syncer:
         """
         if this.live is None or not (self.getter.holds(this.live.source) or self.getter.candidates()):
             raise self.getter.nothing()
-        warning = None if this.dry_run else told_once.late(self.record, this.live, choice, self.spec.select.order)
+        warning = None if this.dry_run else report_once.late(self.record, this.live, choice, self.spec.select.order)
         return this.standing("current", warning=warning)
 
     def _try(self, this: Pass, choice: Choice, take: Callable[[Checkpoint], Outcome]) -> Outcome:
@@ -274,12 +274,12 @@ class Syncer:
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
-                abandoned = this.live is not None and told_once.is_abandoned(exc, candidate)
+                abandoned = this.live is not None and report_once.is_abandoned(exc, candidate)
                 if abandoned:
-                    refusal = refusal._replace(status="rejected", reason=f"{exc.message} {told_once.ABANDONED}")
+                    refusal = refusal._replace(status="rejected", reason=f"{exc.message} {report_once.ABANDONED}")
                 refusals.append(refusal)
                 if not this.dry_run:
-                    told_once.remember(self.record, exc, refusal, abandoned=abandoned)
+                    report_once.remember(self.record, exc, refusal, abandoned=abandoned)
                     if type(exc) is IncompleteCheckpoint and remote(candidate.path):  # time alone changes nothing
                         self.record.found_half(candidate.identity, exc.message)
         if not refusals and this.live:

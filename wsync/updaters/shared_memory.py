@@ -18,8 +18,8 @@ from ..errors import SegmentDamaged, SegmentMissing
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, place_of
 from ..segment.access import Access
-from ..segment.files import BOUND, SLOTS, Publication
-from ..segment.publisher import Gate, publish, publish_tensors
+from ..segment.publishing import Gate, publish, publish_tensors
+from ..segment.segment_files import BOUND, SLOTS, Publication
 from ..segment.writable import WritableSegment
 from ..system.memory import runtime_dir
 from .vanilla import WeightUpdaterBase
@@ -55,7 +55,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
         spec: fingerprint of the policy spec that versions are recorded with.
         access: who else may read the segment; a standing one is opened to them at the next push.
-        gate: called with the staged weights (a ``publisher.Staged``) before they go live; what it raises is raised.
+        gate: called with the staged weights (a ``publishing.Staged``) before they go live; what it raises is raised.
         last_version: the highest that was ever published under this name, from which a segment made anew goes on.
         published: the last version that this updater published; None before.
     """

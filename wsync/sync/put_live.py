@@ -15,8 +15,8 @@ from ..checkpoints.fit import Fit
 from ..errors import WsyncError
 from ..history.outcome import Outcome
 from ..history.record import Record
-from ..segment.files import Publication
-from ..segment.publisher import Source, Staged, publish
+from ..segment.publishing import Source, Staged, publish
+from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from ..settings.layout_process import built_by
 from ..settings.spec import Spec
@@ -63,13 +63,13 @@ class Box:
         return self.updater.make_segment()
 
     def busy(self, work: Callable[[], T]) -> T:
-        """See ``taking.Route``: on a box alone nobody waits for a sign of life."""
+        """See ``publish_checkpoint.Route``: on a box alone nobody waits for a sign of life."""
         return work()
 
     def deliver(
         self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
     ) -> Outcome:
-        """See ``taking.Route``: to this box alone."""
+        """See ``publish_checkpoint.Route``: to this box alone."""
         outcome = self.put_live(this, segment, checkpoint, fit, recheck)
         if outcome.status == "published":
             self.keep(segment)
@@ -94,7 +94,7 @@ class Box:
 
         Raises:
             UsageError: what is live came from another spec or place.
-            WsyncError: as of ``publisher.publish``; what was live stays live.
+            WsyncError: as of ``publishing.publish``; what was live stays live.
         """
         with segment.publishing():
             this = this.at(segment)

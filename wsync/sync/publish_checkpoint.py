@@ -14,12 +14,12 @@ from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..places.identity import was_changed
-from ..segment.publisher import Staged, holds, rehearse
+from ..segment.publishing import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
-from . import told_once
-from .box import Box
+from . import report_once
 from .passes import NO_RECHECK, Choice, Pass, Recheck
 from .policy_layout import PolicyLayout
+from .put_live import Box
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ class Taking:
             if pin := self._box.record.pin():
                 return this.at(segment).pinned(pin)
             raise
-        return outcome._replace(casts=told_once.casts(self._casts, checkpoint))
+        return outcome._replace(casts=report_once.casts(self._casts, checkpoint))
 
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
         spec, progress = self._box.spec, self._box.counter(layout.nbytes)

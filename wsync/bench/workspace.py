@@ -1,7 +1,7 @@
 """Where a case runs: the policy that is measured, two private directories that are removed afterwards, and processes.
 
-``python -m wsync.bench.place SOURCE BYTES TENSORS`` is weighed before and after it has the weights of SOURCE. Processes
-end with the measurement, also when that is killed.
+``python -m wsync.bench.workspace SOURCE BYTES TENSORS`` is weighed before and after it has the weights of SOURCE.
+Processes end with the measurement, also when that is killed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ os.replace(shared / "weights.new", shared / "weights.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Workspace:
     """Two private directories: ``runtime`` for segments, ``files`` for checkpoints and specs."""
 
     settings: Settings
@@ -84,7 +84,7 @@ class Place:
         (self.files / name).mkdir(exist_ok=True)
         spec = self.files / f"{name}.toml"
         spec.write_text(
-            f'policy = "wsync.bench.place:make"\ncheckpoints = "{name}"\n'
+            f'policy = "wsync.bench.workspace:make"\ncheckpoints = "{name}"\n'
             f"[policy_kwargs]\nnbytes = {nbytes}\ntensors = {tensors}\n"
         )
         return spec
@@ -132,13 +132,13 @@ class Place:
 
 
 @contextmanager
-def private_place(settings: Settings) -> Iterator[Place]:
-    """A place that is removed at the end of the block."""
+def private_workspace(settings: Settings) -> Iterator[Workspace]:
+    """A workspace that is removed at the end of the block."""
     with (
         TemporaryDirectory(prefix="wsync-bench-", dir=settings.runtime) as runtime,
         TemporaryDirectory(prefix="wsync-bench-", dir=settings.directory) as files,
     ):
-        yield Place(settings, Path(runtime), Path(files))
+        yield Workspace(settings, Path(runtime), Path(files))
 
 
 def settle(file: Path) -> None:

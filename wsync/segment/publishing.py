@@ -23,8 +23,8 @@ from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..layout.names import seen_through
 from ..system.memory import mapping, reserve, write_at
-from .files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
 from .segment import Segment
+from .segment_files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
 from .writable import WritableSegment
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..errors import UsageError
-from ..system.surroundings import given
+from ..system.environment import given
 
 VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT"))
 """What wsync sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has
