@@ -18,6 +18,7 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   │   └── GateRejected        65  the user's gate does not want it
     │   ├── IncompleteCheckpoint    66  it ends before its header says (65 where a push names it)
     │   │   ├── BeingWritten        66  its writer is still at work
+    │   │   │   ├── OpenForWriting  66  a process has it open for writing
     │   │   │   └── BeingRewritten  75  it holds files of two saves
     │   │   └── PartialCheckpoint   66  the rest is to keep its live values, and nothing is live
     │   ├── NoCheckpoint            66  there is none yet
@@ -215,6 +216,10 @@ class BeingWritten(IncompleteCheckpoint):
     """Its writer is still at work on it, or was a moment ago."""
 
     kind = "being_written"
+
+
+class OpenForWriting(BeingWritten):
+    """A process has it open for writing."""
 
 
 class BeingRewritten(BeingWritten):

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,17 @@ Push = Callable[..., Outcome]
 def push(segment: Segment, runs: Path) -> Push:
     """One pass as cron makes it: a syncer of its own each time."""
 
-    def once(order: Any = "mtime", **options: Any) -> Outcome:
-        spec = Spec(SPEC, NAME, Path.cwd(), select=Select(order=order))
+    def once(order: Any = "mtime", digest: str = "", **options: Any) -> Outcome:
+        spec = Spec(SPEC, NAME, Path.cwd(), select=Select(order=order, digest=digest))
         with Syncer(spec, runs, state=State(NAME)) as syncer:
             return syncer.once(**options)
 
     return once
 
 
-def cut(path: Path, age: float = 0.0) -> Path:
-    """Leaves half of a checkpoint, last written so many seconds ago."""
+def cut(path: Path) -> Path:
+    """Leaves half of a checkpoint."""
     path.write_bytes(path.read_bytes()[:-20])
-    os.utime(path, (time.time() - age,) * 2)
     return path
 
 
@@ -66,17 +66,22 @@ def test_what_is_on_its_way_leaves_the_live_one_current(push: Push, runs: Path) 
     assert "step_2.safetensors" in (outcome.reason or "")
 
 
-def test_half_a_checkpoint_alone_is_none_yet(push: Push, runs: Path) -> None:
+def test_half_a_checkpoint_alone_is_none_yet(push: Push, runs: Path, hours_later: Callable[[], None]) -> None:
     """Guards that without a live version nothing is current, however old the half is."""
-    cut(write(runs / "step_2.safetensors", mlp(), 2.0), HOURS)
+    cut(write(runs / "step_2.safetensors", mlp(), 2.0))
+    hours_later()
     assert [push().status for _ in range(2)] == ["empty", "empty"]
 
 
-def test_a_checkpoint_that_nobody_finishes_is_told_once(push: Push, runs: Path, segment: Segment) -> None:
+def test_a_checkpoint_that_nobody_finishes_is_told_once(
+    push: Push, runs: Path, segment: Segment, hours_later: Callable[[], None]
+) -> None:
     """Guards a monitor against exit 66 for days: 65 once, in log and figures as well, and 0 from then on."""
-    old(write(runs / "step_1.safetensors", mlp(), 1.0), 2 * HOURS)
+    write(runs / "step_1.safetensors", mlp(), 1.0)
     push()
-    path = cut(write(runs / "step_2.safetensors", mlp(), 2.0), HOURS)
+    path = cut(write(runs / "step_2.safetensors", mlp(), 2.0))
+    assert push().exit_code == 0
+    hours_later()
     told = push()
     assert (told.status, told.exit_code, told.version) == ("rejected", 65, 1)
     assert "Nothing has written to it for a long time" in (told.reason or "")
@@ -88,6 +93,34 @@ def test_a_checkpoint_that_nobody_finishes_is_told_once(push: Push, runs: Path, 
     assert figures.registry.get_sample_value("wsync_rejected_total", {"name": NAME, "reason": "incomplete"}) == 1
     write(path, mlp(), 3.0)
     assert push().status == "published" and mark_of(segment) == {3.0}
+
+
+@pytest.mark.parametrize("lacks", ["the end of a download", "a digest"])
+def test_what_never_comes_is_told_once(
+    lacks: str, push: Push, runs: Path, segment: Segment, hours_later: Callable[[], None]
+) -> None:
+    """Guards a download that was given up, and a trainer that leaves no digest: 65 once, though all bytes are there."""
+
+    def digest(path: Path) -> None:
+        path.with_name(f"{path.name}.sha256").write_text(sha256(path.read_bytes()).hexdigest())
+
+    digest(old(write(runs / "step_1.safetensors", mlp(), 1.0), 2 * HOURS))
+    push(digest="sha256")
+    path = old(write(runs / "step_2.safetensors", mlp(), 2.0))  # a copy with its original's time, which came just now
+    control = path.with_name(f"{path.name}.aria2")
+    if lacks == "the end of a download":
+        digest(path)
+        control.touch()
+    assert push(digest="sha256").status == "current"
+    hours_later()
+    if lacks == "a digest":
+        with path.open("r+b"):
+            assert push(digest="sha256").status == "current"  # somebody has it open, and may go on
+    assert push(digest="sha256").exit_code == 65
+    assert [push(digest="sha256").exit_code for _ in range(2)] == [0, 0]
+    digest(path)
+    control.unlink(missing_ok=True)
+    assert push(digest="sha256").status == "published" and mark_of(segment) == {2.0}
 
 
 def test_another_models_file_is_told_once(push: Push, runs: Path, segment: Segment) -> None:

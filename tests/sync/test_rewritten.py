@@ -14,11 +14,14 @@ import pytest
 from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 from processes import DEADLINE
+from safetensors.torch import load_file, save_file
 
+from wsync.cli.push_quiet import News
 from wsync.cli.watch_output import WatchLog
 from wsync.errors import BeingRewritten
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
+from wsync.history.rollback import pin_checkpoint
 from wsync.layout.filenames import INDEX
 from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
@@ -86,6 +89,62 @@ def test_a_save_over_a_published_one_goes_live_whole(
         assert mark_of(segment) == {1.0}
     assert (outcome.status, outcome.version, mark_of(segment)) == ("published", 2, {2.0})
     assert push(runs).status == "current"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_half_a_save_that_stays_is_told_once(
+    named: bool, segment: WritableSegment, runs: Path, hours_later: Callable[[], None]
+) -> None:
+    """Guards a trainer that died within a save, and a copy that passes over a file: 65 once, not 75 for days."""
+    place = shards(runs / "latest", mlp(), 1.0)
+    assert push(place if named else runs).version == 1
+    by_rename(shards(runs.parent / "new", mlp(), 2.0) / SHARD_1, place / SHARD_1)
+    assert push(place if named else runs).exit_code == 75
+    hours_later()
+    told = push(place if named else runs)
+    assert (told.exit_code, told.version) == (65, 1) and "Nothing has written to it" in (told.reason or "")
+    assert [push(place if named else runs).exit_code for _ in range(2)] == [0, 0]
+    with State(NAME) as state:
+        assert len(state.events(kinds=("reject",))) == 1
+    by_rename(runs.parent / "new" / SHARD_2, place / SHARD_2)
+    while (outcome := push(place if named else runs)).kind == BeingRewritten.kind:  # the index has not changed
+        pass
+    assert (outcome.status, mark_of(segment)) == ("published", {2.0})
+
+
+def test_half_a_save_that_stays_is_told_before_anything_is_live(
+    segment: WritableSegment, runs: Path, hours_later: Callable[[], None]
+) -> None:
+    """Guards a first checkpoint of two saves: cron hears of it once, and no pass adds to the log."""
+    place = shards(runs / "latest", mlp(), 1.0)
+    for name, step in ((SHARD_1, "1"), (SHARD_2, "2")):
+        save_file(load_file(place / name), place / name, metadata={"step": step})
+    news = News("policies:mlp", None)
+    outcome = push(runs)
+    assert outcome.exit_code == 75 and not news.has(outcome)
+    hours_later()
+    outcomes = [push(runs) for _ in range(2)]
+    assert [(each.exit_code, news.has(each)) for each in outcomes] == [(66, True), (66, False)]
+    with State(NAME) as state:
+        assert not state.events(kinds=("reject",))
+
+
+def test_half_a_save_is_not_pinned(segment: WritableSegment, runs: Path) -> None:
+    """Guards an operator who pins a directory while it is saved over: a pin would put files of two saves live."""
+    place = shards(runs / "latest", mlp(), 1.0)
+    assert push(runs).version == 1
+    write(runs / "other.safetensors", mlp(), 5.0)
+    assert push(runs).version == 2
+    new = shards(runs.parent / "new", mlp(), 2.0)
+    by_rename(new / SHARD_1, place / SHARD_1)
+    with State(NAME) as state:
+        with pytest.raises(BeingRewritten):
+            pin_checkpoint(NAME, str(place), runtime=segment.path.parent, state=state)
+        assert state.pin() is None
+        for name in (SHARD_2, INDEX):
+            by_rename(new / name, place / name)
+        pin_checkpoint(NAME, str(place), runtime=segment.path.parent, state=state)
+    assert (push(runs).status, mark_of(segment)) == ("published", {2.0})
 
 
 @pytest.mark.parametrize("since", ["a reboot", "another checkpoint"])

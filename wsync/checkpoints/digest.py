@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import BeingWritten, MalformedCheckpoint, WrongDigest
-from ..layout.filenames import MAX_INDEX
+from ..layout.filenames import MAX_INDEX, SUMS
 from .checkpoint_files import Parts, read_small
 
 _MOST = 10_000_000  # bytes of a file of digests
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")
-_SUMS = "SHA256SUMS"
 
 
 class Digest(NamedTuple):
@@ -82,7 +81,7 @@ def _needed(file: Path, digest: Digest | None) -> Digest:
     if digest:
         return digest
     raise BeingWritten(
-        f"{file} is not complete yet: neither {file.name}.sha256 beside it nor {_SUMS} has its digest. Wait for its "
+        f"{file} is not complete yet: neither {file.name}.sha256 beside it nor {SUMS} has its digest. Wait for its "
         "writer, or leave out `digest`."
     )
 
@@ -94,7 +93,7 @@ def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | No
         known: lists already read; added to.
     """
     own = file.parent / f"{file.name}.sha256"
-    for listing in (own, file.parent / _SUMS, file.parent.parent / f"{file.parent.name}.sha256"):
+    for listing in (own, file.parent / SUMS, file.parent.parent / f"{file.parent.name}.sha256"):
         if listing not in known:
             known[listing] = list(_lines(listing))
         lines = known[listing]

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import BeingRewritten, BeingWritten
+from ..errors import BeingRewritten, BeingWritten, OpenForWriting
 from ..system.extents import unwritten
 from ..system.memory import being_written
 from .checkpoint_files import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
 """A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""
-COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart")
+COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart", "st")
 """Suffixes of the files that downloaders keep beside a file until it is complete."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: file systems' clocks tick at least so often
@@ -50,7 +50,7 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     _check_downloads(parts)
     writing = [being_written(fd) for fd in fds]
     if True in writing:
-        raise BeingWritten(
+        raise OpenForWriting(
             f"{parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
             "a writer should write under another name, and rename the file into place."
         )

@@ -13,8 +13,10 @@ import time
 from contextlib import ExitStack, closing
 from typing import Any
 
+from ..checkpoints.checkpoint_files import led_to, place_at
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from ..places.identity import changed, is_same
+from ..places.newest import Select
 from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.segment_files import Publication
@@ -158,7 +160,7 @@ def pin_checkpoint(
 
     Raises:
         UsageError: nothing is live, and no checkpoint was named.
-        CheckpointError: the checkpoint cannot be opened.
+        CheckpointError: the checkpoint cannot be opened, or is being written.
         StateError: the pin cannot be written.
     """
     from ..checkpoints.checkpoint import Checkpoint
@@ -175,7 +177,9 @@ def pin_checkpoint(
             raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
         pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
     else:
-        with Checkpoint(checkpoint) as opened:
+        where = str(led_to(place_at(checkpoint)))
+        published = [*state.published_from(where), *([live.identity] if live and live.source == where else [])]
+        with Checkpoint(checkpoint, settle=Select().settle, published=lambda: published) as opened:
             path, known = str(opened.path), state.changed_ns(live.identity) if live else 0
             about_live = live and (live.identity == opened.identity or live.source == path)
             if live and about_live and is_same(opened, live.identity, live.changed_ns or known):

@@ -8,6 +8,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+SUMS = "SHA256SUMS"
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 FORMS = (

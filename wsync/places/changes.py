@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint_files import remote
-from ..layout.filenames import CONFIG, INDEX, SUFFIX
+from ..layout.filenames import CONFIG, INDEX, SUFFIX, SUMS
 from .listing import TEMPORARY
 from .newest import Select
 
@@ -92,7 +92,8 @@ class Changes:
         """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
         if name == self._place.name:
             return True
-        tells = (each for each in (self._settings.marker, self._settings.pointer) if each)
+        tells = [each for each in (self._settings.marker, self._settings.pointer) if each]
+        tells += [".sha256", SUMS] if self._settings.digest else []
         if any(map(name.endswith, tells)):  # which may be hidden, as a temporary is
             return True
         if not name or TEMPORARY.search(name):

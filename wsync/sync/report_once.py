@@ -15,6 +15,7 @@ from ..errors import (
     CheckpointRejected,
     ForeignCheckpoint,
     IncompleteCheckpoint,
+    OpenForWriting,
     PartialCheckpoint,
     WsyncError,
 )
@@ -31,8 +32,10 @@ _LONG_AGO = 600.0  # seconds without a write after which nobody is thought to fi
 
 def is_abandoned(exc: WsyncError, candidate: Candidate) -> bool:
     """Whether a checkpoint is incomplete, and nobody has written to it for long."""
-    is_half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten | PartialCheckpoint)
-    return is_half and bool(candidate.name) and time.time() - candidate.mtime_ns / 1e9 > _LONG_AGO
+    is_half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, OpenForWriting | PartialCheckpoint)
+    is_one_of_many = bool(candidate.name) or isinstance(exc, BeingWritten)
+    last = max(candidate.mtime_ns, candidate.arrived_ns) / 1e9
+    return is_half and is_one_of_many and time.time() - last > _LONG_AGO
 
 
 def remember(record: Record, exc: CheckpointError, refusal: Outcome, *, abandoned: bool) -> None:

@@ -244,8 +244,6 @@ class Syncer:
         refusals: list[Outcome] = []
         passed = self.record.passed if this.live else frozenset()
         for candidate in choice.todo:
-            if candidate.identity in passed and remote(candidate.path):
-                continue  # an object does not grow
             opened = ""
             try:
                 if why := "" if this.force else self.record.half(candidate.identity):
@@ -274,12 +272,12 @@ class Syncer:
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
-                abandoned = this.live is not None and report_once.is_abandoned(exc, candidate)
-                if abandoned:
-                    refusal = refusal._replace(status="rejected", reason=f"{exc.message} {report_once.ABANDONED}")
+                if abandoned := report_once.is_abandoned(exc, candidate):
+                    status, why = "rejected" if this.live else "empty", f"{exc.message} {report_once.ABANDONED}"
+                    refusal = refusal._replace(status=status, reason=why, kind=IncompleteCheckpoint.kind)
                 refusals.append(refusal)
                 if not this.dry_run:
-                    report_once.remember(self.record, exc, refusal, abandoned=abandoned)
+                    report_once.remember(self.record, exc, refusal, abandoned=abandoned and this.live is not None)
                     if type(exc) is IncompleteCheckpoint and remote(candidate.path):  # time alone changes nothing
                         self.record.found_half(candidate.identity, exc.message)
         if not refusals and this.live:
