@@ -165,6 +165,22 @@ def test_what_is_older_takes_no_memory(order: Order, tmp_path: Path, monkeypatch
     assert listed == [2] and most < 200_000
 
 
+def test_many_that_came_are_compared_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a push after 100,000 files came: it compared each with each, for a quarter of an hour."""
+    save(tmp_path, "step_0", 100)
+    live = live_at(tmp_path, "step_0", 0)
+    for step in range(1, 101):
+        save(tmp_path, f"step_{step}", 200 + step)
+    compared: list[Candidate] = []
+
+    def counting(one: Candidate, other: object) -> bool:
+        compared.append(one)
+        return tuple.__eq__(one, other) is True
+
+    monkeypatch.setattr(Candidate, "__eq__", counting)
+    assert len(CheckpointWeightGetter(tmp_path).look(live).newer) == 100 and len(compared) < 300
+
+
 def count_stats(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the entries that are looked at from now on."""
     looked: list[str] = []

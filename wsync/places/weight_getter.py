@@ -145,8 +145,8 @@ class CheckpointWeightGetter:
         newer = select(found, live, self.select.order)
         if live is None:
             return Look(lasting(newer))
-        later = [c for c in found if c.arrived_ns > live.arrived_ns]
-        late = [c for c in later if c not in newer and c.identity != live.identity]
+        later, counted = (c for c in found if c.arrived_ns > live.arrived_ns), set(map(id, newer))
+        late = [c for c in later if id(c) not in counted and c.identity != live.identity]
         if found and not newer and len(late) == len(found):
             return Look(lasting(select(found, None, self.select.order)), is_new_run=True)
         return Look(lasting(newer), late)

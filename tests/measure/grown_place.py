@@ -1,0 +1,196 @@
+"""What a place that has grown costs: ``python tests/measure/grown_place.py``.
+
+Among 10,000 and 100,000 checkpoints in a directory: a push with nothing new, beside ``ls -U`` and a push beside one
+file; what an idle watch takes of a core; and how soon a new file is live. Among 5,000 objects of an S3 server on the
+loopback, which needs moto: the requests of the same. Times jitter: nothing is asserted. Takes about three minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from wsync.bench.place import Place, private_place
+from wsync.bench.rows import Settings
+from wsync.errors import SegmentError
+from wsync.segment.segment import Segment
+
+ROUNDS, IDLE = 5, 20.0  # seconds that an idle watch is looked at
+NAME, NBYTES, TENSORS = "policy", 64, 2
+RUNNER = """
+import os, sys, time
+times, kib, null = [], 0, os.open(os.devnull, os.O_WRONLY)
+for _ in range(int(sys.argv[1])):
+    began = time.perf_counter()
+    pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)])
+    _, status, usage = os.wait4(pid, 0)
+    assert not status, sys.argv
+    times.append(time.perf_counter() - began)
+    kib = max(kib, usage.ru_maxrss)
+print(min(times), kib)
+"""
+"""Runs a command from a small process: the kernel counts what it forked from as memory of a command."""
+SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+def data_of(step: int) -> bytes:
+    """A checkpoint of the policy."""
+    return save({str(i): torch.full((NBYTES // TENSORS // 4,), float(step)) for i in range(TENSORS)})
+
+
+def least(place: Place, command: list[str]) -> str:
+    """The least seconds of a whole process in some rounds, and its MiB of memory."""
+    runner = [sys.executable, "-S", "-c", RUNNER, str(ROUNDS), *command]
+    said = subprocess.run(runner, env=place.environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    seconds, kib = map(float, said.split())
+    return f"{seconds:5.2f} s {kib / 1024:4.0f} MiB"
+
+
+def push(place: Place, order: str) -> list[str]:
+    return wsync("push", place, "--order", order)
+
+
+def wsync(command: str, place: Place, *options: str) -> list[str]:
+    return [sys.executable, "-m", "wsync", command, str(place.files / f"{NAME}.toml"), *options]
+
+
+def watched(place: Place, add: Callable[[int], None], first: int, poll: float) -> None:
+    """Prints what an idle watch takes of a core, and how long a new checkpoint takes until it is live."""
+    with subprocess.Popen(
+        wsync("watch", place, "--poll", str(poll)), env=place.environment, stdout=subprocess.PIPE, text=True
+    ) as watch:
+        try:
+            assert watch.stdout
+            watch.stdout.readline()
+            add(first)
+            until_live(place, first)
+            time.sleep(3 * poll)
+            before = ticks(watch.pid)
+            time.sleep(IDLE)
+            percent = (ticks(watch.pid) - before) / os.sysconf("SC_CLK_TCK") / IDLE * 100
+            times = []
+            for step in range(first + 1, first + 1 + ROUNDS):
+                began = time.perf_counter()
+                add(step)
+                until_live(place, step)
+                times.append((time.perf_counter() - began) * 1e3)
+                time.sleep(2 * poll)
+        finally:
+            watch.terminate()
+    print(f"  idle watch {percent:.2f} % of a core; new file live after {statistics.median(times):.1f} ms, ", end="")
+    print(f"at most {max(times):.1f} ms", flush=True)
+
+
+def ticks(pid: int) -> int:
+    """The processor time of a process: utime and stime, proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def until_live(place: Place, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            live = Segment.open(NAME, place.runtime).live()
+        except SegmentError:
+            live = None
+        if live and live.step == step:
+            return
+        time.sleep(0.0005)
+    raise TimeoutError(f"step {step} is not live")
+
+
+def files(number: int) -> None:
+    """A directory of so many checkpoints; the newest is live."""
+    with private_place(Settings()) as place:
+        place.write_spec(NAME, NBYTES, TENSORS)
+        runs = place.files / NAME
+
+        def add(step: int) -> None:
+            file = runs / f".step_{step}.tmp"
+            file.write_bytes(data_of(step))
+            file.rename(runs / f"step_{step}.safetensors")
+
+        add(1)
+        subprocess.run(push(place, "mtime"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
+        print(f"{number:,} files\n  push beside 1    {least(place, push(place, 'mtime'))}", flush=True)
+        data = data_of(0)
+        for step in range(2, number):
+            (runs / f"step_{step}.safetensors").write_bytes(data)
+        add(number)
+        subprocess.run(push(place, "mtime"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
+        print(f"  ls -U            {least(place, ['ls', '-U', str(runs)])}", flush=True)
+        print(f"  python           {least(place, [sys.executable, '-c', 'import typer, rich'])}", flush=True)
+        for order in ("mtime", "step", "arrival"):
+            print(f"  push by {order:<8} {least(place, push(place, order))}", flush=True)
+        watched(place, add, number + 1, poll=1.0)
+
+
+def objects(number: int) -> None:
+    """A bucket of so many checkpoints; the newest is live."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+    from object_stores import BUCKET, SECRET, Bucket
+
+    with (
+        private_place(Settings()) as place,
+        subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as server,
+    ):
+        assert server.stdin and server.stdout
+        bucket = Bucket(int(server.stdout.readline()))
+        own = {"AWS_ENDPOINT_URL": bucket.proxy.url, "AWS_ACCESS_KEY_ID": "testing", "AWS_REGION": "us-east-1"}
+        os.environ |= own | {"AWS_SECRET_ACCESS_KEY": SECRET}
+        made = urllib.request.Request(f"http://127.0.0.1:{bucket.port}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(made).close()
+        place.write_spec(NAME, NBYTES, TENSORS)
+        spec = place.files / f"{NAME}.toml"
+        spec.write_text(spec.read_text().replace(f'"{NAME}"', f'"s3://{BUCKET}/run"'))
+
+        def add(step: int) -> None:
+            bucket.put(f"run/step_{step:05}.safetensors", data_of(step))
+
+        for step in range(1, number + 1):
+            add(step)
+        subprocess.run(push(place, "step"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
+        print(f"{number:,} objects", flush=True)
+        for order in ("step", "mtime"):
+            before = len(bucket.proxy.requests)
+            took = least(place, push(place, order))
+            requests = (len(bucket.proxy.requests) - before) / ROUNDS
+            print(f"  push by {order:<8} {took}, {requests:g} requests", flush=True)
+        with subprocess.Popen(
+            wsync("watch", place, "--poll", "10", "--order", "step"), env=place.environment, stdout=subprocess.DEVNULL
+        ) as watch:
+            time.sleep(5)
+            before, requests = ticks(watch.pid), len(bucket.proxy.requests)
+            time.sleep(3 * IDLE)
+            percent = (ticks(watch.pid) - before) / os.sysconf("SC_CLK_TCK") / (3 * IDLE) * 100
+            passes = 3 * IDLE / 10
+            requests = (len(bucket.proxy.requests) - requests) / passes
+            watch.terminate()
+        print(f"  idle watch, poll = 10: {percent:.2f} % of a core, {requests:g} requests a pass")
+        server.stdin.close()
+        server.terminate()
+
+
+if __name__ == "__main__":
+    for number in (10_000, 100_000):
+        files(number)
+    objects(5_000)
