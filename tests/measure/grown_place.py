@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from wsync.bench.place import Place, private_place
 from wsync.bench.rows import Settings
+from wsync.bench.workspace import Workspace, private_workspace
 from wsync.errors import SegmentError
 from wsync.segment.segment import Segment
 
@@ -54,32 +54,32 @@ def data_of(step: int) -> bytes:
     return save({str(i): torch.full((NBYTES // TENSORS // 4,), float(step)) for i in range(TENSORS)})
 
 
-def least(place: Place, command: list[str]) -> str:
+def least(workspace: Workspace, command: list[str]) -> str:
     """The least seconds of a whole process in some rounds, and its MiB of memory."""
     runner = [sys.executable, "-S", "-c", RUNNER, str(ROUNDS), *command]
-    said = subprocess.run(runner, env=place.environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    said = subprocess.run(runner, env=workspace.environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     seconds, kib = map(float, said.split())
     return f"{seconds:5.2f} s {kib / 1024:4.0f} MiB"
 
 
-def push(place: Place, order: str) -> list[str]:
-    return wsync("push", place, "--order", order)
+def push(workspace: Workspace, order: str) -> list[str]:
+    return wsync("push", workspace, "--order", order)
 
 
-def wsync(command: str, place: Place, *options: str) -> list[str]:
-    return [sys.executable, "-m", "wsync", command, str(place.files / f"{NAME}.toml"), *options]
+def wsync(command: str, workspace: Workspace, *options: str) -> list[str]:
+    return [sys.executable, "-m", "wsync", command, str(workspace.files / f"{NAME}.toml"), *options]
 
 
-def watched(place: Place, add: Callable[[int], None], first: int, poll: float) -> None:
+def watched(workspace: Workspace, add: Callable[[int], None], first: int, poll: float) -> None:
     """Prints what an idle watch takes of a core, and how long a new checkpoint takes until it is live."""
     with subprocess.Popen(
-        wsync("watch", place, "--poll", str(poll)), env=place.environment, stdout=subprocess.PIPE, text=True
+        wsync("watch", workspace, "--poll", str(poll)), env=workspace.environment, stdout=subprocess.PIPE, text=True
     ) as watch:
         try:
             assert watch.stdout
             watch.stdout.readline()
             add(first)
-            until_live(place, first)
+            until_live(workspace, first)
             time.sleep(3 * poll)
             before = ticks(watch.pid)
             time.sleep(IDLE)
@@ -88,7 +88,7 @@ def watched(place: Place, add: Callable[[int], None], first: int, poll: float) -
             for step in range(first + 1, first + 1 + ROUNDS):
                 began = time.perf_counter()
                 add(step)
-                until_live(place, step)
+                until_live(workspace, step)
                 times.append((time.perf_counter() - began) * 1e3)
                 time.sleep(2 * poll)
         finally:
@@ -103,11 +103,11 @@ def ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def until_live(place: Place, step: int) -> None:
+def until_live(workspace: Workspace, step: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            live = Segment.open(NAME, place.runtime).live()
+            live = Segment.open(NAME, workspace.runtime).live()
         except SegmentError:
             live = None
         if live and live.step == step:
@@ -118,9 +118,9 @@ def until_live(place: Place, step: int) -> None:
 
 def files(number: int) -> None:
     """A directory of so many checkpoints; the newest is live."""
-    with private_place(Settings()) as place:
-        place.write_spec(NAME, NBYTES, TENSORS)
-        runs = place.files / NAME
+    with private_workspace(Settings()) as workspace:
+        workspace.write_spec(NAME, NBYTES, TENSORS)
+        runs = workspace.files / NAME
 
         def add(step: int) -> None:
             file = runs / f".step_{step}.tmp"
@@ -128,18 +128,18 @@ def files(number: int) -> None:
             file.rename(runs / f"step_{step}.safetensors")
 
         add(1)
-        subprocess.run(push(place, "mtime"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
-        print(f"{number:,} files\n  push beside 1    {least(place, push(place, 'mtime'))}", flush=True)
+        subprocess.run(push(workspace, "mtime"), env=workspace.environment, stdout=subprocess.DEVNULL, check=True)
+        print(f"{number:,} files\n  push beside 1    {least(workspace, push(workspace, 'mtime'))}", flush=True)
         data = data_of(0)
         for step in range(2, number):
             (runs / f"step_{step}.safetensors").write_bytes(data)
         add(number)
-        subprocess.run(push(place, "mtime"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
-        print(f"  ls -U            {least(place, ['ls', '-U', str(runs)])}", flush=True)
-        print(f"  python           {least(place, [sys.executable, '-c', 'import typer, rich'])}", flush=True)
+        subprocess.run(push(workspace, "mtime"), env=workspace.environment, stdout=subprocess.DEVNULL, check=True)
+        print(f"  ls -U            {least(workspace, ['ls', '-U', str(runs)])}", flush=True)
+        print(f"  python           {least(workspace, [sys.executable, '-c', 'import typer, rich'])}", flush=True)
         for order in ("mtime", "step", "arrival"):
-            print(f"  push by {order:<8} {least(place, push(place, order))}", flush=True)
-        watched(place, add, number + 1, poll=1.0)
+            print(f"  push by {order:<8} {least(workspace, push(workspace, order))}", flush=True)
+        watched(workspace, add, number + 1, poll=1.0)
 
 
 def objects(number: int) -> None:
@@ -148,7 +148,7 @@ def objects(number: int) -> None:
     from object_stores import BUCKET, SECRET, Bucket
 
     with (
-        private_place(Settings()) as place,
+        private_workspace(Settings()) as workspace,
         subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as server,
@@ -159,8 +159,8 @@ def objects(number: int) -> None:
         os.environ |= own | {"AWS_SECRET_ACCESS_KEY": SECRET}
         made = urllib.request.Request(f"http://127.0.0.1:{bucket.port}/{BUCKET}", method="PUT")
         urllib.request.urlopen(made).close()
-        place.write_spec(NAME, NBYTES, TENSORS)
-        spec = place.files / f"{NAME}.toml"
+        workspace.write_spec(NAME, NBYTES, TENSORS)
+        spec = workspace.files / f"{NAME}.toml"
         spec.write_text(spec.read_text().replace(f'"{NAME}"', f'"s3://{BUCKET}/run"'))
 
         def add(step: int) -> None:
@@ -168,15 +168,17 @@ def objects(number: int) -> None:
 
         for step in range(1, number + 1):
             add(step)
-        subprocess.run(push(place, "step"), env=place.environment, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(push(workspace, "step"), env=workspace.environment, stdout=subprocess.DEVNULL, check=True)
         print(f"{number:,} objects", flush=True)
         for order in ("step", "mtime"):
             before = len(bucket.proxy.requests)
-            took = least(place, push(place, order))
+            took = least(workspace, push(workspace, order))
             requests = (len(bucket.proxy.requests) - before) / ROUNDS
             print(f"  push by {order:<8} {took}, {requests:g} requests", flush=True)
         with subprocess.Popen(
-            wsync("watch", place, "--poll", "10", "--order", "step"), env=place.environment, stdout=subprocess.DEVNULL
+            wsync("watch", workspace, "--poll", "10", "--order", "step"),
+            env=workspace.environment,
+            stdout=subprocess.DEVNULL,
         ) as watch:
             time.sleep(5)
             before, requests = ticks(watch.pid), len(bucket.proxy.requests)
