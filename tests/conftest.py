@@ -54,17 +54,22 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(state, ignore_errors=True)
 
 
+@pytest.fixture
+def read_by(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has checkpoints read by other sizes, the fields of ``plan.Reading``."""
+    return lambda **sizes: monkeypatch.setattr(fitting, "READING", fitting.READING._replace(**sizes))
+
+
 @pytest.fixture(params=["cached", "cold"])
-def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def in_pieces(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]
+) -> Callable[[int], None]:
     """Has files come in pieces of so many bytes: from the page cache, or past it by two threads."""
 
     def of(nbytes: int) -> None:
-        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", nbytes)
-        monkeypatch.setattr(fitting, "CHUNK", nbytes)
-        monkeypatch.setattr(staging, "_BUFFER", max(nbytes // 16, 1) * 8)
+        read_by(chunk=nbytes, buffer=max(nbytes // 16, 1) * 8)
         if request.param == "cold":
-            monkeypatch.setattr(staging, "_LARGE", 1)
-            monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
+            read_by(large=1, worth_threads=1)
             monkeypatch.setattr(staging, "_is_cached", lambda fd, at: False)
 
     return of

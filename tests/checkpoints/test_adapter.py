@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -394,12 +395,12 @@ def test_a_module_saved_whole_is_cast_only_where_that_is_asked_for(tmp_path: Pat
 )
 @pytest.mark.parametrize("config", [{}, {"target_modules": ["embed", "first"]}], ids=["linear", "embedding"])
 def test_a_merge_is_rounded_once(
-    config: dict[str, Any], stored: str, dtype: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: dict[str, Any], stored: str, dtype: str, piece: int, tmp_path: Path, read_by: Callable[..., None]
 ) -> None:
     """Guards that the sum is made of the base as it is stored, whatever the policy's dtype and the pieces of it."""
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", piece)
+    read_by(chunk=piece)
     model = trained(**config)
     base, adapter = saved(model, tmp_path)
     wide = getattr(torch, stored)

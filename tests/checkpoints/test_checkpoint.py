@@ -22,8 +22,6 @@ from builders import raw, write
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
-from wsync.checkpoints import header
-from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.checkpoint_files import identity
 from wsync.checkpoints.fit import Fit
@@ -129,10 +127,9 @@ def test_a_file_of_any_order_and_chunk_is_read_to_the_bit(
 
 
 @pytest.mark.parametrize("chunk", [8, 40])
-def test_reads_keep_elements_whole(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_keep_elements_whole(chunk: int, tmp_path: Path, read_by: Callable[..., None]) -> None:
     """Guards that no read ends inside an element, which the finite check would then see by halves."""
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", chunk)
-    monkeypatch.setattr(fitting, "CHUNK", chunk)
+    read_by(chunk=chunk)
     header = {"a": row("U8", [3], 0, 3), "b": row("F64", [9], 3, 75), "c": row("U8", [1], 75, 76)}
     path = raw(tmp_path / "a.safetensors", {**header, "d": row("F64", [2], 76, 92)}, bytes(92))
     with Checkpoint(path) as checkpoint:
@@ -452,10 +449,9 @@ def test_checkpoints_of_one_run_are_recognised(tmp_path: Path) -> None:
     assert read(paths[1]) == read(paths[0])
 
 
-def test_a_huge_header_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_header_is_not_remembered(tmp_path: Path) -> None:
     """Guards against a watch that keeps what a hostile file filled its header with."""
-    monkeypatch.setattr(header, "_KEPT", 10)
-    save_file({"w": torch.ones(4)}, path := tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(4)}, path := tmp_path / "a.safetensors", {"filler": "x" * (5 << 20)})
     with Checkpoint(path) as first, Checkpoint(path) as second:
         assert second.tensors == first.tensors and second.tensors is not first.tensors
 

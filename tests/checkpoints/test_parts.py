@@ -986,7 +986,9 @@ def test_an_index_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (found,) = scan(tmp_path)
     assert found.identity == live(path).identity
     assert parts_of(path).files == tuple(path / f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
-    monkeypatch.setattr(parts, "_KEPT", 10)
+    index = json.loads((path / INDEX).read_text())
+    (path / INDEX).write_text(json.dumps(index | {"metadata": {"filler": "x" * (1 << 19)}}))  # too much to keep
+    clock[0] += 5
     before = len(reads)
     scan(tmp_path)
     scan(tmp_path)

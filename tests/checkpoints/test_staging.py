@@ -51,13 +51,11 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def in_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def in_parts(monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]) -> Callable[[int], None]:
     """Has a small file come in many parts, like a large one, by as many threads as so many processors allow."""
 
     def of(processors: int) -> None:
-        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 800)
-        monkeypatch.setattr(staging, "_LARGE", 1)
-        monkeypatch.setattr(staging, "_WORTH_THREADS", 1)
+        read_by(chunk=800, large=1, worth_threads=1)
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
 
     return of
@@ -83,11 +81,9 @@ def cold(monkeypatch: pytest.MonkeyPatch, in_parts: Callable[[int], None]) -> li
 
 
 @pytest.mark.parametrize("buffer", [8, 4096, 1 << 20])
-def test_a_cold_file_is_read_to_the_bit(
-    buffer: int, path: Path, cold: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cold_file_is_read_to_the_bit(buffer: int, path: Path, cold: list[int], read_by: Callable[..., None]) -> None:
     """Guards the first and last page of each part, which hold bytes of others, and the end of the file."""
-    monkeypatch.setattr(staging, "_BUFFER", buffer)
+    read_by(buffer=buffer)
     assert weights_of(path) == as_stored(path)
     assert cold and all(at % mmap.PAGESIZE == 0 for at in cold)
 
@@ -233,11 +229,11 @@ def test_a_quarter_of_the_processors_stages(
 
 
 def test_a_small_checkpoint_takes_no_second_thread(
-    path: Path, in_parts: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    path: Path, in_parts: Callable[[int], None], read_by: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards the start of a push: threads cost more than a few MiB do."""
     in_parts(64)
-    monkeypatch.setattr(staging, "_WORTH_THREADS", 1 << 20)
+    read_by(worth_threads=1 << 20)
     monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor", None)
     assert weights_of(path) == as_stored(path)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -85,10 +86,12 @@ def test_what_cannot_be_used_is_told_with_its_exit_code(runs: Path, runtime: Pat
 
 
 @pytest.mark.parametrize("cut", [None, 3, 100, 64])
-def test_a_scan_goes_in_parts(cut: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_goes_in_parts(
+    cut: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]
+) -> None:
     """Guards bounded memory whatever a file claims, and that every tensor is looked at to its last element."""
     if cut:
-        monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 8 * cut)
+        read_by(chunk=8 * cut)
     state = {f"t{n}": torch.ones(n * 7, dtype=dtype) for n, dtype in enumerate([torch.float32, torch.float64] * 9)}
     state |= {"i": torch.full((9,), -1), "e": torch.zeros(0), "s": torch.tensor(1.0)}
     ill = {"t3", "t8", "t17", "s"}

@@ -328,14 +328,12 @@ def test_rollback_waits_a_little_for_a_publisher(push: Push, state: State, monke
     other = WritableSegment.open(NAME)
     with ExitStack() as held:
         held.enter_context(other.publishing())
-        monkeypatch.setattr(way_back, "_PATIENCE", 0.0)
         with pytest.raises(SegmentBusy):
-            rollback(NAME, runtime=None, state=state)
+            rollback(NAME, runtime=None, state=state, patience=0.0)
         assert state.pin() is None
-        monkeypatch.setattr(way_back, "_PATIENCE", DEADLINE)
         clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=lambda _: held.close())
         monkeypatch.setattr(way_back, "time", clock)
-        assert rollback(NAME, runtime=None, state=state)[0].step == 1
+        assert rollback(NAME, runtime=None, state=state, patience=DEADLINE)[0].step == 1
     other.close()
 
 

@@ -14,7 +14,6 @@ from builders import write
 from policies import mlp
 
 from wsync.errors import NoCheckpoint, SpecError
-from wsync.history import rollback as going_back
 from wsync.history.database import Event, State
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.segment.writable import remove
@@ -119,21 +118,21 @@ def test_a_rollback_reads_a_few_rows(watched: Watched) -> None:
     assert watched.events <= 12 and not watched.scans()
 
 
-def test_a_rollback_to_what_is_gone_looks_for_some_files(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollback_to_what_is_gone_looks_for_some_files(watched: Watched) -> None:
     """The list of what can still be had is of the newest versions, and of the kept ones, however old."""
-    monkeypatch.setattr(going_back, "_LOOKED_AT", 10)
     with State(NAME) as state:
         with pytest.raises(NoCheckpoint, match=rf"(?s)\n  {NUMBER + 2} .*\n  {NUMBER + 1} "):
             rollback(NAME, 7, runtime=None, state=state)
-        assert watched.events <= 30
-        with State(NAME) as other:
-            for _ in range(20):
-                other.record("publish", version=NUMBER + 3, checkpoint="/gone/x.safetensors", identity="1-1-1")
+        assert watched.events <= 1030
+        with closing(sqlite3.connect(watched.file)) as database, database:
+            later = "SELECT at, kind, ?, step, checkpoint, identity, settings FROM events WHERE version <= 1000"
+            into = "INSERT INTO events (at, kind, version, step, checkpoint, identity, settings)"
+            database.execute(f"{into} {later}", (NUMBER + 3,))
         with pytest.raises(NoCheckpoint, match=f"\n  {NUMBER + 2} .* kept copy"):
             rollback(NAME, 7, runtime=None, state=state)
         for copy in state.kept.iterdir():
             copy.unlink()
-        with pytest.raises(NoCheckpoint, match="None of the last 10 versions can be put live any more"):
+        with pytest.raises(NoCheckpoint, match="None of the last 1,000 versions can be put live any more"):
             rollback(NAME, 7, runtime=None, state=state)
 
 

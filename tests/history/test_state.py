@@ -95,11 +95,10 @@ def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:
         assert state.rejections("lax") == {}
 
 
-def test_old_rejections_and_events_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_rejections_and_events_go(tmp_path: Path) -> None:
     """Guards against a record that grows for as long as the box runs."""
-    monkeypatch.setattr("wsync.history.database._TRIM", 1)
-    monkeypatch.setattr("wsync.history.database._KEEP_REJECTIONS", 2)
     with State("nets", tmp_path, bound=3) as state:
+        state.trim, state.most_rejections = 1, 2
         for number in range(6):
             state.record("publish", version=number)
             state.reject(str(number), "", "why")

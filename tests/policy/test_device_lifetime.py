@@ -19,8 +19,9 @@ from trainers import Trainer, addresses, leased
 
 import wsync
 from wsync.errors import OutOfDeviceMemory, UsageError
-from wsync.policy import device_reader, finding
+from wsync.policy import finding
 from wsync.policy import reader as reading
+from wsync.policy.device_reader import DeviceReader
 from wsync.segment.writable import WritableSegment
 
 
@@ -149,7 +150,7 @@ def test_a_full_device_leaves_the_old_version_running(
     trainer: Trainer, device: LateDevice, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a kept tensor takes the last room, the policy goes on with what it has, and catches up; one warning."""
-    monkeypatch.setattr(device_reader, "_AGAIN", 0.0)
+    monkeypatch.setattr(DeviceReader, "full", 0.0)
     policy = mlp()
     with wsync.attach(policy, "nets", mode="swap") as reader:
         trainer.push(2)
@@ -376,7 +377,7 @@ def test_a_new_segment_that_lacks_a_slot(
     trainer: Trainer, device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not taken, and once it is whole its own weights come, not those of the slots that were locked before."""
-    monkeypatch.setattr(finding, "_LOOK", 0.0)
+    monkeypatch.setattr(finding.Search, "seconds", 0.0)
     policy = mlp()
     with wsync.attach(policy, "nets") as reader:
         trainer.segment.remove()

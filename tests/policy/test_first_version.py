@@ -17,7 +17,7 @@ from trainers import Trainer
 import wsync
 from wsync.errors import AttachTimeout
 from wsync.layout.layout import layout_of
-from wsync.policy import first_version
+from wsync.policy.first_version import Opening
 from wsync.policy.reader import Reader
 from wsync.segment.readers import Registration
 from wsync.segment.segment import segments
@@ -27,7 +27,7 @@ from wsync.segment.writable import WritableSegment
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The warning comes after a moment."""
-    monkeypatch.setattr(first_version, "_PATIENCE", 0.05)
+    monkeypatch.setattr(Opening, "patience", 0.05)
 
 
 @pytest.fixture

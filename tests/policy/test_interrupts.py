@@ -159,7 +159,7 @@ def test_an_interrupt_at_any_point_of_finding_a_segment_again_leaves_a_reader_th
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards a reader between two segments, the one that was removed and the one that was made anew."""
-    monkeypatch.setattr(finding, "_LOOK", 0.0)
+    monkeypatch.setattr(finding.Search, "seconds", 0.0)
     trainer.push(1)
     policy, mark = mlp(), 2
     with wsync.attach(policy, "nets", mode="swap") as reader:

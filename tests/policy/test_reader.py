@@ -359,10 +359,9 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
     def sleep_on(address: int, expected: int, seconds: float) -> None:
         event.set()
-        memory.sleep_on(address, expected, seconds)
+        memory.sleep_on(address, expected, seconds, DEADLINE)
 
     monkeypatch.setattr(reading, "sleep_on", sleep_on)
-    monkeypatch.setattr(memory, "_NAP", DEADLINE)
     yield event
     event.set()
 

@@ -58,9 +58,8 @@ def loop(runtime: Path) -> Iterator[Loop]:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader looks at the directory at each call, not once a second."""
-    monkeypatch.setattr(finding, "_SELDOM", 1)
-    monkeypatch.setattr(finding, "_SELDOM_SECONDS", 0.0)
-    monkeypatch.setattr(finding, "_LOOK", 0.0)
+    monkeypatch.setattr(finding.Lookout, "seconds", 0.0)
+    monkeypatch.setattr(finding.Search, "seconds", 0.0)
 
 
 def remove(path: Path, part: str) -> None:

@@ -22,7 +22,6 @@ from processes import DEADLINE, Cli, Lines, Spawn, signal_another_thread
 from safetensors.torch import save_file
 
 import wsync
-from wsync.checkpoints import plan as fitting
 from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.objects import AT_ONCE
 from wsync.cli.inspect_output import inspect
@@ -214,11 +213,10 @@ FITS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[dict[str, torch.T
 
 
 @pytest.mark.parametrize("case", FITS)
-def test_weights_are_fitted_as_on_disk(bucket: Bucket, tmp_path: Path, case: str, monkeypatch: Any) -> None:
+def test_weights_are_fitted_as_on_disk(bucket: Bucket, tmp_path: Path, case: str, read_by: Callable[..., None]) -> None:
     """Under each setting the getter gives the same tensors from a store as from the file, in chunks of a few bytes."""
     make, stored, fit = FITS[case]
-    monkeypatch.setattr(fitting, "CHUNK", 16)
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 16)
+    read_by(chunk=16)
     torch.manual_seed(0)
     policy = make()
     for tensor in policy.state_dict().values():
@@ -249,9 +247,9 @@ def test_only_what_the_policy_needs_is_asked_for(bucket: Bucket, segment: Writab
     assert bucket.proxy.sent < 100_000
 
 
-def test_ranges_come_many_at_a_time(bucket: Bucket, segment: WritableSegment, monkeypatch: Any) -> None:
+def test_ranges_come_many_at_a_time(bucket: Bucket, segment: WritableSegment, read_by: Callable[..., None]) -> None:
     """As many ranges as allowed are under way together, and never more."""
-    monkeypatch.setattr(fitting, "CHUNK", 8)
+    read_by(chunk=8)
     bucket.save("run/x.safetensors", mlp(), 1.0)
     together = threading.Barrier(AT_ONCE)
     bucket.proxy.arm(r"GET \S*x\.safetensors", times=1)  # the header's

@@ -157,9 +157,9 @@ def test_every_range_is_of_the_listed_version(cloud: Cloud) -> None:
     assert all('\r\nif-match: "' in head and re.search(r"range: bytes=\d", head) for head in gets)
 
 
-def test_overwritten_while_it_is_read_is_read_again(cloud: Cloud, monkeypatch: Any) -> None:
+def test_overwritten_while_it_is_read_is_read_again(cloud: Cloud, read_by: Callable[..., None]) -> None:
     """Of an object that is overwritten in the middle nothing goes live; what took its place does."""
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
+    read_by(chunk=64)
     cloud.save("run/x.safetensors", mlp(), 1.0)
     fault = cloud.proxy.arm(
         r"GET \S*safetensors[\s\S]*bytes=(?!0-)", before=lambda: cloud.save("run/x.safetensors", mlp(), 2.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
@@ -17,7 +17,6 @@ from policies import mlp
 from processes import DEADLINE, Cli
 
 import wsync
-from wsync.checkpoints import plan as fitting
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
@@ -26,7 +25,7 @@ from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
-from wsync.stores.store import PATIENCE
+from wsync.stores.store import PATIENCE, Store
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow
@@ -37,10 +36,10 @@ RANGE = r"GET \S*step_2\.safetensors"
 
 
 @pytest.fixture
-def live(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Syncer]:
+def live(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]) -> Iterator[Syncer]:
     """A syncer with little patience; version 1 is live, with mark 1, and a newer checkpoint of many ranges is there."""
     monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
-    monkeypatch.setattr(fitting, "CHUNK", 64)
+    read_by(chunk=64)
     spec = load_spec(SPEC)
     WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
     with Syncer(spec, RUN) as syncer:
@@ -115,7 +114,7 @@ def test_a_slow_body_is_given_up_and_asked_for_again(bucket: Bucket, live: Synce
 
 def test_what_came_is_not_asked_for_again(bucket: Bucket, live: Syncer, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a cut the range goes on where it ended."""
-    monkeypatch.setattr("wsync.stores.store._PIECE", 1)
+    monkeypatch.setattr(Store, "piece", 1)
     bucket.proxy.arm(RANGE + r"[\s\S]*bytes=(?!0-)", cut)
     assert live.once().status == "published"
     ranges = [head.lower().partition("range: bytes=")[2].split()[0] for head in bucket.proxy.heads(RANGE)][1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -173,9 +173,11 @@ def test_the_newest_of_a_repository_goes_live(hub: Repository, tmp_path: Path) -
         assert syncer.once().status == "current"
 
 
-def test_a_commit_in_the_middle_of_the_read_is_seen(hub: Repository, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_commit_in_the_middle_of_the_read_is_seen(
+    hub: Repository, tmp_path: Path, monkeypatch: Any, read_by: Callable[..., None]
+) -> None:
     """Every range is of one commit; where the file is another by the end, it is read again at the new one."""
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
+    read_by(chunk=64)
     hub.commit(**{"x.safetensors": data(tmp_path, 1.0)})
     other, done = data(tmp_path, 2.0), threading.Event()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,10 @@ def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeyp
 
 
 @pytest.mark.parametrize("etags", [True, False])
-def test_a_file_replaced_while_it_is_read_is_thrown_away(web: Web, etags: bool, monkeypatch: Any) -> None:
+def test_a_file_replaced_while_it_is_read_is_thrown_away(web: Web, etags: bool, read_by: Callable[..., None]) -> None:
     """With an ETag or by its time alone: what changed in the middle goes live in none of its states."""
     web.etags = etags
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 32)
+    read_by(chunk=32)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     os.utime(file, (1e9, 1e9))
     checkpoint = CheckpointWeightGetter(f"http://{web.host}/x.safetensors").open_newest()

@@ -180,10 +180,10 @@ def Double() -> Any:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_source_that_changes_while_it_is_read(
-    segment: WritableSegment, runs: Path, change: str, monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, change: str, read_by: Callable[..., None]
 ) -> None:
     """Guards that only bytes of one state of a file go live, and that the next pass takes what is there then."""
-    monkeypatch.setattr("wsync.checkpoints.plan.CHUNK", 64)
+    read_by(chunk=64)
     act, status, afterwards, mark = CHANGES[change]
     spec = replace(load_spec(SPEC), weights=Fit(cast=True))
     write(runs / "step_1.safetensors", mlp(), 1.0)

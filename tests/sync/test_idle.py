@@ -24,8 +24,7 @@ from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
-from wsync.sync import loop
-from wsync.sync.loop import run
+from wsync.sync.loop import Schedule, run
 from wsync.sync.syncer import Syncer
 
 Event = Outcome | WsyncError
@@ -118,7 +117,7 @@ def test_a_full_look_comes_now_and_then(
 ) -> None:
     """Guards what no notification tells, such as a write through a memory map."""
     until(watch, "current")
-    monkeypatch.setattr(loop, "_FULL", 0.0)
+    monkeypatch.setattr(Schedule, "full", 0.0)
     watch()
     before = len(listings)
     for _ in range(5):

@@ -329,12 +329,11 @@ def test_what_another_publisher_just_published_is_not_published_again(
 
 
 def test_what_is_remembered_of_checkpoints_is_bounded(
-    segment: WritableSegment, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    segment: WritableSegment, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards that a watch of months keeps nothing of checkpoints that are gone: steps, refusals, what was told."""
-    monkeypatch.setattr("wsync.cli.watch_output._REMEMBERED", 3)
     spec = replace(load_spec(SPEC), select=Select(order="step"))
-    with Syncer(spec, runs) as syncer, WatchLog(NAME, runs, "plain", lambda: None) as log:
+    with Syncer(spec, runs) as syncer, WatchLog(NAME, runs, "plain", lambda: None, remembered=3) as log:
         for number in range(5):
             path = write(runs / f"step_{number}.safetensors", mlp(), float("nan"), number)
             for _ in range(2):

@@ -33,7 +33,6 @@ _WRAPPERS = (
 _CONSTANTS = ("inv_freq", "original_inv_freq")
 _WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 _EXPERT = re.compile(r"experts\.\d+\.")  # one expert; a module may hold them fused
-_WORK = 5_000_000  # tensors that are looked at in all trials together; a hostile header has a million
 _PREFIXES = 16  # most prefixes tried
 _GLOBS = 32  # most globs advised
 _RENAMES = 4  # together
@@ -46,9 +45,12 @@ Tensors = Mapping[str, StoredTensor]
 Change = dict[str, Any]
 
 
-def advice(tensors: Tensors, layout: Layout, settings: Fit) -> str:
-    """The settings that would make all tensors fit, as TOML and as options; or what else to do."""
-    trials = islice(_changes(tensors, layout, settings), 3 + _WORK // max(len(tensors), 1))
+def advice(tensors: Tensors, layout: Layout, settings: Fit, most: int = 5_000_000) -> str:
+    """The settings that would make all tensors fit, as TOML and as options; or what else to do.
+
+    Looks at no more than ``most`` tensors in all trials together: a hostile header has a million.
+    """
+    trials = islice(_changes(tensors, layout, settings), 3 + most // max(len(tensors), 1))
     for told in (_tried(tensors, layout, settings, change) for change in trials):
         if told:
             return told

@@ -57,7 +57,7 @@ class Objects(ByteSource):
             yield job, memoryview(data)
 
     def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
-        parts = list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK))
+        parts = list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.READING.chunk))
         return (data for _, data in self.ranges(parts, AT_ONCE))
 
     def staged(

@@ -19,8 +19,26 @@ from .fit import Fit
 from .header import StoredTensor
 from .match import match
 
-CHUNK = 8 << 20  # bytes of one read: few enough calls, and still in the L3 cache for the finite check
 _MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+
+
+class Reading(NamedTuple):
+    """Sizes, in bytes, by which checkpoints are read; tests replace ``READING``.
+
+    Attributes:
+        chunk: of one read: few enough calls, and still in the L3 cache for the finite check.
+        buffer: of each thread; it stays in its L2 cache.
+        large: of a file; below this, buffered reads are as fast as any.
+        worth_threads: less is staged before a second thread has begun.
+    """
+
+    chunk: int = 8 << 20
+    buffer: int = 1 << 20
+    large: int = 4 << 20
+    worth_threads: int = 16 << 20
+
+
+READING = Reading()
 
 
 class Read(NamedTuple):
@@ -150,7 +168,7 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
 
 
 def _reads(chosen: Iterable[Pair]) -> tuple[Read, ...]:
-    """Reads of at most ``CHUNK`` bytes that follow the files, each filling as many tensors as lie in it in a row."""
+    """Reads of at most a chunk that follow the files, each filling as many tensors as lie in it in a row."""
     reads: list[Read] = []
     slices: list[tuple[int, int]] = []
     file = start = end = 0
@@ -164,10 +182,10 @@ def _reads(chosen: Iterable[Pair]) -> tuple[Read, ...]:
         at = 0
         while at < stored.nbytes:
             here = stored.start + at
-            room = CHUNK - (end - start) & ~7  # so that no element is split
+            room = READING.chunk - (end - start) & ~7  # so that no element is split
             if (stored.file, here) != (file, end) or not room or len(slices) >= _MAX_BUFFERS:
                 flush()
-                file, start, end, room = stored.file, here, here, CHUNK
+                file, start, end, room = stored.file, here, here, READING.chunk
             size = min(stored.nbytes - at, room)
             if slices and sum(slices[-1]) == entry.offset + at:
                 slices[-1] = (slices[-1][0], slices[-1][1] + size)

@@ -24,16 +24,13 @@ from pathlib import Path
 from ..errors import IncompleteCheckpoint, NoCheckpoint
 from ..layout.finite import Region, all_finite
 from ..system.memory import PAGE, being_written, kept, read_at, shut
-from . import settling
+from . import plan, settling
 from .cast import Piece, split
 from .checkpoint_files import Parts, changed, open_file, parts_of, unreadable
 from .header import malformed
 from .plan import Read
 from .source import ByteSource, Job, scatter
 
-_BUFFER = 1 << 20  # bytes of each thread's buffer; they stay in its L2 cache
-_LARGE = 4 << 20  # bytes of a file; below this, buffered reads are as fast as any
-_WORTH_THREADS = 16 << 20  # bytes; fewer are staged before a second thread has begun
 _MOST_THREADS = 8
 _DELETING = 1.0  # seconds that the files of one checkpoint may take to go, one after another
 _TICK = 0.01
@@ -130,7 +127,7 @@ class Files(ByteSource):
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
         def convert(piece: Piece) -> bool:
-            parts = split(piece, _BUFFER)
+            parts = split(piece, plan.READING.buffer)
             stored = self._pieces(piece.file, piece.start, piece.nbytes)
             results = [work(part, data) for part, data in zip(parts, stored, strict=True)]  # of every part
             return all(results)
@@ -141,7 +138,7 @@ class Files(ByteSource):
         """Yields each job with its result, in order."""
         cold = self._open_direct(jobs)
         threads = max(2 if cold else 1, min(len(os.sched_getaffinity(0)) // 4, _MOST_THREADS))
-        if threads == 1 or sum(job.nbytes for job in jobs) < _WORTH_THREADS:
+        if threads == 1 or sum(job.nbytes for job in jobs) < plan.READING.worth_threads:
             yield from ((job, work(job)) for job in jobs)
             return
         from concurrent.futures import ThreadPoolExecutor  # 8 ms, which a small checkpoint need not take
@@ -154,7 +151,7 @@ class Files(ByteSource):
         """Opens the large files that are not in the page cache for direct reads; returns whether there are any."""
         for file, fd in enumerate(self._fds):
             mine = [job for job in jobs if job.file == file]
-            if file in self._direct or sum(job.nbytes for job in mine) < _LARGE:
+            if file in self._direct or sum(job.nbytes for job in mine) < plan.READING.large:
                 continue
             if not all(_is_cached(fd, job.start + job.nbytes - 1) for job in (mine[len(mine) // 2], mine[-1])):
                 try:
@@ -164,12 +161,13 @@ class Files(ByteSource):
         return bool(self._direct)
 
     def _pieces(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
-        """Yields bytes of a file, up to ``_BUFFER`` at a time, in memory of this thread, good until the next."""
+        """Yields bytes of a file, up to a buffer at a time, in memory of this thread, good until the next."""
+        most = plan.READING.buffer
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(mmap.mmap(-1, _BUFFER + 2 * PAGE))
+            self._own.buffer = memoryview(mmap.mmap(-1, most + 2 * PAGE))
         buffer, direct = self._own.buffer, self._direct.get(file)
-        for at in range(start, start + nbytes, _BUFFER):
-            size = min(_BUFFER, start + nbytes - at)
+        for at in range(start, start + nbytes, most):
+            size = min(most, start + nbytes - at)
             first, got = (at + _ELSEWHERE) % PAGE, 0
             if direct is not None:  # takes whole pages of the file into whole pages of memory
                 first = at % PAGE

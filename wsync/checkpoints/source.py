@@ -64,7 +64,7 @@ class ByteSource:
 
     def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
         """Yields a part of one of the files from its beginning to its end, in pieces that are good until the next."""
-        for _, data in self.ranges(list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.CHUNK))):
+        for _, data in self.ranges(list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.READING.chunk))):
             yield data
 
     def staged(

@@ -170,7 +170,7 @@ class TensorTable:
         from .cast import pieces
 
         every = True
-        for piece, result in self.source.converted(list(pieces(pairs, plan.CHUNK)), work):
+        for piece, result in self.source.converted(list(pieces(pairs, plan.READING.chunk)), work):
             every = every and result
             if progress:
                 progress(piece.becomes)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _STYLES = {"info": "", "warning": "yellow", "error": "red"}
-_REMEMBERED = 1024  # refused checkpoints that a log does not report again
 
 LogFormat = Literal["rich", "plain", "json"]
 LOGGED = 5
@@ -50,6 +49,7 @@ class WatchLog:
         segment: gives the standing segment, for the readers in the panel.
         status: called with each event in one line.
         rewriting: seconds for which a checkpoint may be rewritten before it is logged.
+        remembered: refused checkpoints that it does not log again.
     """
 
     def __init__(
@@ -60,9 +60,10 @@ class WatchLog:
         segment: Callable[[], Segment | None],
         status: Callable[[str], None] | None = None,
         rewriting: float = 60.0,
+        remembered: int = 1024,
     ) -> None:
         self._name, self._checkpoints, self._form, self._segment = name, checkpoints, form, segment
-        self._status = status
+        self._status, self._remembered = status, remembered
         self._rewriting, self._rewritten_since = rewriting, 0.0
         self._last: tuple[str, str] = ("", "")
         self._refused: dict[str, None] = {}  # the one that was logged or seen last comes last
@@ -140,7 +141,7 @@ class WatchLog:
         if refused.identity not in self._refused:
             self._outcome("error", refused)
         self._refused[refused.identity] = self._refused.pop(refused.identity, None)
-        while len(self._refused) > _REMEMBERED:
+        while len(self._refused) > self._remembered:
             del self._refused[next(iter(self._refused))]
 
     def progress(self, done: int, total: int) -> None:

@@ -34,8 +34,6 @@ T = TypeVar("T")
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _UNBOUNDED = 1 << 40
-_TRIM = 100  # events; one in so many checks whether there are too many
-_KEEP_REJECTIONS = 1_000
 _MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
 
 
@@ -146,6 +144,8 @@ class State:
 
     Attributes:
         warn: called when the history was damaged, and a new one begins; logs by default.
+        trim: events of which one checks whether there are too many.
+        most_rejections: that stay on record.
 
     Raises:
         UsageError: the name cannot be that of a segment.
@@ -153,6 +153,7 @@ class State:
 
     def __init__(self, name: str, directory: str | os.PathLike[str] | None = None, bound: int = _UNBOUNDED) -> None:
         self.name, self._bound = check_name(name), bound
+        self.trim, self.most_rejections = 100, 1_000
         self.directory = state_dir(directory)
         self._pin_file = self.directory / f"{name}.pin"
         self._file = self.directory / f"{name}.sqlite"
@@ -240,7 +241,7 @@ class State:
                 ).lastrowid
                 or 0
             )
-            if not added % _TRIM:  # what fails again and again pushes nothing out that a rollback needs
+            if not added % self.trim:  # what fails again and again pushes nothing out that a rollback needs
                 database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - self._bound,))
                 last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"
                 database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (self._bound,))
@@ -316,7 +317,7 @@ class State:
             database.execute("REPLACE INTO rejections VALUES (?, ?, ?, ?)", values)
             database.execute(
                 "DELETE FROM rejections WHERE at < (SELECT at FROM rejections ORDER BY at DESC LIMIT 1 OFFSET ?)",
-                (_KEEP_REJECTIONS,),
+                (self.most_rejections,),
             )
 
         self._write(add)

@@ -26,19 +26,19 @@ from .pins import Pin
 from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, gone_or_changed, kept_events, reopen, what
 
 _log = logging.getLogger("wsync")
-_PATIENCE = 3.0  # seconds that another publisher may hold the segment
 _LOOK = 0.05
 _LOOKED_AT = 1_000  # versions whose files are looked for, to list what can still be had
 _SHOWN = 10
 
 
 def rollback(
-    name: str, to: int | None = None, *, runtime: str | os.PathLike[str] | None, state: State
+    name: str, to: int | None = None, *, runtime: str | os.PathLike[str] | None, state: State, patience: float = 3.0
 ) -> tuple[Publication, Pin, int]:
     """Publishes an earlier version again and pins it; returns what is live, the pin, and which version it was.
 
     Args:
         to: the version; None takes the one before what is live.
+        patience: seconds that another publisher may hold the segment.
 
     Raises:
         UsageError: there is no such version on record; or nothing is live, and no version was named.
@@ -49,7 +49,7 @@ def rollback(
     """
     with ExitStack() as stack:
         segment = stack.enter_context(closing(WritableSegment.open(name, runtime)))
-        _begin_publishing(segment, stack)
+        _begin_publishing(segment, stack, patience)
         live = segment.live()
         event = _target(state, live, to)
         assert event.version is not None
@@ -75,9 +75,9 @@ def rollback(
         return publication, pin, event.version
 
 
-def _begin_publishing(segment: WritableSegment, stack: ExitStack) -> None:
-    """Takes the publisher's lock, within ``_PATIENCE``: a watch that stages holds it, and an operator is in a hurry."""
-    deadline = time.monotonic() + _PATIENCE
+def _begin_publishing(segment: WritableSegment, stack: ExitStack, patience: float) -> None:
+    """Takes the publisher's lock in time: a watch that stages holds it, and an operator is in a hurry."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             stack.enter_context(segment.publishing())

@@ -22,11 +22,12 @@ from .terms import Terms
 
 _log = logging.getLogger("wsync")
 _NAP = 0.0005  # seconds between two looks at a copy under way
-_AGAIN = 1.0  # seconds until a full device is asked again: to ask costs it its caches
 
 
 class DeviceReader(Reader):
     """A ``Reader`` of a policy on a device; made by ``attach``."""
+
+    full = 1.0  # seconds until a full device is asked again: to ask costs it its caches
 
     def __init__(self, attached: Attached, segment: Segment, mode: Way, weights: DeviceWeights, terms: Terms) -> None:
         self._attached, self._weights = attached, weights
@@ -105,7 +106,7 @@ class DeviceReader(Reader):
         return True
 
     def _no_room(self, exc: OutOfDeviceMemory) -> None:
-        self._again = time.monotonic() + _AGAIN
+        self._again = time.monotonic() + self.full
         if not self._told_of_room:
             self._told_of_room = True
             _log.warning("the policy attached to %r keeps version %d: %s", self.name, self.version, exc)

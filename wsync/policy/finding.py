@@ -11,8 +11,6 @@ from ..segment.segment import Segment
 from ..segment.segment_files import REMOVED
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.1  # seconds between two looks for a segment that is gone
-_SELDOM, _SELDOM_SECONDS = 64, 1.0  # calls at most, and seconds, between two looks at the segment's directory
 
 
 class Lookout:
@@ -25,7 +23,9 @@ class Lookout:
         most: calls that may do without.
     """
 
-    def __init__(self, most: int = _SELDOM) -> None:
+    seconds = 1.0  # between two looks
+
+    def __init__(self, most: int = 64) -> None:
         self._most = most
         self._calls = 1
         self._clock = self._looked = 0.0
@@ -34,8 +34,8 @@ class Lookout:
         """The number of calls to skip before the next check, and whether to look now."""
         now = time.monotonic()
         took, self._clock = max(now - self._clock, 1e-9), now
-        self._calls = max(1, min(self._most, 2 * self._calls, int(self._calls * _SELDOM_SECONDS / took)))
-        due = now - self._looked >= _SELDOM_SECONDS
+        self._calls = max(1, min(self._most, 2 * self._calls, int(self._calls * self.seconds / took)))
+        due = now - self._looked >= self.seconds
         if due:
             self._looked = now
         return self._calls, due
@@ -51,6 +51,8 @@ def is_gone(segment: Segment) -> bool:
 
 class Search:
     """Looks for the segment that replaces one that is gone: not too often, and saying once that it is gone."""
+
+    seconds = 0.1  # between two looks
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -69,7 +71,7 @@ class Search:
             with suppress(OSError):
                 what = segment.damage() or what
             _log.warning("segment %r %s; the policy keeps version %d", segment.name, what, version)
-        self._next = now + _LOOK
+        self._next = now + self.seconds
         try:
             found = Segment.open(segment.name, segment.path.parent, layout=segment.layout)
         except SegmentError:

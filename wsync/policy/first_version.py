@@ -18,7 +18,6 @@ from ..system.memory import default_runtime_dir, runtime_dir
 from .reader import Reader, deadline_of
 
 _log = logging.getLogger("wsync")
-_PATIENCE = 5.0  # seconds without a version, after which the log says what is there
 _LOOK = 0.1  # seconds between two looks where no word will change
 _SHOWN = 8  # names of other segments in a message
 
@@ -33,6 +32,8 @@ class Opening:
         runtime: where segments live.
         timeout: seconds to wait for the first version; None waits for ever.
     """
+
+    patience = 5.0  # seconds without a version, after which the log says what is there
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None, timeout: float | None) -> None:
         self._name, self._runtime, self._timeout = name, runtime, timeout
@@ -77,7 +78,7 @@ class Opening:
         Raises:
             AttachTimeout: none came in time.
         """
-        due: float | None = time.monotonic() + _PATIENCE
+        due: float | None = time.monotonic() + self.patience
         if _has_first(reader):
             return
         while True:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
-_PIECE = 1 << 16  # bytes of a body handed over at a time; larger pieces miss the cache and are slower
 DEPTH = 5  # of the names that a listing keeps: checkpoints that are directories, and three more within those
 _LOOKS = 16  # at single objects, at a time
 _SHARDS = 10_000  # of one checkpoint
@@ -124,6 +123,8 @@ class Store:
         stop: once set, every wait for an answer ends with ``Stopped``.
     """
 
+    piece = 1 << 16  # bytes of a body handed over at a time; larger pieces miss the cache and are slower
+
     def __init__(self, scheme: str, root: str, secret: tuple[str, str] = ("", "")) -> None:
         self.scheme, self.root, self._secret = scheme, root, secret
         self.stop = threading.Event()
@@ -194,7 +195,7 @@ class Store:
                 raise OtherVersion
             if result.range != (start + done, start + nbytes):
                 raise Faulty("another range than was asked for")
-            for piece in result.stream(min_chunk_size=_PIECE):
+            for piece in result.stream(min_chunk_size=self.piece):
                 if len(piece) > nbytes - done:
                     raise Faulty("more bytes than were asked for")
                 take(done, memoryview(piece))

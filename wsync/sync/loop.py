@@ -30,7 +30,6 @@ from ..settings.spec import Spec
 from .syncer import Syncer
 
 LONGEST = 60.0  # seconds between two passes, however many failed
-_FULL = 60.0  # seconds between two full looks at a place whose changes are all notified
 _APART = 1.0  # seconds between two looks at the listing of a directory; a store is listed every ``poll`` seconds
 
 
@@ -53,6 +52,8 @@ class Schedule:
         is_idle: the pass that is due comes by the clock alone, where notifications tell all that changes.
     """
 
+    full = 60.0  # seconds between two full looks at a place whose changes are all notified
+
     def __init__(self, spec: Spec, place: Path, stop: threading.Event) -> None:
         self.failures = self.pauses = 0
         self._spec, self._place, self._stop = spec, place, stop
@@ -60,7 +61,7 @@ class Schedule:
         self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
         # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
         self._next = self._look = self._rest = 0.0
-        self.is_idle, self._full = False, -_FULL
+        self.is_idle, self._full = False, -self.full
         self._found: object = None  # the listing before the last pass, where one before it failed
 
     def due(self, seconds: float) -> bool:
@@ -74,7 +75,7 @@ class Schedule:
         told = self._changes.wait(min(until, due) - time.monotonic())
         if not told and time.monotonic() < due:
             return False
-        self.is_idle = not told and self._changes.tells_all() and time.monotonic() - self._full < _FULL
+        self.is_idle = not told and self._changes.tells_all() and time.monotonic() - self._full < self.full
         if not self.is_idle:
             self._full = time.monotonic()
         self._look = time.monotonic() + self._apart

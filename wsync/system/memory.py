@@ -30,7 +30,6 @@ _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 _F_SETSIG = 10  # asm-generic/fcntl.h; the module has no name for it before Python 3.13
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE, _MADV_DONTNEED_LOCKED = 22, 23, 24  # asm-generic/mman-common.h
 _PIECE = 4 << 20  # bytes that are copied at a time
-_NAP = 0.25  # seconds between looks where a wake-up may have been lost with its publisher
 
 
 def runtime_dir(path: str | os.PathLike[str] | None = None) -> Path:
@@ -279,12 +278,13 @@ def wake(address: int) -> None:
     _futex(address, _FUTEX_WAKE, 0x7FFFFFFF, None)
 
 
-def sleep_on(address: int, expected: int, seconds: float) -> None:
+def sleep_on(address: int, expected: int, seconds: float, nap: float = 0.25) -> None:
     """Sleeps until the 32 bits at ``address`` are woken, or are not ``expected``, or the time is up.
 
-    May return early: the caller looks again. See futex(2).
+    May return early, and does after ``nap`` seconds, because a wake-up may be lost with its publisher: the caller looks
+    again. See futex(2).
     """
-    seconds = min(max(seconds, 0.0), _NAP)
+    seconds = min(max(seconds, 0.0), nap)
     _futex(address, _FUTEX_WAIT, expected & 0xFFFFFFFF, struct.pack("@ll", 0, int(seconds * 1e9)))
 
 
