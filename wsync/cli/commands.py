@@ -37,7 +37,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..history.outcome import Outcome
     from ..segment.segment import Segment
+    from ..sync.syncer import Syncer
 
 app = typer.Typer(
     name="wsync",
@@ -77,13 +79,10 @@ def push(
     A rejection is reported once, with 65. Later pushes print a note and exit with
     0, because the live version stays live; if nothing is live, they exit with 65.
     """
-    # Long, but most of it declares options; the rest is one sequence that shares what it has opened.
-    from ..checkpoints.checkpoint_files import remote
     from ..history.database import State
     from ..history.outcome import Outcome
-    from ..sync.claim import undone_by
     from ..sync.syncer import Syncer
-    from .push_output import outcome_json, tell, transfer_bar
+    from .push_output import tell
     from .terminal import complain, unwind_at
 
     news = None
@@ -119,11 +118,7 @@ def push(
             syncer.box.claim.take_over = take_over
             if retry:
                 syncer.record.forget()
-            shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
-            with transfer_bar() if shown else nullcontext() as syncer.box.progress:
-                event = syncer.once(force=force, dry_run=dry_run)
-            if undone := undone_by(syncer.updater.opened, event, loaded.select):
-                event = event._replace(warning=undone)
+            event = _pass(syncer, force=force, dry_run=dry_run)
             if wait is not None and event.status in ("published", "current", "pinned"):
                 late = _wait(syncer.updater.opened, event.version, wait)
     except WsyncError as exc:
@@ -142,7 +137,7 @@ def push(
     if isinstance(event, WsyncError):
         if as_json and not isinstance(event, UsageError):
             failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
-            print(json.dumps(outcome_json(failed)))
+            tell(failed, as_json=True)
         raise event
     tell(event, as_json=as_json, quiet=quiet)
     raise typer.Exit(75 if late else event.exit_code)
@@ -283,6 +278,19 @@ def _main(
     ] = False,
 ) -> None:
     pass
+
+
+def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
+    """One pass, with a bar on a terminal while weights come from a store."""
+    from ..checkpoints.checkpoint_files import remote
+    from ..sync.claim import undone_by
+    from .push_output import transfer_bar
+
+    shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
+    with transfer_bar() if shown else nullcontext() as syncer.box.progress:
+        outcome = syncer.once(force=force, dry_run=dry_run)
+    undone = undone_by(syncer.updater.opened, outcome, syncer.spec.select)
+    return outcome._replace(warning=undone) if undone else outcome
 
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:

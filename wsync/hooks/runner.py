@@ -30,6 +30,7 @@ from . import command
 
 if TYPE_CHECKING:
     import http.client
+    from urllib.parse import SplitResult
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
@@ -185,17 +186,12 @@ def request(spec: Spec, live: Publication) -> None:
         WsyncError: no answer in time, or another than is a success. It shows the host alone: all else of a URL may be
             a secret.
     """
-    import base64
     import http.client
-    from urllib.parse import unquote, urlsplit
+    from urllib.parse import urlsplit
 
     settings = spec.hooks
     url = urlsplit(settings.webhook)
     shown = f"the webhook at {url.hostname}"
-    headers = {"Content-Type": "application/json", "Wsync-Version": str(live.version), "Connection": "close"}
-    if url.username is not None:
-        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source or None}
     body = json.dumps(about).encode()
     target = (url.path or "/") + (f"?{url.query}" if url.query else "")
@@ -208,7 +204,7 @@ def request(spec: Spec, live: Publication) -> None:
     try:
         connection.connect()
         if time.monotonic() < deadline:
-            connection.request(settings.webhook_method.upper(), target, body, headers)
+            connection.request(settings.webhook_method.upper(), target, body, _headers(url, live))
             status = connection.getresponse().status
         if time.monotonic() >= deadline:  # headers that were cut off are taken for complete ones
             raise TimeoutError
@@ -228,6 +224,17 @@ def request(spec: Spec, live: Publication) -> None:
             f"{shown} answered {status}, not {settings.webhook_success_status}. Look at that server's log, or set "
             f"hooks.webhook_success_status."
         )
+
+
+def _headers(url: SplitResult, live: Publication) -> dict[str, str]:
+    import base64
+    from urllib.parse import unquote
+
+    headers = {"Content-Type": "application/json", "Wsync-Version": str(live.version), "Connection": "close"}
+    if url.username is not None:
+        pair = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    return headers
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:

@@ -101,17 +101,9 @@ class Service:
             if monitor:  # before the log: who reads there what happened finds it in the figures
                 monitor.tell(event)
             log.tell(event)
-            look(event)
+            self._look(reach, event, log, monitor)
             if isinstance(event, Outcome) and event.version:
                 self.notifier.ready()
-
-        def look(event: Outcome | WsyncError) -> None:
-            published = event.version if isinstance(event, Outcome) and event.status == "published" else 0
-            with suppress(OSError, WsyncError):  # the next pass tells what is wrong
-                if told := reach.look(self.syncer.updater.opened, published):
-                    if monitor:
-                        monitor.figures.live.to_all_readers = told[-1]
-                    log.reached(*told)
 
         def progress(done: int, total: int) -> None:
             self.notifier.staging()
@@ -140,6 +132,15 @@ class Service:
         finally:
             self._close()
             self.notifier.close()
+
+    def _look(self, reach: Reach, event: Outcome | WsyncError, log: Log, monitor: Monitor | None) -> None:
+        """Says once that all readers have the live version."""
+        published = event.version if isinstance(event, Outcome) and event.status == "published" else 0
+        with suppress(OSError, WsyncError):  # the next pass says what is wrong
+            if told := reach.look(self.syncer.updater.opened, published):
+                if monitor:
+                    monitor.figures.live.to_all_readers = told[-1]
+                log.reached(*told)
 
     def _signalled(self, number: int, frame: object) -> None:
         if number == signal.SIGHUP:

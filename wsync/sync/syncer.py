@@ -259,15 +259,7 @@ class Syncer:
             except (CheckpointError, RetryLater) as exc:
                 if this.again and isinstance(exc, CheckpointChanged):
                     raise
-                if "@" not in candidate.identity:  # else it is known by more than its files tell
-                    opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
-                refusal = this.refusal(
-                    exc,
-                    named=not candidate.name,
-                    step=self.getter.step_of(candidate),
-                    checkpoint=str(candidate.path),
-                    identity=opened or candidate.identity,
-                )
+                refusal = self._refusal(this, candidate, exc, opened)
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
@@ -288,6 +280,18 @@ class Syncer:
         if this.live and first.status == "empty":
             return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
         return first
+
+    def _refusal(self, this: Pass, candidate: Candidate, exc: CheckpointError | RetryLater, opened: str) -> Outcome:
+        """The refusal of a candidate that was opened under an identity, or of one that could not be opened."""
+        if "@" not in candidate.identity:  # else it is known by more than its files tell
+            opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
+        return this.refusal(
+            exc,
+            named=not candidate.name,
+            step=self.getter.step_of(candidate),
+            checkpoint=str(candidate.path),
+            identity=opened or candidate.identity,
+        )
 
     def _published_from(self, this: Pass, path: Path) -> list[str]:
         """Identities of what was published from a path."""
