@@ -295,13 +295,12 @@ def advice(exc: OSError) -> str:
     return _ADVICE.get(exc.errno or 0, "Look at what it names, its mount, and the limits of this process")
 
 
-def refused(exc: OSError, place: os.PathLike[str]) -> SegmentError:
-    """Converts an OSError at a segment, or its directory, into a SegmentError that names the place."""
+def refused(exc: OSError, path: os.PathLike[str]) -> SegmentError:
+    """Converts an OSError at a segment, or its directory, into a SegmentError that names the path."""
     what = f" ({exc.filename})" if exc.filename else ""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     return SegmentError(
-        f"OS error at {os.fspath(place)}: {reason}{what}. {advice(exc)}; nothing is lost, and the next pass tries "
-        "again."
+        f"OS error at {os.fspath(path)}: {reason}{what}. {advice(exc)}; nothing is lost, and the next pass tries again."
     )
 
 

@@ -145,13 +145,13 @@ def test_kept_copies_are_the_way_back_when_all_else_is_gone(push: Push, runs: Pa
     spec = replace(load_spec("policies:mlp"), keep=2)
     for mark in (1, 2, 3, 4):
         push(mark, spec=spec)
-    assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["3.safetensors", "4.safetensors"]
     for file in runs.iterdir():
         file.unlink()
     WritableSegment.open(NAME).remove()
     write(runs / "step_5.safetensors", mlp(), 5.0, 5)
     assert push(spec=spec).version == 5
-    (state.kept / "5.safetensors").unlink()
+    (state.copies / "5.safetensors").unlink()
     live, pin, _ = rollback(NAME, 4, runtime=None, state=state)
     assert (live.version, live.step) == (6, 4) and live_marks() == {4.0}
     WritableSegment.open(NAME).remove()  # a reboot: the pinned one comes back, and not the newest
@@ -167,7 +167,7 @@ def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, run
     for version in (3, 4):
         WritableSegment.open(NAME).remove()
         assert push(spec=spec).version == version
-    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "4.safetensors"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for to in (1, 2, 3):  # by whatever number it was live
         WritableSegment.open(NAME).remove()
@@ -186,11 +186,11 @@ def test_copies_of_a_history_that_was_removed_are_no_others(push: Push, runs: Pa
     for mark in (4, 5):
         WritableSegment.open(NAME).remove()
         push(mark, spec=spec)
-    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "2.safetensors"]
     WritableSegment.open(NAME).remove()
-    (state.kept / "1.safetensors").unlink()
+    (state.copies / "1.safetensors").unlink()
     push(6, spec=spec)
-    shutil.copy(state.kept / "2.safetensors", state.kept / "1.safetensors")
+    shutil.copy(state.copies / "2.safetensors", state.copies / "1.safetensors")
     (runs / "step_4.safetensors").unlink()
     with pytest.raises(WsyncError, match="gone or was"):
         rollback(NAME, 1, runtime=None, state=state)
@@ -204,7 +204,7 @@ def test_what_is_pinned_is_kept(push: Push, runs: Path, state: State) -> None:
         push(mark, spec=spec)
     rollback(NAME, 1, runtime=None, state=state)
     assert push(spec=spec).status == "pinned"
-    assert sorted(p.name for p in state.kept.iterdir()) == ["3.safetensors", "4.safetensors"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["3.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for version in (5, 6):
         WritableSegment.open(NAME).remove()
@@ -218,7 +218,7 @@ def test_other_settings_make_another_copy(push: Push, runs: Path, state: State) 
     write(runs / "step_1.safetensors", torch.nn.ModuleDict({"a": mlp(), "b": mlp()}), 1.0, 1)
     for prefix in ("a.", "b."):
         assert push(spec=replace(spec, weights=Fit(prefix=prefix)), force=True).status == "published"
-    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "2.safetensors"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "2.safetensors"]
 
 
 def mixture() -> tuple[float, float]:
@@ -277,7 +277,7 @@ def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Pus
             assert push(spec=spec).status == "published" and mixture() == (9.0, rest)
         state.set_pin(None)
     rollback(NAME, 2, runtime=None, state=state)
-    for copy in state.kept.iterdir():
+    for copy in state.copies.iterdir():
         copy.unlink()
     WritableSegment.open(NAME).remove()
     lost = push(spec=spec)
@@ -300,13 +300,13 @@ def test_odd_names_are_gone_back_to_and_listed(push: Push, runs: Path, state: St
 def test_half_a_copy_is_removed_once_nobody_writes_it(push: Push, state: State) -> None:
     """Guards the disk against what a publisher that was killed left behind, as large as the weights."""
     spec = replace(load_spec("policies:mlp"), keep=1)
-    state.kept.mkdir(parents=True)
-    dead, alive = state.kept / "8.tmp", state.kept / "9.tmp"
+    state.copies.mkdir(parents=True)
+    dead, alive = state.copies / "8.tmp", state.copies / "9.tmp"
     dead.write_bytes(b"half")
     with alive.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         push(1, spec=spec)
-    assert sorted(p.name for p in state.kept.iterdir()) == ["1.safetensors", "9.tmp"]
+    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "9.tmp"]
 
 
 def test_rollback_where_nothing_is_live(push: Push, state: State) -> None:
@@ -492,11 +492,11 @@ def test_a_clock_that_was_set_back_takes_no_new_copy(push: Push, state: State) -
     spec = replace(load_spec("policies:mlp"), keep=2)
     for mark in (1, 2):
         push(mark, spec=spec)
-    for copy in state.kept.iterdir():
+    for copy in state.copies.iterdir():
         os.utime(copy, (time.time() + 3600,) * 2)
     for mark in (3, 4):
         push(mark, spec=spec)
-    assert {copy.name for copy in state.kept.iterdir()} == {"3.safetensors", "4.safetensors"}
+    assert {copy.name for copy in state.copies.iterdir()} == {"3.safetensors", "4.safetensors"}
 
 
 def test_what_was_tried_again_with_success_is_taken_after_a_reboot(push: Push, state: State) -> None:

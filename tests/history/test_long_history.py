@@ -130,7 +130,7 @@ def test_a_rollback_to_what_is_gone_looks_for_some_files(watched: Watched) -> No
             database.execute(f"{into} {later}", (NUMBER + 3,))
         with pytest.raises(NoCheckpoint, match=f"\n  {NUMBER + 2} .* kept copy"):
             rollback(NAME, 7, runtime=None, state=state)
-        for copy in state.kept.iterdir():
+        for copy in state.copies.iterdir():
             copy.unlink()
         with pytest.raises(NoCheckpoint, match="None of the last 1,000 versions can be put live any more"):
             rollback(NAME, 7, runtime=None, state=state)

@@ -18,7 +18,7 @@ from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.places.changes import Changes
 from wsync.places.listing import scan
 from wsync.places.newest import Candidate, Select, natural, select
-from wsync.places.weight_getter import place_of
+from wsync.places.weight_getter import live_candidate
 from wsync.segment.segment_files import Publication
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
@@ -437,4 +437,4 @@ def test_a_time_ahead_of_the_clock_hides_nothing_that_comes_after(tmp_path: Path
     assert select(scan(tmp_path), after) == []  # and the one from ahead does not come back
     published = Publication(1, None, str(first), identity(first.stat()), time.time() - 1, "")
     first.unlink()
-    assert [c.path.name for c in select(scan(tmp_path), place_of(published))] == ["b.safetensors"]
+    assert [c.path.name for c in select(scan(tmp_path), live_candidate(published))] == ["b.safetensors"]

@@ -168,7 +168,7 @@ def test_a_dry_run_remembers_and_publishes_nothing(segment: WritableSegment, run
         for pinned in (None, str(other)):  # what is live, and what is not
             pin_checkpoint(NAME, pinned, runtime=runtime, state=state)
             assert one.once(dry_run=True).status == "pinned"
-        assert (segment.version, state.kept.exists()) == (1, False)
+        assert (segment.version, state.copies.exists()) == (1, False)
 
 
 def test_what_was_written_over_is_refused_once(segment: WritableSegment, runs: Path) -> None:

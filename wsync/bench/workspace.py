@@ -95,10 +95,10 @@ class Workspace:
 
         Compiled modules are kept, as in an installation: to compile wsync anew takes as long as a push.
         """
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("WSYNC_")}
-        kept.pop("PYTHONDONTWRITEBYTECODE", None)
+        users = {name: value for name, value in os.environ.items() if not name.startswith("WSYNC_")}
+        users.pop("PYTHONDONTWRITEBYTECODE", None)
         own = {"WSYNC_RUNTIME_DIR": str(self.runtime), "WSYNC_STATE_DIR": str(self.files / "state")}
-        return {**kept, **own, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return {**users, **own, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     @contextmanager
     def process(self, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:

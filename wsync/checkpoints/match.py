@@ -130,9 +130,9 @@ def _placed(entry: TensorEntry, tensors: Mapping[str, StoredTensor], settings: F
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2 or tensor.shape[1] != columns or not settings.takes(tensor.dtype, entry.dtype):
             return {}
-        place = TensorEntry(entry.name, entry.dtype, tensor.shape, offset)
-        pairs[name] = (tensor, place)
-        offset += place.nbytes
+        part = TensorEntry(entry.name, entry.dtype, tensor.shape, offset)
+        pairs[name] = (tensor, part)
+        offset += part.nbytes
     each = len(tensors) // entry.shape[0]
     heights = [tensor.shape[0] for tensor in tensors.values()]
     even = all(sum(heights[at : at + each]) == rows for at in range(0, len(heights), each))

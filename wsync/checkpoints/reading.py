@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..errors import IncompleteCheckpoint, NoCheckpoint
 from ..layout.finite import Region, all_finite
-from ..system.memory import PAGE, being_written, kept, read_at, shut
+from ..system.memory import PAGE, being_written, closed_on_error, read_at, shut
 from . import plan, settling
 from .cast import Piece, split
 from .checkpoint_files import Parts, changed, open_file, parts_of, unreadable
@@ -199,7 +199,7 @@ def _open(path: Path) -> int:
         if exc.errno == errno.ENXIO:  # a socket
             raise malformed(path, "it is not a regular file") from exc
         raise unreadable(path, exc) from exc
-    with kept(fd):
+    with closed_on_error(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise malformed(path, "it is not a regular file")
     return fd

@@ -79,6 +79,7 @@ def push(
     A rejection is reported once, with 65. Later pushes print a note and exit with
     0, because the live version stays live; if nothing is live, they exit with 65.
     """
+    # Long, but a third of it declares options; the rest is one sequence that shares what it has opened.
     from ..history.database import State
     from ..history.outcome import Outcome
     from ..sync.syncer import Syncer

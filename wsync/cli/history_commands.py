@@ -203,8 +203,8 @@ def config(
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """Show every setting and where it comes from: option, variable, TOML or default."""
-    from ..history.database import state_dir as state_place
-    from ..system.memory import runtime_dir as runtime_place
+    from ..history.database import state_dir as state_directory
+    from ..system.memory import runtime_dir as runtime_directory
     from .config_output import origins, print_config, write_spec
     from .watch_output import default_format
 
@@ -218,8 +218,8 @@ def config(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name: words.get(source.name) if source else None for name, source in sources.items()}
     others = {
-        "runtime_dir": runtime_place(runtime_dir),
-        "state_dir": state_place(state_dir),
+        "runtime_dir": runtime_directory(runtime_dir),
+        "state_dir": state_directory(state_dir),
         "log_format": log_format or default_format(),
     }
     rows = origins(loaded, spec, given, others)

@@ -77,14 +77,14 @@ def inspect(
 
 
 def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> list[dict[str, Any]]:
-    kept = ("path", "complete", "step", "step_from", "other_numbers", "bytes", "reason", "kind", "fits")
+    shown = ("path", "complete", "step", "step_from", "other_numbers", "bytes", "reason", "kind", "fits")
     verdicts = []
     for candidate in select(found, order=settings.order):
         try:
             looked = _look(candidate.path, settings, fits, False)
         except NoCheckpoint:
             continue  # retention was faster
-        verdicts.append({key: looked[key] for key in kept if key in looked})
+        verdicts.append({key: looked[key] for key in shown if key in looked})
     return verdicts
 
 

@@ -10,13 +10,13 @@ also ends with 2. The figures after ``|`` are for graphs.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import SegmentError, StateError, UsageError, printable
@@ -36,7 +36,6 @@ _WORDS = ("OK", "WARNING", "CRITICAL")
 _LOOKED_AT = 1000  # events
 _COLUMNS = 80  # of the screen of ``--watch``, as top(1) shows processes
 _HEAD = f"{'segment, reader':<31}{'version':>8}{'lag':>5}{'step':>11}{'age':>12}{'per min':>9}"
-Place = str | os.PathLike[str] | None
 
 
 class Bounds(NamedTuple):
@@ -60,7 +59,7 @@ class Bounds(NamedTuple):
                 raise UsageError(f"--max-{name.replace('_', '-')} {value} is not a valid bound. Give {bound}.")
 
 
-def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_json: bool) -> int:
+def show(name: str | None, runtime: Path | None, state: Path | None, bounds: Bounds, *, as_json: bool) -> int:
     """Prints one look at the standing segments, or one line where bounds are given; returns the exit code.
 
     Args:
@@ -88,7 +87,7 @@ def show(name: str | None, runtime: Place, state: Place, bounds: Bounds, *, as_j
     return code
 
 
-def follow(name: str | None, runtime: Place, state: Place) -> None:
+def follow(name: str | None, runtime: Path | None, state: Path | None) -> None:
     """Shows the status again and again until interrupted: in place on a terminal, otherwise one below the other."""
     from rich.live import Live
 
@@ -108,7 +107,9 @@ def follow(name: str | None, runtime: Place, state: Place) -> None:
             time.sleep(_REFRESH)
 
 
-def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str, Any]], dict[str, SegmentError]]:
+def look(
+    name: str | None, runtime: Path | None, state: Path | None
+) -> tuple[list[dict[str, Any]], dict[str, SegmentError]]:
     """Returns each readable segment as ``segment_json`` gives it, and the error of each other one by name."""
     told: list[dict[str, Any]] = []
     broken: dict[str, SegmentError] = {}
@@ -122,17 +123,17 @@ def look(name: str | None, runtime: Place, state: Place) -> tuple[list[dict[str,
     return told, broken
 
 
-def _told(segment: Segment, place: Place) -> dict[str, Any]:
+def _told(segment: Segment, state: Path | None) -> dict[str, Any]:
     """The segment, its pin, its last failure if nothing was published since, and its group if it has one."""
     told = segment_json(segment)
-    with State(segment.name, place) as state:
+    with State(segment.name, state) as history:
         try:
-            if pin := state.pin():
+            if pin := history.pin():
                 told["pin"] = pin.name
         except StateError as exc:
             complain(exc)
         try:
-            for failure in state.events(kinds=("failure", "reject"), limit=1):
+            for failure in history.events(kinds=("failure", "reject"), limit=1):
                 at = datetime.fromtimestamp(failure.at, UTC)
                 if not told["published_at"] or at > told["published_at"]:
                     told["last_failure"] = {"at": at, "reason": failure.reason}
@@ -304,7 +305,7 @@ def _fit(line: str) -> str:
     return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 1]}…"
 
 
-def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds, state: Place) -> tuple[str, int]:
+def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds, state: Path | None) -> tuple[str, int]:
     """The line and the exit code.
 
     Args:
@@ -337,7 +338,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
     return printable(f"{line} | {' '.join(figures)}" if figures else line), code
 
 
-def _lagging(told: dict[str, Any], bounds: Bounds, state: Place) -> list[str]:
+def _lagging(told: dict[str, Any], bounds: Bounds, state: Path | None) -> list[str]:
     """Names the readers that are further behind than allowed."""
     behind = [reader for reader in told["readers"] if reader["lag"] > 0]
     late = [reader for reader in behind if bounds.lag is not None and reader["lag"] > bounds.lag]
@@ -354,11 +355,11 @@ def _lagging(told: dict[str, Any], bounds: Bounds, state: Place) -> list[str]:
     return words
 
 
-def _publishes(name: str, place: Place, **bounds: Any) -> list[Event]:
+def _publishes(name: str, state: Path | None, **bounds: Any) -> list[Event]:
     """What went live, within bounds as ``State.events`` takes them; nothing if the history cannot be read."""
     try:
-        with State(name, place) as state:
-            return state.events(kinds=("publish", "rollback"), **bounds)
+        with State(name, state) as history:
+            return history.events(kinds=("publish", "rollback"), **bounds)
     except StateError:  # the newest version's own time is known all the same
         return []
 

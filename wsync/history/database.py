@@ -171,7 +171,7 @@ class State:
             self._storage.close()
 
     @property
-    def kept(self) -> Path:
+    def copies(self) -> Path:
         """Where copies of published weights lie."""
         return self.directory / f"{self.name}.kept"
 

@@ -282,15 +282,15 @@ def keep(state: State, segment: Segment, number: int) -> None:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
         # Not by their numbers, which begin anew where the history was removed.
-        order = {event.version: event.id for event in kept_events(state)} | {publication.version: math.inf}
-        for version in sorted(kept_versions(state), key=lambda version: order.get(version, -1))[:-number]:
+        order = {event.version: event.id for event in copied_events(state)} | {publication.version: math.inf}
+        for version in sorted(copied_versions(state), key=lambda version: order.get(version, -1))[:-number]:
             copy_path(state, version).unlink(missing_ok=True)
     except OSError as exc:
         with suppress(OSError):
             temporary.unlink()
         raise StateError(
-            f"version {publication.version} of {state.name!r} could not be kept in {state.kept} ({exc.strerror}). Make "
-            "room, lower --keep, or name another place with --state-dir."
+            f"version {publication.version} of {state.name!r} could not be kept in {state.copies} ({exc.strerror}). "
+            "Make room, lower --keep, or name another place with --state-dir."
         ) from exc
     finally:
         lease.release()
@@ -305,9 +305,9 @@ def _holds(copy: Path, identity: str) -> bool:
         return False
 
 
-def _sweep(kept: Path) -> None:
+def _sweep(copies: Path) -> None:
     """Removes half a copy that somebody who was killed left behind: its lock is free."""
-    for path in kept.glob("*.tmp"):
+    for path in copies.glob("*.tmp"):
         with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
             if try_lock(fd):
                 path.unlink(missing_ok=True)
@@ -318,40 +318,40 @@ def what(event: Event) -> tuple[str, str]:
     return event.identity or "", event.settings or ""
 
 
-def kept_events(state: State) -> list[Event]:
+def copied_events(state: State) -> list[Event]:
     """The events of the versions that have a copy, oldest first."""
-    kept = kept_versions(state)
-    return state.published(f"version IN ({', '.join('?' * len(kept))})", kept)[::-1] if kept else []
+    versions = copied_versions(state)
+    return state.published(f"version IN ({', '.join('?' * len(versions))})", versions)[::-1] if versions else []
 
 
 def copies(state: State) -> dict[tuple[str, str], Path]:
     """The kept copies, by what they are of."""
-    return {what(event): copy_path(state, event.version or 0) for event in kept_events(state) if event.identity}
+    return {what(event): copy_path(state, event.version or 0) for event in copied_events(state) if event.identity}
 
 
 def copy_path(state: State, version: int) -> Path:
-    return state.kept / f"{version}.safetensors"
+    return state.copies / f"{version}.safetensors"
 
 
-def kept_versions(state: State) -> list[int]:
+def copied_versions(state: State) -> list[int]:
     """The versions that have a copy, lowest first."""
-    return sorted(int(path.stem) for path in state.kept.glob("*.safetensors") if path.stem.isdigit())
+    return sorted(int(path.stem) for path in state.copies.glob("*.safetensors") if path.stem.isdigit())
 
 
-def reopen(event: Event, kept: Mapping[tuple[str, str], Path], state: State) -> tuple[Checkpoint, Fit] | None:
+def reopen(event: Event, found: Mapping[tuple[str, str], Path], state: State) -> tuple[Checkpoint, Fit] | None:
     """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
 
     Weights that kept live values beside what their checkpoint holds are had from a copy alone.
 
     Args:
-        kept: the ``copies``.
+        found: the ``copies``.
         state: tells whether the file was written over since, with its times put back.
     """
     try:
         fit = fit_from_json(event.settings)
     except StateError:  # another wsync's
         return None
-    copy = kept.get(what(event))
+    copy = found.get(what(event))
     if copy and _holds(copy, event.identity or ""):
         checkpoint = Checkpoint(copy)
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)

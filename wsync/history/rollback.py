@@ -23,7 +23,7 @@ from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from .database import Event, State
 from .pins import Pin
-from .record import IN_NO_FILE, NO_COPY, copies, fit_from_json, gone_or_changed, kept_events, reopen, what
+from .record import IN_NO_FILE, NO_COPY, copied_events, copies, fit_from_json, gone_or_changed, reopen, what
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.05
@@ -133,15 +133,15 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
 
 def _choices(state: State) -> str:
     """What can still be gone back to, newest first."""
-    kept, seen, lines = copies(state), set(), []
-    events = {event.id: event for event in (*state.published(limit=_LOOKED_AT), *kept_events(state))}
+    found, seen, lines = copies(state), set(), []
+    events = {event.id: event for event in (*state.published(limit=_LOOKED_AT), *copied_events(state))}
     for event in sorted(events.values(), reverse=True):
         if event.version is None or event.version in seen:
             continue
         seen.add(event.version)
-        again = reopen(event, kept, state)
+        again = reopen(event, found, state)
         if again:
-            where = "kept copy" if what(event) in kept else event.checkpoint
+            where = "kept copy" if what(event) in found else event.checkpoint
             again[0].close()
             lines.append(f"  {event.version}  step {event.step}  {printable(where or '')}")
         if len(lines) == _SHOWN:

@@ -117,8 +117,8 @@ class Storage:
             self._warn(f"is damaged ({why!s:.200}), and was set aside as {self._file}.damaged")
 
     def _read_copy(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with tempfile.TemporaryDirectory() as place:
-            copy = Path(place, self._file.name)
+        with tempfile.TemporaryDirectory() as directory:
+            copy = Path(directory, self._file.name)
             for end in ("", "-wal"):
                 if end == "" or os.path.exists(f"{self._file}{end}"):
                     shutil.copyfile(f"{self._file}{end}", f"{copy}{end}")

@@ -232,7 +232,7 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
     """
     saved = _saved_names(module)
     for name, tensor in _in_modules(module):
-        others = saved.get(id(tensor)) or saved.get(place_of(tensor)) or () if saved else ()
+        others = saved.get(id(tensor)) or saved.get(tied_key(tensor)) or () if saved else ()
         same = [other for other in others if bare(other) == bare(name)]
         for each in (min([name, *same], key=len),) if same or not others else map(bare, others):
             yield each, tensor
@@ -256,14 +256,14 @@ def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
         saved = module.state_dict(keep_vars=True)
         for name, tensor in saved.items():
             if isinstance(tensor, torch.Tensor):
-                for key in {id(tensor), place_of(tensor)}:
+                for key in {id(tensor), tied_key(tensor)}:
                     names.setdefault(key, []).append(name)
     except Exception:  # the user's code, or a kind of module that cannot save itself here
         return {}
     return names
 
 
-def place_of(tensor: torch.Tensor) -> object:
+def tied_key(tensor: torch.Tensor) -> object:
     """A key that is equal for tied tensors."""
     try:
         where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

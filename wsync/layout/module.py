@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import SpecError, UsageError
-from .layout import named_tensors, place_of, unreadable
+from .layout import named_tensors, tied_key, unreadable
 from .names import bare, matching
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[
         if not matching(names, [glob]):
             raise UsageError(f"{setting}: {glob!r} matches no parameter and no persistent buffer. Correct the glob.")
     left = [(name, tensor) for name, tensor in tensors if name not in out]
-    kept = {place_of(tensor): name for name, tensor in left}
+    names_left = {tied_key(tensor): name for name, tensor in left}
     for name, tensor in tensors:
-        if name in out and (tied := kept.get(place_of(tensor))):
+        if name in out and (tied := names_left.get(tied_key(tensor))):
             raise UsageError(f"{setting} names {name}, which is tied to {tied}. Name both, or neither.")
     if out and not left:
         raise UsageError(f"{setting} names every tensor of the policy, so that nothing is kept in step. Name fewer.")

@@ -105,12 +105,12 @@ def _without(
     entries: Iterable[os.DirEntry[str]], older: Older, counts: Callable[[str], bool]
 ) -> Iterator[os.DirEntry[str]]:
     """The entries without older ones; the first of those that counts by its name stays."""
-    is_kept = False
+    has_one = False
     for entry in entries:
         if older(entry):
-            if is_kept or not counts(entry.name):
+            if has_one or not counts(entry.name):
                 continue
-            is_kept = True
+            has_one = True
         yield entry
 
 

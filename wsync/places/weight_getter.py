@@ -97,7 +97,7 @@ class CheckpointWeightGetter:
             return None
         with checkpoint:
             weights = _to_tensordict(checkpoint, self.fit)
-            self._last = _place(str(checkpoint.path), checkpoint.identity, checkpoint.step, time.time())
+            self._last = _candidate(str(checkpoint.path), checkpoint.identity, checkpoint.step, time.time())
             self.path, self.step = checkpoint.path, checkpoint.step
             return weights
 
@@ -226,14 +226,14 @@ def _published_from(candidate: Candidate, live: Candidate | None) -> list[str]:
     return [live.identity] if live and live.location == str(led_to(candidate.path)) else []
 
 
-def place_of(live: Publication | None) -> Candidate | None:
+def live_candidate(live: Publication | None) -> Candidate | None:
     """Where the live version came from, as a candidate to compare with; None where it came from memory."""
     if live is None or not live.source:
         return None
-    return _place(live.source, live.identity, live.step, live.published_at)
+    return _candidate(live.source, live.identity, live.step, live.published_at)
 
 
-def _place(source: str, identity: str, step: int | None, taken: float) -> Candidate:
+def _candidate(source: str, identity: str, step: int | None, taken: float) -> Candidate:
     written = int(identity.rpartition("-")[2])
     if written > (taken + _AHEAD) * 1e9:  # a time set ahead of the clock says nothing
         written = int(taken * 1e9)

@@ -112,20 +112,20 @@ def _has_first(reader: Reader) -> bool:
 
 
 def _told_of_neighbours(name: str, base: Path) -> str:
-    """A sentence for each place where segments are: first ``base``, then what other users have beside it.
+    """A sentence for each directory of segments: first ``base``, then what other users have beside it.
 
     Args:
         name: whose nearest relatives come first.
     """
     told = ""
     with suppress(SegmentError, OSError):
-        there = [other for other in segments(base) if other != name]
+        there = [each for each in segments(base) if each != name]
         told = f"There are {_listed(name, there)}. " if there else "There is no other segment. "
     pattern = default_runtime_dir().name.rpartition("-")[0] + "-*"
-    for place in sorted(base.parent.glob(pattern)):
+    for other in sorted(base.parent.glob(pattern)):
         with suppress(SegmentError, OSError):  # most of them are closed to us
-            if place != base and (there := segments(place)):
-                told += f"In {printable(os.fspath(place))} (runtime_dir=) there are {_listed(name, there)}. "
+            if other != base and (there := segments(other)):
+                told += f"In {printable(os.fspath(other))} (runtime_dir=) there are {_listed(name, there)}. "
     return told
 
 

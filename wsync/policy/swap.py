@@ -91,8 +91,8 @@ class _Slot:
         return look.result() if look else renew(self.memory)
 
 
-_Kept = tuple[int, weakref.ref[SlotMemory], float]
-"""Of memory that only kept tensors use: the slot that it leases, and since when."""
+_HeldBack = tuple[int, weakref.ref[SlotMemory], float]
+"""Memory that only tensors of others use, which holds a slot back: that slot, and since when."""
 
 _mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
 
@@ -111,7 +111,7 @@ class Swap:
         self._segment: Segment | None = None
         self._slots: dict[int, _Slot] = {}
         self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
-        self._kept: list[_Kept] = []  # memory that only kept tensors use
+        self._held_back: list[_HeldBack] = []
         self._told_of_writing = False
 
     def take(self, segment: Segment, lease: Lease) -> None:
@@ -131,7 +131,7 @@ class Swap:
         self._segment, self._slots, self._live = segment, slots, slot
         # One call, so that no interrupt comes between two tensors.
         deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
-        self._take_over_kept()
+        self._take_over_held_back()
         for other in others:  # more than one where the take before was interrupted
             if self._leave(other):
                 other.begin_look()
@@ -144,10 +144,10 @@ class Swap:
         return any(slot.memory.lease is lease for slot in self._slots.values())
 
     def leases(self) -> tuple[tuple[int, ...], float]:
-        """The slots that the policy, or only a kept tensor, points into; since when the oldest."""
-        self._kept = [kept for kept in self._kept if (memory := kept[1]()) and memory.lease]
+        """The slots that the policy, or only a tensor that somebody keeps, points into; since when the oldest."""
+        self._held_back = [held for held in self._held_back if (memory := held[1]()) and memory.lease]
         held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
-        held += [(slot, since) for slot, _, since in self._kept]
+        held += [(slot, since) for slot, _, since in self._held_back]
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
@@ -170,7 +170,7 @@ class Swap:
         slots, self._slots, self._live = self._slots, {}, None
         for slot in slots.values():
             self._leave(slot)
-        self._take_over_kept()
+        self._take_over_held_back()
 
     def after_fork(self) -> None:
         """In the child, which has its own pages and none of its parent's threads: looks are begun anew."""
@@ -190,39 +190,39 @@ class Swap:
             attached.check_unshared()
         return slot, written
 
-    def _take_over_kept(self) -> None:
+    def _take_over_held_back(self) -> None:
         """Has a thread free slots whose memory has been kept for a whole version; most is gone before that."""
-        kept, self._kept = self._kept, []
-        for one in kept:
+        held_back, self._held_back = self._held_back, []
+        for one in held_back:
             try:
                 _looks.submit(self._take_over, one)
             except RuntimeError:  # this process may have no more threads, or is about to end
-                self._kept.append(one)
+                self._held_back.append(one)
 
-    def _take_over(self, kept: _Kept) -> None:
-        """Lets the slot of kept memory go, once its pages are this process's own."""
-        memory = kept[1]()
+    def _take_over(self, held: _HeldBack) -> None:
+        """Lets a slot that is held back go, once its pages are this process's own."""
+        memory = held[1]()
         lease = memory.lease if memory else None
         if memory and lease and take_over(memory):
             memory.lease = None
             lease.release()
         else:
-            self._kept.append(kept)
+            self._held_back.append(held)
 
     def _leave(self, slot: _Slot) -> bool:
         """Whether a slot that the policy left had a lease, which is released; a tensor that somebody keeps keeps it."""
         lease = slot.memory.lease
         if lease is None:
             return False
-        kept = slot.uses() != slot.alone
-        if kept:
-            self._kept.append((lease.slot, weakref.ref(slot.memory), slot.since))
+        is_held = slot.uses() != slot.alone
+        if is_held:
+            self._held_back.append((lease.slot, weakref.ref(slot.memory), slot.since))
         else:
             slot.memory.lease = None
             lease.release()
-        if (kept or slot.added) and self._slots.get(lease.slot) is slot:
+        if (is_held or slot.added) and self._slots.get(lease.slot) is slot:
             del self._slots[lease.slot]
-        return not kept and not slot.added
+        return not is_held and not slot.added
 
 
 def _after_fork() -> None:

@@ -35,12 +35,12 @@ class Attached:
         names: what each tensor's name in the policy is in that layout.
 
     Attributes:
-        targets: every tensor object once, with the place of its weights in the layout.
-        tensors: the same without the places.
+        targets: every tensor object once, with the number of its entry in the layout.
+        tensors: the same without the numbers.
     """
 
     def __init__(self, policy: torch.nn.Module, layout: Layout, names: Mapping[str, str]) -> None:
-        index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
+        index = {name: number for number, entry in enumerate(layout.tensors) for name in entry.names}
         seen: dict[int, tuple[torch.Tensor, int]] = {}
         self._names: dict[int, str] = {}
         for name, tensor in named_tensors(policy):
@@ -150,15 +150,15 @@ def lie_together(tensors: Tensors, layout: Layout, own_uses: Callable[[torch.Unt
         own_uses: how many uses of a storage are no tensor of others.
     """
     storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
-    index = {name: place for place, entry in enumerate(layout.tensors) for name in entry.names}
-    for tensor, place in {id(tensor): (tensor, index[name]) for name, tensor in tensors}.values():
+    index = {name: number for number, entry in enumerate(layout.tensors) for name in entry.names}
+    for tensor, number in {id(tensor): (tensor, index[name]) for name, tensor in tensors}.values():
         storage = tensor.untyped_storage()
-        storages.setdefault(storage._cdata, (storage, []))[1].append((tensor, place))
+        storages.setdefault(storage._cdata, (storage, []))[1].append((tensor, number))
     for storage, targets in storages.values():
         own = own_uses(storage) or 1  # the storage object is one
         if torch._C._storage_Use_Count(storage._cdata) > len(targets) + own:
             return True
-        spans = sorted({(tensor.data_ptr(), tensor.nbytes, place) for tensor, place in targets})
+        spans = sorted({(tensor.data_ptr(), tensor.nbytes, number) for tensor, number in targets})
         if any(at + nbytes > after for (at, nbytes, _), (after, _, _) in pairwise(spans)):
             return True
     return False

@@ -32,7 +32,7 @@ from io import FileIO
 from pathlib import Path
 
 from ..errors import SegmentUnsafe, UsageError, refused
-from ..system.memory import default_runtime_dir, kept, no_room, shut
+from ..system.memory import closed_on_error, default_runtime_dir, no_room, shut
 
 _NAME = re.compile(r"[^\W_][\w.+@=-]*")
 _MODES = ("0600", "0640", "0644")
@@ -208,7 +208,7 @@ def open_owned(name: str, flags: int, dir_fd: int) -> Descriptor:
 def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> int:
     with _converted(path, flags, dir_fd):
         fd = os.open(path, flags | _SAFELY, 0o600, dir_fd=dir_fd)
-    with kept(fd):
+    with closed_on_error(fd):
         _check(fd, path, flags, owner, dir_fd, sticky)
     return fd
 

@@ -268,13 +268,13 @@ def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publicatio
     """
     slot.describe(publication)
     if gate:
-        place = segment.path / slot_name(slot.number)
-        staged = Staged(place, segment.name, publication.version, publication.step, publication.source)
+        file = segment.path / slot_name(slot.number)
+        staged = Staged(file, segment.name, publication.version, publication.step, publication.source)
         try:
             try:
                 gate(staged)
             finally:
-                _check_file(segment, slot, place)
+                _check_file(segment, slot, file)
         except SegmentError:  # the slot was changed: it is made whole, and holds nothing
             _restore(segment, slot)
             raise
@@ -283,8 +283,8 @@ def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publicatio
     return publication
 
 
-def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
-    """Whether the slot is still the whole file at its place, in a segment that others can open.
+def _check_file(segment: WritableSegment, slot: SpareSlot, file: Path) -> None:
+    """Whether the slot is still the whole file under its name, in a segment that others can open.
 
     Raises:
         SegmentError: it is not.
@@ -299,17 +299,17 @@ def _check_file(segment: WritableSegment, slot: SpareSlot, place: Path) -> None:
         ) from exc
     info = os.fstat(slot.fd)
     try:
-        there = segment.is_current() and os.path.samestat(info, os.stat(place, follow_symlinks=False))
+        there = segment.is_current() and os.path.samestat(info, os.stat(file, follow_symlinks=False))
     except FileNotFoundError:
         there = False
     if not there:
         raise SegmentError(
-            f"{place} was removed while the gate looked at it, and nothing went live. Let the gate change no file of a "
+            f"{file} was removed while the gate looked at it, and nothing went live. Let the gate change no file of a "
             f"segment. If the next pass fails because of it, run `wsync rm {segment.name}`."
         )
     if info.st_size != slot.data_offset + segment.layout.nbytes:
         raise SegmentError(
-            f"{place} was cut or lengthened while the gate looked at it, and nothing went live. Let the gate change no "
+            f"{file} was cut or lengthened while the gate looked at it, and nothing went live. Let the gate change no "
             "file of a segment."
         )
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SegmentUnsafe, printable
-from ..system.memory import kept, shut, try_lock
+from ..system.memory import closed_on_error, shut, try_lock
 from .access import open_dir, opened
 from .segment_files import END_OF_TIME, MAX_SLOTS, parsed
 
@@ -101,20 +101,20 @@ class Registration:
             shut(self._fd)
             self._fd = -1
 
-    def _make(self, place: Path) -> int:
-        with opened(open_readers(place.parent)) as directory:
+    def _make(self, records: Path) -> int:
+        with opened(open_readers(records.parent)) as directory:
             for _ in range(100):
-                self._path = place / f"{os.getpid()}-{os.urandom(8).hex()}"
+                self._path = records / f"{os.getpid()}-{os.urandom(8).hex()}"
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                 fd = os.open(self._path.name, flags, 0o600, dir_fd=directory)
-                with kept(fd):
+                with closed_on_error(fd):
                     os.fchmod(fd, 0o600 | os.fstat(directory).st_mode & 0o044)
                     if try_lock(fd) and os.fstat(fd).st_nlink:
                         return fd
                 shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
         raise SegmentUnsafe(
-            f"another process locks each new record in {place}. Find it with `fuser -v {place}`, end it, and attach "
-            "again."
+            f"another process locks each new record in {records}. Find it with `fuser -v {records}`, end it, and "
+            "attach again."
         )
 
 

@@ -182,8 +182,8 @@ class WritableSegment(Segment):
         live, holders = self.word & 0xFF, []
         for r in self.readers():
             if any(slot != live for slot in r.slots):
-                kept = ", ".join(map(str, self.held_back(r)))
-                holders.append(f"{r.process} (pid {r.pid}, version {r.version}{kept and f', keeps {kept}'})")
+                held = ", ".join(map(str, self.held_back(r)))
+                holders.append(f"{r.process} (pid {r.pid}, version {r.version}{held and f', keeps {held}'})")
         return SegmentBusy(
             f"every spare slot of segment {self.name!r} is leased by readers, {why_no_more}They are: "
             f"{', '.join(holders) or 'unknown'}. Let them refresh, stop them, or {remedy}."

@@ -172,9 +172,9 @@ class Service:
                 )
             if new.fingerprint != self.spec.fingerprint:
                 layout_process.layout_of_spec(new)  # a policy that cannot be built must not end a watch that works
-            kept = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
-            late = changed(new.metrics, kept, "metrics.")
-            new = replace(new, metrics=kept)
+            standing = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
+            late = changed(new.metrics, standing, "metrics.")
+            new = replace(new, metrics=standing)
             syncer = self._syncer(new)
         except WsyncError as exc:
             log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
@@ -184,7 +184,7 @@ class Service:
             self._use(syncer)
             self.spec = new
             if monitor and monitor.endpoint:
-                monitor.endpoint.max_staleness = kept.max_staleness
+                monitor.endpoint.max_staleness = standing.max_staleness
             log.note("info", "reload", f"SIGHUP: {self._toml} read again: {differ or 'nothing'} changed")
             if late:
                 log.note("warning", "reload", f"SIGHUP: {', '.join(late)} changed, which needs a restart")

@@ -183,9 +183,9 @@ class Spec:
             return ""
         import hashlib
 
-        place = self.directory.joinpath(*self.policy.partition(":")[0].split("."))
+        module = self.directory.joinpath(*self.policy.partition(":")[0].split("."))
         try:
-            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
             info = file.stat()
             state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
         except OSError:

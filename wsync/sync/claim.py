@@ -11,7 +11,7 @@ import os
 from ..errors import CheckpointError, UsageError
 from ..history.outcome import Outcome
 from ..places.newest import Select
-from ..places.weight_getter import CheckpointWeightGetter, place_of
+from ..places.weight_getter import CheckpointWeightGetter, live_candidate
 from ..segment.segment import Segment
 from ..segment.segment_files import Publication
 
@@ -91,7 +91,7 @@ def undone_by(segment: Segment | None, outcome: Outcome, select: Select) -> str:
         return ""
     if live and live.version == outcome.version:
         try:
-            if not CheckpointWeightGetter(watch.place, select=select).candidates(place_of(live)):
+            if not CheckpointWeightGetter(watch.place, select=select).candidates(live_candidate(live)):
                 return ""
         except CheckpointError:  # nobody can tell what the watch will find
             pass

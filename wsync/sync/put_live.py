@@ -116,8 +116,8 @@ class Box:
             self.claim.take_over = False
             self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
-            kept = replace(fit, kept=publication.version) if source.kept else fit
-            return self._tell(this, segment, publication, kept, reason)
+            fit = replace(fit, kept=publication.version) if source.kept else fit
+            return self._tell(this, segment, publication, fit, reason)
 
     def _tell(
         self, this: Pass, segment: WritableSegment, publication: Publication, fit: Fit, reason: str | None

@@ -32,7 +32,7 @@ from ..errors import (
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
 from ..places.newest import Candidate
-from ..places.weight_getter import CheckpointWeightGetter, Look, place_of
+from ..places.weight_getter import CheckpointWeightGetter, Look, live_candidate
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import report_once
@@ -203,7 +203,7 @@ class Syncer:
 
     def _choose(self, this: Pass) -> Choice:
         pin = self.record.pin()
-        after = None if this.force or self.box.claim.is_foreign(this.live) else place_of(this.live)
+        after = None if this.force or self.box.claim.is_foreign(this.live) else live_candidate(this.live)
         if after and this.live:
             after = after._replace(changed_ns=this.live.changed_ns)
         look = Look([]) if pin else self.getter.look(after)

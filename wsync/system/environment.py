@@ -24,6 +24,6 @@ def given() -> dict[str, str]:
     """
     text = Path("/proc/self/environ").read_bytes()
     start = dict(os.fsdecode(pair).partition("=")[::2] for pair in text.split(b"\0") if b"=" in pair)
-    kept = {name: value for name, value in os.environ.items() if name not in _ADDED or name in start}
+    ours = {name: value for name, value in os.environ.items() if name not in _ADDED or name in start}
     services = {name: value for name, value in start.items() if SERVICE.match(f"{name}={value}")}
-    return {name: value for name, value in kept.items() if not name.startswith("WSYNC_")} | services
+    return {name: value for name, value in ours.items() if not name.startswith("WSYNC_")} | services

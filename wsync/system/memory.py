@@ -79,7 +79,7 @@ def shut(fd: int) -> None:
 
 
 @contextmanager
-def kept(fd: int) -> Iterator[None]:
+def closed_on_error(fd: int) -> Iterator[None]:
     """Closes a descriptor where the block fails."""
     try:
         yield
@@ -291,8 +291,8 @@ def sleep_on(address: int, expected: int, seconds: float, nap: float = 0.25) -> 
 def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> None:
     import ctypes  # 5 ms, and only needed by those who wait or wake
 
-    place, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
-    ctypes.CDLL(None).syscall(number, place, operation, ctypes.c_uint32(value), timeout)
+    word, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
+    ctypes.CDLL(None).syscall(number, word, operation, ctypes.c_uint32(value), timeout)
 
 
 def permissions(addresses: Sequence[int]) -> list[str]:

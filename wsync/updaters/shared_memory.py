@@ -16,7 +16,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
 from ..errors import SegmentDamaged, SegmentMissing
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
-from ..places.weight_getter import CheckpointWeightGetter, place_of
+from ..places.weight_getter import CheckpointWeightGetter, live_candidate
 from ..segment.access import Access
 from ..segment.publishing import Gate, publish, publish_tensors
 from ..segment.segment_files import BOUND, SLOTS, Publication
@@ -181,7 +181,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # who maps gets tensors to map
             return None if self.weight_getter is None else self.weight_getter()
         live = self.segment.live() if self.segment else None
-        return self.weight_getter.open_newest(place_of(live))
+        return self.weight_getter.open_newest(live_candidate(live))
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
         """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
