@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
-from wsync.checkpoints.steps import names_a_step, read_step, step_at, step_by_shape, step_in_name
+from wsync.checkpoints.steps import names_a_step, read_step, step_at, step_by_shape, step_in_name, steps_like
 from wsync.errors import UsageError
 
 
@@ -48,6 +50,10 @@ def test_the_number_after_a_known_word_is_the_step(name: str, step: int | None) 
     assert step_in_name(f"{name}.safetensors").number == step_in_name(name).number == step
     told = step_by_shape(f"{name}.safetensors")
     assert told == (step if step_in_name(name).certain else None)
+    numbers = map(str, itertools.count(3))
+    other = re.sub(r"\d+", lambda _: next(numbers), f"{name}.safetensors")
+    assert steps_like(f"{name}.safetensors")(other) == step_by_shape(other)
+    assert steps_like("step_9.safetensors")(f"{name}.safetensors") == told
 
 
 @pytest.mark.parametrize(

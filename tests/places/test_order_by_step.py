@@ -106,6 +106,21 @@ def test_names_that_tell_the_step_are_not_opened(name: str, tmp_path: Path, monk
     assert opened == [f"{name.format(3001)}.safetensors"]
 
 
+def test_a_look_at_some_files_forgets_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a watch that is told of one file: the steps that it read from the headers of others stay remembered."""
+    for number in range(10):
+        save(tmp_path / f"run_{number}_of_{number}.safetensors", 1.0, step=str(number))
+    save(tmp_path / "step_100.safetensors", 1.0)
+    live = live_at(tmp_path, "step_100.safetensors", 100)
+    getter = CheckpointWeightGetter(tmp_path, select=Select(order="step"))
+    assert getter.candidates(live) == []
+    opened = count_opens(monkeypatch)
+    getter.only = {"run_1_of_1.safetensors"}
+    assert getter.candidates(live) == []
+    getter.only = None
+    assert getter.candidates(live) == [] and opened == []
+
+
 def test_headers_are_read_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards names that count something else than the metadata do: these order, and a later push opens what is new."""
     place, memory = tmp_path / "runs", tmp_path / "state" / "a.steps"

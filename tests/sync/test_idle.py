@@ -6,8 +6,9 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from builders import NAME, SPEC, mark_of, write
@@ -24,7 +25,7 @@ from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
-from wsync.sync.loop import Schedule, run
+from wsync.sync.loop import Idle, Schedule, run
 from wsync.sync.syncer import Syncer
 
 Event = Outcome | WsyncError
@@ -85,6 +86,79 @@ def test_an_idle_watch_lists_nothing(
     write(runs / "step_3/model.safetensors", mlp(), 3.0)
     until(watch, "published")
     assert mark_of(segment) == {3.0}
+
+
+@pytest.mark.parametrize("order", ["mtime", "step", "arrival"])
+def test_a_watch_looks_at_the_files_that_are_notified(
+    order: Literal["mtime", "step", "arrival"], listings: list[str], segment: Segment, runs: Path
+) -> None:
+    """Guards how soon a new file is live among 100,000: nothing is listed, and the same is chosen."""
+    old, half = write(runs / "step_1.safetensors", mlp(), 1.0), runs / "step_3.safetensors"
+    with Syncer(Spec(SPEC, NAME, Path.cwd(), select=Select(order=order)), runs, state=State(NAME)) as syncer:
+        passes = Idle(syncer)
+
+        def once(*names: str) -> tuple[str, bool]:
+            before = len(listings)
+            return passes.once({*names}).status, len(listings) > before
+
+        def settles() -> None:
+            assert passes.once(None).status == "current"
+
+        assert once("step_1.safetensors") == ("published", True)
+        settles()
+        write(runs / "step_2.safetensors", mlp(), 2.0)
+        assert once("step_2.safetensors", "gone.safetensors") == ("published", False)
+        assert once() == ("current", True) and mark_of(segment) == {2.0}
+        old.unlink()
+        assert once(old.name) == ("current", False)
+        half.write_bytes((runs / "step_2.safetensors").read_bytes()[:-1])
+        assert once(half.name) == ("current", False)
+        assert once(half.name) == ("current", True)  # what is newer may pass by itself
+        write(half, mlp(), 3.0)
+        passes.once({half.name})
+        assert mark_of(segment) == {3.0}
+        settles()
+        other = write(runs / "step_4.safetensors", mlp(4), 4.0)
+        assert once(other.name) == ("rejected", False)
+        assert once("step_2.safetensors") == ("rejected", True)  # which is said at each pass
+        other.unlink()
+        settles()
+        with Syncer(syncer.spec, runs / "step_2.safetensors") as by_hand:
+            assert by_hand.once().version == 4
+        assert once("step_2.safetensors") == ("published", True)  # the newest, over what was pushed by hand
+        settles()
+        half.unlink()
+        assert once(half.name)[1]  # what is live is gone
+        write(runs / "step_6.safetensors", mlp(), 6.0)
+        assert passes.once(None).status == "published"
+        settles()
+        write(runs / "model.safetensors", mlp(), 4.0)  # from now on the place is a checkpoint itself
+        write(runs / "step_5.safetensors", mlp(), 5.0)
+        once("step_5.safetensors")
+        assert mark_of(segment) == {4.0}
+
+
+def test_files_of_the_place_are_named(listings: list[str], runs: Path) -> None:
+    """Guards a watch against looking at too little: whatever is not a file of the place has it list all."""
+    (runs / "step_1").mkdir(parents=True)
+    changes = Changes(runs, 3600.0, threading.Event())
+
+    def named(change: Callable[[], object]) -> set[str] | None:
+        change()
+        while changes.wait(0.05):
+            pass
+        return changes.named()
+
+    assert changes.named() is None
+    assert named(lambda: None) == set()
+    for name in ("step_2.safetensors", "step_3.safetensors"):
+        assert named(partial(write, runs / name, mlp(), 1.0)) == {name}
+    assert named((runs / "step_2.safetensors").unlink) == {"step_2.safetensors"}
+    assert named(lambda: write(runs / "step_1" / "model.safetensors", mlp(), 1.0)) is None
+    assert named((runs / "step_4").mkdir) is None
+    assert named(lambda: (runs / "last").symlink_to("step_1")) is None
+    assert named(lambda: runs.rename(runs.with_name("moved")).rename(runs)) is None
+    changes.close()
 
 
 def test_what_lies_deeper_is_told_of(listings: list[str], runs: Path) -> None:

@@ -7,7 +7,7 @@ a word such as ``step`` or ``checkpoint`` wins over all others. This module is p
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +118,20 @@ def step_by_shape(name: str) -> int | None:
     parts = _DIGITS.split(name)
     at, factor = _place_of_step(tuple(parts[::2]))
     return _number(parts[at]) * factor if at else None
+
+
+def steps_like(name: str) -> Callable[[str], int | None]:
+    """The same for many names, most of which differ from this one in their numbers alone: that takes half the time."""
+    texts = tuple(_DIGITS.split(name)[::2])
+    at, factor = _place_of_step(texts)
+    numbers = [r"(\d+)" if 2 * number + 1 == at else r"\d+" for number in range(len(texts) - 1)]
+    alike = re.compile("".join(re.escape(text) + number for text, number in zip(texts, [*numbers, ""], strict=True)))
+    match = alike.fullmatch if at else lambda _: None
+
+    def step(name: str) -> int | None:
+        return _number(found[1]) * factor if (found := match(name)) else step_by_shape(name)
+
+    return step
 
 
 @lru_cache(maxsize=1024)

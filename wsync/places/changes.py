@@ -46,6 +46,7 @@ class Changes:
         self._watched: tuple[int, int] | None = None
         self._directory = place
         self._paths: dict[int, Path] = {}  # by their watches
+        self._named: set[str] | None = None
         self._begin()
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -63,6 +64,11 @@ class Changes:
     def tells_all(self) -> bool:
         """Whether notifications cover every change: all directories are watched, and the file system is local."""
         return self._notify is not None and self._is_complete
+
+    def named(self) -> set[str] | None:
+        """The files of the place that were notified since the last call; None where others may have changed."""
+        named, self._named = self._named, set()
+        return named if self.tells_all() else None
 
     def close(self) -> None:
         if self._notify is not None:
@@ -85,7 +91,12 @@ class Changes:
             if is_new and is_directory:
                 self._add_entry(self._directory / path.relative_to(self._directory).parts[0])
                 self._add_levels(self._directory)  # which may be a checkpoint itself
-            told = told or self._concerns(event.name, is_directory)
+            if self._concerns(event.name, is_directory):
+                told = True
+                if is_directory or path.parent != self._place:
+                    self._named = None
+                elif self._named is not None:
+                    self._named.add(event.name)
         return told
 
     def _concerns(self, name: str, is_directory: bool) -> bool:
@@ -110,6 +121,7 @@ class Changes:
             if self._watched == (info.st_dev, info.st_ino):
                 return False
             self.close()
+            self._named = None
             from inotify_simple import INotify
 
             self._notify = INotify()

@@ -12,7 +12,8 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
+from typing import cast
 
 from ..checkpoints.checkpoint_files import (
     Parts,
@@ -51,6 +52,7 @@ def scan(
     *,
     halves: bool = False,
     older: Older | None = None,
+    only: set[str] | None = None,
 ) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
@@ -62,6 +64,7 @@ def scan(
             lack a part.
         older: which entries to skip, except one, which shows that the live version is not alone. A place may have
             100,000, and a pass needs none of them.
+        only: the names of the files to look at, besides those by which the place is a checkpoint itself; None for all.
 
     Raises:
         NoCheckpoint: there is no such place yet.
@@ -75,8 +78,11 @@ def scan(
         if settings.pointer:
             name = pointed(place, settings.pointer)
             return _found(place.absolute() / name, name, settings)
-        counts, entries = _counts(settings), entries_of(place)
-        listed = list(_without(entries, older, counts) if older else entries)
+        counts = _counts(settings)
+        if only is not None:
+            listed = _named(place, only | _known_by(settings))
+        else:
+            listed = list(_without(entries_of(place), older, counts) if older else entries_of(place))
         names = {entry.name for entry in listed}
         found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
         if own:
@@ -134,7 +140,7 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
         before = min(live.mtime_ns, written(info)) if info else live.mtime_ns
     elif order == "arrival":
         arrived = min(arrived, info.st_ctime_ns - 1) if info else arrived
-    elif not info or not told or (step := told(live.name)) is None:
+    elif not info or not told or (step := told(live.name.partition("/")[0])) is None:
         return None
     else:
         is_still = os.stat(live.home).st_mtime_ns <= arrived
@@ -217,6 +223,19 @@ def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
         return
     with os.scandir(place.absolute()) as entries:
         yield from entries
+
+
+class _Entry(PosixPath):
+    """A file that can be used like the entries that ``os.scandir`` gives."""
+
+    @property
+    def path(self) -> str:
+        return str(self)
+
+
+def _named(place: Path, names: set[str]) -> list[os.DirEntry[str]]:
+    entries = (_Entry(place.absolute(), name) for name in names)
+    return [cast("os.DirEntry[str]", entry) for entry in entries if os.path.lexists(entry)]
 
 
 def _known_by(settings: Select) -> set[str]:

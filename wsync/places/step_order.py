@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.checkpoint_files import remote
-from ..checkpoints.steps import step_by_shape, step_in_name
+from ..checkpoints.steps import step_by_shape, step_in_name, steps_like
 from ..errors import CheckpointError, MalformedCheckpoint
 from .newest import Candidate
 
@@ -41,13 +41,19 @@ class StepOrder:
         return len(self._known or {})
 
     def apply(
-        self, found: list[Candidate], live: Candidate | None, all_of: Callable[[], list[Candidate]]
+        self,
+        found: list[Candidate],
+        live: Candidate | None,
+        all_of: Callable[[], list[Candidate]],
+        *,
+        forget: bool = True,
     ) -> tuple[list[Candidate], Candidate | None]:
         """The candidates with their steps, and the live one with a step found in the same way.
 
         Args:
             live: with its path below the place as its name, where it lies there.
             all_of: also lists those that were skipped because their names tell a lower step.
+            forget: steps of checkpoints that are not among the candidates.
         """
         steps: dict[int, int | None] = {}
         if self._agree(found, live):
@@ -59,7 +65,8 @@ class StepOrder:
         if not self._pattern:
             unread = [each for each in found if id(each) not in steps]
             steps.update(zip(map(id, unread), self._read(unread), strict=True))
-        self._forget_others(found)
+        if forget:
+            self._forget_others(found)
         self._save()
         return [each._replace(step=steps.get(id(each))) for each in found], live
 
@@ -67,6 +74,10 @@ class StepOrder:
         """The step that a name tells for certain."""
         entry = name.partition("/")[0]
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
+
+    def told_like(self, name: str) -> Callable[[str], int | None]:
+        """``told`` for many names of entries, most of which are like this one."""
+        return self.told if self._pattern else steps_like(name.partition("/")[0])
 
     def counts_as(self, live: Candidate) -> bool:
         """Whether the step of what is live is the one in its name, or unknown."""

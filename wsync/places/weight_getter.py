@@ -62,6 +62,7 @@ class CheckpointWeightGetter:
         path: of the checkpoint that a call gave last; None before.
         step: its producer's number, None where it has none.
         memory: a file in which the steps of the order by step are remembered; None keeps them in this process.
+        only: the names of the files that may be newer than what is live; None where any may be.
 
     Example:
         >>> getter = CheckpointWeightGetter("runs/cartpole")
@@ -79,6 +80,7 @@ class CheckpointWeightGetter:
         self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
         self.memory: Path | None = None
+        self.only: set[str] | None = None
         self._steps: StepOrder | None = None
         self.path: Path | None = None
         self.step: int | None = None
@@ -133,7 +135,7 @@ class CheckpointWeightGetter:
         live = live and live._replace(name=self._below(str(live.location)))
         older = self._older(live) if live else None
         try:
-            found = known_again(scan(self.checkpoints, self.select, older=older), live)
+            found = known_again(scan(self.checkpoints, self.select, older=older, only=self._only(live, older)), live)
         except NoCheckpoint:
             if live is None or not self.select.pointer:
                 raise
@@ -141,7 +143,8 @@ class CheckpointWeightGetter:
         if live and (self.select.pointer or not any(c.name for c in found)):
             return Look(lasting([c for c in found if c.identity != live.identity]))
         if self.select.order == "step":
-            found, live = self._step_order().apply(found, live, lambda: self._all(live) if older else found)
+            all_of = lambda: self._all(live) if older else found  # noqa: E731
+            found, live = self._step_order().apply(found, live, all_of, forget=self.only is None)
         newer = select(found, live, self.select.order)
         if live is None:
             return Look(lasting(newer))
@@ -158,7 +161,13 @@ class CheckpointWeightGetter:
         if settings.within or settings.file:  # only directories count
             return None
         is_by_step = settings.order == "step" and self._step_order().counts_as(live)
-        return older_than(live, settings.order, self._step_order().told if is_by_step else None)
+        return older_than(live, settings.order, self._step_order().told_like(live.name) if is_by_step else None)
+
+    def _only(self, live: Candidate | None, older: Older | None) -> set[str] | None:
+        """The names that a listing needs no others than."""
+        if self.only is None or live is None or older is None:
+            return None
+        return {*self.only, live.name.partition("/")[0]}
 
     def _all(self, live: Candidate | None) -> list[Candidate]:
         return known_again(scan(self.checkpoints, self.select), live)

@@ -131,17 +131,22 @@ class Syncer:
         except OSError as exc:
             raise refused(exc, self.updater.path) from exc
 
-    def once(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+    def once(self, *, force: bool = False, dry_run: bool = False, only: set[str] | None = None) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
 
         Args:
             force: publish the newest checkpoint again even if it is live.
             dry_run: check everything, publish nothing.
+            only: the files of the place that may have changed since a pass found that what is live is current.
 
         Raises:
             WsyncError: something other than the checkpoint is wrong, or it cannot be read.
         """
-        return recorded(self.box, partial(self.look, force=force, dry_run=dry_run), dry_run=dry_run)
+        self.getter.only = only
+        try:
+            return recorded(self.box, partial(self.look, force=force, dry_run=dry_run), dry_run=dry_run)
+        finally:
+            self.getter.only = None
 
     def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
         """One pass that the history is told nothing of; see ``once``."""
