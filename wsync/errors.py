@@ -239,6 +239,7 @@ class NoCheckpoint(CheckpointError):
     """There is no complete checkpoint yet."""
 
     exit_code = 66
+    kind = "none"
 
 
 class UnusableBase(WithDifferences, CheckpointError):

@@ -89,6 +89,9 @@ def test_the_message_names_the_tensors_and_the_setting(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteWeights) as refusal:
         staged(tmp_path, state(low=torch.full((4,), float("nan"))), Fit(finite_except=("*",), built=built))
     assert "finite_except" not in refusal.value.message and "diverged" in refusal.value.message
+    with pytest.raises(NonFiniteWeights) as refusal:
+        staged(tmp_path, state(**{"linear.bias": torch.full((3,), float("nan"))}), Fit(built=built))
+    assert [row.name for row in refusal.value.differences] == ["linear.bias"]  # the policy's own infinities are right
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import time
@@ -53,6 +54,26 @@ def test_a_pickle_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
     assert "pickle" in refusal.value.message and "can run any code" in refusal.value.message
     looked = inspect(tmp_path / name)
     assert (looked["complete"], looked["kind"]) == (False, "malformed")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "text that begins with 'version https://git-lfs"),
+        (b"<!DOCTYPE html>\n<title>404</title>", "text that begins with '<!DOCTYPE html>'"),
+        (b'{"error": "Unauthorized"}', "text that begins with"),
+        (gzip.compress(bytes(100), mtime=0), "packed by gzip"),
+        (b"\x28\xb5\x2f\xfd" + bytes(100), "packed by zstd"),
+        (b"\x93NUMPY\x01\x00" + bytes(100), "its header claims"),
+    ],
+    ids=["git-lfs", "html", "json", "gzip", "zstd", "numpy"],
+)
+def test_what_a_download_left_is_named(data: bytes, said: str, tmp_path: Path) -> None:
+    """Guards error pages, pointers and packed files under a checkpoint's name against a riddle of their length."""
+    (tmp_path / "step_1.safetensors").write_bytes(data)
+    with pytest.raises(MalformedCheckpoint, match="is not a safetensors file") as refusal:
+        Checkpoint(tmp_path / "step_1.safetensors")
+    assert said in refusal.value.message
 
 
 @pytest.mark.parametrize("below", ["", "checkpoint-500"])

@@ -337,7 +337,7 @@ def test_a_file_that_is_cut_while_it_is_read_kills_nobody(tmp_path: Path, spawn:
     assert (
         {"whole", "CheckpointChanged"}
         <= {*said.seen, *said.rest()}
-        <= {*("begun", "whole", "CheckpointChanged", "BeingWritten", "IncompleteCheckpoint")}
+        <= {*("begun", "whole", "CheckpointChanged", "OpenForWriting", "BeingWritten", "IncompleteCheckpoint")}
     )
 
 

@@ -34,6 +34,12 @@ from wsync.errors import UsageError
         ("iteration_40_seed_7", 40),
         ("step_10k", 10_000),
         ("ckpt_2M_best", 2_000_000),
+        ("step_1.5M", 1_500_000),
+        ("ckpt_1e3", 1_000),
+        ("env_2.5e6_steps", 2_500_000),
+        ("step_500e3", 500),
+        ("step_1.5", 1),
+        ("step_1e99", 1),
         ("500-loss0.25", 500),
         ("500-v1", 500),
         ("000100", 100),
@@ -78,6 +84,7 @@ def test_a_pattern_comes_before_all() -> None:
     """Guards `select.step`: its group is the step, and where it does not match there is no step."""
     assert read_step("a17_step_4", {"step": "9"}, "/a([0-9]+)/").number == 17
     assert read_step("b17_step_4", {"step": "9"}, "/a([0-9]+)/").number is None
+    assert read_step("step=1_000_000", {}, "/step=([0-9_]+)/").number == 1_000_000
     assert read_step("run-x", {}, "/run-(.)/").number is None
     assert read_step("b5", {}, "/a([0-9]+)|b([0-9]+)/").number == 5
 

@@ -170,7 +170,8 @@ def test_a_pointer_names_the_one_to_take(text: str, tmp_path: Path, segment: Seg
     (tmp_path / "latest").write_text(text.format(place=tmp_path))
     assert push(tmp_path, select).step == 2 and mark_of(segment) == {2.0}
     (tmp_path / "latest").write_text("global_step4")
-    assert push(tmp_path, select).status == "current"
+    waits = push(tmp_path, select)
+    assert waits.status == "current" and "names global_step4, which is not there yet" in (waits.reason or "")
     write(tmp_path / "global_step4/model.safetensors", mlp(), 4.0)
     assert push(tmp_path, select).step == 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
-from wsync.errors import CheckpointMismatch, ForeignCheckpoint
+from wsync.cli.push_quiet import News
+from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
+from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
+from wsync.settings.spec import Spec
+from wsync.sync.syncer import Syncer
 
 
 def message(place: Path, select: Select = Select()) -> str:  # noqa: B008  (frozen)
@@ -99,6 +104,39 @@ def test_a_setting_that_passes_all_over_is_named(select: Select, why: str, tmp_p
     """Guards a setting that finds nothing."""
     write(tmp_path / "step_5.safetensors", mlp())
     assert f"Passed over: step_5.safetensors ({why})" in message(tmp_path, select)
+
+
+def test_links_that_lead_nowhere_are_passed_over(tmp_path: Path) -> None:
+    """Guards a place in which a link loops or is broken: they are named, and hide nothing else."""
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    (tmp_path / "b.safetensors").symlink_to("gone")
+    told = message(tmp_path)
+    assert "a.safetensors (Too many levels of symbolic links), b.safetensors (No such file" in told
+    with pytest.raises(CheckpointError, match=r"/a\.safetensors cannot be listed \(Too many levels"):
+        CheckpointWeightGetter(tmp_path / "a.safetensors").candidates()
+
+
+@pytest.mark.parametrize(
+    "select", [Select(pattern="stpe_*"), Select(within="pretraned_model"), Select(file="x.safetensors")]
+)
+def test_a_setting_that_passes_all_over_is_told_while_something_is_live(
+    select: Select, segment: Segment, runs: Path
+) -> None:
+    """Guards a misspelt setting, by which nothing would go live any more without a word: said to cron, and in a log."""
+
+    def push(select: Select = Select()) -> Outcome:  # noqa: B008  (frozen)
+        with Syncer(Spec(SPEC, NAME, Path.cwd(), select=select), runs) as syncer:
+            return syncer.once()
+
+    write(runs / "step_1/model.safetensors", mlp(), 1.0)
+    assert push().status == "published"
+    write(runs / "step_2/model.safetensors", mlp(), 2.0)
+    told, news = push(select), News(SPEC, None)
+    assert (told.status, told.exit_code) == ("current", 0)
+    assert "there is no complete checkpoint in" in (told.reason or "") and "step_2 (" in (told.reason or "")
+    assert [news.has(told), news.has(told)] == [True, False]
+    shutil.rmtree(runs / "step_1")
+    assert push(select).reason is None  # that was retention
 
 
 def test_an_empty_place_has_nothing_to_tell(tmp_path: Path) -> None:

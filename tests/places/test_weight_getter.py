@@ -7,20 +7,29 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import policies
 import pytest
 import torch
-from builders import raw, write
+from builders import raw, shards, write
 from processes import DEADLINE
 from safetensors.torch import save_file
 from tensordict import TensorDict
 from torch import nn
 
 from wsync import CheckpointWeightGetter
-from wsync.errors import CheckpointError, CheckpointRejected, MalformedCheckpoint, NoCheckpoint, NonFiniteWeights
+from wsync.errors import (
+    BeingRewritten,
+    CheckpointError,
+    CheckpointRejected,
+    MalformedCheckpoint,
+    NoCheckpoint,
+    NonFiniteWeights,
+)
+from wsync.layout.filenames import INDEX
 from wsync.places.newest import Select
 
 
@@ -146,6 +155,19 @@ def test_nan_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointRejected) as caught:
         CheckpointWeightGetter(tmp_path)()
     assert isinstance(caught.value, NonFiniteWeights)
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+def test_half_a_save_over_what_was_given_is_not_given(only_new: bool, tmp_path: Path) -> None:
+    """Guards a directory that is saved over while it is followed: its shards are never of two saves."""
+    place = shards(tmp_path / "latest", policies.mlp(), 1.0)
+    os.utime(place / INDEX, (1e9, 1e9))  # the index first: by its times alone, half a save is whole
+    getter = CheckpointWeightGetter(place, only_new=only_new)
+    assert mark_of(getter()) == 1.0
+    name = "model-00001-of-00002.safetensors"
+    os.replace(shards(tmp_path / "new", policies.mlp(), 2.0) / name, place / name)
+    with pytest.raises(BeingRewritten) if not only_new else nullcontext():
+        assert getter() is None
 
 
 def test_only_new_gives_each_checkpoint_once(tmp_path: Path) -> None:

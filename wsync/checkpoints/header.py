@@ -35,6 +35,7 @@ _DEEPEST = 126  # levels of nesting in one entry, as in the official reader
 _FIRST = '{"__metadata__":{'
 _KEPT = 4 << 20  # bytes of a header that is remembered at most
 _PICKLES = range(2, 6)  # protocols of pickles that begin with 0x80
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -70,6 +71,8 @@ def read_header(
         )
     if len(head) < 8:
         raise _incomplete(path, size, "its length field has 8")
+    if other := _other_format(head):
+        raise malformed(path, other)
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER:
         raise malformed(path, f"its header claims {length:,} bytes, over the bound of {MAX_HEADER:,}")
@@ -95,7 +98,8 @@ def read_header(
     if end > size:
         raise _incomplete(path, size, f"its header says {end:,}")
     if end < size:
-        raise malformed(path, f"it has {size - end:,} bytes more than its header says")
+        more = f"{size - end:,} bytes" if size - end > 1 else "a byte"
+        raise malformed(path, f"it has {more} more than its header says")
     return table, own or metadata or {}
 
 
@@ -111,6 +115,17 @@ def kind_of(head: bytes) -> str:
     if head[:1] == b"\x80" and head[1:2] and head[1] in _PICKLES:
         return "a pickle"
     return ""
+
+
+def _other_format(head: bytes) -> str:
+    """Says what else a file seems to be: compressed, or text such as a git-lfs pointer or a server's error page."""
+    if head[8:9] == b"{":
+        return ""
+    packed = next((name for start, name in _PACKED.items() if head.startswith(start)), "")
+    if packed:
+        return f"it is packed by {packed}, and has to be unpacked first"
+    text = head[:60].split(b"\n")[0].decode("ascii", "replace").strip()
+    return f"it is text that begins with {text!r}" if len(text) > 3 and text.isascii() and text.isprintable() else ""
 
 
 def instead(name: str) -> str:

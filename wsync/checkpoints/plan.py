@@ -160,6 +160,8 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
         told = advice(tensors, layout, settings)
         known = {name for entry in layout.tensors for name in entry.names}
         is_foreign = told.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
+        if is_foreign:
+            told += " If it is none of the policy's checkpoints, let pattern in [select] (--pattern) leave it out."
         kind = ForeignCheckpoint if is_foreign else CheckpointMismatch
         raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {told}", rows)
     plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept), tuple(found.built), settings)

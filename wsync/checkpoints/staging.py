@@ -234,7 +234,7 @@ def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
             rows.append(Difference(entry.name, "finite", "NaN or infinity"))
         elif not plan.settings.may_be_infinite(entry):
             infinite.append(entry)
-    if infinite and not rows and not beyond:
+    if infinite:
         infinite = _unlike_the_policy(infinite, weights, plan)
     rows += [Difference(entry.name, "finite", "NaN or infinity") for entry in infinite]
     if rows:

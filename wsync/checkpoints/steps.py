@@ -18,11 +18,12 @@ from ..layout.filenames import SUFFIX
 _METADATA = ("step", "global_step")
 _STATED = re.compile(r"(-?\d{1,19})(?:\.0*)?")
 _GAP = r"[ _.=:\-]*"
+_COUNT = r"(\d+(?:\.\d+)?(?:e\d+|[km])(?![a-z\d])|\d+)"  # 500, 10k, 1.5M, 1e6
 _WORDS = (  # the first that matches wins
-    re.compile(rf"steps?{_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
-    re.compile(r"(\d+)([km])?[ _\-]?(?:time)?steps(?![a-z])", re.IGNORECASE),  # as stable-baselines3 has it
-    re.compile(rf"(?<![a-z])iter(?:ation)?s?{_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
-    re.compile(rf"(?:checkpoint|ckpt){_GAP}(\d+)([km](?![a-z]))?", re.IGNORECASE),
+    re.compile(rf"steps?{_GAP}{_COUNT}", re.IGNORECASE),
+    re.compile(rf"{_COUNT}[ _\-]?(?:time)?steps(?![a-z])", re.IGNORECASE),  # as stable-baselines3 has it
+    re.compile(rf"(?<![a-z])iter(?:ation)?s?{_GAP}{_COUNT}", re.IGNORECASE),
+    re.compile(rf"(?:checkpoint|ckpt){_GAP}{_COUNT}", re.IGNORECASE),
     re.compile(rf"epochs?{_GAP}(\d+)", re.IGNORECASE),
 )
 _DECIMAL = re.compile(r"\d+\.\d+")
@@ -30,7 +31,6 @@ _LIGHTNING = re.compile(r"-v\d+$")  # added where a file of that name exists
 _FIXED = re.compile(  # what libraries call the file, whatever the step
     r"(?:adapter_model|diffusion_pytorch_model|open_clip_model|model)(?:_\d+)?\.safetensors(?:\.index\.json)?"
 )
-_UNITS = {"k": 1_000, "m": 1_000_000}
 _DIGITS = re.compile(r"(\d+)")
 _MOST = 1 << 63
 
@@ -94,15 +94,14 @@ def step_in_name(name: str, pattern: str = "") -> Step:
     if pattern:
         found = expression(pattern).search(name)
         digits = next((group for group in found.groups() if group), "") if found else ""
+        digits = re.sub("[_,']", "", digits)  # as in 1_000_000
         return Step(_number(digits), f"name, by {pattern}") if digits.isdecimal() else Step(None)
     stem = _LIGHTNING.sub("", name.removesuffix(SUFFIX))
     digits = re.findall(r"\d+", stem)
     for word in _WORDS:
         if found := word.search(stem):
-            number = _number(found[1])
-            if word.groups > 1 and found[2] and number < 10**9:
-                number *= _UNITS[found[2].lower()]
-            return Step(number, f"name, {found[0]!r}", _others(digits, found[1]))
+            number, certain = _counted(found[1].lower())
+            return Step(number, f"name, {found[0]!r}", _others(digits, found[1]), certain)
     if not digits:
         return Step(None)
     last = (re.findall(r"\d+", _DECIMAL.sub("", stem)) or digits)[-1]
@@ -140,7 +139,7 @@ def _place_of_step(texts: tuple[str, ...]) -> tuple[int, int]:
     probes = [str(1000 + at) for at in range(len(texts) - 1)]
     step = step_in_name("".join(part for pair in zip(texts, [*probes, ""], strict=True) for part in pair))
     for at, probe in enumerate(probes):
-        for factor in (1, *_UNITS.values()):
+        for factor in (1, 1_000, 1_000_000):
             if step.certain and step.number == int(probe) * factor:
                 return 2 * at + 1, factor
     return 0, 1
@@ -183,7 +182,18 @@ def _number(digits: str) -> int:
     return number if number < _MOST else int(digits[-18:])
 
 
+def _counted(text: str) -> tuple[int, bool]:
+    """The number that is written as 500, 10k, 1.5m or 1e6; and whether it can be no other one."""
+    digits, _, exponent = text.rstrip("km").partition("e")
+    whole, _, part = digits.partition(".")
+    unit = int(exponent) if exponent else {"k": 3, "m": 6}.get(text[-1], 0)
+    if unit < len(part) or unit > 18 or (exponent and len(whole) > 1) or (unit and len(whole) > 9):
+        return _number(whole), not part and not exponent
+    return _number(whole + part + "0" * (unit - len(part))), not part and not exponent
+
+
 def _others(digits: list[str], taken: str) -> tuple[str, ...]:
     rest = list(digits)
-    rest.remove(taken)
+    for each in _DIGITS.findall(taken):
+        rest.remove(each)
     return tuple(rest)

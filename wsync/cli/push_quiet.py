@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 
-from ..errors import BeingWritten, RetryLater, WsyncError
+from ..errors import BeingWritten, NoCheckpoint, RetryLater, WsyncError
 from ..history.database import state_dir
 from ..history.outcome import Outcome
 
@@ -40,8 +40,8 @@ class News:
 
 def _trouble(event: Outcome | WsyncError) -> str:
     """A text that differs between different problems; empty if there is no problem."""
-    if isinstance(event, WsyncError) or event.warning:
-        said = str(event) if isinstance(event, WsyncError) else event.warning or ""
+    if isinstance(event, WsyncError) or event.warning or event.kind == NoCheckpoint.kind:
+        said = str(event) if isinstance(event, WsyncError) else event.warning or event.reason or ""
         return re.sub(r"\d+", "0", said).encode(errors="replace").decode()  # free bytes and pids differ each time
     passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"
     nothing = event.status == "empty" and not event.checkpoint and not event.version

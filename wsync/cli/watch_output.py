@@ -12,7 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import SHOWN, BeingRewritten, Difference, WithDifferences, WsyncError, harmless, printable
+from ..errors import (
+    SHOWN,
+    BeingRewritten,
+    Difference,
+    NoCheckpoint,
+    WithDifferences,
+    WsyncError,
+    harmless,
+    printable,
+)
 from ..history.outcome import Outcome
 from ..segment.segment import Segment
 from ..text import count, size, when
@@ -110,7 +119,8 @@ class WatchLog:
                 self._rewritten_since = self._rewritten_since or time.monotonic()
                 return
             key = (event.status, event.identity or event.reason or "")
-            known = key == self._last or (event.status == "current" and self._last[0] in ("current", "published"))
+            is_current = event.status == "current" and event.kind != NoCheckpoint.kind
+            known = key == self._last or (is_current and self._last[0] in ("current", "published"))
             if event.status == "rejected":
                 self._refusal(event)
             elif event.status == "published" or not known:

@@ -92,7 +92,9 @@ def scan(
     except OSError as exc:
         if exc.errno == errno.EACCES:
             raise unreadable(place, exc) from exc
-        raise CheckpointError(f"{place} cannot be listed ({exc.strerror}). Check its owner and mode.") from exc
+        raise CheckpointError(
+            f"{exc.filename or place} cannot be listed ({exc.strerror}). Check what it is, its owner and its mode."
+        ) from exc
     links: set[str] = set()
     for entry in listed:
         if entry.name in own or not counts(entry.name):

@@ -87,6 +87,11 @@ class Select:
                 "names with / between them, such as pretrained_model or policy/actor."
             )
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a wrong setting may pass over all that a place holds; a marker that has not come does so, too."""
+        return not self.marker and not self.pointer and (self.pattern != "*" or bool(self.within or self.file))
+
 
 class Candidate(NamedTuple):
     """A file or directory that may be a checkpoint.

@@ -81,7 +81,7 @@ def _why_not(place: Path, entry: os.DirEntry[str], names: set[str], settings: Se
 
 def _advice(place: Path, entries: list[os.DirEntry[str]], settings: Select) -> str:
     """Settings that find weights one to three levels deeper; each is tried before it is advised."""
-    directories = [place / entry.name for entry in reversed(entries) if entry.is_dir()]
+    directories = [place / entry.name for entry in reversed(entries) if (place / entry.name).is_dir()]
     for directory in directories[:_DEEPER]:
         for within, file in _deeper(directory):
             if any(names_a_step(name) for name in within.split("/")) or step_in_name(file).number is not None:

@@ -42,11 +42,13 @@ class Look(NamedTuple):
         newer: than what is live, newest first.
         late: what counts as older, but arrived after the live version went live.
         is_new_run: the live one is gone and all others arrived later, so they count as newer.
+        nothing: why the place offers nothing, though what is live may still be there; empty where it offers something.
     """
 
     newer: list[Candidate]
     late: Sequence[Candidate] = ()
     is_new_run: bool = False
+    nothing: str = ""
 
 
 class CheckpointWeightGetter:
@@ -114,7 +116,7 @@ class CheckpointWeightGetter:
         failure: CheckpointError | None = None
         for candidate in self.candidates(live):
             try:
-                return self.open(candidate, partial(_published_from, candidate, live))
+                return self.open(candidate, partial(_published_from, candidate, live or self._last))
             except (NoCheckpoint, IncompleteCheckpoint) as exc:
                 failure = exc  # still being written, or gone: the next newest may be whole
         if live is None:
@@ -133,15 +135,18 @@ class CheckpointWeightGetter:
             CheckpointError: the place cannot be listed.
         """
         live = live and live._replace(name=self._below(str(live.location)))
-        older = self._older(live) if live else None
+        older, nothing = self._older(live) if live else None, ""
         try:
             found = known_again(scan(self.checkpoints, self.select, older=older, only=self._only(live, older)), live)
-        except NoCheckpoint:
+        except NoCheckpoint as exc:
             if live is None or not self.select.pointer:
                 raise
-            found = []  # the pointer is ahead of what it names
+            found, nothing = [], str(exc)  # the pointer is ahead of what it names
         if live and (self.select.pointer or not any(c.name for c in found)):
-            return Look(lasting([c for c in found if c.identity != live.identity]))
+            is_passed_over = not found and self.only is None and self.select.is_narrow
+            if is_passed_over and live.name and os.path.exists(live.location):
+                nothing = str(self.nothing())
+            return Look(lasting([c for c in found if c.identity != live.identity]), nothing=nothing)
         if self.select.order == "step":
             all_of = lambda: self._all(live) if older else found  # noqa: E731
             found, live = self._step_order().apply(found, live, all_of, forget=self.only is None)

@@ -93,6 +93,7 @@ class Choice(NamedTuple):
         pin: the pin that holds; no candidate is tried.
         late: what counts as older than what is live, and yet arrived after that.
         is_new_run: what is live is gone, and all that is there arrived after it.
+        nothing: why the place offers nothing to choose from; see ``Look``.
     """
 
     todo: tuple[Candidate, ...] = ()
@@ -100,6 +101,7 @@ class Choice(NamedTuple):
     pin: Pin | None = None
     late: tuple[Candidate, ...] = ()
     is_new_run: bool = False
+    nothing: str = ""
 
 
 def choose(

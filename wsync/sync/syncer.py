@@ -214,7 +214,7 @@ class Syncer:
         look = Look([]) if pin else self.getter.look(after)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
         chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
-        return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run)
+        return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run, nothing=look.nothing)
 
     def _known(self, this: Pass, candidate: Candidate) -> Outcome:
         """The refusal of an earlier pass, once more."""
@@ -238,7 +238,8 @@ class Syncer:
         if this.live is None or not (self.getter.holds(this.live.source) or self.getter.candidates()):
             raise self.getter.nothing()
         warning = None if this.dry_run else report_once.late(self.record, this.live, choice, self.spec.select.order)
-        return this.standing("current", warning=warning)
+        why, kind = choice.nothing or None, NoCheckpoint.kind if choice.nothing else ""
+        return this.standing("current", warning=warning, reason=why, kind=kind)
 
     def _try(self, this: Pass, choice: Choice, take: Callable[[Checkpoint], Outcome]) -> Outcome:
         """Goes down the list until one can be taken; if none can, returns the refusal of the newest.
