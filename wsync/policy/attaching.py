@@ -1,8 +1,8 @@
-"""Attaching a policy: what it lies on, how it takes versions, and waiting for the first.
+"""Attaches a policy: finds its device and how it takes versions, and waits for the first one.
 
-``swap`` is for policies that do not write to their own weights. Where a write is known beforehand, swap is refused, and
-``auto`` copies. Where it is not, the write hits private pages, harms nobody, and is lost with the next version; a
-warning says so once.
+``swap`` is for policies that do not write to their own weights. If a write is known beforehand, swap is refused and
+``auto`` copies. Otherwise the write goes to private pages, harms nobody, and is lost with the next version; a warning
+says so once.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def attach(
         reader = _make(policy, opening, mode, staging, exclude, terms)
         try:
             opening.wait(reader)
-        except BaseException:  # an interrupt, too: the policy gets tensors of its own
+        except BaseException:  # even an interrupt: the policy gets tensors of its own
             reader.close()
             raise
     if reader.mode == "swap":
-        trim()  # the policy's own weights, which it has no more: one copy a box is what readers share
+        trim()  # frees the policy's own weights: readers share one copy a box
     return reader
 
 
@@ -128,7 +128,7 @@ def _check_arguments(policy: object, name: object, mode: str, staging: str) -> N
 
 
 def _check_not_frozen(policy: torch.nn.Module) -> None:
-    """Raises SpecError where a module is compiled with freezing, which folds its weights into the code."""
+    """Raises SpecError if a module is compiled with freezing, which folds its weights into the code."""
     inductor: Any = sys.modules.get("torch._inductor.config")
     for name, module in named_modules(policy):
         compiled = "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
@@ -185,12 +185,12 @@ def _make(
 
 def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude: Sequence[str]) -> Attached:
     names = layout.names_in(segment.layout.without(exclude))
-    assert names is not None  # or it would not have been opened
+    assert names is not None  # otherwise it would not have been opened
     return Attached(policy, segment.layout, names)
 
 
 def _check_memory(tensors: Tensors) -> None:
-    """Raises UsageError where a version of a tensor could not be written."""
+    """Raises UsageError if a tensor could not be written with a version."""
     for name, tensor in tensors:
         if tensor.is_meta:
             raise UsageError(
@@ -211,7 +211,7 @@ def _check_memory(tensors: Tensors) -> None:
 
 
 def _check_writable(tensors: Tensors) -> None:
-    """Raises UsageError where a copy into a tensor would end this process."""
+    """Raises UsageError if a copy into a tensor would end this process."""
     for name, how in mapped(tensors).items():
         if how.startswith("r-"):
             raise UsageError(
@@ -221,7 +221,7 @@ def _check_writable(tensors: Tensors) -> None:
 
 
 def _device_of(policy: torch.nn.Module) -> Cuda | None:
-    """The CUDA device that a policy lies on as a whole; None where there is no such device."""
+    """The one CUDA device that holds a whole policy; None if there is none."""
     places = {tensor.device for _, tensor in named_tensors(policy)}
     if {place.type for place in places} != {"cuda"} or len(places) > 1:
         return None
@@ -240,7 +240,7 @@ def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]],
         if module.training:
             return f"{where} is in training mode (policy.eval() leaves it)"
         own = [name for name, buffer in module._buffers.items() if id(buffer) in followed]
-        kinds = type(module).__mro__[:-1]  # all of them: torch.nn makes a subclass of what it parametrizes
+        kinds = type(module).__mro__[:-1]  # all of them: torch.nn parametrizes by making a subclass
         if own and not all(kind.__module__.startswith("torch.nn.") for kind in kinds):
             return f"{where} has the buffer {own[0]!r}, which its own code may write in place"
     split = len({tensor.device for _, tensor in tensors}) > 1

@@ -26,24 +26,24 @@ class Copy:
         self._slots: dict[int, list[torch.Tensor]] = {}  # views of the weights, in the order of ``_tensors``
         targets = sorted(attached.targets, key=lambda target: not runs_code(target[0]))
         self._tensors, self._places = [tensor for tensor, _ in targets], [index for _, index in targets]
-        self._own = sum(map(runs_code, self._tensors))  # so many of them come first, since they may refuse a copy
+        self._own = sum(map(runs_code, self._tensors))  # these come first, since they may refuse a copy
 
     def take(self, segment: Segment, lease: Lease) -> None:
         """Copies a leased slot.
 
-        Whoever uses a tensor's old values in a backward pass is told by autograd.
+        A backward pass that needs a tensor's old values gets autograd's error.
 
         Raises:
             OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
             UsageError: the policy's tensors are others than those that were attached; or a tensor's class refused its
                 copy, and all have what they had.
-            HalfWritten: it refused, and what was written before could not be written back; or a plain tensor, which
-                somebody gave other memory, could not be written.
+            HalfWritten: it refused, and the tensors before it could not be restored; or a plain tensor, which somebody
+                gave other memory, could not be written.
         """
         self._attached.check()
         if segment is not self._segment:
             self._segment, self._slots = segment, {}
-        if lease.slot >= segment.slots:  # it was added, and may be another file the next time
+        if lease.slot >= segment.slots:  # an added slot may be another file the next time
             sources = self._map(segment, lease.slot)
         elif lease.slot in self._slots:
             sources = self._slots[lease.slot]
@@ -51,7 +51,7 @@ class Copy:
             sources = self._slots[lease.slot] = self._map(segment, lease.slot)
         try:
             self._copy(sources)
-        except KeyboardInterrupt:  # in the code of a tensor's own class, between two tensors
+        except KeyboardInterrupt:  # in the code of a tensor's class, between two tensors
             self._copy(sources)
             raise
 

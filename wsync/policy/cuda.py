@@ -1,18 +1,17 @@
-"""What wsync needs of a CUDA device, in six methods.
+"""What wsync needs from a CUDA device, in six methods.
 
-The bus is used at its full speed, and without the host's waiting, only where the pages that it reads are page-locked.
-Those must be the pages of the slot itself, and so its mapping is a shared one. Of a private mapping, such as policies
-on the CPU point into, the kernel locks copies of its own making: they would show the weights of the moment of locking
-for ever.
+A copy uses the full speed of the bus, and does not block the host, only if the pages that it reads are page-locked.
+They must be the pages of the slot itself, so the mapping is shared. In a private mapping, such as policies on the CPU
+use, the kernel would lock copies of the pages, which would show the weights of that moment for ever.
 
-Streams: a version crosses the bus on a stream of its own, which first waits for what the policy's stream had to do
-when the copy was asked for, since that may still read the buffer that is written. The policy's stream is the one that
-is current where ``attach`` and ``refresh()`` are called; it never waits for the other.
+Streams: a version crosses the bus on a side stream. That first waits for the work that the policy's stream had when the
+copy was requested, because this work may still read the buffer. The policy's stream is the one that is current when
+``attach`` and ``refresh()`` are called; it never waits for the side stream.
 
-A buffer is memory of the policy's stream, as the policy's own tensors are: torch gives it out anew in the order of that
-stream, and nobody lets go of it before the copy over the bus is done. So it needs no mark of the other stream; such a
-mark makes torch ask CUDA where the memory is freed, which ends a forked child. Only where the policy changed its stream
-since then does the buffer get the mark of the new one.
+A buffer is memory of the policy's stream, like the policy's own tensors: torch reuses it in the order of that stream,
+and nobody frees it before the copy over the bus is done. So it is not recorded on the side stream; if it were, torch
+would call CUDA when the memory is freed, which ends a forked child. Only if the policy has changed its stream since
+then is the buffer recorded on the new one.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Flight(Protocol):
 
 
 class Cuda:
-    """One CUDA device, and a side stream on it; a test puts something else in its place."""
+    """One CUDA device, and a side stream on it; a test replaces it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,12 +44,12 @@ class Cuda:
         self._homes: set[torch.cuda.Stream] = set()  # streams that own buffers
 
     def capturing(self) -> bool:
-        """Whether the policy's stream is being captured: work then goes into a graph and is not run now."""
+        """Whether the policy's stream is being captured: work then goes into a graph, and does not run now."""
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
-        """Page-locks memory of the host, for all devices; an empty text, or why that was refused."""
+        """Page-locks memory of the host for all devices; returns why that was refused, or an empty text."""
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             code = runtime.cudaHostRegister(address, nbytes, _PORTABLE | (_READ_ONLY if read_only else 0))
@@ -62,8 +61,8 @@ class Cuda:
     def unlock(self, address: int) -> bool:
         """Undoes ``lock``; no copy from that memory may be under way.
 
-        False where that was refused: the memory must stay mapped, since it is these pages that the device reads at
-        that address.
+        False if that was refused: the memory must then stay mapped, because the device reads these pages at that
+        address.
         """
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         try:
@@ -76,7 +75,7 @@ class Cuda:
         return False
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """So many uint8 on the device; raises OutOfDeviceMemory."""
+        """Allocates so many bytes on the device, as uint8; raises OutOfDeviceMemory."""
         self._homes.add(torch.cuda.current_stream(self._device))
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -88,15 +87,15 @@ class Cuda:
             ) from exc
 
     def trim(self) -> None:
-        """Gives memory that was freed back to the device; torch keeps it, for this process alone."""
+        """Returns freed memory to the device; torch would keep it for this process alone."""
         torch.cuda.empty_cache()
 
     def send(self, targets: list[torch.Tensor], sources: list[torch.Tensor], *, aside: bool) -> Flight:
-        """Begins to copy tensors of the host to the device, each to its target of the same shape and dtype.
+        """Begins to copy tensors from the host to the device, each to its target of the same shape and dtype.
 
         Args:
-            aside: on a stream of its own, after all that the policy's stream was given before; else on the policy's,
-                whose next step waits.
+            aside: copy on the side stream, after all work that the policy's stream has; otherwise on the policy's
+                stream, whose next step waits.
         """
         policy_stream = torch.cuda.current_stream(self._device)
         stream = self._side if aside else policy_stream
@@ -110,15 +109,15 @@ class Cuda:
             try:
                 torch._foreach_copy_(targets, sources, non_blocking=True)
                 done.record(stream)
-            except BaseException:  # whatever it was: nobody would know when it is done, and the slot's lease ends now
+            except BaseException:  # nobody would know when the copy is done, and the slot's lease ends now
                 stream.synchronize()
                 raise
         return done
 
     def _forget_error(self) -> None:
-        """CUDA reports its last error to the next caller, usually the next kernel's launch, which would then be blamed.
+        """Clears CUDA's last error, which CUDA would report at the next call, usually an innocent kernel's launch.
 
-        torch has no call that clears the error, so this launches a kernel of its own.
+        torch has no call for that, so this launches a kernel of its own.
         """
         try:
             torch.empty(1, device=self._device).fill_(1)

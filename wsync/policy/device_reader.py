@@ -1,10 +1,10 @@
 """The reader of a policy with tensors on a CUDA device.
 
 It keeps the promises of every reader, and one more: the step never waits for the bus. A ``refresh()`` that finds a new
-version begins to copy it and returns False, as those after it do while the copy is under way; the first one after that
-gives the policy the version, and returns True. The slot is leased until the copy over the bus is done. What is
-published meanwhile comes next. Without a buffer on the device (``staging="none"``) it is the step that waits. A policy
-that is split over devices has a plain reader, which copies tensor by tensor.
+version begins to copy it and returns False, and so do those that follow while the copy is under way; the first one
+after it gives the policy the version and returns True. The slot is leased until the copy over the bus is done. A
+version that is published meanwhile comes next. Without a buffer on the device (``staging="none"``) the step waits. A
+policy that is split over devices has a plain reader, which copies tensor by tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NAP = 0.0005  # seconds between two looks at a copy under way
 class DeviceReader(Reader):
     """A ``Reader`` of a policy on a device; made by ``attach``."""
 
-    full = 1.0  # seconds until a full device is asked again: to ask costs it its caches
+    full = 1.0  # seconds until a full device is asked again: asking drops its caches
 
     def __init__(self, attached: Attached, segment: Segment, mode: Way, weights: DeviceWeights, terms: Terms) -> None:
         self._attached, self._weights = attached, weights
@@ -38,7 +38,7 @@ class DeviceReader(Reader):
         self._forked = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """As a reader on the CPU does; where a version is under way, until it has arrived."""
+        """Waits as a reader on the CPU does; if a version is under way, until it has arrived."""
         deadline = deadline_of(timeout)
         if self._is_at_work():
             raise UsageError(_WAITS.format(self.name))
@@ -68,7 +68,7 @@ class DeviceReader(Reader):
         return (lease is not None and self._begin(lease) and self._land(wait)) or landed
 
     def _begin(self, lease: Lease) -> bool:
-        """Sends the leased version on its way; False where there is no room for it."""
+        """Begins to copy the leased version; False if there is no room for it."""
         try:
             self._attached.check()
             publication = self._segment.leased(lease)
@@ -79,7 +79,7 @@ class DeviceReader(Reader):
                 raise
             self._no_room(exc)
             return False
-        except BaseException:  # an interrupt, too: nothing reads the slot
+        except BaseException:  # even an interrupt: nothing reads the slot
             lease.release()
             raise
         self._sent = lease, publication, time.time()
@@ -93,7 +93,7 @@ class DeviceReader(Reader):
             return False
         (lease, publication, _), self._sent = self._sent, None
         lease.release()
-        self._attached.check()  # again: it may have been moved under the copy
+        self._attached.check()  # again: the policy may have been moved during the copy
         first = self.version == 0
         try:
             self._weights.take()
@@ -102,7 +102,7 @@ class DeviceReader(Reader):
             raise
         self._took(lease, publication)
         if first:
-            self._weights.make_room(self._segment.layout)  # what is too large is told while attaching
+            self._weights.make_room(self._segment.layout)  # if it is too large, attaching says so
         return True
 
     def _no_room(self, exc: OutOfDeviceMemory) -> None:
@@ -115,7 +115,7 @@ class DeviceReader(Reader):
         return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[2])
 
     def _find_again(self) -> bool:
-        if self._sent is not None:  # a thread that waits looks: the pages of a copy under way stay locked
+        if self._sent is not None:  # a waiting thread calls this: the pages of a copy under way stay locked
             return False
         found = super()._find_again()
         if found:
@@ -123,7 +123,7 @@ class DeviceReader(Reader):
         return found
 
     def _give_own(self) -> None:
-        """Waits for a copy under way, whose version is not taken; the tensors are the policy's own already."""
+        """Waits for a copy under way, and does not take its version; the tensors already are the policy's own."""
         try:
             self._weights.close()
         finally:
@@ -147,11 +147,11 @@ class DeviceReader(Reader):
             self._registration.close()
             self._weights.forget()
             if self._sent is not None:
-                self._sent[0].release()  # this process's part of it alone
+                self._sent[0].release()  # only this process's part of it
                 self._sent = None
             self._words = _CLOSED
 
     def __del__(self) -> None:
         weights = getattr(self, "_weights", None)
         if weights is not None:
-            weights.close()  # a copy under way still reads the slot that is leased
+            weights.close()  # a copy under way still reads the leased slot

@@ -1,13 +1,14 @@
 """The weights of a policy on a device: how a version gets there, and how the policy gets it.
 
 A version crosses the bus as one contiguous copy, from the slot into a flat buffer on the device that is laid out like
-the slot. With ``mode="swap"`` the policy's tensors are views of one of two such buffers, and are pointed at the other;
-they are aligned to their element only, as in the slot. With ``mode="copy"`` there is one, and the policy's own tensors,
-whose addresses stay, are copied from its views on the policy's stream. Both take one more copy of the weights on the
-device, and ``staging="none"`` takes none: the slot is copied into the policy's tensors on the policy's stream.
+the slot. With ``mode="swap"`` there are two such buffers: the policy's tensors are views of one, and are then pointed
+at the other; they are aligned only to their element, as in the slot. With ``mode="copy"`` there is one, and its views
+are copied on the policy's stream into the policy's own tensors, whose addresses stay. Both take memory for one more
+copy of the weights on the device. ``staging="none"`` takes none: the slot is copied into the policy's tensors on the
+policy's stream.
 
-A buffer is written only where nobody but ourselves holds its storage. Where a tensor was kept that points into one, the
-next version gets another buffer, and that one is left to the tensor.
+A buffer is written only if nobody else holds its storage. If somebody kept a tensor that points into it, the next
+version gets a new buffer, and the old one is left to that tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .cuda import Cuda, Flight
 from .tensors import Attached, Targets
 
 _log = logging.getLogger("wsync")
-_WORDS = {  # dtype to copy as, where a tensor's own has no GPU kernel that copies many at once
+_WORDS = {  # dtype to copy as, if a tensor's own has no GPU kernel that copies many at once
     torch.float8_e5m2: torch.uint8,
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2fnuz: torch.uint8,
@@ -45,7 +46,7 @@ _WORDS = {  # dtype to copy as, where a tensor's own has no GPU kernel that copi
 
 
 def check_contiguous(policy: torch.nn.Module) -> None:
-    """Raises UsageError where a tensor of the policy cannot be copied to without a buffer."""
+    """Raises UsageError if a tensor of the policy cannot be copied to without a buffer."""
     for name, tensor in named_tensors(policy):
         if not tensor.is_contiguous():
             raise UsageError(
@@ -59,11 +60,11 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 class LockedSlot:
-    """A slot's own pages, mapped once in this process for all its readers, and page-locked where that is allowed.
+    """A slot's own pages, mapped once in this process for all its readers, and page-locked if that is allowed.
 
     Attributes:
         weights: uint8, the slot's weights.
-        refused: why the pages are not locked; empty where they are.
+        refused: why the pages are not locked; empty if they are.
     """
 
     def __init__(self, segment: Segment, slot: int, mapped: mmap.mmap, device: Cuda) -> None:
@@ -77,12 +78,12 @@ class LockedSlot:
         with torch.inference_mode(False):
             self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]
         self._unlock = weakref.finalize(self, _unlock, None if self.refused else device, self._mapped, os.getpid())
-        self._unlock.atexit = False  # the process's end unlocks everything, and the driver may be gone by then
+        self._unlock.atexit = False  # the end of the process unlocks everything, and the driver may be gone by then
 
     def _lock_writable(self, segment: Segment, slot: int, device: Cuda) -> None:
-        """Many a driver locks no memory that is mapped read-only (``cudaDevAttrHostRegisterReadOnlySupported``).
+        """Maps the slot writable: many drivers lock no read-only memory (``cudaDevAttrHostRegisterReadOnlySupported``).
 
-        The segment's owner may map it otherwise; others, who may only read, may not.
+        Only the segment's owner may do that; others may only read.
         """
         try:
             mapped, _ = segment.map_pages(slot, write=True)
@@ -98,10 +99,10 @@ _locking = threading.Lock()
 
 
 def lock_slot(segment: Segment, slot: int, device: Cuda) -> LockedSlot:
-    """The slot's pages; those that another reader of this process has already, where there is one.
+    """The slot's pages, which are shared with other readers in this process.
 
     Raises:
-        SegmentError: the slot is not as it should be.
+        SegmentError: the slot's file is missing or damaged.
     """
     with _locking:
         mapped, file = segment.map_pages(slot, write=False)
@@ -113,7 +114,7 @@ def lock_slot(segment: Segment, slot: int, device: Cuda) -> LockedSlot:
 
 def _unlock(device: Cuda | None, mapped: mmap.mmap, pid: int) -> None:
     if device is not None and pid == os.getpid() and not device.unlock(address_of(mapped)):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))  # for ever: no other slot may be mapped at its address
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapped))  # for ever: nothing else may be mapped at its address
 
 
 @dataclass(slots=True)
@@ -124,7 +125,7 @@ class _Buffer:
         flat: uint8, the size of the weights.
         storage: of it and of all its views.
         tensors: views of it, one a tensor of the layout.
-        uses: of the storage by these alone.
+        uses: how often these alone use the storage.
     """
 
     flat: torch.Tensor
@@ -137,39 +138,39 @@ class _Buffer:
 
 
 class DeviceWeights:
-    """The tensors of one policy on a device, and at most one version on its way to them.
+    """The tensors of one policy on a device, and at most one version that is under way to them.
 
     Args:
         attached: the tensors.
         staged: whether there is a buffer on the device.
 
     Attributes:
-        flight: the copy over the bus that is under way; None where there is none.
+        flight: the copy over the bus that is under way; None if there is none.
     """
 
     def __init__(self, attached: Attached, device: Cuda, mode: Literal["swap", "copy"], *, staged: bool) -> None:
         self._attached, self._targets, self._device = attached, attached.targets, device
         self._mode, self._staged = mode, staged
-        self._by_dtype: dict[torch.dtype, Targets] = {}  # what is copied at once, in a few kernels, has one dtype
+        self._by_dtype: dict[torch.dtype, Targets] = {}  # one kernel copies many tensors of one dtype
         self._own = [target for target in attached.targets if runs_code(target[0])]
         for tensor, index in attached.targets:
             if runs_code(tensor):
                 continue
             self._by_dtype.setdefault(_WORDS.get(tensor.dtype, tensor.dtype), []).append((tensor, index))
         self._slots: dict[int, LockedSlot] = {}
-        self._added: LockedSlot | None = None  # of the copy under way, where the segment was made without it
+        self._added: LockedSlot | None = None  # an added slot whose copy is under way
         self._live: _Buffer | None = None  # the policy's tensors are views of it
         self._spare: _Buffer | None = None
         self._told = False
         self.flight: Flight | None = None
 
     def lock(self, segment: Segment) -> None:
-        """Page-locks all slots of a segment, so that no later version waits for that, and lets go of others.
+        """Page-locks all slots of a segment now, so that no later version has to wait, and releases others.
 
         Raises:
             SegmentError: a slot is not as it should be.
         """
-        self._slots = {}  # first: where a lock fails, another segment's slots must not be taken for this one's
+        self._slots = {}  # first: if a lock fails, another segment's slots must not be taken for this one's
         self._slots = {slot: lock_slot(segment, slot, self._device) for slot in range(segment.slots)}
         refused = {slot.refused for slot in self._slots.values()} - {""}
         if refused and not self._told:
@@ -183,7 +184,7 @@ class DeviceWeights:
             )
 
     def check_uncaptured(self, name: str) -> None:
-        """Raises UsageError while the policy's stream is captured, which CUDA ends where it is asked for a copy."""
+        """Raises UsageError while the policy's stream is captured, because a copy would end the capture."""
         if self._device.capturing():
             raise UsageError(
                 f"a CUDA graph is being captured, in which no version of {name!r} can be taken: it would be part of "
@@ -191,13 +192,13 @@ class DeviceWeights:
             )
 
     def make_room(self, layout: Layout) -> None:
-        """Allocates the buffer that the next version goes to, where there is none.
+        """Allocates the buffer for the next version, if there is none.
 
         Raises:
             OutOfDeviceMemory: the device has no room for it.
         """
         if self._staged and self._spare is None:
-            with torch.inference_mode(False):  # or the policy's parameters would become inference tensors
+            with torch.inference_mode(False):  # otherwise the policy's parameters would become inference tensors
                 flat = self._device.empty(layout.nbytes)
                 storage = flat.untyped_storage()
                 self._spare = _Buffer(flat, storage, views(layout, storage, 0))
@@ -207,7 +208,7 @@ class DeviceWeights:
         """Begins to copy a leased slot; the lease must last until ``landed``.
 
         Raises:
-            OutOfDeviceMemory: the device has no room; the policy goes on with what it has.
+            OutOfDeviceMemory: the device has no room; the policy keeps its version.
             SegmentError: a slot is not as it should be.
         """
         added = slot >= segment.slots  # its file may be another one the next time
@@ -225,8 +226,8 @@ class DeviceWeights:
             self.flight = self._device.send(mine, new, aside=False)
 
     def landed(self, *, wait: bool) -> bool:
-        """Whether the copy over the bus is done; where it is, ``take`` comes next."""
-        if self.flight is None:  # the landing before was cut short
+        """Whether the copy over the bus is done; if so, ``take`` comes next."""
+        if self.flight is None:  # the last call was interrupted
             return True
         if wait or not self._staged:
             self.flight.synchronize()
@@ -248,31 +249,31 @@ class DeviceWeights:
                     mine, new = [_as(t, dtype) for t, _ in group], [_as(spare.tensors[i], dtype) for _, i in group]
                     torch._foreach_copy_(mine, new)
             return
-        before, self._live, self._spare = self._live, spare, None  # first: cut short, no buffer in use is written
+        before, self._live, self._spare = self._live, spare, None  # first: an interrupt leaves the used one alone
         self._attached.spare_holders()
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
         if before is None:
-            self._device.trim()  # the policy's own weights, which it has no more: two copies of them are enough
+            self._device.trim()  # frees the policy's own weights: two copies of them are enough
         elif before.is_ours():
             self._spare = before
 
     def close(self) -> None:
-        """Waits for a copy that is under way, and lets go of all but what the policy's tensors point into."""
+        """Waits for a copy that is under way, and frees all but what the policy's tensors point into."""
         flight, self.flight = self.flight, None
         if flight is not None:
             try:
                 flight.synchronize()  # before the pages are unlocked and the buffer is freed
-            except RuntimeError:  # a device that failed copies nothing any more, and says so where the policy is used
+            except RuntimeError:  # a device that failed copies nothing any more, and says so when the policy is used
                 pass
         self._live = self._spare = None
         self._slots = {}
 
     def forget(self) -> None:
-        """In a forked child, which cannot use the device: lets go without calling CUDA.
+        """Called in a forked child, which cannot use the device: forgets all without calling CUDA.
 
-        An event, and a buffer that two streams used, call CUDA where they are destroyed, and end the child with that:
-        they are kept for ever.
+        An event, and a buffer that two streams used, would call CUDA when destroyed, and so end the child: they are
+        kept for ever.
         """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.flight, self._live, self._spare)))
         self.flight = self._live = self._spare = None

@@ -14,13 +14,13 @@ _log = logging.getLogger("wsync")
 
 
 class Lookout:
-    """When a reader that is called between steps is to look at its segment's directory.
+    """Says when a reader that is called between steps must look at its segment's directory.
 
-    Reading the clock would double the cost of an idle call, so it is read once in many calls: at most as many as took a
-    second before.
+    Reading the clock would double the cost of an idle call, so it is read only once in as many calls as took a second
+    before.
 
     Args:
-        most: calls that may do without.
+        most: calls that may go by without reading it.
     """
 
     seconds = 1.0  # between two looks
@@ -42,15 +42,15 @@ class Lookout:
 
 
 def is_gone(segment: Segment) -> bool:
-    """Whether it was removed, or something outside wsync removed or cut a file of it."""
+    """Whether the segment was removed, or something outside wsync removed or cut a file of it."""
     try:
         return not segment.is_current() or bool(segment.damage())
-    except OSError:  # the system does not tell; what is mapped is there
+    except OSError:  # the system does not say; what is mapped stays there
         return False
 
 
 class Search:
-    """Looks for the segment that replaces one that is gone: not too often, and saying once that it is gone."""
+    """Looks for the segment that replaces one that is gone, not too often; says once that it is gone."""
 
     seconds = 0.1  # between two looks
 
@@ -58,7 +58,7 @@ class Search:
         self._next = 0.0
 
     def find(self, segment: Segment, version: int) -> Segment | None:
-        """The segment of the same name and layout that stands where this one was; None while none is found.
+        """The segment of the same name and layout that now stands there; None if there is none yet.
 
         Args:
             version: that the policy keeps.
@@ -76,11 +76,11 @@ class Search:
             found = Segment.open(segment.name, segment.path.parent, layout=segment.layout)
         except SegmentError:
             return None
-        if found.word & 0xFF == REMOVED or found.damage():  # the same still, or another on its way out
+        if found.word & 0xFF == REMOVED or found.damage():  # still the same one, or another that is being removed
             found.close()
             return None
         return found
 
     def over(self) -> None:
-        """What was found is the reader's."""
+        """Ends the search: the reader has what was found."""
         self._next = 0.0

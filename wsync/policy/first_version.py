@@ -1,4 +1,4 @@
-"""Opening a segment for a reader, and waiting for its first version: maybe nobody publishes under that name."""
+"""Opens a segment for a reader and waits for its first version, which never comes under a misspelt name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..system.memory import default_runtime_dir, runtime_dir
 from .reader import Reader, deadline_of
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.1  # seconds between two looks where no word will change
+_LOOK = 0.1  # seconds between two looks if no WORD will change
 _SHOWN = 8  # names of other segments in a message
 
 
 class Opening:
     """A segment that a reader is to follow, until its first version is in.
 
-    Where the block fails, a segment that was made here is removed, if nobody published to it or waits for it.
+    If the block fails, a segment that was made here is removed, unless somebody published to it or waits for it.
 
     Args:
         name: of the segment.
@@ -50,10 +50,10 @@ class Opening:
                     self._made.remove_unused()
 
     def open(self, layout: Layout, exclude: Sequence[str] = ()) -> Segment:
-        """The standing segment, or one that is made, since a policy says what its layout is.
+        """The standing segment, or a new one with the policy's layout.
 
         Args:
-            exclude: globs of tensors that the segment may have besides, or not. Its publisher has to make it.
+            exclude: globs of tensors that the segment may have or lack. Its publisher then has to make it.
         """
         while True:
             with suppress(SegmentMissing, SegmentDamaged):
@@ -76,7 +76,7 @@ class Opening:
         """Returns when the first version is in; says once, after a while, that nobody publishes.
 
         Raises:
-            AttachTimeout: none came in time.
+            AttachTimeout: no version came in time.
         """
         due: float | None = time.monotonic() + self.patience
         if _has_first(reader):
@@ -91,7 +91,7 @@ class Opening:
             if reader.wait(min(times, default=None)):
                 if _has_first(reader):
                     return
-                time.sleep(_LOOK)  # its slot is locked by somebody who does not follow the protocol
+                time.sleep(_LOOK)  # somebody who does not follow the protocol has locked its slot
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
 
@@ -105,17 +105,17 @@ class Opening:
 
 
 def _has_first(reader: Reader) -> bool:
-    """Whether the first version is in now; one that is too old is, and each later refresh says so."""
+    """Whether the first version is in now, even one that is too old, about which each later refresh complains."""
     with suppress(Stale):
         reader.refresh(wait=True)
     return reader.version > 0
 
 
 def _told_of_neighbours(name: str, base: Path) -> str:
-    """A sentence for each directory of segments: first ``base``, then what other users have beside it.
+    """A sentence for each directory of segments: first ``base``, then those of other users beside it.
 
     Args:
-        name: whose nearest relatives come first.
+        name: the names most like it come first.
     """
     told = ""
     with suppress(SegmentError, OSError):
@@ -123,7 +123,7 @@ def _told_of_neighbours(name: str, base: Path) -> str:
         told = f"There are {_listed(name, there)}. " if there else "There is no other segment. "
     pattern = default_runtime_dir().name.rpartition("-")[0] + "-*"
     for other in sorted(base.parent.glob(pattern)):
-        with suppress(SegmentError, OSError):  # most of them are closed to us
+        with suppress(SegmentError, OSError):  # we may not enter most of them
             if other != base and (there := segments(other)):
                 told += f"In {printable(os.fspath(other))} (runtime_dir=) there are {_listed(name, there)}. "
     return told

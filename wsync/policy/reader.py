@@ -1,17 +1,17 @@
-"""A policy process's side: refresh between steps, wait, close; ``attaching`` makes it.
+"""The reader in a policy's process: refresh between steps, wait, close; ``attaching`` makes it.
 
-Two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes move, and
-the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose addresses stay.
+There are two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes
+move, and the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose
+addresses stay.
 
-``PlainReader`` takes it while the caller waits; a policy on a CUDA device has a reader of its own kind
-(``device_reader``).
+``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``device_reader``).
 
 A step with nothing new costs one load of eight bytes and one comparison. A version changes between steps: call
-``refresh()`` where no other thread is inside the policy, or have each of them inside ``using()``.
+``refresh()`` while no other thread is inside the policy, or run each of them inside ``using()``.
 
-A policy that writes to its own weights in place is kept from ``swap`` where that can be known beforehand. Where it
-cannot, the write hits pages of the process's own (the mapping is private), harms nobody, and is gone with the next
-version, of which a warning tells once.
+A policy that writes to its own weights in place is refused ``swap`` if that can be known beforehand. Otherwise the
+write goes to pages of the process's own (the mapping is private), harms nobody, and is lost with the next version; a
+warning says so once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Reader(ABC):
         name: of the segment.
         mode: ``"swap"`` or ``"copy"``.
         version: of the weights in the policy; 0 before the first.
-        step: the producer's number for them, None where it gave none.
+        step: the producer's number for them; None if it gave none.
     """
 
     def __init__(self, segment: Segment, mode: Way, terms: Terms) -> None:
@@ -73,9 +73,9 @@ class Reader(ABC):
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
         self._users = Users()
-        self._half_written: HalfWritten | None = None  # the policy is of no use any more
+        self._half_written: HalfWritten | None = None  # the policy must not be used any more
         self._schedule = Lookout(1) if terms.max_age else Lookout()
-        self._calls_left = 1  # without a look at the clock
+        self._calls_left = 1  # until it looks at the clock again
         self._search = Search()
         self._registration = self._take(segment)
         _readers.add(self)
@@ -84,24 +84,24 @@ class Reader(ABC):
         """Takes the newest version if there is a newer one; call it between steps.
 
         Args:
-            wait: on a GPU, for the version to be there; otherwise it is on its way, and a later call takes it. On the
-                CPU a version is there at once in any case.
-            users: where other threads are inside ``using()``, ``"wait"`` takes a version when they have left, and lets
-                no other in before that; ``"skip"`` returns False, and a later call takes it.
+            wait: on a GPU, wait until the version is there; otherwise it is under way, and a later call takes it. On
+                the CPU a version is always there at once.
+            users: if other threads are inside ``using()``, ``"wait"`` takes a version when they have left, and lets no
+                others in before that; ``"skip"`` returns False, and a later call takes it.
 
         Returns:
-            True when a new version came in. Where the segment was removed the policy keeps its weights, a warning is
+            True when a new version came in. If the segment was removed, the policy keeps its weights, a warning is
             logged once, and the reader attaches again when it comes back with the same layout. False for a signal
-            handler that calls it in the middle of another call. An interrupt (Ctrl-C) is raised when a version that is
+            handler that calls it in the middle of another call. An interrupt (Ctrl-C) is raised once a version that is
             being taken is in.
 
         Raises:
             Stale: the policy's version is older than ``max_age``; see ``attach``.
             SegmentError: a slot cannot be opened, mapped or read; the policy keeps the version that it has.
-            UsageError: this reader is closed, or the policy was moved (``.to()``) since it was attached; this thread is
-                inside ``using()``; on a GPU also while a CUDA graph is captured, and in a forked child.
+            UsageError: this reader is closed; the policy was moved (``.to()``) since it was attached; this thread is
+                inside ``using()``; on a GPU, also while a CUDA graph is captured, and in a forked child.
             CopyRefused: a tensor's class refused its copy; the policy keeps the version that it has.
-            HalfWritten: the same, and what was written could not be written back; every later call raises it, too.
+            HalfWritten: it refused, and the tensors before it could not be restored; every later call raises it, too.
         """
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
@@ -110,9 +110,9 @@ class Reader(ABC):
 
     @contextmanager
     def using(self) -> Iterator[int]:
-        """Holds the version still for a block, in as many threads as there are; yields the version.
+        """Keeps the version from changing during a block, in any number of threads; yields the version.
 
-        Meanwhile ``refresh`` and ``close`` of other threads wait. A thread may come in again where it is inside.
+        Meanwhile ``refresh`` and ``close`` of other threads wait. A thread that is inside may enter again.
 
         Raises:
             UsageError: this reader is closed.
@@ -151,7 +151,7 @@ class Reader(ABC):
     def close(self) -> None:
         """Gives the policy tensors of its own with the weights that it has, and lets go of the segment.
 
-        Called by a signal handler in the middle of a ``refresh``, it is done when that ends.
+        If a signal handler calls it in the middle of a ``refresh``, it takes effect when that ends.
         """
         if self._is_at_work():
             self._close_asked = True
@@ -170,7 +170,7 @@ class Reader(ABC):
 
     @property
     def age(self) -> float:
-        """Seconds since the policy's version was published, see ``attach`` about the clock; 0 before the first."""
+        """Seconds since the policy's version was published (``attach`` explains the clock); 0 before the first."""
         return _clock() - self._born if self.version else 0.0
 
     @property
@@ -201,7 +201,7 @@ class Reader(ABC):
         return took
 
     def _take_newest(self, wait: bool) -> bool:
-        """Takes the newest version while no other thread is inside, and tells of it."""
+        """Takes the newest version while no other thread is inside, and calls ``on_version``."""
         born = self._born
         try:
             with self._lock:
@@ -212,7 +212,7 @@ class Reader(ABC):
                 raise
             raise refused(exc, self._segment.path) from exc
         finally:
-            if self._born != born:  # also where an interrupt came meanwhile
+            if self._born != born:  # even if an interrupt came meanwhile
                 with self._users.inside(alone=True):
                     self._terms.tell(self.name, self.version, self.step)
 
@@ -221,11 +221,11 @@ class Reader(ABC):
         """Takes the newest version, under the lock; returns whether it did."""
 
     def _is_at_work(self) -> bool:
-        """Whether this very thread holds the lock: a signal handler came in between, and must not wait for it."""
+        """Whether this thread holds the lock already: a signal handler interrupted it, and must not wait for it."""
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]  # as threading.Condition asks
 
     def _newest(self) -> Lease | None:
-        """A lease of the version that is newer than the policy's; None where there is none to be had now."""
+        """A lease of a version newer than the policy's; None if there is none to lease now."""
         if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
             return None
         try:
@@ -233,7 +233,7 @@ class Reader(ABC):
         except SegmentDamaged:
             if not self._segment.damage():
                 raise
-            self._find_again()  # which says so; a later call takes what it finds
+            self._find_again()  # says so; a later call takes what it finds
             return None
         if lease and lease.version == self._taken:
             self._seen = lease.word
@@ -261,7 +261,7 @@ class Reader(ABC):
 
     @abstractmethod
     def _give_own(self) -> None:
-        """Gives the policy tensors of its own, where it has none."""
+        """Gives the policy tensors of its own, if it has none."""
 
     @abstractmethod
     def _leases(self) -> tuple[tuple[int, ...], float]:
@@ -270,13 +270,13 @@ class Reader(ABC):
     def _take(self, segment: Segment) -> Registration:
         """Makes a segment this reader's, and lists it there."""
         registration, address = Registration(segment.path, self.mode), segment.control.address
-        self._seen, self._taken = -1, 0  # the WORD, and the version, of this very segment
+        self._seen, self._taken = -1, 0  # the WORD and the version, of this segment
         self._segment, self._address = segment, address
-        self._words = segment.control.words  # last: before it, an interrupt has all of this done again
+        self._words = segment.control.words  # last: after an interrupt before it, all of this is done again
         return registration
 
     def _find_again(self) -> bool:
-        """Attaches to a segment of the same name and layout that stands where ours was removed."""
+        """Attaches to the segment of the same name and layout that replaced ours."""
         segment = self._search.find(self._segment, self.version)
         if segment is None:
             return False
@@ -297,7 +297,7 @@ class Reader(ABC):
         raise UsageError(_UNSENDABLE.format(self.name))
 
     def _after_fork(self) -> None:
-        """In a forked child: a record of its own; leases are shared with the parent, each part let go separately."""
+        """Gives a forked child a record of its own. It shares leases with its parent; each releases its own part."""
         self._lock, self._close_asked = threading.RLock(), False
         self._users.after_fork()
         if not self._closed:
@@ -306,7 +306,7 @@ class Reader(ABC):
 
 
 class PlainReader(Reader):
-    """A ``Reader`` whose refresh has the version in when it returns; for a policy on the CPU, or on several devices."""
+    """A ``Reader`` whose refresh returns when the version is in; for a policy on the CPU or on several devices."""
 
     def __init__(self, attached: Attached, segment: Segment, mode: Way, terms: Terms) -> None:
         self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
@@ -321,16 +321,16 @@ class PlainReader(Reader):
         except Exception as exc:
             self._half_written = exc if isinstance(exc, HalfWritten) else None
             raise
-        except BaseException:  # an interrupt: what was begun is finished first
+        except BaseException:  # an interrupt: finish what was begun first
             self._take_in(lease)
             raise
         finally:
-            if not self._way.holds(lease):  # it was a copy, or it failed before
+            if not self._way.holds(lease):  # it was a copy, or failed before
                 lease.release()
         return True
 
     def _take_in(self, lease: Lease) -> None:
-        """Gives the policy a leased version; may be called again where it was interrupted."""
+        """Gives the policy a leased version; may be called again after an interrupt."""
         publication = self._segment.leased(lease)
         self._way.take(self._segment, lease)
         self._took(lease, publication)
@@ -347,10 +347,10 @@ class PlainReader(Reader):
 
 
 def deadline_of(timeout: float | None) -> float | None:
-    """When so many seconds are over, by the monotonic clock; None for never.
+    """The time by the monotonic clock in so many seconds; None for never.
 
     Raises:
-        UsageError: it is no number of seconds.
+        UsageError: it is not a number of seconds.
     """
     try:
         if timeout is None or not math.isnan(timeout):

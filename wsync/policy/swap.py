@@ -1,17 +1,18 @@
 """Moves a policy to another slot: points each of its tensors at its part of the slot's memory.
 
-A slot is mapped once, and the views of its weights are made once. To take a version is ``parameter.data = view`` for
-each tensor: no bytes move, and the time depends on the number of tensors alone.
+A slot is mapped once, and the views of its weights are made once. Taking a version is ``parameter.data = view`` for
+each tensor: no bytes move, and the time depends only on the number of tensors.
 
 The memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy leaves a
 slot, the uses of its storage are counted. If only our own views are left, the lease is released, and the mapping and
 the views wait for the slot's next version. Otherwise somebody keeps a tensor of the old version: we let go of the
-memory, and the slot is mapped anew for its next version. What is still kept when the version after that comes is made
-this process's own, page by page, by a thread that releases the lease then: keeping costs the keeper memory, and nobody
-else a slot. Where the system cannot do that (before Linux 5.14) it stays leased until that tensor is gone.
+memory, and the slot is mapped anew for its next version. If the tensor still exists when the version after that comes,
+a thread makes its memory this process's own, page by page, and then releases the lease: keeping a tensor costs its
+keeper memory, and nobody else a slot. If the system cannot do that (before Linux 5.14), the slot stays leased until
+that tensor is gone.
 
-The mapping is private: what the policy writes to its weights in place hits pages of the process's own. They must be
-gone when the slot comes back. The look for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
+The mapping is private: what the policy writes to its weights in place goes to pages of the process's own. They must be
+gone when the slot is used again. Looking for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
 thread does it beside the policy's steps, as soon as the policy has left the slot.
 """
 
@@ -46,14 +47,14 @@ class _Slot:
     """A mapped slot.
 
     Attributes:
-        memory: its pages; owns the lease while the policy points there, or a tensor that somebody kept.
-        added: whether the segment was made without it. Its file may be another one the next time, so that it is mapped
-            for one version alone.
+        memory: its pages; owns the lease while the policy, or a tensor that somebody keeps, points there.
+        added: whether it was added later. Its file may be another one the next time, so it is mapped for one
+            version only.
         views: of the weights, in the order of the policy's tensors.
         addresses: of the views.
-        alone: the uses of the memory (see ``uses``) by our own views.
+        alone: ``uses`` by our own views alone.
         since: when its version was taken.
-        look: for pages that the policy wrote to; None where nobody has begun it.
+        look: the look for pages that the policy wrote to; None if it has not begun.
     """
 
     def __init__(self, segment: Segment, slot: int, targets: Targets) -> None:
@@ -71,7 +72,7 @@ class _Slot:
         _mapped[self._storage._cdata] = self
 
     def uses(self) -> tuple[int, int]:
-        """How many tensors point there, and how many have the storage object: torch gives the same one to all."""
+        """How many tensors point there, and how often the storage object, which they share, is referenced."""
         return int(torch._C._storage_Use_Count(self._storage._cdata)), sys.getrefcount(self._storage)
 
     def begin_look(self) -> None:
@@ -98,7 +99,7 @@ _mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
 
 
 def own_uses(storage: torch.UntypedStorage) -> int:
-    """How many uses of a storage are a reader's own; 0 where it is no slot."""
+    """How many uses of a storage are a reader's own; 0 if it is not a slot."""
     slot = _mapped.get(storage._cdata)
     return slot.alone[0] if slot else 0
 
@@ -110,18 +111,18 @@ class Swap:
         self._attached = attached
         self._segment: Segment | None = None
         self._slots: dict[int, _Slot] = {}
-        self._live: _Slot | None = None  # where the policy is; after an interrupt maybe where it was about to be
+        self._live: _Slot | None = None  # where the policy is, or after an interrupt perhaps where it was going
         self._held_back: list[_HeldBack] = []
         self._told_of_writing = False
 
     def take(self, segment: Segment, lease: Lease) -> None:
-        """Points the policy at a leased slot; warns once where the policy had written to that slot before.
+        """Points the policy at a leased slot; warns once if the policy had written to that slot before.
 
-        Whoever uses the old weights in a backward pass is told by autograd, as after any write in place.
+        A backward pass that needs the old weights gets autograd's error, as after any write in place.
 
         Raises:
             OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
-            UsageError: the policy's tensors are others than those that were attached, or of another form.
+            UsageError: the policy's tensors are not the attached ones, or have another form.
         """
         slots = self._slots if segment is self._segment else {}
         slot, written = self._prepare(slots, segment, lease.slot)
@@ -132,7 +133,7 @@ class Swap:
         # One call, so that no interrupt comes between two tensors.
         deque(map(_point, self._attached.tensors, slot.views), 0)  # R4 use
         self._take_over_held_back()
-        for other in others:  # more than one where the take before was interrupted
+        for other in others:  # more than one if the last take was interrupted
             if self._leave(other):
                 other.begin_look()
         if written and not self._told_of_writing:
@@ -140,18 +141,18 @@ class Swap:
             _log.warning(_WRITES, segment.name)
 
     def holds(self, lease: Lease) -> bool:
-        """Whether the policy may point into this slot, also where a take was interrupted."""
+        """Whether the policy may point into this slot, even after an interrupted take."""
         return any(slot.memory.lease is lease for slot in self._slots.values())
 
     def leases(self) -> tuple[tuple[int, ...], float]:
-        """The slots that the policy, or only a tensor that somebody keeps, points into; since when the oldest."""
+        """The slots that the policy, or a tensor that somebody keeps, points into, and since when the oldest."""
         self._held_back = [held for held in self._held_back if (memory := held[1]()) and memory.lease]
         held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
         held += [(slot, since) for slot, _, since in self._held_back]
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own, with the weights that it has; what somebody keeps lasts.
+        """Gives the policy tensors of its own, with the weights that it has; tensors that somebody keeps last.
 
         A tensor that its user pointed elsewhere, or shared with other processes, stays where it is.
         """
@@ -173,12 +174,12 @@ class Swap:
         self._take_over_held_back()
 
     def after_fork(self) -> None:
-        """In the child, which has its own pages and none of its parent's threads: looks are begun anew."""
+        """Begins looks anew in the child, which has its own pages and none of its parent's threads."""
         for slot in self._slots.values():
             slot.look = None
 
     def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
-        """Maps a slot with its file's bytes, and checks the policy; also returns whether it had written there."""
+        """Maps a slot with its file's bytes and checks the policy; also returns whether that had written there."""
         slot, written = slots.get(number), False
         if slot and not slot.added:
             written = slot.end_look()
@@ -191,7 +192,7 @@ class Swap:
         return slot, written
 
     def _take_over_held_back(self) -> None:
-        """Has a thread free slots whose memory has been kept for a whole version; most is gone before that."""
+        """Has a thread free slots that were held back for a whole version; most are free before that."""
         held_back, self._held_back = self._held_back, []
         for one in held_back:
             try:
@@ -200,7 +201,7 @@ class Swap:
                 self._held_back.append(one)
 
     def _take_over(self, held: _HeldBack) -> None:
-        """Lets a slot that is held back go, once its pages are this process's own."""
+        """Releases a slot that is held back, once its pages are this process's own."""
         memory = held[1]()
         lease = memory.lease if memory else None
         if memory and lease and take_over(memory):
@@ -210,7 +211,7 @@ class Swap:
             self._held_back.append(held)
 
     def _leave(self, slot: _Slot) -> bool:
-        """Whether a slot that the policy left had a lease, which is released; a tensor that somebody keeps keeps it."""
+        """Releases the lease of a slot that the policy left, if no tensor still needs it; returns whether it did."""
         lease = slot.memory.lease
         if lease is None:
             return False

@@ -1,8 +1,8 @@
-"""The tensors of a policy as they were when it was attached, and whether they still are.
+"""The tensors of a policy as they were when it was attached, and whether they still are the same.
 
-``.to()`` to another device, ``load_state_dict(assign=True)``, another submodule and whoever sets an attribute put other
-tensors in their place, and ``.half()`` makes others of them. A reader that went on with those it knew would leave the
-policy behind. What a policy may do is to gain and lose modules without tensors, and to have its own wrapped.
+``.to()`` to another device, ``load_state_dict(assign=True)``, a new submodule or a set attribute replace tensors, and
+``.half()`` changes them. A reader that went on with the old tensors would leave the policy behind. A policy may gain
+and lose modules without tensors, and have its own wrapped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..layout.layout import Layout, named_modules, named_tensors
 from ..layout.writing import runs_code
 from ..system.memory import permissions
 
-_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python has one of them
+_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python holds one of them
 _FORMS = [getattr(torch.Tensor, form).__get__ for form in ("device", "dtype", "shape")]
 Targets = list[tuple[torch.Tensor, int]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -32,7 +32,7 @@ class Attached:
 
     Args:
         layout: of the segment.
-        names: what each tensor's name in the policy is in that layout.
+        names: the name in the layout by each tensor's name in the policy.
 
     Attributes:
         targets: every tensor object once, with the number of its entry in the layout.
@@ -55,13 +55,13 @@ class Attached:
         self._note()
 
     def in_place(self) -> bool:
-        """Whether the policy's modules and tensors are these very ones; takes some 0.05 us for each."""
+        """Whether the policy's modules and tensors are still these; takes about 0.05 us for each."""
         return list(map(len, self._tables)) == self._sizes and all(
             map(is_, map(call, self._looks, self._keys), self._held)
         )
 
     def check(self) -> None:
-        """Raises UsageError where the tensors are not these, or not of the device, dtype and shape that they were."""
+        """Raises UsageError if the tensors are not these, or changed their device, dtype or shape."""
         if self.in_place() and self._forms_now() == self._forms:
             return
         forms = dict(zip(map(id, self.tensors), zip(*self._forms, strict=True), strict=True))
@@ -77,17 +77,17 @@ class Attached:
         self._note()
 
     def check_unshared(self) -> None:
-        """Raises UsageError where a tensor lies in memory that other processes share: they would be left behind."""
+        """Raises UsageError if a tensor lies in memory that other processes share: they would be left behind."""
         for name in shared(zip(self._names.values(), self.tensors, strict=True)):
             raise moved(name, "in memory that other processes share (share_memory(), a torch.multiprocessing queue)")
 
     def spare_holders(self) -> None:
         """Before tensors are pointed elsewhere: handles holders of a tensor itself, not only of its memory.
 
-        A graph that saved a parameter, or a module's cache that is keyed by the version of one, would go on with other
-        weights. So the versions of all tensors move, and a backward pass over the old ones is autograd's error. A
-        frozen tensor may have been exported, by ``torch.from_dlpack`` or numpy's: its Python object gets another body,
-        and the old one stays with who holds it, and so does its memory.
+        A graph that saved a parameter, or a cache that is keyed by a parameter's version, would go on with other
+        weights. So the versions of all tensors move, and a backward pass over the old ones raises autograd's error. A
+        frozen tensor may have been exported, by ``torch.from_dlpack`` or numpy: its Python object gets a new body, and
+        whoever holds the old body keeps it with its memory.
         """
         if sum(map(_use_count, self.tensors)) > len(self.tensors):
             for tensor in self.tensors:
@@ -96,7 +96,7 @@ class Attached:
         torch.autograd.graph.increment_version(self.tensors)
 
     def _note(self) -> None:
-        """Where the policy has its modules and tensors: the same ones may be elsewhere by now, in another module."""
+        """Notes where the policy has its modules and tensors: the same ones may be in another module by now."""
         modules = {id(module): module for _, module in named_modules(self._policy)}.values()
         self._tables = [table for each in modules for table in (each._modules, each._parameters, each._buffers)]
         self._sizes = list(map(len, self._tables))
@@ -115,10 +115,10 @@ class Attached:
 
 
 def _give_new_body(tensor: torch.Tensor) -> None:
-    """Gives a frozen tensor another body; autograd knows the others by the body that they have."""
+    """Gives a frozen tensor another body; the others must keep theirs, by which autograd knows them."""
     body = tensor.data
     body.grad = tensor.grad
-    with suppress(RuntimeError):  # something has a weak reference to it in C++
+    with suppress(RuntimeError):  # something in C++ has a weak reference to it
         torch._C._swap_tensor_impl(tensor, body)
 
 
@@ -138,7 +138,7 @@ def mapped(tensors: Tensors) -> dict[str, str]:
 
 
 def shared(tensors: Tensors) -> list[str]:
-    """The names of those tensors whose memory other processes have, too, or may have."""
+    """The names of the tensors whose memory other processes share, or may share."""
     return [name for name, how in mapped(tensors).items() if how.startswith("rw") and how.endswith("s")]
 
 
@@ -147,7 +147,7 @@ def lie_together(tensors: Tensors, layout: Layout, own_uses: Callable[[torch.Unt
 
     Args:
         layout: of these tensors.
-        own_uses: how many uses of a storage are no tensor of others.
+        own_uses: how many uses of a storage are not tensors of others.
     """
     storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
     index = {name: number for number, entry in enumerate(layout.tensors) for name in entry.names}

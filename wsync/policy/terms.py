@@ -19,7 +19,7 @@ _NO_EXTRAS: Mapping[str, bytes] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """See ``attach`` for what each of them means.
+    """The options of ``attach``, which explains them.
 
     Raises:
         UsageError: one of them cannot be used.
@@ -40,7 +40,7 @@ class Terms:
             raise UsageError(f"max_age={given!r} is not a number of seconds above 0. Give one, or None for any age.")
 
     def tell(self, name: str, version: int, step: int | None) -> None:
-        """Tells of the version that the policy has now."""
+        """Calls ``on_version`` with the version that the policy has now."""
         if self.on_version is None:
             return
         try:
@@ -51,7 +51,7 @@ class Terms:
                 raise
 
     def check_age(self, name: str, version: int, age: float) -> None:
-        """Raises Stale where the policy must not act on a version of this age, in seconds."""
+        """Raises Stale if the policy must not act on a version of this age, in seconds."""
         if self.max_age is not None and age > self.max_age:
             raise Stale(
                 f"the policy attached to {name!r} has version {version}, which was published {duration(age)} ago, and "

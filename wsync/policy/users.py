@@ -10,19 +10,19 @@ from ..errors import UsageError
 
 
 class Users:
-    """Counts the threads that are inside; a change waits for them, and lets no other in before it is done."""
+    """Counts the threads that are inside; a change waits for them, and lets no others in before it is done."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # re-entrant, for a signal handler
         self._inside: dict[int, int] = {}  # how often each thread is
-        self._changer = 0  # the thread that changes the policy, or waits to; 0 without one
+        self._changer = 0  # the thread that changes the policy or waits to; 0 if none
 
     @contextmanager
     def inside(self, *, alone: bool = False) -> Iterator[None]:
-        """A thread is inside; it may come in again.
+        """Counts this thread as inside for the block; it may enter again.
 
         Args:
-            alone: this very thread is alone, and done with its change.
+            alone: this thread is alone, and has finished its change.
         """
         me = threading.get_ident()
         with self._changed:
@@ -40,12 +40,10 @@ class Users:
 
     @contextmanager
     def alone(self, *, skip: bool = False) -> Iterator[bool]:
-        """Waits until nobody is inside; yields False at once where it must not wait for somebody.
-
-        It also does where this very thread is alone already.
+        """Waits until nobody is inside; yields False at once if it must not wait, or if this thread is alone already.
 
         Raises:
-            UsageError: this very thread is inside.
+            UsageError: this thread is inside.
         """
         me = threading.get_ident()
         with self._changed:
@@ -73,7 +71,7 @@ class Users:
                 self._changed.notify_all()
 
     def after_fork(self) -> None:
-        """In the child, which has one thread."""
+        """Called in the child, which has one thread."""
         me = threading.get_ident()
         self._changed, self._changer = threading.Condition(), 0
         self._inside = {me: self._inside[me]} if me in self._inside else {}

@@ -1,8 +1,8 @@
 """Who may open what: the check of every directory and file that is opened, and sharing a segment on purpose.
 
-A segment belongs to one user, who alone publishes into it, and is private unless ``Access`` says otherwise. What is
-opened is checked once it is open, so that nothing can be exchanged in between: a directory or a regular file, never
-reached through a symbolic link, of the owner that it must have, and writable by nobody else.
+A segment belongs to one user, who alone publishes into it, and is private unless ``Access`` says otherwise. A file is
+checked after it is opened, so that nothing can be exchanged in between: it must be a directory or a regular file, not
+reached through a symbolic link, of the right owner, and writable by nobody else.
 
 Sharing (``--mode 0640 --group policies``) lets others read, never write:
 
@@ -13,9 +13,9 @@ Sharing (``--mode 0640 --group policies``) lets others read, never write:
     publisher.lock          0600   always: whoever can open it could lock publishers out
     readers/                3770   sticky: each reader puts a record of its own there, and removes no other's
 
-Reading another user's segments takes naming the place: the default one is believed only where it is one's own, since
-anybody may make a directory in /dev/shm. Who reads trusts the owner, who may do what he likes to his own segment. And
-who is let in can hold slots by leasing them, as every reader does; ``wsync status`` shows who.
+To read another user's segments, name the runtime directory: the default one is trusted only if it is one's own, since
+anybody may make a directory in /dev/shm. A reader trusts the owner, who can do anything to his own segment. Everybody
+who is let in can hold slots by leasing them, as each reader does; ``wsync status`` shows who does.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_name(name: str) -> str:
     """A segment's name becomes a directory's: letters, digits and ``_ . + @ = -``, beginning with one of the first two.
 
     Raises:
-        UsageError: it is not such a name.
+        UsageError: the name is not like that.
     """
     if not is_name(name):
         raise UsageError(
@@ -60,11 +60,11 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who besides its owner may read a segment; without either, nobody.
+    """Who besides its owner may read a segment; nobody if neither is set.
 
     Attributes:
         mode: of its files, as chmod has it: ``0600`` (private), ``0640`` (a group may read), ``0644`` (everybody may).
-        group: a name or number; default that of the process which makes the segment. Alone it means mode ``0640``.
+        group: a name or number; default the group of the process that makes the segment. Alone it means mode ``0640``.
     """
 
     mode: str | None = None
@@ -95,12 +95,12 @@ class Access:
 
     @property
     def readers_bits(self) -> int:
-        """Of ``readers/``: who may read may put a record there, in the directory's group, and remove only its own."""
+        """Of ``readers/``: each reader may put a record there, in the directory's group, and remove only its own."""
         return 0o700 | (0o3070 if self.bits & 0o040 else 0) | (0o1007 if self.bits & 0o004 else 0)
 
     @property
     def gid(self) -> int | None:
-        """Raises UsageError where there is no such group."""
+        """Raises UsageError if there is no such group."""
         if self.group is None:
             return None
         import grp
@@ -138,7 +138,7 @@ class Access:
         """Whether those who may read can get to a segment in ``base``.
 
         Raises:
-            UsageError: they cannot; the message tells the command that opens it.
+            UsageError: they cannot; the message gives the command that opens it.
         """
         info = os.stat(base)
         gid = os.getegid() if self.gid is None else self.gid
@@ -157,12 +157,12 @@ def open_dir(path: str | Path, owner: int | None = None, *, dir_fd: int | None =
     """Opens a directory that nobody but its owner can change.
 
     Args:
-        owner: who that must be; default this user.
-        sticky: others may put files of their own into it, and remove none but those.
+        owner: the owner it must have; default this user.
+        sticky: others may put files of their own into it, and remove only those.
 
     Raises:
-        OSError: there is none, or the system refuses a look.
-        SegmentUnsafe: a symbolic link, another user's, writable by others, not to be entered, or no directory.
+        OSError: there is none, or the system refuses to open it.
+        SegmentUnsafe: it is a symbolic link, another user's, writable by others, closed to us, or not a directory.
     """
     owner = os.geteuid() if owner is None else owner
     return _open(path, os.O_RDONLY | os.O_DIRECTORY, owner, dir_fd, sticky)
@@ -179,22 +179,22 @@ def open_file(name: str, flags: int, dir_fd: int) -> int:
 
 
 class Descriptor(FileIO):
-    """A descriptor that is closed however its user ends; a failing close(2) is ignored, since it is gone."""
+    """A descriptor that is closed however its user ends; close(2) closes even if it fails."""
 
     def close(self) -> None:
-        self._finalizing = False  # a finalizer is one of the ways to close it, and no reason for a ResourceWarning
+        self._finalizing = False  # a finalizer may close it, without a ResourceWarning
         with suppress(OSError):
             super().close()
 
 
 def open_owned(name: str, flags: int, dir_fd: int) -> Descriptor:
-    """As ``open_file``, but the descriptor is a file object's own, which closes it however its user ends.
+    """As ``open_file``, but gives a file object, which closes the descriptor however its user ends.
 
     No Python code runs between the two calls that make it, so that no interrupt can leak it.
     """
     with _converted(name, flags, dir_fd):
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        if stat.S_ISDIR(info.st_mode):  # of which no file object is made
+        if stat.S_ISDIR(info.st_mode):  # a file object cannot be made of it
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         file = next(map(Descriptor, map(partial(os.open, dir_fd=dir_fd), [name], [flags | _SAFELY])))
     try:
@@ -215,7 +215,7 @@ def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: 
 
 @contextmanager
 def _converted(path: str | Path, flags: int, dir_fd: int | None) -> Iterator[None]:
-    """Raises SegmentUnsafe where what is opened is another's, or of another kind."""
+    """Turns errors of opening another user's file, or one of another kind, into SegmentUnsafe."""
     try:
         yield
     except PermissionError as exc:
@@ -230,7 +230,7 @@ def _converted(path: str | Path, flags: int, dir_fd: int | None) -> Iterator[Non
 
 
 def _check(fd: int, path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: bool = False) -> None:
-    """Raises SegmentUnsafe where what was opened is another user's, writable by others, or of another kind."""
+    """Raises SegmentUnsafe if an open file is another user's, writable by others, or of another kind."""
     info = os.fstat(fd)
     shared = info.st_mode & 0o022 and not (sticky and info.st_mode & stat.S_ISVTX)
     if not (flags & os.O_DIRECTORY or stat.S_ISREG(info.st_mode)) or info.st_uid != owner or shared:
@@ -258,16 +258,16 @@ def opened(fd: int) -> Iterator[int]:
 
 
 def base_owner(base: Path, *, write: bool) -> int:
-    """Whose segments are read in a runtime directory; there may be none yet.
+    """The user whose segments are read in a runtime directory, which may not exist yet.
 
     Raises:
-        SegmentUnsafe: it is another user's, and is to be written, or lies at our own default place, where it was not
-            named; or it is unsafe in itself.
+        SegmentUnsafe: it is another user's, and is to be written, or lies at our own default path and was not named; or
+            it is unsafe in itself.
     """
     me = os.geteuid()
     try:
         owner = os.stat(base, follow_symlinks=False).st_uid
-    except OSError:  # open_dir tells what is wrong
+    except OSError:  # open_dir says what is wrong
         owner = me
     if owner != me and (write or base == default_runtime_dir()):
         why = "only that user publishes there" if write else f"it is the place of uid {me}'s own segments"
@@ -285,12 +285,12 @@ def base_owner(base: Path, *, write: bool) -> int:
 
 
 def make_base(base: Path, access: Access) -> None:
-    """Makes the runtime directory, open to those who may read; checks one that stands, and never changes it.
+    """Makes the runtime directory, open to those who may read. One that exists is checked, and never changed.
 
     Raises:
         OutOfSharedMemory: there is no room for it.
         SegmentUnsafe: it cannot be made, or what is there is not ours.
-        UsageError: it stands, and those who may read cannot enter it; or the group is not ours to give to.
+        UsageError: it exists, and those who may read cannot enter it; or this user is not in the group.
     """
     try:
         base.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The control page of an open segment: one mapped page, in it the WORD, and the sleepers who wait for it to change."""
+"""The control page of an open segment: one mapped page that holds the WORD, on whose change readers sleep."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class ControlPage:
         return address_of(self._mapped) + WORD_OFFSET
 
     def store(self, word: int) -> None:
-        """P7 and P8: what the WORD says is so from here on; every reader that sleeps on it wakes."""
-        address = self.address  # whatever can fail in waking, an import included, fails before the store
+        """P7 and P8: from here on the WORD is what it says; every reader that sleeps on it wakes."""
+        address = self.address  # anything that can fail in waking, even an import, fails before the store
         self.words[_WORD] = word  # P7 store
         wake(address)  # P8 wake
 

@@ -1,7 +1,7 @@
 """The writing side: stage a checkpoint into a spare slot, verify it, make it live.
 
-Everything here runs under the publisher's lock. What is staged is checked before anything points to it; whatever goes
-wrong before the WORD is stored leaves the live version as it was.
+Everything here runs under the publisher's lock. What is staged is checked before anything points to it; a failure
+before the WORD is stored leaves the live version as it was.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Staged(NamedTuple):
     Attributes:
         path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
         name: of the segment.
-        version: that they get if they go live.
-        step: the producer's number, where it gave one.
+        version: the number that they get if they go live.
+        step: the producer's number, if it gave one.
         checkpoint: path of their checkpoint; empty for weights from memory.
     """
 
@@ -53,7 +53,7 @@ class Staged(NamedTuple):
 
 
 class Source(Protocol):
-    """What can be published: a ``Checkpoint``, or what stands for one that another box reads."""
+    """What can be published: a ``Checkpoint``, or a stand-in for one that another box reads."""
 
     @property
     def path(self) -> str | Path: ...
@@ -81,7 +81,7 @@ class Source(Protocol):
 
 
 Gate = Callable[[Staged], None]
-"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or what else its caller is to get."""
+"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or any error for its caller."""
 
 
 def publish(
@@ -98,18 +98,18 @@ def publish(
     """Stages, verifies and publishes a checkpoint; the caller holds ``segment.publishing()``.
 
     Args:
-        fit: which tensors are taken, and how they fit.
+        fit: which tensors are taken, and how they are fitted.
         spec: fingerprint of the policy spec, recorded with the version.
         progress: called with the number of bytes of each read.
-        gate: looks at the staged weights last of all; what it raises is raised, and nothing is published.
-        last_version: the highest that was ever published under this name, for a segment that was made anew.
+        gate: called last with the staged weights; if it raises, nothing is published.
+        last_version: the highest ever published under this name, for a segment that was made anew.
         origin: owner and place, recorded with the version (see ``Publication``).
 
     Raises:
-        CheckpointRejected: it does not fit, is not finite, or the gate does not want it.
-        PartialCheckpoint: the rest is to keep its live values, and nothing is live.
+        CheckpointRejected: it does not fit, is not finite, or the gate rejects it.
+        PartialCheckpoint: missing tensors should keep their live values, and nothing is live.
         CheckpointChanged: it changed while it was read.
-        RetryLater: the gate cannot tell yet.
+        RetryLater: the gate cannot decide yet.
         SegmentBusy: every spare slot is leased.
     """
     plan = _plan(checkpoint, segment.layout, fit, segment)
@@ -120,7 +120,7 @@ def publish(
                 for entry in plan.kept:
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
-            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 are in there
+            checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 happen there
         source = "" if checkpoint.path == Path() else str(checkpoint.path)  # a copy of weights from memory has no path
         about = Publication(version, step, source, checkpoint.identity, time.time(), spec, *origin)
         about = replace(about, changed_ns=checkpoint.changed_ns)
@@ -133,7 +133,7 @@ def publish_again(segment: WritableSegment, version: int, identity: str, last_ve
     """Publishes an earlier version that a spare slot still holds whole; the caller holds ``segment.publishing()``.
 
     Args:
-        version, identity: of what was published then.
+        version, identity: of the earlier version.
         last_version: as for ``publish``.
 
     Returns:
@@ -167,15 +167,15 @@ def publish_tensors(
         tensors: by dotted name, on any device; another float dtype is cast to the segment's.
         strict: refuse if a tensor is missing; if False, a missing tensor keeps its live values.
         finite: refuse NaN and infinity, also those that a cast made.
-        infinities: tensors of the policy that have some when it is built; the same ones are not refused.
-        step: recorded with the version: a whole number, also one of numpy or in a tensor.
+        infinities: the policy's tensors that hold infinities when it is built; the same infinities are accepted.
+        step: recorded with the version: a whole number, which may be numpy's or in a tensor.
         spec: fingerprint of the policy spec, recorded with the version.
         gate, last_version: as for ``publish``.
 
     Raises:
         KeyError: a name is unknown, or missing.
         ValueError: a shape differs, a value is not finite, or the step is beyond 64 bits.
-        TypeError: the segment's dtype cannot hold a tensor's values, or the step is no whole number.
+        TypeError: the segment's dtype cannot hold a tensor's values, or the step is not a whole number.
         SegmentBusy: every spare slot is leased.
     """
     import torch
@@ -234,7 +234,7 @@ def _kept(segment: WritableSegment, tensors: Collection[str], strict: bool) -> m
 
 
 def _next_version(segment: WritableSegment, last_version: int) -> int:
-    segment.live()  # raises where the WORD and its slot tell of two versions: from a damaged one none is counted
+    segment.live()  # raises if the WORD and its slot disagree: do not count on from a damaged version
     version = max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
     if version >= MAX_VERSION:
         raise SegmentUnsafe(
@@ -245,7 +245,7 @@ def _next_version(segment: WritableSegment, last_version: int) -> int:
 
 
 def _whole(step: int | None) -> int | None:
-    """A step as the plain number that a slot's header holds, and that every reader can read there."""
+    """A step as a plain number, which a slot's header can hold and every reader can read."""
     if step is None:
         return None
     try:
@@ -275,7 +275,7 @@ def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publicatio
                 gate(staged)
             finally:
                 _check_file(segment, slot, file)
-        except SegmentError:  # the slot was changed: it is made whole, and holds nothing
+        except SegmentError:  # the slot was changed: make it whole and empty
             _restore(segment, slot)
             raise
         publication = replace(publication, published_at=time.time())
@@ -336,7 +336,7 @@ def rehearse(
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Everything that ``publish`` checks, in memory of this process that is given back.
+    """Checks everything that ``publish`` checks, in memory of this process that is freed afterwards.
 
     Raises:
         CheckpointRejected: it does not fit, or is not finite.
@@ -366,7 +366,7 @@ def holds(segment: WritableSegment, checkpoint: Source, fit: Fit) -> bool:
 def _read_aside(
     layout: Layout, checkpoint: Source, plan: Plan, fit: Fit, progress: Callable[[int], None] | None = None
 ) -> memoryview:
-    """The weights of a checkpoint, in memory of this process that is given back with the last view of it."""
+    """The weights of a checkpoint, in memory of this process that is freed with its last view."""
     with mapping(layout.nbytes):
         memory = mmap.mmap(-1, max(layout.nbytes, 1))
     weights = memoryview(memory)

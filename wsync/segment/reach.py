@@ -45,7 +45,7 @@ def behind(late: list[ReaderRecord], version: int) -> str:
 
 
 def oldest_version(segment: Segment) -> int:
-    """The oldest version that a living reader acts on or keeps; the live one without readers, 0 before the first.
+    """The oldest version that a living reader acts on or keeps; without readers the live one, and 0 before the first.
 
     A trainer may delete or reuse what belongs to older ones.
     """
@@ -54,10 +54,10 @@ def oldest_version(segment: Segment) -> int:
 
 
 class Reach:
-    """Tells once, of each version that a watch published, when all readers have it."""
+    """Reports once for each version that a watch published, when all readers have it."""
 
     def __init__(self) -> None:
-        self._version = 0  # that is on its way to readers; 0 where none is
+        self._version = 0  # on its way to readers; 0 if none is
 
     def look(self, segment: Segment | None, published: int) -> tuple[int, int, float] | None:
         """Looks after a pass, without waiting.
@@ -66,8 +66,8 @@ class Reach:
             published: the version that this pass published, or 0.
 
         Returns:
-            The version, how many readers have it, and seconds from its publish until the last of them had it; None
-            where some have not, or nothing is to be told.
+            The version, how many readers have it, and seconds from its publish until the last of them had it; None if
+            some do not have it, or there is nothing to report.
         """
         self._version = published or self._version
         live = segment.live() if segment and self._version else None

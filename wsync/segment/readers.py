@@ -1,12 +1,12 @@
-"""Who reads a segment: one small file a reader in the segment's ``readers/``, locked while the reader lives.
+"""Who reads a segment: each reader has a small file in the segment's ``readers/``, locked while it lives.
 
-The record is for people (``wsync status``, the message that names who holds a slot back); no decision hangs on it.
-Only the lock on its file says that a reader lives: pids mean nothing across containers. A file whose lock is free was
-left by a dead reader and is removed by whoever looks and may.
+The record is for people (``wsync status``, the message that names who holds a slot back); no decision depends on it.
+Only the lock on its file says that a reader lives: pids mean nothing across containers. A file with a free lock was
+left by a dead reader; whoever finds it removes it, if permitted.
 
-In a shared segment others write these files. Nothing in them is believed: what is not a small regular file with the
-fields that we know is passed over, and what they say is made harmless to print. And a reader that finds no room for a
-record goes on without one.
+In a shared segment others write these files, so nothing in them is trusted: anything but a small regular file with the
+known fields is ignored, and its text is made harmless to print. A reader that finds no room for a record goes on
+without one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ReaderRecord(NamedTuple):
 
     @classmethod
     def parse(cls, text: bytes) -> ReaderRecord:
-        """Raises ValueError where it is no record."""
+        """Raises ValueError if it is not a record."""
         with parsed():
             said = cls(**json.loads(text))
             if not isinstance(said.process, str) or said.mode not in ("swap", "copy"):
@@ -68,7 +68,7 @@ class ReaderRecord(NamedTuple):
 
 
 class Registration:
-    """A reader's own record, there as long as this object is open, where one can be made; begins as of ``update``."""
+    """A reader's own record, if one can be made; it exists while this object is open, and begins with ``update``."""
 
     def __init__(
         self, segment: Path, mode: str, version: int = 0, slots: tuple[int, ...] = (), oldest: float = 0.0
@@ -79,7 +79,7 @@ class Registration:
         try:
             self._fd = self._make(segment / "readers")
             self.update(version, slots, oldest)
-            readers(segment)  # which removes the records of those that were killed
+            readers(segment)  # removes the records of killed readers
         except (OSError, SegmentUnsafe) as exc:
             import logging
 
@@ -96,7 +96,7 @@ class Registration:
     def close(self, *, unlink: bool = True) -> None:
         if self._fd >= 0:
             if unlink:
-                with suppress(OSError):  # gone, or no longer ours to remove; whoever looks sees that it is free
+                with suppress(OSError):  # gone, or no longer ours to remove; others see that its lock is free
                     self._path.unlink()
             shut(self._fd)
             self._fd = -1
@@ -111,7 +111,7 @@ class Registration:
                     os.fchmod(fd, 0o600 | os.fstat(directory).st_mode & 0o044)
                     if try_lock(fd) and os.fstat(fd).st_nlink:
                         return fd
-                shut(fd)  # somebody who looked took the new file for a dead reader's, and removes it
+                shut(fd)  # somebody took the new file for a dead reader's, and removes it
         raise SegmentUnsafe(
             f"another process locks each new record in {records}. Find it with `fuser -v {records}`, end it, and "
             "attach again."
@@ -123,13 +123,13 @@ def open_readers(segment: Path) -> int:
 
     Raises:
         FileNotFoundError: there is none.
-        SegmentUnsafe: it is something else, or others may do more in it than add files of their own.
+        SegmentUnsafe: it is not a directory, or others may do more in it than add files of their own.
     """
     return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
 
 
 def readers(segment: Path) -> list[ReaderRecord]:
-    """The living readers of a segment; the files of dead ones are removed on the way."""
+    """The living readers of a segment; removes the files of dead ones."""
     try:
         directory = open_readers(segment)
     except FileNotFoundError:
@@ -141,15 +141,15 @@ def readers(segment: Path) -> list[ReaderRecord]:
 
 def _look(name: str, directory: int) -> ReaderRecord | None:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    # An OSError: it is gone, a link, a socket, closed to us, or another's to remove.
+    # OSError: it is gone, a link, a socket, closed to us, or not ours to remove.
     with suppress(OSError), opened(os.open(name, flags, dir_fd=directory)) as fd:
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # what has another name is not only a record
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # a file with another name is not only a record
             return None
         if try_lock(fd):
             os.unlink(name, dir_fd=directory)
             return None
-        for _ in range(8):  # a record that is just being replaced may not parse
+        for _ in range(8):  # a record that is being replaced at this moment may not parse
             with suppress(ValueError):
                 return ReaderRecord.parse(os.pread(fd, _SIZE, 0))
     return None

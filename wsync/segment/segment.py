@@ -36,8 +36,8 @@ All locks are taken without waiting, so that nobody waits for a stopped process.
   the system calls in between order the writes to the slot before the store, on every architecture.
 - Where every spare slot is leased (by an idle notebook, a forked child, a tensor that somebody keeps), P2 adds a slot,
   up to a bound. The publisher does it, because those who hold a lease may run no code of ours for hours. After a later
-  publish it removes an added slot that nobody leases. What had been opened of it before is at R3 with another WORD; and
-  since a slot of that number may be another file afterwards, a reader maps an added slot for one version alone.
+  publish it removes an added slot that nobody leases. A reader that had opened it before finds another WORD at R3; and
+  since a slot of that number may be another file afterwards, a reader maps an added slot for one version only.
 - The kernel drops flocks with their process: killed anywhere before P7 a publisher has published nothing, and the next
   one finds every lock free. After P7 only the wake-up is lost, and sleepers look for themselves after a moment.
 
@@ -46,7 +46,7 @@ never truncated and its bytes are reserved, so that no access can end in SIGBUS.
 not used: its resource tracker unlinks memory that others still use.
 
 A slot number of ``NO_SLOT`` in the WORD means that nothing is live yet; ``REMOVED`` is stored before a segment is
-removed, so that readers, who keep its memory mapped, learn of it at the price of the same one load.
+removed, so that readers, which keep its memory mapped, notice it with the same one load.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ from .segment_files import (
 
 
 class Segment:
-    """An open segment as a reader has it, and whoever looks; ``writable`` has the publisher's handle.
+    """An open segment, for readers and for anybody who looks; ``writable`` has the publisher's handle.
 
     Attributes:
         name: of the segment.
@@ -99,7 +99,7 @@ class Segment:
         self._dir = -1
         try:
             self._dir = open_dir(path, owner)
-            self._shut = weakref.finalize(self, shut, self._dir)  # also of one that is dropped without a close
+            self._shut = weakref.finalize(self, shut, self._dir)  # also if it is dropped without a close
             self.control = ControlPage(map_control(self._dir, write=self._write))
             self._about = About.read(self._dir)
             shut(open_readers(path))
@@ -129,12 +129,12 @@ class Segment:
 
         Args:
             layout: what it must hold; default anything.
-            exclude: globs of tensors that it may hold besides.
+            exclude: globs of further tensors that it may hold.
 
         Raises:
             LayoutDiffers: it holds another architecture.
             SegmentMissing: there is none of this name.
-            SegmentUnsafe: what is there is not ours, or not a segment; see ``access`` for whose may be read.
+            SegmentUnsafe: it is not ours, or not a segment; see ``access`` for whose segments may be read.
         """
         base = runtime_dir(runtime)
         segment = cls(name, base / check_name(name), owner=base_owner(base, write=cls._write))
@@ -158,14 +158,14 @@ class Segment:
         self._shut()
 
     def is_current(self) -> bool:
-        """Whether the name still leads to this very segment; raises OSError where the system does not tell."""
+        """Whether the name still leads to this segment; raises OSError if the system does not say."""
         try:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self._dir))
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def check(self) -> None:
-        """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe where that is broken."""
+        """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe if that is broken."""
         _ = self.live(), self.layout, self.readers()
 
     @cached_property
@@ -176,7 +176,7 @@ class Segment:
             raise broken(self.name, f"has a layout.json that holds no layout ({exc})") from exc
 
     def damage(self) -> str:
-        """What something outside wsync did to its files, as the end of a sentence; empty where all is well."""
+        """What something outside wsync did to its files, as the end of a sentence; empty if all is well."""
         return damage(self._dir, self.slots)
 
     @cached_property
@@ -184,7 +184,7 @@ class Segment:
         return self.data_offset + self.layout.nbytes
 
     def slot_numbers(self) -> list[int]:
-        """Of all slots that are there now: those that it was made with, and those that were added."""
+        """The numbers of all slots: those that it was made with, and those that were added."""
         return [*range(self.slots), *added_slots(self._dir, self.slots)]
 
     @property
@@ -204,7 +204,7 @@ class Segment:
     def live(self) -> Publication | None:
         """What is live, or None before the first version.
 
-        Needs no lease: a live slot is not written, so that a header read between two equal WORDs is whole.
+        Needs no lease: a live slot is not written, so a header that is read between two equal WORDs is whole.
 
         Raises:
             SegmentUnsafe: the slot's header does not say.
@@ -226,7 +226,7 @@ class Segment:
         return None
 
     def leased(self, lease: Lease) -> Publication:
-        """What the header of a leased slot says of the version in it.
+        """What the header of a leased slot says about the version in it.
 
         Raises:
             SegmentUnsafe: the slot's header does not say.
@@ -244,7 +244,7 @@ class Segment:
             ) from exc
 
     def held_back(self, reader: ReaderRecord) -> list[int]:
-        """The versions other than its own that a reader keeps leased, for a tensor that somebody there still has."""
+        """Other versions that a reader keeps leased, because somebody there still has a tensor of them."""
         versions = set()
         for slot in reader.slots:
             with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is out of date
@@ -259,8 +259,8 @@ class Segment:
         return readers(self.path)
 
     def lease(self) -> Lease | None:
-        """R1 to R3: the live slot, held against being overwritten; None where there is none to be had now."""
-        for _ in range(1000):  # publishes that fast in a row do not happen; a reader must never hang
+        """R1 to R3: leases the live slot, so that it is not overwritten; None if there is none to lease now."""
+        for _ in range(1000):  # so many publishes in a row do not happen; a reader must never hang
             word = self.word  # R1 load
             if word & 0xFF >= NO_SLOT:
                 return None
@@ -272,10 +272,10 @@ class Segment:
                 if self.word == word:
                     raise
                 continue  # it was an added slot, and was given back
-            if os.fstat(file.fileno()).st_size != self._slot_bytes:  # what is mapped of it would end in SIGBUS
+            if os.fstat(file.fileno()).st_size != self._slot_bytes:  # using it would end in SIGBUS
                 file.close()
                 raise damaged(self.name, f"has a {slot_name(word & 0xFF)} that is not of {self._slot_bytes:,} bytes")
-            lease = Lease(word, file)  # before the lock is had: an interrupt leaves none behind
+            lease = Lease(word, file)  # before it is locked: an interrupt leaves no lock behind
             if (
                 try_lock(file.fileno(), shared=True)  # R2 lease
                 and self.word == word  # R3 recheck
@@ -285,17 +285,17 @@ class Segment:
         return None
 
     def map_slot(self, slot: int) -> SlotMemory:
-        """A private mapping of a leased slot, whose pages are mapped at once; it is the caller's."""
+        """A private mapping of a leased slot, with all pages mapped; it belongs to the caller."""
         mapped, _ = self.map_pages(slot, private=True)
         populate(mapped)
         return mapped
 
     def map_pages(self, slot: int, *, write: bool = False, private: bool = False) -> tuple[SlotMemory, tuple[int, int]]:
-        """A mapping of a slot, which is the caller's, and the device and inode of its file.
+        """A mapping of a slot, which belongs to the caller, and the device and inode of its file.
 
         Args:
-            write: it is a publisher's, or one of those who must be able to write and do not.
-            private: what is written there is this process's own; else the publisher's pages are shared.
+            write: for a publisher, or for a user that must be able to write and does not.
+            private: what is written there stays in this process; otherwise the publisher's pages are shared.
 
         It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
         """
@@ -303,7 +303,7 @@ class Segment:
         with self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY) as file:
             fd = file.fileno()
             info = os.fstat(fd)
-            if info.st_size != size:  # mapped beyond its end it would end in SIGBUS
+            if info.st_size != size:  # a mapping beyond its end would end in SIGBUS
                 raise damaged(self.name, f"has a {slot_name(slot)} that is not of {size:,} bytes")
             flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
             protection = mmap.PROT_READ | (mmap.PROT_WRITE if write or private else 0)
@@ -316,7 +316,7 @@ class Segment:
         return self._open_file(slot_name(slot), flags)
 
     def _open_file(self, name: str, flags: int) -> Descriptor:
-        """Raises SegmentBusy where the segment is being removed."""
+        """Raises SegmentBusy if the segment is being removed."""
         try:
             return open_owned(name, flags, self._dir)
         except FileNotFoundError:
@@ -326,8 +326,8 @@ class Segment:
 class Lease:
     """A reader's hold on one slot: the slot is not written until this object is gone.
 
-    It is let go by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
-    lets go only of its own part.
+    It is released by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
+    releases only its own part.
     """
 
     __slots__ = ("_file", "slot", "version", "word")
@@ -349,7 +349,7 @@ class Lease:
 
 
 class SlotMemory(mmap.mmap):
-    """A mapping of a slot. A reader's is private: what the process writes there is its own, and in no version.
+    """A mapping of a slot. A reader's is private: what the process writes there is its own, and part of no version.
 
     Attributes:
         lease: released with the memory, which torch keeps for as long as a tensor points there.
@@ -374,7 +374,7 @@ def broken(name: str, how: str) -> SegmentUnsafe:
 
 
 def _advice(layout: Layout, segment: Segment) -> str:
-    """What to do where a policy of this layout meets a segment of another."""
+    """What to do if a policy has another layout than the segment."""
     if advice := layout.advice(segment.layout):
         return advice
     own = layout.more_than(segment.layout)
@@ -389,7 +389,7 @@ def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the standing segments, sorted; those that this user may not enter are left out.
 
     Raises:
-        SegmentUnsafe: the runtime directory is not to be believed.
+        SegmentUnsafe: the runtime directory cannot be trusted.
     """
     base = runtime_dir(runtime)
     base_owner(base, write=False)

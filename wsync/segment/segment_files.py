@@ -1,7 +1,7 @@
-"""The files of a segment: their form, making them all at once, believing them, and sweeping away what makers left.
+"""The files of a segment: their form, making all of them at once, checking them, and removing leftovers.
 
-A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that describing another
-version moves nothing, and the whole to a page, so that the weights begin on one.
+A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that nothing moves when
+another version is described, and the whole to a page, so that the weights begin on one.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from .access import Access, open_dir, open_file, opened
 
 MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
 WORD_OFFSET, BOUND_OFFSET = 64, 72  # bytes into the control page
-NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, in the place of a slot's number
+NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, instead of a slot's number
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
 MAX_VERSION = 1 << 56  # the WORD has no room for more
 _UNNAMED = "slot.new"  # a slot that is being added
-SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, where nothing else is said
-_MOST_OF_AN_OWNER = 1500  # characters; without those that are longer there is room for the longest source
-MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound of the latter
-END_OF_TIME = 253_402_300_800.0  # the year 10000, which no calendar here can print
+SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, by default
+_MOST_OF_AN_OWNER = 1500  # characters; longer ones are left out, so that there is room for the longest source
+MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound for headers
+END_OF_TIME = 253_402_300_800.0  # the year 10000, which datetime cannot print
 
 
 @contextmanager
 def parsed() -> Iterator[None]:
-    """Turns each error that comes from reading wrong data into a ValueError."""
+    """Turns each error of reading wrong data into a ValueError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
@@ -45,18 +45,18 @@ def parsed() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """What the header of a slot says of the version in it.
+    """What the header of a slot says about the version in it.
 
     Attributes:
         version: the segment's counter.
-        step: the producer's number, where it gave one.
+        step: the producer's number, if it gave one.
         source: path of the checkpoint; empty for weights that came from memory.
         identity: the file's identity when it was read (see ``checkpoint.identity``).
         published_at: seconds since the epoch.
         spec: fingerprint of the policy spec that it was published for.
         owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
-        place: where the owner's checkpoints appear; empty where it has no place of its own.
-        changed_ns: when the system last changed a file of the checkpoint before it was read; 0 where that is not known.
+        place: where the owner's checkpoints appear; empty if it has no place of its own.
+        changed_ns: when the system last changed a file of the checkpoint before it was read; 0 if unknown.
     """
 
     version: int
@@ -78,7 +78,7 @@ class Publication:
         """From the first ``METADATA_END`` bytes of a slot.
 
         Raises:
-            ValueError: they say no such thing.
+            ValueError: they do not describe a version.
         """
         with parsed():
             data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
@@ -99,7 +99,7 @@ class Publication:
 
 
 class About(NamedTuple):
-    """What ``layout.json`` says, checked but for the layout, which takes long to read and is not always needed."""
+    """What ``layout.json`` says, checked except for the layout, which is slow to read and not always needed."""
 
     slots: int
     data_offset: int
@@ -108,7 +108,7 @@ class About(NamedTuple):
 
     @classmethod
     def read(cls, directory: int) -> About:
-        """Raises ValueError where it is not what ``make`` wrote."""
+        """Raises ValueError if it is not what ``make`` wrote."""
         with parsed(), open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_TABLE:
@@ -123,7 +123,7 @@ class About(NamedTuple):
             return cls(slots, data_offset, spec, data["layout"])
 
     def layout(self) -> Layout:
-        """Raises ValueError where it is none."""
+        """Raises ValueError if it is not a layout."""
         with parsed():
             layout = Layout.from_json(self.table)
             sizes = [size for entry in layout.tensors for size in entry.shape]
@@ -158,7 +158,7 @@ class SpareSlot(NamedTuple):
 
 
 def map_control(directory: int, *, write: bool) -> mmap.mmap:
-    """The control page of a segment; raises ValueError where it is not of this format."""
+    """The control page of a segment; raises ValueError if it has another format."""
     with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
         if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
             raise ValueError("its control page is not of this format")
@@ -171,9 +171,9 @@ def slot_name(slot: int) -> str:
 
 
 def damage(directory: int, slots: int) -> str:
-    """What something outside wsync did to the files of a segment, as the end of a sentence; empty where all is well.
+    """What something outside wsync did to the files of a segment, as the end of a sentence; empty if all is well.
 
-    That is a file that is gone or was cut. One of another kind is refused when it is opened.
+    Finds a file that is gone or was cut; one of another kind is refused when it is opened.
     """
     sizes, names = {}, [slot_name(slot) for slot in range(slots)]
     for name in ("control", "layout.json", "publisher.lock", "readers", *names):
@@ -190,7 +190,7 @@ def damage(directory: int, slots: int) -> str:
 
 
 def set_aside(path: Path, directory: int) -> None:
-    """Removes a damaged segment, which is open as ``directory``, where another process did not do so before."""
+    """Removes a damaged segment, which is open as ``directory``, unless another process already did."""
     if not try_lock(directory):
         return
     with suppress(FileNotFoundError):
@@ -199,20 +199,20 @@ def set_aside(path: Path, directory: int) -> None:
 
 
 def added_slots(directory: int, slots: int) -> list[int]:
-    """The numbers of the slots that a segment has beside those that it was made with, sorted."""
+    """The numbers of the slots that were added to a segment, sorted."""
     names = set(os.listdir(directory))
     return [slot for slot in range(slots, MAX_SLOTS) if slot_name(slot) in names]
 
 
 def add_slot(directory: int, slot: int, header: bytes, nbytes: int) -> None:
-    """Makes one more slot of a standing segment, for those who may read the others: it is there whole or not at all.
+    """Adds a slot to a segment, readable like the others: it is there whole or not at all.
 
     Args:
-        header: of a slot that holds nothing.
+        header: of an empty slot.
         nbytes: of the weights.
 
     Raises:
-        OSError: there is no room, or the system refuses it; nothing is left behind.
+        OSError: there is no room, or the system refuses; nothing is left behind.
     """
     like = os.stat(slot_name(0), dir_fd=directory)
     sweep_slot(directory)
@@ -229,14 +229,14 @@ def add_slot(directory: int, slot: int, header: bytes, nbytes: int) -> None:
 
 
 def sweep_slot(directory: int) -> None:
-    """Removes what a publisher that was killed while it added a slot left behind."""
+    """Removes what a publisher left behind that was killed while it added a slot."""
     with suppress(FileNotFoundError):
         os.unlink(_UNNAMED, dir_fd=directory)
 
 
 def metadata_block(metadata: Mapping[str, str]) -> bytes:
     """The part of a slot's header from byte 8 to ``METADATA_END``."""
-    # A file name that is no UTF-8 is recorded with its odd bytes escaped; it is shown, and never opened by this record.
+    # The bytes of a file name that are not UTF-8 are escaped; this name is only shown, and never opened.
     table = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()}
     block = b'{"__metadata__":' + json.dumps(table, ensure_ascii=False).encode()
     if len(block) > METADATA_END - 8:
@@ -245,7 +245,7 @@ def metadata_block(metadata: Mapping[str, str]) -> bytes:
 
 
 BLANK = metadata_block({})
-"""Of a slot that holds nothing, or is being staged."""
+"""The metadata of a slot that is empty or being staged."""
 
 
 def slot_header(layout: Layout) -> bytes:
@@ -260,11 +260,11 @@ def slot_header(layout: Layout) -> bytes:
 
 
 def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> None:
-    """Makes the segment under another name and renames it: it is there whole or not at all.
+    """Makes the segment under another name and renames it, so that it is there whole or not at all.
 
     Raises:
         OutOfSharedMemory: there is no room; nothing is left behind.
-        UsageError: its group is not ours to give to.
+        UsageError: this user is not in its group.
     """
     header = slot_header(layout)
     about = {"slots": slots, "data_offset": len(header), "spec": spec, "layout": layout.to_json()}
@@ -294,7 +294,7 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
 
 
 def share(directory: int, slots: Iterable[int], access: Access) -> None:
-    """Gives the files of a segment their group and mode; its directory last, so that what was cut short shows there."""
+    """Gives the files of a segment their group and mode; its directory comes last, and so shows that all is done."""
     for name in ("control", "layout.json", *map(slot_name, slots)):
         with opened(open_file(name, os.O_RDONLY, directory)) as fd:
             access.grant(fd, access.bits)
@@ -309,11 +309,11 @@ def discard(path: Path) -> None:
 
     doomed = path.with_name(f".removed-{os.getpid()}-{os.urandom(4).hex()}")
     os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # what stays is the next sweeper's
+    shutil.rmtree(doomed, ignore_errors=True)  # the next sweep removes the rest
 
 
 def sweep(base: Path) -> None:
-    """Removes what makers and removers that were killed left behind; a living maker locks its directory."""
+    """Removes what killed makers and removers left behind; a living maker locks its directory."""
     import shutil
 
     for path in (*base.glob(".new-*"), *base.glob(".removed-*")):
@@ -327,7 +327,7 @@ def sweep(base: Path) -> None:
 
 
 def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
-    """A new hidden directory, locked so that nobody sweeps it away; it is removed with the stack."""
+    """Makes a hidden directory, locked so that nobody sweeps it away; the stack removes it."""
     import shutil
     import tempfile
 

@@ -16,7 +16,7 @@ _FILE, _SIZE = "watch.lock", 16_384
 
 
 class Watching(NamedTuple):
-    """What a watch says of itself.
+    """What a watch says about itself.
 
     Attributes:
         pid: its process.
@@ -33,13 +33,13 @@ class Watching(NamedTuple):
 
 
 class WatchLock:
-    """The lock of one watch, on whichever segment it keeps."""
+    """The lock of one watch, on the segment that it keeps in step."""
 
     def __init__(self, about: Watching) -> None:
         self._about, self._fd = about, -1
 
     def hold(self, segment: Segment) -> Watching | None:
-        """Takes the lock where it is free; returns the other watch that holds it.
+        """Takes the lock if it is free; otherwise returns the watch that holds it.
 
         Raises:
             OSError: the file cannot be made.
@@ -63,7 +63,7 @@ class WatchLock:
 
 
 def watch_of(segment: Segment) -> Watching | None:
-    """The watch that keeps a segment in step, None where there is none."""
+    """The watch that keeps a segment in step; None if there is none."""
     try:
         with (
             opened(open_dir(segment.path)) as directory,
@@ -79,5 +79,5 @@ def _parse(fd: int) -> Watching:
         with parsed():
             pid, spec, place = json.loads(read_at(fd, _SIZE, 0))
             return Watching(int(pid), str(spec), str(place))
-    except ValueError:  # it is just being written
+    except ValueError:  # it is being written at this moment
         return Watching(0, "unknown", "unknown")

@@ -1,6 +1,6 @@
 """Readers without torch: a leased version as numpy views and as a safetensors file.
 
-A view that is kept longer than its block never changes: the lease goes with the last of them.
+A view that is kept longer than its block never changes: the lease ends with the last view.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Held(Mapping[str, "np.ndarray[Any, Any]"]):
 
     Attributes:
         version: of the segment.
-        step: the trainer's own number for it, None where it gave none.
+        step: the trainer's own number for it; None if it gave none.
         path: of the slot, a safetensors file, which cannot change during the block; a tied weight is in it once.
     """
 
@@ -99,12 +99,12 @@ def lease(name: str, *, timeout: float = 0.0, runtime_dir: str | os.PathLike[str
 
 
 def follow(name: str, *, runtime_dir: str | os.PathLike[str] | None = None) -> Generator[Held, None, None]:
-    """Yields the newest version of a segment, then each newer one when it comes; versions in between are passed over.
+    """Yields the newest version of a segment, then each newer one; skips those that were replaced meanwhile.
 
-    Each is held until the next one is asked for. When the segment is removed, it waits until it is there again.
+    Each is held until the next one is asked for. If the segment is removed, it waits until it is back.
 
     Raises:
-        SegmentError: there is no such segment as it begins, or it is broken.
+        SegmentError: there is no such segment at the start, or it is broken.
     """
     segment = Segment.open(name, runtime_dir)
     version = 0

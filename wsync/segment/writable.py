@@ -36,7 +36,7 @@ from .segment_files import (
 
 
 class WritableSegment(Segment):
-    """An open segment of this user, as its publisher has it: everything that a reader may do, and the P steps."""
+    """The publisher's handle on a segment of this user: all that a reader may do, and the P steps."""
 
     _write = True
 
@@ -59,8 +59,8 @@ class WritableSegment(Segment):
         """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
 
         Args:
-            slots: full buffers of weights; two work, three let a publish go on while one reader is late.
-            access: who else may read it; where nothing is asked for, a new one is private and a standing one stays.
+            slots: full buffers of weights; two work, and three let a publish go on while a reader is late.
+            access: who else may read it; if nothing is set, a new one is private and a standing one stays as it is.
 
         Raises:
             LayoutDiffers: the standing segment holds another architecture.
@@ -84,7 +84,7 @@ class WritableSegment(Segment):
         return segment
 
     def share(self, access: Access) -> None:
-        """Lets others read as ``access`` says, where it says anything and that is not so already.
+        """Lets others read as ``access`` says, if it says anything and they cannot yet.
 
         Raises:
             UsageError: those who should read cannot be let in.
@@ -94,7 +94,7 @@ class WritableSegment(Segment):
             share(self._dir, self.slot_numbers(), access)
 
     def remove(self) -> None:
-        """Tells the readers, then removes the segment; they keep the memory that they have mapped.
+        """Tells the readers, then removes the segment; they keep their mapped memory.
 
         Raises:
             SegmentBusy: a publisher holds it.
@@ -115,12 +115,12 @@ class WritableSegment(Segment):
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """P1: the one publisher, for as long as the block runs.
+        """P1: makes this the one publisher for as long as the block runs.
 
         Raises:
-            SegmentBusy: another one is; the message names it.
+            SegmentBusy: there is another one, which the message names.
         """
-        if self._publishing:  # by this very object: a block within a block
+        if self._publishing:  # a block within a block
             yield
             return
         with self._open_file("publisher.lock", os.O_RDWR) as file:
@@ -133,7 +133,7 @@ class WritableSegment(Segment):
                 )
             if not self.is_current():
                 raise removed(self.name)
-            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never cut: its page may not come back
+            os.pwrite(fd, f"pid {os.getpid()}".encode().ljust(32), 0)  # never truncated: its page might not come back
             try:
                 self._publishing = True
                 yield
@@ -142,15 +142,15 @@ class WritableSegment(Segment):
 
     @contextmanager
     def spare_slot(self) -> Iterator[SpareSlot]:
-        """P2, P3 and, when the block is left, P6: a slot that is not live and that nobody leases.
+        """P2 and P3, and P6 at the end of the block: gives a slot that is not live and that nobody leases.
 
-        Where readers lease all of them, another one is added.
+        If readers lease all of them, adds one.
 
         Raises:
-            SegmentBusy: readers lease every slot, and another one is not to be had; the message names them.
+            SegmentBusy: readers, which the message names, lease every slot, and none can be added.
         """
         for spare in self._spare_slots(chain(self.slot_numbers(), self._add_slot())):
-            spare.forget()  # so that a header says what a slot holds only where that is whole
+            spare.forget()  # so that a header describes only a whole version
             try:
                 yield spare
             except BaseException:
@@ -159,15 +159,15 @@ class WritableSegment(Segment):
             return
 
     def _add_slot(self) -> Iterator[int]:
-        """Adds a slot, and gives its number.
+        """Adds a slot; returns its number.
 
         Raises:
-            SegmentBusy: there are as many as there may be, or there is no memory for one.
+            SegmentBusy: there are as many as allowed, or there is no memory for one more.
         """
         there, size = self.slot_numbers(), self._slot_bytes
         if len(there) >= self.bound:
             raise self._leased(f"and it may have no more than {self.bound}. ", "raise max_slots (--max-slots)")
-        if spare_memory() < 2 * size:  # what is left is others' to work with
+        if spare_memory() < 2 * size:  # leaves memory for others to work with
             raise self._leased(f"and there is no memory for another one of {size:,} bytes. ", "free memory")
         slot = min(set(range(MAX_SLOTS)).difference(there))
         try:
@@ -190,13 +190,13 @@ class WritableSegment(Segment):
         )
 
     def _give_back(self) -> None:
-        """Removes added slots that nobody uses, as long as a spare one is left for the next publish.
+        """Removes added slots that nobody uses, but leaves a spare one for the next publish.
 
-        A reader that was about to lease such a slot finds it gone, or locked, or another WORD at R3, and starts over.
+        A reader about to lease such a slot finds it gone or locked, or another WORD at R3, and starts over.
         """
         sweep_slot(self._dir)
         with suppress(OSError, SegmentError):
-            self.readers()  # which removes the records of those that were killed
+            self.readers()  # removes the records of killed readers
         added = added_slots(self._dir, self.slots)
         if not added:
             return
@@ -215,11 +215,11 @@ class WritableSegment(Segment):
 
     @contextmanager
     def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
-        """A spare slot that still holds a version whole, locked, and what its header says; None and None without."""
+        """A spare slot, locked, that still holds a version whole, and what its header says; None, None without one."""
         for spare in self._spare_slots(self.slot_numbers()):
             try:
                 held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
-            except ValueError:  # it was being staged into
+            except ValueError:  # a version was being staged there
                 continue
             if (held.version, held.identity) == (version, identity):
                 yield spare, held
@@ -227,13 +227,13 @@ class WritableSegment(Segment):
         yield None, None
 
     def _spare_slots(self, slots: Iterable[int]) -> Iterator[SpareSlot]:
-        """Those that are not live and that nobody leases, one after another, each locked while it is looked at."""
+        """Yields the slots that are not live and that nobody leases, each locked meanwhile."""
         for slot in slots:
-            if slot == self.word & 0xFF:  # never locked, not even for a moment
+            if slot == self.word & 0xFF:  # never lock it, not even for a moment
                 continue
             file = self._open_slot(slot, os.O_RDWR)
             try:
-                if os.fstat(file.fileno()).st_size != self._slot_bytes:  # to write there would end in SIGBUS
+                if os.fstat(file.fileno()).st_size != self._slot_bytes:  # writing there would end in SIGBUS
                     raise damaged(self.name, f"has a {slot_name(slot)} that is not of {self._slot_bytes:,} bytes")
                 if (
                     try_lock(file.fileno())  # P2 pick
@@ -244,15 +244,15 @@ class WritableSegment(Segment):
                 file.close()  # P6 release
 
     def store(self, version: int, slot: int) -> None:
-        """P7 and P8: this slot is live from here on."""
+        """P7 and P8: makes this slot live."""
         self.control.store(version << 8 | slot)
         try:
             self._give_back()
         except (OSError, SegmentError):
-            pass  # the version is live all the same, and the next publish gives back what is left
+            pass  # the version is live all the same, and the next publish removes the rest
 
     def live_weights(self) -> memoryview | None:
-        """The live version's bytes, for the publisher, under whose lock they stay live; None before the first."""
+        """The live version's bytes, for the publisher, whose lock keeps them live; None before the first."""
         slot = self.word & 0xFF
         return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
 
@@ -261,7 +261,7 @@ class WritableSegment(Segment):
         super().close()
 
     def unmap(self) -> None:
-        """Lets the publisher's mappings of the slots go; the next access maps them anew."""
+        """Unmaps the publisher's slots; the next access maps them again."""
         self._slot_maps.clear()
 
     def _slot_map(self, slot: int) -> mmap.mmap:
@@ -272,7 +272,7 @@ class WritableSegment(Segment):
 
 
 def _set_aside_if_damaged(name: str, path: Path) -> None:
-    """Makes room for a new segment where something outside wsync removed or cut files of this one, and says so."""
+    """Moves a segment aside if something outside wsync removed or cut files of it, and says so."""
     try:
         with closing(WritableSegment(name, path)) as segment:
             if not (how := segment.damage()):
@@ -304,12 +304,12 @@ def _warn_of_disk(base: Path) -> None:
 
 
 def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
-    """Removes a segment, also one that is broken.
+    """Removes a segment, even a broken one.
 
     Raises:
         SegmentMissing: there is none of this name.
         SegmentBusy: a publisher holds it.
-        SegmentUnsafe: it is another user's, or no directory.
+        SegmentUnsafe: it is another user's, or not a directory.
     """
     base = runtime_dir(runtime)
     try:
@@ -322,6 +322,6 @@ def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
 
 
 def _warn(message: str, *values: object) -> None:
-    import logging  # here, since a push with nothing to say does without
+    import logging  # here, because a push with nothing to say does not need it
 
     logging.getLogger("wsync").warning(message, *values)

@@ -1,8 +1,8 @@
 """Opens obstore's clients: with time limits, without retries of their own, and with credentials from the usual places.
 
-Requests are signed with what the environment gives, as the stores' own tools do: keys, a role of the machine or the
-container, a token's file. Profiles and single sign-on are boto3's, which is asked where there are files of its own and
-the environment gives nothing. What credentials hold is passed on, and never looked at or said.
+Requests are signed as the stores' own tools do it, with credentials from the environment: keys, a role of the machine
+or the container, a token file. If the environment has none, and boto3's own files exist, boto3 is asked for profiles
+and single sign-on. Credentials are passed on, and never looked at or printed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def bucket(scheme: str, name: str, patience: Patience) -> Any:
     """A client of a bucket or container.
 
     Raises:
-        UsageError: the credentials that are there cannot be used.
+        UsageError: the credentials cannot be used.
         obstore.exceptions.BaseError, ValueError: its settings in the environment are wrong.
     """
     from obstore import store
@@ -65,7 +65,7 @@ def bucket(scheme: str, name: str, patience: Patience) -> Any:
 
 
 def web(url: str, authorization: str, patience: Patience) -> Any:
-    """A client of a web server, which sends this header along where it is not empty."""
+    """A client of a web server, which sends this header if it is not empty."""
     from obstore.store import HTTPStore
 
     options = _options(patience, http=True)
@@ -81,10 +81,10 @@ def _options(patience: Patience, *, http: bool = False) -> dict[str, Any]:
 
 
 def _endpoint(scheme: str) -> str:
-    """Where the store is, if its own tools were told in the environment.
+    """The store's address, if the environment sets one for its own tools.
 
     Raises:
-        UsageError: it is no URL of a server, on which obstore would panic.
+        UsageError: it is not the URL of a server; obstore would panic.
     """
     name = next((name for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
     if not name:
@@ -102,7 +102,7 @@ def _endpoint(scheme: str) -> str:
 
 
 def _profile() -> dict[str, Any]:
-    """Credentials of a profile, for which boto3 is asked, where the environment itself gives none."""
+    """Credentials of a profile, from boto3, if the environment has none."""
     direct = ["ACCESS_KEY_ID", "WEB_IDENTITY_TOKEN_FILE", "SKIP_SIGNATURE"]
     direct += ["CONTAINER_CREDENTIALS_RELATIVE_URI", "CONTAINER_CREDENTIALS_FULL_URI"]
     files = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")]

@@ -1,8 +1,8 @@
 """A repository of the Hugging Face hub: listed at one commit, and read at that commit, whose files never change.
 
 ``hf://owner/repo/path``, ``hf://owner/repo@revision/path``, ``hf://datasets/owner/repo/path``. The library
-huggingface_hub asks what there is, with its own token and endpoint (``HF_TOKEN``, ``HF_ENDPOINT``); the ranges come
-from where the hub sends one for a file, as from any web server. When a file was written is when it was last committed.
+huggingface_hub lists what there is, with its own token and endpoint (``HF_TOKEN``, ``HF_ENDPOINT``); the ranges come
+from wherever the hub redirects to, as from any web server. A file counts as written when it was last committed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def split(rest: str) -> tuple[str, str]:
-    """Repository and path of what follows ``hf://``.
+    """Splits what follows ``hf://`` into repository and path.
 
     Raises:
         UsageError: it names no repository.
@@ -38,7 +38,7 @@ def split(rest: str) -> tuple[str, str]:
 
 
 class Hub(Store):
-    """One repository; its root is ``owner/repo``, with what kind it is before it and a revision behind it."""
+    """One repository; its root is ``owner/repo``, with its kind before it and a revision after it."""
 
     def list(self, prefix: str) -> dict[str, Stored]:
         def work(api: Any, where: dict[str, Any]) -> dict[str, Stored]:
@@ -64,10 +64,10 @@ class Hub(Store):
         return self._ask(key, work)
 
     def sha256(self, stored: Stored) -> str:
-        return stored.etag if len(stored.etag) == 64 else ""  # of a file that is not in LFS it is Git's SHA-1
+        return stored.etag if len(stored.etag) == 64 else ""  # for a file that is not in LFS it is Git's SHA-1
 
     def _ask(self, key: str, work: Callable[[Any, dict[str, Any]], _T]) -> _T | None:
-        """Asks the hub; None where it has no such path."""
+        """Asks the hub; None if it has no such path."""
         try:
             from huggingface_hub import HfApi
             from huggingface_hub.errors import EntryNotFoundError
@@ -83,7 +83,7 @@ class Hub(Store):
                 return work(api, {"repo_id": repo, "repo_type": kind, "revision": revision})
             except EntryNotFoundError:
                 return None
-            except Exception as exc:  # of whichever HTTP library it uses; its text holds URLs
+            except Exception as exc:  # from whichever HTTP library it uses; its text holds URLs
                 answer = getattr(exc, "response", None)
                 raise Faulty(str(getattr(answer, "status_code", "no connection"))) from None
 

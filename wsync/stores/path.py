@@ -1,7 +1,7 @@
-"""What stands for a path in a store, and which store a URL names.
+"""An object that is used like a path in a store, and the store that a URL names.
 
-A ``RemotePath`` answers what listing and opening ask of a path, all of it from one listing of the store, so that
-order, shards, markers, completeness and temporaries are decided by the same lines as on disk.
+A ``RemotePath`` answers from one listing of the store all that listing and opening ask of a path, so that the same code
+as on disk decides about order, shards, markers, completeness and temporary files.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from urllib.parse import unquote, urlsplit
 from ..errors import UsageError, printable
 from .store import SCHEMES, Store, Stored, directory_stat
 
-_ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # what obstore takes for no name
+_ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # names that obstore does not accept
 
 Tree = dict[str, Stored | None]
-"""What a store had at one moment: objects by their keys, and None for a name that others lie below."""
+"""What a store had at one moment: objects by key, and None for a name with others below it."""
 
 
 def _tree(objects: dict[str, Stored]) -> Tree:
@@ -38,8 +38,8 @@ class RemotePath:
     Its text is the URL without user, password and query.
 
     Attributes:
-        key: its name in the store, without slashes at its ends.
-        tree: the listing that answers what is asked of it and of what lies below; None before ``listed``.
+        key: its name in the store, without leading and trailing slashes.
+        tree: the listing that answers for it and for what lies below; None before ``listed``.
     """
 
     __slots__ = ("key", "store", "tree")
@@ -74,7 +74,7 @@ class RemotePath:
 
     @property
     def path(self) -> RemotePath:
-        """Itself, as an entry of a directory has it."""
+        """Itself, like the ``path`` of a directory's entry."""
         return self
 
     def absolute(self) -> RemotePath:
@@ -93,7 +93,7 @@ class RemotePath:
         return self._listed().get(self.key)
 
     def now(self) -> Stored | None:
-        """The same; also where the listing, which is of a named object alone, does not show its neighbours."""
+        """The object as it is now, even if the listing is of one named object and does not show its neighbours."""
         return self.stored() or self.store.head(self.key)
 
     def stat(self) -> os.stat_result:
@@ -129,7 +129,7 @@ def open_url(url: str) -> RemotePath | Path:
     """Opens a URL; a ``file://`` one is a path.
 
     Raises:
-        UsageError: its scheme is none that we know, or it names no bucket or host.
+        UsageError: its scheme is unknown, or it names no bucket or host.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "file":

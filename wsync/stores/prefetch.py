@@ -15,7 +15,7 @@ _R = TypeVar("_R")
 def prefetch(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[tuple[_J, _R]]:
     """Yields each job with its result, in order, while up to ``most`` jobs are under way.
 
-    The first error of any job ends it at once. Jobs that are under way when it ends go on; their results are dropped.
+    The first error of a job ends it at once. Jobs under way then go on, and their results are dropped.
     """
     pool = ThreadPoolExecutor(most)
     pending: deque[tuple[_J, Future[_R]]] = deque()

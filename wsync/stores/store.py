@@ -4,9 +4,9 @@ obstore does the work (https://github.com/developmentseed/obstore). Beside fsspe
 eight at a time, from a server on the loopback of two cores: 2,090 MB/s with 20 MiB of memory (s3fs 1,030 MB/s with
 132 MiB), imported in 5 ms (200 ms), 16 MB installed (47 MB).
 
-Each range is asked for under the version that was listed (``If-Match``), and what comes is compared with it. What fails
-on the way is tried again after growing pauses, from where it was cut, a bounded number of times. The texts of obstore's
-errors hold URLs whole, with what is secret in them: only a status and a word of a known form are taken from them.
+Each range is requested under the listed version (``If-Match``), and the answer is compared with it. A failed request is
+tried again a bounded number of times, after growing pauses, from where it was cut. obstore's error messages hold whole
+URLs with their secrets: only a status and words of a known form are taken from them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
-DEPTH = 5  # of the names that a listing keeps: checkpoints that are directories, and three more within those
-_LOOKS = 16  # at single objects, at a time
+DEPTH = 5  # levels of names in a listing: checkpoints that are directories, and three more within them
+_LOOKS = 16  # single objects looked at at a time
 _SHARDS = 10_000  # of one checkpoint
 _NO_RANGES = "it gives no ranges"
 _NO_CREDENTIALS = "no valid credentials"
-_FINAL = re.compile(r"4(?!08|25|29)\d\d|it ")  # what no second try changes
+_FINAL = re.compile(r"4(?!08|25|29)\d\d|it ")  # a second try would not change these
 _WORDS = {
     "kind: Connect": "no connection",
     "kind: Timeout": "no answer in time",
@@ -57,11 +57,11 @@ PATIENCE = Patience()
 
 
 class Faulty(Exception):
-    """An answer that is not what was asked for; another try may give it."""
+    """An answer that does not match the request; another try may."""
 
 
 class OtherVersion(Exception):
-    """The object is another than the one that was listed."""
+    """The object is not the version that was listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class Stored:
     Attributes:
         key: its name in the store.
         size: in bytes.
-        etag: of this version; empty where the store has none.
-        written: when, in whole seconds since the epoch: a listing tells fractions that a look at the object does not.
-        version: under which it is asked for, where a store's objects have such names.
+        etag: of this version; empty if the store has none.
+        written: when, in whole seconds since the epoch; a listing has fractions, a look at the object does not.
+        version: to ask for it by, if the store's objects have version names.
     """
 
     key: str
@@ -85,18 +85,18 @@ class Stored:
     @classmethod
     def of(cls, meta: ObjectMeta, key: str) -> Stored:
         etag = meta["e_tag"] or ""
-        if etag and not etag.endswith('"'):  # Azure's listings leave the quotes out, its answers do not
+        if etag and not etag.endswith('"'):  # Azure's listings omit the quotes, its answers do not
             etag = f'"{etag}"'
         return cls(key, meta["size"], etag, int(meta["last_modified"].timestamp()))
 
     def is_version(self, other: Stored) -> bool:
-        """Whether this is the same version; times are compared only where there are no ETags."""
+        """Whether this is the same version; times are compared only if there are no ETags."""
         same = (self.size, self.etag) == (other.size, other.etag)
         return same and (self.etag != "" or self.written == other.written)
 
     def stat(self, store: str) -> os.stat_result:
-        """The same in the system's words: the inode stands for store, key and ETag, so that the identity of a
-        checkpoint is made as it is on disk.
+        """The same as a stat result: the inode stands for store, key and ETag, so that a checkpoint's identity is made
+        as on disk.
         """
         number = int.from_bytes(sha256(f"{store}\0{self.key}\0{self.etag}".encode()).digest()[:8], "big")
         return _stat(stat.S_IFREG, number, self.size, self.written)
@@ -117,7 +117,7 @@ class Store:
     Args:
         scheme: one of ``SCHEMES``.
         root: the bucket or container, or the server's host and port.
-        secret: what a web server's URL has for it alone: ``user:password`` and the query, in that order.
+        secret: the parts of a web server's URL that are for it alone: ``user:password``, then the query.
 
     Attributes:
         stop: once set, every wait for an answer ends with ``Stopped``.
@@ -140,7 +140,7 @@ class Store:
         return type(self), (self.scheme, self.root, self._secret)
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """The object of this name and what belongs to it, or all up to ``DEPTH`` names below it; or nothing.
+        """The object of this name and what belongs to it, or all objects up to ``DEPTH`` names below it, or nothing.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
@@ -154,18 +154,18 @@ class Store:
         return found
 
     def head(self, key: str) -> Stored | None:
-        """One object as it is now; None where there is none.
+        """One object as it is now; None if it does not exist.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
         """
 
         def look(obstore: Any) -> Stored:
-            if self.is_web:  # whose signed URLs are often good for GET alone
+            if self.is_web:  # its signed URLs are often valid for GET alone
                 try:
                     return Stored.of(obstore.get(self._client, key, options={"range": (0, 1)}).meta, key)
                 except obstore.exceptions.GenericError as exc:
-                    if not _reason(exc).startswith("416"):  # else there is not one byte
+                    if not _reason(exc).startswith("416"):  # 416: it has no byte at all
                         raise
             return Stored.of(obstore.head(self._client, key), key)
 
@@ -207,7 +207,7 @@ class Store:
 
     def _source(self, stored: Stored) -> tuple[Any, GetOptions]:
         """The client and options to ask for this version."""
-        strong = stored.etag and not stored.etag.startswith("W/")  # a weak one matches nothing
+        strong = stored.etag and not stored.etag.startswith("W/")  # a weak ETag matches nothing
         return self._client, {"if_match": stored.etag} if strong else {}
 
     def _is(self, meta: ObjectMeta, stored: Stored) -> bool:
@@ -215,9 +215,9 @@ class Store:
         return Stored.of(meta, stored.key).is_version(stored)
 
     def sha256(self, stored: Stored) -> str:
-        """The store's own digest of the object's bytes, as 64 hexadecimal digits; empty where it has none.
+        """The store's own digest of the object's bytes, as 64 hexadecimal digits; empty if it has none.
 
-        obstore passes on no checksum of S3, Google Cloud or Azure; an ETag is one only in some of their settings.
+        obstore does not pass on checksums of S3, Google Cloud or Azure; their ETags are digests only in some settings.
         """
         return ""
 
@@ -252,7 +252,7 @@ class Store:
             return {}
 
     def _probe(self, prefix: str) -> dict[str, Stored]:
-        """What a web server has of the one checkpoint that a directory may be; it lists nothing itself."""
+        """What a web server, which has no listings, has of the one checkpoint that a directory may be."""
         folder = f"{prefix}/" if prefix else ""
         with ThreadPoolExecutor(_LOOKS) as pool:
             looked = list(pool.map(self.head, [folder + name for name in (SINGLE, INDEX, ADAPTER, CONFIG)]))
@@ -262,7 +262,7 @@ class Store:
         return {stored.key: stored for stored in looked if stored}
 
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries until it works, in a thread, because the library may block for long and cannot be stopped.
+        """Tries until it works, in a thread, because the library may block for a long time and cannot be stopped.
 
         Raises:
             Stopped: ``stop`` is set.
@@ -282,7 +282,7 @@ class Store:
         raise Stopped
 
     def _try(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries again after growing pauses; raises at once what no second try changes, and what the store did not."""
+        """Tries again after growing pauses; raises at once what a second try would not change."""
         obstore = self._library()
         from obstore.exceptions import BaseError, InvalidPathError, PreconditionError
 
@@ -291,7 +291,7 @@ class Store:
             try:
                 return attempt(obstore)
             except FileNotFoundError:
-                raise FileNotFoundError(2, os.strerror(2)) from None  # obstore's own has the URL in it
+                raise FileNotFoundError(2, os.strerror(2)) from None  # obstore's own error has the URL in it
             except PreconditionError:
                 raise OtherVersion from None
             except InvalidPathError as exc:
@@ -310,7 +310,7 @@ class Store:
                         "that the store can be reached, and that its name, region and endpoint are right."
                     ) from None
             except BaseException as exc:
-                if type(exc).__name__ != "PanicException":  # of Rust, which no exception of the library is
+                if type(exc).__name__ != "PanicException":  # Rust's, which is not an exception of the library
                     raise
                 raise UsageError(
                     f"{self} cannot be reached: its name and the settings in the environment make no valid request. "
@@ -320,7 +320,7 @@ class Store:
         raise AssertionError
 
     def _unnamed(self, exc: Exception) -> CheckpointError:
-        """Tells of an object that has no name for obstore, which then gives nothing of the whole listing."""
+        """Names the object whose name obstore does not accept; obstore then returns nothing of the whole listing."""
         named = re.search(r'Path "(.+?)"(?: contained|: Encountered)', str(exc), re.DOTALL)
         what = f"{self}/{printable(named[1])}" if named else "an object there"
         return CheckpointError(
@@ -358,7 +358,7 @@ class Store:
 
 
 def into(data: bytearray) -> Callable[[int, memoryview], None]:
-    """Takes the pieces of a read into this memory."""
+    """Writes the pieces of a read into this memory."""
 
     def take(at: int, piece: memoryview) -> None:
         data[at : at + len(piece)] = piece

@@ -1,8 +1,8 @@
 """Runs a function of this package in a process of its own, where user code belongs.
 
-So a watch stays small (torch takes 200 MiB), sees the code as it is now and not as it was when it started, and outlives
-whatever that code does. Question and answer go, pickled, through one nameless file that is the process's stdin: what
-the user's code prints, whichever way, is not among them.
+So a watch stays small (torch takes 200 MiB), sees the code as it is now instead of as it was when the watch started,
+and survives whatever that code does. Question and answer are pickled into one nameless file, which is the process's
+stdin; nothing that the user's code prints can mix with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def ask(function: Callable[..., Any], *arguments: Any, run: Callable[[list[str],
     """The function's result in its process, or the WsyncError that it raised; None without an answer.
 
     Args:
-        run: runs a command with this descriptor as its stdin until it ends; its result is returned, too.
+        run: runs a command to its end with this descriptor as its stdin; its result is returned as well.
     """
     code = f"import sys; sys.path[:] = {sys.path!r}; from wsync.system.child import _answer; _answer()"
     question = pickle.dumps((function, arguments, os.getpid()))
@@ -50,7 +50,7 @@ def _answer() -> None:
         os.dup2(null.fileno(), 0)
     function, arguments, parent = pickle.loads(os.pread(link, size, 0))
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends when its parent does, however that ends
-    if not os.path.exists(f"/proc/{parent}"):  # it was gone before that; our parent may be a process between
+    if not os.path.exists(f"/proc/{parent}"):  # the parent had ended before; ours may now be a process in between
         os._exit(1)
     try:
         answer = function(*arguments)

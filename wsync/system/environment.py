@@ -10,17 +10,17 @@ SERVICE = re.compile(
     r"WSYNC(_[A-Z0-9_]+)?_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT=(tcp|udp|sctp)://"
     r"|PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?=)"
 )
-"""What Kubernetes sets in every pod beside a service named ``wsync``, or ``wsync-…``."""
+"""What Kubernetes sets in every pod if there is a service named ``wsync`` or ``wsync-…``."""
 
 _ADDED = ("OPENBLAS_NUM_THREADS", "LC_CTYPE")
-"""What ``cli.commands.main`` sets, and Python's own start (PEP 538), where they are missing."""
+"""Set by ``cli.commands.main`` and by Python itself at its start (PEP 538), if they are missing."""
 
 
 def given() -> dict[str, str]:
     """The variables that this process was started with, and what its own code set since, without wsync's options.
 
-    Options are those of this very command: a wsync that a gate or hook runs is another one. What Kubernetes names so
-    stays. ``NOTIFY_SOCKET`` was taken out: nothing that we start may speak in our name.
+    Those options belong to this command, and not to a wsync that a gate or hook runs. Variables that Kubernetes sets
+    stay. ``NOTIFY_SOCKET`` was removed before: nothing that we start may speak in our name.
     """
     text = Path("/proc/self/environ").read_bytes()
     start = dict(os.fsdecode(pair).partition("=")[::2] for pair in text.split(b"\0") if b"=" in pair)

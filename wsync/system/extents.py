@@ -1,4 +1,4 @@
-"""Finds what was never written of a file: space that was reserved, and holes."""
+"""Finds parts of a file that were never written: reserved space, and holes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _UNWRITTEN = 0x800
 
 
 def unwritten(fd: int) -> Literal["reserved", "hole", ""]:
-    """Tells whether a part of a file was never written, and reads as zeros; empty where the system does not say.
+    """Whether a part of a file was never written and reads as zeros; empty if the system does not say.
 
-    ``"reserved"`` is room from fallocate(2), as ext4 and XFS tell it. ``"hole"`` is one that somebody may have left on
-    purpose, as ``cp --sparse`` leaves it for zeros; on tmpfs it may be reserved, too. What was written and is still in
-    memory is no hole.
+    ``"reserved"`` is space from fallocate(2), as ext4 and XFS report it. ``"hole"`` may have been left on purpose, as
+    ``cp --sparse`` does for zeros; on tmpfs it may also be reserved space. Bytes that were written and are still in
+    memory do not count as a hole.
     """
     try:
         size, hole = os.fstat(fd).st_size, os.lseek(fd, 0, os.SEEK_HOLE)
-    except OSError:  # the file is empty, or on a file system that knows no holes
+    except OSError:  # the file is empty, or its file system has no holes
         return ""
     if hole >= size:
         return ""

@@ -66,12 +66,12 @@ def file_system(path: Path) -> str:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Gives a file ``size`` bytes that are really there: a sparse one would end in SIGBUS when memory runs out."""
+    """Reserves ``size`` bytes for a file: a sparse one would end in SIGBUS when memory runs out."""
     os.posix_fallocate(fd, 0, size)
 
 
 def shut(fd: int) -> None:
-    """Closes a descriptor, which is gone also where close(2) fails; nothing of ours was still to be written by it."""
+    """Closes a descriptor. If close(2) fails, it is closed all the same, and no write of ours was pending."""
     try:
         os.close(fd)
     except OSError:
@@ -80,7 +80,7 @@ def shut(fd: int) -> None:
 
 @contextmanager
 def closed_on_error(fd: int) -> Iterator[None]:
-    """Closes a descriptor where the block fails."""
+    """Closes a descriptor if the block fails."""
     try:
         yield
     except BaseException:
@@ -89,7 +89,7 @@ def closed_on_error(fd: int) -> Iterator[None]:
 
 
 def read_at(fd: int, nbytes: int, offset: int) -> bytes:
-    """Reads ``nbytes``, fewer only where the file ends; a single read may give less (from 2 GiB on it does)."""
+    """Reads ``nbytes``, or fewer at the end of the file; a single read may return less, and does from 2 GiB on."""
     data = b""
     while len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
         data += more
@@ -97,7 +97,7 @@ def read_at(fd: int, nbytes: int, offset: int) -> bytes:
 
 
 def write_at(fd: int, data: bytes, offset: int) -> None:
-    """All of these bytes into a file."""
+    """Writes all of these bytes into a file."""
     left = memoryview(data)
     while left:
         written = os.pwrite(fd, left, offset)
@@ -106,13 +106,13 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def mapping(size: int, fd: int = -1) -> Iterator[None]:
-    """Around the making of a mapping.
+    """Turns a failure to make a mapping into an error that says what to do.
 
     Args:
-        fd: of the file that is mapped, which the message names; -1 for none.
+        fd: of the mapped file, which the message names; -1 if there is none.
 
     Raises:
-        OutOfSharedMemory: this process may not have so much.
+        OutOfSharedMemory: this process may not have that much.
     """
     try:
         yield
@@ -128,12 +128,12 @@ def mapping(size: int, fd: int = -1) -> Iterator[None]:
 
 
 def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> OutOfSharedMemory | None:
-    """The error for files that found no room; None where ``exc`` has another reason.
+    """The error for files that there was no room for; None if ``exc`` has another reason.
 
     Args:
-        where: what is taken already is given back by now.
+        where: the directory; what was already taken is freed by now.
         wanted: bytes in all.
-        files: and directories.
+        files: files and directories in all.
     """
     if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
         return None
@@ -149,10 +149,10 @@ def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> Ou
 
 
 def spare_memory() -> int:
-    """Bytes that the machine, and each cgroup that this process is in, can still give without taking them from others.
+    """Bytes that the machine, and each cgroup of this process, can give without taking them from others.
 
     A cgroup at its limit does not refuse memory: the kernel ends one of its processes (cgroup-v2.rst, "memory.max").
-    What it keeps of files counts as spare.
+    Its cached files count as spare.
     """
     with open("/proc/meminfo") as table:
         spare = [int(line.split()[1]) * 1024 for line in table if line.startswith("MemAvailable:")]
@@ -163,7 +163,7 @@ def spare_memory() -> int:
         try:
             limit, used = ((group / f"memory.{what}").read_text().strip() for what in ("max", "current"))
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except OSError:  # the root has no limit, and another hierarchy none of these files
+        except OSError:  # the root has no limit, and other hierarchies lack these files
             continue
         if limit != "max":
             spare.append(int(limit) - int(used) + int(stat["inactive_file"]) + int(stat["active_file"]))
@@ -171,7 +171,7 @@ def spare_memory() -> int:
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Takes a flock without waiting; False where another description holds it."""
+    """Takes a flock without waiting; False if another open file description holds it."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -180,21 +180,21 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def being_written(fd: int) -> bool | None:
-    """Whether some process has this file open for writing; None where the system does not tell.
+    """Whether some process has this file open for writing; None if the system does not say.
 
-    A writer that opens it in that moment waits until the lease is given back at once: between the two calls no other
-    thread runs Python. Else a thread that opens the file with the interpreter's lock held, as safetensors'
-    ``save_file`` did, would come in between and wait for ever for this process.
+    A writer that opens the file at this moment waits until the lease is given back, which is at once: no other thread
+    runs Python between the two calls. Otherwise a thread that opens the file while it holds the interpreter's lock, as
+    safetensors' ``save_file`` did, could come in between and wait for ever for this process.
     """
     import ctypes
 
-    try:  # a broken lease sends a signal, by default SIGIO, which would end us: one that is ignored by default instead
+    try:  # a broken lease sends SIGIO, which would end us: this asks for a signal that is ignored by default
         fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
     except OSError:
         return None
-    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first tells why
+    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first gives errno
     calls = [(take.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), (give.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)]
-    taken, _ = starmap(operator.call, calls)  # nothing is interpreted from the first call to the second
+    taken, _ = starmap(operator.call, calls)  # no Python code runs between the two calls
     return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
 
 
@@ -207,9 +207,9 @@ def populate(mapped: mmap.mmap) -> None:
 
 
 def renew(mapped: mmap.mmap) -> bool:
-    """Drops what this process wrote into a private mapping, so that it shows the file again; True if there was any.
+    """Drops what this process wrote into a private mapping, so that it shows the file again; True if it had written.
 
-    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time of reading the memory. Where they
+    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time of reading the memory. If they
     cannot be read, it drops the pages all the same.
     """
     written = has_own_pages(mapped)
@@ -223,9 +223,9 @@ def renew(mapped: mmap.mmap) -> bool:
 
 
 def take_over(mapped: mmap.mmap) -> bool:
-    """Makes every page of a private mapping this process's own, with the bytes that it has; False where that fails.
+    """Makes every page of a private mapping this process's own, with the bytes that it has; False if that fails.
 
-    It takes a copy of the memory, piece by piece and without the interpreter's lock, so that other threads go on.
+    Copies the memory piece by piece without the interpreter's lock, so that other threads go on.
     """
     import ctypes
 
@@ -237,14 +237,14 @@ def take_over(mapped: mmap.mmap) -> bool:
 
 
 def trim() -> None:
-    """Gives memory that was freed back to the system; glibc keeps it, some of it for ever (malloc_trim(3))."""
+    """Returns freed memory to the system; glibc would keep it, some of it for ever (malloc_trim(3))."""
     import ctypes
 
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_own_pages(mapped: mmap.mmap) -> bool | None:
-    """Whether any page of a private mapping is not the file's any more; None where the system does not tell."""
+    """Whether any page of a private mapping is no longer the file's; None if the system does not say."""
     import numpy as np
 
     pages = -(-len(mapped) // PAGE)
@@ -261,7 +261,7 @@ def has_own_pages(mapped: mmap.mmap) -> bool | None:
 
 
 def address_of(mapped: mmap.mmap | memoryview) -> int:
-    """The address of a mapping, also of a read-only one, which ctypes refuses."""
+    """The address of a mapping; ctypes refuses a read-only one."""
     import ctypes
 
     view = ctypes.py_object(mapped)
@@ -289,16 +289,15 @@ def sleep_on(address: int, expected: int, seconds: float, nap: float = 0.25) -> 
 
 
 def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> None:
-    import ctypes  # 5 ms, and only needed by those who wait or wake
+    import ctypes  # 5 ms, and needed only to wait or wake
 
     word, number = ctypes.c_void_p(address), ctypes.c_long(_FUTEX)
     ctypes.CDLL(None).syscall(number, word, operation, ctypes.c_uint32(value), timeout)
 
 
 def permissions(addresses: Sequence[int]) -> list[str]:
-    """How each address is mapped in this process, as /proc/self/maps has it: ``rw-p``, or ``rw-s`` where it is shared.
-
-    Empty where nothing is mapped, or the system does not tell.
+    """How each address is mapped in this process, as in /proc/self/maps: ``rw-p``, or ``rw-s`` if it is shared. Empty
+    if nothing is mapped there, or the system does not say.
     """
     starts, maps = [], []
     try:

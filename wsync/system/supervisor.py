@@ -1,12 +1,12 @@
 """Runs a command for a gate or hook, and ends it with all that it started, whatever sessions they made.
 
-This file is run as a program of its own, in an isolated Python without site-packages, between wsync and the command. It
-is the subreaper of what the command starts (prctl(2)), so that a process that leaves its group or session, or whose
-parent is gone, stays below it and is found. SIGTERM to it ends all of them: with SIGTERM, and after some seconds of
-grace with SIGKILL. wsync sends that signal when time is up, and the kernel does when wsync is gone, also by SIGKILL.
-What is left in the background when the command ends by itself goes on.
+This file runs as a program of its own, between wsync and the command, in an isolated Python without site-packages. It
+is the subreaper of everything that the command starts (prctl(2)), so that a process that leaves its group or session,
+or loses its parent, stays below it and is found. When it gets SIGTERM it sends SIGTERM to all of them, and SIGKILL some
+seconds later. wsync sends it that signal when time is up, and the kernel does when wsync ends, even by SIGKILL. If the
+command ends by itself, what it left in the background goes on.
 
-Its exit status is the command's; where a signal ended the command, it is ended by the same one.
+Its exit status is the command's; if a signal ended the command, the same signal ends it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(parent: int, grace: float, command: list[str]) -> None:
         prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:
             return
-        with open("/proc/self/environ", "rb") as file:  # Python's start adds to its own
+        with open("/proc/self/environ", "rb") as file:  # Python adds variables at its start
             variables = dict(pair.partition(b"=")[::2] for pair in file.read().split(b"\0") if pair)
         status = _status(os.posix_spawn(command[0], command, variables, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ]))
     except _Ending:
@@ -52,7 +52,7 @@ def main(parent: int, grace: float, command: list[str]) -> None:
 
 
 def _status(command: int) -> int:
-    """Waits for the command, and reaps what was left to us meanwhile."""
+    """Waits for the command, and reaps orphans meanwhile."""
     while True:
         pid, status = os.wait()
         if pid == command:
@@ -77,9 +77,9 @@ def _end_all(grace: float) -> None:
                 told.add(pid)
                 try:
                     os.kill(pid, number)
-                except OSError:  # it runs as another user (sudo), or is gone
+                except OSError:  # it runs as another user (sudo), or has ended
                     pass
-        if time.monotonic() > until + grace:  # no signal reaches what is left
+        if time.monotonic() > until + grace:  # no signal reaches the rest
             return
         time.sleep(_LOOK)
 
