@@ -30,6 +30,15 @@ def renumber(path: Path) -> None:
         other.replace(file)
 
 
+def headers_differ(path: Path, *, back: bool = False) -> None:
+    """Renames a tensor in a header, or back: the file keeps its size and its time."""
+    file = min(path.glob("model*.safetensors")) if path.is_dir() else path
+    times = file.stat()
+    old, new = (b"0.weight", b"0.wEight")[:: -1 if back else 1]
+    file.write_bytes(file.read_bytes().replace(old, new))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 @pytest.mark.parametrize("form", ["file", "directory", "shards"])
 @pytest.mark.parametrize("named", [False, True])
 def test_what_is_live_is_published_once(
@@ -125,6 +134,12 @@ def test_a_pin_holds_where_inodes_change(
         shutil.rmtree(segment.path)
         renumber(path)
         assert [syncer.once().status for _ in range(3)] == ["published", "pinned", "pinned"]
+        shutil.rmtree(segment.path)
+        renumber(path)
+        headers_differ(path)
+        assert "gone or was changed" in (syncer.once().reason or "")
+        headers_differ(path, back=True)
+        assert syncer.once().status == "published"
         shutil.rmtree(segment.path)
         renumber(path)
         keeps = True

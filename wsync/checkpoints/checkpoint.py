@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,11 @@ class Checkpoint(TensorTable):
     def size(self) -> int:
         """Bytes of its weight files."""
         return sum(info.st_size for info in self.source.infos[: len(self.parts.files)])
+
+    @property
+    def header(self) -> str:
+        """A digest of its headers: of where each tensor lies, and of the metadata."""
+        return sha256(repr((list(self.tensors.values()), self.metadata)).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def layout(self) -> Layout:

@@ -18,6 +18,7 @@ class Pin(NamedTuple):
         step: the producer's number.
         since: seconds since the epoch.
         reason: who asked for it, in words.
+        header: the digest of its headers, where it was opened to be pinned; else empty.
     """
 
     checkpoint: str
@@ -26,6 +27,7 @@ class Pin(NamedTuple):
     step: int | None
     since: float
     reason: str
+    header: str = ""
 
     @property
     def name(self) -> str:
@@ -41,7 +43,7 @@ class Pin(NamedTuple):
         """Reads a pin; raises ValueError if the text does not hold one."""
         with parsed():
             pin = cls(**json.loads(text))
-            kinds = (str, str, int, int | None, int | float, str)
+            kinds = (str, str, int, int | None, int | float, str, str)
             if not all(isinstance(value, kind) for value, kind in zip(pin, kinds, strict=True)):
                 raise TypeError("a value is of another type")
             return pin

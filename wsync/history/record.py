@@ -217,11 +217,11 @@ class Record:
         assert self._state
         found = self._state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
         pinned = found[0] if found else None
-        if pinned and (again := reopen(pinned, copies(self._state), self._state)):
+        if pinned and (again := reopen(pinned, copies(self._state), self._state, pin.header)):
             return again
         changed_ns = self._state.changed_ns(pin.identity, pinned.id) if pinned else 0
         mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
-        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, changed_ns)
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, changed_ns, pin.header)
         if checkpoint is None:
             why = IN_NO_FILE if mixed else gone_or_changed(self._state, pin.checkpoint)
             raise CheckpointError(
@@ -338,7 +338,9 @@ def copied_versions(state: State) -> list[int]:
     return sorted(int(path.stem) for path in state.copies.glob("*.safetensors") if path.stem.isdigit())
 
 
-def reopen(event: Event, found: Mapping[tuple[str, str], Path], state: State) -> tuple[Checkpoint, Fit] | None:
+def reopen(
+    event: Event, found: Mapping[tuple[str, str], Path], state: State, header: str = ""
+) -> tuple[Checkpoint, Fit] | None:
     """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
 
     Weights that kept live values beside what their checkpoint holds are had from a copy alone.
@@ -346,6 +348,7 @@ def reopen(event: Event, found: Mapping[tuple[str, str], Path], state: State) ->
     Args:
         found: the ``copies``.
         state: tells whether the file was written over since, with its times put back.
+        header: the digest that its headers must have, where inodes say nothing; empty where that is not known.
     """
     try:
         fit = fit_from_json(event.settings)
@@ -357,7 +360,7 @@ def reopen(event: Event, found: Mapping[tuple[str, str], Path], state: State) ->
         checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
         return checkpoint, Fit(finite=False, kept=fit.kept)
     changed_ns = state.changed_ns(event.identity or "", event.id)
-    original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns)
+    original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns, header)
     if original:
         original.step = event.step  # a setting may have told it, and not the name alone
     return (original, fit) if original else None
@@ -370,7 +373,7 @@ def gone_or_changed(state: State, path: str | None) -> str:
     return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
 
 
-def _same(path: str | None, identity: str | None, changed_ns: int) -> Checkpoint | None:
+def _same(path: str | None, identity: str | None, changed_ns: int, header: str = "") -> Checkpoint | None:
     if not path or not identity:
         return None
     try:
@@ -378,7 +381,7 @@ def _same(path: str | None, identity: str | None, changed_ns: int) -> Checkpoint
         checkpoint = Checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None
-    if is_same(checkpoint, identity, changed_ns):
+    if is_same(checkpoint, identity, changed_ns, header):
         checkpoint.identity = identity
         return checkpoint
     checkpoint.close()

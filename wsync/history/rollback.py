@@ -183,11 +183,11 @@ def pin_checkpoint(
             path, known = str(opened.path), state.changed_ns(live.identity) if live else 0
             about_live = live and (live.identity == opened.identity or live.source == path)
             if live and about_live and is_same(opened, live.identity, live.changed_ns or known):
-                pin = Pin(path, live.identity, live.version, live.step, time.time(), "by hand")
+                pin = Pin(path, live.identity, live.version, live.step, time.time(), "by hand", opened.header)
             else:
                 as_before = state.changed_ns(opened.identity) in (0, opened.changed_ns)
                 identity = opened.identity if as_before else changed(opened.changed_ns, opened.identity)
-                pin = Pin(path, identity, 0, opened.step, time.time(), "by hand")
+                pin = Pin(path, identity, 0, opened.step, time.time(), "by hand", opened.header)
     state.set_pin(pin)
     _note(state, "pin", **{**pin._asdict(), "version": pin.version or None, "reason": None})
     return pin, live is not None and live.identity == pin.identity

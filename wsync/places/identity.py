@@ -6,7 +6,7 @@ So a file that has the live version's identity but changed after it was read is 
 begins with the change time; reading it shows whether its bytes differ.
 
 Some FUSE file systems and sandboxes renumber a file at each look, or after a while. There a file is recognised by its
-path, its size and its times.
+path, its size and its times; a pinned one also by its headers.
 """
 
 from __future__ import annotations
@@ -58,17 +58,19 @@ def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
     return checkpoint.identity
 
 
-def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int) -> bool:
+def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int, header: str = "") -> bool:
     """Whether a checkpoint, opened at its recorded path, has this identity.
 
     Args:
         changed_ns: when its files had last changed then; 0 where that is not known.
+        header: the digest of its headers then, for where inodes say nothing; empty where that is not known.
     """
     plain = _plain(identity)
     if checkpoint.identity == plain:
         now = checkpoint.changed_ns
         return identity == changed(now, plain) or (identity == plain and changed_ns in (0, now))
     same = _without_inodes(checkpoint.identity) == _without_inodes(plain)
+    same = same and header in ("", checkpoint.header)
     return same and not remote(checkpoint.path) and inodes_change(str(checkpoint.path))
 
 
