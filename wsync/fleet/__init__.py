@@ -1,4 +1,4 @@
-"""Many boxes as one: one of them reads each checkpoint, and all go live with it under one number, or none does.
+"""Many boxes as one: one of them reads each checkpoint, and all of them put it live under one number, or none does.
 
 Imports ``sync`` and what lies below.
 """

@@ -1,7 +1,7 @@
-"""Weights on their way from one box into the slots of all, with the votes that every box casts on the way.
+"""Brings weights from one box into the slots of all boxes, with the votes that every box casts on the way.
 
 ``Shared`` takes the place of a checkpoint in ``publishing.publish``, so that a group publishes by the same steps as one
-box. The box that reads fills its whole slot first; then it is broadcast in pieces, and a checksum of all of it follows.
+box. The box that reads fills its whole slot first; then the slot is broadcast in pieces, followed by a checksum of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .group import Group
 if TYPE_CHECKING:
     from ..segment.publishing import Source
 
-_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, in the order in which one of several objections is what all boxes raise
+_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, gravest first: of several objections, all boxes raise the gravest
 
 
 class Turn:
     """The votes on one publish; an objection of any box is raised on all of them.
 
     Attributes:
-        over: nothing is left to vote on: it is agreed, or refused.
+        over: there is nothing left to vote on: it was agreed or refused.
         objected: this box was against it.
     """
 
@@ -45,7 +45,7 @@ class Turn:
         """Casts this box's vote, and waits for those of all others.
 
         Args:
-            work: what decides; the group goes on talking meanwhile.
+            work: makes the decision; meanwhile the group goes on talking.
 
         Raises:
             GroupBroken: a box is gone.
@@ -68,12 +68,12 @@ class Turn:
         self.over = self._cast == self.VOTES
         try:
             judge(self.group.together(verdict), self.group.names)
-        except BaseException:  # an objection, a broken group or an interrupt: there is nothing left to vote on
+        except BaseException:  # an objection, a broken group or an interrupt: nothing is left to vote on
             self.over = True
             raise
 
     def refuse(self, exc: WsyncError) -> None:
-        """Says at the next vote why this box cannot go on; where nothing is left to vote on, raises it.
+        """Says at the next vote why this box cannot go on, or raises that if no vote is left.
 
         Raises:
             WsyncError: always.
@@ -103,13 +103,13 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
 
 
 class Shared:
-    """What one box sends, as it goes into this box's slot.
+    """What one box sends into this box's slot.
 
     Args:
-        weights: what goes live on every box, as the box that sends told it; time and spec are each box's own.
+        weights: what goes live on every box, as the sending box described it; time and spec are each box's own.
         rank: of the box that sends.
-        source: on that box, what it reads first.
-        live: on that box, its live weights, which go live again under another number.
+        source: what the sending box reads first.
+        live: the sending box's live weights, if they go live again under another number.
     """
 
     def __init__(
@@ -154,12 +154,12 @@ def deliver(
 
     Args:
         rank: of the box that sends.
-        weights: what is sent, or where it goes; None lets it go by.
-        read: fills the weights of the sender, once all boxes are ready.
-        progress: called with the bytes of each piece that comes.
+        weights: what is sent, or where it goes; None ignores it.
+        read: fills the sender's weights, once all boxes are ready.
+        progress: called with the bytes of each piece that arrives.
 
     Raises:
-        WsyncError: they could not be read, or other bytes came than were sent; the same on all boxes.
+        WsyncError: they could not be read, or arrived damaged; raised on all boxes.
     """
     group = turn.group
     turn.vote()  # ready

@@ -1,9 +1,9 @@
-"""A watch that keeps a whole group of boxes in step: one of them reads a checkpoint, and all go live with it, or none.
+"""A watch that keeps a whole group of boxes in step: one of them reads a checkpoint, and all put it live, or none.
 
-All boxes of a group (``group``) go through the same rounds. In each, every box tells what is live on it and whether a
-pin holds there, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and
-offers it; each box then publishes by ``publishing.publish``, with three votes on the way. Each vote is unanimous, or
-ends the publish on all boxes, naming who refused, and why:
+All boxes of a group (``group``) go through the same rounds. In each, every box says what is live there and whether a
+pin holds, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and offers
+it; each box then publishes by ``publishing.publish``, with three votes on the way. Each vote is unanimous, or ends the
+publish on all boxes, naming who refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
   read     on the box that reads: they are finite and the file stood still. Then they go to the others, with a checksum
@@ -42,11 +42,11 @@ from .member import Member
 from .reconcile import Report
 from .rounds import Rounds
 
-_GRACE = 2.0  # seconds that the step at hand may take once the watch is stopped
+_GRACE = 2.0  # seconds that the current step may take once the watch is stopped
 
 
 class Fleet:
-    """Keeps this box's segment in step with the group's.
+    """Keeps this box's segment in step with the group.
 
     Args:
         syncer: of this box; it reads checkpoints only when this box is the one that looks for them.
@@ -55,21 +55,21 @@ class Fleet:
 
     def __init__(self, syncer: Syncer, group: Group) -> None:
         self._syncer, self._group = syncer, group
-        syncer.box.claim.owner = ""  # whose version is live is the group's decision
+        syncer.box.claim.owner = ""  # the group decides whose version is live
         self._member = Member(syncer.box, group)
         self._rounds = Rounds(syncer, group, self._member)
         self._error: BaseException | None = None
         self._worked = True
 
     def close(self) -> None:
-        """Lets go of the segment; what a round still uses is left to the end of the process."""
+        """Closes the segment; what a round still uses stays until the process ends."""
         if self._group.thread and self._group.thread.is_alive():
             return
         self._member.close()
         self._syncer.close()
 
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
-        """Rounds until ``stop`` is set, in a thread of their own: a signal must not wait for another box.
+        """Makes rounds until ``stop`` is set, in another thread, so that a signal need not wait for another box.
 
         Raises:
             GroupBroken: a box of the group is gone.
@@ -96,7 +96,7 @@ class Fleet:
             away.store.stop = ended
         group.thread = threading.Thread(target=rounds, name="wsync-group", daemon=True)
         group.thread.start()
-        while not stop.wait(BEAT):  # not for ever: a signal that another thread gets does not wake this one
+        while not stop.wait(BEAT):  # not for ever: a signal in another thread does not wake this one
             pass
         ended.set()
         group.thread.join(_GRACE)

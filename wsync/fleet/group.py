@@ -1,18 +1,18 @@
 """The group of boxes that torchrun forms: who is in it, and how they talk.
 
 The transport is torch.distributed with gloo. What boxes tell each other is JSON, never pickled; weights go as pieces of
-``PIECE`` bytes, broadcast from memory into memory. A group is never mended: when a box dies, hangs for longer than
+``PIECE`` bytes, broadcast from memory into memory. A group is never repaired: when a box dies, hangs for longer than
 ``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1, and torchrun's agents form a new
-one.
+group.
 
-A watch is a box of a group where torchrun started it: ``TORCHELASTIC_RUN_ID`` is set, with RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT. One that a training script starts under torchrun must be started without that variable.
+A watch is a box of a group if torchrun started it: then ``TORCHELASTIC_RUN_ID``, RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT are set. One that a training script starts under torchrun must be started without that variable.
 
-``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` has to be set where torchrun starts, and a watch cannot make up for it: without
-it (torch 2.13) the torchrun of rank 0 tells the address of a store in its first round alone, and takes it for told in
-all later ones. The torchrun of a box that joins, or comes back, waits for that address in vain, those of the others for
-that box, and after a minute all end (``DistStoreError``), before any of them has started a watch again. The variable is
-read by torchrun's own process, long before there is one of ours.
+``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` must be set for torchrun itself. Without it (torch 2.13) the torchrun of rank 0
+announces the address of its store only in its first round, and assumes in later rounds that it is known. The torchrun
+of a box that joins, or comes back, waits for that address in vain, the others wait for that box, and after a minute all
+end (``DistStoreError``) before any of them has started a watch again. torchrun reads the variable long before a watch
+runs, so a watch cannot set it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from .. import __version__
 from ..errors import GroupBroken, UsageError
 from .membership import few
 
-TIMEOUT = (
-    30.0  # seconds that a box may be silent; what takes longer (a gate, a store, a layout) goes on beside the talk
-)
-FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted them
+TIMEOUT = 30.0  # seconds that a box may be silent; longer work (a gate, a store, a layout) goes on beside the talk
+FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted the boxes
 BEAT = 1.0  # seconds between two signs of life
 PIECE = 8 << 20  # bytes
-_FRAME = 2048  # bytes in which most of what boxes tell each other has room
+_FRAME = 2048  # bytes; enough for most messages between boxes
 _T = TypeVar("_T")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,14 +47,14 @@ class Group:
     Attributes:
         rank: of this box.
         size: boxes in the group.
-        run: the name that torchrun's --rdzv-id gives all of its groups.
+        run: torchrun's --rdzv-id, which all of its groups share.
         names: of the boxes, by rank; empty before ``join``.
-        note: where to tell of the group itself, as ``WatchLog.note``.
-        thread: what talks to the other boxes, once it runs.
-        stop: ends what this box works on; set where the group breaks meanwhile.
+        note: logs events of the group itself, as ``WatchLog.note``.
+        thread: talks to the other boxes, once it runs.
+        stop: ends what this box is doing; set if the group breaks meanwhile.
 
     Raises:
-        UsageError: torchrun's variables are there only in part, or it starts more than one watch a box.
+        UsageError: some of torchrun's variables are missing, or it starts more than one watch on a box.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -88,7 +86,7 @@ class Group:
             GroupBroken: one did not come.
         """
         _end_with_parent()
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors report what it warns of
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors report what it would warn about
         import torch.distributed as dist
 
         try:
@@ -125,7 +123,7 @@ class Group:
         return [json.loads(row[:size]) for row, size in zip(rows, sizes, strict=True)]
 
     def _exchange(self, data: bytes, nbytes: int) -> list[bytes]:
-        """The first bytes of each box's data, padded with zeros, by rank."""
+        """Exchanges the first bytes of each box's data, padded with zeros; returns them by rank."""
         import torch
         import torch.distributed as dist
 
@@ -138,36 +136,36 @@ class Group:
         return [row.numpy().tobytes() for row in rows]
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """The result of this box's work; each second meanwhile, the others hear that it lives."""
+        """Returns the result of this box's work; meanwhile tells the others each second that it lives."""
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
                 while not wait([future], BEAT).done:
                     self.gather(None)
             except GroupBroken:
-                self.stop.set()  # a gate must not hold up the end
+                self.stop.set()  # a gate must not delay the end
                 raise
             return future.result()
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
-        """The result of each box's work; never None."""
+        """Returns the result of each box's work, which is never None."""
         mine = self.busy(work)
         while None in (answers := self.gather(mine)):  # some are still at work
             pass
         return answers
 
     def tell(self, what: Any) -> None:
-        """Tells all others; they ``hear``."""
+        """Sends to all others, which call ``hear``."""
         self.gather(what)
 
     def hear(self, rank: int) -> Any:
-        """What that box tells, once it is no longer ``busy``."""
+        """Returns what that box sends, once it is no longer ``busy``."""
         while (told := self.gather(False)[rank]) is None:
             pass
         return told
 
     def share(self, memory: memoryview, rank: int) -> None:
-        """Sends this memory from that box into the same of all others."""
+        """Sends this memory of that box into the same memory of all others."""
         import torch
         import torch.distributed as dist
 
@@ -187,7 +185,7 @@ class Group:
 
 
 def _end_with_parent() -> None:
-    """A torchrun that is killed leaves its watch behind: SIGTERM then ends it, before another one is started."""
+    """Has the kernel end this watch with SIGTERM if its torchrun is killed, before another one is started."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() == 1:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -12,11 +12,11 @@ from .reconcile import Report
 
 
 class Member:
-    """What one box knows of itself between two rounds.
+    """What one box knows about itself between two rounds.
 
     Attributes:
-        settled: all boxes were the same once; what goes live from then on counts as the group's.
-        declined: identity of the group's live weights that this box's gate does not want; None without.
+        settled: all boxes have had the same version once; what goes live after that counts as the group's.
+        declined: identity of the group's live weights that this box's gate refused; None if it refused none.
         seen: the version that this box reported.
     """
 
@@ -25,14 +25,14 @@ class Member:
         self.declined: str | None = None
         self._box, self._group = box, group
         self._badge: Badge | None = None
-        self._last = (0, "")  # the highest version on record here, and what it came from
+        self._last = (0, "")  # the highest version on record here, and its identity
 
     def begin(self) -> None:
         """Looks up what was published here before."""
         self._last = self._box.record.last_published()
 
     def report(self, due: bool) -> Report:
-        """What this box has; the round reports what is wrong with it."""
+        """What this box has; errors are left to the round."""
         try:
             segment = self._box.updater.segment
             live = segment.live() if segment else None
@@ -72,7 +72,7 @@ class Member:
             self._badge.give(weights.version, weights.identity)
 
     def took(self, weights: Publication) -> None:
-        """The group's version is live here."""
+        """Notes that the group's version is live here."""
         self.seen, self._last, self.declined = weights.version, (weights.version, weights.identity), None
 
     def close(self) -> None:

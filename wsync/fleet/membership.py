@@ -1,7 +1,7 @@
 """What a watch shows of its group: a small file in the segment, locked while the group lives.
 
-``wsync status`` reads it; one whose lock is free was left by a dead watch, and is ignored. It also keeps, for the next
-time that this box joins the same group, which versions came from there: what was published into the segment by others
+``wsync status`` reads it; a file with a free lock was left by a dead watch, and is ignored. It also remembers, for the
+next time that this box joins the same group, which versions came from the group: what others published into the segment
 meanwhile does not count as the group's.
 """
 
@@ -19,14 +19,14 @@ from ..segment.segment_files import Publication
 from ..system.memory import shut, try_lock, write_at
 
 FILE = "group.json"
-_SHOWN = 8  # names of a group's boxes that a line tells
+_SHOWN = 8  # names of a group's boxes in a line
 
 
 class Badge:
     """The file of one segment, as its watch holds it.
 
     Args:
-        about: what is shown: ``run``, ``rank``, ``size``, ``boxes``.
+        about: what it shows: ``run``, ``rank``, ``size``, ``boxes``.
     """
 
     def __init__(self, segment: Path, about: dict[str, Any]) -> None:
@@ -38,8 +38,8 @@ class Badge:
         self._write()
 
     def is_at(self, segment: Path) -> bool:
-        """Whether it still lies in the segment of that path, which may have been made anew."""
-        try_lock(self._fd)  # retried each time: a reader of the file may have held the lock
+        """Whether it still lies in the segment at that path, which may have been made anew."""
+        try_lock(self._fd)  # each time: a reader of the file may have held the lock before
         with suppress(OSError):
             return os.path.samestat(self.info, os.stat(segment / FILE))
         return False
@@ -48,7 +48,7 @@ class Badge:
         return [live.version, live.identity] in self._given
 
     def give(self, version: int, identity: str) -> None:
-        """Notes what is about to go live; the one before is kept, because this one may not."""
+        """Notes what is about to go live beside the version before, because it may not go live."""
         self._given = [*self._given[-1:], [version, identity]]
         self._write()
 
@@ -60,7 +60,7 @@ class Badge:
 
 
 def group_of(segment: Path) -> dict[str, Any] | None:
-    """The living group of a segment's watch: ``rank`` and ``size``, and ``boxes`` by rank; None where there is none."""
+    """The living group of a segment's watch: ``rank`` and ``size``, and ``boxes`` by rank; None without one."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(KeyError, OSError), opened(os.open(segment / FILE, flags)) as fd:
         said = None if try_lock(fd, shared=True) else _read(fd)
@@ -69,7 +69,7 @@ def group_of(segment: Path) -> dict[str, Any] | None:
 
 
 def few(boxes: Sequence[str]) -> str:
-    """The names of boxes in one line: the first few, and how many more there are."""
+    """The names of boxes in one line: the first few, and the number of others."""
     more = len(boxes) - _SHOWN
     return ", ".join(boxes[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 

@@ -1,4 +1,4 @@
-"""What a group concludes from what its boxes tell: pure, and the same on every box."""
+"""What a group concludes from its boxes' reports: pure functions, with the same result on every box."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one box tells at the beginning of a round.
+    """What one box reports at the beginning of a round.
 
     Attributes:
-        version: that is live; 0 where nothing is.
+        version: the live one; 0 if nothing is live.
         identity: of the checkpoint that it came from; empty for weights from memory.
         last: the highest version ever published there.
         last_identity: of the checkpoint that it came from.
-        ours: what is live came from this group, or went live while the box was in it.
-        pin: what is pinned; empty where nothing is.
-        held: the pin is what is live.
-        declined: identity of live weights that the box's gate did not want.
-        due: rank 0 is to look for checkpoints now.
+        ours: what is live came from this group, or went live while the box belonged to it.
+        pin: what is pinned; empty if nothing is.
+        held: what is pinned is live.
+        declined: identity of live weights that the box's gate refused.
+        due: rank 0 should look for checkpoints now.
     """
 
     version: int = 0
@@ -35,12 +35,12 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What must be done for all boxes to be the same.
+    """What must be done so that all boxes have the same version.
 
     Attributes:
         provider: rank of the box whose live weights go to the others.
-        takers: ranks that publish them; the provider among them where its own number will not do.
-        version: under which.
+        takers: ranks that publish them, with the provider if it needs another number.
+        version: the number that they publish under.
         gated: whether the takers' gates are asked.
     """
 
@@ -51,10 +51,10 @@ class Change:
 
 
 def change_of(reports: Sequence[Report]) -> Change | None:
-    """What must be done for all to be the same; None where they are.
+    """What must be done so that all have the same version; None if they do.
 
-    The provider is a box whose pin holds, else one whose weights came from the group, else any; among those the one
-    with the highest version, of two under one number the one that more boxes have.
+    The provider is a box whose pin holds, else one whose weights came from the group, else any; of several, the one
+    with the highest version, and of two with the same number, the one whose weights more boxes have.
     """
 
     def rank_of(rank: int) -> tuple[bool, bool, int, int, int]:
@@ -87,5 +87,5 @@ def leader_of(reports: Sequence[Report]) -> int:
 
 
 def holder_of(reports: Sequence[Report]) -> int | None:
-    """The box whose pin holds the group; None where none does."""
+    """The box whose pin holds the group; None if none does."""
     return next((rank for rank, box in enumerate(reports) if box.held), None)

@@ -1,7 +1,6 @@
 """One round of a group, as one box goes through it: prepare, bring all boxes to the same version, then lead or follow.
 
-The box that leads makes a pass like any other; this module is the route that the pass is given, which offers its
-checkpoint to all boxes.
+The leading box makes an ordinary pass, whose route is this module: it offers the pass's checkpoint to all boxes.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ class Rounds:
     """The rounds of this box.
 
     Args:
-        syncer: makes the passes when this box leads; it gets this as its route.
-        member: what this box knows of itself.
+        syncer: makes the passes when this box leads, with this object as its route.
+        member: what this box knows about itself.
     """
 
     def __init__(self, syncer: Syncer, group: Group, member: Member) -> None:
         self._syncer, self._box, self._group, self._member = syncer, syncer.box, group, member
-        self._failed: Change | None = None  # what is only tried again when rank 0 is due
+        self._failed: Change | None = None  # tried again only when rank 0 is due
         self._reports: Sequence[Report] = ()
         syncer.taking.route = self
 
@@ -49,7 +48,7 @@ class Rounds:
         return reports[0].due or change_of(reports) not in (None, self._failed)
 
     def make(self, reports: Sequence[Report]) -> Outcome:
-        """Makes a round from what the boxes reported; returns what came of it on this box.
+        """Makes a round from the boxes' reports; returns its outcome on this box.
 
         Raises:
             GroupBroken: a box is gone.
@@ -72,10 +71,10 @@ class Rounds:
         return self._lead() if leader == self._group.rank else self._follow(this, leader)
 
     def _prepare(self) -> WritableSegment:
-        """A segment on every box, of the same layout, and a pin that can be read, if there is one.
+        """Makes sure that every box has a segment of the same layout, and can read its pin, if any.
 
         Raises:
-            WsyncError: a box cannot have that, or has another policy.
+            WsyncError: a box cannot, or has another policy.
         """
 
         def ready() -> dict[str, Any]:
@@ -106,7 +105,7 @@ class Rounds:
     # The box that leads
 
     def _lead(self) -> Outcome:
-        """A pass of one box; what it publishes is offered to all boxes, and they are told what comes of it."""
+        """Makes a pass, offers what it publishes to all boxes, and tells them the outcome."""
         try:
             outcome = self._syncer.look()
         except GroupBroken:
@@ -118,13 +117,13 @@ class Rounds:
         return outcome
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """See ``Route``; the other boxes are told meanwhile that this one lives."""
+        """See ``Route``; meanwhile tells the other boxes that this one lives."""
         return self._group.busy(work)
 
     def deliver(
         self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
     ) -> Outcome:
-        """See ``Route``; goes to all boxes, this one among them."""
+        """See ``Route``; delivers to all boxes, including this one."""
         version = max(report.last for report in self._reports) + 1
         weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
         weights = replace(weights, changed_ns=checkpoint.changed_ns)
@@ -149,7 +148,7 @@ class Rounds:
                 taken = self._take(this, shared, told["gated"])
             except GroupBroken:
                 raise
-            except WsyncError:  # the leader tells what comes of it
+            except WsyncError:  # the leader reports the outcome
                 pass
         said, record = Outcome.from_dict(told["outcome"]), self._box.record
         rejected = [each for each in (said, *said.passed_over) if each.status == "rejected" and not each.known]
@@ -170,7 +169,7 @@ class Rounds:
         gated: bool,
         fit: Fit = Fit(),  # noqa: B008  (frozen)
     ) -> Outcome:
-        """Publishes what is offered, with all boxes, under the number that is offered.
+        """Publishes an offer together with all boxes, under the offered number.
 
         Args:
             gated: this box asks its gate first.
@@ -199,11 +198,11 @@ class Rounds:
             self._box.keep(segment)
             return {}
 
-        self._group.together(keep)  # a copy may take longer than a box may be silent
+        self._group.together(keep)  # making a copy may take longer than a box may be silent
         return published
 
     def _change(self, this: Pass, segment: WritableSegment, change: Change) -> Outcome:
-        """Brings the boxes that are behind to what the provider has."""
+        """Brings the provider's weights to the boxes that are behind."""
         rank, provider, live = self._group.rank, change.provider, this.live
         if rank == provider:
             assert live
@@ -218,11 +217,11 @@ class Rounds:
             with segment.publishing():
                 self._member.check_unchanged(segment)
                 sent = segment.live_weights() if rank == provider else None
-                if rank in change.takers:  # the provider, where it is live already, under another number
+                if rank in change.takers:  # also the provider, if it needs another number
                     return self._take(this, Shared(weights, turn, provider, live=sent), gated=False)
-                deliver(turn, provider, sent, segment.layout.nbytes)  # it is sent from here, or goes by
+                deliver(turn, provider, sent, segment.layout.nbytes)  # sends from here, or ignores it
                 turn.vote()  # agreed
-                self._group.together(dict)  # others keep copies
+                self._group.together(dict)  # waits while others make copies
         except CheckpointRejected as exc:
             if turn.objected:
                 self._member.declined = weights.identity

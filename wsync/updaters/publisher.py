@@ -1,4 +1,4 @@
-"""A trainer's side in a line: publishing a policy from memory, in a plain loop or from a framework's callback."""
+"""Publishes a policy from a trainer's memory in one line, in a plain loop or from a framework's callback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Publisher:
     """Publishes a policy's weights from memory: ``with wsync.publisher(name, policy) as p: p.push(step)``.
 
     Args:
-        name: of the segment, which is made where there is none.
+        name: of the segment, which is made if there is none.
         policy: an ``nn.Module``, whose parameters and persistent buffers are read at each push, on any device.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
     """
@@ -55,7 +55,7 @@ class Publisher:
         return self._updater.oldest_version()
 
     def close(self) -> None:
-        """Lets go of the segment, which stays."""
+        """Closes the segment, which stays."""
         self._updater.close()
 
     def __enter__(self) -> Publisher:
@@ -69,15 +69,15 @@ publisher = Publisher
 
 
 class Periodic:
-    """What the callbacks share: a version as the training starts, one every so many steps, and one at its end.
+    """The callbacks' common part: a version when training starts, one every so many steps, and one at its end.
 
     Args:
         name: of the segment.
         every: steps between two versions, as the framework counts them.
-        policy: picks out of the framework's model what is published; default all of it.
+        policy: picks what is published out of the framework's model; default all of it.
         runtime_dir: as for ``Publisher``.
 
-    A segment that is busy is warned of, and the next version brings the weights. Other errors end the training.
+    If the segment is busy, a warning is logged, and the next version brings the weights. Other errors end the training.
     """
 
     def __init__(

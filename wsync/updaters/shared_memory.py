@@ -1,6 +1,6 @@
 """The weight updater whose one worker is a segment; ``wsync push`` and ``wsync watch`` publish through it.
 
-Torch is imported only where tensors are pushed: a checkpoint goes from its file into the slot without it.
+Torch is imported only to push tensors: a checkpoint goes from its file into the slot without it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,22 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
     Args:
         name: of the segment.
         weight_getter: gives the weights of a push without any; None from it publishes nothing.
-        policy: makes the segment's layout, with its tied weights, where there is no segment yet; else weights that are
-            given make it as they come. It also tells which buffers do not persist, and stay at home: a TensorDict has
-            those too, and says nothing of it.
-        layout: the same for those who know the layout without the policy.
+        policy: gives the layout of a new segment, with its tied weights; without it, the pushed weights do. It also
+            says which buffers do not persist, and so are not pushed: a TensorDict has those too, and does not say.
+        layout: the same, for callers that know the layout without the policy.
         slots: buffers of a segment that is made.
         max_slots: how many it may grow to while readers keep older versions.
-        strict: every tensor must come; else what does not come keeps its live values.
-        finite: refuse NaN and infinity, unless ``policy`` has the same infinity as the updater is made.
+        strict: every tensor must come; otherwise missing ones keep their live values.
+        finite: refuse NaN and infinity, unless ``policy`` has the same infinity when the updater is made.
         extra_state: ``"ignore"`` pushes a module whose ``state_dict()`` holds what no segment can, and says so once.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Attributes:
         step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
         spec: fingerprint of the policy spec that versions are recorded with.
-        access: who else may read the segment; a standing one is opened to them at the next push.
-        gate: called with the staged weights (a ``publishing.Staged``) before they go live; what it raises is raised.
-        last_version: the highest that was ever published under this name, from which a segment made anew goes on.
+        access: who else may read the segment; a push also gives them access to a standing one.
+        gate: called with the staged weights (a ``publishing.Staged``) before they go live; its errors are raised.
+        last_version: the highest ever published under this name; a segment that is made anew continues from it.
         published: the last version that this updater published; None before.
     """
 
@@ -95,7 +94,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
     @property
     def segment(self) -> WritableSegment | None:
-        """The standing segment, opened anew where it was removed and made again; None where there is none."""
+        """The standing segment, opened again if it was removed and made anew; None if there is none."""
         if self._segment and (not self._segment.is_current() or self._segment.damage()):
             self.last_version = max(self.last_version, self._segment.version)
             self._segment.control.tell_removed()
@@ -111,22 +110,22 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
     @property
     def path(self) -> Path:
-        """Where the segment lies, whether it is there or not."""
+        """Where the segment lies, even if it does not exist."""
         return runtime_dir(self.runtime_dir) / self.name
 
     @property
     def opened(self) -> WritableSegment | None:
-        """The segment as it is open here, without a look at whether it still stands; None where none is open."""
+        """The segment that is open here, which may have been removed meanwhile; None if none is open."""
         return self._segment
 
     def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> WritableSegment:
-        """The standing segment, or one that is made from the layout that this updater knows.
+        """The standing segment, or a new one with the layout that this updater knows.
 
         Args:
-            otherwise: gives a layout where the updater knows none.
+            otherwise: gives a layout if the updater knows none.
 
         Raises:
-            SegmentMissing: it is not there, and nothing says what its layout is.
+            SegmentMissing: it does not exist, and its layout is unknown.
             OutOfSharedMemory: there is no room for it.
         """
         standing = self.segment
@@ -146,7 +145,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         return standing
 
     def close(self) -> None:
-        """Lets go of the segment, which stays; the next push opens it again."""
+        """Closes the segment, which stays; the next push opens it again."""
         segment, self._segment = self._segment, None
         if segment:
             segment.close()
@@ -159,8 +158,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
             timeout: seconds; None waits for ever.
 
         Returns:
-            The readers that have not when the time is up, each with ``pid``, ``process``, ``version`` and ``since``;
-            empty when all have it.
+            The readers that do not have it when time is up, each with ``pid``, ``process``, ``version`` and ``since``.
         """
         from ..segment.reach import wait_for_readers
 
@@ -168,7 +166,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         return wait_for_readers(segment, segment.version if version is None else version, timeout) if segment else []
 
     def oldest_version(self) -> int:
-        """The oldest version that a living reader acts on or keeps; the live one without readers, 0 before the first.
+        """The oldest version that a living reader acts on or keeps; without readers the live one, 0 before the first.
 
         A trainer may delete or reuse what belongs to older ones.
         """
@@ -184,8 +182,8 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         return self.weight_getter.open_newest(live_candidate(live))
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """A module becomes the table of its parameters and persistent buffers, which is what a segment holds."""
-        self._news = False  # also after a push that failed half-way
+        """Turns a module into the table of its parameters and persistent buffers, which a segment holds."""
+        self._news = False  # also after a push that failed
         if self._check_extra_state(server_weights):
             return dict(named_tensors(server_weights))
         return WeightUpdaterBase._maybe_map_weights(self, server_weights)
@@ -241,7 +239,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
 
 def _infinities_of(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The policy's masks and bounds, as they are now: what it holds later may have diverged."""
+    """The policy's masks and bounds as they are now: later values may have diverged."""
     from ..layout.weights import with_infinities
 
     return with_infinities(named_tensors(policy))

@@ -2,8 +2,8 @@
 
 The members and their meaning are those of ``torchrl.collectors.WeightUpdaterBase`` and ``VanillaWeightUpdater`` (the
 API of 0.9 to 0.14), implemented here so that nothing of torchrl is needed. A collector of torchrl takes these updaters
-as its ``weight_updater``: it asks ``isinstance(updater, WeightUpdaterBase)`` of an abstract base class, with which our
-class is registered the moment it asks, whichever package was imported first.
+as its ``weight_updater``: its check is ``isinstance(updater, WeightUpdaterBase)`` with an abstract base class, and our
+class registers there at that moment, no matter which package was imported first.
 
 Importing this module imports neither torch nor tensordict: the command line pushes through an updater too.
 """
@@ -34,15 +34,15 @@ class WeightUpdaterBase:
 
     A subclass implements ``_sync_weights_with_worker`` and may override ``_get_server_weights`` (where weights come
     from when none are given), ``_maybe_map_weights`` (what is done to them on the way), ``_get_local_weights`` and
-    ``all_worker_ids``; as with torchrl's, its ``__init__`` has nothing to call. Pushes from several threads go one
-    after the other.
+    ``all_worker_ids``; as with torchrl's, its ``__init__`` need not call ours. Pushes from several threads run one
+    after another.
     """
 
     extra_state = "refuse"
     _post_hooks: list[Hook]
     _collector: weakref.ref[Any] | None
     _pushing: threading.RLock
-    _told: weakref.WeakSet[torch.nn.Module]  # the modules whose extra state was looked at
+    _told: weakref.WeakSet[torch.nn.Module]  # modules whose extra state was checked
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
@@ -63,7 +63,7 @@ class WeightUpdaterBase:
 
     @classmethod
     def from_policy(cls, policy: torch.nn.Module) -> Self | None:
-        """An updater for this policy, or None where the class cannot make one from a policy alone."""
+        """An updater for this policy, or None if the class cannot make one from a policy alone."""
         return None
 
     @property
@@ -72,12 +72,12 @@ class WeightUpdaterBase:
         return self._post_hooks
 
     def register_post_hook(self, hook: Hook) -> None:
-        """Adds a hook: called without arguments after the weights are in; never after a getter or sync that raised."""
+        """Adds a hook, called without arguments once the weights are in, but not after a getter or sync that raised."""
         self._post_hooks.append(hook)
 
     @property
     def collector(self) -> Any | None:
-        """The registered collector; None where none was registered, or it is gone."""
+        """The registered collector; None if none was registered, or it is gone."""
         return None if self._collector is None else self._collector()
 
     def register_collector(self, collector: Any) -> None:
@@ -109,7 +109,7 @@ class WeightUpdaterBase:
         collector.increment_version()
 
     def all_worker_ids(self) -> Iterable[int | torch.device] | None:
-        """The workers that a push without ``worker_ids`` serves; None where there is just one, without an id."""
+        """The workers that a push without ``worker_ids`` serves; None if there is just one, without an id."""
         return None
 
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -129,9 +129,9 @@ class WeightUpdaterBase:
             worker_ids: one id or several; None serves ``all_worker_ids()``, ``[]`` serves none.
 
         Raises:
-            KeyError: a tensor's name is unknown, or is missing where all must come.
-            ValueError: a tensor has another shape, or is not finite where it must be.
-            TypeError: the weights, an id or a dtype are of a wrong kind.
+            KeyError: a tensor's name is unknown, or is missing and all must come.
+            ValueError: a tensor has another shape, or is not finite and must be.
+            TypeError: the weights, an id or a dtype have a wrong type.
         """
         workers = self._workers(worker_ids)
         with self._pushing:
@@ -160,15 +160,15 @@ class WeightUpdaterBase:
             hook()
 
     def _get_server_weights(self) -> Any:
-        """The weights to push where the caller gives none; None where there are none."""
+        """The weights to push if the caller gives none; None if there are none."""
         return None
 
     def _get_local_weights(self) -> Any:
-        """The weights that a push writes to, where they are in this process."""
+        """The weights that a push writes to, if they are in this process."""
         return None
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """Maps the weights between the getter and the workers; by default a module becomes a TensorDict.
+        """Maps the weights between the getter and the workers; by default turns a module into a TensorDict.
 
         Raises:
             SpecError: a module's ``state_dict()`` holds what no update changes, and ``extra_state`` is ``"refuse"``.
@@ -181,7 +181,7 @@ class WeightUpdaterBase:
         return extract(server_weights)
 
     def _check_extra_state(self, weights: Any) -> bool:
-        """Whether these weights are a module, whose extra state is then looked at, once."""
+        """Whether these weights are a module; if so, checks its extra state once."""
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(weights, torch.nn.Module):
             return False
@@ -194,7 +194,7 @@ class WeightUpdaterBase:
         """Brings the weights to one worker.
 
         Args:
-            worker_id: which; None where there is just one.
+            worker_id: which; None if there is just one.
             server_weights: what ``_maybe_map_weights`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how weights reach a worker.")
@@ -221,16 +221,16 @@ class VanillaWeightUpdater(WeightUpdaterBase):
     Args:
         weight_getter: gives the weights of a push without any; may return None for "nothing new".
         policy_weights: a TensorDict of the policy's live tensors, on any devices, written in place: addresses stay.
-        strict: every push must bring every tensor; else missing ones stay as they were.
+        strict: every push must bring every tensor; otherwise missing ones stay as they were.
         finite: refuse NaN and infinity.
         extra_state: ``"ignore"`` takes a module whose ``state_dict()`` holds more than tensors (``get_extra_state``,
             packed quantised weights), which no update changes, and says so once.
 
-    Either all tensors of a push are written or none. Another float dtype is cast to the target's. Where a tensor's
-    class fails half-way and what was written cannot be written back, that push and all later ones raise HalfWritten.
+    Either all tensors of a push are written or none. Another float dtype is cast to the target's. If a tensor's class
+    fails half-way and the tensors before it cannot be restored, that push and all later ones raise HalfWritten.
     """
 
-    strict = finite = False  # of a subclass whose own __init__ sets neither
+    strict = finite = False  # for a subclass whose __init__ sets neither
     _half_written: HalfWritten | None = None
 
     def __init__(
@@ -300,9 +300,9 @@ class VanillaWeightUpdater(WeightUpdaterBase):
 
 
 def _register_with_torchrl() -> None:
-    """Makes ``isinstance(updater, torchrl…WeightUpdaterBase)`` true once torchrl is there, without inheriting from it.
+    """Makes ``isinstance(updater, torchrl…WeightUpdaterBase)`` true once torchrl is imported, without inheriting.
 
-    Called whenever somebody asks for an updater's class, which is how an abstract base class's check begins.
+    Called when somebody asks for an updater's class, with which an abstract base class begins its check.
     """
     module = sys.modules.get("torchrl.collectors.weight_update")
     base = getattr(module, "WeightUpdaterBase", None)
