@@ -84,7 +84,7 @@ class WsyncError(Exception):
     Attributes:
         exit_code: of a command that ends with it.
         kind: the class in one word, for figures; a subclass without a word of its own has its parent's.
-        differences: one entry for each tensor that does not fit; empty where the reason is another.
+        differences: one entry for each tensor that does not fit; empty if the reason is another.
     """
 
     exit_code = 1

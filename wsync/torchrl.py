@@ -71,7 +71,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
 
     @property
     def context(self) -> Any:
-        """The collector; None where there is none."""
+        """The collector; None if there is none."""
         return None if self._context_ref is None else self._context_ref()
 
     @context.setter

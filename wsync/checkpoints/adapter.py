@@ -145,7 +145,7 @@ def _saved_as(name: str, adapter: str) -> Iterator[str]:
 
 
 def _in_policy(stored: str, known: set[str]) -> str:
-    """A base tensor's name in a PEFT model; empty where it has none."""
+    """A base tensor's name in a PEFT model; empty if it has none."""
     module, _, leaf = f"{_ROOT}{stored}".rpartition(".")
     names = (stored, f"{module}.{leaf}", f"{module}.base_layer.{leaf}", f"{module}.original_module.{leaf}")
     return next((name for name in names if name in known), "")

@@ -178,7 +178,7 @@ def _toml(value: object) -> str:
 
 
 def _options(change: Change) -> str:
-    """A change as options; empty where options cannot express it."""
+    """A change as options; empty if options cannot express it."""
     words = []
     for name, value in change.items():
         if isinstance(value, dict):

@@ -70,11 +70,11 @@ def split(row: Piece, most: int) -> Iterator[Piece]:
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
-    """Converts numbers of dtype ``source`` to dtype ``target``, into ``out`` where it is given.
+    """Converts numbers of dtype ``source`` to dtype ``target``, into ``out`` if it is given.
 
     Integers must keep their values.
 
-    It does so in one call without the interpreter's lock, so that two threads convert twice as fast as one.
+    One call without the interpreter's lock does it, so that two threads convert twice as fast as one.
 
     Raises:
         OverflowError: an integer is beyond the target's range.

@@ -21,7 +21,7 @@ class Checkpoint(TensorTable):
     """An open checkpoint, and how it was fitted.
 
     Attributes:
-        step: the producer's number, None where it has none; see ``steps``.
+        step: the producer's number, None if it has none; see ``steps``.
         planned: the last plan.
         fitted: for a copy, the settings it was fitted with when made.
     """

@@ -90,7 +90,7 @@ class Parts(NamedTuple):
         files: the safetensors files to read.
         beside: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
             where it does not exist, or not yet.
-        names: the tensors that the index gives to each of ``files``; empty where it is not sharded.
+        names: the tensors that the index gives to each of ``files``; empty if it is not sharded.
     """
 
     path: Path
@@ -187,7 +187,7 @@ def read_small(file: Path, most: int) -> bytes:
     """Reads a small file beside a checkpoint; it is untrusted, too.
 
     Raises:
-        ValueError: it has more than ``most`` bytes, or is no regular file.
+        ValueError: it has more than ``most`` bytes, or is not a regular file.
         OSError: the system could not read it.
     """
     if away := remote(file):

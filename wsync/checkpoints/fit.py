@@ -20,7 +20,7 @@ FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
 @dataclass(frozen=True)
 class Fit:
-    """What is taken of a checkpoint, and how: the settings of ``[weights]``.
+    """What is taken from a checkpoint, and how: the settings of ``[weights]``.
 
     Attributes:
         prefix: only names that begin with it are taken; it is cut off.
@@ -53,7 +53,7 @@ class Fit:
     base: str = ""
     extra_state: str = "refuse"
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
-    kept: int = field(default=0, repr=False)  # the version that kept live values, which is no file's; for the record
+    kept: int = field(default=0, repr=False)  # the version that kept live values, which are in no file; for the record
     built: Built | None = field(default=None, repr=False, compare=False)  # asks the policy itself
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class Fit:
                 ) from exc
 
     def name(self, stored: str) -> str | None:
-        """What a checkpoint's tensor is called in the policy; None where it is not taken."""
+        """What a checkpoint's tensor is called in the policy; None if it is not taken."""
         if not stored.startswith(self.prefix):
             return None
         name = stored[len(self.prefix) :]

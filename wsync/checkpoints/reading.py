@@ -240,7 +240,7 @@ def _is_cached(fd: int, at: int) -> bool:
 
 
 def _read_direct(fd: int, pages: memoryview, start: int) -> int:
-    """Reads past the page cache; returns the number of bytes, 0 where the file system refuses."""
+    """Reads past the page cache; returns the number of bytes, 0 if the file system refuses."""
     try:
         return os.preadv(fd, [pages], start)
     except OSError as exc:

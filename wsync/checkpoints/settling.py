@@ -1,7 +1,7 @@
 """Decides whether a checkpoint's writer is done, before its bytes are trusted.
 
 A file that some process has open for writing is not done; nor is one with space reserved but never written, or with a
-downloader's file beside it. Where the system does not tell whether a file is open, and where a checkpoint has several
+downloader's file beside it. Where the system does not say whether a file is open, and where a checkpoint has several
 files, which are written one by one, it must not have changed for a while.
 
 Nor may its files be of two saves. A trainer or rsync that overwrites an earlier save replaces one file after another;
@@ -37,7 +37,7 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
 
     A file system's clock may tick only every few milliseconds, or once a second: two writes in one tick look like one.
     Several files are written one after another, and not every system tells whether a file is still open for writing: in
-    both cases the checkpoint must not have changed for ``settle`` seconds. Where the system does not tell, and a part
+    both cases the checkpoint must not have changed for ``settle`` seconds. Where the system does not say, and a part
     was never written, that takes ``PATIENCE`` times as long: the file is sparse, or its writer has stalled.
 
     Args:
@@ -98,7 +98,7 @@ def _times(info: os.stat_result, *, closed: bool) -> tuple[int, ...]:
     """The times, in ns, after which a file must not change.
 
     A copy may keep its original's modification time, so the change time also counts where the modification time was
-    likely set back, or where the system does not tell that the file is closed.
+    likely set back, or if the system does not say that the file is closed.
     """
     was_set = info.st_ctime_ns - info.st_mtime_ns > 10**9
     return (info.st_mtime_ns,) if closed and not was_set else (info.st_mtime_ns, info.st_ctime_ns)
@@ -161,7 +161,7 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
         since: newest change time of all of them as they were when they were published, ns.
 
     Raises:
-        BeingRewritten: as of ``check_files``.
+        BeingRewritten: as ``check_files``.
     """
     if _is_mixed(parts, [info.st_ctime_ns <= since for info in infos]):
         _let_stand(parts, infos, settle)

@@ -20,7 +20,7 @@ _MOST = 16  # files that are tried
 
 
 def with_siblings(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
-    """Replaces the advice in a mismatch with a file of the directory that fits, where there is one."""
+    """Replaces the advice in a mismatch with a file of the directory that fits, if there is one."""
     before, hopeless, _ = exc.message.partition(HOPELESS)
     path = parts.path
     if not hopeless or remote(path) or not (path.is_dir() or is_fixed(path.name)):
@@ -65,7 +65,7 @@ def _parts_of_a_model(directory: Path, layout: Layout) -> str:
 
 
 def _tensors(file: Path) -> Iterator[Tensors]:
-    """The tensors of a file; nothing where it cannot be read."""
+    """The tensors of a file; nothing if it cannot be read."""
     try:
         table = TensorTable(file)
     except CheckpointError:

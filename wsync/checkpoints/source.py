@@ -23,8 +23,8 @@ class ByteSource:
     The methods here only use ``read``, one range after another; a subclass may have a faster way.
 
     Attributes:
-        infos: what the system, or the store, said of each file when it was opened.
-        digests: those that the store itself has of the weight files; empty unless it has all of them.
+        infos: what the system, or the store, said about each file when it was opened.
+        digests: the store's own digests of the weight files; empty unless it has all of them.
     """
 
     parts: Parts
@@ -32,18 +32,18 @@ class ByteSource:
     digests: tuple[Digest, ...] = ()
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
-        """Bytes of one of the files; fewer where it ends."""
+        """Bytes of one of the files; fewer at its end."""
         raise NotImplementedError
 
     def stands(self) -> bool:
         """Whether the files are still those that were opened, unchanged, and nobody is writing to them.
 
-        A checkpoint that was deleted as a whole stands, as far as it can still be read.
+        A checkpoint that was deleted as a whole still stands, because it can still be read.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Gives back what was opened."""
+        """Closes what was opened."""
 
     def read_beside(self, most: int) -> bytes:
         """All of the small file beside the weights (``Parts.beside``), as it was when they were opened.
@@ -93,7 +93,7 @@ class ByteSource:
 
 
 class Held(ByteSource):
-    """What another source has, in memory: an adapter is read out of order, and its digest covers those very bytes."""
+    """Holds another source's bytes in memory: an adapter is read out of order, and its digest covers these bytes."""
 
     def __init__(self, source: ByteSource) -> None:
         self.parts, self.infos, self.digests = source.parts, source.infos, source.digests

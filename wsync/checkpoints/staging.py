@@ -63,7 +63,7 @@ def fill(weights: memoryview, plan: Plan) -> None:
 
 
 def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence[Region], progress: Progress) -> bool:
-    """Reads what a plan takes of the checkpoint itself; returns whether the floats in these regions are finite.
+    """Reads what a plan takes from the checkpoint itself; returns whether the floats in these regions are finite.
 
     Raises:
         CheckpointMismatch: two copies of a tied tensor differ.
@@ -106,8 +106,8 @@ def _different(table: TensorTable, twin: StoredTensor, entry: TensorEntry) -> Ch
 def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
     """The digests to check while staging.
 
-    The writer's digests are always checked. The store's own are checked only where the plan takes every tensor, so
-    that nothing more is read for them.
+    The writer's digests are always checked. The store's own are checked only if the plan takes every tensor, so that
+    nothing more is read for them.
     """
     if table.digests or not table.source.digests:
         return table.digests
@@ -129,11 +129,11 @@ def _stage_in_order(
     digests: Sequence[Digest],
     progress: Progress,
 ) -> bool:
-    """Reads everything, and puts into the weights what the plan takes; see ``stage``.
+    """Reads everything, and writes what the plan takes into the weights; see ``stage``.
 
     Raises:
         WrongDigest: the bytes are others than their digest names.
-        BeingWritten: the same, and the digest is older than they are.
+        BeingWritten: the same, but the digest is older than they are.
         CheckpointMismatch: two copies of a tied tensor differ.
     """
     targets = {stored.name: entry for stored, entry in (*plan.pairs, *plan.twins)}
@@ -255,12 +255,12 @@ def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
 
 
 def _unlike_the_policy(infinite: list[TensorEntry], weights: memoryview, plan: Plan) -> list[TensorEntry]:
-    """Those that hold an infinity where the policy, as it is built, does not hold the same one."""
+    """The tensors that hold an infinity that the policy does not hold when it is built."""
     if plan.settings.built is None:
         return infinite
     try:
         built = plan.settings.built([entry.name for entry in infinite])
-    except WsyncError:  # it cannot be built; then nothing is known of it
+    except WsyncError:  # it cannot be built, so nothing is known about it
         return infinite
     return [
         entry

@@ -27,7 +27,7 @@ _WORDS = (  # the first that matches wins
     re.compile(rf"epochs?{_GAP}(\d+)", re.IGNORECASE),
 )
 _DECIMAL = re.compile(r"\d+\.\d+")
-_LIGHTNING = re.compile(r"-v\d+$")  # added where a file of that name exists
+_LIGHTNING = re.compile(r"-v\d+$")  # added if a file of that name exists
 _FIXED = re.compile(  # what libraries call the file, whatever the step
     r"(?:adapter_model|diffusion_pytorch_model|open_clip_model|model)(?:_\d+)?\.safetensors(?:\.index\.json)?"
 )
@@ -39,9 +39,9 @@ class Step(NamedTuple):
     """What was read.
 
     Attributes:
-        number: the step; None where there is no number.
-        source: where it was read, in words; empty where there is no number.
-        others: the numbers of the name that were not taken, where the step is from the name.
+        number: the step; None if there is no number.
+        source: where it was read, in words; empty if there is no number.
+        others: the numbers of the name that were not taken, if the step is from the name.
         certain: whether the name leaves no doubt about it: it follows a known word, or is the only number.
     """
 
@@ -55,7 +55,7 @@ def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step
     """The step by the pattern if there is one; else from the metadata; else from the name.
 
     Args:
-        pattern: ``select.step``; where it is set, nothing else gives a step.
+        pattern: ``select.step``; if it is set, nothing else gives a step.
     """
     return step_in_name(name, pattern) if pattern else step_in_metadata(metadata) or step_in_name(name)
 
@@ -63,8 +63,8 @@ def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step
 def step_at(path: Path, metadata: Mapping[str, str], pattern: str = "") -> Step:
     """The step of the checkpoint at a path: its metadata's, else its name's, else that of a directory around it.
 
-    A file that libraries always call the same, such as ``model.safetensors`` or ``model_1.safetensors``, goes by
-    its directory's name. Two directories above a checkpoint count where they are named after a step alone, as in
+    A file that libraries always call the same, such as ``model.safetensors`` or ``model_1.safetensors``, takes its
+    directory's step. Two directories above a checkpoint count if they are named after a step alone, as in
     ``000100/pretrained_model`` and ``checkpoint-1/policy/actor``.
     """
     if not pattern and (stated := step_in_metadata(metadata)):
@@ -82,7 +82,7 @@ def step_at(path: Path, metadata: Mapping[str, str], pattern: str = "") -> Step:
 
 
 def step_in_metadata(metadata: Mapping[str, str]) -> Step | None:
-    """The step that the metadata state, as in ``"500"`` and ``"500.0"``; None where they state none."""
+    """The step that the metadata state, as in ``"500"`` and ``"500.0"``; None if they state none."""
     for key in _METADATA:
         if (stated := _STATED.fullmatch(metadata.get(key, "").strip())) and abs(int(stated[1])) < _MOST:
             return Step(int(stated[1]), f"metadata {key!r}")
@@ -109,7 +109,7 @@ def step_in_name(name: str, pattern: str = "") -> Step:
 
 
 def step_by_shape(name: str) -> int | None:
-    """The step that a name tells for certain, as ``step_in_name`` reads it; None where there is a doubt.
+    """The step that a name gives for certain, as ``step_in_name`` reads it; None if there is a doubt.
 
     Names that differ in their numbers alone have the step at the same place. That is worked out once, since there may
     be 100,000 of them.
@@ -135,7 +135,7 @@ def steps_like(name: str) -> Callable[[str], int | None]:
 
 @lru_cache(maxsize=1024)
 def _place_of_step(texts: tuple[str, ...]) -> tuple[int, int]:
-    """Where the step stands in a name with numbers between these texts, and its unit; 0 where that is not certain."""
+    """Where the step stands in a name with numbers between these texts, and its unit; 0 if that is not certain."""
     probes = [str(1000 + at) for at in range(len(texts) - 1)]
     step = step_in_name("".join(part for pair in zip(texts, [*probes, ""], strict=True) for part in pair))
     for at, probe in enumerate(probes):

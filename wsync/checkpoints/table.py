@@ -34,8 +34,8 @@ class TensorTable:
         changed_ns: newest change time of its files as they were opened; 0 for a copy, or in a store.
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
-        digests: digests that the files must have, where asked for.
-        base: the table of the weights that it is merged into, once it was planned so; see ``adapter``.
+        digests: digests that the files must have, if asked for.
+        base: the table of the weights that it is merged into, once that is planned; see ``adapter``.
     """
 
     def __init__(
@@ -50,11 +50,9 @@ class TensorTable:
 
         Args:
             path: of a file or directory, or a URL.
-            settle: seconds that it must have stood still where nothing else tells that its writer is done; waited for
-                here.
+            settle: seconds without a change, if nothing else shows that its writer is done; waited for here.
             digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
-            published: gives the identities of what was published from this path before; called where it has several
-                files.
+            published: gives the identities of what was published from this path before; called if it has several files.
 
         Raises:
             NoCheckpoint: there is none at this path.
@@ -74,7 +72,7 @@ class TensorTable:
             self.source = self._open(settle)
             try:
                 self._read(settle, digest, published)
-            except BaseException:  # an interrupt leaves no descriptors open, either
+            except BaseException:  # an interrupt must not leave descriptors open, either
                 self.source.close()
                 raise
         except OSError as exc:
@@ -108,7 +106,7 @@ class TensorTable:
             self.metadata |= header
 
     def expect(self, digest: str) -> None:
-        """Takes the digests that the writer left, with which the files are compared as they are read.
+        """Finds the digests that the writer left, to compare the files with as they are read.
 
         Args:
             digest: ``"sha256"``; empty expects nothing.

@@ -72,7 +72,7 @@ def print_plot(name: str, events: list[Event], end: float) -> None:
 
 
 def _greatest(of: Callable[[Event], float | None]) -> Of:
-    """The greatest of a column; None where nothing came."""
+    """The greatest of a column; None if nothing came."""
 
     def greatest(column: Iterable[Event]) -> float | None:
         return max((float(value) for event in column if (value := of(event)) is not None), default=None)

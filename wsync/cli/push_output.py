@@ -1,4 +1,4 @@
-"""What ``wsync push`` and ``wsync promote`` print: the outcome of a pass as a line, as JSON, and a bar meanwhile."""
+"""What ``wsync push`` and ``wsync promote`` print: the outcome as a line or as JSON, and a bar meanwhile."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def outcome_line(outcome: Outcome) -> str:
 
 
 def _joined(*clauses: str) -> str:
-    """Clauses one after another; after one that is a sentence the next is one too."""
+    """Joins clauses; after one that is a sentence, the next is one, too."""
     told = ""
     for clause in filter(None, clauses):
         if told.endswith("."):

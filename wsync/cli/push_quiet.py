@@ -15,7 +15,7 @@ class News:
     """The problem that was reported last, in a file below the state directory.
 
     Args:
-        spec: as it was named, which tells one push from another.
+        spec: as it was named; pushes of different specs are told apart by it.
         state: the state directory; default as for the history.
     """
 
@@ -33,7 +33,7 @@ class News:
                 self._file.write_text(trouble)
             elif before and not trouble and event.exit_code == 0:
                 self._file.unlink()
-        except (OSError, UnicodeError):  # told too often is better than never
+        except (OSError, UnicodeError):  # reporting too often is better than never
             return bool(trouble)
         return bool(trouble) and trouble != before
 

@@ -1,6 +1,6 @@
 """What ``wsync status`` prints: tables, the screen of ``--watch``, JSON, and a line for a monitoring system.
 
-rich is loaded where a table is drawn, and for nothing else.
+rich is loaded only to draw a table.
 
 A monitor gets one line, and an exit code as Nagios and similar systems expect it. 0 is OK; 1, a warning: something is
 beyond its bound; 2, critical: nothing is live, or a segment cannot be read. A usage error, such as a misspelt option,
@@ -52,7 +52,7 @@ class Bounds(NamedTuple):
     lag_seconds: float | None = None
 
     def check(self) -> None:
-        """Raises UsageError for a bound that nothing can keep, or that everything keeps."""
+        """Raises UsageError for a bound that nothing, or everything, is within."""
         for name, value in self._asdict().items():
             if value is not None and not (value >= 0 if name == "lag" else value > 0):
                 bound = "versions, 0 or more" if name == "lag" else "seconds above 0"
@@ -186,7 +186,7 @@ def to_json(data: Any) -> str:
 
 
 def status_view(told: list[dict[str, Any]]) -> RenderableType:
-    """The tables, of what ``look`` found."""
+    """The tables of what ``look`` found."""
     from rich.console import Group
     from rich.text import Text
 
@@ -333,7 +333,7 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
             f"{name}_age={age:.0f}s;{bounds.staleness or ''}",
             f"{name}_lag={lag};{'' if bounds.lag is None else bounds.lag}",
         ]
-    words.sort(key=lambda word: " is at version " in word)  # what is wrong comes first
+    words.sort(key=lambda word: " is at version " in word)  # problems come first
     line = f"WSYNC {_WORDS[code]}: {'; '.join(words)}"
     return printable(f"{line} | {' '.join(figures)}" if figures else line), code
 

@@ -20,7 +20,7 @@ def complain(exc: WsyncError) -> None:
 
 
 def unwind_at(*numbers: int) -> None:
-    """Unwinds this process at the first of these signals, which ends what it started; later ones are ignored."""
+    """Unwinds this process at the first of these signals, so that it ends what it started; ignores later ones."""
 
     def end(number: int, _: object) -> None:
         for each in numbers:
@@ -33,7 +33,7 @@ def unwind_at(*numbers: int) -> None:
 
 
 def stdout_console() -> Console:
-    """Where tables go: as wide as the terminal, and in a pipe or a file one line a row, however long."""
+    """The console for tables: as wide as the terminal; in a pipe or a file, each row is one line, however long."""
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)
@@ -43,7 +43,7 @@ def stdout_console() -> Console:
 
 
 def plain_table(*columns: str) -> Table:
-    """A table without lines; a text that does not fit is folded, unless its column says otherwise."""
+    """A table without rules; a text that does not fit is folded, unless its column says otherwise."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

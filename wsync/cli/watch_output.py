@@ -78,7 +78,7 @@ class WatchLog:
         self._refused: dict[str, None] = {}  # the one that was logged or seen last comes last
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
         self._writing = threading.Lock()  # hooks report from threads of their own
-        self._version = 0  # that was live after the last pass
+        self._version = 0  # live after the last pass
         self._done = (0, 0)
         self._stage_began = 0.0
         self._live: Live | None = None
@@ -127,7 +127,7 @@ class WatchLog:
                 self._outcome({"busy": "warning", "failed": "error"}.get(event.status, "info"), event)
             if event.warning:
                 self.note("warning", "late", event.warning)
-            if self._form != "json":  # there they are in the event
+            if self._form != "json":  # in JSON they are in the event
                 for cast in event.casts:
                     self.note("info", "cast", cast)
         self._last = key
@@ -209,7 +209,7 @@ class WatchLog:
 
         segment = self._segment()
         told: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}
-        with suppress(OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass tells
+        with suppress(OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass says so
             told = segment_json(segment) if segment else told
         parts = [segment_view(told, most=SHOWN)]
         done, total = self._done

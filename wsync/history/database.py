@@ -1,8 +1,8 @@
 """The state that survives a reboot: a segment's history, its pin, its rejections, and the last version's number.
 
-One SQLite database a segment, under ``--state-dir``, private to its user, opened only where there is something to
-write or to look up: its import alone takes 10 ms of the hundred that a push with nothing to do may take. The pin, which
-each pass has to know, is a small file beside it that is replaced whole.
+Each segment has an SQLite database under ``--state-dir``, private to its user. It is opened only to write or look up
+something: importing SQLite takes 10 ms of the hundred that a push with nothing to do may take. The pin, which each pass
+must know, is a small file beside it that is replaced as a whole.
 
 A policy stays in step without this state: if it cannot be written, the pass goes on and says so.
 """
@@ -34,7 +34,7 @@ T = TypeVar("T")
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _UNBOUNDED = 1 << 40
-_MOST_OF_A_PIN = 1_000_000  # bytes that are read of one
+_MOST_OF_A_PIN = 1_000_000  # bytes that are read of a pin file
 
 
 class Event(NamedTuple):
@@ -43,10 +43,10 @@ class Event(NamedTuple):
     Attributes:
         at: seconds since the epoch.
         kind: one of ``KINDS``.
-        version: that was live afterwards.
+        version: the live one afterwards.
         lag: of the slowest reader at that moment, versions.
-        settings: of the fit, by which a rollback publishes the file again; JSON.
-        changed_ns: when the system had last changed a file of the checkpoint; 0 or None where it was not read itself.
+        settings: of the fit, as JSON; a rollback publishes the file again with them.
+        changed_ns: when the system had last changed a file of the checkpoint; 0 or None if it was not read itself.
     """
 
     id: int
@@ -96,13 +96,13 @@ _UPGRADE = "ALTER TABLE events ADD COLUMN changed_ns INTEGER"
 
 
 def _warn(exc: StateError) -> None:
-    import logging  # here, since a push with nothing to say does without
+    import logging  # here, because a push with nothing to say does not need it
 
     logging.getLogger("wsync").warning("%s", exc)
 
 
 def _text(value: Any) -> Any:
-    """A text as the database takes it: a file name that is no UTF-8 with its odd bytes escaped."""
+    """A text as the database takes it: a file name that is not UTF-8 with its odd bytes escaped."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -127,7 +127,7 @@ def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _read_file(path: Path) -> bytes:
-    """The bytes of a regular file, and no pipe for whose writer one would wait."""
+    """The bytes of a regular file; does not wait for the writer of a pipe."""
     with opened(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ValueError("it is not a regular file")
@@ -140,12 +140,12 @@ class State:
     Args:
         name: of the segment.
         directory: default ``state_dir()``.
-        bound: events of what went live that stay on record, and as many of all else; default all.
+        bound: publishes that stay on record, and as many other events; default all.
 
     Attributes:
         warn: called when the history was damaged, and a new one begins; logs by default.
-        trim: events of which one checks whether there are too many.
-        most_rejections: that stay on record.
+        trim: one in so many events checks whether there are too many.
+        most_rejections: rejections that stay on record.
 
     Raises:
         UsageError: the name cannot be that of a segment.
@@ -178,10 +178,10 @@ class State:
     # --- the pin
 
     def pin(self) -> Pin | None:
-        """The pin that holds, or None; also where this user may not enter the place, and so never set one.
+        """The pin that holds, or None; also None if this user may not enter the directory, and so never set one.
 
         Raises:
-            StateError: it cannot be read; taking it for none would let go what the operator holds.
+            StateError: it cannot be read; to ignore it would release what the operator holds.
         """
         try:
             return Pin.from_json(_read_file(self._pin_file))
@@ -196,7 +196,7 @@ class State:
             ) from exc
 
     def set_pin(self, pin: Pin | None) -> None:
-        """Replaces the pin; None lets go.
+        """Replaces the pin; None removes it.
 
         Raises:
             StateError: it cannot be written.
@@ -224,8 +224,8 @@ class State:
         """Adds an event.
 
         Args:
-            fields: those of an ``Event``; what else a record of the same has is passed over.
-            accepted: under these settings this checkpoint is rejected no more.
+            fields: those of an ``Event``; any others are ignored.
+            accepted: the settings under which this checkpoint is not rejected any more.
 
         Raises:
             StateError: it cannot be written.
@@ -241,7 +241,7 @@ class State:
                 ).lastrowid
                 or 0
             )
-            if not added % self.trim:  # what fails again and again pushes nothing out that a rollback needs
+            if not added % self.trim:  # repeated failures must not push out what a rollback needs
                 database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - self._bound,))
                 last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"
                 database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (self._bound,))
@@ -277,7 +277,7 @@ class State:
         return self._select(f"{_PUBLISHED} AND {condition}", values, limit)
 
     def _select(self, condition: str, values: Sequence[object], limit: int) -> list[Event]:
-        """The events for which this holds, newest first."""
+        """The events that meet a condition, newest first."""
         query = f"SELECT id, at, kind, {', '.join(_FIELDS)} FROM events WHERE {condition} ORDER BY id DESC LIMIT ?"
         found = self._read(lambda database: [Event.checked(row) for row in database.execute(query, (*values, limit))])
         return found or []
@@ -288,12 +288,12 @@ class State:
         return (found[0].version or 0, found[0].identity or "") if found else (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
-        """Under which identity a path was published last; empty where it never was."""
+        """The identity under which a path was published last; empty if it never was."""
         found = self._select("kind = 'publish' AND checkpoint = ?", (_text(checkpoint),), 1)
         return [event.identity or "" for event in found]
 
     def changed_ns(self, identity: str, until: int = sys.maxsize) -> int:
-        """When the files of this identity had last changed as they were published; 0 where that is not on record.
+        """When the files of this identity had last changed before they were published; 0 if that is not on record.
 
         Args:
             until: as of the event of this id.
@@ -302,7 +302,7 @@ class State:
         return found[0].changed_ns or 0 if found else 0
 
     def touched(self, version: int, changed_ns: int) -> None:
-        """Notes a later change of the files of a version, which left their bytes as they were."""
+        """Notes a later change of a version's files that left their bytes as they were."""
         values = changed_ns, version
         change = f"UPDATE events SET changed_ns = ? WHERE {_PUBLISHED} AND version = ?"
         self._write(lambda database: database.execute(change, values))
@@ -323,7 +323,7 @@ class State:
         self._write(add)
 
     def rejections(self, settings: str) -> Mapping[str, str]:
-        """Identity to reason of what was rejected under these settings."""
+        """What was rejected under these settings: the reason by identity."""
 
         def look(database: sqlite3.Connection) -> dict[str, str]:
             rows = database.execute(
@@ -338,19 +338,19 @@ class State:
     # --- the files
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What the work finds in the database; None if there is no database.
+        """Runs the work on the database, and returns its result; None if there is no database.
 
         Raises:
             StateError: it cannot be read.
         """
         try:
             there = self._file.exists()
-        except OSError as exc:  # in a directory that may not be entered
+        except OSError as exc:  # the directory may not be entered
             raise self._failed(exc) from exc
         return self._do(lambda storage: storage.read(work)) if there else None
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does the work within a transaction on the database.
+        """Runs the work in a transaction on the database.
 
         Raises:
             StateError: it cannot be written.

@@ -43,15 +43,15 @@ class Outcome(NamedTuple):
         reason: why nothing was published; of a dry run, what it left out.
         differences: what does not fit.
         backwards: the step is lower than that of the version before.
-        identity: of the checkpoint's file.
+        identity: of the checkpoint's files.
         passed_over: newer candidates that were refused on the way to this one.
-        pin: the checkpoint that an operator keeps live, where one holds.
+        pin: the pinned checkpoint, if a pin holds.
         known: whether an earlier run refused and reported it.
-        kind: of the error that refused it, in one word; empty where it was not refused just now.
-        newer: path of a checkpoint that is newer than what is live, and not complete yet; the reason says why.
-        warning: what an operator may want to change, said once.
-        casts: what is converted, where this pass was the first to do it.
-        live: what is live, beside a refusal that was known.
+        kind: of the error that refused it, in one word; empty if this pass did not refuse it.
+        newer: path of a checkpoint that is newer than what is live, but not complete yet; the reason says why.
+        warning: what an operator may want to change; given once.
+        casts: what is converted, if this pass was the first to do it.
+        live: what is live, for a refusal that was known before.
     """
 
     status: str
@@ -80,7 +80,7 @@ class Outcome(NamedTuple):
         return EXIT_CODES[self.status]
 
     def told_before(self) -> Outcome:
-        """A refusal that an earlier push reported, as a later one has it: what is live is current, and a note."""
+        """Turns a refusal that an earlier push reported into the outcome of a later one: current, with a note."""
         if not (self.known and self.live):
             return self
         file = os.path.basename(self.checkpoint or "")
@@ -90,7 +90,7 @@ class Outcome(NamedTuple):
         return self._replace(status="current", step=step, checkpoint=source, reason=again, identity=identity)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; ``from_dict`` reads it."""
+        """The fields for JSON; ``from_dict`` reads them."""
         return {
             **self._asdict(),
             "differences": [asdict(each) for each in self.differences],
@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Outcome:
-        """From what ``to_dict`` made of one."""
+        """Reads what ``to_dict`` wrote."""
         return cls(
             **{
                 **told,
@@ -113,7 +113,7 @@ class Outcome(NamedTuple):
 
 
 def status_of(exc: CheckpointError | RetryLater, named: bool) -> str:
-    """The status for an error. A half-written file in a directory does not count; one that was named is refused."""
+    """The status for an error. A half-written file in a directory is ignored; one that was named is refused."""
     if named and isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, BeingWritten):
         return "rejected"
     return next((status for status in ("rejected", "empty", "busy") if EXIT_CODES[status] == exc.exit_code), "failed")

@@ -14,11 +14,11 @@ class Pin(NamedTuple):
     Attributes:
         checkpoint: its path.
         identity: of its files when it was pinned.
-        version: under which it was live then; 0 where it was not.
+        version: its version when it was pinned; 0 if it was not live.
         step: the producer's number.
         since: seconds since the epoch.
         reason: who asked for it, in words.
-        header: the digest of its headers, where it was opened to be pinned; else empty.
+        header: the digest of its headers, if it was opened to be pinned; otherwise empty.
     """
 
     checkpoint: str
@@ -31,7 +31,7 @@ class Pin(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What is pinned, in words: its path, or the version of weights that came from memory."""
+        """What is pinned, in words: its path, or its version if the weights came from memory."""
         return self.checkpoint or f"version {self.version}"
 
     def holds(self, live: Publication) -> bool:

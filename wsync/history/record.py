@@ -1,4 +1,4 @@
-"""What one syncer reads from and adds to the history: pin, rejections, events. It never keeps weights from going live.
+"""What one syncer reads from the history and adds to it: pin, rejections, events.
 
 A history that cannot be written is reported once, and the syncer goes on without it. Only an unreadable pin stops a
 pass: going on would replace the version that the operator holds.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # beside the settings under which a refusal is remembered
+_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # added to the settings under which a refusal is remembered
 IN_NO_FILE = "kept live values that are in no file"
 NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
 
@@ -47,10 +47,10 @@ class Record:
 
     Args:
         state: None remembers refusals in this process, and nothing else.
-        settings: gives a text that tells one set of settings from another; a refusal holds under the same ones only.
+        settings: gives a text that differs between sets of settings; a refusal holds only under the same ones.
 
     Attributes:
-        complain: called with what keeps the history from being written, once for each reason.
+        complain: called with why the history cannot be written, once for each reason.
     """
 
     def __init__(self, state: State | None, settings: Callable[[], str]) -> None:
@@ -72,11 +72,11 @@ class Record:
 
     @cached_property
     def _settings(self) -> str:
-        return self._settings_of()  # when first needed: a pass with nothing new does without
+        return self._settings_of()  # when first needed: a pass with nothing new does not need it
 
     @property
     def directory(self) -> Path | None:
-        """Where it is kept."""
+        """The directory of the state."""
         return self._state.directory if self._state else None
 
     def pin(self) -> Pin | None:
@@ -88,21 +88,21 @@ class Record:
         return self._state.pin() if self._state else None
 
     def last_published(self) -> tuple[int, str]:
-        """As of ``State.last``: versions of a segment that is made anew go on from there."""
+        """See ``State.last``: a segment that is made anew continues from that version."""
         return self._try(State.last) or (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
-        """Under which identity a path was published last; empty where it never was."""
+        """The identity under which a path was published last; empty if it never was."""
         return self._try(State.published_from, checkpoint) or []
 
     # --- refusals
 
     def forget(self) -> None:
-        """Takes what was refused before for new."""
+        """Forgets all refusals, so that refused checkpoints count as new."""
         self._refused, self._passed, self._halves, self._loaded = {}, set(), {}, True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
-        """Identity to reason of those of ``listed`` that were refused."""
+        """Which of ``listed`` were refused: the reason by identity."""
         wanted = set(listed)
         if wanted and not self._loaded:
             self._loaded = True
@@ -119,7 +119,7 @@ class Record:
         return self._refused[identity]
 
     def is_fresh(self, identity: str) -> bool:
-        """Whether it was refused in this very process, and not in one before."""
+        """Whether it was refused in this process, and not in an earlier one."""
         return identity in self._fresh
 
     def refuse(self, identity: str, reason: str, outcome: Outcome) -> None:
@@ -130,28 +130,28 @@ class Record:
 
     @property
     def passed(self) -> frozenset[str]:
-        """Those of the last listing that were told once, and are passed over since."""
+        """The checkpoints of the last listing that were reported once, and are skipped since."""
         return frozenset(self._passed)
 
     def pass_over(self, identity: str, reason: str, outcome: Outcome) -> None:
-        """Remembers that it was told; it stays what it was, refused or incomplete."""
+        """Remembers that it was reported; it stays refused or incomplete."""
         self._passed.add(identity)
         self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
         if identity not in self._refused:
             self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
 
     def half(self, identity: str) -> str:
-        """Why an object of the last listing was found incomplete; empty where it was not."""
+        """Why an object of the last listing was found incomplete; empty if it was not."""
         return self._halves.get(identity, "")
 
     def found_half(self, identity: str, why: str) -> None:
-        """Remembers that an object is incomplete: whatever the settings are, it does not grow."""
+        """Remembers that an object is incomplete; it cannot grow, so this holds under any settings."""
         if self._halves.get(identity) != why:
             self._halves[identity] = why
             self._try(State.reject, identity, _HALF, why)
 
     def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
-        """Remembers that a checkpoint has the bytes of what is live: it is not tried again, and is not reported."""
+        """Remembers that a checkpoint has the bytes of what is live, so that it is neither tried again nor reported."""
         identity, why = checkpoint.identity, f"it has the bytes of version {live.version}"
         self._try(State.touched, live.version, checkpoint.changed_ns)
         self._refused[identity] = why
@@ -179,7 +179,7 @@ class Record:
         self._try(State.record, "gate", **staged._asdict(), reason=result)
 
     def failed(self, version: int, reason: str) -> None:
-        """A failure is one event, however often it comes in a row."""
+        """Records a failure; one that is repeated in a row is one event."""
         if reason == self._failure:
             return
         self._failure = reason
@@ -212,7 +212,7 @@ class Record:
         """The pinned checkpoint, from a kept copy or its file.
 
         Raises:
-            CheckpointError: neither is there any more.
+            CheckpointError: neither exists any more.
         """
         assert self._state
         found = self._state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
@@ -238,7 +238,7 @@ def fit_to_json(fit: Fit) -> str:
 
 
 def fit_from_json(text: str | None) -> Fit:
-    """Raises StateError where it tells no settings that this wsync knows."""
+    """Reads the settings of an event; raises StateError if this wsync does not know them."""
     table: dict[str, Any] = json.loads(text) if text else {}
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     try:
@@ -250,7 +250,7 @@ def fit_from_json(text: str | None) -> Fit:
 
 
 def keep(state: State, segment: Segment, number: int) -> None:
-    """Copies the live slot, a safetensors file in the policy's own layout, beside the state; removes the oldest.
+    """Copies the live slot, a safetensors file in the policy's own layout, into the state; removes old copies.
 
     A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
 
@@ -276,12 +276,12 @@ def keep(state: State, segment: Segment, number: int) -> None:
             same.replace(target)
             return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
-            try_lock(copy.fileno())  # who sweeps sees that it is being written
+            try_lock(copy.fileno())  # a sweeper sees that it is being written
             os.lseek(lease.fileno(), 0, os.SEEK_SET)
             with open(lease.fileno(), "rb", closefd=False) as slot:
                 shutil.copyfileobj(slot, copy, 8 << 20)
             temporary.replace(target)
-        # Not by their numbers, which begin anew where the history was removed.
+        # Not by their numbers, which begin again if the history was removed.
         order = {event.version: event.id for event in copied_events(state)} | {publication.version: math.inf}
         for version in sorted(copied_versions(state), key=lambda version: order.get(version, -1))[:-number]:
             copy_path(state, version).unlink(missing_ok=True)
@@ -306,7 +306,7 @@ def _holds(copy: Path, identity: str) -> bool:
 
 
 def _sweep(copies: Path) -> None:
-    """Removes half a copy that somebody who was killed left behind: its lock is free."""
+    """Removes half-written copies that killed processes left behind: their lock is free."""
     for path in copies.glob("*.tmp"):
         with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
             if try_lock(fd):
@@ -314,7 +314,7 @@ def _sweep(copies: Path) -> None:
 
 
 def what(event: Event) -> tuple[str, str]:
-    """What an event published, under whatever version: the file, and how it was fitted."""
+    """What an event published: the file, and how it was fitted."""
     return event.identity or "", event.settings or ""
 
 
@@ -341,14 +341,14 @@ def copied_versions(state: State) -> list[int]:
 def reopen(
     event: Event, found: Mapping[tuple[str, str], Path], state: State, header: str = ""
 ) -> tuple[Checkpoint, Fit] | None:
-    """What was once published, opened to be published again, and how it fits; None where it is gone or was changed.
+    """Opens what was once published, to publish it again, with its fit; None if it is gone or was changed.
 
-    Weights that kept live values beside what their checkpoint holds are had from a copy alone.
+    Weights that kept live values beside those of their checkpoint can come only from a copy.
 
     Args:
         found: the ``copies``.
-        state: tells whether the file was written over since, with its times put back.
-        header: the digest that its headers must have, where inodes say nothing; empty where that is not known.
+        state: shows whether the file was overwritten since, with its times restored.
+        header: the digest that its headers must have, if inodes say nothing; empty if unknown.
     """
     try:
         fit = fit_from_json(event.settings)
@@ -362,12 +362,12 @@ def reopen(
     changed_ns = state.changed_ns(event.identity or "", event.id)
     original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns, header)
     if original:
-        original.step = event.step  # a setting may have told it, and not the name alone
+        original.step = event.step  # a setting may have found it, and not only the name
     return (original, fit) if original else None
 
 
 def gone_or_changed(state: State, path: str | None) -> str:
-    """Why a file cannot be published again, and how to take it nevertheless."""
+    """Why a file cannot be published again, and how to publish it all the same."""
     if not path or not os.path.exists(path):
         return "is gone or was changed"
     return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
@@ -377,7 +377,7 @@ def _same(path: str | None, identity: str | None, changed_ns: int, header: str =
     if not path or not identity:
         return None
     try:
-        # A name that is no UTF-8 is on record with its odd bytes escaped; what has another identity is not taken.
+        # A name that is not UTF-8 is on record with odd bytes escaped; a file of another identity is not taken.
         checkpoint = Checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
     except (NoCheckpoint, CheckpointError):
         return None

@@ -27,7 +27,7 @@ from .record import IN_NO_FILE, NO_COPY, copied_events, copies, fit_from_json, g
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.05
-_LOOKED_AT = 1_000  # versions whose files are looked for, to list what can still be had
+_LOOKED_AT = 1_000  # versions whose files are looked for, to list what can be put live
 _SHOWN = 10
 
 
@@ -41,8 +41,8 @@ def rollback(
         patience: seconds that another publisher may hold the segment.
 
     Raises:
-        UsageError: there is no such version on record; or nothing is live, and no version was named.
-        NoCheckpoint: it cannot be had any more; the message lists what can.
+        UsageError: the version is not on record; or nothing is live, and no version was named.
+        NoCheckpoint: its weights are gone; the message lists the versions that can be put live.
         SegmentMissing: there is no segment.
         SegmentBusy: another publisher is at work, or readers hold every spare slot.
         StateError: the pin cannot be written; nothing was published.
@@ -63,10 +63,10 @@ def rollback(
             since=time.time(),
             reason=f"rollback from version {last} to {event.version}",
         )
-        state.set_pin(pin)  # before it is live: a watch must not take the newest in between
+        state.set_pin(pin)  # before it is live: a watch must not publish the newest in between
         try:
             publication = _again(segment, last, event, state)
-        except BaseException:  # Ctrl-C, too: nothing went live, so the pin of before must hold
+        except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin must hold
             state.set_pin(before)
             raise
         seconds = round(time.time() - pin.since, 6)
@@ -97,7 +97,7 @@ def _note(state: State, kind: str, **fields: Any) -> None:
 
 
 def _target(state: State, live: Publication | None, to: int | None) -> Event:
-    """What goes live again: the version that was named, or the newest before the live one that was another."""
+    """The version to put live: the named one, or the newest before the live one with other weights."""
     if to is not None:
         found = state.published("version = ?", (to,), 1)
         missing = f"version {to} of {state.name!r} is not on record."
@@ -114,7 +114,7 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
 
 
 def _again(segment: WritableSegment, last: int, event: Event, state: State) -> Publication:
-    """Puts it live under the version after ``last``: from a spare slot, or staged from a copy or its file."""
+    """Puts it live as the version after ``last``: from a spare slot, or staged from a copy or its file."""
     assert event.version is not None
     if publication := publish_again(segment, event.version, event.identity or "", last):
         return publication
@@ -132,7 +132,7 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
 
 
 def _choices(state: State) -> str:
-    """What can still be gone back to, newest first."""
+    """Lists the versions that can be put live, newest first."""
     found, seen, lines = copies(state), set(), []
     events = {event.id: event for event in (*state.published(limit=_LOOKED_AT), *copied_events(state))}
     for event in sorted(events.values(), reverse=True):
@@ -194,7 +194,7 @@ def pin_checkpoint(
 
 
 def unpin(state: State) -> Pin | None:
-    """Lets go of the pin; the one that held, None where none did or it could not be read.
+    """Removes the pin; returns the one that held, None if none did or it could not be read.
 
     Raises:
         StateError: it cannot be removed.

@@ -1,6 +1,6 @@
-"""The SQLite file under a history: opened, written in transactions, set aside where it is damaged, and read anyway.
+"""The SQLite file of a history: written in transactions, set aside if damaged, and read even without write access.
 
-Importing this imports SQLite, which takes 10 ms, so ``database`` does it where there is something to read or write.
+Importing this imports SQLite, which takes 10 ms, so ``database`` does it only to read or write something.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds that another process may be at work on the database
 ERRORS = (OSError, ValueError, TypeError, OverflowError, sqlite3.Error)
-"""What reading or writing raises; all but the first and the last come of values that were never written."""
+"""What reading or writing raises; all but the first and the last are caused by values that wsync never wrote."""
 
 _NO_DAMAGE = {3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23}
 """SQLite's codes for errors other than damage: permission, busy, locked, no memory, read-only, interrupted, an
@@ -48,7 +48,7 @@ class Storage:
             connection.close()
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does work that only reads; on a copy where nothing can be written, since SQLite writes also to read.
+        """Does work that only reads; on a copy if nothing can be written, because SQLite also writes to read.
 
         Raises:
             OSError, sqlite3.Error: it cannot be read.
@@ -62,7 +62,7 @@ class Storage:
             raise exc
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does work in a transaction; a file that is damaged is set aside, and it is done on a new one.
+        """Does work in a transaction; if the file is damaged, it is set aside, and the work is done on a new one.
 
         Raises:
             OSError, sqlite3.Error: it cannot be done.
@@ -75,7 +75,7 @@ class Storage:
                     raise
                 self._set_aside(exc)
             return self._transact(work)
-        except BaseException:  # Ctrl-C, too: a connection that was interrupted may be within a transaction
+        except BaseException:  # even Ctrl-C: an interrupted connection may be inside a transaction
             self.close()
             raise
 
@@ -90,7 +90,7 @@ class Storage:
             if not stat.S_ISREG(self._opened.st_mode):
                 raise OSError(f"{self._file} is not a regular file")
             self._connection = sqlite3.connect(self._file, timeout=PATIENCE, check_same_thread=False)
-            # Where another process just makes it so, SQLite says at once that it is locked, and all below waits.
+            # If another process does the same at this moment, SQLite says at once that it is locked; all below waits.
             with suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -101,7 +101,7 @@ class Storage:
             return work(database)
 
     def _is_there(self) -> bool:
-        """Whether the open database is still the file of that name: SQLite goes on with one that was removed."""
+        """Whether the open database still is the file of that name: SQLite would go on with a removed one."""
         try:
             return self._opened is not None and os.path.samestat(os.stat(self._file), self._opened)
         except OSError:
@@ -127,5 +127,5 @@ class Storage:
 
 
 def _is_damage(exc: Exception) -> bool:
-    """Whether the file is not what was written: all but what SQLite, or the system, says of access and of the disk."""
+    """Whether the file is damaged: every error is a sign of it but those of access and of the disk."""
     return not isinstance(exc, OSError) and getattr(exc, "sqlite_errorcode", 1) & 0xFF not in _NO_DAMAGE

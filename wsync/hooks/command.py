@@ -1,10 +1,10 @@
 """Runs a user's command within bounds: of time, of output, and of the processes that it starts.
 
 The command gets a session of its own and no terminal, so that Ctrl-C reaches wsync alone, which then ends the command.
-A small process stands between (``system.supervisor``). When time is up, and when wsync is gone, it ends the command and
-all that this started: with SIGTERM, and ``GRACE`` seconds later with SIGKILL. A command that ends by itself is not
-followed: what it left in the background goes on and is not waited for, although it may hold the pipe of the output,
-which a thread reads until then. Only the end of the output is kept.
+A small process stands between (``system.supervisor``). When time is up, or wsync has ended, it ends the command and all
+that the command started: with SIGTERM, and ``GRACE`` seconds later with SIGKILL. If the command ends by itself, what it
+left in the background goes on; wsync does not wait for it, although it may hold the pipe of the output, which a thread
+reads until then. Only the end of the output is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..system import supervisor
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
 _SIGNALS = {number.value: number.name for number in signal.Signals}
-_LOOK = 0.05  # seconds between two looks whether the command ended or is to stop
+_LOOK = 0.05  # seconds between two looks whether the command ended or must stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        code: its exit status; minus the signal's number where a signal ended it; None where we ended it.
+        code: its exit status; minus the signal's number if a signal ended it; None if we ended it.
         how: the same in words.
         output: the last lines of its stdout and stderr, with control characters escaped.
     """
@@ -65,10 +65,10 @@ def run(
     stop: threading.Event | None = None,
     stdin: int = subprocess.DEVNULL,
 ) -> Ended:
-    """Runs a command until it ends, its time is up, or it is to stop. An exception, as of Ctrl-C, ends it, too.
+    """Runs a command until it ends, its time is up, or ``stop`` is set. An exception such as Ctrl-C ends it, too.
 
-    It is started and ended in a thread of its own: what a signal raises in the main thread within ``Popen`` would lose
-    a process that is running already.
+    It is started and ended in another thread: an exception of a signal handler inside ``Popen`` would lose a process
+    that is already running.
 
     Args:
         timeout: seconds.
@@ -117,14 +117,14 @@ def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Eve
         _end(process)
         reader.join(_LOOK)
         return Ended(None, how, plain(output))
-    reader.join(_LOOK)  # all that the pipe holds; not what background processes go on writing
+    reader.join(_LOOK)  # all that the pipe holds, but not what background processes write later
     code = process.returncode
     how = f"ended with status {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
     return Ended(code, how, plain(output))
 
 
 def _read(pipe: IO[bytes], output: bytearray) -> None:
-    """Keeps the end of what comes through a pipe, until nobody holds it open any more."""
+    """Keeps the end of a pipe's output, until nobody holds it open any more."""
     with pipe:
         while data := os.read(pipe.fileno(), 65_536):
             output[:] = (output + data)[-4 * CHARACTERS :]
@@ -136,7 +136,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         process.wait(3 * GRACE)
     except (PermissionError, subprocess.TimeoutExpired):
-        pass  # what runs as another user (sudo), or hangs in the kernel, must not hold us up
+        pass  # a process of another user (sudo), or one that hangs in the kernel, must not hold us up
 
 
 def plain(data: bytes | bytearray) -> str:

@@ -1,21 +1,21 @@
-"""A gate: the user's look at staged weights, the last thing before they go live.
+"""A gate: the user's own check of staged weights, the last one before they go live.
 
 A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
 in its environment ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
-``WSYNC_HOOK_STEP`` (empty where there is none) and ``WSYNC_HOOK_CHECKPOINT``. Status 0 accepts, 75 asks for the same
+``WSYNC_HOOK_STEP`` (empty if there is none) and ``WSYNC_HOOK_CHECKPOINT``. Status 0 accepts, 75 asks for the same
 again later, anything else rejects.
 
-A function is called with the policy, in eval mode, with the staged weights in it. Whatever it returns accepts, but for
-``False``, which is a check that failed and whose author forgot to raise; ``RetryLater`` asks for the same again later,
-any other exception rejects. It runs in a process of its own, so that a watch never imports torch and outlives whatever
-that code does.
+A function is called with the policy, in eval mode, with the staged weights in it. It accepts with any result but
+``False``, which is taken for a failed check whose author forgot to raise; ``RetryLater`` asks for the same again later,
+and any other exception rejects. It runs in a process of its own, so that a watch never imports torch and survives
+whatever that code does.
 
-Both look at a copy of the staged slot. The slot itself belongs to the user as whom the gate runs, so nothing could keep
-the gate from writing to it. The copy is in memory that the kernel seals (memfd_create(2)), as large as the weights, and
-is gone with the gate. Afterwards the slot must still hold what was copied.
+Both look at a copy of the staged slot. The gate runs as the owner of the slot, so nothing could keep it from writing
+there. The copy is in memory that the kernel seals (memfd_create(2)), is as large as the weights, and is freed after the
+gate. Afterwards the slot must still hold what was copied.
 
-One that takes too long, or is ended by a signal, has rejected: a gate that hangs must not hold up the next checkpoint
-for ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
+A gate that takes too long, or is ended by a signal, rejects: a hanging gate must not hold up the next checkpoint for
+ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         GateRejected: it does not accept.
         RetryLater: it asks for the same again later, or was ended by ``stop``.
         SpecError: its function, or the policy for it, cannot be imported or built.
-        SegmentError: it changed what it was to look at.
+        SegmentError: it changed the weights that it should check.
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
     with _sealed_copy(staged.path) as copy:
@@ -148,7 +148,7 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
 
 
 def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
-    """Copies the weights of a slot into the policy's own tensors, all of them but those that the globs of ``own`` name.
+    """Copies the weights of a slot into the policy's own tensors, except for those that the globs of ``own`` name.
 
     Raises:
         SpecError: they are not the policy's.
@@ -177,5 +177,5 @@ def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
 
 
 def _bounded(text: str) -> str:
-    """An exception's text as ``command`` gives output: short, and harmless to a terminal."""
+    """An exception's text, short and harmless to a terminal like a command's output."""
     return command.plain(text[:_LONGEST].encode("utf-8", "replace"))

@@ -1,13 +1,14 @@
-"""Hooks: what runs after a publish, in the background and never in the way of the next one.
+"""Hooks: run after a publish, in the background, and never delay the next one.
 
 Each kind of hook has a thread and a mailbox for one version. The newest wins: a version that nobody has taken out yet
 is replaced by the next. A hook that failed is tried again after its backoff, until it succeeds or a newer version
-comes. At the end what runs may finish within its time, what waits gets one run, and nothing is tried again.
+comes. When wsync ends, a running hook may finish within its time, a waiting version gets one run, and nothing is tried
+again.
 
 ``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_HOOK_NAME``,
-``WSYNC_HOOK_VERSION``, ``WSYNC_HOOK_STEP`` (empty where there is none) and ``WSYNC_HOOK_CHECKPOINT``. ``webhook`` is
-one request with name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a
-redirect is an answer like any other and is not followed, and no proxy is asked.
+``WSYNC_HOOK_VERSION``, ``WSYNC_HOOK_STEP`` (empty if there is none) and ``WSYNC_HOOK_CHECKPOINT``. ``webhook`` is one
+request with name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a
+redirect is treated like any other answer and not followed, and no proxy is used.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.25  # seconds after which a wait looks up: a signal that another thread receives does not end it
+_LOOK = 0.25  # seconds after which a wait checks again: a signal in another thread does not end it
 
 Act = Callable[[Publication, threading.Event], None]
 Report = Callable[[str, bool, str], None]
@@ -43,7 +44,7 @@ class Hook:
     """One kind of hook, with a thread and a mailbox for one version.
 
     Args:
-        kind: what messages call it.
+        kind: its name in messages.
         act: runs it once, and returns soon after the event is set.
         timeout: seconds that ``act`` takes at most.
         backoff: seconds between a failure and the next try.
@@ -64,13 +65,13 @@ class Hook:
         threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
     def send(self, live: Publication) -> None:
-        """Puts a version into the mailbox, in place of one that still waits there."""
+        """Puts a version into the mailbox, and drops one that still waits there."""
         with self._changed:
             self._waiting = live
             self._changed.notify()
 
     def shut(self, *, now: bool = False) -> None:
-        """From here on nothing is tried again. With ``now`` what runs is ended, and what waits is dropped."""
+        """From now on nothing is tried again. With ``now``, ends what runs and drops what waits."""
         if now:
             self._cancel.set()
         with self._changed:
@@ -78,7 +79,7 @@ class Hook:
             self._changed.notify()
 
     def join(self) -> None:
-        """Waits for what runs and what waits, each within its time. An exception, as of Ctrl-C, ends what runs."""
+        """Waits for what runs and what waits, each within its time. An exception such as Ctrl-C ends what runs."""
         until = time.monotonic() + 2 * (self._timeout + 2 * command.GRACE)
         try:
             while not self._ended.wait(_LOOK) and time.monotonic() < until:
@@ -103,13 +104,13 @@ class Hook:
         ok, message = True, f"{self.kind} succeeded for version {live.version}"
         try:
             self._act(live, self._cancel)
-        except Exception as exc:  # of any kind: the thread must go on
+        except Exception as exc:  # any: the thread must go on
             self.failures += 1
             why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}."
             ok, message = False, f"version {live.version} is live, but {why} A watch tries it again; a push does not."
         try:
             self._report(self.kind, ok, message)
-        except Exception:  # a log that cannot be written is reported where more is written to it
+        except Exception:  # a log that cannot be written is reported at its other writes
             pass
         return ok
 
@@ -137,12 +138,12 @@ class HookRunner:
             self.hooks["webhook"] = Hook("webhook", act, settings.webhook_timeout, settings.webhook_backoff, report)
 
     def send(self, live: Publication) -> None:
-        """Tells each hook of a version; returns at once."""
+        """Passes a version to each hook; returns at once."""
         for hook in self.hooks.values():
             hook.send(live)
 
     def close(self, *, now: bool = False) -> None:
-        """Waits until what runs and what waits has had its time.
+        """Waits until all that runs or waits has had its time.
 
         Args:
             now: end it instead.
@@ -180,11 +181,10 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication,
 def request(spec: Spec, live: Publication) -> None:
     """Makes the webhook's request once.
 
-    The time is that of the whole request: a server that sends a byte now and then must not hold a newer version up.
+    The timeout is for the whole request: a server that sends a byte now and then must not delay a newer version.
 
     Raises:
-        WsyncError: no answer in time, or another than is a success. It shows the host alone: all else of a URL may be
-            a secret.
+        WsyncError: no answer in time, or not a success. It shows only the host: the rest of a URL may be secret.
     """
     import http.client
     from urllib.parse import urlsplit
@@ -206,7 +206,7 @@ def request(spec: Spec, live: Publication) -> None:
         if time.monotonic() < deadline:
             connection.request(settings.webhook_method.upper(), target, body, _headers(url, live))
             status = connection.getresponse().status
-        if time.monotonic() >= deadline:  # headers that were cut off are taken for complete ones
+        if time.monotonic() >= deadline:  # headers that were cut off count as complete
             raise TimeoutError
     except (OSError, http.client.HTTPException) as exc:
         if isinstance(exc, TimeoutError) or time.monotonic() >= deadline:
@@ -238,7 +238,7 @@ def _headers(url: SplitResult, live: Publication) -> dict[str, str]:
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:
-    """Wakes whoever waits on the connection's socket, because time is up."""
+    """Wakes the thread that waits on the connection's socket, because time is up."""
     try:
         if connection.sock:
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -26,7 +26,7 @@ MAX_TENSORS = 300_000  # of one checkpoint: the largest mixtures of experts have
 
 
 def shards_of(index: bytes) -> list[str]:
-    """The files that an index names; empty where it is broken, which opening it reports."""
+    """The files that an index names; empty if it is broken, which opening it reports."""
     try:
         return sorted({shard for shard in json.loads(index)["weight_map"].values() if is_file_name(shard)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

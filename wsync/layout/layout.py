@@ -139,7 +139,7 @@ class Layout:
         return cls.build(tensors, ties)
 
     def names_in(self, other: Layout) -> dict[str, str] | None:
-        """Maps each name to its name in another layout of the same tensors; None where those differ.
+        """Maps each name to its name in another layout of the same tensors; None if those differ.
 
         Ignores what wraps modules (see ``names``).
         """
@@ -164,7 +164,7 @@ class Layout:
         return Layout.build({entry.name: (entry.dtype, entry.shape) for entry in left}, ties) if out else self
 
     def more_than(self, other: Layout) -> list[str]:
-        """The names that only this layout has; empty where anything else differs, too."""
+        """The names that only this layout has; empty if anything else differs, too."""
         names = {name for entry in other.tensors for name in entry.names}
         more = [name for entry in self.tensors for name in entry.names if name not in names]
         import glob  # not on the way of a push with nothing to do
@@ -172,7 +172,7 @@ class Layout:
         return more if more and self.without([glob.escape(name) for name in more]).digest == other.digest else []
 
     def advice(self, other: Layout) -> str:
-        """What to do where a policy of this layout meets a segment of another; empty where their names say nothing."""
+        """What to do if a segment has another layout than this policy; empty if the names give no hint."""
         mine, theirs = (sorted(name for e in each.tensors for name in e.names) for each in (self, other))
         outer = mine[0].removesuffix(theirs[0])
         if outer and mine == sorted(outer + name for name in theirs):
@@ -221,11 +221,10 @@ def _tie(entry: TensorEntry, name: str) -> str:
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of a module, each under every name that it has in its ``state_dict()``.
 
-    Those are the names under which trainers save. They may be others than its modules have, as where one is wrapped for
-    activation checkpointing. A tensor that is not in the ``state_dict()`` has the name that its modules give it.
+    Those are the names under which trainers save. They may differ from the names in its modules, as when one is wrapped
+    for activation checkpointing. A tensor that is not in the ``state_dict()`` has the name that its modules give it.
 
-    The names are those inside of what ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` wrap around
-    modules.
+    The wrappers of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` are left out of the names.
 
     Raises:
         SpecError: the module's own code failed.
@@ -239,7 +238,7 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
-    """The names of tensors in a ``state_dict()`` that may name them otherwise; empty where it is torch's own."""
+    """The names of tensors in a ``state_dict()`` that may have its own names; empty if it is torch's own."""
     import torch
 
     own = torch.nn.Module
@@ -268,7 +267,7 @@ def tied_key(tensor: torch.Tensor) -> object:
     try:
         where = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         return where if tensor.numel() else id(tensor)
-    except (RuntimeError, ValueError, NotImplementedError):  # a lazy one, or one without a storage
+    except (RuntimeError, ValueError, NotImplementedError):  # a lazy tensor, or one without a storage
         return id(tensor)
 
 
@@ -287,7 +286,7 @@ def _in_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def scratch_of(module: torch.nn.Module) -> set[str]:
-    """The names of a module's buffers that do not persist, as ``named_tensors`` has the others."""
+    """The names of a module's buffers that do not persist, in the form that ``named_tensors`` gives the others."""
     owners = named_modules(module)
     return {prefix + name for prefix, owner in owners for name in owner._non_persistent_buffers_set}
 

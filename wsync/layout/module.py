@@ -1,8 +1,8 @@
-"""What of a module is kept in step: all its named tensors, but for those that each process keeps for itself.
+"""The tensors of a module that are kept in step: all named ones except those that each process keeps for itself.
 
 No version contains the latter, such as exploration noise. Nor does a version contain the other entries of a
-``state_dict()``, which come from ``get_extra_state`` and from modules that pack their weights, as quantised ones do:
-they would stay as they are while versions change.
+``state_dict()``, from ``get_extra_state`` and from modules that pack their weights, such as quantised ones: these stay
+as they are while versions change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[
 
     Args:
         own: the globs.
-        setting: what they are called where they are set.
+        setting: the name of the setting, for messages.
 
     Raises:
         UsageError: a glob matches nothing, or one name of a tensor that has several; nothing is left.

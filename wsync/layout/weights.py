@@ -49,7 +49,7 @@ def flatten(weights: object) -> dict[Path, torch.Tensor]:
     """Every tensor by its path; names are split at their dots.
 
     Raises:
-        TypeError: a key is no name, or a value is no tensor.
+        TypeError: a key is not a name, or a value is not a tensor.
         ValueError: one path is there twice.
     """
     table: dict[Path, torch.Tensor] = {}
@@ -85,13 +85,13 @@ def check(
 
     Args:
         strict: every target must have a source; of tied ones, one of them.
-        finite: no source may hold NaN or infinity, nor what a cast to its target's dtype makes of it; but for
-            infinities that the target has, too.
+        finite: no source may hold NaN or infinity, even after the cast to its target's dtype, except for infinities
+            that the target has, too.
 
     Raises:
         KeyError: a name is unknown, or missing under ``strict``.
         ValueError: another shape; not finite; two different sources for tied targets.
-        CopyRefused: a tensor's class refuses copies, into it or out of it; a TypeError, too.
+        CopyRefused: a tensor's class refuses copies into it or out of it; also a TypeError.
         TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int, or a
             wider int. Floats are cast to any float, and to what they become there.
     """
@@ -129,7 +129,7 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
 
     Raises:
         CopyRefused: a tensor's class refused its copy after all; nothing was written.
-        HalfWritten: the same, and what was written could not be written back.
+        HalfWritten: the same, and the tensors before it could not be restored.
     """
     memory = {t.untyped_storage()._cdata for t in targets.values()}
     pairs = []
@@ -150,7 +150,7 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
 
 
 def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Whether there are values to copy, and a place for each of them: a copy that fails has written some already."""
+    """Checks that there are values to copy, and memory for each: a copy that fails has written some already."""
     for tensor in (source, target):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             kind = "on the meta device" if tensor.is_meta else "sparse, nested or quantised"
@@ -167,7 +167,7 @@ def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype can hold the values of another: torch casts integers to any, and they wrap."""
+    """Whether a dtype can hold the values of another: torch casts integers to any dtype, and they wrap."""
     if {dtype, other} <= _INTS:
         mine, theirs = torch.iinfo(dtype), torch.iinfo(other)
         return mine.min <= theirs.min and theirs.max <= mine.max
@@ -177,7 +177,7 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether its values are finite, also once cast to this dtype."""
     for values in (tensor.detach().to(each) for each in {tensor.dtype, dtype}):
-        if values.is_floating_point() and values.element_size() == 1:  # which torch.isfinite does not know
+        if values.is_floating_point() and values.element_size() == 1:  # torch.isfinite does not know these
             values = values.float()
         if not bool(torch.isfinite(values).all()):
             return False
@@ -230,7 +230,7 @@ def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, tor
 
 
 def _where(target: torch.Tensor) -> object:
-    """The same for tensors that are tied, whichever objects stand for them, as in ``layout_of_tensors``."""
+    """A key that is equal for tied tensors, as in ``layout_of_tensors``."""
     place = target.data_ptr(), target.shape, target.stride(), target.dtype
     return place if place[0] else id(target)  # of an empty one there is no address
 

@@ -1,7 +1,7 @@
 """Copies into tensors whose class runs code of its own, which may refuse them: quantised, packed or sharded weights.
 
 A copy into a plain tensor of the same shape cannot fail. A copy into any other is tried before a policy is attached or
-published, and where it fails later on, those that came before it are written back.
+published; if it fails later on, the tensors before it are restored.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
                 trial = tensor.detach().clone()
                 try:
                     plain.copy_(tensor)
-                    trial = trial if type(trial) is type(tensor) else tensor  # which then gets its own values
-                except Exception:  # its values cannot be had: zeros do for a trial
+                    trial = trial if type(trial) is type(tensor) else tensor  # it then gets its own values
+                except Exception:  # its values cannot be read: zeros do for a trial
                     plain.zero_()
                 trial.copy_(plain)
         except Exception as exc:
@@ -58,7 +58,7 @@ def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def check_copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Tries the copy of a source in a copy of its target, where the class of either has a say in it.
+    """Tries the copy of a source into a copy of its target, if the class of either runs code in it.
 
     Raises:
         CopyRefused: it refuses.
@@ -83,7 +83,7 @@ def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
     Raises:
         CopyRefused: one refused its copy; all have what they had.
-        HalfWritten: one refused its copy, and what was written before could not be written back.
+        HalfWritten: one refused its copy, and the tensors before it could not be restored.
     """
     before = [target.detach().clone() for target in targets]
     for at, (target, source) in enumerate(zip(targets, sources, strict=True)):
@@ -110,7 +110,7 @@ def half_written(what: str, exc: Exception) -> HalfWritten:
 
 
 def _write_back(target: torch.Tensor, old: torch.Tensor) -> None:
-    """The same for the tensor that refused: it has what it had where it refused before it wrote."""
+    """Restores the tensor that refused, too, unless it refused before it wrote anything."""
     import torch
 
     if not torch.equal(target, old):

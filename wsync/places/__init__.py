@@ -1,4 +1,4 @@
 """A place (directory or URL) of checkpoints: lists them, finds the newest, waits for changes, and gets the weights.
 
-Imports ``segment`` and what lies below. Listing opens a file only where its name and times do not tell enough.
+Imports ``segment`` and what lies below. Listing opens a file only if its name and times do not tell enough.
 """

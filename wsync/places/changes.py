@@ -36,7 +36,7 @@ class Changes:
         place: the directory, or a file in it.
         poll: seconds between two looks by the clock.
         stop: ends a wait.
-        settings: the names that tell something besides those of checkpoints.
+        settings: which names matter besides those of checkpoints.
     """
 
     def __init__(self, place: Path, poll: float, stop: threading.Event, settings: Select = Select()) -> None:  # noqa: B008
@@ -50,7 +50,7 @@ class Changes:
         self._begin()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits for a change, at most ``seconds``, default ``poll``; True where a notification came."""
+        """Waits for a change, at most ``seconds``, default ``poll``; True if a notification came."""
         deadline = time.monotonic() + (self._poll if seconds is None else seconds)
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._begin():
@@ -66,7 +66,7 @@ class Changes:
         return self._notify is not None and self._is_complete
 
     def named(self) -> set[str] | None:
-        """The files of the place that were notified since the last call; None where others may have changed."""
+        """The files of the place that were notified since the last call; None if others may have changed."""
         named, self._named = self._named, set()
         return named if self.tells_all() else None
 
@@ -77,7 +77,7 @@ class Changes:
         self._paths.clear()
 
     def _told(self, seconds: float) -> bool:
-        """Whether a notification that matters comes in time."""
+        """Waits for a notification that matters; returns whether one came in time."""
         from inotify_simple import flags
 
         assert self._notify is not None
@@ -134,7 +134,7 @@ class Changes:
                         if entry.is_dir():
                             self._add_entry(Path(entry.path))
                 self._add_levels(self._place)
-        except OSError:  # nothing to watch, or no watch is left: polling remains
+        except OSError:  # nothing to watch, or no more watches allowed: polling remains
             self.close()
         return self._notify is not None
 

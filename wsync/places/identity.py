@@ -1,9 +1,9 @@
 """Finds changes that a file's identity (inode, size, modification time) does not show.
 
 A writer that keeps a file's size and restores its time (``rsync --inplace -t``, ``cp -p`` onto it) leaves its identity
-as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename move that, too.
-So a file that has the live version's identity but changed after it was read is a candidate with a new identity, which
-begins with the change time; reading it shows whether its bytes differ.
+as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename change that,
+too. So a file that has the live version's identity but changed after it was read is a candidate with a new identity,
+which begins with the change time; reading it shows whether its bytes differ.
 
 Some FUSE file systems and sandboxes renumber a file at each look, or after a while. There a file is recognised by its
 path, its size and its times; a pinned one also by its headers.
@@ -62,8 +62,8 @@ def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int, header: str 
     """Whether a checkpoint, opened at its recorded path, has this identity.
 
     Args:
-        changed_ns: when its files had last changed then; 0 where that is not known.
-        header: the digest of its headers then, for where inodes say nothing; empty where that is not known.
+        changed_ns: when its files had last changed then; 0 if that is not known.
+        header: the digest of its headers then, for where inodes say nothing; empty if that is not known.
     """
     plain = _plain(identity)
     if checkpoint.identity == plain:
@@ -87,7 +87,7 @@ def inodes_change(where: str) -> bool:
         return False
     if first.st_ino != second.st_ino and first.st_ctime_ns == second.st_ctime_ns:
         return True
-    import ctypes  # only where a checkpoint is newer, or seems to have been replaced by one of the same size and time
+    import ctypes  # needed only if a checkpoint is newer, or seems replaced by one of the same size and time
 
     about = (ctypes.c_long * 64)()  # a struct statfs; its first field is the kind
     return ctypes.CDLL(None).statfs(os.fsencode(where), about) == 0 and about[0] in _KINDS

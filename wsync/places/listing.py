@@ -123,7 +123,7 @@ def _without(
 
 
 def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
-    """Returns the test for older entries; None where a listing needs them all.
+    """Returns the test for older entries; None if a listing needs them all.
 
     By step, names tell it alone while no entry has come or gone since that went live, and no file is looked at. Until
     one has, a file that was written over in place, under a lower step, is not known to be newer by its times.
@@ -291,7 +291,7 @@ def _marked(candidate: Candidate, markers: Iterable[Path], settings: Select) -> 
 
 
 def _look(file: Path) -> os.stat_result | None:
-    """Looks at a file, or at an object of a store; None where there is none."""
+    """Looks at a file, or at an object of a store; None if there is none."""
     if away := remote(file):
         stored = away.now()
         return stored.stat(str(away.store)) if stored else None

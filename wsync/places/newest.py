@@ -1,11 +1,11 @@
 """Which checkpoint of a place is newest: a pure function (``select``) of the candidates that a listing gives.
 
 Among 10,000 files a pass that finds nothing new takes about 60 ms, half of them in the system; so a candidate is a
-plain tuple, and its path, identity and place in the order are only worked out where they are asked for. Whether a
-candidate is complete is only known when it is opened: the caller goes down the list.
+plain tuple, and its path, identity and rank are worked out only when asked for. Whether a candidate is complete is only
+known when it is opened: the caller goes down the list.
 
-The order by modification time believes the clock: what is written after the clock was set back is older than what was
-written before. The orders by step and by name do not ask the clock.
+The order by modification time trusts the clock: a file that is written after the clock was set back is older than one
+from before. The orders by step and by name do not ask the clock.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Select:
         marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
             before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``). One that is older than a file of its
             checkpoint was left by an earlier save, and does not count.
-        settle: seconds that a checkpoint must have stood still where nothing else tells that its writer is done: where
-            it has several files, or where the system does not tell whether one is open for writing.
+        settle: seconds without a change, if nothing else shows that its writer is done: if it has several files, or the
+            system does not say whether one is open for writing.
         within: the directory in each checkpoint that holds the weights: ``pretrained_model``, or ``policy/actor``.
-        file: the file in each checkpoint that holds the weights, where there are several: ``model_1.safetensors``. With
+        file: the file in each checkpoint that holds the weights, if there are several: ``model_1.safetensors``. With
             one of these two, an entry of the place is a checkpoint if it is a directory that has it.
         pointer: a file of the place, or a link, that names the one checkpoint to take.
         step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
@@ -89,7 +89,7 @@ class Select:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether a wrong setting may pass over all that a place holds; a marker that has not come does so, too."""
+        """Whether a wrong setting may hide all that a place holds; a marker that has not come does so, too."""
         return not self.marker and not self.pointer and (self.pattern != "*" or bool(self.within or self.file))
 
 
@@ -99,13 +99,13 @@ class Candidate(NamedTuple):
     Attributes:
         location: its absolute path.
         stamp: its identity, or what the system says of it, from which the identity is worked out.
-        mtime_ns: when it was last written: its newest modification time; its change time where that is earlier, because
-            a modification time can be set to anything, and one ahead of the clock would hide all that comes after.
-        step: of its metadata, where the order needs it.
-        name: its path below the place where it was found; empty where it is the place itself.
+        mtime_ns: when it was last written: its newest modification time, or its change time if that is earlier, because
+            a modification time can be set to anything, and one in the future would hide all that comes after.
+        step: from its metadata, if the order needs it.
+        name: its path below the place where it was found; empty if it is the place itself.
         arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when
             it is made. Of what is live, when it went live.
-        changed_ns: of what is live, when the system had last changed it before it was read; 0 where a later change
+        changed_ns: of what is live, when the system had last changed it before it was read; 0 if a later change
             says nothing.
     """
 
@@ -168,7 +168,7 @@ def select(candidates: Iterable[Candidate], live: Candidate | None = None, order
         bound = max(same, key=lambda c: c.rank(order)) if same else live if beside else None
         if bound is not None:
             where = str(live.location)
-            if order == "mtime":  # saves ranking thousands of older ones
+            if order == "mtime":  # avoids ranking thousands of older ones
                 found = [c for c in found if c.mtime_ns >= bound.mtime_ns or str(c.location) == where]
             least = bound.rank(order)
             found = [c for c in found if str(c.location) == where or c.rank(order) >= least]

@@ -33,7 +33,7 @@ _FIRST = 9  # bytes
 
 
 def passed_over(place: Path, settings: Select) -> str:
-    """Sentences that say which entries of a place do not count, each followed by a blank; or empty.
+    """Sentences that say which entries of a place do not count, each followed by a space; or empty.
 
     Args:
         place: a directory, or the URL of one.
@@ -51,12 +51,12 @@ def passed_over(place: Path, settings: Select) -> str:
             return ""
         more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         return f"Passed over: {', '.join(told[:_SHOWN])}{more}. {_advice(place, entries, settings)}"
-    except (CheckpointError, OSError):  # which the pass itself reports
+    except (CheckpointError, OSError):  # the pass itself reports it
         return ""
 
 
 def _why_not(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> str:
-    """Why an entry is no candidate; empty where it is one, or is hidden."""
+    """Why an entry is not a candidate; empty if it is one, or is hidden."""
     if entry.name.startswith("."):
         return ""
     if TEMPORARY.search(entry.name):
@@ -96,7 +96,7 @@ def _advice(place: Path, entries: list[os.DirEntry[str]], settings: Select) -> s
 
 
 def _deeper(directory: Path) -> Iterator[tuple[str, str]]:
-    """What ``within`` and ``file`` could be for a directory: first what is known by its name, then any file."""
+    """Values of ``within`` and ``file`` to try for a directory: first files of known names, then any file."""
     levels = list(_below(directory))
     for within, path in levels:
         try:
@@ -145,7 +145,7 @@ def pickles_in(place: Path) -> str:
 
 
 def _kind(file: Path) -> str:
-    """What a file is by its first bytes; empty for what is not a regular one, or cannot be read."""
+    """What a file is by its first bytes; empty if it is not a regular file, or cannot be read."""
     try:
         if away := remote(file):
             stored = away.stored()

@@ -1,8 +1,8 @@
 """Finds candidates' steps for the order by step: from their names where these are certain, else from their headers.
 
-A name tells a step where the number follows a known word, or is the only one. The newest by name shows whether names
-and metadata agree; if not, all headers are read. Steps that were read are cached by identity, in this process and in a
-file, so that each state of a checkpoint is opened once.
+A name gives a step if the number follows a known word, or is the only one. The newest by name shows whether names and
+metadata agree; if not, all headers are read. Steps are cached by identity, in this process and in a file, so that each
+state of a checkpoint is opened once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StepOrder:
 
     Args:
         step_of: tells a candidate's step by its name and these metadata.
-        pattern: ``select.step``; where it is set, names tell all.
+        pattern: ``select.step``; if it is set, names decide alone.
         memory: the file in which steps are remembered; None keeps them in this process.
     """
 
@@ -51,8 +51,8 @@ class StepOrder:
         """The candidates with their steps, and the live one with a step found in the same way.
 
         Args:
-            live: with its path below the place as its name, where it lies there.
-            all_of: also lists those that were skipped because their names tell a lower step.
+            live: with its path below the place as its name, if it lies there.
+            all_of: lists also those that were skipped because their names give a lower step.
             forget: steps of checkpoints that are not among the candidates.
         """
         steps: dict[int, int | None] = {}
@@ -71,7 +71,7 @@ class StepOrder:
         return [each._replace(step=steps.get(id(each))) for each in found], live
 
     def told(self, name: str) -> int | None:
-        """The step that a name tells for certain."""
+        """The step that a name gives for certain."""
         entry = name.partition("/")[0]
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
 
@@ -84,7 +84,7 @@ class StepOrder:
         return bool(self._pattern) or live.step in (None, self.told(live.name))
 
     def _agree(self, found: list[Candidate], live: Candidate | None) -> bool:
-        """Whether the newest by its name has that step in its metadata, too, or none."""
+        """Whether the newest by its name has the same step in its metadata, or none."""
         certain = [(number, c) for c in found if (number := self.told(c.name)) is not None] if not self._pattern else []
         if not certain:
             return True
@@ -98,7 +98,7 @@ class StepOrder:
         from ..checkpoints.objects import AT_ONCE
         from ..stores.prefetch import prefetch
 
-        return (step for _, step in prefetch(unread, self._step, AT_ONCE))  # each is a request
+        return (step for _, step in prefetch(unread, self._step, AT_ONCE))  # each step is a request
 
     def _step(self, candidate: Candidate) -> int | None:
         """The step of one candidate, whose header is opened once for each state of its file."""

@@ -1,4 +1,4 @@
-"""The weight getter: the one thing that turns "this directory" into "the newest weights".
+"""The weight getter, which turns "this directory" into "the newest weights".
 
 Calling it returns a TensorDict, like the ``weight_getter`` of torchrl's and our weight updaters. For publishing it
 hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from .step_order import StepOrder
 
 
-_AHEAD = 60.0  # seconds by which the clock of a file server may be ahead of ours
+_AHEAD = 60.0  # seconds that a file server's clock may be ahead of ours
 
 
 class Look(NamedTuple):
     """What one listing of a place offers.
 
     Attributes:
-        newer: than what is live, newest first.
-        late: what counts as older, but arrived after the live version went live.
+        newer: candidates that are newer than what is live, newest first.
+        late: candidates that count as older, but arrived after the live version went live.
         is_new_run: the live one is gone and all others arrived later, so they count as newer.
-        nothing: why the place offers nothing, though what is live may still be there; empty where it offers something.
+        nothing: why the place offers nothing, though what is live may still be there; empty if it offers something.
     """
 
     newer: list[Candidate]
@@ -56,15 +56,15 @@ class CheckpointWeightGetter:
 
     Args:
         checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file; or the URL of one.
-        only_new: a call gives None where no checkpoint is newer than the one that the last call gave.
+        only_new: a call returns None if no checkpoint is newer than that of the last call.
         select: which entries are checkpoints, and which is newest.
         fit: which tensors are taken, and under which names.
 
     Attributes:
-        path: of the checkpoint that a call gave last; None before.
-        step: its producer's number, None where it has none.
+        path: of the last call's checkpoint; None before.
+        step: its producer's number; None if it has none.
         memory: a file in which the steps of the order by step are remembered; None keeps them in this process.
-        only: the names of the files that may be newer than what is live; None where any may be.
+        only: the names of the files that may be newer than what is live; None if any may be.
 
     Example:
         >>> getter = CheckpointWeightGetter("runs/cartpole")
@@ -106,19 +106,19 @@ class CheckpointWeightGetter:
             return weights
 
     def open_newest(self, live: Candidate | None = None) -> Checkpoint | None:
-        """The newest complete checkpoint, opened for publishing; None where none is newer than what is live.
+        """Opens the newest complete checkpoint for publishing; None if none is newer than what is live.
 
         Raises:
             NoCheckpoint: nothing is live, and there is no complete checkpoint.
             IncompleteCheckpoint: nothing is live, and no candidate is complete.
-            CheckpointError: it cannot be read, or is no safetensors file.
+            CheckpointError: it cannot be read, or is not a safetensors file.
         """
         failure: CheckpointError | None = None
         for candidate in self.candidates(live):
             try:
                 return self.open(candidate, partial(_published_from, candidate, live or self._last))
             except (NoCheckpoint, IncompleteCheckpoint) as exc:
-                failure = exc  # still being written, or gone: the next newest may be whole
+                failure = exc  # still being written, or gone: the next newest may be complete
         if live is None:
             raise failure or self.nothing()
         return None
@@ -141,7 +141,7 @@ class CheckpointWeightGetter:
         except NoCheckpoint as exc:
             if live is None or not self.select.pointer:
                 raise
-            found, nothing = [], str(exc)  # the pointer is ahead of what it names
+            found, nothing = [], str(exc)  # the pointer names what is not there yet
         if live and (self.select.pointer or not any(c.name for c in found)):
             is_passed_over = not found and self.only is None and self.select.is_narrow
             if is_passed_over and live.name and os.path.exists(live.location):
@@ -169,7 +169,7 @@ class CheckpointWeightGetter:
         return older_than(live, settings.order, self._step_order().told_like(live.name) if is_by_step else None)
 
     def _only(self, live: Candidate | None, older: Older | None) -> set[str] | None:
-        """The names that a listing needs no others than."""
+        """The only names that a listing needs."""
         if self.only is None or live is None or older is None:
             return None
         return {*self.only, live.name.partition("/")[0]}
@@ -185,11 +185,11 @@ class CheckpointWeightGetter:
         return self._steps
 
     def holds(self, source: str) -> bool:
-        """Whether the checkpoint at this path is the place, or lies in it."""
+        """Whether the checkpoint at this path is the place itself, or lies in it."""
         return bool(self._below(source)) or source == str(led_to(self.checkpoints))
 
     def _below(self, source: str) -> str:
-        """The path of a checkpoint below the place; empty where it lies elsewhere."""
+        """The path of a checkpoint below the place; empty if it lies elsewhere."""
         place = f"{led_to(self.checkpoints)}/"
         return source.removeprefix(place) if source.startswith(place) else ""
 
@@ -201,7 +201,7 @@ class CheckpointWeightGetter:
             return False
 
     def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
-        """A candidate's step, as far as its name and these metadata tell: of the level below the place that has one."""
+        """A candidate's step by its name and these metadata, from the first level below the place that has one."""
         from ..checkpoints.steps import read_step, step_at
 
         if not candidate.name:
@@ -241,7 +241,7 @@ def _published_from(candidate: Candidate, live: Candidate | None) -> list[str]:
 
 
 def live_candidate(live: Publication | None) -> Candidate | None:
-    """Where the live version came from, as a candidate to compare with; None where it came from memory."""
+    """The origin of the live version, as a candidate to compare with; None if it came from memory."""
     if live is None or not live.source:
         return None
     return _candidate(live.source, live.identity, live.step, live.published_at)
@@ -262,7 +262,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
     try:
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
-    except RuntimeError as exc:  # torch's error where memory is refused
+    except RuntimeError as exc:  # torch's error if memory is refused
         raise CheckpointError(
             f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, and this process cannot get that much "
             "memory. Take fewer of its tensors (include, exclude), or raise the limit of this process."

@@ -40,7 +40,7 @@ class ReaderRecord(NamedTuple):
         since: when it took that version, seconds since the epoch.
         mode: ``"swap"`` or ``"copy"``.
         slots: the slots that it leases.
-        oldest: when it took the oldest of these leases, seconds since the epoch; 0 where it has none.
+        oldest: when it took the oldest of these leases, seconds since the epoch; 0 if it has none.
     """
 
     pid: int

@@ -1,7 +1,7 @@
-"""What ``[metrics]`` asks of a watch: its figures, their file, and ``/metrics`` and ``/healthz`` over HTTP.
+"""Serves what ``[metrics]`` asks for: a watch's figures, their file, and ``/metrics`` and ``/healthz`` over HTTP.
 
 The port listens on the loopback unless told otherwise: the figures name steps and processes, and any client gets them.
-Each client has a thread, ``PATIENCE`` seconds, and one request. Where there are too many clients the oldest is dropped,
+Each client has a thread, ``PATIENCE`` seconds, and one request. If there are too many clients, the oldest is dropped,
 so that slow ones keep nobody waiting.
 """
 
@@ -31,17 +31,17 @@ from .figures import HEALTHY, Figures, last_success, write
 _log = logging.getLogger("wsync")
 PATIENCE = 10.0  # seconds that a client may take in all
 _MOST = 64  # clients at a time
-_EVERY = 5.0  # seconds between two writes of the file where passes find nothing new
+_EVERY = 5.0  # seconds between two writes of the file while passes find nothing new
 
 
 class Endpoint:
     """Serves one watch's figures until it is closed.
 
     Args:
-        max_staleness: seconds, see ``spec.Metrics``; may be set anew at any time.
+        max_staleness: seconds, see ``spec.Metrics``; may be changed at any time.
 
     Attributes:
-        port: the actual one, also where any free one was asked for.
+        port: the actual one, even if any free one was asked for.
 
     Raises:
         UsageError: the port is taken or not allowed, or the address is not this machine's.
@@ -79,7 +79,7 @@ class Endpoint:
         path = environ["PATH_INFO"]
         status, text = "404 Not Found", "only /metrics and /healthz exist"
         try:
-            if "://" in path:  # as to a proxy
+            if "://" in path:  # as if to a proxy
                 path = urlsplit(path).path
             if path == "/metrics":
                 body: list[bytes] = self._metrics(environ, start_response)
@@ -110,7 +110,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Drops those whose time is up; called after each client, and twice a second."""
+        """Drops clients whose time is up; called after each client, and twice a second."""
         late = time.monotonic() - self.patience
         for request, since in list(self._clients.items()):
             if since < late:
@@ -130,7 +130,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         exc = sys.exception()
-        if not isinstance(exc, OSError):  # of a client that is silent, or went away
+        if not isinstance(exc, OSError):  # OSError: a client is silent, or went away
             _log.warning("a request to the figures' port failed: %s", f"{type(exc).__name__}: {exc!s:.200}")
 
 

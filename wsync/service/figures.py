@@ -1,11 +1,11 @@
 """Figures for monitoring, held by the official Prometheus client.
 
 A watch counts the outcomes of its passes. What is live, how old it is and how far readers lag is read from the segment
-whenever somebody asks. All labels are bounded in number and in their characters.
+at each request. All labels are bounded in number and in their characters.
 
 A push from cron does not live long enough to count: its file holds what is live and how the last run ended.
 
-The client library takes a tenth of a second to import, so this is loaded only where somebody asked for figures.
+The client library takes a tenth of a second to import, so this is loaded only if figures are asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 STATUSES = tuple(status for status in EXIT_CODES if status != "checked")
 HEALTHY = ("published", "current", "pinned")
-"""How a pass ends after which what shall be live is live."""
+"""The statuses of passes after which the right version is live."""
 
 HOOKS = ("exec", "webhook")
 MAX_READERS = 64
@@ -51,7 +51,7 @@ class Live(Collector):
 
     Attributes:
         last_success: seconds since the epoch; 0 before the first.
-        to_all_readers: seconds from a watch's last publish that all readers have until the last of them had it.
+        to_all_readers: seconds from the watch's last publish until all readers had it.
     """
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None = None) -> None:
@@ -109,7 +109,7 @@ class Live(Collector):
 
 
 class Figures:
-    """What one watch's passes came to, since it began.
+    """Counts the outcomes of one watch's passes.
 
     Attributes:
         live: the gauges.
@@ -125,7 +125,7 @@ class Figures:
         def counter(family: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> client.Counter:
             made = client.Counter(family, text, ["name", label] if label else ["name"], registry=self.registry)
             for value in [[value] for value in values] if label else [[]]:
-                made.labels(name, *value)  # there from zero: what begins at 1 is no increase to Prometheus
+                made.labels(name, *value)  # start at zero: Prometheus sees no increase in a counter that begins at 1
             return made
 
         self._passes = counter("wsync_sync_count", "Passes, by how they ended.", "status", STATUSES)
@@ -265,7 +265,7 @@ def last_success(path: Path, name: str) -> float:
 
 
 def reasons() -> tuple[str, ...]:
-    """Every reason for which a checkpoint is rejected: the kinds of the classes that say so."""
+    """Every reason for a rejection: the kinds of the error classes."""
     kinds, classes = {"incomplete"}, [CheckpointRejected]
     while classes:
         kind = classes.pop()

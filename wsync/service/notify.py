@@ -1,8 +1,8 @@
-"""What a watch tells systemd: ready, reloading, stopping, a line of status, and that its loop still runs.
+"""What a watch tells systemd: ready, reloading, stopping, a status line, and that its loop still runs.
 
 The protocol is that of sd_notify(3): one datagram of ``NAME=value`` lines to the socket that ``NOTIFY_SOCKET`` names.
-Without that variable nothing is opened and nothing is sent. The variables are taken out of the environment, so that
-the process that reads a policy's layout, and what a user's code starts, cannot speak in our name.
+Without that variable nothing is opened and nothing is sent. The variables are removed from the environment, so that the
+process that reads a policy's layout, and what a user's code starts, cannot speak in our name.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import socket
 import threading
 import time
 
-EXTEND = 60.0  # seconds by which a running stage puts off the time-outs of starting and stopping
-_SEND = 1.0  # seconds that a service manager may leave us waiting
+EXTEND = 60.0  # seconds by which staging extends the time-outs of starting and stopping
+_SEND = 1.0  # seconds that a service manager may keep us waiting
 
 
 class Notifier:
-    """The way to the service manager that started this process; silent where none did.
+    """The way to the service manager that started this process; silent if none did.
 
-    The watchdog is fed from a thread at half its time, as long as the loop turned not longer ago than ``patience``
-    and that time: a loop that hangs is noticed, one that waits or stages is not killed.
+    A thread feeds the watchdog at half its time, as long as the loop's last turn is not longer ago than ``patience``
+    and that time: a hanging loop is noticed, and one that waits or stages is not killed.
 
     Attributes:
         patience: seconds that the loop may rest between two turns.
@@ -38,24 +38,24 @@ class Notifier:
 
     @classmethod
     def from_environment(cls) -> Notifier:
-        """By ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``, which are taken out of the environment."""
+        """Reads ``NOTIFY_SOCKET``, ``WATCHDOG_USEC`` and ``WATCHDOG_PID``, and removes them from the environment."""
         address = os.environ.pop("NOTIFY_SOCKET", "")
         usec, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
         ours = usec.isdecimal() and pid in ("", str(os.getpid()))
         return cls(address, int(usec) / 1e6 if ours else 0.0)
 
     def ready(self) -> None:
-        """The first version is live; said once."""
+        """Says once that the first version is live."""
         if not self._ready:
             self._ready = True
             self._send("READY=1")
 
     def status(self, line: str) -> None:
-        """A line for ``systemctl status``."""
+        """Sets the line that ``systemctl status`` shows."""
         self._send(f"STATUS={line}")
 
     def reloading(self) -> None:
-        """The settings are read again; ``reloaded`` must follow, and says READY, so neither comes before ``ready``."""
+        """Says that the settings are read again; ``reloaded`` must follow. Both do nothing before ``ready``."""
         if self._ready:
             self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
@@ -64,11 +64,11 @@ class Notifier:
             self._send("READY=1")
 
     def turned(self) -> None:
-        """The loop turned."""
+        """Notes that the loop turned."""
         self._turned = time.monotonic()
 
     def staging(self) -> None:
-        """Bytes moved: the loop is at work, and neither a start nor a stop shall be cut off."""
+        """Notes that bytes moved, so that neither a start nor a stop is cut off while the loop works."""
         self._turned = time.monotonic()
         if self._turned - self._extended > 1:
             self._extended = self._turned

@@ -1,9 +1,9 @@
-"""A watch as a service: the loop, the signals that steer it, and what it tells the service manager.
+"""A watch as a service: its loop, the signals that steer it, and its messages to the service manager.
 
-SIGTERM and SIGINT end it after the pass at hand. SIGHUP reads the TOML again, at once also while the loop waits: the
-new settings hold from the next pass on, those given on the command line still win, and a TOML that is broken leaves the
-old ones. No signal waits for an object store: a pass that reads from one is given up. The segment's name, and the port,
-address and file of the figures stay until a restart. A SIGHUP because the terminal was closed ends the watch.
+SIGTERM and SIGINT end it after the current pass. SIGHUP reads the TOML again, at once even if the loop waits: the new
+settings hold from the next pass on, the command line still wins, and a broken TOML leaves the old settings. No signal
+waits for an object store: a pass that reads from one is abandoned. The segment's name, and the port, address and file
+of the figures stay until a restart. A SIGHUP because the terminal was closed ends the watch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Log(Protocol):
-    """Where a watch tells what happens; the command line has one for terminals, files and programs."""
+    """Logs what a watch does; the command line has one for terminals, files and programs."""
 
     def tell(self, event: Outcome | WsyncError) -> None: ...
 
@@ -52,7 +52,7 @@ class Service:
     """One watch, from its first look until it is stopped.
 
     Args:
-        load: reads the spec, with what the command line says instead; called again at each SIGHUP.
+        load: reads the spec, with the options of the command line; called again at each SIGHUP.
         toml: the file that ``load`` reads; None for an import string, which cannot be read again.
         checkpoints: a directory or file; default the spec's.
         runtime: where segments live.
@@ -90,7 +90,7 @@ class Service:
         self.notifier = Notifier.from_environment()
 
     def run(self, log: Log, monitor: Monitor | None = None) -> bool:
-        """Passes until it is stopped; False where too many passes failed in a row.
+        """Makes passes until it is stopped; returns False if too many failed in a row.
 
         Raises:
             UsageError: the policy cannot be used.
@@ -98,7 +98,7 @@ class Service:
 
         def tell(event: Outcome | WsyncError) -> None:
             self.notifier.turned()
-            if monitor:  # before the log: who reads there what happened finds it in the figures
+            if monitor:  # before the log: whoever reads the log finds the figures up to date
                 monitor.tell(event)
             log.tell(event)
             self._look(reach, event, log, monitor)
@@ -124,7 +124,7 @@ class Service:
                 self.syncer.record.complain = lambda exc: log.note("warning", "history", str(exc))
                 if not (self._fleet.run(self._wake, tell) if self._fleet else run(self.syncer, self._wake, tell)):
                     return False
-                self._wake.clear()  # before the flags are looked at: a signal that comes now ends the next wait
+                self._wake.clear()  # before the flags are checked: a signal that comes now ends the next wait
                 if self._hup and not self._stopped:
                     self._hup = False
                     self._hang_up(log, monitor)
@@ -147,9 +147,9 @@ class Service:
             self._hup = True
         else:
             self._stopped = True
-        try:  # not here: the thread that this interrupts may hold the event's lock
+        try:  # in another thread: the interrupted one may hold the event's lock
             _thread.start_new_thread(self._wake.set, ())
-        except RuntimeError:  # no thread is to be had, or the process is ending
+        except RuntimeError:  # no thread can be started, or the process is ending
             self._wake.set()
 
     def _hang_up(self, log: Log, monitor: Monitor | None) -> None:
@@ -202,7 +202,7 @@ class Service:
         return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
 
     def _use(self, syncer: Syncer) -> None:
-        """Goes on with this syncer, for this box alone or as one of the group."""
+        """Goes on with this syncer, for this box alone or as one box of the group."""
         self.syncer = syncer
         self._fleet: Fleet | None = None
         if self._group:
@@ -227,7 +227,7 @@ def changed(old: Any, new: Any, table: str = "") -> list[str]:
 
 
 def _patience(spec: Spec) -> float:
-    """Seconds that a loop which is well may take for a turn, staging aside: a pause, a gate, hooks that are to end."""
+    """Seconds that a healthy loop may take for a turn, besides staging: a pause, a gate, hooks that must end."""
     hooks = spec.hooks
     gate = hooks.gate_timeout if hooks.gate else 0.0
     ends = max(hooks.exec_timeout if hooks.exec else 0.0, hooks.webhook_timeout if hooks.webhook else 0.0)
@@ -244,12 +244,12 @@ def _has_terminal() -> bool:
 
 
 def _leave_terminal() -> None:
-    """Lets the last lines go nowhere: a write to a terminal that is gone fails."""
+    """Discards the last lines: a write to a closed terminal would fail."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
         try:
             if stat.S_ISCHR(os.fstat(fd).st_mode):
                 os.dup2(null, fd)
-        except OSError:  # that one was closed from the start
+        except OSError:  # it was closed from the start
             pass
     os.close(null)

@@ -1,4 +1,4 @@
-"""The settings of gate and hooks, and what they find in their environment.
+"""The settings of gate and hooks, and the environment that they run in.
 
 A gate is asked about staged weights before they go live; hooks run after a publish. Both are the user's own: they run
 as this user, with the environment that the publisher was given, and ``VARIABLES`` say what they are about.
@@ -17,8 +17,8 @@ from ..errors import UsageError
 from ..system.environment import given
 
 VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT"))
-"""What wsync sets for gates and hooks, beside its places: ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has
-such a name: a wsync that they run for another policy must not take the name of this one."""
+"""What wsync sets for gates and hooks besides ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has such a name:
+a wsync that they run for another policy must not take over the name of this one."""
 
 MAX_SECONDS = 86_400.0
 
@@ -96,9 +96,9 @@ class Hooks:
 
 
 def environment(runtime: Path, state_dir: Path | None, **about: object) -> dict[str, str]:
-    """The environment of a gate or hook: what this process was given, its places, and what the run is about.
+    """The environment of a gate or hook: that of this process, its directories, and what the run is about.
 
-    A wsync that is run there acts as one that the operator types, on the same segments and the same history.
+    A wsync that is run there uses the same segments and the same history.
 
     Args:
         runtime: where segments live.

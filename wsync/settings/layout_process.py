@@ -28,7 +28,7 @@ def layout_of_spec(spec: Spec) -> Layout:
 
 
 def built_by(spec: Spec) -> Built:
-    """Gives the bytes of tensors of the policy as it is built; asks again only for others, or of another policy.
+    """Returns a function that gives the bytes of tensors of the policy as it is built, and remembers the last ones.
 
     Calling it raises what ``layout_of_spec`` raises.
     """
@@ -47,7 +47,7 @@ def built_by(spec: Spec) -> Built:
 
 
 def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
-    """What a function finds out about the policy of a spec, in a process of its own; raises as ``layout_of_spec``."""
+    """Runs a function on the policy of a spec, in a process of its own; raises as ``layout_of_spec``."""
     import subprocess
 
     from ..system import child
@@ -58,7 +58,7 @@ def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
     if isinstance(answer, WsyncError):
         raise answer
     if answer is None:
-        kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for want of memory
+        kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for lack of memory
         raise kind(
             f"the process that read the layout of {spec.policy} ended with status {ended.returncode} and no "
             "answer. Import the policy in a Python session to see why; where memory is limited (`ulimit -v`), "

@@ -107,11 +107,11 @@ class Spec:
 
     Attributes:
         policy: ``package.module:attr``, the attr a callable or class that gives an ``nn.Module``, or a module instance;
-            empty where the segment's name is all that is known.
+            empty if the segment's name is all that is known.
         name: of the segment; default the TOML's own name, or ``package.module.attr``.
         directory: what is importable beside the installed packages: the TOML's directory, or the current one.
         policy_kwargs: what the callable is called with.
-        checkpoints: where checkpoints appear, absolute, or what stands for a URL; None where the spec names none.
+        checkpoints: where checkpoints appear, absolute, or what stands for a URL; None if the spec names none.
         poll: seconds between two looks that no notification asked for.
         max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
         slots: buffers of a segment that is made.
@@ -174,10 +174,10 @@ class Spec:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether the layout of a standing segment was read from this very policy.
+        """Shows whether the layout of a standing segment was read from this very policy.
 
         Covers the import string, its arguments, what is left out of its layout, and the state of the module's own file
-        where it is found beside the spec; the modules that it imports are beyond it.
+        if it lies beside the spec; not the modules that it imports.
         """
         if not self.policy:
             return ""
@@ -196,7 +196,7 @@ class Spec:
 
     @property
     def digest(self) -> str:
-        """Tells whether a checkpoint that was refused would be refused again: the policy, the fit and the gate."""
+        """Shows whether a refused checkpoint would be refused again: the policy, the fit and the gate."""
         import hashlib
 
         text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout))

@@ -1,7 +1,7 @@
-"""Loading a user's code: the policy that a spec names, and functions beside it.
+"""Loads a user's code: the policy that a spec names, and functions beside it.
 
-This is the only place that imports what a spec names, and it does so only when that is really needed. What the user's
-code prints goes to stderr, because stdout carries our own output.
+Only this module imports what a spec names, and only when that is really needed. What the user's code prints goes to
+stderr, because stdout carries our own output.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def build(spec: Spec) -> torch.nn.Module:
     """The policy itself.
 
     Raises:
-        SpecError: it cannot be imported or built, or is no ``nn.Module``.
+        SpecError: it cannot be imported or built, or is not an ``nn.Module``.
         WsyncError: torch cannot be loaded.
     """
     with _running(spec):
@@ -156,7 +156,7 @@ def _import(spec: Spec, text: str) -> Any:
 
 @contextmanager
 def _running(spec: Spec) -> Iterator[None]:
-    """Runs code of the user's beside the spec, with what it prints on stderr.
+    """Runs the user's code beside the spec, with its output on stderr.
 
     Raises:
         WsyncError: torch cannot be loaded, which is not the policy's fault.

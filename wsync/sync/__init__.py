@@ -1,8 +1,8 @@
 """One pass: look, choose, stage, verify, publish; and the loop of a watch around it.
 
-Whatever goes wrong before the publish leaves the live version as it was. ``syncer`` makes a pass (``passes``), which
-chooses what to try and publishes it (``publish_checkpoint``) by a ``Route``: to this box alone, or to the boxes of a
-fleet. Each box publishes by ``put_live``, which takes the publisher's lock, looks again, publishes, and tells the
-history and the hooks. ``promoting`` publishes by it what is live in another segment. Imports ``hooks``, ``history``,
-``updaters`` and what lies below.
+A failure before the publish leaves the live version as it was. ``syncer`` makes a pass (``passes``), which chooses what
+to try and publishes it (``publish_checkpoint``) by a ``Route``: to this box alone, or to the boxes of a fleet. Each box
+publishes by ``put_live``, which takes the publisher's lock, looks again, publishes, and tells the history and the
+hooks. ``promoting`` publishes by it what is live in another segment. Imports ``hooks``, ``history``, ``updaters`` and
+what lies below.
 """

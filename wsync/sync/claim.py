@@ -1,4 +1,4 @@
-"""Says whose versions a spec may replace, its own and those without an owner; and who replaces its versions.
+"""Says whose versions a spec may replace (its own, and those without an owner), and who will replace its versions.
 
 Two specs of one name share a segment without knowing it (``runA/policy.toml`` and ``runB/policy.toml``), and each would
 undo what the other publishes. So a version carries its owner, the spec, and the owner's place of checkpoints.
@@ -22,10 +22,10 @@ class Claim:
     Args:
         name: of the segment.
         getter: where this spec's checkpoints come from.
-        own: the spec itself says so, and not its caller: then the spec may name another place than it once did.
+        own: the place is from the spec itself, which may name another one than it did before.
 
     Attributes:
-        owner: the spec; empty makes no claim, heeds none, and leaves a segment to its owner.
+        owner: the spec; if empty, this makes no claim, ignores others, and leaves a segment to its owner.
         take_over: the next publish may replace another owner's version.
         one_shot: a single push, which may name a checkpoint from elsewhere.
     """
@@ -56,7 +56,7 @@ class Claim:
         """Owner and place to record with the version that comes after what is live.
 
         Raises:
-            UsageError: as of ``check``.
+            UsageError: as ``check``.
         """
         if not self.owner:
             return (live.owner, live.place) if live else ("", "")
@@ -84,7 +84,7 @@ def undone_by(segment: Segment | None, outcome: Outcome, select: Select) -> str:
     """
     if not segment or outcome.status != "published" or outcome.pin:
         return ""
-    from ..segment.watching import watch_of  # not on the way of a push with nothing to do
+    from ..segment.watching import watch_of  # a push with nothing to do does not need it
 
     watch, live = watch_of(segment), segment.live()
     if not watch:
@@ -93,7 +93,7 @@ def undone_by(segment: Segment | None, outcome: Outcome, select: Select) -> str:
         try:
             if not CheckpointWeightGetter(watch.place, select=select).candidates(live_candidate(live)):
                 return ""
-        except CheckpointError:  # nobody can tell what the watch will find
+        except CheckpointError:  # what the watch will find is unknown
             pass
     return (
         f"{watch} keeps this segment in step, and will replace version {outcome.version} in one of its next passes. "

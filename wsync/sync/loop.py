@@ -1,15 +1,15 @@
-"""The loop of a watch: pass after pass until it is stopped, and when the next is due; also for the rank 0 of a group.
+"""The loop of a watch: makes passes until it is stopped, and says when the next is due; also for rank 0 of a group.
 
-A pass is due at each notification, and every ``poll`` seconds. After a pass that failed (a disk's error, no shared
-memory, a runtime directory that is gone) the pause doubles from ``poll`` to ``LONGEST``: the pass may have read
-gigabytes before it failed, and somebody has to repair the cause. What repairs most failures is another checkpoint, or
-one that can be read again, so the pause ends early when the place is listed otherwise than before the failed pass. It
-is listed at each notification and every second, but not within a second of the failed pass. The listing counts, and not
-the notification: a storm of notifications about nothing new ends no pause, and a change on a remote file system, which
-sends no notification, does.
+A pass is due at each notification, and every ``poll`` seconds. After a pass that failed (a disk error, no shared
+memory, a missing runtime directory) the pause doubles from ``poll`` to ``LONGEST``: the pass may have read gigabytes
+before it failed, and somebody has to repair the cause. Most failures end with another checkpoint, or one that can be
+read again, so the pause ends early when the listing of the place differs from the one before the failed pass. The place
+is listed at each notification and every second, but not within a second of the failed pass. The listing decides, not
+the notification: a storm of notifications about nothing new does not end a pause, and a change on a remote file system,
+which sends none, does.
 
-A gate that asks for the same again later causes the same pauses, because each pass stages the weights anew; it is no
-failure, and is not counted as one.
+A gate that asks for the same again later causes the same pauses, because each pass stages the weights anew; it does not
+count as a failure.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class Schedule:
         self._spec, self._place, self._stop = spec, place, stop
         self._changes = Changes(place, spec.poll, stop, spec.select)
         self._apart = spec.poll if remote(place) else min(spec.poll, _APART)
-        # By the monotonic clock: when a pass is due, when the place is listed, and before when no pass is made.
+        # By the monotonic clock: when a pass is due, when the place is listed, and until when no pass is made.
         self._next = self._look = self._rest = 0.0
         self.named: set[str] | None = None
         self._full = -self.full
-        self._found: object = None  # the listing before the last pass, where one before it failed
+        self._found: object = None  # the listing before the last pass, if the one before failed
 
     def due(self, seconds: float) -> bool:
         """Waits until the next pass is due, at most ``seconds``; whether it is."""
         until, due, before = time.monotonic() + seconds, self._next, self._found
-        if before is not None:  # the last two passes failed: what a notification brings is a look at the listing
+        if before is not None:  # the last two passes failed: a notification only causes a look at the listing
             self._stop.wait(max(0.0, min(until, due, self._rest) - time.monotonic()))
             if time.monotonic() < min(due, self._rest):
                 return False
@@ -124,7 +124,7 @@ class Idle:
         """As ``Syncer.once``.
 
         Args:
-            named: files of the place that were notified since the last pass; None where others may have changed.
+            named: files of the place that were notified since the last pass; None if others may have changed.
         """
         started, (live, place), last = time.perf_counter(), self._look(), self._last
         is_known = named is not None and live is not None and last is not None and last[0] == live
@@ -138,7 +138,7 @@ class Idle:
         return outcome
 
     def _look(self) -> tuple[object, object]:
-        """What is live and its file's times, and those of the place; None where they do not tell what is there."""
+        """What is live and its file's times, and those of the place; None if they do not tell what is there."""
         place = self._syncer.getter.checkpoints
         try:
             segment = self._syncer.updater.segment
@@ -146,7 +146,7 @@ class Idle:
             if not live or self._syncer.record.pin():
                 return None, None
             infos = [os.stat(path) for path in (live.source, place)]
-        except (OSError, WsyncError):  # a pass tells of it
+        except (OSError, WsyncError):  # a pass reports it
             return None, None
         file, directory = [(i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos]
         return (live, file), directory
@@ -165,11 +165,11 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
         Whether it was stopped; False if more than ``spec.max_failures`` passes failed in a row.
 
     Raises:
-        UsageError: the first pass tells that a setting is wrong.
+        UsageError: the first pass finds that a setting is wrong.
     """
     place = syncer.getter.checkpoints
     schedule, passes = Schedule(syncer.spec, place, stop), Idle(syncer)
-    passed = False  # from then on a wrong setting is no longer one that the operator just made
+    passed = False  # after that, a wrong setting is not one that the operator has just made
     event: Outcome | WsyncError
     syncer.box.stop = stop
     syncer.box.claim.one_shot = False

@@ -1,4 +1,4 @@
-"""One pass, as a record: what it is for, when it began, what was live then; and what it tries, a pure function."""
+"""One pass as a record (what it is for, when it began, what was live), and a pure function that says what it tries."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Pass(NamedTuple):
         return self.standing("pinned", reason=reason, pin=pin.name)
 
     def refusal(self, exc: CheckpointError | RetryLater, *, named: bool, **about: object) -> Outcome:
-        """Why a checkpoint was refused, or the pass put off.
+        """The outcome if a checkpoint was refused, or must be tried later.
 
         Args:
             named: it was named itself, and not found in a directory.
@@ -91,8 +91,8 @@ class Choice(NamedTuple):
         todo: candidates, newest first; the first one that can be published goes live.
         refused: the newest candidate, if it was refused before and is not tried again.
         pin: the pin that holds; no candidate is tried.
-        late: what counts as older than what is live, and yet arrived after that.
-        is_new_run: what is live is gone, and all that is there arrived after it.
+        late: candidates that count as older than what is live, although they arrived after it.
+        is_new_run: what is live is gone, and all candidates arrived after it.
         nothing: why the place offers nothing to choose from; see ``Look``.
     """
 
@@ -118,7 +118,7 @@ def choose(
     Args:
         newer: the candidates that are newer than what is live, newest first.
         refusals: identities of checkpoints that were refused before.
-        passed: identities of those that are passed over without a word while something is live: each was told once.
+        passed: identities of those that are skipped silently while something is live: each was reported once.
         pin: the pin that holds; it comes before everything else.
         force: try refused candidates again.
     """

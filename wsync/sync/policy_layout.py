@@ -18,7 +18,7 @@ from ..settings.spec import Spec
 
 
 class PolicyLayout:
-    """What one syncer knows of its policy's layout.
+    """What one syncer knows about its policy's layout.
 
     Attributes:
         reads: how often it was read, each time in a process of its own.
@@ -28,11 +28,11 @@ class PolicyLayout:
         self.reads = 0
         self._spec = spec
         self._layout: Layout | None = None
-        self._of = ""  # fingerprint of the policy that it holds for; empty where it is to be read again
+        self._of = ""  # fingerprint of its policy; empty if it must be read again
         self._is_fresh = False
 
     def begin_pass(self) -> None:
-        """From here on ``recheck`` reads again."""
+        """Allows ``recheck`` to read again."""
         self._is_fresh = False
 
     def read(self) -> Layout:
@@ -57,7 +57,7 @@ class PolicyLayout:
         return layout
 
     def check(self, segment: Segment, live: Publication | None) -> None:
-        """Checks that the policy has the layout of its segment, unless one of the two was made for this very policy.
+        """Checks that the policy has the layout of its segment, unless that was made for this very policy.
 
         Args:
             live: what is live in the segment.
@@ -80,7 +80,7 @@ class PolicyLayout:
         self.compare(segment, self._layout)
 
     def compare(self, segment: Segment, layout: Layout) -> None:
-        """Compares the layout that was read with the segment's. That they differ is not remembered."""
+        """Compares the layout that was read with the segment's, and does not remember a difference."""
         if layout.names_in(segment.layout) is not None:
             return
         self._of = ""

@@ -45,7 +45,7 @@ from .syncer import Syncer, recorded
 
 
 class _Bytes(ByteSource):
-    """Those of a leased slot: nobody writes to it, although its publisher may have it open for writing."""
+    """The bytes of a leased slot: nobody writes to it, although its publisher may have it open for writing."""
 
     def __init__(self, parts: Parts, lease: Lease) -> None:
         self.parts, self.infos, self._lease = parts, [os.fstat(lease.fileno())], lease
@@ -61,7 +61,7 @@ class _Bytes(ByteSource):
 
 
 class _Slot(Checkpoint):
-    """A leased slot, as the safetensors file that it is."""
+    """A leased slot as a safetensors file."""
 
     def __init__(self, segment: Segment, lease: Lease) -> None:
         self._lease = lease
@@ -75,7 +75,7 @@ class _Live:
     """A leased version as the ``Source`` of a publish, with the path, step and identity of its checkpoint.
 
     The history of its segment tells how the checkpoint was fitted, so that a rollback of the target can read its file
-    again. A version that is not on record there comes back from a slot or a kept copy alone.
+    again. A version that is not on record there can come back only from a slot or a kept copy.
     """
 
     def __init__(self, segment: Segment, lease: Lease, state: State) -> None:
@@ -100,12 +100,12 @@ def promote(
     runtime: str | os.PathLike[str] | None = None,
     state_dir: str | os.PathLike[str] | None = None,
 ) -> Outcome:
-    """Publishes what is live in one segment into another; returns what came of it there.
+    """Publishes what is live in one segment into another; returns the outcome there.
 
     Args:
         source: the name of a segment.
-        target: a spec, whose segment is made if there is none; or the name of a segment, whose spec is the one that
-            published what is live in it.
+        target: a spec, whose segment is made if there is none; or the name of a segment, which stands for the spec that
+            published its live version.
         take_over: replace what another spec published.
 
     Raises:
@@ -177,7 +177,7 @@ def _promote(syncer: Syncer, source: Segment, live: _Live) -> Outcome:
 
 
 def _recheck(box: Box, segment: WritableSegment, live: _Live, fit: Fit) -> Recheck:
-    """What is looked at under the target's lock: whether it has this version already, its pin, and its gate."""
+    """What is checked under the target's lock: whether it has this version already, its pin, and its gate."""
 
     def check_pin() -> None:
         if pin := box.record.pin():

@@ -28,7 +28,7 @@ class Route(Protocol):
     """How a checkpoint reaches the readers: a ``Box`` alone, or all boxes of a group (``fleet``)."""
 
     def busy(self, work: Callable[[], T]) -> T:
-        """Returns what this work returns; it may take long, for a store may not answer."""
+        """Does work that may take long, because a store may not answer; returns its result."""
         ...
 
     def deliver(
@@ -43,7 +43,7 @@ class Route(Protocol):
 
 
 class Taking:
-    """Takes checkpoints for one box.
+    """Publishes checkpoints for one box.
 
     Args:
         policy: the policy's layout, and whether it fits.
@@ -55,10 +55,10 @@ class Taking:
     def __init__(self, box: Box, policy: PolicyLayout) -> None:
         self.route: Route = box
         self._box, self._policy = box, policy
-        self._casts: set[tuple[str, str]] = set()  # what was reported of them
+        self._casts: set[tuple[str, str]] = set()  # casts that were reported
 
     def ready(self, this: Pass, choose: Callable[[Pass], Choice]) -> Callable[[Checkpoint], Outcome]:
-        """What is done with an opened checkpoint; whatever needs the policy's layout is done before it is opened.
+        """Returns what to do with an opened checkpoint. All that needs the policy's layout is done first, here.
 
         Args:
             choose: chooses once more, under the lock.
@@ -77,7 +77,7 @@ class Taking:
         return partial(self._publish, this, segment, choose)
 
     def is_live(self, this: Pass, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is what is live, whose file has changed since and not its bytes; that is remembered.
+        """Whether a checkpoint is the live one, of which only the file changed and not the bytes; remembers that.
 
         Raises:
             BeingRewritten: some of its files hold other bytes, and others have not changed yet.
@@ -94,7 +94,7 @@ class Taking:
             fit = replace(box.spec.weights, built=box.built)
             is_same = self.route.busy(partial(holds, segment, checkpoint, fit))
         if not is_same and checkpoint.parts.beside:
-            from ..checkpoints.settling import check_changed  # not on the way of a pass with nothing new
+            from ..checkpoints.settling import check_changed  # a pass with nothing new does not need it
 
             settle = box.spec.select.settle
             check_changed(checkpoint.parts, checkpoint.source.infos, settle, live.changed_ns)
@@ -103,18 +103,18 @@ class Taking:
         return is_same
 
     def pinned(self, this: Pass, pin: Pin) -> Outcome:
-        """Keeps what is pinned live, and makes it so if the segment was made anew or the operator named a file."""
+        """Keeps what is pinned live, or puts it live if the segment was made anew or the operator named a file."""
         box = self._box
         is_live = this.live is not None and pin.holds(this.live)
         if this.dry_run or is_live:
             if not this.dry_run and this.live and this.live.source and (segment := box.updater.opened):
-                box.keep(segment)  # for the next reboot, whatever became of its file
+                box.keep(segment)  # for the next reboot, even if its file is gone by then
             return this.pinned(pin)
         segment = box.make_segment()
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
             with checkpoint:
-                if not checkpoint.fitted:  # a kept copy is not the file that a digest is of
+                if not checkpoint.fitted:  # a kept copy is not the file that the digest belongs to
                     checkpoint.expect(box.spec.select.digest)
                 return self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK)._replace(pin=pin.name)
         except CheckpointError as exc:
@@ -126,7 +126,7 @@ class Taking:
     def _publish(
         self, this: Pass, segment: WritableSegment, choose: Callable[[Pass], Choice], checkpoint: Checkpoint
     ) -> Outcome:
-        """Publishes an opened checkpoint; it was waited for before the lock is taken, not while others want it."""
+        """Publishes an opened checkpoint. Any wait for it is over, so that nobody waits for the lock meanwhile."""
 
         def before(now: Pass) -> Outcome | None:
             if now.live == this.live:

@@ -1,4 +1,4 @@
-"""One box's end of a publish: its segment, the gate before, the history, the copies and the hooks after.
+"""Puts weights live on this box: its segment and gate, and afterwards the history, the copies and the hooks.
 
 Every version of a spec goes live through ``Box.put_live``, whether it comes from a checkpoint, a pin, or another box.
 """
@@ -31,12 +31,12 @@ T = TypeVar("T")
 
 
 class Box:
-    """The segment of a spec, and who hears of what is published there.
+    """The segment of a spec on this box, and what is told about each publish there.
 
     Args:
         spec: the policy and its settings.
         updater: opens and makes the segment.
-        record: what is known of the past.
+        record: what is known about the past.
         claim: whose versions this box may replace.
 
     Attributes:
@@ -63,13 +63,13 @@ class Box:
         return self.updater.make_segment()
 
     def busy(self, work: Callable[[], T]) -> T:
-        """See ``publish_checkpoint.Route``: on a box alone nobody waits for a sign of life."""
+        """See ``publish_checkpoint.Route``; no other box waits for a sign of life."""
         return work()
 
     def deliver(
         self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint, fit: Fit, recheck: Recheck
     ) -> Outcome:
-        """See ``publish_checkpoint.Route``: to this box alone."""
+        """See ``publish_checkpoint.Route``; delivers to this box alone."""
         outcome = self.put_live(this, segment, checkpoint, fit, recheck)
         if outcome.status == "published":
             self.keep(segment)
@@ -89,12 +89,12 @@ class Box:
 
         Args:
             recheck: what is looked at again under the lock.
-            last_version: the version before it, if the caller knows better than the segment and the history.
+            last_version: the version before, if the caller knows it better than the segment and the history.
             reason: why it is published, for the history.
 
         Raises:
             UsageError: what is live came from another spec or place.
-            WsyncError: as of ``publishing.publish``; what was live stays live.
+            WsyncError: as ``publishing.publish``; what was live stays live.
         """
         with segment.publishing():
             this = this.at(segment)
@@ -125,7 +125,7 @@ class Box:
         step, last = publication.step, this.live.step if this.live else None
         try:
             readers = segment.readers()
-        except (OSError, WsyncError):  # it is live already, whoever can be counted
+        except (OSError, WsyncError):  # it is live, even if readers cannot be counted
             readers = []
         outcome = this.outcome(
             "published",
@@ -148,7 +148,7 @@ class Box:
         return outcome
 
     def keep(self, segment: WritableSegment) -> None:
-        """Keeps a copy of what is live, if copies are kept; without the lock, so that others need not wait."""
+        """Keeps a copy of what is live, if ``keep`` asks for it; without the lock, so that others need not wait."""
         self.record.keep(segment, self.spec.keep)
 
     def ask_gate(self, staged: Staged) -> None:
@@ -181,7 +181,7 @@ class Box:
         return count
 
     def close(self, *, now: bool = False) -> None:
-        """Lets go of the segment once hooks that still run have ended, each within its time.
+        """Closes the segment once hooks that still run have ended, each within its time.
 
         Args:
             now: end the hooks instead.

@@ -27,7 +27,7 @@ from .passes import Choice
 
 ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."
 NEW_RUN = "The live checkpoint is gone, and every checkpoint here arrived after it: this is taken as a new run."
-_LONG_AGO = 600.0  # seconds without a write after which nobody is thought to finish a checkpoint
+_LONG_AGO = 600.0  # seconds without a write after which a checkpoint counts as abandoned
 
 
 def is_abandoned(exc: WsyncError, candidate: Candidate) -> bool:
@@ -39,7 +39,7 @@ def is_abandoned(exc: WsyncError, candidate: Candidate) -> bool:
 
 
 def remember(record: Record, exc: CheckpointError, refusal: Outcome, *, abandoned: bool) -> None:
-    """Remembers what stays refused, and what is passed over from now on."""
+    """Remembers that a checkpoint stays refused, or is passed over from now on."""
     if isinstance(exc, CheckpointRejected):
         record.refuse(refusal.identity, exc.message, refusal)
     if isinstance(exc, ForeignCheckpoint) or abandoned:
@@ -47,7 +47,7 @@ def remember(record: Record, exc: CheckpointError, refusal: Outcome, *, abandone
 
 
 def late(record: Record, live: Publication, choice: Choice, order: str) -> str | None:
-    """Says that a checkpoint arrived after what is live, and counts as older; None where that was said."""
+    """Says that a checkpoint arrived after what is live, and counts as older; None if that was said."""
     told_until = record.told_until() if choice.late else 0
     found = [candidate for candidate in choice.late if candidate.arrived_ns > told_until]
     if not found:
@@ -64,7 +64,7 @@ def casts(told: set[tuple[str, str]], checkpoint: Checkpoint) -> tuple[str, ...]
     """Lines about each dtype conversion, and each missing tensor that gets the policy's own value.
 
     Args:
-        told: tensors that were reported, and how; grows by what is new.
+        told: tensors that were reported, and how; new ones are added.
     """
     groups: dict[str, list[str]] = {}
     if plan := checkpoint.planned:

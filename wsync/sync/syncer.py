@@ -58,9 +58,9 @@ class Syncer:
 
     Attributes:
         box: this box's segment, its history and its hooks.
-        record: what is known of the past.
+        record: what is known about the past.
         policy: the policy's layout, and whether it fits.
-        taking: what is done with a checkpoint that was chosen, and how it reaches the readers.
+        taking: publishes a chosen checkpoint, and knows how it reaches the readers.
         lock: of a watch, on the segment that it keeps in step.
 
     Raises:
@@ -111,7 +111,7 @@ class Syncer:
             raise
 
     def close(self, *, now: bool = False) -> None:
-        """Lets go of the segment; see ``Box.close``."""
+        """Closes the segment; see ``Box.close``."""
         if self.lock:
             self.lock.close()
         self.box.close(now=now)
@@ -149,7 +149,7 @@ class Syncer:
             self.getter.only = None
 
     def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
-        """One pass that the history is told nothing of; see ``once``."""
+        """One pass that leaves no trace in the history; see ``once``."""
         this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
         self.policy.begin_pass()
         try:
@@ -167,11 +167,11 @@ class Syncer:
             return this.outcome(status_of(exc, False), reason=reason, kind=exc.kind)
         except SegmentBusy as exc:
             return this.outcome("busy", reason=str(exc))
-        except OSError as exc:  # whatever concerns a checkpoint alone was told as such
+        except OSError as exc:  # errors of a checkpoint alone were reported as such
             raise refused(exc, self.updater.path) from exc
 
     def _pass(self, this: Pass) -> Outcome:
-        """Chooses, and takes the newest."""
+        """Chooses the newest, and takes it."""
         choice = self.taking.route.busy(partial(self._choose, this))
         if choice.pin or choice.todo or choice.refused:
             self.box.claim.check(this.live)
@@ -183,8 +183,8 @@ class Syncer:
             return refusal or self._nothing_newer(this, choice)
         reads = self.policy.reads
         take = self.taking.route.busy(partial(self.taking.ready, this, self._choose))
-        self._wait_for_other_watch()  # also on a segment that was just made
-        if self.policy.reads > reads:  # that took seconds, and what was listed may be gone
+        self._wait_for_other_watch()  # also if the segment was just made
+        if self.policy.reads > reads:  # that took seconds: what was listed may be gone
             return self._pass(this)
         try:
             outcome = self._try(this, choice, take)
@@ -194,7 +194,7 @@ class Syncer:
             raise
         if choice.is_new_run and outcome.status == "published":
             return outcome._replace(warning=report_once.NEW_RUN)
-        if refusal and outcome.status in ("rejected", "empty", "current"):  # what is older makes the newest no better
+        if refusal and outcome.status in ("rejected", "empty", "current"):  # an older one does not change that
             return refusal._replace(passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
 
@@ -217,7 +217,7 @@ class Syncer:
         return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run, nothing=look.nothing)
 
     def _known(self, this: Pass, candidate: Candidate) -> Outcome:
-        """The refusal of an earlier pass, once more."""
+        """The refusal of an earlier pass, again."""
         return this.outcome(
             "rejected",
             step=self.getter.step_of(candidate),
@@ -232,7 +232,7 @@ class Syncer:
         """What is live is current.
 
         Raises:
-            NoCheckpoint: nothing is live; or the place is empty and what is live never came from there. Where it did,
+            NoCheckpoint: nothing is live; or the place is empty and what is live never came from there. If it did,
                 retention emptied the place.
         """
         if this.live is None or not (self.getter.holds(this.live.source) or self.getter.candidates()):
@@ -266,7 +266,7 @@ class Syncer:
                 if this.again and isinstance(exc, CheckpointChanged):
                     raise
                 refusal = self._refusal(this, candidate, exc, opened)
-                if isinstance(exc, RetryLater):  # it may still go live: nothing older does in its place
+                if isinstance(exc, RetryLater):  # it may still go live: nothing older is published instead
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
@@ -289,7 +289,7 @@ class Syncer:
 
     def _refusal(self, this: Pass, candidate: Candidate, exc: CheckpointError | RetryLater, opened: str) -> Outcome:
         """The refusal of a candidate that was opened under an identity, or of one that could not be opened."""
-        if "@" not in candidate.identity:  # else it is known by more than its files tell
+        if "@" not in candidate.identity:  # else its identity has more than its files tell
             opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
         return this.refusal(
             exc,
@@ -309,7 +309,7 @@ class Syncer:
 def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) -> Outcome:
     """Returns the outcome of a pass, and tells the history if it failed."""
     collects = gc.isenabled()
-    gc.disable()  # tables of 20,000 tensors are no garbage, and to look through them again and again doubles a pass
+    gc.disable()  # tables of 20,000 tensors are not garbage; scanning them again and again doubles a pass
     try:
         outcome = work()
     except WsyncError as exc:

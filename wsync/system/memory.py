@@ -54,7 +54,7 @@ def default_runtime_dir() -> Path:
 
 
 def file_system(path: Path) -> str:
-    """The kind of the file system that holds a path, such as ``tmpfs``; empty where the system does not tell."""
+    """The kind of the file system that holds a path, such as ``tmpfs``; empty if the system does not say."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
