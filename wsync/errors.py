@@ -296,7 +296,7 @@ def advice(exc: OSError) -> str:
     return _ADVICE.get(exc.errno or 0, "Look at what it names, its mount, and the limits of this process")
 
 
-def refused(exc: OSError, path: os.PathLike[str]) -> SegmentError:
+def from_os_error(exc: OSError, path: os.PathLike[str]) -> SegmentError:
     """Converts an OSError at a segment, or its directory, into a SegmentError that names the path."""
     what = f" ({exc.filename})" if exc.filename else ""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)

@@ -12,7 +12,7 @@ from builders import write
 from others import run_main
 from policies import mlp
 
-from wsync.errors import refused
+from wsync.errors import from_os_error
 
 ODD = "step_1\n2026-01-01T00:00:00Z info    policy: version 9\x1b[2J.safetensors"
 
@@ -49,7 +49,7 @@ def test_a_file_name_makes_no_line(runs: Path, kind: str) -> None:
 def test_an_error_of_the_system_tells_what_to_do(runs: Path, number: int, words: str) -> None:
     """What happened, to what, and what to do next, whichever call fails and in whichever command."""
     exc = OSError(number, os.strerror(number), "/srv/x")
-    told = str(refused(exc, Path("/dev/shm/x")))
+    told = str(from_os_error(exc, Path("/dev/shm/x")))
     assert all(part in told for part in ("OS error at /dev/shm/x: ", os.strerror(number), "/srv/x", words))
     with mock.patch("wsync.cli.status_output.segments", side_effect=exc):
         code, _, err = run_main("status")

@@ -123,8 +123,8 @@ def bus(bench: Bench, segment: WritableSegment) -> None:
         ratio=statistics.median(b / a for a, b in pairs),
         wanted=">= 0.95",
         whole=whole,
-        page_locked=not locked.refused,
-        refused=locked.refused,
+        page_locked=not locked.hindrance,
+        refused=locked.hindrance,
     )
 
 

@@ -111,7 +111,7 @@ def test_every_dtype_of_a_checkpoint_arrives_on_a_gpu(
 def test_the_slots_pages_are_locked(trainer: Trainer) -> None:
     """The driver takes the slots' mappings, as read-only or as the owner's, and later versions show in them."""
     locked = [lock_slot(trainer.segment, slot, Cuda(torch.device("cuda:0"))) for slot in range(3)]
-    assert [slot.refused for slot in locked] == ["", "", ""]
+    assert [slot.hindrance for slot in locked] == ["", "", ""]
     assert all(slot.weights.is_pinned() for slot in locked)
     policy = wide().cuda()
     with wsync.attach(policy, "nets") as reader:

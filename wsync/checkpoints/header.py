@@ -63,6 +63,28 @@ def read_header(
         IncompleteCheckpoint: the file ends before the header says.
         MalformedCheckpoint: anything that the official reader refuses as well.
     """
+    text = _text(read, size, path)
+    begin = 8 + len(text)
+    try:
+        own, rest = _split(text.decode())
+        known = _table if len(text) <= _KEPT else _table.__wrapped__  # do not cache a huge one
+        table, metadata = known(rest, begin, number)
+        if own and metadata is not None:
+            raise ValueError("a key appears twice")
+    except (ValueError, RecursionError) as exc:
+        raise malformed(path, f"its header is wrong ({exc})") from exc
+    last = next(reversed(table.values()), None)
+    end = last.start + last.nbytes if last else begin
+    if end > size:
+        raise _incomplete(path, size, f"its header says {end:,}")
+    if end < size:
+        more = f"{size - end:,} bytes" if size - end > 1 else "a byte"
+        raise malformed(path, f"it has {more} more than its header says")
+    return table, own or metadata or {}
+
+
+def _text(read: Callable[[int, int], bytes], size: int, path: Path) -> bytes:
+    """The JSON of a header, complete and not too large."""
     head = read(min(1 << 16, size), 0)
     if kind := kind_of(head):
         raise MalformedCheckpoint(
@@ -85,22 +107,7 @@ def read_header(
         raise _incomplete(path, len(text) + 8, f"its header alone takes {8 + length:,}")
     if why := _too_large(text):
         raise malformed(path, f"its header {why}, more than any policy has")
-    try:
-        own, rest = _split(text.decode())
-        known = _table if length <= _KEPT else _table.__wrapped__  # do not cache a huge one
-        table, metadata = known(rest, 8 + length, number)
-        if own and metadata is not None:
-            raise ValueError("a key appears twice")
-    except (ValueError, RecursionError) as exc:
-        raise malformed(path, f"its header is wrong ({exc})") from exc
-    last = next(reversed(table.values()), None)
-    end = last.start + last.nbytes if last else 8 + length
-    if end > size:
-        raise _incomplete(path, size, f"its header says {end:,}")
-    if end < size:
-        more = f"{size - end:,} bytes" if size - end > 1 else "a byte"
-        raise malformed(path, f"it has {more} more than its header says")
-    return table, own or metadata or {}
+    return text
 
 
 def kind_of(head: bytes) -> str:

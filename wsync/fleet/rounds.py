@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import Fit
-from ..errors import CheckpointRejected, GroupBroken, WsyncError, refused
+from ..errors import CheckpointRejected, GroupBroken, WsyncError, from_os_error
 from ..history.outcome import Outcome
 from ..segment.publishing import Staged
 from ..segment.segment_files import Publication
@@ -86,7 +86,7 @@ class Rounds:
                     self._member.wear(segment)
                     return {"layout": segment.layout.digest, "name": segment.name}
                 except OSError as exc:
-                    raise refused(exc, self._box.updater.path) from exc
+                    raise from_os_error(exc, self._box.updater.path) from exc
             except WsyncError as exc:
                 return {"kind": "WsyncError", "text": str(exc)}
 
@@ -189,7 +189,7 @@ class Rounds:
                 segment = self._box.make_segment()
                 published = self._box.put_live(this, segment, shared, fit, Recheck(before, agree), weights.version - 1)
             except OSError as exc:
-                raise refused(exc, self._box.updater.path) from exc
+                raise from_os_error(exc, self._box.updater.path) from exc
         except WsyncError as exc:
             shared.turn.refuse(exc)
         self._member.took(weights)

@@ -37,7 +37,7 @@ _log = logging.getLogger("wsync")
 _LOOK = 0.25  # seconds after which a wait checks again: a signal in another thread does not end it
 
 Act = Callable[[Publication, threading.Event], None]
-Report = Callable[[str, bool, str], None]
+Told = Callable[[str, bool, str], None]
 
 
 class Hook:
@@ -55,7 +55,7 @@ class Hook:
         failures: how often it failed.
     """
 
-    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Report) -> None:
+    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Told) -> None:
         self.kind, self.runs, self.failures = kind, 0, 0
         self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
         self._changed = threading.Condition()
@@ -127,7 +127,7 @@ class HookRunner:
         hooks: the hooks that are set, by their kinds, ``exec`` and ``webhook``.
     """
 
-    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None, state_dir: Path | None = None) -> None:
+    def __init__(self, spec: Spec, runtime: Path, report: Told | None = None, state_dir: Path | None = None) -> None:
         settings, report = spec.hooks, report or _warn
         self.hooks: dict[str, Hook] = {}
         if settings.exec:

@@ -64,20 +64,20 @@ class LockedSlot:
 
     Attributes:
         weights: uint8, the slot's weights.
-        refused: why the pages are not locked; empty if they are.
+        hindrance: why the pages are not locked; empty if they are.
     """
 
     def __init__(self, segment: Segment, slot: int, mapped: mmap.mmap, device: Cuda) -> None:
         self._mapped = mapped
-        self.refused = device.lock(address_of(mapped), len(mapped), read_only=True)
-        if self.refused:
+        self.hindrance = device.lock(address_of(mapped), len(mapped), read_only=True)
+        if self.hindrance:
             self._lock_writable(segment, slot, device)
-        if self.refused:
+        if self.hindrance:
             populate(self._mapped)
         memory = (ctypes.c_uint8 * len(self._mapped)).from_address(address_of(self._mapped))
         with torch.inference_mode(False):
             self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]
-        self._unlock = weakref.finalize(self, _unlock, None if self.refused else device, self._mapped, os.getpid())
+        self._unlock = weakref.finalize(self, _unlock, None if self.hindrance else device, self._mapped, os.getpid())
         self._unlock.atexit = False  # the end of the process unlocks everything, and the driver may be gone by then
 
     def _lock_writable(self, segment: Segment, slot: int, device: Cuda) -> None:
@@ -89,8 +89,8 @@ class LockedSlot:
             mapped, _ = segment.map_pages(slot, write=True)
         except (OSError, SegmentError):
             return
-        self.refused = device.lock(address_of(mapped), len(mapped), read_only=False)
-        if not self.refused:
+        self.hindrance = device.lock(address_of(mapped), len(mapped), read_only=False)
+        if not self.hindrance:
             self._mapped = mapped
 
 
@@ -172,7 +172,7 @@ class DeviceWeights:
         """
         self._slots = {}  # first: if a lock fails, another segment's slots must not be taken for this one's
         self._slots = {slot: lock_slot(segment, slot, self._device) for slot in range(segment.slots)}
-        refused = {slot.refused for slot in self._slots.values()} - {""}
+        refused = {slot.hindrance for slot in self._slots.values()} - {""}
         if refused and not self._told:
             self._told = True
             _log.warning(

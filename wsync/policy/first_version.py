@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, Stale, printable, refused
+from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing, Stale, from_os_error, printable
 from ..layout.layout import Layout
 from ..segment.segment import Segment, segments
 from ..segment.writable import WritableSegment
@@ -69,7 +69,7 @@ class Opening:
         try:
             self._made = WritableSegment.create(self._name, layout, self._runtime)
         except OSError as exc:
-            raise refused(exc, runtime_dir(self._runtime)) from exc
+            raise from_os_error(exc, runtime_dir(self._runtime)) from exc
         return Segment.open(self._name, self._runtime, layout=layout)
 
     def wait(self, reader: Reader) -> None:

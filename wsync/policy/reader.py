@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NoReturn
 
-from ..errors import HalfWritten, SegmentDamaged, UsageError, refused
+from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
 from ..segment.segment_files import REMOVED, WORD_OFFSET, Publication
@@ -210,7 +210,7 @@ class Reader(ABC):
         except OSError as exc:
             if exc.errno is None:  # a signal handler's own TimeoutError
                 raise
-            raise refused(exc, self._segment.path) from exc
+            raise from_os_error(exc, self._segment.path) from exc
         finally:
             if self._born != born:  # even if an interrupt came meanwhile
                 with self._users.inside(alone=True):

@@ -31,7 +31,7 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from ..errors import SegmentUnsafe, UsageError, refused
+from ..errors import SegmentUnsafe, UsageError, from_os_error
 from ..system.memory import closed_on_error, default_runtime_dir, no_room, shut
 
 _NAME = re.compile(r"[^\W_][\w.+@=-]*")
@@ -280,7 +280,7 @@ def base_owner(base: Path, *, write: bool) -> int:
     except FileNotFoundError:
         pass
     except OSError as exc:
-        raise refused(exc, base) from exc
+        raise from_os_error(exc, base) from exc
     return owner
 
 

@@ -61,7 +61,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, refused
+from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, from_os_error
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
@@ -113,7 +113,7 @@ class Segment:
         except ValueError as exc:
             raise broken(self.name, f"cannot be read by this wsync ({exc})") from exc
         except OSError as exc:
-            raise refused(exc, path) from exc
+            raise from_os_error(exc, path) from exc
         self.slots, self.data_offset, self.spec = self._about.slots, self._about.data_offset, self._about.spec
 
     @classmethod

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Self
 
-from ..errors import SegmentBusy, SegmentDamaged, SegmentError, SegmentUnsafe, UsageError, printable, refused
+from ..errors import SegmentBusy, SegmentDamaged, SegmentError, SegmentUnsafe, UsageError, from_os_error, printable
 from ..layout.layout import Layout
 from ..system.memory import file_system, no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
 from .access import Access, base_owner, check_name, make_base, open_dir, opened
@@ -174,7 +174,7 @@ class WritableSegment(Segment):
             add_slot(self._dir, slot, slot_header(self.layout), self.layout.nbytes)
         except OSError as exc:
             if not no_room(exc, self.path, size):
-                raise refused(exc, self.path) from exc
+                raise from_os_error(exc, self.path) from exc
             raise self._leased(f"and there is no room for another one of {size:,} bytes. ", "make room") from exc
         yield slot
 

@@ -26,8 +26,8 @@ from ..errors import (
     SegmentBusy,
     UsageError,
     WsyncError,
+    from_os_error,
     on_one_line,
-    refused,
 )
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
@@ -129,7 +129,7 @@ class Syncer:
             else:
                 self.policy.check(segment, segment.live())
         except OSError as exc:
-            raise refused(exc, self.updater.path) from exc
+            raise from_os_error(exc, self.updater.path) from exc
 
     def once(self, *, force: bool = False, dry_run: bool = False, only: set[str] | None = None) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
@@ -168,7 +168,7 @@ class Syncer:
         except SegmentBusy as exc:
             return this.outcome("busy", reason=str(exc))
         except OSError as exc:  # errors of a checkpoint alone were reported as such
-            raise refused(exc, self.updater.path) from exc
+            raise from_os_error(exc, self.updater.path) from exc
 
     def _pass(self, this: Pass) -> Outcome:
         """Chooses the newest, and takes it."""
@@ -265,7 +265,7 @@ class Syncer:
             except (CheckpointError, RetryLater) as exc:
                 if this.again and isinstance(exc, CheckpointChanged):
                     raise
-                refusal = self._refusal(this, candidate, exc, opened)
+                refusal = _refusal(this, candidate, self.getter.step_of(candidate), exc, opened)
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older is published instead
                     return refusal._replace(passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
@@ -287,23 +287,21 @@ class Syncer:
             return this.standing("current", newer=first.checkpoint, reason=first.reason, passed_over=tuple(others))
         return first
 
-    def _refusal(self, this: Pass, candidate: Candidate, exc: CheckpointError | RetryLater, opened: str) -> Outcome:
-        """The refusal of a candidate that was opened under an identity, or of one that could not be opened."""
-        if "@" not in candidate.identity:  # else its identity has more than its files tell
-            opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
-        return this.refusal(
-            exc,
-            named=not candidate.name,
-            step=self.getter.step_of(candidate),
-            checkpoint=str(candidate.path),
-            identity=opened or candidate.identity,
-        )
-
     def _published_from(self, this: Pass, path: Path) -> list[str]:
         """Identities of what was published from a path."""
         source, live = str(led_to(path)), this.live
         known = self.record.published_from(source)
         return [*known, live.identity] if live and live.source == source else known
+
+
+def _refusal(
+    this: Pass, candidate: Candidate, step: int | None, exc: CheckpointError | RetryLater, opened: str
+) -> Outcome:
+    """The refusal of a candidate that was opened under an identity, or of one that could not be opened."""
+    if "@" not in candidate.identity:  # else its identity has more than its files tell
+        opened = opened or getattr(exc, "identity", "")  # a link may have moved since it was listed
+    identity = opened or candidate.identity
+    return this.refusal(exc, named=not candidate.name, step=step, checkpoint=str(candidate.path), identity=identity)
 
 
 def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) -> Outcome:
