@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.fit import Fit
 from wsync.cli.push_quiet import News
+from wsync.cli.watch_output import WatchLog
 from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
@@ -120,7 +122,7 @@ def test_links_that_lead_nowhere_are_passed_over(tmp_path: Path) -> None:
     "select", [Select(pattern="stpe_*"), Select(within="pretraned_model"), Select(file="x.safetensors")]
 )
 def test_a_setting_that_passes_all_over_is_told_while_something_is_live(
-    select: Select, segment: Segment, runs: Path
+    select: Select, segment: Segment, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards a misspelt setting, by which nothing would go live any more without a word: said to cron, and in a log."""
 
@@ -129,12 +131,18 @@ def test_a_setting_that_passes_all_over_is_told_while_something_is_live(
             return syncer.once()
 
     write(runs / "step_1/model.safetensors", mlp(), 1.0)
-    assert push().status == "published"
+    published = push()
+    assert published.status == "published"
     write(runs / "step_2/model.safetensors", mlp(), 2.0)
     told, news = push(select), News(SPEC, None)
     assert (told.status, told.exit_code) == ("current", 0)
     assert "there is no complete checkpoint in" in (told.reason or "") and "step_2 (" in (told.reason or "")
     assert [news.has(told), news.has(told)] == [True, False]
+    with WatchLog(NAME, runs, "json", lambda: None) as log:
+        for event in (published, published._replace(status="current"), told, told):
+            log.tell(event)
+    logged = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
+    assert logged == ["watch", "published", "current", "stop"]
     shutil.rmtree(runs / "step_1")
     assert push(select).reason is None  # that was retention
 

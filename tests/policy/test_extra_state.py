@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from policies import mlp
 from torch import nn
 
 import wsync
-from wsync.errors import SpecError
+from wsync.errors import SpecError, UsageError
 from wsync.layout.module import check_extra_state
 
 
@@ -124,3 +125,45 @@ def test_a_program_exported_in_this_process_follows(runtime: Path, mode: Literal
         updater.push_weights(new)
         assert reader.refresh()
         assert torch.equal(exported(observation), new(observation))
+
+
+@pytest.mark.parametrize("mode", ["swap", "copy"])
+def test_adapters_that_peft_merged_are_refused(mode: Literal["swap", "copy"], runtime: Path) -> None:
+    """Guards a flag that no tensor shows: a version would replace the merged weights, and adapters would not act."""
+    peft: Any = pytest.importorskip("peft")
+
+    def lora() -> Any:
+        return peft.get_peft_model(mlp(), peft.LoraConfig(r=2, target_modules=["0", "2"])).eval()
+
+    trained, policy, merged = lora(), lora(), lora()
+    merged.merge_adapter()
+    with closing(wsync.SharedMemoryWeightUpdater("nets", policy=trained)) as updater:
+        updater.push_weights(trained)
+        with pytest.raises(UsageError, match="adapters are merged into the weights.*unmerge_adapter"):
+            wsync.attach(merged, "nets", mode=mode)
+        with wsync.attach(policy, "nets", mode=mode) as reader:
+            trained.merge_adapter()
+            with pytest.raises(UsageError, match="adapters are merged"):
+                updater.push_weights(trained)
+            trained.unmerge_adapter()
+            policy.merge_adapter()
+            updater.push_weights(trained)
+            with pytest.raises(UsageError, match="adapters are merged"):
+                reader.refresh()
+            policy.unmerge_adapter()
+            given = torch.ones(1, 4)
+            assert reader.refresh() and torch.equal(policy(given), trained(given))
+
+
+def test_an_expanded_tensor_is_refused_by_a_push(tmp_path: Path, runtime: Path) -> None:
+    """Guards a policy that no reader could attach: the push says so, and not each reader."""
+    (tmp_path / "odd.py").write_text(
+        "import torch\n\ndef policy():\n    net = torch.nn.Linear(2, 2)\n"
+        "    net.register_buffer('scale', torch.ones(1).expand(3))\n    return net\n"
+    )
+    (tmp_path / "odd.toml").write_text('policy = "odd:policy"\n')
+    net = nn.Linear(2, 2)
+    net.register_buffer("scale", torch.ones(3))
+    file = write(tmp_path / "step_1.safetensors", net)
+    code, _, told = run_cli("push", str(tmp_path / "odd.toml"), str(file))
+    assert code == 2 and "scale is an expanded tensor" in told, told

@@ -7,11 +7,11 @@ as they are while versions change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import SpecError, UsageError
-from .layout import named_tensors, tied_key, unreadable
+from .layout import named_modules, named_tensors, tied_key, unreadable
 from .names import bare, matching
 
 if TYPE_CHECKING:
@@ -45,19 +45,37 @@ def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[
     return left
 
 
+def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:
+    """Refuses modules whose adapters PEFT has merged into the weights beside them, which no tensor shows.
+
+    A version would replace those weights, and they would go on as if they held the adapters.
+
+    Raises:
+        UsageError: one has.
+    """
+    for each in modules:
+        if getattr(each, "merged_adapters", None):
+            raise UsageError(
+                f"adapters are merged into the weights of the policy ({type(each).__name__}), and no tensor says so. "
+                "Call unmerge_adapter() first, or take the plain model that merge_and_unload() returns."
+            )
+
+
 def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
-    """Refuses a policy that has such state, or says once that it has.
+    """Refuses a policy that has such state, or says once that it has; and one with merged adapters.
 
     Args:
         extra_state: ``"refuse"``, or ``"ignore"``, which logs the names.
 
     Raises:
         SpecError: it has, and that is not to be ignored; the module's own code failed; another way was named.
+        UsageError: adapters are merged into its weights.
     """
     import torch
 
     if extra_state not in ("refuse", "ignore"):
         raise SpecError(f'extra_state={extra_state!r} is neither "refuse" nor "ignore". Use one of them.')
+    check_unmerged(each for _, each in named_modules(module))
     tensors = dict(named_tensors(module))
     known, objects = set(map(bare, tensors)), set(map(id, tensors.values()))
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import CopyRefused, HalfWritten
+from ..errors import CopyRefused, HalfWritten, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,17 @@ def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Tries a copy of each tensor's own values, as plain ones; the tensors stay as they are.
 
     Raises:
+        UsageError: two elements of a tensor share one place in memory.
         CopyRefused: a tensor's class refuses it.
     """
     import torch
 
     for name, tensor in tensors:
+        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise UsageError(
+                f"{name} is an expanded tensor: several of its elements share one place in memory, which cannot hold "
+                "different values. Give each element its own memory (.contiguous()) in the policy."
+            )
         if not runs_code(tensor):
             continue
         plain = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)

@@ -202,11 +202,6 @@ def _check_memory(tensors: Tensors) -> None:
                 f"{name} is a tensor of zeros without memory, as derivatives are. Give the policy a tensor of its own "
                 "(torch.zeros), then attach."
             )
-        if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise UsageError(
-                f"{name} is an expanded tensor: several of its elements share one place in memory, which cannot hold "
-                "different values. Give each element its own memory (.contiguous()), then attach."
-            )
     check_takes_copies(tensors)
 
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import HalfWritten
-from ..layout.module import check_extra_state
+from ..layout.layout import named_modules
+from ..layout.module import check_extra_state, check_unmerged
 
 if TYPE_CHECKING:
     import torch
@@ -185,6 +186,7 @@ class WeightUpdaterBase:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(weights, torch.nn.Module):
             return False
+        check_unmerged(each for _, each in named_modules(weights))
         if weights not in self._told:
             check_extra_state(weights, self.extra_state)
             self._told.add(weights)
