@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,6 +55,8 @@ class Checkpoint(TensorTable):
     @property
     def header(self) -> str:
         """A digest of its headers: of where each tensor lies, and of the metadata."""
+        from hashlib import sha256  # 4 ms, which a pass with nothing to do need not take
+
         return sha256(repr((list(self.tensors.values()), self.metadata)).encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
