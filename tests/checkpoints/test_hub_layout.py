@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,29 +168,125 @@ def test_a_lora_adapter_is_merged_into_a_base_in_the_hubs_layout(tmp_path: Path)
     assert same(parts, wanted)
 
 
-@pytest.mark.slow
-def test_what_transformers_writes_of_a_mixture_goes_live(tmp_path: Path) -> None:
-    """Guards the real writer: a mixture's own save_pretrained fits its own module."""
-    transformers: Any = pytest.importorskip("transformers")
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=2,
-        num_experts_per_tok=1,
-        head_dim=16,
+@pytest.mark.parametrize(
+    ("module", "rename", "expected"),
+    [
+        ("text.q", {r"/^([aq])\./": r"text.\1."}, {"text.a": 0.0, "text.q": 2.0}),
+        ("text.a", {r"/^([aq])\./": r"text.\1."}, {"text.a": 2.0, "text.q": 0.0}),
+        ("a", {"/^a/": "c", "/^q/": "a", "/^c/": "q"}, {"a": 0.0, "q": 2.0}),
+    ],
+)
+def test_the_renames_of_a_base_spoil_no_name_of_an_adapter(
+    module: str, rename: dict[str, str], expected: dict[str, float], tmp_path: Path
+) -> None:
+    """Guards an adapter of a base in the hub's layout: PEFT saves the modules' names, which may need no rename."""
+    save_file({f"{each[-1]}.weight": torch.zeros(4, 4) for each in expected}, tmp_path / "base.safetensors")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    halves = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+    save_file(
+        {f"base_model.model.{module}.lora_{half}.weight": tensor for half, tensor in halves.items()},
+        adapter / "adapter_model.safetensors",
     )
-    model = transformers.Qwen3MoeForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "step_1")
-    wanted = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+    wanted = {f"{name}.weight": torch.full((4, 4), value) for name, value in expected.items()}
+    assert taken(adapter, wanted, Fit(base=str(tmp_path / "base.safetensors"), rename=rename))
+
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ONE = {"num_experts_per_tok": 1}
+RANKS = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+ROPE = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+SIGHT = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "depth": 1, "out_hidden_size": 32}
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLIP |= {"image_size": 28, "patch_size": 14, "projection_dim": 32}
+LLAVA = {
+    "text_config": {"model_type": "llama", **TEXT},
+    "vision_config": {"model_type": "clip_vision_model", **CLIP},
+    "image_token_index": 63,
+}
+REAL: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Qwen3MoeForCausalLM": (
+        "Qwen3MoeConfig",
+        {**TEXT, **ONE, "moe_intermediate_size": 16, "num_experts": 2, "head_dim": 16},
+        "fits",
+    ),
+    "DeepseekV3ForCausalLM": (
+        "DeepseekV3Config",
+        {**TEXT, **ONE, **RANKS, "moe_intermediate_size": 16, "n_routed_experts": 2, "n_group": 1, "topk_group": 1}
+        | {"first_k_dense_replace": 1},
+        "fits",
+    ),
+    "MixtralForCausalLM": ("MixtralConfig", {**TEXT, **ONE, "num_local_experts": 2}, "renamed"),
+    "Qwen2_5_VLForConditionalGeneration": (
+        "Qwen2_5_VLConfig",
+        {"text_config": {**TEXT, **ROPE}, "vision_config": {**SIGHT, "fullatt_block_indexes": [0], "window_size": 112}},
+        "renamed",
+    ),
+    "LlavaForConditionalGeneration": ("LlavaConfig", LLAVA, "renamed"),
+    "LlavaNextForConditionalGeneration": (
+        "LlavaNextConfig",
+        {**LLAVA, "image_grid_pinpoints": [[28, 28]]},
+        "renamed",
+    ),
+    "GraniteMoeForCausalLM": ("GraniteMoeConfig", {**TEXT, **ONE, "num_local_experts": 2}, "written otherwise"),
+}
+
+
+def taken(path: Path, wanted: Tensors, fit: Fit) -> bool:
+    """Whether the weights of this checkpoint are these; raises where it does not fit."""
     layout = layout_of_tensors(wanted.items())
-    with Checkpoint(tmp_path / "step_1") as checkpoint:
-        weights = bytearray(layout.nbytes)
-        checkpoint.read_into(memoryview(weights), checkpoint.plan(layout))
-    memory = torch.frombuffer(weights, dtype=torch.float32)
-    parts = {e.name: memory[e.offset // 4 : (e.offset + e.nbytes) // 4].view(e.shape) for e in layout.tensors}
-    assert all(torch.equal(parts[name], wanted[name]) for name in parts)
+    weights = bytearray(layout.nbytes)
+    with Checkpoint(path) as checkpoint:
+        checkpoint.read_into(memoryview(weights), checkpoint.plan(layout, fit))
+    memory = torch.frombuffer(weights, dtype=torch.uint8)
+    return all(
+        torch.allclose(
+            memory[e.offset : e.offset + e.nbytes].view(wanted[e.name].dtype).view(e.shape), wanted[e.name], atol=1e-4
+        )
+        for e in layout.tensors
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.filterwarnings("ignore")  # of the libraries that write
+def test_what_transformers_and_peft_write_goes_live(name: str, tmp_path: Path) -> None:
+    """Guards the real writers: what save_pretrained writes fits as it is or as the message says, and a LoRA on it."""
+    transformers: Any = pytest.importorskip("transformers")
+    peft: Any = pytest.importorskip("peft")
+    config, settings, outcome = REAL[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    wanted = {each: tensor.detach() for each, tensor in model.state_dict().items()}
+    fit = Fit()
+    if outcome != "fits":
+        with pytest.raises(CheckpointMismatch) as refusal:
+            taken(base, wanted, fit)
+        options = re.findall(r"--rename=([^ ']*)=([^ '`]*)", refusal.value.message)
+        assert bool(options) == (outcome == "renamed"), refusal.value.message
+        fit = Fit(rename=dict(options))
+        if not options:
+            assert "save_pretrained(..., save_original_format=False)" in refusal.value.message
+            model.save_pretrained(base, save_original_format=False)
+    assert taken(base, wanted, fit)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["o_proj"])).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = {each: tensor.detach() for each, tensor in adapted.merge_and_unload().state_dict().items()}
+    assert taken(tmp_path / "adapter", merged, replace(fit, base=str(base)))
+    assert not taken(base, merged, fit)

@@ -12,7 +12,7 @@ has no base weights: they keep their live values, come from ``base``, or stay as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -170,8 +170,9 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
         if (key := match[3] if match else name) in half:
             rows.append(Difference(stored, "one tensor", f"{half[key].name} is the same, too"))
         half[key] = tensor
-    own = _replace(others, entries, settings, layout, rows)
-    deltas, lacking = _add(halves, entries, config, settings, own, plan, rows)
+    named = _for_names(settings, [f"{module}.weight" for module, _ in halves], entries)
+    own = _replace(others, entries, named, layout, rows)
+    deltas, lacking = _add(halves, entries, config, named, own, plan, rows)
     if not (rows or deltas or lacking or own.pairs):
         rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in adapter.tensors.values()]
     if rows:
@@ -185,6 +186,13 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
             held = f"{base.path} lacks {len(lacking)} of the weights that the adapter adds to."
             raise CheckpointMismatch(held, tuple(lacking))
     return _together(replace(own, settings=settings), plan, tuple(deltas))
+
+
+def _for_names(settings: Fit, names: Sequence[str], entries: Mapping[str, TensorEntry]) -> Fit:
+    """The settings for an adapter: without renames, which are the base's, where only so its names are the policy's."""
+    renamed = [settings.name(name) for name in names]
+    is_lost = any(name is not None and name not in entries for name in renamed)
+    return replace(settings, prefix="", rename={}) if is_lost and entries.keys() >= {*names} else settings
 
 
 def _together(own: Plan, base: Plan, deltas: tuple[Delta, ...]) -> Plan:

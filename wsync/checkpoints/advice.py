@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, permutations
+from math import prod
 from typing import Any
 
 from ..layout.layout import Layout, TensorEntry
@@ -35,7 +36,7 @@ _WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 _EXPERT = re.compile(r"experts\.\d+\.")  # one expert; a module may hold them fused
 _PREFIXES = 16  # most prefixes tried
 _GLOBS = 32  # most globs advised
-_RENAMES = 4  # together
+_RENAMES = 5  # together
 _LOOKED_AT = 2000  # most tensors compared
 
 HOPELESS = "It stays refused until it changes: "
@@ -63,7 +64,8 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit, most: int = 5_000_00
             f" If the checkpoint is meant to be a part of the policy, strict = false (--no-strict) takes {few} and "
             "keeps the rest as it is."
         )
-    if any(_EXPERT.search(name) for name in tensors) and not any(_EXPERT.search(e.name) for e in layout.tensors):
+    experts = any(_EXPERT.search(name) for name in tensors) and not any(_EXPERT.search(e.name) for e in layout.tensors)
+    if experts or (part.kept and _are_as_many(tensors, layout)):
         other += (
             " If transformers wrote it in the hub's layout, save_pretrained(..., save_original_format=False) writes "
             "the names of the modules."
@@ -93,6 +95,11 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
     told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
     options = _options(change)
     return f"{told} As options: `{options}`." if options else told
+
+
+def _are_as_many(tensors: Tensors, layout: Layout) -> bool:
+    """Whether a checkpoint holds as many numbers as the policy: it may be the same weights, named and cut otherwise."""
+    return sum(prod(t.shape) for t in tensors.values()) == sum(prod(entry.shape) for entry in layout.tensors)
 
 
 def _is_rarely_saved(entry: TensorEntry) -> bool:
@@ -232,6 +239,8 @@ def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list
         return rf"/\.{re.escape('.'.join(old))}\./", ".".join(["", *new, ""])
     if not before and not old:
         old, new = [after], [*new, after]
+    if len(old) == len(given):  # no part of the name is left behind it
+        return f"/^{re.escape('.'.join(old))}$/", ".".join(new)
     return rf"/^{re.escape('.'.join([*before, *old]))}\./", "".join(f"{part}." for part in [*before, *new])
 
 
