@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointMismatch, PartialCheckpoint
 from ..layout.layout import Layout
+from .extras import ExtraFiles, Extras
 from .fit import Fit
 from .table import TensorTable
 
@@ -32,11 +33,12 @@ class Checkpoint(TensorTable):
         settle: float = 0.0,
         digest: str = "",
         published: Callable[[], Sequence[str]] = tuple,
+        extras: ExtraFiles = ExtraFiles(),  # noqa: B008  (frozen)
     ) -> None:
         """Opens a checkpoint; see ``TensorTable``."""
         from .steps import step_at
 
-        super().__init__(path, settle=settle, digest=digest, published=published)
+        super().__init__(path, settle=settle, digest=digest, published=published, extras=extras)
         self.step = step_at(self.path, self.metadata).number
         self.planned: Plan | None = None
         self.fitted: Fit | None = None
@@ -101,7 +103,7 @@ class Checkpoint(TensorTable):
         finite: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Reads the planned bytes into ``weights``, checks them, and checks that the file stood still meanwhile.
+        """Reads the extras, and the planned bytes into ``weights``; checks both, and that no file changed meanwhile.
 
         Args:
             weights: writable, at least ``plan.layout.nbytes`` bytes.
@@ -118,12 +120,18 @@ class Checkpoint(TensorTable):
         """
         from . import merging, staging
 
+        if not self.fitted:  # a kept copy has brought its own
+            self.extras = Extras({}, self.metadata)
+        if self.parts.extras:
+            from .extras_reading import read_extras
+
+            self.extras = read_extras(self.source, self.metadata, digests=bool(self.digests))
         if plan.merge and self.base:
             merging.read_into(self, self.base, weights, plan, finite=finite, progress=progress)
         else:
             staging.read_into(self, weights, plan, finite=finite, progress=progress)
 
-    def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit) -> None:
-        """Reports the path, identity and step of the original, and how that was fitted."""
+    def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit, extras: Extras) -> None:
+        """Reports the path, identity, step and extras of the original, and how that was fitted."""
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
-        self.changed_ns = 0
+        self.changed_ns, self.extras = 0, extras

@@ -36,6 +36,7 @@ from ..layout.filenames import (
     is_file_name,
 )
 from ..system.memory import read_at
+from .extras import ExtraFiles
 
 if TYPE_CHECKING:
     from ..stores.path import RemotePath
@@ -91,17 +92,26 @@ class Parts(NamedTuple):
         beside: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
             where it does not exist, or not yet.
         names: the tensors that the index gives to each of ``files``; empty if it is not sharded.
+        extras: the files that travel with the weights, by their names.
+        wanted: which those are.
     """
 
     path: Path
     files: tuple[Path, ...]
     beside: Path | None = None
     names: tuple[frozenset[str], ...] = ()
+    extras: Mapping[str, Path] = {}
+    wanted: ExtraFiles = ExtraFiles()
+
+    @property
+    def own(self) -> tuple[Path, ...]:
+        """The files, followed by the small one."""
+        return (*self.files, self.beside) if self.beside else self.files
 
     @property
     def every(self) -> tuple[Path, ...]:
-        """The files, followed by the small one."""
-        return (*self.files, self.beside) if self.beside else self.files
+        """The same, followed by the extras."""
+        return (*self.own, *self.extras.values())
 
     @property
     def is_adapter(self) -> bool:
@@ -110,7 +120,7 @@ class Parts(NamedTuple):
     @property
     def is_several(self) -> bool:
         """Whether its writer writes several files, one after another."""
-        return bool(self.names) or self.is_adapter
+        return bool(self.names or self.extras) or self.is_adapter
 
 
 def identity(info: os.stat_result) -> str:
@@ -148,8 +158,8 @@ def written(info: os.stat_result) -> int:
     return min(info.st_mtime_ns, info.st_ctime_ns)
 
 
-def parts_of(path: Path) -> Parts:
-    """The parts of the checkpoint at a path; of a directory only its index is read.
+def parts_of(path: Path, extras: ExtraFiles = ExtraFiles()) -> Parts:  # noqa: B008  (frozen)
+    """The parts of the checkpoint at a path; of a directory only its index is read. Extras may still be missing.
 
     Raises:
         NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
@@ -157,6 +167,13 @@ def parts_of(path: Path) -> Parts:
         MalformedCheckpoint: the index is not an index, or names files elsewhere.
         OSError: the system refused access.
     """
+    parts = _own_parts(path)
+    if not extras.files:
+        return parts
+    return parts._replace(extras=extras.beside(path, parts.own), wanted=extras)
+
+
+def _own_parts(path: Path) -> Parts:
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
             return _by(path, path)

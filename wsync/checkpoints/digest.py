@@ -77,6 +77,11 @@ def digests_of(parts: Parts) -> tuple[Digest, ...]:
     return found
 
 
+def digest_of(file: Path) -> Digest:
+    """The digest of one file; raises as ``digests_of``."""
+    return _needed(file, _digest(file, {}))
+
+
 def _needed(file: Path, digest: Digest | None) -> Digest:
     if digest:
         return digest

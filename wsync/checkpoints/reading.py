@@ -57,7 +57,7 @@ class Files(ByteSource):
             self.infos = [os.fstat(fd) for fd in self._fds]
             if parts.is_several and not self._lies_there(parts):
                 raise changed(parts.path)
-            settling.let_files_settle(parts, self._fds[: len(parts.files)], settle)
+            settling.let_files_settle(parts, self._fds, settle)
             self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have ended since they were opened
         except BaseException:  # an interrupt leaves no descriptors open, either
             self.close()
@@ -87,11 +87,11 @@ class Files(ByteSource):
         """
         until = time.monotonic() + _DELETING
         while True:
-            there = [os.path.lexists(file) for file in self.parts.every]
+            there = [os.path.lexists(file) for file in self.parts.own]
             if not any(there):
                 return True
             with suppress(FileNotFoundError, NoCheckpoint, IncompleteCheckpoint):
-                return self._lies_there(parts_of(self.parts.path))
+                return self._lies_there(parts_of(self.parts.path, self.parts.wanted))
             if time.monotonic() > until:
                 return False
             time.sleep(_TICK)

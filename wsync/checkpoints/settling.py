@@ -26,6 +26,8 @@ PATIENCE = 30.0
 """A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""
 COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart", "st")
 """Suffixes of the files that downloaders keep beside a file until it is complete."""
+EXTRAS_PATIENCE = 5.0
+"""The same where weights and extras were not rewritten together: extras may never change, and are written quickly."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: file systems' clocks tick at least so often
 _SECOND = 1.0 + _TICK  # the same for times in whole seconds, as on ext3 and NFS exports of it
@@ -41,17 +43,19 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     was never written, that takes ``PATIENCE`` times as long: the file is sparse, or its writer has stalled.
 
     Args:
-        fds: open descriptors, one for each of ``parts.files``.
+        fds: open descriptors, one for each of ``parts.every``.
         settle: seconds.
 
     Raises:
         BeingWritten: a file is still open for writing, is not all there, or does not stand still.
     """
     _check_downloads(parts)
+    opened = {file: fd for file, fd in zip(parts.every, fds, strict=True) if file != parts.beside}
+    files, fds = list(opened), list(opened.values())
     writing = [being_written(fd) for fd in fds]
     if True in writing:
         raise OpenForWriting(
-            f"{parts.files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
+            f"{files[writing.index(True)]} is still open for writing. Wait for its writer to close it; "
             "a writer should write under another name, and rename the file into place."
         )
     closed = not parts.is_several and None not in writing
@@ -59,7 +63,7 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     never_written = [unwritten(fd) for fd in fds]
     if "reserved" in never_written:
         raise BeingWritten(
-            f"{parts.files[never_written.index('reserved')]} is incomplete: room for the rest was reserved, and has "
+            f"{files[never_written.index('reserved')]} is incomplete: room for the rest was reserved, and has "
             "not been written. Wait for its writer to finish, or write it again."
         )
     if "hole" in never_written and None in writing:
@@ -118,7 +122,7 @@ def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], 
     if is_web:
         wanted = max(wanted, _WEB_TICK)
     now = time.time()
-    written = [file.stat().st_mtime for file in parts.files]
+    written = [file.stat().st_mtime for file in (*parts.files, *parts.extras.values())]
     left = wanted - (now - max((t for t in written if t <= now + 1), default=0.0))
     if left > LONGEST_WAIT + _WEB_TICK:
         raise _unsettled(parts.path, wanted)
@@ -139,13 +143,14 @@ def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, pu
     """Checks that the files of a checkpoint in several are of one save, as far as they can tell.
 
     Args:
-        infos: of ``parts.every``, the index last.
+        infos: of ``parts.every``.
         settle: seconds that a checkpoint in several has to stand still.
         published: identities of what was published from this path before.
 
     Raises:
         BeingRewritten: they are of two saves, or may be and changed within ``PATIENCE * settle`` seconds.
     """
+    infos = infos[: len(parts.own)]
     *times, index = map(written, infos)
     mixed = min(times) < index < max(times)
     for earlier in map(fingerprints, published):
@@ -163,8 +168,30 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
     Raises:
         BeingRewritten: as ``check_files``.
     """
+    infos = infos[: len(parts.own)]
     if _is_mixed(parts, [info.st_ctime_ns <= since for info in infos]):
         _let_stand(parts, infos, settle)
+
+
+def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
+    """Checks that weights and extras are of one save, where they lie at a place from which both were published.
+
+    Args:
+        infos: of ``parts.every``.
+        published: as of ``check_files``.
+
+    Raises:
+        BeingRewritten: only the ones or only the others changed, within ``EXTRAS_PATIENCE * settle`` seconds.
+    """
+    for earlier in map(fingerprints, published):
+        if len({fingerprint(info) in earlier for info in infos}) == 2 and (
+            left := _left(infos, EXTRAS_PATIENCE * settle)
+        ):
+            raise BeingRewritten(
+                f"{parts.path} may hold files of two saves: of its weights and its extras ({', '.join(parts.extras)}) "
+                f"some have changed since it was published, and others have not. It is published once all have "
+                f"changed, or in {left:.1f} s if none changes ({EXTRAS_PATIENCE:g} times select.settle)."
+            )
 
 
 def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
@@ -184,16 +211,20 @@ def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
 
 
 def _let_stand(parts: Parts, infos: Sequence[os.stat_result], settle: float) -> None:
-    now = time.time()
-    changed = [t / 1e9 for info in infos for t in (info.st_mtime_ns, info.st_ctime_ns)]
-    left = max((t for t in changed if t <= now + 1), default=0.0) + PATIENCE * settle - now
-    if left > 0:
+    if _left(infos, PATIENCE * settle):
         assert parts.beside
         raise BeingRewritten(
             f"{parts.path} may hold files of two saves: {parts.beside.name} is older than some of its weights and "
             "newer than others, or only one of the two has changed. Wait for its writer: it is published once all "
             f"files have changed, or none has changed for {PATIENCE * settle:g} s ({PATIENCE:g} times select.settle)."
         )
+
+
+def _left(infos: Sequence[os.stat_result], patience: float) -> float:
+    """Seconds until none of these files has changed for so long; 0 where that is so."""
+    now = time.time()
+    changed = [t / 1e9 for info in infos for t in (info.st_mtime_ns, info.st_ctime_ns)]
+    return max(0.0, max((t for t in changed if t <= now + 1), default=0.0) + patience - now)
 
 
 def check_steps(parts: Parts, metadata: Sequence[Mapping[str, str]]) -> None:

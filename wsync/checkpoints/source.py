@@ -55,7 +55,7 @@ class ByteSource:
         """
         if self.parts.beside is None:
             raise FileNotFoundError("it is not there")
-        info = self.infos[-1]
+        info = self.infos[len(self.parts.files)]
         if not stat.S_ISREG(info.st_mode):
             raise ValueError("it is not a regular file")
         if info.st_size > most:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, IncompleteCheckpoint
 from .checkpoint_files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
+from .extras import ExtraFiles, Extras
 
 if TYPE_CHECKING:
     from .cast import Pair, Piece
@@ -36,6 +37,7 @@ class TensorTable:
         metadata: the headers' ``__metadata__``.
         digests: digests that the files must have, if asked for.
         base: the table of the weights that it is merged into, once that is planned; see ``adapter``.
+        extras: what travels with the weights, once those are read.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class TensorTable:
         settle: float = 0.0,
         digest: str = "",
         published: Callable[[], Sequence[str]] = tuple,
+        extras: ExtraFiles = ExtraFiles(),  # noqa: B008  (frozen)
     ) -> None:
         """Opens a checkpoint.
 
@@ -53,12 +56,14 @@ class TensorTable:
             settle: seconds without a change, if nothing else shows that its writer is done; waited for here.
             digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
             published: gives the identities of what was published from this path before; called if it has several files.
+            extras: which files travel with the weights.
 
         Raises:
             NoCheckpoint: there is none at this path.
             BeingWritten: its writer is still at work, or was a moment ago.
-            IncompleteCheckpoint: a file is shorter than its header says, or a shard is missing or from another write.
-            MalformedCheckpoint: it breaks the format.
+            IncompleteCheckpoint: a file is shorter than its header says, a shard is missing or from another write, or
+                an extra is missing.
+            MalformedCheckpoint: it breaks the format, or its extras are too large.
             WrongDigest: the configuration of an adapter does not match its digest.
             CheckpointError: it cannot be read.
         """
@@ -67,8 +72,9 @@ class TensorTable:
         self.metadata: dict[str, str] = {}
         self.digests: tuple[Digest, ...] = ()
         self.base: TensorTable | None = None
+        self.extras = Extras()
         try:
-            self.parts = parts_of(self.path)
+            self.parts = parts_of(self.path, extras)
             self.source = self._open(settle)
             try:
                 self._read(settle, digest, published)
@@ -99,6 +105,10 @@ class TensorTable:
         self.identity = identity_of(self.source.infos)
         if self.parts.beside:
             check_files(self.parts, self.source.infos, settle, published())
+        if self.parts.wanted.files:
+            from .extras_reading import check_extras
+
+            check_extras(self.parts, self.source.infos, settle, published())
         self.expect(digest)
         headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
         check_steps(self.parts, headers)

@@ -57,12 +57,12 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
     rows += [Setting(f"policy_kwargs.{key}", value, "TOML") for key, value in spec.policy_kwargs.items()]
     for name, value in asdict(spec.access).items():
         add(name, value, toml)
-    for table in ("select", "weights", "hooks", "metrics"):
+    for table in ("select", "extras", "weights", "hooks", "metrics"):
         for name, value in asdict(getattr(spec, table)).items():
             if name == "webhook" and value:
                 value = "(set; may hold a secret)"
             option = f"metrics_{name}" if table == "metrics" and name != "max_staleness" else name
-            if name not in ("partial", "kept", "built"):
+            if name not in ("partial", "kept", "built", "extras", "listed"):
                 add(f"{table}.{name}", value, toml.get(table, {}), option)
     return rows
 

@@ -55,6 +55,8 @@ _HELP: dict[str, tuple[str, Any, str]] = {
     "pointer": ("select", str, "File in the directory that names the one checkpoint to take, such as latest."),
     "step": ("select", str, "/REGEX/ with a group that finds the step in a checkpoint's name."),
     "digest": ("select", str, "sha256: compare each file with the digest that the trainer leaves beside it."),
+    "extras_files": ("extras", list[str], "File or glob beside the weights that travels with them; may be repeated."),
+    "extras_max_bytes": ("extras", int, "Bytes that all of them may have together. (default: 16777216)"),
     "prefix": ("weights", str, "Take only tensors whose names begin with this, and drop it from their names."),
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be repeated."),
     "include": ("weights", list[str], "Glob of tensor names to take; may be repeated."),
@@ -103,6 +105,7 @@ _PANELS = {
     "spec": None,
     "access": "Who else may read the segment",
     "select": "Which checkpoint (the TOML's table select)",
+    "extras": "What travels with the weights (the TOML's table extras)",
     "weights": "Which tensors (the TOML's table weights)",
     "hooks": "Before and after a publish (the TOML's table hooks)",
     "metrics": "Figures for monitoring (the TOML's table metrics)",
@@ -252,6 +255,8 @@ def read_spec(text: str, settings: dict[str, dict[str, Any]], checkpoints: str |
     tables = dict(settings)
     own = dict(tables.pop("spec"))
     spec = load_spec(text, name=own.pop("name", None), checkpoints=checkpoints)
+    if extras := tables.pop("extras"):
+        tables["select"] = {**tables["select"], "extras": replace(spec.extras, **extras)}
     return replace(spec, **own, **{table: replace(getattr(spec, table), **given) for table, given in tables.items()})
 
 

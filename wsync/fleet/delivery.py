@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
+from ..checkpoints.extras import Extras
 from ..checkpoints.fit import Fit
 from ..checkpoints.plan import Plan
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
@@ -110,6 +111,10 @@ class Shared:
         rank: of the box that sends.
         source: what the sending box reads first.
         live: the sending box's live weights, if they go live again under another number.
+        extras: what travels with the sending box's live weights.
+
+    Attributes:
+        extras: on each box, once ``read_into`` is done.
     """
 
     def __init__(
@@ -119,11 +124,13 @@ class Shared:
         rank: int,
         source: Source | None = None,
         live: memoryview | None = None,
+        extras: Extras = Extras(),  # noqa: B008  (immutable)
     ) -> None:
         self.path, self.step, self.identity = weights.source, weights.step, weights.identity
         self.changed_ns = weights.changed_ns
         self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
         self.weights, self.turn = weights, turn
+        self.extras = extras
         self._rank, self._source, self._live = rank, source, live
 
     def plan(self, layout: Layout, settings: Fit) -> Plan:
@@ -134,11 +141,13 @@ class Shared:
     ) -> None:
         read = None
         if self._source:
+            source = self._source
             read = partial(self._source.read_into, weights, plan, finite=finite, progress=progress)
             progress = None  # reading reports progress
         elif self._live is not None:
             weights[:] = self._live
-        deliver(self.turn, self._rank, weights, plan.layout.nbytes, read=read, progress=progress)
+        extras = (lambda: source.extras) if self._source else (lambda: self.extras)
+        self.extras = deliver(self.turn, self._rank, weights, plan.layout.nbytes, extras, read=read, progress=progress)
 
 
 def deliver(
@@ -146,15 +155,17 @@ def deliver(
     rank: int,
     weights: memoryview | None,
     nbytes: int,
+    extras: Callable[[], Extras],
     *,
     read: Callable[[], None] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> None:
-    """Brings the weights of one box to all others; every box of the group takes part.
+) -> Extras:
+    """Brings the weights of one box to all others, with their extras; every box of the group takes part.
 
     Args:
         rank: of the box that sends.
         weights: what is sent, or where it goes; None ignores it.
+        extras: gives what travels with the sender's weights, once those are read.
         read: fills the sender's weights, once all boxes are ready.
         progress: called with the bytes of each piece that arrives.
 
@@ -171,7 +182,11 @@ def deliver(
         group.share(room[start : start + size], rank)
         if progress:
             progress(size)
-    sums = group.together(lambda: zlib.crc32(weights[:nbytes]) if weights is not None else -1)
+    travelling = bytearray(extras().to_bytes() if group.rank == rank else b"")
+    travelling = travelling or bytearray(group.together(lambda: len(travelling))[rank])
+    if travelling:
+        group.share(memoryview(travelling), rank)
+    sums = group.together(lambda: zlib.crc32(travelling, zlib.crc32(weights[:nbytes])) if weights is not None else -1)
     wrong = [name for name, each in zip(group.names, sums, strict=True) if each not in (-1, sums[rank])]
     if wrong:
         turn.over = True
@@ -179,3 +194,4 @@ def deliver(
             f"{', '.join(wrong)}: the bytes that arrived differ from the bytes sent. They are thrown away and sent "
             "again. Check the network between the boxes."
         )
+    return Extras.from_bytes(bytes(travelling))

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.extras import Extras
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, from_os_error
 from ..history.outcome import Outcome
@@ -211,6 +212,7 @@ class Rounds:
         else:
             weights = Publication(**self._group.hear(provider))
         turn = Turn(self._group)
+        extras = segment.extras(weights, segment.word & 0xFF) if rank == provider else Extras()
         try:
             if rank in change.takers and rank != provider:
                 return self._take(this, Shared(weights, turn, provider), change.gated)
@@ -218,8 +220,8 @@ class Rounds:
                 self._member.check_unchanged(segment)
                 sent = segment.live_weights() if rank == provider else None
                 if rank in change.takers:  # also the provider, if it needs another number
-                    return self._take(this, Shared(weights, turn, provider, live=sent), gated=False)
-                deliver(turn, provider, sent, segment.layout.nbytes)  # sends from here, or ignores it
+                    return self._take(this, Shared(weights, turn, provider, live=sent, extras=extras), gated=False)
+                deliver(turn, provider, sent, segment.layout.nbytes, lambda: extras)  # sends from here, or ignores it
                 turn.vote()  # agreed
                 self._group.together(dict)  # waits while others make copies
         except CheckpointRejected as exc:

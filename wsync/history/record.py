@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.extras import MAX_BYTES, ExtraFiles, Extras
 from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, NoCheckpoint, SegmentError, StateError, UsageError, WsyncError, printable
 from ..places.identity import is_same
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 _PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # added to the settings under which a refusal is remembered
 IN_NO_FILE = "kept live values that are in no file"
+_EXTRAS = ".extras"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
 
 
@@ -171,8 +174,9 @@ class Record:
 
     # --- events
 
-    def published(self, outcome: Outcome, lag: int, fit: Fit, changed_ns: int) -> None:
-        fields = {**outcome._asdict(), "lag": lag, "settings": fit_to_json(fit), "changed_ns": changed_ns}
+    def published(self, outcome: Outcome, lag: int, fit: Fit, changed_ns: int, extras: ExtraFiles) -> None:
+        settings = settings_to_json(fit, extras)
+        fields = {**outcome._asdict(), "lag": lag, "settings": settings, "changed_ns": changed_ns}
         self._try(State.record, "publish", accepted=self._settings, **fields)
 
     def gate(self, result: str, staged: Staged) -> None:
@@ -208,8 +212,11 @@ class Record:
         if state and number > 0:
             self._try(keep, segment, number)
 
-    def reopen(self, pin: Pin, fit: Fit) -> tuple[Checkpoint, Fit]:
+    def reopen(self, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple[Checkpoint, Fit]:
         """The pinned checkpoint, from a kept copy or its file.
+
+        Args:
+            fit, extras: of a checkpoint that was never published.
 
         Raises:
             CheckpointError: neither exists any more.
@@ -221,7 +228,8 @@ class Record:
             return again
         changed_ns = self._state.changed_ns(pin.identity, pinned.id) if pinned else 0
         mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
-        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, changed_ns, pin.header)
+        extras = extras_from_json(pinned.settings) if pinned else extras
+        checkpoint = None if mixed else _same(pin.checkpoint, pin.identity, changed_ns, pin.header, extras)
         if checkpoint is None:
             why = IN_NO_FILE if mixed else gone_or_changed(self._state, pin.checkpoint)
             raise CheckpointError(
@@ -231,15 +239,18 @@ class Record:
         return checkpoint, fit
 
 
-def fit_to_json(fit: Fit) -> str:
+def settings_to_json(fit: Fit, extras: ExtraFiles) -> str:
+    """The settings by which a checkpoint's file is published again."""
     left_out = {"partial", "built"} if fit.kept else {"partial", "built", "kept"}
     named = {field.name: getattr(fit, field.name) for field in fields(fit) if field.name not in left_out}
-    return json.dumps({name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()})
+    table = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
+    return json.dumps(table | ({"extras": [extras.files, extras.max_bytes]} if extras.files else {}))
 
 
 def fit_from_json(text: str | None) -> Fit:
     """Reads the settings of an event; raises StateError if this wsync does not know them."""
     table: dict[str, Any] = json.loads(text) if text else {}
+    table.pop("extras", None)
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     try:
         return Fit(**settings)
@@ -247,6 +258,15 @@ def fit_from_json(text: str | None) -> Fit:
         raise StateError(
             f"the settings of a version on record cannot be read ({exc!s:.200}). Go back to another one."
         ) from exc
+
+
+def extras_from_json(text: str | None) -> ExtraFiles:
+    """Which extras were published with a checkpoint; none where the settings do not tell."""
+    try:
+        files, most = json.loads(text or "{}").get("extras", [[], MAX_BYTES])
+        return ExtraFiles(tuple(files), most)
+    except (TypeError, ValueError, UsageError):
+        return ExtraFiles()
 
 
 def keep(state: State, segment: Segment, number: int) -> None:
@@ -259,6 +279,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
     """
     try:
         lease, publication = segment.lease(), segment.live()
+        extras = segment.extras(publication, lease.slot).to_bytes() if lease and publication else b""
     except (OSError, SegmentError) as exc:
         raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
     if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
@@ -273,9 +294,14 @@ def keep(state: State, segment: Segment, number: int) -> None:
         this = state.published("version = ?", (publication.version,), 1)
         same = copies(state).get(what(this[0])) if this else None
         if same and _holds(same, publication.identity):
+            with suppress(FileNotFoundError):
+                same.with_suffix(_EXTRAS).replace(target.with_suffix(_EXTRAS))
             same.replace(target)
             return
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as copy:
+        if extras:
+            with open(os.open(target.with_suffix(_EXTRAS), _NEW, 0o600), "wb") as copy:
+                copy.write(extras)
+        with open(os.open(temporary, _NEW, 0o600), "wb") as copy:
             try_lock(copy.fileno())  # a sweeper sees that it is being written
             os.lseek(lease.fileno(), 0, os.SEEK_SET)
             with open(lease.fileno(), "rb", closefd=False) as slot:
@@ -284,7 +310,8 @@ def keep(state: State, segment: Segment, number: int) -> None:
         # Not by their numbers, which begin again if the history was removed.
         order = {event.version: event.id for event in copied_events(state)} | {publication.version: math.inf}
         for version in sorted(copied_versions(state), key=lambda version: order.get(version, -1))[:-number]:
-            copy_path(state, version).unlink(missing_ok=True)
+            for end in (".safetensors", _EXTRAS):
+                copy_path(state, version).with_suffix(end).unlink(missing_ok=True)
     except OSError as exc:
         with suppress(OSError):
             temporary.unlink()
@@ -300,9 +327,18 @@ def _holds(copy: Path, identity: str) -> bool:
     """Whether a kept copy is there, and its metadata name this checkpoint."""
     try:
         with Checkpoint(copy) as checkpoint:
-            return checkpoint.metadata.get("identity") == identity
-    except WsyncError:
+            told, extras = checkpoint.metadata, copy.with_suffix(_EXTRAS)
+            size = extras.stat().st_size if told.get("extras", "0") != "0" else 0
+            return told.get("identity") == identity and told.get("extras", "0") == str(size)
+    except (OSError, WsyncError):
         return False
+
+
+def _extras_of(copy: Path, checkpoint: Checkpoint) -> Extras:
+    """What travels with the weights of a kept copy."""
+    if checkpoint.metadata.get("extras", "0") == "0":
+        return Extras()
+    return Extras.from_bytes(copy.with_suffix(_EXTRAS).read_bytes())
 
 
 def _sweep(copies: Path) -> None:
@@ -357,10 +393,12 @@ def reopen(
     copy = found.get(what(event))
     if copy and _holds(copy, event.identity or ""):
         checkpoint = Checkpoint(copy)
-        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit)
+        own = _extras_of(copy, checkpoint)
+        checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fit, own)
         return checkpoint, Fit(finite=False, kept=fit.kept)
     changed_ns = state.changed_ns(event.identity or "", event.id)
-    original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns, header)
+    extras = extras_from_json(event.settings)
+    original = None if fit.kept else _same(event.checkpoint, event.identity, changed_ns, header, extras)
     if original:
         original.step = event.step  # a setting may have found it, and not only the name
     return (original, fit) if original else None
@@ -373,12 +411,15 @@ def gone_or_changed(state: State, path: str | None) -> str:
     return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
 
 
-def _same(path: str | None, identity: str | None, changed_ns: int, header: str = "") -> Checkpoint | None:
+def _same(
+    path: str | None, identity: str | None, changed_ns: int, header: str, extras: ExtraFiles
+) -> Checkpoint | None:
     if not path or not identity:
         return None
     try:
         # A name that is not UTF-8 is on record with odd bytes escaped; a file of another identity is not taken.
-        checkpoint = Checkpoint(re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path))
+        path = re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path)
+        checkpoint = Checkpoint(path, extras=extras)
     except (NoCheckpoint, CheckpointError):
         return None
     if is_same(checkpoint, identity, changed_ns, header):

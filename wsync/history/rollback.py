@@ -23,7 +23,17 @@ from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from .database import Event, State
 from .pins import Pin
-from .record import IN_NO_FILE, NO_COPY, copied_events, copies, fit_from_json, gone_or_changed, reopen, what
+from .record import (
+    IN_NO_FILE,
+    NO_COPY,
+    copied_events,
+    copies,
+    extras_from_json,
+    fit_from_json,
+    gone_or_changed,
+    reopen,
+    what,
+)
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.05
@@ -179,7 +189,9 @@ def pin_checkpoint(
     else:
         where = str(led_to(place_at(checkpoint)))
         published = [*state.published_from(where), *([live.identity] if live and live.source == where else [])]
-        with Checkpoint(checkpoint, settle=Select().settle, published=lambda: published) as opened:
+        last = state.published(limit=1)
+        extras = extras_from_json(last[0].settings if last else None)
+        with Checkpoint(checkpoint, settle=Select().settle, published=lambda: published, extras=extras) as opened:
             path, known = str(opened.path), state.changed_ns(live.identity) if live else 0
             about_live = live and (live.identity == opened.identity or live.source == path)
             if live and about_live and is_same(opened, live.identity, live.changed_ns or known):

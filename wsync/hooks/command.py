@@ -13,10 +13,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +30,24 @@ GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 LINES, CHARACTERS = 20, 2000  # of output that are kept
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 _LOOK = 0.05  # seconds between two looks whether the command ended or must stop
+
+
+@contextmanager
+def unpacked(extras: Mapping[str, bytes]) -> Iterator[str]:
+    """A directory with these files, for as long as the block runs; an empty string where there are none.
+
+    Raises:
+        OSError: there is no room for them.
+    """
+    if not extras:
+        yield ""
+        return
+    with tempfile.TemporaryDirectory(prefix="wsync-extras-") as directory:
+        for name, data in extras.items():
+            file = Path(directory, name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        yield directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
 in its environment ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
-``WSYNC_HOOK_STEP`` (empty if there is none) and ``WSYNC_HOOK_CHECKPOINT``. Status 0 accepts, 75 asks for the same
-again later, anything else rejects.
+``WSYNC_HOOK_STEP`` (empty if there is none), ``WSYNC_HOOK_CHECKPOINT``, and ``WSYNC_HOOK_EXTRAS``: a directory with the
+extras, empty if there are none. Status 0 accepts, 75 asks for the same again later, anything else rejects.
 
-A function is called with the policy, in eval mode, with the staged weights in it. It accepts with any result but
+A function is called with the policy, in eval mode, with the staged weights in it; and with the extras, bytes by their
+names, if it has a parameter ``extras``. It accepts with any result but
 ``False``, which is taken for a failed check whose author forgot to raise; ``RetryLater`` asks for the same again later,
 and any other exception rejects. It runs in a process of its own, so that a watch never imports torch and survives
 whatever that code does.
@@ -24,10 +25,11 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import GateRejected, RetryLater, SegmentError, SpecError, WsyncError
 from ..segment.access import opened
@@ -78,17 +80,32 @@ def _answer_of(
 ) -> tuple[str, str, command.Ended]:
     """The gate's verdict, why, and how it ended."""
     about = {"staged": staged.path, "name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
-    variables = environment(slot.parent.parent, state_dir, **about)
-    run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
-    if not spec.hooks.gate_is_function:
-        ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
-        return _VERDICTS.get(ended.code, "reject"), str(ended), ended
-    answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
+    with _unpacked(staged) as extras:
+        variables = environment(slot.parent.parent, state_dir, **about, extras=extras)
+        run = partial(command.run, timeout=spec.hooks.gate_timeout, environment=variables, stop=stop)
+        if not spec.hooks.gate_is_function:
+            ended = run(["/bin/sh", "-c", spec.hooks.gate], directory=spec.directory)
+            return _VERDICTS.get(ended.code, "reject"), str(ended), ended
+        answer, ended = child.ask(_judge, spec, staged, run=lambda words, link: run(words, stdin=link))
     if isinstance(answer, WsyncError):
         raise answer
     silent = f"ended without a verdict{ended.said}" if ended.code == 0 else str(ended)
     verdict, why = answer or ("reject", silent)
     return verdict, why, ended
+
+
+@contextmanager
+def _unpacked(staged: Staged) -> Iterator[str]:
+    """See ``command.unpacked``; raises WsyncError where there is no room."""
+    with ExitStack() as stack:
+        try:
+            directory = stack.enter_context(command.unpacked(staged.extras))
+        except OSError as exc:
+            raise WsyncError(
+                f"the extras could not be copied for the gate ({exc}). Make room in the directory for temporary files, "
+                "or name another with TMPDIR."
+            ) from exc
+        yield directory
 
 
 @contextmanager
@@ -136,8 +153,11 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
     if not callable(function):
         raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
     load(policy.eval(), staged.path, spec.weights.own)
+    more: dict[str, Any] = {}
+    with suppress(TypeError, ValueError):  # not every callable tells its parameters
+        more = {"extras": staged.extras} if "extras" in signature(function).parameters else {}
     try:
-        result = function(policy)
+        result = function(policy, **more)
     except RetryLater as exc:
         return "retry", f"asks to try it later: {_bounded(str(exc))}"
     except (Exception, SystemExit) as exc:

@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoints.extras import Extras
 from ..errors import WsyncError
 from ..segment.segment_files import Publication
 from ..settings.hook_settings import environment
@@ -36,7 +37,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("wsync")
 _LOOK = 0.25  # seconds after which a wait checks again: a signal in another thread does not end it
 
-Act = Callable[[Publication, threading.Event], None]
+
+class News(NamedTuple):
+    """What hooks are told of: a version that went live, and the files that came with it."""
+
+    live: Publication
+    extras: Extras = Extras()
+
+
+Act = Callable[[News, threading.Event], None]
 Told = Callable[[str, bool, str], None]
 
 
@@ -59,15 +68,15 @@ class Hook:
         self.kind, self.runs, self.failures = kind, 0, 0
         self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
         self._changed = threading.Condition()
-        self._waiting: Publication | None = None
+        self._waiting: News | None = None
         self._closing = False
         self._cancel, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
-    def send(self, live: Publication) -> None:
+    def send(self, news: News) -> None:
         """Puts a version into the mailbox, and drops one that still waits there."""
         with self._changed:
-            self._waiting = live
+            self._waiting = news
             self._changed.notify()
 
     def shut(self, *, now: bool = False) -> None:
@@ -89,25 +98,26 @@ class Hook:
             self._ended.wait(2 * command.GRACE + 1)
 
     def _work(self) -> None:
-        failed: Publication | None = None  # to be tried again
+        failed: News | None = None  # to be tried again
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if failed else None)
-                live, self._waiting = self._waiting or (None if self._closing else failed), None
-            if live is None or self._cancel.is_set():
+                news, self._waiting = self._waiting or (None if self._closing else failed), None
+            if news is None or self._cancel.is_set():
                 break
-            failed = None if self._run(live) else live
+            failed = None if self._run(news) else news
         self._ended.set()
 
-    def _run(self, live: Publication) -> bool:
+    def _run(self, news: News) -> bool:
         self.runs += 1
-        ok, message = True, f"{self.kind} succeeded for version {live.version}"
+        version = news.live.version
+        ok, message = True, f"{self.kind} succeeded for version {version}"
         try:
-            self._act(live, self._cancel)
+            self._act(news, self._cancel)
         except Exception as exc:  # any: the thread must go on
             self.failures += 1
             why = str(exc) if isinstance(exc, WsyncError) else f"{self.kind} failed: {type(exc).__name__}: {exc}."
-            ok, message = False, f"version {live.version} is live, but {why} A watch tries it again; a push does not."
+            ok, message = False, f"version {version} is live, but {why} A watch tries it again; a push does not."
         try:
             self._report(self.kind, ok, message)
         except Exception:  # a log that cannot be written is reported at its other writes
@@ -134,13 +144,13 @@ class HookRunner:
             act: Act = partial(run_command, spec, (runtime, state_dir))
             self.hooks["exec"] = Hook("exec", act, settings.exec_timeout, settings.exec_backoff, report)
         if settings.webhook:
-            act = lambda live, cancel: request(spec, live)  # noqa: E731
+            act = lambda news, cancel: request(spec, news)  # noqa: E731
             self.hooks["webhook"] = Hook("webhook", act, settings.webhook_timeout, settings.webhook_backoff, report)
 
-    def send(self, live: Publication) -> None:
+    def send(self, live: Publication, extras: Extras) -> None:
         """Passes a version to each hook; returns at once."""
         for hook in self.hooks.values():
-            hook.send(live)
+            hook.send(News(live, extras))
 
     def close(self, *, now: bool = False) -> None:
         """Waits until all that runs or waits has had its time.
@@ -154,7 +164,7 @@ class HookRunner:
             hook.join()
 
 
-def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication, cancel: threading.Event) -> None:
+def run_command(spec: Spec, places: tuple[Path, Path | None], news: News, cancel: threading.Event) -> None:
     """Runs ``exec`` once.
 
     Args:
@@ -163,23 +173,24 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], live: Publication,
     Raises:
         WsyncError: it failed, or took too long.
     """
-    runtime, state_dir = places
+    (runtime, state_dir), (live, extras) = places, news
     about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source}
-    ended = command.run(
-        ["/bin/sh", "-c", spec.hooks.exec],
-        timeout=spec.hooks.exec_timeout,
-        environment=environment(runtime, state_dir, **about),
-        directory=spec.directory,
-        stop=cancel,
-    )
+    with command.unpacked(extras.files) as directory:
+        ended = command.run(
+            ["/bin/sh", "-c", spec.hooks.exec],
+            timeout=spec.hooks.exec_timeout,
+            environment=environment(runtime, state_dir, **about, extras=directory),
+            directory=spec.directory,
+            stop=cancel,
+        )
     if ended.code != 0:
         why = str(ended) if str(ended).endswith("\n") else f"{ended}. "
         what_now = "Run it by hand" if ended.code is not None else "Let it end sooner, or raise hooks.exec_timeout"
         raise WsyncError(f"the command {spec.hooks.exec!r} {why}{what_now}.")
 
 
-def request(spec: Spec, live: Publication) -> None:
-    """Makes the webhook's request once.
+def request(spec: Spec, news: News) -> None:
+    """Makes the webhook's request once; of extras it tells the names.
 
     The timeout is for the whole request: a server that sends a byte now and then must not delay a newer version.
 
@@ -189,11 +200,11 @@ def request(spec: Spec, live: Publication) -> None:
     import http.client
     from urllib.parse import urlsplit
 
-    settings = spec.hooks
+    settings, (live, extras) = spec.hooks, news
     url = urlsplit(settings.webhook)
     shown = f"the webhook at {url.hostname}"
     about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source or None}
-    body = json.dumps(about).encode()
+    body = json.dumps(about | ({"extras": sorted(extras.files)} if extras.files else {})).encode()
     target = (url.path or "/") + (f"?{url.query}" if url.query else "")
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.hostname or "", url.port, timeout=settings.webhook_timeout)

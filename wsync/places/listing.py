@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import cast
 
@@ -70,6 +71,8 @@ def scan(
         NoCheckpoint: there is no such place yet.
         CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
     """
+    if settings.extras.files:
+        settings = replace(settings, extras=replace(settings.extras, listed={}))
     try:
         away = remote(place)  # one listing of the store answers all that is asked below
         place = place_at(away.listed()) if away else led_to(place)
@@ -167,15 +170,23 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
 def _counts(settings: Select) -> Callable[[str], bool]:
     """Returns the test whether a name may be a checkpoint's."""
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
-    return lambda name: not (TEMPORARY.search(name) or SHARD.search(name) or (matches and not matches(name)))
+    is_extra = settings.extras.matches if settings.extras.files else None
+    return lambda name: (
+        not (
+            TEMPORARY.search(name)
+            or SHARD.search(name)
+            or (matches and not matches(name))
+            or (is_extra and is_extra(name))
+        )
+    )
 
 
 def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], CheckpointError | None]:
     """The checkpoint that a place is itself, the names of its files, and what is wrong with it."""
     try:
-        parts = parts_of(inside(place.absolute(), settings))
+        parts = parts_of(inside(place.absolute(), settings), settings.extras)
         own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
-        return _marked(_of_parts(parts), [place / settings.marker], settings), own, None
+        return _of_parts(parts, "", [place / settings.marker], settings), own, None
     except NoCheckpoint:
         return [], set(), None
     except CheckpointError as exc:
@@ -215,7 +226,7 @@ def _found(path: Path, name: str, settings: Select) -> list[Candidate]:
     else:
         lies, markers = path, [path.parent / each for each in _markers_of(path.name, settings.marker)]
     below = f"{name}{str(lies)[len(str(path)) :]}"
-    return _marked(_of_parts(parts_of(lies), below), markers, settings)
+    return _of_parts(parts_of(lies, settings.extras), below, markers, settings)
 
 
 def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
@@ -264,8 +275,11 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
         and stat.S_ISREG((info := entry.stat()).st_mode)
     ):
         where = str(led_to(Path(entry.path))) if not remote(place) and entry.is_symlink() else entry.path
+        if settings.extras.files:
+            return _found(place / name if remote(place) else Path(where), name, settings)
         single = Candidate(where, info, written(info), None, name, info.st_ctime_ns)
-        return _marked(single, (place / m for m in _markers_of(name, settings.marker) if m in names), settings)
+        markers = (place / m for m in _markers_of(name, settings.marker) if m in names)
+        return _marked(single, single.mtime_ns, markers, settings)
     if not entry.is_dir():
         return []
     path = Path(entry.path) if remote(place) is None else place / name
@@ -283,10 +297,10 @@ def _markers_of(name: str, marker: str) -> tuple[str, ...]:
     return (*own, marker) if name == SINGLE else own
 
 
-def _marked(candidate: Candidate, markers: Iterable[Path], settings: Select) -> list[Candidate]:
-    """The candidate, where it needs no marker or has one; a marker that is older than it is of an earlier save."""
+def _marked(candidate: Candidate, saved_ns: int, markers: Iterable[Path], settings: Select) -> list[Candidate]:
+    """The candidate, where it needs no marker or has one; a marker from before its last file is of an earlier save."""
     infos = map(_look, markers) if settings.marker else ()
-    is_marked = not settings.marker or any(written(info) >= candidate.mtime_ns for info in infos if info)
+    is_marked = not settings.marker or any(written(info) >= saved_ns for info in infos if info)
     return [candidate] if is_marked else []
 
 
@@ -318,11 +332,16 @@ def listing_of(place: Path, settings: Select = Select()) -> object:  # noqa: B00
         return str(exc)
 
 
-def _of_parts(parts: Parts, name: str = "") -> Candidate:
-    """A checkpoint of several files, or in a directory, as a candidate."""
+def _of_parts(parts: Parts, name: str, markers: Iterable[Path], settings: Select) -> list[Candidate]:
+    """A checkpoint of several files, or in a directory, as a candidate.
+
+    Its extras tell one state of it from another, and not how old it is: several checkpoints may share them.
+    """
     infos = [file.stat() for file in parts.every]
-    arrived = max(info.st_ctime_ns for info in infos)
-    return Candidate(parts.path, identity_of(infos), max(map(written, infos)), None, name, arrived)
+    own = infos[: len(parts.own)]
+    arrived = max(info.st_ctime_ns for info in own)
+    candidate = Candidate(parts.path, identity_of(infos), max(map(written, own)), None, name, arrived)
+    return _marked(candidate, max(map(written, infos)), markers, settings)
 
 
 def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:

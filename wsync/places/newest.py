@@ -13,11 +13,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..checkpoints.checkpoint_files import identity
+from ..checkpoints.extras import ExtraFiles
 from ..errors import UsageError
 from ..layout.filenames import SUFFIX, is_file_name
 
@@ -46,6 +47,7 @@ class Select:
         pointer: a file of the place, or a link, that names the one checkpoint to take.
         step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
             ``checkpoints.steps`` finds.
+        extras: which files travel with the weights: the settings of ``[extras]``.
         digest: ``"sha256"`` takes only checkpoints beside which the digest of each file stands, and compares them.
     """
 
@@ -58,6 +60,7 @@ class Select:
     pointer: str = ""
     step: str = ""
     digest: str = ""
+    extras: ExtraFiles = field(default_factory=ExtraFiles)
 
     def __post_init__(self) -> None:
         if self.step:
@@ -99,8 +102,9 @@ class Candidate(NamedTuple):
     Attributes:
         location: its absolute path.
         stamp: its identity, or what the system says of it, from which the identity is worked out.
-        mtime_ns: when it was last written: its newest modification time, or its change time if that is earlier, because
-            a modification time can be set to anything, and one in the future would hide all that comes after.
+        mtime_ns: when its weights were last written: their newest modification time, or their change time if that is
+            earlier, because a modification time can be set to anything, and one in the future would hide all that
+            comes after.
         step: from its metadata, if the order needs it.
         name: its path below the place where it was found; empty if it is the place itself.
         arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when

@@ -215,8 +215,8 @@ class CheckpointWeightGetter:
         Args:
             published: gives the identities of what was published from its path before.
         """
-        settle, digest = self.select.settle, self.select.digest
-        checkpoint = Checkpoint(candidate.path, settle=settle, digest=digest, published=published)
+        settle, digest, extras = self.select.settle, self.select.digest, self.select.extras
+        checkpoint = Checkpoint(candidate.path, settle=settle, digest=digest, published=published, extras=extras)
         checkpoint.identity = as_listed(candidate, checkpoint)
         step = self.step_of(candidate, checkpoint.metadata)
         checkpoint.step = checkpoint.step if step is None else step

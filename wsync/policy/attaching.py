@@ -77,7 +77,7 @@ def attach(
             the segment need not have them (``[weights] own`` in a spec). With it, a publisher makes the segment.
         on_version: called as ``on_version(version, step, extras)`` after each take, the first one here included, in the
             thread that takes it and while no other is inside ``using()``. It may run the policy; a ``refresh()`` in it
-            returns False. ``extras`` is a mapping that is empty until files can travel with the weights.
+            returns False. ``extras`` is ``reader.extras``, the files that travel with the weights.
         on_version_error: what it raises is logged, and with ``"raise"`` the call that took the version raises it, too.
             The policy has that version all the same.
         max_age: seconds; while the policy's version was published longer ago, each ``refresh()`` raises Stale, once it

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 
+from ..checkpoints.extras import Extras
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ..segment.segment import Lease, Segment
 from ..segment.segment_files import Publication
@@ -32,7 +33,8 @@ class DeviceReader(Reader):
     def __init__(self, attached: Attached, segment: Segment, mode: Way, weights: DeviceWeights, terms: Terms) -> None:
         self._attached, self._weights = attached, weights
         super().__init__(segment, mode, terms)
-        self._sent: tuple[Lease, Publication, float] | None = None  # the copy under way: what it copies, and since when
+        # The copy under way: what it copies, and since when.
+        self._sent: tuple[Lease, Publication, Extras, float] | None = None
         self._again = 0.0
         self._told_of_room = False
         self._forked = False
@@ -72,6 +74,7 @@ class DeviceReader(Reader):
         try:
             self._attached.check()
             publication = self._segment.leased(lease)
+            extras = self._segment.extras(publication, lease.slot)
             self._weights.start(self._segment, lease.slot)
         except OutOfDeviceMemory as exc:
             lease.release()
@@ -82,7 +85,7 @@ class DeviceReader(Reader):
         except BaseException:  # even an interrupt: nothing reads the slot
             lease.release()
             raise
-        self._sent = lease, publication, time.time()
+        self._sent = lease, publication, extras, time.time()
         self._again, self._told_of_room = 0.0, False
         self._registration.update(self.version, *self._leases())
         return True
@@ -91,7 +94,7 @@ class DeviceReader(Reader):
         assert self._sent is not None
         if not self._weights.landed(wait=wait):
             return False
-        (lease, publication, _), self._sent = self._sent, None
+        (lease, publication, extras, _), self._sent = self._sent, None
         lease.release()
         self._attached.check()  # again: the policy may have been moved during the copy
         first = self.version == 0
@@ -100,7 +103,7 @@ class DeviceReader(Reader):
         except HalfWritten as exc:
             self._half_written = exc
             raise
-        self._took(lease, publication)
+        self._took(lease, publication, extras)
         if first:
             self._weights.make_room(self._segment.layout)  # if it is too large, attaching says so
         return True
@@ -112,7 +115,7 @@ class DeviceReader(Reader):
             _log.warning("the policy attached to %r keeps version %d: %s", self.name, self.version, exc)
 
     def _leases(self) -> tuple[tuple[int, ...], float]:
-        return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[2])
+        return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[3])
 
     def _find_again(self) -> bool:
         if self._sent is not None:  # a waiting thread calls this: the pages of a copy under way stay locked

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NoReturn
 
+from ..checkpoints.extras import Extras
 from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
 from ..segment.readers import Registration
 from ..segment.segment import Lease, Segment
@@ -62,12 +63,15 @@ class Reader(ABC):
         mode: ``"swap"`` or ``"copy"``.
         version: of the weights in the policy; 0 before the first.
         step: the producer's number for them; None if it gave none.
+        extras: the files that came with them: bytes by their names.
+        metadata: their checkpoint's own.
     """
 
     def __init__(self, segment: Segment, mode: Way, terms: Terms) -> None:
         self.name, self.mode = segment.name, mode
         self.version = 0
         self.step: int | None = None
+        self.extras, self.metadata = Extras()
         self._terms, self._born = terms, 0.0
         self._seen, self._taken = -1, 0
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
@@ -214,7 +218,7 @@ class Reader(ABC):
         finally:
             if self._born != born:  # even if an interrupt came meanwhile
                 with self._users.inside(alone=True):
-                    self._terms.tell(self.name, self.version, self.step)
+                    self._terms.tell(self.name, self.version, self.step, self.extras)
 
     @abstractmethod
     def _advance(self, wait: bool) -> bool:
@@ -241,8 +245,9 @@ class Reader(ABC):
             return None
         return lease
 
-    def _took(self, lease: Lease, publication: Publication) -> None:
+    def _took(self, lease: Lease, publication: Publication, extras: Extras) -> None:
         drop_caches()
+        self.extras, self.metadata = extras
         self.version = self._taken = lease.version
         self.step, self._seen = publication.step, lease.word
         self._born = _clock() - max(0.0, time.time() - publication.published_at)
@@ -332,8 +337,9 @@ class PlainReader(Reader):
     def _take_in(self, lease: Lease) -> None:
         """Gives the policy a leased version; may be called again after an interrupt."""
         publication = self._segment.leased(lease)
+        extras = self._segment.extras(publication, lease.slot)
         self._way.take(self._segment, lease)
-        self._took(lease, publication)
+        self._took(lease, publication, extras)
 
     def _give_own(self) -> None:
         self._way.close()

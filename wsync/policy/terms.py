@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import Stale, UsageError
@@ -14,7 +13,6 @@ from ..text import duration
 
 _log = logging.getLogger("wsync")
 OnVersion = Callable[[int, int | None, Mapping[str, bytes]], object]
-_NO_EXTRAS: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +37,12 @@ class Terms:
         if given is not None and not (isinstance(given, int | float) and not math.isnan(given) and given > 0):
             raise UsageError(f"max_age={given!r} is not a number of seconds above 0. Give one, or None for any age.")
 
-    def tell(self, name: str, version: int, step: int | None) -> None:
+    def tell(self, name: str, version: int, step: int | None, extras: Mapping[str, bytes]) -> None:
         """Calls ``on_version`` with the version that the policy has now."""
         if self.on_version is None:
             return
         try:
-            self.on_version(version, step, _NO_EXTRAS)
+            self.on_version(version, step, extras)
         except Exception:  # the user's code may raise anything
             _log.exception("on_version failed at version %d of %r, which the policy has all the same", version, name)
             if self.on_version_error == "raise":

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ..checkpoints.extras import Extras, checked
 from ..checkpoints.fit import Fit
 from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
 from ..layout.finite import not_finite
@@ -43,6 +44,7 @@ class Staged(NamedTuple):
         version: the number that they get if they go live.
         step: the producer's number, if it gave one.
         checkpoint: path of their checkpoint; empty for weights from memory.
+        extras: the files that go live with them, by their names.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Staged(NamedTuple):
     version: int
     step: int | None
     checkpoint: str
+    extras: Mapping[str, bytes] = {}
 
 
 class Source(Protocol):
@@ -72,6 +75,9 @@ class Source(Protocol):
 
     @property
     def fitted(self) -> Fit | None: ...
+
+    @property
+    def extras(self) -> Extras: ...  # once the weights are read
 
     def plan(self, layout: Layout, settings: Fit) -> Plan: ...
 
@@ -124,7 +130,7 @@ def publish(
         source = "" if checkpoint.path == Path() else str(checkpoint.path)  # a copy of weights from memory has no path
         about = Publication(version, step, source, checkpoint.identity, time.time(), spec, *origin)
         about = replace(about, changed_ns=checkpoint.changed_ns)
-        publication = _describe(segment, slot, about, gate)
+        publication = _describe(segment, slot, about, gate, checkpoint.extras)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -160,6 +166,7 @@ def publish_tensors(
     spec: str = "",
     gate: Gate | None = None,
     last_version: int = 0,
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Publication:
     """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
 
@@ -171,6 +178,7 @@ def publish_tensors(
         step: recorded with the version: a whole number, which may be numpy's or in a tensor.
         spec: fingerprint of the policy spec, recorded with the version.
         gate, last_version: as for ``publish``.
+        extras: bytes that travel with them, by the names of files.
 
     Raises:
         KeyError: a name is unknown, or missing.
@@ -182,7 +190,7 @@ def publish_tensors(
 
     from ..layout.weights import check, copy, same_infinities
 
-    layout = segment.layout
+    layout, travelling = segment.layout, checked(extras)
     version, step = _next_version(segment, last_version), _whole(step)
     homes = seen_through(tensors, {name for entry in layout.tensors for name in entry.names})
     tensors = {homes.get(name, name): tensor for name, tensor in tensors.items()}
@@ -210,7 +218,7 @@ def publish_tensors(
             if own is not None and source is not None and same_infinities(source, own.to(dtype)):
                 continue
             raise ValueError(f"{name!r} holds NaN or infinity. Nothing was published; see what the trainer did.")
-        publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate)
+        publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate, travelling)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -261,15 +269,22 @@ def _whole(step: int | None) -> int | None:
     return number
 
 
-def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publication, gate: Gate | None) -> Publication:
-    """Writes the slot's header, then lets the gate look at the whole file: nothing points to it yet.
+def _describe(
+    segment: WritableSegment, slot: SpareSlot, publication: Publication, gate: Gate | None, extras: Extras
+) -> Publication:
+    """Writes the slot's header and extras, then lets the gate look at them all: nothing points to them yet.
 
-    The publish time is taken after the gate, which may be slow.
+    The publish time is taken after the gate, which may be slow; and the extras are written again, since it may have
+    written to that file.
     """
+    data = extras.to_bytes()
+    publication = replace(publication, extras=len(data))
+    segment.put_extras(slot, data)
     slot.describe(publication)
     if gate:
         file = segment.path / slot_name(slot.number)
         staged = Staged(file, segment.name, publication.version, publication.step, publication.source)
+        staged = staged._replace(extras=extras.files)
         try:
             try:
                 gate(staged)
@@ -279,6 +294,7 @@ def _describe(segment: WritableSegment, slot: SpareSlot, publication: Publicatio
             _restore(segment, slot)
             raise
         publication = replace(publication, published_at=time.time())
+        segment.put_extras(slot, data)
         slot.describe(publication)
     return publication
 

@@ -61,6 +61,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from ..checkpoints.extras import Extras
 from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, from_os_error
 from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
@@ -75,7 +76,10 @@ from .segment_files import (
     Publication,
     added_slots,
     damage,
+    extras_damage,
+    extras_name,
     map_control,
+    parsed,
     slot_name,
 )
 
@@ -177,7 +181,11 @@ class Segment:
 
     def damage(self) -> str:
         """What something outside wsync did to its files, as the end of a sentence; empty if all is well."""
-        return damage(self._dir, self.slots)
+        how = damage(self._dir, self.slots)
+        with suppress(SegmentUnsafe):  # reported where it is read
+            if not how and (live := self.live()) and live.extras:
+                how = extras_damage(self._dir, self.word & 0xFF, live.extras)
+        return how
 
     @cached_property
     def _slot_bytes(self) -> int:
@@ -232,6 +240,26 @@ class Segment:
             SegmentUnsafe: the slot's header does not say.
         """
         return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
+
+    def extras(self, publication: Publication, slot: int) -> Extras:
+        """What travels with the weights of a slot that is leased, or live.
+
+        Raises:
+            SegmentDamaged: its file is gone or was cut.
+            SegmentUnsafe: it holds something else.
+        """
+        if not publication.extras:
+            return Extras()
+        name = extras_name(slot)
+        with self._open_file(name, os.O_RDONLY) as file:
+            data = read_at(file.fileno(), publication.extras + 1, 0)
+        if len(data) != publication.extras:
+            raise damaged(self.name, f"has a {name} that is not of {publication.extras:,} bytes")
+        try:
+            with parsed():
+                return Extras.from_bytes(data)
+        except ValueError as exc:
+            raise broken(self.name, f"has a {name} that cannot be read ({exc})") from exc
 
     def _publication(self, head: bytes, slot: int) -> Publication:
         """What the first ``METADATA_END`` bytes of a live slot say."""

@@ -57,6 +57,7 @@ class Publication:
         owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
         place: where the owner's checkpoints appear; empty if it has no place of its own.
         changed_ns: when the system last changed a file of the checkpoint before it was read; 0 if unknown.
+        extras: bytes of the file beside the slot with what travels with the weights; 0 if there is none.
     """
 
     version: int
@@ -68,6 +69,7 @@ class Publication:
     owner: str = ""
     place: str = ""
     changed_ns: int = 0
+    extras: int = 0
 
     def to_metadata(self) -> dict[str, str]:
         told = {key: "" if value is None else str(value) for key, value in asdict(self).items()}
@@ -89,11 +91,12 @@ class Publication:
                 step=int(data["step"]) if data["step"] else None,
                 published_at=float(data["published_at"]),
                 changed_ns=int(data.get("changed_ns", 0)),
+                extras=int(data.get("extras", 0)),
                 **texts,
             )
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("a field is not a string")
-            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
+            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME and found.extras >= 0):
                 raise ValueError("a number is beyond its bounds")
             return found
 
@@ -168,6 +171,35 @@ def map_control(directory: int, *, write: bool) -> mmap.mmap:
 
 def slot_name(slot: int) -> str:
     return f"slot-{slot}.safetensors"
+
+
+def extras_name(slot: int) -> str:
+    return f"slot-{slot}.extras"
+
+
+def write_extras(directory: int, slot: int, data: bytes) -> None:
+    """Replaces what travels with the weights of a slot that nobody else uses; for those who may read the slot."""
+    remove_extras(directory, slot)
+    if data:
+        like = os.stat(slot_name(slot), dir_fd=directory)
+        with opened(open_file(extras_name(slot), os.O_RDWR | os.O_CREAT | os.O_EXCL, directory)) as fd:
+            write_at(fd, data, 0)
+            os.fchown(fd, -1, like.st_gid)
+            os.fchmod(fd, stat.S_IMODE(like.st_mode))
+
+
+def remove_extras(directory: int, slot: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(extras_name(slot), dir_fd=directory)
+
+
+def extras_damage(directory: int, slot: int, size: int) -> str:
+    """The same as ``damage``, of the file beside a live slot that should have so many bytes."""
+    try:
+        there = os.stat(extras_name(slot), dir_fd=directory, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return f"has no {extras_name(slot)}"
+    return "" if there == size else f"has a {extras_name(slot)} that was cut"
 
 
 def damage(directory: int, slots: int) -> str:
@@ -295,7 +327,9 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
 
 def share(directory: int, slots: Iterable[int], access: Access) -> None:
     """Gives the files of a segment their group and mode; its directory comes last, and so shows that all is done."""
-    for name in ("control", "layout.json", *map(slot_name, slots)):
+    there = set(os.listdir(directory))
+    extras = [name for name in map(extras_name, slots) if name in there]
+    for name in ("control", "layout.json", *map(slot_name, slots), *extras):
         with opened(open_file(name, os.O_RDONLY, directory)) as fd:
             access.grant(fd, access.bits)
     with opened(open_dir("readers", dir_fd=directory, sticky=True)) as readers:

@@ -34,11 +34,15 @@ class Held(Mapping[str, "np.ndarray[Any, Any]"]):
     Attributes:
         version: of the segment.
         step: the trainer's own number for it; None if it gave none.
+        extras: the files that travel with the weights: bytes by their names.
+        metadata: the checkpoint's own.
         path: of the slot, a safetensors file, which cannot change during the block; a tied weight is in it once.
     """
 
     def __init__(self, segment: Segment, lease: Lease) -> None:
-        self.version, self.step = lease.version, segment.leased(lease).step
+        publication = segment.leased(lease)
+        self.version, self.step = lease.version, publication.step
+        self.extras, self.metadata = segment.extras(publication, lease.slot)
         self.path = segment.path / slot_name(lease.slot)
         self._entries = {name: entry for entry in segment.layout.tensors for name in entry.names}
         self._start = segment.data_offset

@@ -26,12 +26,14 @@ from .segment_files import (
     added_slots,
     discard,
     make,
+    remove_extras,
     set_aside,
     share,
     slot_header,
     slot_name,
     sweep,
     sweep_slot,
+    write_extras,
 )
 
 
@@ -209,6 +211,7 @@ class WritableSegment(Segment):
                     continue
                 if spare and slot >= self.slots:
                     os.unlink(slot_name(slot), dir_fd=self._dir)
+                    remove_extras(self._dir, slot)
                     self._slot_maps.pop(slot, None)
                 else:
                     spare += 1
@@ -242,6 +245,19 @@ class WritableSegment(Segment):
                     yield SpareSlot(slot, file.fileno(), self._slot_map(slot), self.data_offset)
             finally:
                 file.close()  # P6 release
+
+    def put_extras(self, slot: SpareSlot, data: bytes) -> None:
+        """Puts what travels with the weights beside a slot that is being staged.
+
+        Raises:
+            OutOfSharedMemory: there is no room.
+        """
+        try:
+            write_extras(self._dir, slot.number, data)
+        except OSError as exc:
+            if told := no_room(exc, self.path, len(data)):
+                raise told from exc
+            raise
 
     def store(self, version: int, slot: int) -> None:
         """P7 and P8: makes this slot live."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..system.environment import given
 
-VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT"))
+VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT", "EXTRAS"))
 """What wsync sets for gates and hooks besides ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has such a name:
 a wsync that they run for another policy must not take over the name of this one."""
 

@@ -10,11 +10,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint_files import place_at, remote
+from ..checkpoints.extras import ExtraFiles
 from ..checkpoints.fit import Fit
 from ..errors import SpecError
 from ..places.newest import Select
@@ -63,8 +64,8 @@ class Metrics:
             raise SpecError(f"metrics.max_staleness = {self.max_staleness} is not a valid time. Give seconds above 0.")
 
 
-_TABLES = {"select": Select, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
-_INTERNAL = ("partial", "kept", "built")  # fields of a table that are no settings
+_TABLES = {"select": Select, "extras": ExtraFiles, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
+_INTERNAL = ("partial", "kept", "built", "extras", "listed")  # fields of a table that are no settings
 _KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's type
     "str": str,
     "Literal": str,
@@ -173,6 +174,11 @@ class Spec:
             )
 
     @property
+    def extras(self) -> ExtraFiles:
+        """Which files travel with the weights."""
+        return self.select.extras
+
+    @property
     def fingerprint(self) -> str:
         """Shows whether the layout of a standing segment was read from this very policy.
 
@@ -199,7 +205,8 @@ class Spec:
         """Shows whether a refused checkpoint would be refused again: the policy, the fit and the gate."""
         import hashlib
 
-        text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout))
+        extras = (self.extras,) if self.extras.files else ()
+        text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout, *extras))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -233,6 +240,7 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         table: _TABLES[table](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         for table, settings in tables.items()
     }
+    made["select"] = replace(made["select"], extras=made.pop("extras"))
     return Spec(
         policy=policy,
         name=name or data.get("name") or own_name,
@@ -297,7 +305,7 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
             raise SpecError(f"{path}: {prefix}{key} = {value!r} is not {_WORDS[kind]}. Correct it.")
         elif isinstance(value, str) and "\0" in value:
             raise SpecError(f"{path}: {prefix}{key} = {value!r} holds a NUL character. Remove it.")
-        elif isinstance(value, list | dict) and prefix == "weights.":
+        elif isinstance(value, list | dict) and prefix in ("weights.", "extras."):
             odd = [v for v in (value.values() if isinstance(value, dict) else value) if not isinstance(v, str)]
             if odd:
                 raise SpecError(f"{path}: {prefix}{key} holds {odd[0]!r}. Give strings.")

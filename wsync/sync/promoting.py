@@ -82,6 +82,7 @@ class _Live:
         slot, live = _Slot(segment, lease), segment.leased(lease)
         self.slot, self.plan, self.read_into, self.close = slot.path, slot.plan, slot.read_into, slot.close
         self.path, self.step, self.changed_ns = live.source, live.step, live.changed_ns
+        self.extras = segment.extras(live, lease.slot)
         # The history tells versions apart by their identities, and weights from memory have none.
         self.identity = live.identity or f"memory-{live.version}-{live.published_at * 1e9:.0f}"
         self.came_from = f"promoted from {segment.name}, version {live.version}"

@@ -112,7 +112,7 @@ class Taking:
             return this.pinned(pin)
         segment = box.make_segment()
         try:
-            checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights))
+            checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights, box.spec.extras))
             with checkpoint:
                 if not checkpoint.fitted:  # a kept copy is not the file that the digest belongs to
                     checkpoint.expect(box.spec.select.digest)

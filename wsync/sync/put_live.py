@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.extras import Extras
 from ..checkpoints.fit import Fit
 from ..errors import WsyncError
 from ..history.outcome import Outcome
@@ -117,10 +118,16 @@ class Box:
             self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
             fit = replace(fit, kept=publication.version) if source.kept else fit
-            return self._tell(this, segment, publication, fit, reason)
+            return self._tell(this, segment, publication, fit, source.extras, reason)
 
     def _tell(
-        self, this: Pass, segment: WritableSegment, publication: Publication, fit: Fit, reason: str | None
+        self,
+        this: Pass,
+        segment: WritableSegment,
+        publication: Publication,
+        fit: Fit,
+        extras: Extras,
+        reason: str | None,
     ) -> Outcome:
         step, last = publication.step, this.live.step if this.live else None
         try:
@@ -139,12 +146,12 @@ class Box:
             identity=publication.identity,
         )
         lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
-        self.record.published(outcome, lag, fit, publication.changed_ns)
+        self.record.published(outcome, lag, fit, publication.changed_ns, self.spec.extras)
         if self.spec.hooks.exec or self.spec.hooks.webhook:
             from ..hooks.runner import HookRunner
 
             self.hooks = self.hooks or HookRunner(self.spec, segment.path.parent, self.report, self.record.directory)
-            self.hooks.send(publication)
+            self.hooks.send(publication, extras)
         return outcome
 
     def keep(self, segment: WritableSegment) -> None:

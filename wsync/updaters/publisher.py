@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SegmentBusy, UsageError
@@ -33,8 +33,11 @@ class Publisher:
         self._policy = policy
         self._updater = SharedMemoryWeightUpdater(name, policy=policy, runtime_dir=runtime_dir)
 
-    def push(self, step: int | None = None) -> int:
+    def push(self, step: int | None = None, *, extras: Mapping[str, bytes] | None = None) -> int:
         """Publishes the weights as they are now, with the trainer's own number for them; returns the version.
+
+        Args:
+            extras: files that travel with them; see ``SharedMemoryWeightUpdater.push_weights``.
 
         Raises:
             ValueError: a weight is not finite. The live version stays.
@@ -42,7 +45,7 @@ class Publisher:
             SegmentError: the segment cannot be made, or holds another architecture.
         """
         self._updater.step = step
-        self._updater.push_weights(self._policy)
+        self._updater.push_weights(self._policy, extras=extras)
         assert self._updater.published
         return self._updater.published.version
 

@@ -6,7 +6,7 @@ Torch is imported only to push tensors: a checkpoint goes from its file into the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from .vanilla import WeightUpdaterBase
 if TYPE_CHECKING:
     import torch
 
+    from ..layout.weights import Weights
     from ..segment.readers import ReaderRecord
 
 
@@ -54,6 +55,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
         spec: fingerprint of the policy spec that versions are recorded with.
         access: who else may read the segment; a push also gives them access to a standing one.
+        extras: the files that weights from memory are published with: bytes by their names; see ``push_weights``.
         gate: called with the staged weights (a ``publishing.Staged``) before they go live; its errors are raised.
         last_version: the highest ever published under this name; a segment that is made anew continues from it.
         published: the last version that this updater published; None before.
@@ -80,6 +82,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         self.step: int | None = None
         self.spec = ""
         self.access = Access()
+        self.extras: Mapping[str, bytes] = {}
         self.gate: Gate | None = None
         self.last_version = 0
         self.published: Publication | None = None
@@ -174,6 +177,29 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
         return oldest_version(self.segment) if self.segment else 0
 
+    def push_weights(
+        self,
+        policy_or_weights: Weights | Checkpoint | None = None,
+        worker_ids: int | torch.device | Iterable[int | torch.device] | None = None,
+        *,
+        extras: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """See ``WeightUpdaterBase.push_weights``.
+
+        Args:
+            extras: files that travel with weights from memory, in the same version: bytes by names such as
+                ``"preprocessor.json"``. A policy finds them in ``reader.extras``. Default ``self.extras``.
+
+        Raises:
+            UsageError: a name is no file's name, or a value is not bytes.
+        """
+        before = self.extras
+        try:
+            self.extras = before if extras is None else extras
+            super().push_weights(policy_or_weights, worker_ids)
+        finally:
+            self.extras = before
+
     def _get_server_weights(self) -> Any:
         maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights
         if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # who maps gets tensors to map
@@ -224,6 +250,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     spec=self.spec,
                     gate=self.gate,
                     last_version=self.last_version,
+                    extras=self.extras,
                 )
         self.published, self.last_version, self._news = publication, publication.version, True
 
