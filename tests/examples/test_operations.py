@@ -195,7 +195,7 @@ def test_the_sidecar_shares_one_memory_with_the_policy(cli: Cli) -> None:
 def exposed(tmp_path: Path) -> set[str]:
     """The names of all metrics of a watch and of a push."""
     pytest.importorskip("prometheus_client")
-    from wsync.service.figures import Figures, RunFigures
+    from wsync.service.metrics import Figures, RunFigures
 
     families = [*Figures("actor").registry.collect(), *RunFigures("actor", tmp_path / "actor.prom").collect()]
     return {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
@@ -203,7 +203,7 @@ def exposed(tmp_path: Path) -> set[str]:
 
 def check_query(query: str, there: set[str]) -> set[str]:
     """Every metric, label and status of a query is one that is exposed; returns the metrics."""
-    from wsync.service.figures import STATUSES
+    from wsync.service.metrics import STATUSES
 
     metrics = set(re.findall(r"\bwsync_\w+", query))
     assert metrics and {metric.removesuffix("_bucket") for metric in metrics} <= there, query

@@ -15,8 +15,8 @@ import wsync
 from wsync.errors import UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy.reader import PlainReader
+from wsync.policy.reader_options import Terms
 from wsync.policy.tensors import Attached
-from wsync.policy.terms import Terms
 from wsync.segment.publishing import publish_tensors
 from wsync.segment.writable import WritableSegment
 

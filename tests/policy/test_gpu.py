@@ -25,7 +25,7 @@ from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
 from wsync.policy.cuda import Cuda
-from wsync.policy.device_transfer import lock_slot
+from wsync.policy.gpu_transfer import lock_slot
 from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 

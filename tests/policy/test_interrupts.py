@@ -19,8 +19,8 @@ from trainers import Trainer, leased, taken_over
 
 import wsync
 from wsync.errors import UsageError
-from wsync.policy import finding, tensors
 from wsync.policy import reader as reading
+from wsync.policy import segment_search, tensors
 
 PLACES = (str(Path(wsync.__file__).parent), contextlib.__file__)
 CHECKED = {"CALL", "PRECALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME"}  # after these a signal's handler may run
@@ -159,7 +159,7 @@ def test_an_interrupt_at_any_point_of_finding_a_segment_again_leaves_a_reader_th
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards a reader between two segments, the one that was removed and the one that was made anew."""
-    monkeypatch.setattr(finding.Search, "seconds", 0.0)
+    monkeypatch.setattr(segment_search.Search, "seconds", 0.0)
     trainer.push(1)
     policy, mark = mlp(), 2
     with wsync.attach(policy, "nets", mode="swap") as reader:

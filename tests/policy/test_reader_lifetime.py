@@ -27,8 +27,8 @@ from trainers import Trainer, addresses, leased, slot_ranges, taken_over
 import wsync
 from wsync.errors import AttachTimeout, SwapRefused, UsageError
 from wsync.layout.layout import layout_of
-from wsync.policy import finding, swap
 from wsync.policy import reader as reading
+from wsync.policy import segment_search, swap
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
@@ -626,7 +626,7 @@ def test_a_slow_policy_notices_a_segment_that_was_deleted_by_hand(
 ) -> None:
     """Guards a policy that steps now and then: what takes a fast one a second must not take it many minutes."""
     clock = itertools.count(step=10)
-    monkeypatch.setattr(finding, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(segment_search, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     with wsync.attach(mlp(), "nets") as reader:
         assert not any(reader.refresh() for _ in range(100))
         shutil.rmtree(trainer.segment.path)

@@ -17,7 +17,7 @@ from trainers import Trainer
 import wsync
 from wsync.errors import UsageError
 from wsync.policy.reader import Mode
-from wsync.policy.users import Users
+from wsync.policy.user_threads import Users
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])

@@ -21,7 +21,7 @@ from torch import nn
 
 import wsync
 from wsync.errors import SegmentDamaged, SegmentError, UsageError
-from wsync.policy import finding
+from wsync.policy import segment_search
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
 from wsync.segment.access import open_dir
@@ -58,8 +58,8 @@ def loop(runtime: Path) -> Iterator[Loop]:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader looks at the directory at each call, not once a second."""
-    monkeypatch.setattr(finding.Lookout, "seconds", 0.0)
-    monkeypatch.setattr(finding.Search, "seconds", 0.0)
+    monkeypatch.setattr(segment_search.Lookout, "seconds", 0.0)
+    monkeypatch.setattr(segment_search.Search, "seconds", 0.0)
 
 
 def remove(path: Path, part: str) -> None:

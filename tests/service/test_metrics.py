@@ -38,13 +38,13 @@ pytestmark = pytest.mark.slow
 
 parser = pytest.importorskip("prometheus_client.parser")
 
-from wsync.service.endpoint import (  # noqa: E402  (they need the client)
+from wsync.service.metrics import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
+from wsync.service.metrics_endpoint import (  # noqa: E402  (they need the client)
     PATIENCE,
     Endpoint,
     Monitor,
     _Server,
 )
-from wsync.service.figures import MAX_READERS, STATUSES, Figures, Live, reasons  # noqa: E402
 
 Samples = dict[tuple[str, ...], float]
 
@@ -181,7 +181,7 @@ def test_stale_is_unhealthy_and_recovers(serving: Callable[..., tuple[Lines, str
 def test_a_trainer_that_is_done_makes_nothing_stale(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks that find the newest live keep a watch healthy; refusals, failures and silence do not."""
     clock = [1000.0]
-    monkeypatch.setattr("wsync.service.figures.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("wsync.service.metrics.time.monotonic", lambda: clock[0])
     figures = Figures(NAME)
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
@@ -460,7 +460,7 @@ def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) ->
     done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "wsync.sync.syncer" in loaded
-    figures = {"wsync.service.figures", "wsync.service.endpoint", "wsync.service.notify"}
+    figures = {"wsync.service.metrics", "wsync.service.metrics_endpoint", "wsync.service.systemd"}
     assert not {"prometheus_client", "http.server", *figures} & loaded
 
 

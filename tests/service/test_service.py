@@ -29,8 +29,8 @@ from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
-from wsync.service.notify import Notifier
 from wsync.service.service import changed
+from wsync.service.systemd import Notifier
 from wsync.settings.spec import Spec, load_spec
 
 pytestmark = pytest.mark.slow

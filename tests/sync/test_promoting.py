@@ -28,7 +28,7 @@ from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import Publication
-from wsync.segment.watching import Watching, WatchLock
+from wsync.segment.watch_lock import Watching, WatchLock
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec

@@ -23,7 +23,7 @@ from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.places.newest import Select
 from wsync.segment.segment import Segment
-from wsync.service.figures import Figures
+from wsync.service.metrics import Figures
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer
 

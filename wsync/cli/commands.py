@@ -100,7 +100,7 @@ def push(
     unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
     figures = None
     if loaded.metrics.file and not dry_run:
-        from ..service.figures import RunFigures
+        from ..service.metrics import RunFigures
 
         figures = RunFigures(loaded.name, loaded.metrics.file, runtime_dir)
 
@@ -184,7 +184,7 @@ def watch(
     with ExitStack() as stack:
         monitor = None
         if loaded.metrics.file or loaded.metrics.port is not None:
-            from ..service.endpoint import Monitor
+            from ..service.metrics_endpoint import Monitor
 
             complain = lambda exc: log.note("error", "metrics", str(exc))  # noqa: E731
             monitor = stack.enter_context(closing(Monitor(loaded.name, loaded.metrics, runtime_dir, complain)))
@@ -296,7 +296,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:
     """Waits until all readers have a version; says which of them do not have it in time."""
-    from ..segment.reach import behind, wait_for_readers
+    from ..segment.reader_progress import behind, wait_for_readers
 
     late = wait_for_readers(segment, version, seconds) if segment else []
     return behind(late, version) if late else ""

@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 from .names import seen_through
-from .writing import check_copy, copy_each, runs_code
+from .tensor_subclasses import check_copy, copy_each, runs_code
 
 Path = tuple[str, ...]
 Weights = torch.nn.Module | TensorDictBase | Mapping[Any, Any]

@@ -1,6 +1,6 @@
 """A policy's process: attach, refresh, close.
 
 A version is taken by pointing the policy's tensors at a slot (``swap``), by copying (``copying``), or by way of a GPU
-(``device_transfer``). If there is nothing new, that costs one load of eight bytes. Imports ``segment`` and what lies
+(``gpu_transfer``). If there is nothing new, that costs one load of eight bytes. Imports ``segment`` and what lies
 below.
 """

@@ -17,14 +17,14 @@ import torch
 from ..errors import SpecError, SwapRefused, UsageError
 from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
 from ..layout.module import check_extra_state, followed
-from ..layout.writing import check_takes_copies
+from ..layout.tensor_subclasses import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
 from .first_version import Opening
 from .reader import Mode, PlainReader, Reader
+from .reader_options import OnVersion, Terms
 from .swap import own_uses
 from .tensors import Attached, Tensors, lie_together, mapped, shared
-from .terms import OnVersion, Terms
 
 if TYPE_CHECKING:
     from .cuda import Cuda
@@ -171,8 +171,8 @@ def _make(
             _check_writable(tensors)
         segment = opening.open(layout, exclude)
         return PlainReader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap", terms)
-    from .device_reader import DeviceReader
-    from .device_transfer import DeviceWeights, check_contiguous
+    from .gpu_reader import DeviceReader
+    from .gpu_transfer import DeviceWeights, check_contiguous
 
     chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
     if staging == "none":

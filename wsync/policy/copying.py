@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 
 from ..layout.layout import views
-from ..layout.writing import copy_each, half_written, runs_code
+from ..layout.tensor_subclasses import copy_each, half_written, runs_code
 from ..segment.segment import Lease, Segment
 from .tensors import Attached
 

@@ -4,7 +4,7 @@ There are two ways to take a version. ``swap`` points the policy's parameters an
 move, and the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose
 addresses stay.
 
-``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``device_reader``).
+``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``gpu_reader``).
 
 A step with nothing new costs one load of eight bytes and one comparison. A version changes between steps: call
 ``refresh()`` while no other thread is inside the policy, or run each of them inside ``using()``.
@@ -34,11 +34,11 @@ from ..segment.segment import Lease, Segment
 from ..segment.segment_files import REMOVED, WORD_OFFSET, Publication
 from ..system.memory import sleep_on
 from .copying import Copy
-from .finding import Lookout, Search, is_gone
+from .reader_options import Terms
+from .segment_search import Lookout, Search, is_gone
 from .swap import Swap
 from .tensors import Attached, drop_caches
-from .terms import Terms
-from .users import Users
+from .user_threads import Users
 
 Way = Literal["swap", "copy"]
 Mode = Literal["auto", "swap", "copy"]

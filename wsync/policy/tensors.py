@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import moved
 from ..layout.layout import Layout, named_modules, named_tensors
 from ..layout.module import check_unmerged
-from ..layout.writing import runs_code
+from ..layout.tensor_subclasses import runs_code
 from ..system.memory import permissions
 
 _use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python holds one of them

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..errors import SpecError, WsyncError
 from ..history.database import State
 from ..history.outcome import Outcome
-from ..segment.reach import Reach
+from ..segment.reader_progress import Reach
 from ..settings import layout_process
 from ..settings.spec import Spec
 from ..sync.loop import LONGEST, run
 from ..sync.syncer import Syncer
-from .notify import Notifier
+from .systemd import Notifier
 
 if TYPE_CHECKING:
     from ..fleet.fleet import Fleet
     from ..fleet.group import Group
-    from .endpoint import Monitor
+    from .metrics_endpoint import Monitor
 
 
 class Log(Protocol):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SpecError, UsageError, WsyncError
 from ..layout.layout import Layout, layout_of_tensors, named_tensors
 from ..layout.module import check_extra_state, followed
-from ..layout.writing import check_takes_copies
+from ..layout.tensor_subclasses import check_takes_copies
 from .spec import Spec
 
 if TYPE_CHECKING:

@@ -84,7 +84,7 @@ def undone_by(segment: Segment | None, outcome: Outcome, select: Select) -> str:
     """
     if not segment or outcome.status != "published" or outcome.pin:
         return ""
-    from ..segment.watching import watch_of  # a push with nothing to do does not need it
+    from ..segment.watch_lock import watch_of  # a push with nothing to do does not need it
 
     watch, live = watch_of(segment), segment.live()
     if not watch:

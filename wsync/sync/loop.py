@@ -25,7 +25,7 @@ from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
 from ..places.changes import Changes
 from ..places.listing import listing_of
-from ..segment.watching import Watching, WatchLock
+from ..segment.watch_lock import Watching, WatchLock
 from ..settings.spec import Spec
 from .syncer import Syncer
 

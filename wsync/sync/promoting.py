@@ -35,7 +35,7 @@ from ..segment.access import is_name
 from ..segment.publishing import Staged, holds
 from ..segment.segment import Lease, Segment
 from ..segment.segment_files import slot_name
-from ..segment.watching import watch_of
+from ..segment.watch_lock import watch_of
 from ..segment.writable import WritableSegment
 from ..settings.spec import Spec, load_spec
 from ..system.memory import read_at

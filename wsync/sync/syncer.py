@@ -44,7 +44,7 @@ from .put_live import Box
 
 if TYPE_CHECKING:
     from ..history.database import State
-    from ..segment.watching import WatchLock
+    from ..segment.watch_lock import WatchLock
 
 
 class Syncer:

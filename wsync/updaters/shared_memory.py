@@ -163,7 +163,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         Returns:
             The readers that do not have it when time is up, each with ``pid``, ``process``, ``version`` and ``since``.
         """
-        from ..segment.reach import wait_for_readers
+        from ..segment.reader_progress import wait_for_readers
 
         segment = self.segment
         return wait_for_readers(segment, segment.version if version is None else version, timeout) if segment else []
@@ -173,7 +173,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
 
         A trainer may delete or reuse what belongs to older ones.
         """
-        from ..segment.reach import oldest_version
+        from ..segment.reader_progress import oldest_version
 
         return oldest_version(self.segment) if self.segment else 0
 

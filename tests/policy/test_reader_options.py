@@ -18,7 +18,7 @@ from trainers import Trainer
 import wsync
 from wsync.errors import UsageError
 from wsync.policy import reader as reading
-from wsync.policy import terms
+from wsync.policy import reader_options
 
 
 class Clock:
@@ -243,7 +243,7 @@ def test_an_idle_refresh_does_nothing_more(trainer: Trainer, monkeypatch: pytest
     """Guards the price of a step: without ``max_age`` neither a clock is looked at nor the terms; with it, both are."""
     trainer.push(1)
     looks: list[float] = []
-    monkeypatch.setattr(terms.Terms, "check_age", lambda self, name, version, age: looks.append(age))
+    monkeypatch.setattr(reader_options.Terms, "check_age", lambda self, name, version, age: looks.append(age))
     for max_age, most in ((None, 40), (3600, 1000)):
         with wsync.attach(mlp(), "nets", max_age=max_age) as reader:
             looks.clear()

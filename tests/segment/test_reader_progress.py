@@ -16,7 +16,7 @@ from processes import DEADLINE
 from trainers import Trainer
 
 import wsync
-from wsync.segment.reach import Reach, oldest_version, wait_for_readers
+from wsync.segment.reader_progress import Reach, oldest_version, wait_for_readers
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ import torch
 
 from ..errors import SegmentError, UsageError
 from ..layout.layout import Layout, named_tensors, views
-from ..layout.writing import copy_each, runs_code
+from ..layout.tensor_subclasses import copy_each, runs_code
 from ..segment.segment import Segment
 from ..system.memory import address_of, populate
 from .cuda import Cuda, Flight

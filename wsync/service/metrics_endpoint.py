@@ -26,7 +26,7 @@ from prometheus_client import make_wsgi_app
 from ..errors import UsageError, WsyncError
 from ..history.outcome import Outcome
 from ..settings.spec import Metrics
-from .figures import HEALTHY, Figures, last_success, write
+from .metrics import HEALTHY, Figures, last_success, write
 
 _log = logging.getLogger("wsync")
 PATIENCE = 10.0  # seconds that a client may take in all

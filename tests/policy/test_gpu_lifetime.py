@@ -19,9 +19,9 @@ from trainers import Trainer, addresses, leased
 
 import wsync
 from wsync.errors import OutOfDeviceMemory, UsageError
-from wsync.policy import finding
 from wsync.policy import reader as reading
-from wsync.policy.device_reader import DeviceReader
+from wsync.policy import segment_search
+from wsync.policy.gpu_reader import DeviceReader
 from wsync.segment.writable import WritableSegment
 
 
@@ -377,7 +377,7 @@ def test_a_new_segment_that_lacks_a_slot(
     trainer: Trainer, device: LateDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not taken, and once it is whole its own weights come, not those of the slots that were locked before."""
-    monkeypatch.setattr(finding.Search, "seconds", 0.0)
+    monkeypatch.setattr(segment_search.Search, "seconds", 0.0)
     policy = mlp()
     with wsync.attach(policy, "nets") as reader:
         trainer.segment.remove()
@@ -480,7 +480,7 @@ def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spaw
         "import sys, torch, wsync\n"
         "from policies import mlp\n"
         "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
-        "print([m for m in sys.modules if m.startswith('wsync.policy.cuda')], torch.cuda.is_initialized())\n"
+        "print([m for m in sys.modules if m.startswith(('wsync.policy.cuda', 'wsync.policy.gpu'))], torch.cuda.is_initialized())\n"
     )
     out, err = spawn("-c", script).communicate(timeout=DEADLINE)
     assert out == "[] False\n", err

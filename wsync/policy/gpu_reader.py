@@ -16,10 +16,10 @@ from ..checkpoints.extras import Extras
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ..segment.segment import Lease, Segment
 from ..segment.segment_files import Publication
-from .device_transfer import DeviceWeights
+from .gpu_transfer import DeviceWeights
 from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of
+from .reader_options import Terms
 from .tensors import Attached
-from .terms import Terms
 
 _log = logging.getLogger("wsync")
 _NAP = 0.0005  # seconds between two looks at a copy under way
