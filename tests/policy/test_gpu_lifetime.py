@@ -480,7 +480,8 @@ def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spaw
         "import sys, torch, wsync\n"
         "from policies import mlp\n"
         "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
-        "print([m for m in sys.modules if m.startswith(('wsync.policy.cuda', 'wsync.policy.gpu'))], torch.cuda.is_initialized())\n"
+        "gpu = 'wsync.policy.cuda', 'wsync.policy.gpu'\n"
+        "print([m for m in sys.modules if m.startswith(gpu)], torch.cuda.is_initialized())\n"
     )
     out, err = spawn("-c", script).communicate(timeout=DEADLINE)
     assert out == "[] False\n", err
