@@ -35,6 +35,15 @@ def accelerate(place: Path) -> None:
         acc.save_state(place / f"step_{step}")
 
 
+def diffusers(place: Path, within: str = "", **settings: Any) -> None:
+    """Two saves of a model of diffusers, where its training scripts have them."""
+    made = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+    unet = made.UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=2, add_attention=False, **blocks)
+    for step in (500, 1000):
+        unet.save_pretrained(place / f"checkpoint-{step}" / within, **settings)
+
+
 def peft(place: Path) -> None:
     made = pytest.importorskip("peft")
     model = made.get_peft_model(mlp(), made.LoraConfig(target_modules=["0"], r=2))
@@ -86,8 +95,9 @@ def lerobot(place: Path) -> None:
         (accelerate, {}),
         (accelerate, {"file": "model_1.safetensors"}),
         (lerobot, {"within": "pretrained_model"}),
-        (by_hand("step_{step}/diffusion_pytorch_model.safetensors"), {}),
-        (by_hand("checkpoint-{step}/unet/diffusion_pytorch_model.safetensors"), {"within": "unet"}),
+        (diffusers, {}),
+        (lambda place: diffusers(place, max_shard_size="5KB"), {}),
+        (lambda place: diffusers(place, "unet"), {"within": "unet"}),
         (by_hand("global_step{step}/model.safetensors", latest="global_step1000"), {"pointer": "latest"}),
         (
             by_hand("iter_{step:07d}/model.safetensors", latest_checkpointed_iteration__txt="1000\n"),
