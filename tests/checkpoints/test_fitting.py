@@ -250,6 +250,7 @@ def test_casts_of_eight_bits_are_those_of_torch(source: str, target: str, tmp_pa
     ("value", "source", "target"),
     [(70_000.0, "F32", "F16"), (-1e300, "F64", "F32"), (3.4e38, "F32", "F16"), (1e300, "F64", "BF16"),
      (torch.finfo(torch.float32).max, "F32", "BF16"), (3e38, "BF16", "F16"), (1e30, "F32", "F8_E5M2"),
+     (465.0, "F32", "F8_E4M3"), (-1e300, "F64", "F8_E4M3"), (3e4, "F16", "F8_E4M3"),
      (float("inf"), "F32", "F8_E4M3"), (-float("inf"), "F64", "F8_E4M3"), (float("inf"), "F8_E5M2", "F8_E4M3")],
 )  # fmt: skip
 def test_what_the_policys_dtype_cannot_hold_is_refused(value: float, source: str, target: str, tmp_path: Path) -> None:

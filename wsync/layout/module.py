@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import SpecError, UsageError
-from .layout import named_modules, named_tensors, tied_key, unreadable
+from .layout import named_tensors, tied_key, unreadable
 from .names import bare, matching
 
 if TYPE_CHECKING:
@@ -62,20 +62,18 @@ def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
-    """Refuses a policy that has such state, or says once that it has; and one with merged adapters.
+    """Refuses a policy that has such state, or says once that it has.
 
     Args:
         extra_state: ``"refuse"``, or ``"ignore"``, which logs the names.
 
     Raises:
         SpecError: it has, and that is not to be ignored; the module's own code failed; another way was named.
-        UsageError: adapters are merged into its weights.
     """
     import torch
 
     if extra_state not in ("refuse", "ignore"):
         raise SpecError(f'extra_state={extra_state!r} is neither "refuse" nor "ignore". Use one of them.')
-    check_unmerged(each for _, each in named_modules(module))
     tensors = dict(named_tensors(module))
     known, objects = set(map(bare, tensors)), set(map(id, tensors.values()))
     try:
