@@ -19,8 +19,10 @@ class WsyncCallback(Callback):  # type: ignore[misc]
     See ``Periodic`` for the arguments. The module must be whole in that process, which it is not under FSDP.
     """
 
-    def __init__(self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None) -> None:
-        self._periodic = Periodic(name, every, policy, runtime_dir)
+    def __init__(
+        self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None, extras: Any = None
+    ) -> None:
+        self._periodic = Periodic(name, every, policy, runtime_dir, extras)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:

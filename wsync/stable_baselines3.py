@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load, save
 from stable_baselines3.common.callbacks import BaseCallback
 
+from .errors import UsageError
 from .updaters.publisher import Periodic
+
+STATISTICS = "vec_normalize.safetensors"
 
 
 class WsyncCallback(BaseCallback):  # type: ignore[misc]
     """``model.learn(100_000, callback=WsyncCallback("cartpole", every=10_000))`` publishes ``model.policy``.
 
     ``every`` counts the steps of the environments (``num_timesteps``); ``policy=lambda policy: policy.actor`` publishes
-    a part. See ``Periodic`` for the arguments.
+    a part. See ``Periodic`` for the arguments. The statistics of the model's ``VecNormalize``, if it has one, travel
+    with the weights, and ``normalize`` applies them.
     """
 
-    def __init__(self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None) -> None:
+    def __init__(
+        self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None, extras: Any = None
+    ) -> None:
         super().__init__()
-        self._periodic = Periodic(name, every, policy, runtime_dir)
+        self._periodic = Periodic(name, every, policy, runtime_dir, self._all_extras)
+        self._extras = extras
+
+    def _all_extras(self) -> dict[str, bytes]:
+        env = self.model.get_vec_normalize_env()
+        return {**(statistics(env) if env else {}), **(self._extras() if self._extras else {})}
 
     def _on_training_start(self) -> None:
         self._periodic.start(self.model.policy, self.num_timesteps)
@@ -29,3 +45,59 @@ class WsyncCallback(BaseCallback):  # type: ignore[misc]
 
     def _on_training_end(self) -> None:
         self._periodic.end(self.model.num_timesteps)
+
+
+def statistics(env: Any) -> dict[str, bytes]:
+    """The extra with a ``VecNormalize``'s statistics as they are now: a safetensors file by its name.
+
+    It holds ``mean``, ``var`` and ``count`` as float64 of ``obs_rms`` (of ``obs_rms.KEY`` for each normalized key where
+    observations are dicts) and of ``ret_rms``. The metadata say how they are applied.
+    """
+    own = getattr(env, "obs_rms", {})  # made without norm_obs, it has none
+    each = {f"obs_rms.{key}": rms for key, rms in own.items()} if isinstance(own, dict) else {"obs_rms": own}
+    tensors = {
+        f"{name}.{field}": np.array(getattr(rms, field), np.float64, order="C")
+        for name, rms in (each | {"ret_rms": env.ret_rms}).items()
+        for field in ("mean", "var", "count")
+    }
+    settings = ("clip_obs", "clip_reward", "epsilon", "gamma", "norm_obs", "norm_reward")
+    return {STATISTICS: save(tensors, {name: str(getattr(env, name)) for name in settings})}
+
+
+def normalize(extras: Mapping[str, bytes], observation: Any) -> Any:
+    """What ``VecNormalize.normalize_obs`` makes of an observation, as in ``normalize(reader.extras, observation)``.
+
+    Args:
+        extras: of the version that acts.
+        observation: an array or a dict of arrays, of one environment or of several.
+
+    Raises:
+        UsageError: the version has no statistics, or those of other observations.
+    """
+    if STATISTICS not in extras:
+        raise UsageError(
+            f"this version has no {STATISTICS}. Train with a VecNormalize and WsyncCallback, or publish "
+            "statistics(env) among the extras; without a VecNormalize, give the policy the observation as it is."
+        )
+    tensors, settings = _read(extras[STATISTICS])
+    if settings["norm_obs"] != "True":
+        return observation
+    if isinstance(observation, Mapping) == ("obs_rms.mean" in tensors):
+        given, trained = ("a dict", "arrays") if isinstance(observation, Mapping) else ("an array", "dicts")
+        raise UsageError(f"the observation is {given}, and the trainer's were {trained}. Make the same environment.")
+    clip, epsilon = float(settings["clip_obs"]), float(settings["epsilon"])
+
+    def scaled(value: Any, name: str) -> Any:
+        if f"{name}.mean" not in tensors:
+            return value
+        scale = np.sqrt(tensors[f"{name}.var"] + epsilon)
+        return np.clip((value - tensors[f"{name}.mean"]) / scale, -clip, clip).astype(np.float32)
+
+    if isinstance(observation, Mapping):
+        return {key: scaled(value, f"obs_rms.{key}") for key, value in observation.items()}
+    return scaled(observation, "obs_rms")
+
+
+@functools.lru_cache(maxsize=4)
+def _read(data: bytes) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+    return load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]

@@ -16,8 +16,10 @@ class WsyncCallback(TrainerCallback):
     whole in that process, which it is not under FSDP and DeepSpeed ZeRO-3.
     """
 
-    def __init__(self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None) -> None:
-        self._periodic = Periodic(name, every, policy, runtime_dir)
+    def __init__(
+        self, name: str, every: int, *, policy: Any = None, runtime_dir: Any = None, extras: Any = None
+    ) -> None:
+        self._periodic = Periodic(name, every, policy, runtime_dir, extras)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -7,6 +7,7 @@ import torch
 from stable_baselines3 import PPO
 
 import wsync
+from wsync.stable_baselines3 import normalize
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -19,7 +20,7 @@ if __name__ == "__main__":
             observation, _ = environment.reset(seed=reader.version)
             total, ended = 0.0, False
             while not ended:
-                action, _ = policy.predict(observation)
+                action, _ = policy.predict(normalize(reader.extras, observation))
                 observation, reward, terminated, truncated, _ = environment.step(int(action))
                 total, ended = total + float(reward), terminated or truncated
             print(f"version {reader.version:3}   step {reader.step:6}   return {total:3.0f}", flush=True)

@@ -92,6 +92,55 @@ def test_stable_baselines3_publishes_while_it_learns(runtime: Path) -> None:
     assert wsync.attach(nn.Linear(64, 2), "part", timeout=0, mode="copy").step == 256
 
 
+@pytest.mark.parametrize("kind", ["box", "dict", "off"])
+def test_the_statistics_of_vec_normalize_travel_with_the_weights(runtime: Path, kind: str) -> None:
+    """Real PPO in a VecNormalize: a version has the statistics of its moment, and a player scales to the same bits."""
+    stable_baselines3 = pytest.importorskip("stable_baselines3")
+    import gymnasium
+    import numpy as np
+    from safetensors.numpy import load
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    from wsync.stable_baselines3 import WsyncCallback, normalize
+
+    class AsDict(gymnasium.ObservationWrapper):  # type: ignore[misc, type-arg, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__(gymnasium.make("CartPole-v1"))
+            box = self.env.observation_space
+            self.observation_space = gymnasium.spaces.Dict({"mean": box, "raw": box})
+
+        def observation(self, observation: Any) -> Any:
+            return {"mean": observation, "raw": observation}
+
+    options: dict[str, Any] = {"dict": {"norm_obs_keys": ["mean"]}, "off": {"norm_obs": False}}.get(kind, {})
+    make = AsDict if kind == "dict" else lambda: gymnasium.make("CartPole-v1")
+    env = VecNormalize(DummyVecEnv([make, make]), clip_obs=1.0, epsilon=1e-3, **options)
+
+    class Look(BaseCallback):  # type: ignore[misc]
+        def _on_step(self) -> bool:
+            with wsync.lease("policy") as held:
+                if held.version not in seen:
+                    seen.append(held.version)
+                    observation, extras = env.get_original_obs(), held.extras
+                    one, other = env.normalize_obs(observation), normalize(extras, observation)
+                    pairs = [(one[key], other[key]) for key in one] if kind == "dict" else [(one, other)]
+                    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+                    assert extras["note"] == b"2" and load(extras["vec_normalize.safetensors"])["ret_rms.count"] > 1
+            return True
+
+    seen = [1]  # from before the first step
+    name = "MultiInputPolicy" if kind == "dict" else "MlpPolicy"
+    model = stable_baselines3.PPO(name, env, n_steps=64, batch_size=64, n_epochs=1, device="cpu")
+    model.learn(256, callback=[WsyncCallback("policy", every=100, extras=lambda: {"note": b"2"}), Look()])
+    assert seen == [1, 2, 3]
+    if kind != "off":
+        with wsync.lease("policy") as held, pytest.raises(wsync.UsageError, match="the observation is"):
+            normalize(held.extras, np.ones(4) if kind == "dict" else {"mean": np.ones(4)})
+    with pytest.raises(wsync.UsageError, match="no vec_normalize"):
+        normalize({}, np.ones(4))
+
+
 def test_transformers_publishes_while_it_trains(runtime: Path, tmp_path: Path) -> None:
     """A real Trainer: a version at the start, every so many optimizer steps, and at the end, with the final weights."""
     transformers = pytest.importorskip("transformers")

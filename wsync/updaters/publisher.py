@@ -79,6 +79,7 @@ class Periodic:
         every: steps between two versions, as the framework counts them.
         policy: picks what is published out of the framework's model; default all of it.
         runtime_dir: as for ``Publisher``.
+        extras: called for each version; returns the files that travel with it, bytes by their names.
 
     If the segment is busy, a warning is logged, and the next version brings the weights. Other errors end the training.
     """
@@ -89,10 +90,12 @@ class Periodic:
         every: int,
         policy: Callable[[Any], torch.nn.Module] | None,
         runtime_dir: str | os.PathLike[str] | None,
+        extras: Callable[[], Mapping[str, bytes]] | None = None,
     ) -> None:
         if every < 1:
             raise UsageError(f"every={every} is not a number of steps. Give 1 or more.")
         self._name, self._every, self._policy, self._runtime_dir = name, every, policy, runtime_dir
+        self._extras = extras
         self._pushed: int | None = None
         self._due = 0
 
@@ -114,7 +117,7 @@ class Periodic:
     def _push(self, step: int) -> None:
         self._due = step + self._every
         try:
-            self._publisher.push(step)
+            self._publisher.push(step, extras=self._extras() if self._extras else None)
             self._pushed = step
         except SegmentBusy as exc:
             _log.warning("step %d was not published, and the next version will be newer: %s", step, exc)
