@@ -17,7 +17,7 @@ from wsync.checkpoints.checkpoint_files import parts_of
 from wsync.checkpoints.settling import COMPANIONS, PATIENCE
 from wsync.errors import BeingWritten
 from wsync.layout.filenames import INDEX
-from wsync.system.extents import unwritten
+from wsync.system.unwritten import unwritten
 
 HIDDEN = 4096  # units: some pages of weights
 SETTLE = 0.02

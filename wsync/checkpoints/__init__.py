@@ -5,6 +5,6 @@ unpickled or mapped. Imports ``stores`` and what lies below.
 
 From the ground up: ``checkpoint_files`` (what a checkpoint consists of), ``settling`` (whether it is whole),
 ``header``, ``fit`` (settings), ``match`` and ``advice``, ``plan`` (which bytes go where), ``source`` (``reading`` from
-a disk, ``objects`` of a store), ``table`` (the tensors in it), ``staging`` (into the weights), ``adapter`` and
+a disk, ``objects`` of a store), ``tensor_table`` (the tensors in it), ``staging`` (into the weights), ``adapter`` and
 ``merging``, and ``checkpoint``, which callers hold.
 """

@@ -34,7 +34,7 @@ from .checkpoint_files import unreadable
 from .fit import FLOATS, Fit
 from .header import StoredTensor
 from .plan import Delta, Merge, Plan, plan_of
-from .table import TensorTable
+from .tensor_table import TensorTable
 
 _SMALL = 1 << 24  # elements in both halves for which any rank is taken; a hostile 4 KiB file can claim any
 _ROOT = "base_model.model."

@@ -11,7 +11,7 @@ from ..errors import CheckpointMismatch, PartialCheckpoint
 from ..layout.layout import Layout
 from .extras import ExtraFiles, Extras
 from .fit import Fit
-from .table import TensorTable
+from .tensor_table import TensorTable
 
 if TYPE_CHECKING:
     from .plan import Plan

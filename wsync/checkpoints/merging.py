@@ -16,7 +16,7 @@ from .header import StoredTensor
 from .plan import Delta, Plan
 from .source import Held
 from .staging import Progress
-from .table import TensorTable
+from .tensor_table import TensorTable
 
 
 def read_into(

@@ -14,7 +14,7 @@ from .checkpoint_files import Parts, remote
 from .fit import Fit
 from .match import match
 from .steps import is_fixed
-from .table import TensorTable
+from .tensor_table import TensorTable
 
 _MOST = 16  # files that are tried
 

@@ -21,7 +21,7 @@ from .digest import Digest
 from .header import StoredTensor
 from .plan import Plan
 from .source import ByteSource
-from .table import TensorTable
+from .tensor_table import TensorTable
 
 _NAMED = 8  # tensors that a message names at most
 Progress = Callable[[int], None] | None

@@ -21,19 +21,10 @@ from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
+from .copies import copied_events, copies, what
 from .database import Event, State
 from .pins import Pin
-from .record import (
-    IN_NO_FILE,
-    NO_COPY,
-    copied_events,
-    copies,
-    extras_from_json,
-    fit_from_json,
-    gone_or_changed,
-    reopen,
-    what,
-)
+from .reopening import IN_NO_FILE, NO_COPY, extras_from_json, fit_from_json, gone_or_changed, reopen
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.05

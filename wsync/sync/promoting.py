@@ -30,7 +30,7 @@ from ..errors import (
 )
 from ..history.database import State
 from ..history.outcome import Outcome
-from ..history.record import fit_from_json
+from ..history.reopening import fit_from_json
 from ..segment.access import is_name
 from ..segment.publishing import Staged, holds
 from ..segment.segment import Lease, Segment

@@ -1,0 +1,134 @@
+"""Copies of published versions, kept beside the state so that a rollback or a reboot needs nobody else's file."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.extras import Extras
+from ..checkpoints.fit import Fit
+from ..errors import SegmentError, StateError, WsyncError
+from ..segment.access import opened
+from ..segment.segment import Lease, Segment
+from ..system.memory import try_lock
+from .database import Event, State
+
+_EXTRAS = ".extras"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+
+
+def keep(state: State, segment: Segment, number: int) -> None:
+    """Copies the live slot, a safetensors file in the policy's own layout, into the state; removes old copies.
+
+    A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
+
+    Raises:
+        StateError: there is no room, or no access.
+    """
+    try:
+        lease, publication = segment.lease(), segment.live()
+        extras = segment.extras(publication, lease.slot).to_bytes() if lease and publication else b""
+    except (OSError, SegmentError) as exc:
+        raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
+    if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
+        return
+    target = copy_path(state, publication.version)
+    if holds(target, publication.identity):
+        return
+    temporary = target.with_suffix(".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(target.parent)
+        this = state.published("version = ?", (publication.version,), 1)
+        same = copies(state).get(what(this[0])) if this else None
+        if same and holds(same, publication.identity):
+            with suppress(FileNotFoundError):
+                same.with_suffix(_EXTRAS).replace(target.with_suffix(_EXTRAS))
+            same.replace(target)
+            return
+        _write(target, temporary, lease, extras)
+        # Not by their numbers, which begin again if the history was removed.
+        order = {event.version: event.id for event in copied_events(state)} | {publication.version: math.inf}
+        for version in sorted(copied_versions(state), key=lambda version: order.get(version, -1))[:-number]:
+            for end in (".safetensors", _EXTRAS):
+                copy_path(state, version).with_suffix(end).unlink(missing_ok=True)
+    except OSError as exc:
+        with suppress(OSError):
+            temporary.unlink()
+        raise StateError(
+            f"version {publication.version} of {state.name!r} could not be kept in {state.copies} ({exc.strerror}). "
+            "Make room, lower --keep, or name another place with --state-dir."
+        ) from exc
+    finally:
+        lease.release()
+
+
+def _write(target: Path, temporary: Path, lease: Lease, extras: bytes) -> None:
+    """Writes a copy of a leased slot; what travels with it comes first, so that no copy lacks it."""
+    if extras:
+        with open(os.open(target.with_suffix(_EXTRAS), _NEW, 0o600), "wb") as copy:
+            copy.write(extras)
+    with open(os.open(temporary, _NEW, 0o600), "wb") as copy:
+        try_lock(copy.fileno())  # a sweeper sees that it is being written
+        os.lseek(lease.fileno(), 0, os.SEEK_SET)
+        with open(lease.fileno(), "rb", closefd=False) as slot:
+            shutil.copyfileobj(slot, copy, 8 << 20)
+        temporary.replace(target)
+
+
+def holds(copy: Path, identity: str) -> bool:
+    """Whether a kept copy is there, and its metadata name this checkpoint."""
+    try:
+        with Checkpoint(copy) as checkpoint:
+            told, extras = checkpoint.metadata, copy.with_suffix(_EXTRAS)
+            size = extras.stat().st_size if told.get("extras", "0") != "0" else 0
+            return told.get("identity") == identity and told.get("extras", "0") == str(size)
+    except (OSError, WsyncError):
+        return False
+
+
+def open_copy(copy: Path, event: Event, fitted: Fit) -> Checkpoint:
+    """Opens a kept copy, which reports what it is a copy of."""
+    checkpoint = Checkpoint(copy)
+    extras = Extras()
+    if checkpoint.metadata.get("extras", "0") != "0":
+        extras = Extras.from_bytes(copy.with_suffix(_EXTRAS).read_bytes())
+    checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fitted, extras)
+    return checkpoint
+
+
+def _sweep(copies: Path) -> None:
+    """Removes half-written copies that killed processes left behind: their lock is free."""
+    for path in copies.glob("*.tmp"):
+        with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
+            if try_lock(fd):
+                path.unlink(missing_ok=True)
+
+
+def what(event: Event) -> tuple[str, str]:
+    """What an event published: the file, and how it was fitted."""
+    return event.identity or "", event.settings or ""
+
+
+def copied_events(state: State) -> list[Event]:
+    """The events of the versions that have a copy, oldest first."""
+    versions = copied_versions(state)
+    return state.published(f"version IN ({', '.join('?' * len(versions))})", versions)[::-1] if versions else []
+
+
+def copies(state: State) -> dict[tuple[str, str], Path]:
+    """The kept copies, by what they are of."""
+    return {what(event): copy_path(state, event.version or 0) for event in copied_events(state) if event.identity}
+
+
+def copy_path(state: State, version: int) -> Path:
+    return state.copies / f"{version}.safetensors"
+
+
+def copied_versions(state: State) -> list[int]:
+    """The versions that have a copy, lowest first."""
+    return sorted(int(path.stem) for path in state.copies.glob("*.safetensors") if path.stem.isdigit())

@@ -1,0 +1,130 @@
+"""Opens what was once published, to publish it again: from a kept copy, or from its file if that has not changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.extras import MAX_BYTES, ExtraFiles
+from ..checkpoints.fit import Fit
+from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
+from ..places.identity import is_same
+from .copies import copies, holds, open_copy, what
+from .database import Event, State
+from .pins import Pin
+
+IN_NO_FILE = "kept live values that are in no file"
+NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"
+
+
+def settings_to_json(fit: Fit, extras: ExtraFiles) -> str:
+    """The settings by which a checkpoint's file is published again."""
+    left_out = {"partial", "built"} if fit.kept else {"partial", "built", "kept"}
+    named = {field.name: getattr(fit, field.name) for field in fields(fit) if field.name not in left_out}
+    table = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
+    return json.dumps(table | ({"extras": [extras.files, extras.max_bytes]} if extras.files else {}))
+
+
+def fit_from_json(text: str | None) -> Fit:
+    """Reads the settings of an event; raises StateError if this wsync does not know them."""
+    table: dict[str, Any] = json.loads(text) if text else {}
+    table.pop("extras", None)
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    try:
+        return Fit(**settings)
+    except (TypeError, ValueError, UsageError) as exc:
+        raise StateError(
+            f"the settings of a version on record cannot be read ({exc!s:.200}). Go back to another one."
+        ) from exc
+
+
+def extras_from_json(text: str | None) -> ExtraFiles:
+    """Which extras were published with a checkpoint; none where the settings do not tell."""
+    try:
+        files, most = json.loads(text or "{}").get("extras", [[], MAX_BYTES])
+        return ExtraFiles(tuple(files), most)
+    except (TypeError, ValueError, UsageError):
+        return ExtraFiles()
+
+
+def reopen(
+    event: Event, found: Mapping[tuple[str, str], Path], state: State, header: str = ""
+) -> tuple[Checkpoint, Fit] | None:
+    """Opens what was once published, to publish it again, with its fit; None if it is gone or was changed.
+
+    Weights that kept live values beside those of their checkpoint can come only from a copy.
+
+    Args:
+        found: the ``copies``.
+        state: shows whether the file was overwritten since, with its times restored.
+        header: the digest that its headers must have, if inodes say nothing; empty if unknown.
+    """
+    try:
+        fit = fit_from_json(event.settings)
+    except StateError:  # another wsync's
+        return None
+    copy = found.get(what(event))
+    if copy and holds(copy, event.identity or ""):
+        return open_copy(copy, event, fit), Fit(finite=False, kept=fit.kept)
+    changed_ns = state.changed_ns(event.identity or "", event.id)
+    extras = extras_from_json(event.settings)
+    original = None if fit.kept else same(event.checkpoint, event.identity, changed_ns, header, extras)
+    if original:
+        original.step = event.step  # a setting may have found it, and not only the name
+    return (original, fit) if original else None
+
+
+def reopen_pinned(state: State, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple[Checkpoint, Fit]:
+    """The pinned checkpoint, from a kept copy or its file.
+
+    Args:
+        fit, extras: of a checkpoint that was never published.
+
+    Raises:
+        CheckpointError: neither exists any more.
+    """
+    found = state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
+    pinned = found[0] if found else None
+    if pinned and (again := reopen(pinned, copies(state), state, pin.header)):
+        return again
+    changed_ns = state.changed_ns(pin.identity, pinned.id) if pinned else 0
+    mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
+    extras = extras_from_json(pinned.settings) if pinned else extras
+    checkpoint = None if mixed else same(pin.checkpoint, pin.identity, changed_ns, pin.header, extras)
+    if checkpoint is None:
+        why = IN_NO_FILE if mixed else gone_or_changed(state, pin.checkpoint)
+        raise CheckpointError(
+            f"{pin.name}, which is pinned, {why}, and {NO_COPY}. "
+            f"`wsync unpin {state.name}` goes on with the newest; `wsync rollback` lists what is still there."
+        )
+    return checkpoint, fit
+
+
+def gone_or_changed(state: State, path: str | None) -> str:
+    """Why a file cannot be published again, and how to publish it all the same."""
+    if not path or not os.path.exists(path):
+        return "is gone or was changed"
+    return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
+
+
+def same(path: str | None, identity: str | None, changed_ns: int, header: str, extras: ExtraFiles) -> Checkpoint | None:
+    """Opens a checkpoint of this identity; None if it is gone or was changed."""
+    if not path or not identity:
+        return None
+    try:
+        # A name that is not UTF-8 is on record with odd bytes escaped; a file of another identity is not taken.
+        path = re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path)
+        checkpoint = Checkpoint(path, extras=extras)
+    except (NoCheckpoint, CheckpointError):
+        return None
+    if is_same(checkpoint, identity, changed_ns, header):
+        checkpoint.identity = identity
+        return checkpoint
+    checkpoint.close()
+    return None
