@@ -17,7 +17,7 @@ import torch
 from builders import mark_of, marks, shards, write
 from object_stores import Bucket
 from policies import mlp
-from processes import DEADLINE, Cli
+from processes import DEADLINE, Cli, Lines, Spawn
 from safetensors.torch import save, save_file
 
 import wsync
@@ -412,6 +412,25 @@ def test_weights_and_extras_are_never_of_two_versions(runtime: Path) -> None:
         thread.join()
         for reader in readers.values():
             reader.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_watch_is_told_of_extras(push: Push, runs: Path, spawn: Spawn, flat: bool) -> None:
+    """Guards the notifications of a watch that would not look by itself: extras come after their weights, or alone."""
+    Path("nets.toml").write_text(TOML.replace("[select]", "[watch]\npoll = 3600\n[select]"))
+    if flat:
+        Path("nets.toml").write_text(Path("nets.toml").read_text().replace('"preprocessor.json"', '"{stem}.json"'))
+    lines = Lines(spawn("-m", "wsync", "watch", "nets.toml", "--log-format", "json"))
+    place = runs if flat else runs / "1"
+    write(place / ("step_1.safetensors" if flat else "model.safetensors"), mlp(), 1)
+    lines.until("of extras.files")
+    save_extras(place, 1)
+    if flat:
+        (place / "step_1.json").write_text('{"mark": 1}')
+    assert '"version": 1' in lines.until('"published"')
+    (place / ("step_1.json" if flat else "preprocessor.json")).write_text('{"mark": 2}')
+    assert '"version": 2' in lines.until('"published"')
 
 
 @pytest.mark.slow

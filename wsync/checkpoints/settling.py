@@ -68,6 +68,12 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
         )
     if "hole" in never_written and None in writing:
         wanted *= PATIENCE
+    if not _stand_still(fds, wanted, closed=closed):
+        raise _unsettled(parts.path, wanted)
+
+
+def _stand_still(fds: Sequence[int], wanted: float, *, closed: bool) -> bool:
+    """Whether files have not changed for so many seconds; the last of these are waited for."""
     infos = [os.fstat(fd) for fd in fds]
     now = time.time()
     ends = [
@@ -77,14 +83,11 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
         if t / 1e9 <= now + 1  # what is further ahead of our clock says nothing
     ]
     left = max(ends, default=now) - now
-    if left <= 0:
-        return
-    if left <= LONGEST_WAIT:
+    if 0 < left <= LONGEST_WAIT:
         time.sleep(left)
         after = [os.fstat(fd) for fd in fds]
-        if [(identity(i), i.st_ctime_ns) for i in after] == [(identity(i), i.st_ctime_ns) for i in infos]:
-            return
-    raise _unsettled(parts.path, wanted)
+        return [(identity(i), i.st_ctime_ns) for i in after] == [(identity(i), i.st_ctime_ns) for i in infos]
+    return left <= 0
 
 
 def _check_downloads(parts: Parts) -> None:

@@ -116,7 +116,7 @@ def look(
     for each in [name] if name else segments(runtime):
         try:
             with closing(Segment.open(each, runtime)) as segment:
-                segment.check()
+                _ = segment.live(), segment.layout, segment.readers()  # all that is read below, or SegmentUnsafe
                 told.append(_told(segment, state))
         except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
             broken[each] = exc

@@ -13,7 +13,8 @@ from ..checkpoints.extras import Extras
 from ..checkpoints.fit import Fit
 from ..errors import SegmentError, StateError, WsyncError
 from ..segment.access import opened
-from ..segment.segment import Lease, Segment
+from ..segment.lease import Lease
+from ..segment.segment import Segment
 from ..system.memory import try_lock
 from .database import Event, State
 

@@ -93,7 +93,7 @@ class Changes:
                 self._add_levels(self._directory)  # which may be a checkpoint itself
             if self._concerns(event.name, is_directory):
                 told = True
-                if is_directory or path.parent != self._place:
+                if is_directory or path.parent != self._place or self._settings.extras.files:
                     self._named = None
                 elif self._named is not None:
                     self._named.add(event.name)
@@ -109,7 +109,7 @@ class Changes:
             return True
         if not name or TEMPORARY.search(name):
             return False
-        return is_directory or name.endswith((SUFFIX, INDEX, CONFIG))
+        return is_directory or name.endswith((SUFFIX, INDEX, CONFIG)) or bool(self._settings.extras.files)
 
     def _begin(self) -> bool:
         """Starts watching if needed; returns whether it did: at first, or after the directory was replaced."""
@@ -125,7 +125,8 @@ class Changes:
             from inotify_simple import INotify
 
             self._notify = INotify()
-            self._is_complete = self._directory == self._place and _is_local(info.st_dev)
+            is_flat = not any("/" in pattern for pattern in self._settings.extras.files)
+            self._is_complete = self._directory == self._place and _is_local(info.st_dev) and is_flat
             self._add(self._directory, must=True)
             self._watched = (info.st_dev, info.st_ino)
             if self._directory == self._place:

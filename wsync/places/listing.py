@@ -72,7 +72,7 @@ def scan(
         CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
     """
     if settings.extras.files:
-        settings = replace(settings, extras=replace(settings.extras, listed={}))
+        settings, only = replace(settings, extras=replace(settings.extras, listed={})), None
     try:
         away = remote(place)  # one listing of the store answers all that is asked below
         place = place_at(away.listed()) if away else led_to(place)
@@ -82,10 +82,7 @@ def scan(
             name = pointed(place, settings.pointer)
             return _found(place.absolute() / name, name, settings)
         counts = _counts(settings)
-        if only is not None:
-            listed = _named(place, only | _known_by(settings))
-        else:
-            listed = list(_without(entries_of(place), older, counts) if older else entries_of(place))
+        listed = _listed(place, settings, older, only)
         names = {entry.name for entry in listed}
         found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
         if own:
@@ -110,6 +107,13 @@ def scan(
     if trouble and not found:
         raise trouble
     return _without_links(found, links) if links else found
+
+
+def _listed(place: Path, settings: Select, older: Older | None, only: set[str] | None) -> list[os.DirEntry[str]]:
+    """The entries to look at; see ``scan``."""
+    if only is not None:
+        return _named(place, only | _known_by(settings))
+    return list(_without(entries_of(place), older, _counts(settings)) if older else entries_of(place))
 
 
 def _without(

@@ -14,7 +14,8 @@ import time
 
 from ..checkpoints.extras import Extras
 from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
-from ..segment.segment import Lease, Segment
+from ..segment.lease import Lease
+from ..segment.segment import Segment
 from ..segment.segment_files import Publication
 from .gpu_transfer import DeviceWeights
 from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of

@@ -29,8 +29,9 @@ from typing import Literal, NoReturn
 
 from ..checkpoints.extras import Extras
 from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
+from ..segment.lease import Lease
 from ..segment.readers import Registration
-from ..segment.segment import Lease, Segment
+from ..segment.segment import Segment
 from ..segment.segment_files import REMOVED, WORD_OFFSET, Publication
 from ..system.memory import sleep_on
 from .copying import Copy
@@ -63,24 +64,21 @@ class Reader(ABC):
         mode: ``"swap"`` or ``"copy"``.
         version: of the weights in the policy; 0 before the first.
         step: the producer's number for them; None if it gave none.
-        extras: the files that came with them: bytes by their names.
-        metadata: their checkpoint's own.
+        extras, metadata: the files that came with them, bytes by their names; and their checkpoint's metadata.
     """
 
     def __init__(self, segment: Segment, mode: Way, terms: Terms) -> None:
-        self.name, self.mode = segment.name, mode
-        self.version = 0
+        self.name, self.mode, self.version = segment.name, mode, 0
         self.step: int | None = None
         self.extras, self.metadata = Extras()
         self._terms, self._born = terms, 0.0
         self._seen, self._taken = -1, 0
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
-        self._users = Users()
+        self._users, self._search = Users(), Search()
         self._half_written: HalfWritten | None = None  # the policy must not be used any more
         self._schedule = Lookout(1) if terms.max_age else Lookout()
         self._calls_left = 1  # until it looks at the clock again
-        self._search = Search()
         self._registration = self._take(segment)
         _readers.add(self)
 

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from ..layout.layout import views
-from ..segment.segment import Lease, Segment, SlotMemory
+from ..segment.lease import Lease, SlotMemory
+from ..segment.segment import Segment
 from ..system.memory import renew, take_over
 from .tensors import Attached, Targets, addresses
 

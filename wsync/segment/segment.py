@@ -67,6 +67,7 @@ from ..layout.layout import Layout
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from .control import ControlPage
+from .lease import Lease, SlotMemory
 from .readers import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
@@ -79,7 +80,7 @@ from .segment_files import (
     extras_damage,
     extras_name,
     map_control,
-    parsed,
+    read_extras,
     slot_name,
 )
 
@@ -168,10 +169,6 @@ class Segment:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
-    def check(self) -> None:
-        """Reads all that ``live``, ``layout`` and ``readers`` read, and raises SegmentUnsafe if that is broken."""
-        _ = self.live(), self.layout, self.readers()
-
     @cached_property
     def layout(self) -> Layout:
         try:
@@ -245,21 +242,15 @@ class Segment:
         """What travels with the weights of a slot that is leased, or live.
 
         Raises:
-            SegmentDamaged: its file is gone or was cut.
-            SegmentUnsafe: it holds something else.
+            SegmentDamaged: its file is gone, was cut, or holds something else.
         """
         if not publication.extras:
             return Extras()
-        name = extras_name(slot)
-        with self._open_file(name, os.O_RDONLY) as file:
-            data = read_at(file.fileno(), publication.extras + 1, 0)
-        if len(data) != publication.extras:
-            raise damaged(self.name, f"has a {name} that is not of {publication.extras:,} bytes")
-        try:
-            with parsed():
-                return Extras.from_bytes(data)
-        except ValueError as exc:
-            raise broken(self.name, f"has a {name} that cannot be read ({exc})") from exc
+        with self._open_file(extras_name(slot), os.O_RDONLY) as file:
+            try:
+                return read_extras(file.fileno(), publication.extras)
+            except ValueError as exc:
+                raise damaged(self.name, f"has a {extras_name(slot)} that {exc}") from exc
 
     def _publication(self, head: bytes, slot: int) -> Publication:
         """What the first ``METADATA_END`` bytes of a live slot say."""
@@ -349,41 +340,6 @@ class Segment:
             return open_owned(name, flags, self._dir)
         except FileNotFoundError:
             raise (damaged(self.name, f"has no {name}") if self.is_current() else removed(self.name)) from None
-
-
-class Lease:
-    """A reader's hold on one slot: the slot is not written until this object is gone.
-
-    It is released by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
-    releases only its own part.
-    """
-
-    __slots__ = ("_file", "slot", "version", "word")
-
-    def __init__(self, word: int, file: Descriptor) -> None:
-        self.version, self.slot, self.word, self._file = word >> 8, word & 0xFF, word, file
-
-    @property
-    def held(self) -> bool:
-        return not self._file.closed
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def release(self) -> None:
-        self._file.close()  # R5 release
-
-    __del__ = release
-
-
-class SlotMemory(mmap.mmap):
-    """A mapping of a slot. A reader's is private: what the process writes there is its own, and part of no version.
-
-    Attributes:
-        lease: released with the memory, which torch keeps for as long as a tensor points there.
-    """
-
-    lease: Lease | None = None
 
 
 def removed(name: str) -> SegmentBusy:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoints.extras import Extras
 from ..errors import SegmentUnsafe, UsageError
 from ..layout.layout import Layout
 from ..system.memory import PAGE, mapping, no_room, read_at, reserve, try_lock, write_at
@@ -191,6 +192,19 @@ def write_extras(directory: int, slot: int, data: bytes) -> None:
 def remove_extras(directory: int, slot: int) -> None:
     with suppress(FileNotFoundError):
         os.unlink(extras_name(slot), dir_fd=directory)
+
+
+def read_extras(fd: int, size: int) -> Extras:
+    """What an open file beside a slot holds.
+
+    Raises:
+        ValueError: it has another size, or holds something else.
+    """
+    data = read_at(fd, size + 1, 0)
+    if len(data) != size:
+        raise ValueError(f"is not of {size:,} bytes")
+    with parsed():
+        return Extras.from_bytes(data)
 
 
 def extras_damage(directory: int, slot: int, size: int) -> str:

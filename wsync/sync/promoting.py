@@ -32,8 +32,9 @@ from ..history.database import State
 from ..history.outcome import Outcome
 from ..history.reopening import fit_from_json
 from ..segment.access import is_name
+from ..segment.lease import Lease
 from ..segment.publishing import Staged, holds
-from ..segment.segment import Lease, Segment
+from ..segment.segment import Segment
 from ..segment.segment_files import slot_name
 from ..segment.watch_lock import watch_of
 from ..segment.writable import WritableSegment
