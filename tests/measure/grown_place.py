@@ -24,21 +24,11 @@ from wsync.bench.workspace import Workspace, private_workspace
 from wsync.errors import SegmentError
 from wsync.segment.segment import Segment
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from spent import spent
+
 ROUNDS, IDLE = 5, 20.0  # seconds that an idle watch is looked at
 NAME, NBYTES, TENSORS = "policy", 64, 2
-RUNNER = """
-import os, sys, time
-times, kib, null = [], 0, os.open(os.devnull, os.O_WRONLY)
-for _ in range(int(sys.argv[1])):
-    began = time.perf_counter()
-    pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, null, 1)])
-    _, status, usage = os.wait4(pid, 0)
-    assert not status, sys.argv
-    times.append(time.perf_counter() - began)
-    kib = max(kib, usage.ru_maxrss)
-print(min(times), kib)
-"""
-"""Runs a command from a small process: the kernel counts what it forked from as memory of a command."""
 SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -56,10 +46,9 @@ def data_of(step: int) -> bytes:
 
 def least(workspace: Workspace, command: list[str]) -> str:
     """The least seconds of a whole process in some rounds, and its MiB of memory."""
-    runner = [sys.executable, "-S", "-c", RUNNER, str(ROUNDS), *command]
-    said = subprocess.run(runner, env=workspace.environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    seconds, kib = map(float, said.split())
-    return f"{seconds:5.2f} s {kib / 1024:4.0f} MiB"
+    seconds, mib, codes = spent(command, workspace.environment, ROUNDS)
+    assert codes == {0}, command
+    return f"{seconds:5.2f} s {mib:4.0f} MiB"
 
 
 def push(workspace: Workspace, order: str) -> list[str]:
@@ -144,7 +133,6 @@ def files(number: int) -> None:
 
 def objects(number: int) -> None:
     """A bucket of so many checkpoints; the newest is live."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from object_stores import BUCKET, SECRET, Bucket
 
     with (

@@ -11,12 +11,14 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from wsync.bench.rows import MIB, Settings
 from wsync.bench.workspace import Workspace, private_workspace
 from wsync.history.database import State
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from spent import spent
 
 NUMBER = 100_000
 ROUNDS = 3
@@ -37,17 +39,6 @@ def fill(state: Path, name: str, number: int) -> None:
         )
 
 
-def timed(*words: str) -> tuple[float, float]:
-    """The least seconds of a command in some rounds, and its MiB of memory; its exit code does not matter."""
-    times, mib = [], 0.0
-    for _ in range(ROUNDS):
-        before = time.perf_counter()
-        process = subprocess.Popen([*WSYNC, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        mib = os.wait4(process.pid, 0)[2].ru_maxrss / 1024
-        times.append(time.perf_counter() - before)
-    return min(times), mib
-
-
 def measure(workspace: Workspace, number: int) -> None:
     spec, state = workspace.write_spec("policy", MIB, 16), workspace.files / "state"
     os.environ |= {"WSYNC_RUNTIME_DIR": str(workspace.runtime), "WSYNC_STATE_DIR": str(state), "WSYNC_KEEP": "1"}
@@ -62,7 +53,7 @@ def measure(workspace: Workspace, number: int) -> None:
         ("pin", ["pin", name]),
         ("pinned", ["push", *words]),
     ):
-        seconds, mib = timed(*more)
+        seconds, mib, _ = spent([*WSYNC, *more], os.environ, ROUNDS)
         print(f"{number:>9,}  {label:<10}{seconds * 1000:8.0f} ms{mib:8.0f} MiB")
 
 
