@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import raw
+from builders import raw, shards
 from processes import DEADLINE
 from torch import nn
 
@@ -28,6 +28,7 @@ from wsync.errors import (
     MalformedCheckpoint,
     NonFiniteWeights,
 )
+from wsync.layout.filenames import INDEX
 from wsync.layout.layout import Layout, layout_of, views
 from wsync.places.listing import scan
 from wsync.places.newest import Select
@@ -521,6 +522,19 @@ def test_a_base_that_cannot_be_used_does_not_refuse_the_adapter(tmp_path: Path) 
         with Checkpoint(adapter) as checkpoint, pytest.raises(CheckpointError, match="base of the adapter") as caught:
             checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
         assert not isinstance(caught.value, CheckpointRejected)
+
+
+def test_a_base_of_two_saves_is_waited_for(tmp_path: Path) -> None:
+    """Guards a sharded base that is saved over: an adapter is not merged into files of two saves."""
+    _, adapter = saved(trained(), tmp_path)
+    base = shards(tmp_path / "base", Net(), 1.0)
+    for at, name in enumerate(("model-00002-of-00002.safetensors", INDEX, "model-00001-of-00002.safetensors")):
+        os.utime(base / name, (1e9 + at, 1e9 + at))  # the index amid its shards
+    two_saves = pytest.raises(CheckpointError, match="base of the adapter .* may hold files of two saves")
+    with Checkpoint(adapter, settle=1.0) as checkpoint, two_saves:
+        checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
+    with Checkpoint(adapter, settle=0.0) as checkpoint:
+        checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
 
 
 def test_an_adapter_survives_its_deletion_once_it_is_open(tmp_path: Path) -> None:

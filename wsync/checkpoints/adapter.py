@@ -89,17 +89,17 @@ def plan_adapter(
             exc.differences,
         ) from None
     if settings.base and not adapter.base:
-        adapter.base = _open_base(settings.base, adapter.path)
+        adapter.base = _open_base(settings.base, adapter.path, adapter.settle)
     if own is not None:
         return _plan_own(own, adapter.base, layout, settings, adapter.path)
     assert adapter.base
     return _plan_merge(adapter, adapter.base, layout, settings)
 
 
-def _open_base(path: str, adapter: Path) -> TensorTable:
+def _open_base(path: str, adapter: Path, settle: float) -> TensorTable:
     """Opens the weights that an adapter is merged into."""
     with blaming(path, adapter):
-        base = TensorTable(path)
+        base = TensorTable(path, settle=settle)
         if not base.parts.is_adapter:
             return base
         base.close()

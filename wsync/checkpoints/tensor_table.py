@@ -36,6 +36,7 @@ class TensorTable:
         tensors: what it holds, by name, in the order of the files.
         metadata: the headers' ``__metadata__``.
         digests: digests that the files must have, if asked for.
+        settle: seconds that it had to stand still; its base has to, too.
         base: the table of the weights that it is merged into, once that is planned; see ``adapter``.
         extras: what travels with the weights, once those are read.
     """
@@ -67,7 +68,7 @@ class TensorTable:
             WrongDigest: the configuration of an adapter does not match its digest.
             CheckpointError: it cannot be read.
         """
-        self.path, self.identity = led_to(place_at(path)), ""
+        self.path, self.identity, self.settle = led_to(place_at(path)), "", settle
         self.tensors: Mapping[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.digests: tuple[Digest, ...] = ()
