@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from builders import ROOT, write
 from policies import mlp
 from safetensors.torch import save_file
 
+from wsync.checkpoints.extras import ExtraFiles
 from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 
@@ -78,6 +80,12 @@ def by_hand(name: str, **more: str) -> Callable[[Path], None]:
 
 def lerobot(place: Path) -> None:
     by_hand("{step:06d}/pretrained_model/model.safetensors")(place)
+    for step in (500, 1000):
+        model = place / f"{step:06d}/pretrained_model"
+        for name in ("config", "train_config", "policy_preprocessor", "policy_postprocessor"):
+            (model / f"{name}.json").write_text("{}")
+        for name in ("policy_preprocessor_step_3_normalizer", "policy_postprocessor_step_0_unnormalizer"):
+            save_file({"action.mean": torch.full((2,), float(step))}, model / f"{name}_processor.safetensors")
     (place / "001000/training_state").mkdir()
     save_file({"state/0": torch.zeros(2)}, place / "001000/training_state/optimizer_state.safetensors")
     (place / "last").symlink_to("001000")
@@ -121,7 +129,25 @@ def test_each_layout_is_taken_with_its_row(
         assert f"{name} = {json.dumps(value)}" in TABLE
 
 
+def test_the_files_beside_the_weights_of_lerobot_travel(tmp_path: Path) -> None:
+    """Guards the shown TOML: the processors of a checkpoint are its extras, and nothing else in the directory is."""
+    lerobot(tmp_path)
+    (shown,) = re.findall(r"^```toml\n((?s:.*?))^```$", TABLE, re.MULTILINE)
+    settings = tomllib.loads(shown)
+    select = Select(settle=0.0, **settings["select"], extras=ExtraFiles(tuple(settings["extras"]["files"])))
+    checkpoint = CheckpointWeightGetter(tmp_path, select=select).open_newest()
+    assert checkpoint is not None
+    with checkpoint:
+        checkpoint.read_into(memoryview(bytearray(checkpoint.layout.nbytes)), checkpoint.plan(checkpoint.layout))
+        assert checkpoint.step == 1000 and sorted(checkpoint.extras.files) == [
+            "policy_postprocessor.json",
+            "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
+            "policy_preprocessor.json",
+            "policy_preprocessor_step_3_normalizer_processor.safetensors",
+        ]
+
+
 def test_the_table_names_no_other_setting() -> None:
     """Guards against a row that no test tries."""
-    tried = {"file", "within", "pointer", "order", "step", "pattern"}
+    tried = {"file", "files", "within", "pointer", "order", "step", "pattern"}
     assert set(re.findall(r"`(?:\[select\] )?([a-z]+) = ", TABLE)) <= tried

@@ -43,6 +43,7 @@ TESTED = {
     ("fleet", "sh"): 1,  # run by test_fleet_example.py
     ("gpu", "python"): 1,
     ("how-it-works", "console"): 1,
+    ("layouts", "toml"): 1,  # taken by test_layouts.py
     ("operations", "console"): 4,  # one is run by test_drill.py
     ("operations", "crontab"): 1,  # looked at by test_operations.py, which runs the file
     ("operations", "sh"): 2,  # looked at by test_operations.py
@@ -290,7 +291,8 @@ def test_the_table_has_every_setting(tmp_path: Path, cli: Cli) -> None:
     assert {name: value or None for name, value in shown.items()} == {n: v or None for n, v in standing.items()}
     text = cli("watch", "--help", env={**os.environ, "TERM": "dumb", "COLUMNS": "300"}).stdout
     for name in ["name", *shown]:
-        last = name.replace(".", "-") if name in ("metrics.port", "metrics.address", "metrics.file") else name
+        whole = name in ("metrics.port", "metrics.address", "metrics.file") or name.startswith("extras.")
+        last = name.replace(".", "-") if whole else name
         flag = "--" + last.rpartition(".")[2].replace("_", "-")
         assert re.search(rf"{flag}\b", text), flag
 

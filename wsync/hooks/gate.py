@@ -6,10 +6,9 @@ in its environment ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody c
 extras, empty if there are none. Status 0 accepts, 75 asks for the same again later, anything else rejects.
 
 A function is called with the policy, in eval mode, with the staged weights in it; and with the extras, bytes by their
-names, if it has a parameter ``extras``. It accepts with any result but
-``False``, which is taken for a failed check whose author forgot to raise; ``RetryLater`` asks for the same again later,
-and any other exception rejects. It runs in a process of its own, so that a watch never imports torch and survives
-whatever that code does.
+names, if it has a parameter ``extras``. It accepts with any result but ``False``, which is taken for a failed check
+whose author forgot to raise; ``RetryLater`` asks for the same again later, and any other exception rejects. It runs in
+a process of its own, so that a watch never imports torch and survives whatever that code does.
 
 Both look at a copy of the staged slot. The gate runs as the owner of the slot, so nothing could keep it from writing
 there. The copy is in memory that the kernel seals (memfd_create(2)), is as large as the weights, and is freed after the
