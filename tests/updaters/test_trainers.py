@@ -113,7 +113,8 @@ def test_the_statistics_of_vec_normalize_travel_with_the_weights(runtime: Path, 
         def observation(self, observation: Any) -> Any:
             return {"mean": observation, "raw": observation}
 
-    options: dict[str, Any] = {"dict": {"norm_obs_keys": ["mean"]}, "off": {"norm_obs": False}}.get(kind, {})
+    all_options: dict[str, dict[str, Any]] = {"dict": {"norm_obs_keys": ["mean"]}, "off": {"norm_obs": False}}
+    options = all_options.get(kind, {})
     make = AsDict if kind == "dict" else lambda: gymnasium.make("CartPole-v1")
     env = VecNormalize(DummyVecEnv([make, make]), clip_obs=1.0, epsilon=1e-3, **options)
 

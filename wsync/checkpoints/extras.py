@@ -127,7 +127,7 @@ class Extras(NamedTuple):
             return cls()
         start = 8 + int.from_bytes(data[:8], "little")
         table = json.loads(data[8:start])
-        metadata = table.pop("__metadata__", {})
+        metadata = dict(table.pop("__metadata__", {}))
         spans = {name: entry["data_offsets"] for name, entry in table.items()}
         return cls({name: data[start + first : start + end] for name, (first, end) in spans.items()}, metadata)
 
@@ -136,13 +136,15 @@ def checked(extras: Mapping[str, bytes]) -> Extras:
     """Extras that come from memory.
 
     Raises:
-        UsageError: a name is no file's name, or a value is not bytes.
+        UsageError: a name is no file's name, a value is not bytes, or they are too large.
     """
     for name, data in extras.items():
         if not isinstance(name, str) or not all(map(is_file_name, name.split("/"))) or name == "__metadata__":
             raise UsageError(f"extras: {name!r} is not a file's name. Give a relative one, such as preprocessor.json.")
         if not isinstance(data, bytes | bytearray | memoryview):
             raise UsageError(f"extras[{name!r}] is a {type(data).__name__}. Give bytes.")
+    if (size := sum(map(len, extras.values()))) > _MOST_BYTES:
+        raise UsageError(f"extras: {size:,} bytes are more than the {_MOST_BYTES:,} that may travel. Give fewer.")
     return Extras({name: bytes(data) for name, data in extras.items()})
 
 

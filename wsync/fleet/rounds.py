@@ -212,8 +212,8 @@ class Rounds:
         else:
             weights = Publication(**self._group.hear(provider))
         turn = Turn(self._group)
-        extras = segment.extras(weights, segment.word & 0xFF) if rank == provider else Extras()
         try:
+            extras = segment.extras(weights, segment.word & 0xFF) if rank == provider else Extras()
             if rank in change.takers and rank != provider:
                 return self._take(this, Shared(weights, turn, provider), change.gated)
             with segment.publishing():

@@ -32,11 +32,11 @@ def keep(state: State, segment: Segment, number: int) -> None:
     """
     try:
         lease, publication = segment.lease(), segment.live()
-        extras = segment.extras(publication, lease.slot).to_bytes() if lease and publication else b""
+        if not lease or not publication or lease.version != publication.version:  # another publisher keeps its own
+            return
+        extras = segment.extras(publication, lease.slot).to_bytes()
     except (OSError, SegmentError) as exc:
         raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
-    if lease is None or publication is None or lease.version != publication.version:  # another publisher keeps its own
-        return
     target = copy_path(state, publication.version)
     if holds(target, publication.identity):
         return

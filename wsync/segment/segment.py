@@ -178,10 +178,11 @@ class Segment:
 
     def damage(self) -> str:
         """What something outside wsync did to its files, as the end of a sentence; empty if all is well."""
-        how = damage(self._dir, self.slots)
+        how, word = damage(self._dir, self.slots), self.word
         with suppress(SegmentUnsafe):  # reported where it is read
             if not how and (live := self.live()) and live.extras:
-                how = extras_damage(self._dir, self.word & 0xFF, live.extras)
+                lost = extras_damage(self._dir, word & 0xFF, live.extras)
+                return lost if self.word == word else ""  # else another version went live meanwhile
         return how
 
     @cached_property

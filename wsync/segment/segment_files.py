@@ -31,6 +31,7 @@ MAX_VERSION = 1 << 56  # the WORD has no room for more
 _UNNAMED = "slot.new"  # a slot that is being added
 SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, by default
 _MOST_OF_AN_OWNER = 1500  # characters; longer ones are left out, so that there is room for the longest source
+MAX_EXTRAS = 1 << 31  # bytes of the file beside a slot: the most that settings allow, and metadata
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound for headers
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which datetime cannot print
 
@@ -97,8 +98,10 @@ class Publication:
             )
             if not all(isinstance(text, str) for text in texts.values()):
                 raise TypeError("a field is not a string")
-            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME and found.extras >= 0):
+            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")
+            if not 0 <= found.extras <= MAX_EXTRAS:
+                raise ValueError("its extras are beyond their bounds")
             return found
 
 
