@@ -153,6 +153,8 @@ def test_options_say_where_the_weights_lie(tmp_path: Path) -> None:
         ("model_1.safetensors", True, 2),
         ("model_1.safetensors", True, 1),
     ]
+    shown = run_main("inspect", str(tmp_path), *options[:-1])[1]
+    assert "step_2/policy/model_1.safetensors" in shown and "step_1/policy/model_1.safetensors" in shown
     for place in ("step_1", "step_1/policy"):
         looked = json.loads(run_main("inspect", str(tmp_path / place), *options[2 * place.count("/") :])[1])
         assert looked["files"] == ["model_1.safetensors"] and len(looked["tensors"]) == 4

@@ -201,8 +201,9 @@ def _print_candidates(console: Console, looked: dict[str, Any]) -> None:
         verdict += f"; step from the {_origin(each)}" if each.get("other_numbers") else ""
         step = "" if each["step"] is None else str(each["step"])
         weight = "" if each["bytes"] is None else size(each["bytes"])
-        name = printable(Path(each["path"]).name)
-        rows.add_row(name, step, weight, Text(printable(verdict), "" if good else "red"))
+        below = each["path"].removeprefix(f"{looked['path'].rstrip('/')}/")
+        name = below if below != each["path"] else Path(below).name
+        rows.add_row(printable(name), step, weight, Text(printable(verdict), "" if good else "red"))
     console.print(rows)
 
 
