@@ -26,6 +26,7 @@ from processes import DEADLINE, Lines, signal_another_thread
 from safetensors.torch import load_file
 from web_server import Web, serve
 
+import wsync
 from wsync.errors import SegmentError
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import WORD_OFFSET, slot_name
@@ -141,6 +142,10 @@ class Box:
             return (lease.version, int(values.pop())) if len(values) == 1 else (lease.version, -1)
         finally:
             segment.close()
+
+    def extras(self) -> dict[str, bytes]:
+        with wsync.lease(NAME, runtime_dir=self.runtime) as held:
+            return dict(held.extras)
 
     def status(self) -> dict[str, Any]:
         done = subprocess.run(
@@ -322,22 +327,26 @@ def pair() -> Iterator[Pair]:
 
 
 def test_all_boxes_go_live_together(fleet: Callable[..., Fleet]) -> None:
-    """One box reads, all have the version, one that joins late at once; status shows the group while it lives."""
+    """One box reads, all have the version and its extras, one that joins late at once; status shows the group."""
     group = fleet("2:3")
+    settings = '[extras]\nfiles = ["{stem}.json"]\n'
     a, b, c = (group.box(name) for name in "abc")
     for box in (a, b):
         box.checkpoints = group.base / f"only-{box.name}"
         box.checkpoints.mkdir()
-        box.start()
+        box.start(settings=settings)
     line = a.lines.until("nets: rank")
     reader, other = (a, b) if "rank 0 of 2" in line else (b, a)
     other.lines.until("rank 1 of 2")
+    (reader.checkpoints / "step_1.json").write_text("[1]")
     write(reader.checkpoints / "step_1.safetensors", mlp(), 1.0, 1)  # which the other box does not have
     group.until(1, 1, a, b)
+    assert a.extras() == b.extras() == {"{stem}.json": b"[1]"}
     status = other.status()["group"]
     assert (status["rank"], status["size"], sorted(status["boxes"])) == (1, 2, ["a", "b"])
-    c.start()
+    c.start(settings=settings)
     group.until(1, 1, c)
+    assert c.extras() == {"{stem}.json": b"[1]"}
     for box in (a, b, c):
         box.lines.until("of 3", "a", "b", "c")
     assert len(c.status()["group"]["boxes"]) == 3

@@ -175,17 +175,11 @@ def deliver(
     group = turn.group
     turn.vote()  # ready
     turn.vote(work=read)  # read
-    room = weights if weights is not None else memoryview(bytearray(min(nbytes, transport.PIECE)))
-    for at in range(0, nbytes, transport.PIECE):
-        size = min(nbytes - at, transport.PIECE)
-        start = at if weights is not None else 0
-        group.share(room[start : start + size], rank)
-        if progress:
-            progress(size)
-    travelling = bytearray(extras().to_bytes() if group.rank == rank else b"")
-    travelling = travelling or bytearray(group.together(lambda: len(travelling))[rank])
-    if travelling:
-        group.share(memoryview(travelling), rank)
+    _share_pieces(group, rank, weights, nbytes, progress)
+    own = extras().to_bytes() if group.rank == rank else b""
+    size = group.together(lambda: len(own))[rank]
+    travelling = bytearray(own) if group.rank == rank else bytearray(size)
+    _share_pieces(group, rank, memoryview(travelling), size)
     sums = group.together(lambda: zlib.crc32(travelling, zlib.crc32(weights[:nbytes])) if weights is not None else -1)
     wrong = [name for name, each in zip(group.names, sums, strict=True) if each not in (-1, sums[rank])]
     if wrong:
@@ -195,3 +189,16 @@ def deliver(
             "again. Check the network between the boxes."
         )
     return Extras.from_bytes(bytes(travelling))
+
+
+def _share_pieces(
+    group: Group, rank: int, memory: memoryview | None, nbytes: int, progress: Callable[[int], None] | None = None
+) -> None:
+    """Shares so many bytes of one box; a box without memory for them ignores them."""
+    room = memory if memory is not None else memoryview(bytearray(min(nbytes, transport.PIECE)))
+    for at in range(0, nbytes, transport.PIECE):
+        size = min(nbytes - at, transport.PIECE)
+        start = at if memory is not None else 0
+        group.share(room[start : start + size], rank)
+        if progress:
+            progress(size)
