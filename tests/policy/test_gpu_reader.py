@@ -22,7 +22,7 @@ from wsync.errors import LayoutDiffers, SwapRefused, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
-from wsync.segment.publishing import publish
+from wsync.segment.publishing import publish, publish_tensors
 from wsync.segment.writable import WritableSegment
 
 MODES = [("swap", "device"), ("copy", "device"), ("copy", "none")]
@@ -53,6 +53,23 @@ def test_a_step_never_waits_for_the_bus(trainer: Trainer, device: LateDevice, mo
             assert reader.refresh() is True
             assert (reader.version, reader.step, marks(policy)) == (version, version * 10, {version * 10.0})
             assert reader.refresh() is False
+
+
+@pytest.mark.parametrize(("mode", "staging"), MODES)
+def test_extras_come_in_with_their_version(
+    trainer: Trainer, device: LateDevice, mode: reading.Mode, staging: attaching.Staging
+) -> None:
+    """While a copy is under way the policy has the extras of the version on which it acts."""
+    policy = mlp()
+    with wsync.attach(policy, "nets", mode=mode, staging=staging) as reader:
+        for mark in (2, 3):
+            before, state = reader.extras, {name: torch.full_like(t, mark) for name, t in policy.state_dict().items()}
+            with trainer.segment.publishing():
+                publish_tensors(trainer.segment, state, extras={"mark": b"%d" % mark})
+            if staging == "device":
+                assert not reader.refresh() and reader.extras == before and marks(policy) == {mark - 1.0}
+                device.land()
+            assert reader.refresh() and reader.extras == {"mark": b"%d" % mark} and marks(policy) == {float(mark)}
 
 
 def test_a_version_is_one_copy_of_its_bytes(trainer: Trainer, device: LateDevice) -> None:

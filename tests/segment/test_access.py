@@ -23,7 +23,7 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy, SegmentUnsafe, UsageError
 from wsync.layout.layout import layout_of
 from wsync.segment.access import Access
-from wsync.segment.publishing import publish
+from wsync.segment.publishing import publish, publish_tensors
 from wsync.segment.readers import ReaderRecord, Registration, open_readers
 from wsync.segment.segment import Segment, segments
 from wsync.segment.writable import WritableSegment, remove
@@ -234,6 +234,20 @@ def test_a_member_follows_and_is_listed(shared: WritableSegment, tmp_path: Path,
         assert [r.version for r in shared.readers()] == [2]
         step()
         assert shared.readers() == [] and os.listdir(shared.path / "readers") == []
+
+
+def test_a_member_has_the_extras(shared: WritableSegment) -> None:
+    """The file beside a slot is for those who may read the slot, and for nobody else."""
+    with shared.publishing():
+        publish_tensors(shared, mlp().state_dict(), extras={"bounds.json": b"[1]"})
+
+    def read() -> dict[str, bytes]:
+        with wsync.lease("nets", runtime_dir=shared.path.parent) as held:
+            return dict(held.extras)
+
+    assert as_person(MEMBER, read) == {"bounds.json": b"[1]"}
+    (file,) = shared.path.glob("*.extras")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640 and file.stat().st_gid == GROUP
 
 
 def test_an_owner_who_is_not_root_sees_its_readers(base: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dis
 import fcntl
 import inspect
 import json
@@ -270,6 +271,36 @@ def test_reader_killed_at_every_step(storm: Storm, mode: str, moment: str, line:
         assert storm.look(other) == storm.step
     assert len(used) >= 2
     storm.check(other)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_publisher_killed_at_its_extras(storm: Storm, when: str) -> None:
+    """Killed anywhere from their first byte to the store: what is live stays whole, and what is left harms nobody."""
+
+    def publish(mark: int, trap: list[Any] | None = None) -> int:
+        child = storm.start(storm.heavy, "tensors", float(mark), {"mark": str(mark)}, trap=trap)
+        code = child.ended()
+        storm.forget(child)
+        return code
+
+    def live() -> tuple[int | None, dict[str, bytes]]:
+        with wsync.lease(NAME) as held:
+            return held.step, dict(held.extras)
+
+    assert [publish(mark) for mark in (1, 2, 3)] == [0, 0, 0]  # each slot was used
+    write = segment_files.write_extras
+    first = write.__code__.co_firstlineno
+    lines = sorted({line for _, line in dis.findlinestarts(write.__code__) if line and line > first})
+    (store,) = (line for line in code() if line.step == "P7 store")
+    places = [(segment_files.__file__, line) for line in lines] + ([(store.file, store.number)] * (when == "before"))
+    mark = 3
+    for file, number in places:
+        assert publish(mark + 1, [file, number, when]) == -9, (file, number)
+        assert live() == (mark, {"mark": str(mark).encode()}), (file, number)
+        mark += 1
+        assert publish(mark) == 0 and live() == (mark, {"mark": str(mark).encode()})
+    left = set(os.listdir(storm.segment.path)) - FILES
+    assert left <= {f"slot-{number}.extras" for number in range(3)}
 
 
 def test_killed_at_any_moment(storm: Storm) -> None:

@@ -20,6 +20,7 @@ from policies import mlp
 from safetensors.torch import save
 
 import wsync
+from wsync.checkpoints.extras import ExtraFiles
 from wsync.checkpoints.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
@@ -214,19 +215,30 @@ def test_a_repository_that_is_not_there_is_told(hub: Repository) -> None:
     assert "hf://owner/other/run" in outcome.reason and "404" in outcome.reason and TOKEN not in outcome.reason
 
 
-def test_the_hubs_own_digest_is_compared(hub: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against other bytes than were uploaded, which the hub names by their SHA-256."""
-    hub.commit(**{"x.safetensors": data(tmp_path, 1.0)})
+@pytest.mark.parametrize("spoiled", ["x.safetensors", "stats.safetensors"])
+def test_the_hubs_own_digest_is_compared(
+    hub: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    """Guards against other bytes than were uploaded, of weights or an extra, which the hub names by their SHA-256."""
+    hub.commit(**{"x.safetensors": data(tmp_path, 1.0), "stats.safetensors": save({"mean": torch.ones(2)})})
+    hub.commit(**{"config.json": b"{}"})
     entry = Repository.entry
 
     def other(self: Repository, number: int, path: str) -> dict[str, Any]:
         told = entry(self, number, path)
-        told["lfs"]["oid"] = "0" * 64
+        if path == spoiled:
+            told["lfs"]["oid"] = "0" * 64
+        if path == "config.json":  # Git's own digest, which is not of the bytes alone
+            del told["lfs"]
         return told
 
-    with Syncer(load_spec("policies:mlp"), "hf://owner/net/x.safetensors") as syncer:
-        assert syncer.once().status == "published"
+    spec = load_spec("policies:mlp")
+    extras = ExtraFiles(("stat*.safetensors", "config.json"))
+    spec = replace(spec, select=replace(spec.select, extras=extras))
+    with Syncer(spec, "hf://owner/net/x.safetensors") as syncer:
+        outcome = syncer.once()
+        assert outcome.status == "published", outcome.reason
     monkeypatch.setattr(Repository, "entry", other)
-    with Syncer(load_spec("policies:mlp"), "hf://owner/net/x.safetensors") as syncer:
+    with Syncer(spec, "hf://owner/net/x.safetensors") as syncer:
         outcome = syncer.once()
         assert (outcome.status, outcome.kind, outcome.version) == ("rejected", "digest", 1)

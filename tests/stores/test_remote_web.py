@@ -25,6 +25,7 @@ from web_server import Web, serve
 import wsync
 from tests.measure.remote import PEAK, Sender, Server
 from wsync.checkpoints.checkpoint_files import place_at
+from wsync.checkpoints.extras import ExtraFiles
 from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointError
 from wsync.layout.layout import Layout, layout_of
@@ -165,6 +166,27 @@ def test_an_index_replaced_while_it_is_read_is_looked_at_again(web: Web, monkeyp
     monkeypatch.setattr(Store, "head", head)
     with Syncer(load_spec(SPEC), f"http://{web.host}/run") as syncer:
         assert syncer.once().status == "empty"
+
+
+@pytest.mark.parametrize("url", ["run", "run/model.safetensors"])
+def test_extras_on_a_web_server_are_found_by_their_names(web: Web, url: str) -> None:
+    """A server without lists is asked for each name, and a change of an extra is a new version."""
+    file = write(web.folder / "run" / "model.safetensors", mlp(), 1.0)
+    os.utime(file, (1e9, 1e9))
+    select = Select(settle=0, extras=ExtraFiles(("stats.json", "more/bounds.json")))
+    with Syncer(replace(load_spec(SPEC), select=select), f"http://{web.host}/{url}") as syncer:
+        outcome = syncer.once()
+        assert not outcome.version and "no file matches 'stats.json'" in str(outcome.reason)
+        (web.folder / "run" / "more").mkdir()
+        (web.folder / "run" / "more" / "bounds.json").write_text("[1]")
+        for number in (1, 2):
+            extra = web.folder / "run" / "stats.json"
+            extra.write_text(f"[{number}]")
+            os.utime(extra, (1e9 + number, 1e9 + number))
+            os.utime(web.folder / "run" / "more" / "bounds.json", (1e9, 1e9))
+            assert [syncer.once().status for _ in range(2)] == ["published", "current"]
+            with wsync.lease(NAME) as held:
+                assert held.extras == {"stats.json": b"[%d]" % number, "more/bounds.json": b"[1]"}
 
 
 @pytest.mark.parametrize("etags", [True, False])

@@ -85,7 +85,7 @@ def command_line(*arguments: str) -> None:
     main()
 
 
-def tensors(mark: float) -> None:
+def tensors(mark: float, extras: dict[str, str] | None = None) -> None:
     """A trainer that publishes from memory."""
     from policies import mlp
 
@@ -95,7 +95,9 @@ def tensors(mark: float) -> None:
     state = {name: tensor.detach().fill_(mark) for name, tensor in mlp(HIDDEN).state_dict().items()}
     segment = WritableSegment.open(NAME)
     with segment.publishing():
-        publish_tensors(segment, state, step=int(mark))
+        publish_tensors(
+            segment, state, step=int(mark), extras={name: text.encode() for name, text in (extras or {}).items()}
+        )
 
 
 def create(name: str, layout: dict[str, Any]) -> None:

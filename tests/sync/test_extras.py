@@ -329,6 +329,52 @@ def test_a_promote_takes_them_along(push: Push, runs: Path) -> None:
         assert held.extras["preprocessor.json"] == b'{"mark": 1}' and held.metadata == {"step": "1"}
 
 
+def test_a_promote_takes_along_what_came_from_memory(push: Push, runs: Path) -> None:
+    """Guards a source without a checkpoint: the slot alone says what travels with it."""
+    with wsync.publisher("nets", mlp()) as publisher:
+        publisher.push(1, extras={"bounds.json": b"[1]"})
+    Path("main.toml").write_text(TOML.replace('"nets"', '"main"'))
+    assert promote("nets", "main.toml").status == "published"
+    with wsync.lease("main") as held:
+        assert held.extras == {"bounds.json": b"[1]"} and held.step == 1
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"x"), lambda file: file.write_bytes(
+    b"\xff" * file.stat().st_size)])  # fmt: skip
+def test_a_copy_without_its_extras_is_not_used(push: Push, runs: Path, spoil: Callable[[Path], object]) -> None:
+    """Guards a kept copy: where what travels with it is gone, cut or garbled, only the file itself brings it back."""
+    for mark in (1, 2):
+        saved(runs / str(mark), mark)
+        push()
+    with State("nets") as state:
+        spoil(state.copies / "1.extras")
+        WritableSegment.open("nets").remove()
+        WritableSegment.create("nets", layout_of(mlp())).close()
+        rollback("nets", 1, runtime=None, state=state)
+        assert live() == ({1.0}, 1)
+    with State("nets") as state:
+        WritableSegment.open("nets").remove()
+        WritableSegment.create("nets", layout_of(mlp())).close()
+        spoil(state.copies / "2.extras")
+        shutil.rmtree(runs / "2")
+        with pytest.raises(wsync.NoCheckpoint):
+            rollback("nets", 2, runtime=None, state=state)
+
+
+def test_a_version_from_before_there_were_extras_comes_back_without_any(push: Push, runs: Path) -> None:
+    """Guards a history in which an older wsync, or an older TOML, recorded no extras: its versions are rolled back."""
+    saved(runs / "1", 1)
+    push(keep=0, extras=ExtraFiles())
+    saved(runs / "2", 2)
+    push(keep=0)
+    WritableSegment.open("nets").remove()
+    WritableSegment.create("nets", layout_of(mlp())).close()
+    with State("nets") as state:
+        assert ["extras" in str(event.settings) for event in state.events() if event.kind == "publish"] == [False, True]
+        rollback("nets", 1, runtime=None, state=state)
+    assert live() == ({1.0}, None)
+
+
 def test_weights_from_memory_bring_theirs(runtime: Path) -> None:
     """Guards ``extras=`` of an updater and of a publisher, and what a gate of Python is given."""
     seen: list[Staged] = []
@@ -446,6 +492,10 @@ def test_extras_in_a_store(bucket: Bucket, program: Cli) -> None:
     for extra in (1, 2):
         bucket.put("run/1/preprocessor.json", json.dumps({"mark": extra}).encode())
         assert program("push", str(spec)).returncode == 0 and live() == ({1.0}, extra)
+    bucket.put("run/1/preprocessor.json", b'{"mark": 3}')  # beside one named object, whose neighbours nobody listed
+    assert program("push", str(spec), "s3://bucket/run/1/model.safetensors").returncode == 0 and live() == ({1.0}, 3)
+    result = program("push", str(spec), "s3://bucket/run/1/model.safetensors", "--json")
+    assert json.loads(result.stdout)["status"] == "current"
 
 
 def test_options_name_them(push: Push, runs: Path, program: Cli) -> None:

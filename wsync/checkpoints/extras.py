@@ -62,7 +62,8 @@ class ExtraFiles:
         directory, stem = next(iter(files)).parent, path.name.removesuffix(SUFFIX)
         for pattern in self.files:
             if not _is_glob(pattern):
-                if (file := directory / pattern.replace(_STEM, stem)).exists():
+                file = directory / pattern.replace(_STEM, stem)
+                if file.exists() if isinstance(file, Path) else file.is_there():
                     found[pattern] = file
                 continue
             below, slash, _ = pattern.rpartition("/")
@@ -90,7 +91,7 @@ class ExtraFiles:
         if isinstance(directory, Path):
             names = os.listdir(directory) if directory.is_dir() else []
         else:
-            names = [entry.name for entry in directory.entries()]
+            names = [entry.name for entry in directory.neighbours()]
         if self.listed is not None:
             self.listed[where] = names
         return names

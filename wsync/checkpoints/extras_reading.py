@@ -49,7 +49,7 @@ def read_extras(source: ByteSource, metadata: Mapping[str, str], *, digests: boo
 
     Args:
         metadata: of its headers, which travel with them.
-        digests: compare each with the digest that its writer left.
+        digests: compare each with the digest that its writer left; else with the store's, where it has one.
 
     Raises:
         IncompleteCheckpoint: one is cut off.
@@ -62,8 +62,8 @@ def read_extras(source: ByteSource, metadata: Mapping[str, str], *, digests: boo
         files: dict[str, bytes] = {}
         for number, (name, file) in enumerate(parts.extras.items(), len(parts.own)):
             data = files[name] = source.read(number, source.infos[number].st_size, 0)
-            if digests:
-                digest_of(file).check(hashlib.sha256(data).hexdigest())
+            if digest := digest_of(file) if digests else source.extra_digests.get(file):
+                digest.check(hashlib.sha256(data).hexdigest())
             _check_whole(file, data)
         return Extras(files, metadata)
     except OSError as exc:

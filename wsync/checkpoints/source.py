@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from ..layout.finite import Region, all_finite
@@ -25,11 +26,13 @@ class ByteSource:
     Attributes:
         infos: what the system, or the store, said about each file when it was opened.
         digests: the store's own digests of the weight files; empty unless it has all of them.
+        extra_digests: those of the extras, where it has them.
     """
 
     parts: Parts
     infos: list[os.stat_result]
     digests: tuple[Digest, ...] = ()
+    extra_digests: Mapping[Path, Digest] = {}
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
         """Bytes of one of the files; fewer at its end."""

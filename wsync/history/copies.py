@@ -15,6 +15,7 @@ from ..errors import SegmentError, StateError, WsyncError
 from ..segment.access import opened
 from ..segment.lease import Lease
 from ..segment.segment import Segment
+from ..segment.segment_files import read_extras
 from ..system.memory import try_lock
 from .database import Event, State
 
@@ -85,21 +86,27 @@ def holds(copy: Path, identity: str) -> bool:
     """Whether a kept copy is there, and its metadata name this checkpoint."""
     try:
         with Checkpoint(copy) as checkpoint:
-            told, extras = checkpoint.metadata, copy.with_suffix(_EXTRAS)
-            size = extras.stat().st_size if told.get("extras", "0") != "0" else 0
-            return told.get("identity") == identity and told.get("extras", "0") == str(size)
-    except (OSError, WsyncError):
+            _extras_of(copy, checkpoint)
+            return checkpoint.metadata.get("identity") == identity
+    except (OSError, WsyncError, ValueError):
         return False
 
 
 def open_copy(copy: Path, event: Event, fitted: Fit) -> Checkpoint:
     """Opens a kept copy, which reports what it is a copy of."""
     checkpoint = Checkpoint(copy)
-    extras = Extras()
-    if checkpoint.metadata.get("extras", "0") != "0":
-        extras = Extras.from_bytes(copy.with_suffix(_EXTRAS).read_bytes())
+    extras = _extras_of(copy, checkpoint)
     checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fitted, extras)
     return checkpoint
+
+
+def _extras_of(copy: Path, checkpoint: Checkpoint) -> Extras:
+    """What travels with a kept copy; raises OSError or ValueError where that is gone or damaged."""
+    size = int(checkpoint.metadata.get("extras", "0"))
+    if not size:
+        return Extras()
+    with open(copy.with_suffix(_EXTRAS), "rb") as file:
+        return read_extras(file.fileno(), size)
 
 
 def _sweep(copies: Path) -> None:

@@ -40,12 +40,13 @@ class RemotePath:
     Attributes:
         key: its name in the store, without leading and trailing slashes.
         tree: the listing that answers for it and for what lies below; None before ``listed``.
+        narrow: whether that listing is of one named object or of a web server, and does not show its neighbours.
     """
 
-    __slots__ = ("key", "store", "tree")
+    __slots__ = ("key", "narrow", "store", "tree")
 
-    def __init__(self, store: Store, key: str, tree: Tree | None = None) -> None:
-        self.store, self.key, self.tree = store, key.strip("/"), tree
+    def __init__(self, store: Store, key: str, tree: Tree | None = None, *, narrow: bool = False) -> None:
+        self.store, self.key, self.tree, self.narrow = store, key.strip("/"), tree, narrow
 
     def __str__(self) -> str:
         return f"{self.store}/{self.key}" if self.key else str(self.store)
@@ -62,7 +63,7 @@ class RemotePath:
         return hash(str(self))
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.store, f"{self.key}/{name}", self.tree)
+        return RemotePath(self.store, f"{self.key}/{name}", self.tree, narrow=self.narrow)
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        return RemotePath(self.store, self.key.rpartition("/")[0], self.tree)
+        return RemotePath(self.store, self.key.rpartition("/")[0], self.tree, narrow=self.narrow)
 
     @property
     def path(self) -> RemotePath:
@@ -86,7 +87,8 @@ class RemotePath:
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
         """
-        return RemotePath(self.store, self.key, _tree(self.store.list(self.key)))
+        objects = self.store.list(self.key)
+        return RemotePath(self.store, self.key, _tree(objects), narrow=self.store.is_web or self.key in objects)
 
     def stored(self) -> Stored | None:
         """The object of this name in the listing."""
@@ -110,6 +112,13 @@ class RemotePath:
             return False
         return True
 
+    def is_there(self) -> bool:
+        """``exists``; where the listing is narrow, the store is asked, and the answer added to it."""
+        tree = self._listed()
+        if self.narrow and self.key not in tree and (stored := self.store.head(self.key)):
+            tree[self.key] = stored
+        return self.exists()
+
     def is_dir(self) -> bool:
         return self.exists() and stat.S_ISDIR(self.stat().st_mode)
 
@@ -119,9 +128,17 @@ class RemotePath:
         names = dict.fromkeys(key[skip:].partition("/")[0] for key in self._listed())
         return cast("list[os.DirEntry[str]]", [self / name for name in names if name])
 
+    def neighbours(self) -> list[os.DirEntry[str]]:
+        """``entries``; a narrow listing is widened to all that lies below, which a web server does not tell."""
+        tree = self._listed()
+        if self.narrow and not self.store.is_web:
+            tree |= _tree(self.store.list(self.key)) | tree
+        return self.entries()
+
     def _listed(self) -> Tree:
         if self.tree is None:
-            self.tree = self.listed().tree
+            listed = self.listed()
+            self.tree, self.narrow = listed.tree, listed.narrow
         return cast(Tree, self.tree)
 
 
