@@ -140,12 +140,20 @@ def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, sta
         rollback(NAME, 1, runtime=None, state=state)
 
 
+def kept(state: State) -> list[str]:
+    """The files among the copies, without the extras, each of which is some copy's."""
+    names = sorted(file.name for file in state.copies.iterdir())
+    copies = [name for name in names if not name.endswith(".extras")]
+    assert {name.replace(".extras", ".safetensors") for name in names} == set(copies)
+    return copies
+
+
 def test_kept_copies_are_the_way_back_when_all_else_is_gone(push: Push, runs: Path, state: State) -> None:
     """Guards ``--keep``: the last N versions are there after a reboot and with no file of the trainer left."""
     spec = replace(load_spec("policies:mlp"), keep=2)
     for mark in (1, 2, 3, 4):
         push(mark, spec=spec)
-    assert sorted(p.name for p in state.copies.iterdir()) == ["3.safetensors", "4.safetensors"]
+    assert kept(state) == ["3.safetensors", "4.safetensors"]
     for file in runs.iterdir():
         file.unlink()
     WritableSegment.open(NAME).remove()
@@ -167,7 +175,7 @@ def test_a_checkpoint_is_kept_once_however_often_it_is_published(push: Push, run
     for version in (3, 4):
         WritableSegment.open(NAME).remove()
         assert push(spec=spec).version == version
-    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "4.safetensors"]
+    assert kept(state) == ["1.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for to in (1, 2, 3):  # by whatever number it was live
         WritableSegment.open(NAME).remove()
@@ -186,7 +194,7 @@ def test_copies_of_a_history_that_was_removed_are_no_others(push: Push, runs: Pa
     for mark in (4, 5):
         WritableSegment.open(NAME).remove()
         push(mark, spec=spec)
-    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "2.safetensors"]
+    assert kept(state) == ["1.safetensors", "2.safetensors"]
     WritableSegment.open(NAME).remove()
     (state.copies / "1.safetensors").unlink()
     push(6, spec=spec)
@@ -204,7 +212,7 @@ def test_what_is_pinned_is_kept(push: Push, runs: Path, state: State) -> None:
         push(mark, spec=spec)
     rollback(NAME, 1, runtime=None, state=state)
     assert push(spec=spec).status == "pinned"
-    assert sorted(p.name for p in state.copies.iterdir()) == ["3.safetensors", "4.safetensors"]
+    assert kept(state) == ["3.safetensors", "4.safetensors"]
     shutil.rmtree(runs)
     for version in (5, 6):
         WritableSegment.open(NAME).remove()
@@ -218,7 +226,7 @@ def test_other_settings_make_another_copy(push: Push, runs: Path, state: State) 
     write(runs / "step_1.safetensors", torch.nn.ModuleDict({"a": mlp(), "b": mlp()}), 1.0, 1)
     for prefix in ("a.", "b."):
         assert push(spec=replace(spec, weights=Fit(prefix=prefix)), force=True).status == "published"
-    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "2.safetensors"]
+    assert kept(state) == ["1.safetensors", "2.safetensors"]
 
 
 def mixture() -> tuple[float, float]:
@@ -306,7 +314,7 @@ def test_half_a_copy_is_removed_once_nobody_writes_it(push: Push, state: State) 
     with alive.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         push(1, spec=spec)
-    assert sorted(p.name for p in state.copies.iterdir()) == ["1.safetensors", "9.tmp"]
+    assert kept(state) == ["1.safetensors", "9.tmp"]
 
 
 def test_rollback_where_nothing_is_live(push: Push, state: State) -> None:
@@ -496,7 +504,7 @@ def test_a_clock_that_was_set_back_takes_no_new_copy(push: Push, state: State) -
         os.utime(copy, (time.time() + 3600,) * 2)
     for mark in (3, 4):
         push(mark, spec=spec)
-    assert {copy.name for copy in state.copies.iterdir()} == {"3.safetensors", "4.safetensors"}
+    assert kept(state) == ["3.safetensors", "4.safetensors"]
 
 
 def test_what_was_tried_again_with_success_is_taken_after_a_reboot(push: Push, state: State) -> None:
