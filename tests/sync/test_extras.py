@@ -169,6 +169,21 @@ def test_an_extra_that_never_changes_holds_nothing_up_for_ever(push: Push, runs:
     assert live() == ({2.0}, 1)
 
 
+@pytest.mark.parametrize("name", ["preprocessor.json", "obs_norm.safetensors"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.name), lambda path: path.symlink_to("nowhere")]
+)
+def test_what_is_no_file_is_no_extra(push: Push, runs: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Guards a name that a pipe, a directory or a link to nothing has: the message says what is missing, at once."""
+    saved(runs / "1", 1)
+    push()
+    saved(runs / "2", 2)
+    (runs / "2" / name).unlink()
+    make(runs / "2" / name)
+    outcome = push()
+    assert (outcome.status, Path(str(outcome.newer)).name, live()) == ("current", "2", ({1.0}, 1))
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_extras_beside_weights_in_any_form(push: Push, runs: Path, sharded: bool) -> None:
     """Guards the count of a checkpoint's files: with an index, the extras come after it."""
@@ -505,6 +520,7 @@ def test_options_name_them(push: Push, runs: Path, program: Cli) -> None:
     assert program("push", "nets.toml", "--extras-files", "bounds.json").returncode == 0
     with wsync.lease("nets") as held:
         assert held.extras == {"bounds.json": b"[1]"}
+    assert json.loads(program("status", "nets", "--json").stdout)["extras"] == 3
     shown = program("config", "nets.toml", "--json", "--extras-max-bytes", "100").stdout
     assert "extras.files" in shown and "extras.max_bytes" in shown
 

@@ -310,7 +310,7 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
         return CheckpointError(
             f"{path} cannot be read: this process may have no more than {most:,} files open, and a checkpoint in "
             "several files takes one for each. Raise the limit (`ulimit -n`; LimitNOFILE= of its systemd unit), or "
-            "write larger shards."
+            "write fewer files."
         )
     return CheckpointError(f"{path} cannot be read ({reason}). It is tried again at the next pass.")
 

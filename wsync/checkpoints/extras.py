@@ -63,14 +63,14 @@ class ExtraFiles:
         for pattern in self.files:
             if not _is_glob(pattern):
                 file = directory / pattern.replace(_STEM, stem)
-                if file.exists() if isinstance(file, Path) else file.is_there():
+                if file.is_file() if isinstance(file, Path) else file.is_there():
                     found[pattern] = file
                 continue
             below, slash, _ = pattern.rpartition("/")
             place = directory / below if below else directory
             for name in fnmatch.filter(self._names(place), pattern[len(below + slash) :]):
                 file = place / name
-                if not name.startswith(".") and is_file_name(name) and file not in files and not file.is_dir():
+                if not name.startswith(".") and is_file_name(name) and file not in files and file.is_file():
                     found[f"{below}{slash}{name}"] = file
         return dict(sorted(found.items()))
 

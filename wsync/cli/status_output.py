@@ -125,7 +125,7 @@ def look(
 
 def _told(segment: Segment, state: Path | None) -> dict[str, Any]:
     """The segment, its pin, its last failure if nothing was published since, and its group if it has one."""
-    told = segment_json(segment)
+    told = segment_json(segment) | {"extras": _bytes_of_extras(segment)}
     with State(segment.name, state) as history:
         try:
             if pin := history.pin():
@@ -142,6 +142,15 @@ def _told(segment: Segment, state: Path | None) -> dict[str, Any]:
     if group := group_of(segment.path):
         told["group"] = group
     return told
+
+
+def _bytes_of_extras(segment: Segment) -> int:
+    if (lease := segment.lease()) is None:
+        return 0
+    try:
+        return sum(map(len, segment.extras(segment.leased(lease), lease.slot).files.values()))
+    finally:
+        lease.release()
 
 
 def segment_json(segment: Segment) -> dict[str, Any]:

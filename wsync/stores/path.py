@@ -113,11 +113,14 @@ class RemotePath:
         return True
 
     def is_there(self) -> bool:
-        """``exists``; where the listing is narrow, the store is asked, and the answer added to it."""
+        """``is_file``; where the listing is narrow, the store is asked, and the answer added to it."""
         tree = self._listed()
         if self.narrow and self.key not in tree and (stored := self.store.head(self.key)):
             tree[self.key] = stored
-        return self.exists()
+        return self.is_file()
+
+    def is_file(self) -> bool:
+        return self.stored() is not None
 
     def is_dir(self) -> bool:
         return self.exists() and stat.S_ISDIR(self.stat().st_mode)
