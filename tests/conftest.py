@@ -21,8 +21,8 @@ from builders import ROOT, SUPPORT
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 
-from wsync.checkpoints import plan as fitting
 from wsync.checkpoints import reading as staging
+from wsync.fitting import plan as fitting
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process

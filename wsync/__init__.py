@@ -7,8 +7,9 @@ The rooms, lowest layer first. Each may import only rooms that this list names b
     errors, text    the exceptions, their exit codes; numbers and times as people read them
     system          what the kernel gives: memory, locks, sleeping on a word, a child process
     layout          what weights are: names, dtypes, offsets; finite; tables of tensors
+    fitting         how a checkpoint's tensors become a policy's: header, settings, match, casts, advice
     stores          objects behind a URL
-    checkpoints     one checkpoint: header, files, fit, read into a buffer
+    checkpoints     one checkpoint: its files, whether it is whole, read into a buffer
     segment         shared memory: who may open what, the protocol, the readers' records, publishing
     places          a directory of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU

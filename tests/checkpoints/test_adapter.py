@@ -17,7 +17,6 @@ from torch import nn
 
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import (
     BeingRewritten,
     CheckpointChanged,
@@ -28,6 +27,7 @@ from wsync.errors import (
     MalformedCheckpoint,
     NonFiniteWeights,
 )
+from wsync.fitting.fit import Fit
 from wsync.layout.filenames import INDEX
 from wsync.layout.layout import Layout, layout_of, views
 from wsync.places.listing import scan

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of, named_tensors
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

@@ -24,7 +24,6 @@ from safetensors.torch import save_file, save_model
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.checkpoint_files import identity
-from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.steps import read_step
 from wsync.errors import (
     CheckpointChanged,
@@ -35,6 +34,7 @@ from wsync.errors import (
     NoCheckpoint,
     NonFiniteWeights,
 )
+from wsync.fitting.fit import Fit
 from wsync.layout import finite
 from wsync.layout.filenames import SINGLE
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of

@@ -19,10 +19,10 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
 from wsync.cli.inspect_output import inspect
 from wsync.errors import BeingWritten, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights, WrongDigest
+from wsync.fitting.fit import Fit
 from wsync.history.database import State
 from wsync.history.rollback import pin_checkpoint
 from wsync.layout.layout import Layout

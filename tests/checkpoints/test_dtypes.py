@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.checkpoint_files import unreadable
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointMismatch
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of_tensors, views
 from wsync.places.weight_getter import CheckpointWeightGetter
 

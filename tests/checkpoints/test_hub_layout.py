@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointMismatch
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of_tensors
 
 Tensors = Mapping[str, torch.Tensor]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointMismatch, PartialCheckpoint
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of, named_tensors
 
 peft: Any = pytest.importorskip("peft")

@@ -25,7 +25,6 @@ from builders import SUPPORT, write
 from safetensors.torch import save_file
 
 from wsync.checkpoints import checkpoint_files as parts
-from wsync.checkpoints import header as module
 from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.checkpoint_files import identity, parts_of
@@ -37,6 +36,7 @@ from wsync.errors import (
     MalformedCheckpoint,
     NoCheckpoint,
 )
+from wsync.fitting import header as module
 from wsync.layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE
 from wsync.layout.layout import Layout, layout_of
 from wsync.places.listing import scan

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from wsync.checkpoints import reading as staging
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointChanged, CheckpointError, NonFiniteWeights
+from wsync.fitting.fit import Fit
 from wsync.layout import finite
 from wsync.layout.layout import layout_of
 

@@ -24,8 +24,8 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import WsyncError
+from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
 from wsync.layout.layout import layout_of, named_tensors

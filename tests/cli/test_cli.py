@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync.checkpoints.fit import Fit
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment

@@ -18,11 +18,11 @@ from policies import mlp
 from processes import Cli
 from safetensors.torch import save_file
 
-from wsync.checkpoints.cast import Piece
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.checkpoints.reading import Files
 from wsync.cli.inspect_output import inspect
+from wsync.fitting.cast import Piece
+from wsync.fitting.fit import Fit
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
+from wsync.fitting.fit import Fit
 from wsync.fleet.delivery import Shared, Turn, judge
 from wsync.fleet.group import Group
 from wsync.fleet.membership import few

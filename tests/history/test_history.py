@@ -27,12 +27,12 @@ from processes import DEADLINE, Cli, Spawn
 from safetensors.torch import save_file
 
 import wsync
-from wsync.checkpoints.fit import Fit
 from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
 from wsync.cli.log_output import bar
 from wsync.cli.options import VARIABLES
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
+from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back
 from wsync.history.database import State
 from wsync.history.outcome import Outcome

@@ -15,10 +15,10 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
 from wsync.cli.push_quiet import News
 from wsync.cli.watch_output import WatchLog
 from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
+from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.places.newest import Select

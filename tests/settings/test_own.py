@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import wsync
-from wsync.checkpoints.fit import Fit
 from wsync.errors import LayoutDiffers, UsageError
+from wsync.fitting.fit import Fit
 from wsync.hooks import gate
 from wsync.layout.layout import layout_of
 from wsync.layout.module import followed

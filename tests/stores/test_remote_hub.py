@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 import wsync
 from wsync.checkpoints.extras import ExtraFiles
-from wsync.checkpoints.fit import Fit
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

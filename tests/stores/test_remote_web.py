@@ -26,8 +26,8 @@ import wsync
 from tests.measure.remote import PEAK, Sender, Server
 from wsync.checkpoints.checkpoint_files import place_at
 from wsync.checkpoints.extras import ExtraFiles
-from wsync.checkpoints.fit import Fit
 from wsync.errors import CheckpointError
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of
 from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from wsync.checkpoints import checkpoint_files, settling
-from wsync.checkpoints.fit import Fit
 from wsync.errors import SegmentError, WsyncError
+from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout
 from wsync.places.newest import Select

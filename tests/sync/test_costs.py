@@ -12,7 +12,7 @@ import pytest
 from wsync.bench.cases import Slot
 from wsync.bench.rows import Settings
 from wsync.bench.workspace import Workspace, private_workspace
-from wsync.checkpoints import header
+from wsync.fitting import header
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 

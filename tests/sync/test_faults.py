@@ -28,9 +28,9 @@ from policies import mlp
 from processes import DEADLINE
 from rich.console import Console
 
-from wsync.checkpoints.fit import Fit
 from wsync.cli.watch_output import WatchLog
 from wsync.errors import SegmentError
+from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment

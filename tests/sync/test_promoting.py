@@ -19,9 +19,9 @@ from processes import DEADLINE, Spawn, heard
 from safetensors.torch import save_file
 
 import wsync
-from wsync.checkpoints.fit import Fit
 from wsync.cli.options import targets
 from wsync.errors import SegmentMissing, SpecError, UsageError
+from wsync.fitting.fit import Fit
 from wsync.history.database import Event, State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback

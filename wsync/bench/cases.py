@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.fit import Fit
 from ..errors import UsageError
+from ..fitting.fit import Fit
 from ..layout.layout import views
 from ..policy.attaching import attach
 from ..policy.reader import Mode, Reader

@@ -26,14 +26,14 @@ from ..errors import (
     PartialCheckpoint,
     UnusableBase,
 )
+from ..fitting.cast import Pair
+from ..fitting.fit import FLOATS, Fit
+from ..fitting.header import StoredTensor
+from ..fitting.plan import Delta, Merge, Plan, plan_of
 from ..layout.filenames import CONFIG
 from ..layout.layout import Layout, TensorEntry, describe
 from .adapter_config import Config, read_config
-from .cast import Pair
 from .checkpoint_files import unreadable
-from .fit import FLOATS, Fit
-from .header import StoredTensor
-from .plan import Delta, Merge, Plan, plan_of
 from .tensor_table import TensorTable
 
 _SMALL = 1 << 24  # elements in both halves for which any rank is taken; a hostile 4 KiB file can claim any

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointMismatch, PartialCheckpoint
+from ..fitting.fit import Fit
 from ..layout.layout import Layout
 from .extras import ExtraFiles, Extras
-from .fit import Fit
 from .tensor_table import TensorTable
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from ..fitting.plan import Plan
 
 
 class Checkpoint(TensorTable):
@@ -73,7 +73,7 @@ class Checkpoint(TensorTable):
             CheckpointMismatch: tensors do not fit; all of them are listed.
             PartialCheckpoint: only a part came, as allowed, but the rest has no live values to keep.
         """
-        from .plan import plan_of
+        from ..fitting.plan import plan_of
 
         try:
             self.planned = plan_of(self.tensors, layout, settings, self.path)

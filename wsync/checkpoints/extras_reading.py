@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import IncompleteCheckpoint, MalformedCheckpoint
+from ..fitting.header import read_header
 from ..layout.filenames import SUFFIX
 from . import settling
 from .checkpoint_files import Parts, unreadable
 from .digest import digest_of
 from .extras import Extras
-from .header import read_header
 from .source import ByteSource
 
 

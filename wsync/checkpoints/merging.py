@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import Difference, NonFiniteWeights
+from ..fitting.cast import Piece, convert
+from ..fitting.header import StoredTensor
+from ..fitting.plan import Delta, Plan
 from ..layout.finite import Region, all_finite, float_regions
 from ..layout.layout import DTYPE_BITS
 from . import staging
 from .adapter import blaming
-from .cast import Piece, convert
 from .checkpoint_files import changed, unreadable
-from .header import StoredTensor
-from .plan import Delta, Plan
 from .source import Held
 from .staging import Progress
 from .tensor_table import TensorTable

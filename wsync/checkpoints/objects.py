@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import cast
 
 from ..errors import NoCheckpoint
+from ..fitting import plan
+from ..fitting.cast import Piece, split
+from ..fitting.plan import Read
 from ..layout.finite import Region, all_finite
 from ..stores.path import RemotePath
 from ..stores.prefetch import prefetch
 from ..stores.store import OtherVersion, Stored, into
-from . import plan, settling
-from .cast import Piece, split
+from . import settling
 from .checkpoint_files import Parts, changed
 from .digest import Digest
-from .plan import Read
 from .source import ByteSource, Job, scatter
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError, CheckpointMismatch
+from ..fitting.advice import HOPELESS, Tensors
+from ..fitting.fit import Fit
+from ..fitting.match import match
 from ..layout.filenames import INDEX_SUFFIX, SUFFIX
 from ..layout.layout import Layout
-from .advice import HOPELESS, Tensors
 from .checkpoint_files import Parts, remote
-from .fit import Fit
-from .match import match
 from .steps import is_fixed
 from .tensor_table import TensorTable
 

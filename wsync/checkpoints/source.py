@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from ..fitting import plan
+from ..fitting.cast import Piece, split
+from ..fitting.plan import Read
 from ..layout.finite import Region, all_finite
-from . import plan
-from .cast import Piece, split
 from .checkpoint_files import Parts
 from .digest import Digest
-from .plan import Read
 
 Job = TypeVar("Job", Read, Piece)
 

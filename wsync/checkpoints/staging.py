@@ -13,13 +13,13 @@ from itertools import groupby
 from pathlib import Path
 
 from ..errors import CheckpointMismatch, Difference, NonFiniteWeights, UsageError, WsyncError
+from ..fitting.cast import Pair, Piece, convert
+from ..fitting.header import StoredTensor
+from ..fitting.plan import Plan
 from ..layout.finite import Region, all_finite, float_regions, has_nan, is_finite, not_finite, same_infinities
 from ..layout.layout import TensorEntry
-from .cast import Pair, Piece, convert
 from .checkpoint_files import unreadable
 from .digest import Digest
-from .header import StoredTensor
-from .plan import Plan
 from .source import ByteSource
 from .tensor_table import TensorTable
 

@@ -18,9 +18,9 @@ from .checkpoint_files import changed, identity_of, led_to, parts_of, place_at, 
 from .extras import ExtraFiles, Extras
 
 if TYPE_CHECKING:
-    from .cast import Pair, Piece
+    from ..fitting.cast import Pair, Piece
+    from ..fitting.header import StoredTensor
     from .digest import Digest
-    from .header import StoredTensor
     from .source import ByteSource
 
 
@@ -134,7 +134,7 @@ class TensorTable:
 
     def _read_header(self, number: int, file: Path) -> Mapping[str, str]:
         """Adds the tensors of one of the files; returns its metadata."""
-        from .header import read_header
+        from ..fitting.header import read_header
 
         def read(nbytes: int, start: int) -> bytes:
             return self.source.read(number, nbytes, start)
@@ -175,8 +175,8 @@ class TensorTable:
             work: called with a piece and its bytes, which are good until it returns.
             progress: called with the bytes that each piece becomes.
         """
-        from . import plan
-        from .cast import pieces
+        from ..fitting import plan
+        from ..fitting.cast import pieces
 
         every = True
         for piece, result in self.source.converted(list(pieces(pairs, plan.READING.chunk)), work):

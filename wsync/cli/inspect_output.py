@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.cast import Piece
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.checkpoint_files import parts_of, place_at, unreadable
 from ..checkpoints.staging import check_digests
 from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
+from ..fitting.cast import Piece
 from ..layout.finite import is_finite
 from ..layout.layout import TensorEntry
 from ..places.listing import inside, scan

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import errors
 from ..checkpoints.extras import Extras
-from ..checkpoints.fit import Fit
-from ..checkpoints.plan import Plan
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
+from ..fitting.fit import Fit
+from ..fitting.plan import Plan
 from ..layout.layout import Layout
 from ..segment.segment_files import Publication
 from . import group as transport

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.extras import Extras
-from ..checkpoints.fit import Fit
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, from_os_error
+from ..fitting.fit import Fit
 from ..history.outcome import Outcome
 from ..segment.publishing import Staged
 from ..segment.segment_files import Publication

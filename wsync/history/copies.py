@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.extras import Extras
-from ..checkpoints.fit import Fit
 from ..errors import SegmentError, StateError, WsyncError
+from ..fitting.fit import Fit
 from ..segment.access import opened
 from ..segment.lease import Lease
 from ..segment.segment import Segment

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.extras import ExtraFiles
-from ..checkpoints.fit import Fit
 from ..errors import StateError
+from ..fitting.fit import Fit
 from .database import State
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.extras import MAX_BYTES, ExtraFiles
-from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
+from ..fitting.fit import Fit
 from ..places.identity import is_same
 from .copies import copies, holds, open_copy, what
 from .database import Event, State

@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from ..checkpoints.checkpoint_files import led_to, open_file, parts_of, place_at, remote
-from ..checkpoints.header import instead, kind_of
 from ..checkpoints.steps import names_a_step, step_in_name
 from ..errors import CheckpointError, WsyncError, printable
+from ..fitting.header import instead, kind_of
 from ..layout.filenames import SUFFIX
 from ..system.memory import read_at
 from .listing import SHARD, TEMPORARY, candidate_of, entries_of, scan

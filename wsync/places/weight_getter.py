@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.checkpoint_files import led_to, place_at, remote
-from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
+from ..fitting.fit import Fit
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
 from ..segment.segment_files import Publication
 from .identity import as_listed, known_again, lasting

@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ..checkpoints.extras import Extras, checked
-from ..checkpoints.fit import Fit
 from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
+from ..fitting.fit import Fit
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..layout.names import seen_through
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoints.checkpoint import Checkpoint
-    from ..checkpoints.plan import Plan
+    from ..fitting.plan import Plan
 
 
 class Staged(NamedTuple):

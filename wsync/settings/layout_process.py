@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..checkpoints.fit import Built
 from ..errors import SpecError, WsyncError
+from ..fitting.fit import Built
 from ..layout.layout import Layout
 from .spec import Spec
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..checkpoints.checkpoint_files import place_at, remote
 from ..checkpoints.extras import ExtraFiles
-from ..checkpoints.fit import Fit
 from ..errors import SpecError
+from ..fitting.fit import Fit
 from ..places.newest import Select
 from ..segment.access import Access, check_name
 from ..segment.segment_files import BOUND, MAX_SLOTS, SLOTS

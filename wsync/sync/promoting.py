@@ -16,7 +16,6 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.checkpoint_files import Parts
-from ..checkpoints.fit import Fit
 from ..checkpoints.source import ByteSource
 from ..errors import (
     CheckpointError,
@@ -28,6 +27,7 @@ from ..errors import (
     StateError,
     UsageError,
 )
+from ..fitting.fit import Fit
 from ..history.database import State
 from ..history.outcome import Outcome
 from ..history.reopening import fit_from_json

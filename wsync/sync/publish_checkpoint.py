@@ -8,8 +8,8 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.fit import Fit
 from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
+from ..fitting.fit import Fit
 from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout

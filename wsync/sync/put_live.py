@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.extras import Extras
-from ..checkpoints.fit import Fit
 from ..errors import WsyncError
+from ..fitting.fit import Fit
 from ..history.outcome import Outcome
 from ..history.record import Record
 from ..segment.publishing import Source, Staged, publish

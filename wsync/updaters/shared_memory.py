@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.fit import Fit
 from ..errors import SegmentDamaged, SegmentMissing
+from ..fitting.fit import Fit
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, live_candidate
 from ..segment.access import Access

@@ -21,13 +21,13 @@ from hypothesis import settings as at_most
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from wsync.checkpoints import advice
-from wsync.checkpoints.cast import pieces
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.fit import Fit
-from wsync.checkpoints.header import StoredTensor
-from wsync.checkpoints.plan import Plan, plan_of
 from wsync.errors import CheckpointChanged, CheckpointMismatch, NonFiniteWeights, PartialCheckpoint, UsageError
+from wsync.fitting import advice
+from wsync.fitting.cast import pieces
+from wsync.fitting.fit import Fit
+from wsync.fitting.header import StoredTensor
+from wsync.fitting.plan import Plan, plan_of
 from wsync.history.database import State
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.segment.publishing import publish, rehearse
