@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -164,8 +165,9 @@ def test_an_extra_that_never_changes_holds_nothing_up_for_ever(push: Push, runs:
     saved(runs / "latest", 1)
     push()
     write(runs / "latest" / "model.safetensors", mlp(), 2)
+    deadline = time.monotonic() + DEADLINE
     while push(settle=0.02).status != "published":
-        pass
+        assert time.monotonic() < deadline
     assert live() == ({2.0}, 1)
 
 
@@ -523,6 +525,21 @@ def test_options_name_them(push: Push, runs: Path, program: Cli) -> None:
     assert json.loads(program("status", "nets", "--json").stdout)["extras"] == 3
     shown = program("config", "nets.toml", "--json", "--extras-max-bytes", "100").stdout
     assert "extras.files" in shown and "extras.max_bytes" in shown
+
+
+def test_inspect_lists_them(push: Push, runs: Path, program: Cli) -> None:
+    """Guards what ``inspect`` calls complete: what a push would; and with ``--scan``, extras are whole, too."""
+    folder = saved(runs / "1", 1)
+    write(runs / "2" / "model.safetensors", mlp(), 2)
+    options = ("--extras-files", "preprocessor.json", "--extras-files", "*norm*.safetensors")
+    told = json.loads(program("inspect", "runs", *options, "--json").stdout)
+    verdicts = {Path(each["path"]).name: each["complete"] for each in told["candidates"]}
+    assert verdicts == {"1": True, "2": False}
+    shown = program("inspect", "runs/1", "--spec", "nets.toml", "--scan")
+    assert shown.returncode == 0 and "extras: obs_norm.safetensors, preprocessor.json" in shown.stdout
+    (folder / "preprocessor.json").write_text("{")
+    shown = program("inspect", "runs/1", *options, "--scan")
+    assert shown.returncode == 65 and "is not JSON" in shown.stdout
 
 
 def test_spec_has_them(runs: Path) -> None:

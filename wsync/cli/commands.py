@@ -239,12 +239,13 @@ def inspect(
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
+    from ..checkpoints.extras import ExtraFiles
     from ..places.newest import Select
     from .inspect_output import inspect as look
     from .inspect_output import print_inspection
 
     policy = read_spec(spec, settings) if spec else None
-    select = policy.select if policy else Select(**settings["select"])
+    select = policy.select if policy else Select(**settings["select"], extras=ExtraFiles(**settings["extras"]))
     looked = look(path, spec=policy, settings=select, scan_values=scan)
     if as_json:
         print(json.dumps(looked))

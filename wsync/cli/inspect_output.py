@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.checkpoint_files import parts_of, place_at, unreadable
+from ..checkpoints.extras_reading import read_extras
 from ..checkpoints.staging import check_digests
 from ..checkpoints.steps import step_at
 from ..errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
@@ -38,12 +39,13 @@ def inspect(
     Args:
         spec: tells whether it fits this policy, and how.
         settings: which entries are checkpoints; default the spec's.
-        scan_values: reads every tensor to tell whether it is finite, and compares digests where the spec asks for them.
+        scan_values: reads every tensor to tell whether it is finite, and the extras, and compares digests where the
+            spec asks for them.
 
     Returns:
         ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
-        "reason", "kind", "step", "step_from", "other_numbers", "bytes", "files", "metadata", "tensors"}``, with a
-        spec ``"fits"``, and with ``"candidates"`` where there are others in it.
+        "reason", "kind", "step", "step_from", "other_numbers", "bytes", "files", "extras", "metadata",
+        "tensors"}``, with a spec ``"fits"``, and with ``"candidates"`` where there are others in it.
 
         ``step_from`` says where the step was read, and ``other_numbers`` are those that the name holds besides. Each
         tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
@@ -90,11 +92,13 @@ def _verdicts(found: list[Candidate], settings: Select, fits: Fits | None) -> li
 
 def _look(path: Path, settings: Select, fits: Fits | None, scan_values: bool) -> dict[str, Any]:
     try:
-        checkpoint = Checkpoint(path, digest=settings.digest)
+        checkpoint = Checkpoint(path, digest=settings.digest, extras=settings.extras)
         with checkpoint:
             broken = _not_finite(checkpoint) if scan_values else None
             if scan_values:
                 check_digests(checkpoint)
+                if checkpoint.parts.extras:
+                    read_extras(checkpoint.source, {}, digests=bool(checkpoint.digests))
             return _described(path, checkpoint, settings, broken) | (fits(checkpoint) if fits else {})
     except NoCheckpoint:
         raise
@@ -121,6 +125,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
         "other_numbers": list(step.others),
         "bytes": checkpoint.size,
         "files": [file.name for file in checkpoint.parts.files],
+        "extras": sorted(checkpoint.parts.extras),
         "metadata": checkpoint.metadata,
         "tensors": [
             {
@@ -227,6 +232,8 @@ def _print_checkpoint(console: Console, looked: dict[str, Any]) -> None:
     console.print(title, soft_wrap=True)
     if looked["step_from"]:
         console.print(f"step {looked['step']} is from the {_origin(looked)}", soft_wrap=True)
+    if extras := looked["extras"]:
+        console.print(printable(f"extras: {', '.join(extras)}"), soft_wrap=True)
     for key, value in looked["metadata"].items():
         console.print(f"  {printable(key)} = {printable(value)}", soft_wrap=True)
     if "fits" in looked:

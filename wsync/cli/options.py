@@ -222,7 +222,7 @@ def with_settings(command: CommandInfo) -> CommandInfo:
     if function is None or "settings" not in function.__annotations__:
         return command
     if function.__name__ == "inspect":
-        taken = {name: about for name, about in _HELP.items() if about[0] == "select"}
+        taken = {name: about for name, about in _HELP.items() if about[0] in ("select", "extras")}
     else:
         is_full = function.__name__ in ("watch", "config")
         taken = {name: about for name, about in _HELP.items() if is_full or name not in _ONLY_WATCH}
