@@ -273,6 +273,20 @@ def test_a_glob_takes_neither_weights_nor_hidden_files_nor_directories(push: Pus
         assert sorted(held.extras) == ["obs_norm.safetensors", "preprocessor.json", "tokenizer/vocabulary.txt"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to give a file to another user")
+def test_a_link_to_somebody_elses_file_is_no_extra(push: Push, runs: Path, tmp_path: Path) -> None:
+    """Guards what a writer cannot read from going to all policies; a hub's cache links to files of its own."""
+    saved(runs / "1", 1)
+    elsewhere = tmp_path / "secret.json"
+    (runs / "1" / "preprocessor.json").rename(elsewhere)
+    (runs / "1" / "preprocessor.json").symlink_to(elsewhere)
+    os.chown(runs / "1" / "model.safetensors", 4242, -1)
+    outcome = push()
+    assert outcome.status == "failed" and "another owner than the weights" in str(outcome.reason)
+    os.chown(elsewhere, 4242, -1)
+    assert push().status == "published" and live() == ({1.0}, 1)
+
+
 def test_gates_and_hooks_see_them(push: Push, runs: Path) -> None:
     """Guards what a command finds: a directory with the files; and a hook of Python, their bytes."""
     saved(runs / "1", 1)

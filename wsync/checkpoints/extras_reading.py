@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import IncompleteCheckpoint, MalformedCheckpoint
+from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint
 from ..fitting.header import read_header
 from ..layout.filenames import SUFFIX
 from . import settling
-from .checkpoint_files import Parts, unreadable
+from .checkpoint_files import Parts, remote, unreadable
 from .digest import digest_of
 from .extras import Extras
 from .source import ByteSource
@@ -28,6 +28,7 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
     Raises:
         IncompleteCheckpoint: one is missing.
         MalformedCheckpoint: they are too large.
+        CheckpointError: one is a link to another user's file elsewhere.
         BeingRewritten: see ``settling.check_extras``.
     """
     if pattern := parts.wanted.missing(parts.extras):
@@ -41,7 +42,17 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
             f"{parts.path} has {len(parts.extras)} extras of {size:,} bytes in all, and extras.max_bytes is {most:,}. "
             "Name fewer files in extras.files, or raise it."
         )
+    for file, info in zip(parts.extras.values(), infos[len(parts.own) :], strict=True):
+        if info.st_uid != infos[0].st_uid and _leads_away(file, parts.files[0].parent):
+            raise CheckpointError(
+                f"{file} is a link out of {parts.files[0].parent} to a file that has another owner than the weights. "
+                "Policies would be given what its writer may not even read: copy the file to its place."
+            )
     settling.check_extras(parts, infos, settle, published)
+
+
+def _leads_away(file: Path, directory: Path) -> bool:
+    return not remote(file) and not os.path.realpath(file).startswith(f"{os.path.realpath(directory)}/")
 
 
 def read_extras(source: ByteSource, metadata: Mapping[str, str], *, digests: bool) -> Extras:
