@@ -22,13 +22,12 @@ from ..checkpoints.checkpoint_files import (
     led_to,
     parts_of,
     place_at,
-    read_small,
     remote,
     unreadable,
     written,
 )
 from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
-from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX, is_file_name
+from ..layout.filenames import ADAPTER, FORMS, INDEX, INDEX_SUFFIX, SINGLE, SUFFIX
 from .newest import Candidate, Select
 
 TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trainers call a file that is not done
@@ -38,7 +37,6 @@ TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trai
 )
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _OTHERS = "lost+found"  # of a file system, in its root directory
-_MAX_POINTER = 4096  # bytes
 _ANY = 1 << 63
 
 Older = Callable[[os.DirEntry[str]], bool]
@@ -79,6 +77,8 @@ def scan(
         if not stat.S_ISDIR(place.stat().st_mode):
             return _found(place.absolute(), "", settings)
         if settings.pointer:
+            from .pointer import pointed  # few settings have one
+
             name = pointed(place, settings.pointer)
             return _found(place.absolute() / name, name, settings)
         counts = _counts(settings)
@@ -370,40 +370,3 @@ def inside(entry: Path, settings: Select) -> Path:
         if (directory / name).exists():
             return directory / name
     raise NoCheckpoint(f"{directory} has no {file}. Wait for its writer, or name another file (select.file).")
-
-
-def pointed(place: Path, pointer: str) -> str:
-    """The name of the entry that a pointer file in a place names.
-
-    A pointer is data: what it names is never outside the place. It holds a name, as DeepSpeed's ``latest`` does; or a
-    path of the place with the name at its end; or the number of Megatron's ``iter_0000500``. A link counts as well.
-
-    Raises:
-        NoCheckpoint: there is no such pointer yet, or what it names is not there.
-        MalformedCheckpoint: it names something outside the place.
-    """
-    file = place / pointer
-    try:
-        if not remote(place) and file.is_dir():
-            text = os.path.realpath(file)
-        else:
-            text = read_small(file, _MAX_POINTER).decode().strip()
-    except FileNotFoundError as exc:
-        raise NoCheckpoint(f"there is no pointer {file} yet. It is looked at again at the next pass.") from exc
-    except ValueError as exc:
-        raise MalformedCheckpoint(f"{file} is not a pointer: it does not hold a name. Correct select.pointer.") from exc
-    real = place if remote(place) else Path(os.path.realpath(place))
-    named = text.rstrip("/").removeprefix(f"{real}/").removeprefix(f"{place}/").removeprefix("./")
-    names = (f"iter_{int(named):07d}", named) if named.isdecimal() and len(named) < 20 else (named,)
-    if not named:
-        raise NoCheckpoint(f"the pointer {file} is empty. It is looked at again at the next pass.")
-    if not is_file_name(named):
-        raise MalformedCheckpoint(
-            f"{file} names {text!a:.100}, which is not an entry of {place}. Write the name of one."
-        )
-    found = next((name for name in names if (place / name).exists()), "")
-    if not found:
-        raise NoCheckpoint(f"{file} names {named}, which is not there yet. It is looked at again at the next pass.")
-    if not remote(place) and os.path.dirname(os.path.realpath(place / found)) != str(real):
-        raise MalformedCheckpoint(f"{file} names {named}, a link that leads out of {place}. Name what lies in it.")
-    return found

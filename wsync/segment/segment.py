@@ -111,10 +111,7 @@ class Segment:
         except FileNotFoundError as exc:
             if self._dir >= 0 and self.is_current():
                 raise damaged(self.name, f"has no {exc.filename}") from exc
-            raise SegmentMissing(
-                f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; "
-                "`wsync status` lists what is there."
-            ) from exc
+            raise _missing(name, path) from exc
         except ValueError as exc:
             raise broken(self.name, f"cannot be read by this wsync ({exc})") from exc
         except OSError as exc:
@@ -150,12 +147,7 @@ class Segment:
     def _expect(self, layout: Layout, exclude: Sequence[str] = ()) -> None:
         if layout.names_in(self.layout.without(exclude)) is None:
             self.close()
-            differences = layout.differences(self.layout)
-            raise LayoutDiffers(
-                f"segment {self.name!r} holds another architecture than this policy: {len(differences)} tensors "
-                f"differ. {_advice(layout, self)}",
-                differences,
-            )
+            raise _differs(layout, self)
 
     def close(self) -> None:
         """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
@@ -343,6 +335,13 @@ class Segment:
             raise (damaged(self.name, f"has no {name}") if self.is_current() else removed(self.name)) from None
 
 
+def _missing(name: str, path: Path) -> SegmentMissing:
+    return SegmentMissing(
+        f"there is no segment {name!r} in {path.parent}. `wsync push` or `wsync watch` makes it; `wsync status` lists "
+        "what is there."
+    )
+
+
 def removed(name: str) -> SegmentBusy:
     return SegmentBusy(f"segment {name!r} was just removed. Try again: the next publish makes it anew.")
 
@@ -356,6 +355,15 @@ def damaged(name: str, how: str) -> SegmentDamaged:
 
 def broken(name: str, how: str) -> SegmentUnsafe:
     return SegmentUnsafe(f"segment {name!r} {how}. Remove it with `wsync rm {name}`, and publish again.")
+
+
+def _differs(layout: Layout, segment: Segment) -> LayoutDiffers:
+    differences = layout.differences(segment.layout)
+    return LayoutDiffers(
+        f"segment {segment.name!r} holds another architecture than this policy: {len(differences)} tensors differ. "
+        f"{_advice(layout, segment)}",
+        differences,
+    )
 
 
 def _advice(layout: Layout, segment: Segment) -> str:
