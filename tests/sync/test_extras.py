@@ -141,6 +141,18 @@ def test_a_change_of_an_extra_alone_is_a_new_version(push: Push, runs: Path) -> 
     assert push().status == "current"
 
 
+def test_a_change_whose_times_were_restored_is_a_new_version(push: Push, runs: Path) -> None:
+    """Guards an extra written over in place with its size and time kept, as ``rsync --inplace --times`` does."""
+    saved(runs / "1", 1)
+    push()
+    extra = runs / "1" / "preprocessor.json"
+    for mark, status in ((5, "published"), (5, "current"), (6, "published")):
+        before = extra.stat()
+        extra.write_text(json.dumps({"mark": mark}))
+        os.utime(extra, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert (push().status, live()) == (status, ({1.0}, mark))
+
+
 @pytest.mark.parametrize("first", ["weights", "extras"])
 def test_a_save_in_place_is_not_published_half(
     push: Push, runs: Path, first: str, monkeypatch: pytest.MonkeyPatch

@@ -34,8 +34,9 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
     def known(candidate: Candidate) -> Candidate:
         stamp = candidate.stamp
         is_same = (isinstance(stamp, str) or stamp.st_mtime_ns == written) and candidate.identity == plain
-        if is_same and 0 < live.changed_ns < candidate.arrived_ns and not remote(candidate.path):
-            return candidate._replace(stamp=changed(candidate.arrived_ns, plain))
+        later = max(candidate.arrived_ns, candidate.changed_ns)
+        if is_same and 0 < live.changed_ns < later and not remote(candidate.path):
+            return candidate._replace(stamp=changed(later, plain))
         if is_same or (str(candidate.location) == where and _is_renumbered(candidate, live)):
             return candidate._replace(stamp=live.identity)
         return candidate

@@ -344,7 +344,8 @@ def _of_parts(parts: Parts, name: str, markers: Iterable[Path], settings: Select
     infos = [file.stat() for file in parts.every]
     own = infos[: len(parts.own)]
     arrived = max(info.st_ctime_ns for info in own)
-    candidate = Candidate(parts.path, identity_of(infos), max(map(written, own)), None, name, arrived)
+    changed = max(info.st_ctime_ns for info in infos)
+    candidate = Candidate(parts.path, identity_of(infos), max(map(written, own)), None, name, arrived, changed)
     return _marked(candidate, max(map(written, infos)), markers, settings)
 
 

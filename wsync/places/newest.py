@@ -109,8 +109,8 @@ class Candidate(NamedTuple):
         name: its path below the place where it was found; empty if it is the place itself.
         arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when
             it is made. Of what is live, when it went live.
-        changed_ns: of what is live, when the system had last changed it before it was read; 0 if a later change
-            says nothing.
+        changed_ns: the same of all its files, extras too, where it was found with them. Of what is live, when the
+            system had last changed it before it was read; 0 if a later change says nothing.
     """
 
     location: str | Path

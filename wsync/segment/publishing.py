@@ -362,17 +362,19 @@ def rehearse(
 
 
 def holds(segment: WritableSegment, checkpoint: Source, fit: Fit) -> bool:
-    """Whether what is live has the very bytes that a checkpoint would bring; the caller holds ``publishing()``.
+    """Whether what is live has what a checkpoint and its extras bring; the caller holds ``publishing()``.
 
     Raises:
         CheckpointRejected: it does not fit, or is not finite.
         CheckpointChanged: it changed while it was read.
     """
-    live = segment.live_weights()
-    if live is None:
+    live, publication = segment.live_weights(), segment.live()
+    if live is None or publication is None:
         return False
     plan = _plan(checkpoint, segment.layout, fit, segment)
     staged = _read_aside(segment.layout, checkpoint, plan, fit)
+    if checkpoint.extras.files != segment.extras(publication, segment.word & 0xFF).files:
+        return False
     for entry in plan.kept:
         part = slice(entry.offset, entry.offset + entry.nbytes)
         staged[part] = live[part]
