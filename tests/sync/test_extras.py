@@ -455,11 +455,13 @@ def test_extras_that_somebody_removed_are_told(push: Push, runs: Path) -> None:
     push()
     policy = mlp()
     with wsync.attach(policy, "nets") as reader:
-        for mark, remedy in ((2, os.unlink), (3, lambda file: os.truncate(file, 5))):
+        spoils: list[Callable[[Path], None]] = [os.unlink, lambda file: os.truncate(file, 5)]
+        spoils.append(lambda file: os.truncate(file, file.stat().st_size - 1))
+        for mark, spoil in enumerate(spoils, 2):
             saved(runs / str(mark), mark)
             push()
             with closing(Segment.open("nets")) as segment:
-                remedy(segment.path / f"slot-{segment.word & 0xFF}.extras")
+                spoil(segment.path / f"slot-{segment.word & 0xFF}.extras")
             with pytest.raises(SegmentDamaged, match=r"slot-\d\.extras"):
                 reader.refresh()
             assert (
