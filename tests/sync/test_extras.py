@@ -436,6 +436,22 @@ def test_weights_from_memory_bring_theirs(runtime: Path) -> None:
         assert updater.published and updater.published.version == 3
 
 
+def test_an_added_slot_goes_with_its_extras(runtime: Path) -> None:
+    """Guards shared memory: nothing stays of a slot that is given back."""
+    readers = []
+    with wsync.publisher("nets", mlp()) as publisher:
+        for mark in range(6):
+            publisher.push(mark, extras={"mark": b"x"})
+            readers.append(wsync.attach(mlp(), "nets", mode="swap"))
+        assert len(list((runtime / "nets").glob("*.extras"))) == 6
+        for reader in readers:
+            reader.close()
+        for mark in range(3):
+            publisher.push(mark, extras={"mark": b"x"})
+        slots = {file.stem for file in (runtime / "nets").glob("slot-*.safetensors")}
+        assert len(slots) < 6 and {file.stem for file in (runtime / "nets").glob("*.extras")} <= slots
+
+
 def test_extras_are_open_to_those_who_may_read_the_segment(push: Push, runs: Path) -> None:
     """Guards a shared segment: the file beside a slot has the slot's mode, before and after it is shared."""
     saved(runs / "1", 1)
