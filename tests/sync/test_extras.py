@@ -227,6 +227,17 @@ def test_files_in_one_directory_share_extras_or_have_their_own(push: Push, runs:
     assert again.status == "current", again
 
 
+def test_an_extra_beside_checkpoints_is_no_checkpoint(push: Push, runs: Path) -> None:
+    """Guards a flat directory whose newest file is an extra: nothing is said of it, and ``newer`` is not it."""
+    write(runs / "step_1.safetensors", mlp(), 1)
+    save_extras(runs, 1)
+    outcome = push()
+    assert (outcome.status, outcome.passed_over) == ("published", ())
+    save_extras(runs, 1)
+    again = push()
+    assert again.newer is None and again.passed_over == ()
+
+
 @pytest.mark.parametrize(
     ("name", "data"), [("preprocessor.json", b'{"mark": '), ("obs_norm.safetensors", b"\x10\0\0\0\0\0\0\0{}")]
 )
@@ -430,7 +441,7 @@ def test_weights_from_memory_bring_theirs(runtime: Path) -> None:
             assert reader.refresh() and reader.extras == {"a/b": b"x"}
             updater.push_weights(mlp())
             assert reader.refresh() and reader.extras == {}
-        for wrong in ({"../x": b""}, {"": b""}, {"__metadata__": b""}, {"x": "text"}):
+        for wrong in ({"../x": b""}, {"": b""}, {"__metadata__": b""}, {"x": "text"}, {"a": b"", "a/b": b""}):
             with pytest.raises(UsageError, match="extras"):
                 updater.push_weights(mlp(), extras=wrong)  # type: ignore[arg-type]
         assert updater.published and updater.published.version == 3

@@ -144,6 +144,8 @@ def checked(extras: Mapping[str, bytes]) -> Extras:
             raise UsageError(f"extras: {name!r} is not a file's name. Give a relative one, such as preprocessor.json.")
         if not isinstance(data, bytes | bytearray | memoryview):
             raise UsageError(f"extras[{name!r}] is a {type(data).__name__}. Give bytes.")
+        if any(other.startswith(f"{name}/") for other in extras):
+            raise UsageError(f"extras: {name!r} is a file and the directory of another one. Rename one of them.")
     if (size := sum(map(len, extras.values()))) > _MOST_BYTES:
         raise UsageError(f"extras: {size:,} bytes are more than the {_MOST_BYTES:,} that may travel. Give fewer.")
     return Extras({name: bytes(data) for name, data in extras.items()})
