@@ -34,7 +34,8 @@ def is_abandoned(exc: WsyncError, candidate: Candidate) -> bool:
     """Whether a checkpoint is incomplete, and nobody has written to it for long."""
     is_half = isinstance(exc, IncompleteCheckpoint) and not isinstance(exc, OpenForWriting | PartialCheckpoint)
     is_one_of_many = bool(candidate.name) or isinstance(exc, BeingWritten)
-    last = max(candidate.mtime_ns, candidate.arrived_ns) / 1e9
+    arrived = candidate.arrived_ns if isinstance(exc, BeingWritten) else 0  # a copy that keeps times may be under way
+    last = max(candidate.mtime_ns, arrived) / 1e9
     return is_half and is_one_of_many and time.time() - last > _LONG_AGO
 
 
