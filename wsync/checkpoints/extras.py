@@ -75,10 +75,8 @@ class ExtraFiles:
         return dict(sorted(found.items()))
 
     def matches(self, name: str) -> bool:
-        """Whether a file that looks like a checkpoint may be an extra of one beside it."""
-        return name.endswith(SUFFIX) and any(
-            fnmatch.fnmatchcase(name, pattern.replace(_STEM, "*")) for pattern in self.files
-        )
+        """Whether a file of this name may be an extra of a checkpoint beside it."""
+        return any(fnmatch.fnmatchcase(name, pattern.replace(_STEM, "*")) for pattern in self.files)
 
     def missing(self, found: Collection[str]) -> str:
         """The first pattern that none of these names match; empty where each has one."""

@@ -180,7 +180,7 @@ def _counts(settings: Select) -> Callable[[str], bool]:
             TEMPORARY.search(name)
             or SHARD.search(name)
             or (matches and not matches(name))
-            or (is_extra and is_extra(name))
+            or (is_extra and name.endswith(SUFFIX) and is_extra(name))
         )
     )
 

@@ -56,8 +56,8 @@ def passed_over(place: Path, settings: Select) -> str:
 
 
 def _why_not(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> str:
-    """Why an entry is not a candidate; empty if it is one, or is hidden."""
-    if entry.name.startswith("."):
+    """Why an entry is not a candidate; empty if it is one, is hidden, or is an extra."""
+    if entry.name.startswith(".") or settings.extras.matches(entry.name):
         return ""
     if TEMPORARY.search(entry.name):
         return "a temporary name"
