@@ -314,6 +314,7 @@ def syncer(segment: Segment, runs: Path) -> Callable[[], Syncer]:
     return lambda: Syncer(spec, runs)
 
 
+@pytest.mark.slow
 def test_a_push_waits_for_the_digest_and_refuses_a_wrong_one_for_good(syncer: Callable[[], Syncer], runs: Path) -> None:
     """Guards each outcome: not complete without it, rejected and remembered with a wrong one, else live."""
     file = write(runs / "step_1.safetensors", mlp(), 1.0)

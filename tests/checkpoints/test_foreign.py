@@ -131,6 +131,7 @@ HOSTILE: dict[str, Callable[[], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_header_of_100_mb_is_refused_at_once(case: str, tmp_path: Path) -> None:
     """Guards a watch and an inspection against a minute and gigabytes for what no policy has."""

@@ -607,6 +607,7 @@ def test_a_part_is_told_what_strict_would_do(tmp_path: Path) -> None:
     refusal(path, LAYOUT, Fit(strict=False, partial=False))  # what comes does not fit, whatever is live
 
 
+@pytest.mark.slow
 def test_a_hostile_header_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a megabyte of names, each of which could be the policy's under another prefix."""
     names = [f"{number:x}.{LAYOUT.tensors[0].name}" for number in range(20_000)]

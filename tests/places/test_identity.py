@@ -116,6 +116,7 @@ def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatc
     assert (push().version, push().status) == (2, "current")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("layouts_here")
 @pytest.mark.parametrize("form", ["file", "shards"])
 def test_a_pin_holds_where_inodes_change(

@@ -139,6 +139,7 @@ def test_a_link_to_what_is_live_makes_nothing_new(order: Order, tmp_path: Path) 
     assert CheckpointWeightGetter(tmp_path, select=Select(order=order)).candidates(live) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_is_older_takes_no_memory(order: Order, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a push with nothing new among 100,000 files: it makes two candidates, and keeps nothing of the others."""

@@ -157,6 +157,7 @@ def test_nan_is_rejected(tmp_path: Path) -> None:
     assert isinstance(caught.value, NonFiniteWeights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only_new", [False, True])
 def test_half_a_save_over_what_was_given_is_not_given(only_new: bool, tmp_path: Path) -> None:
     """Guards a directory that is saved over while it is followed: its shards are never of two saves."""

@@ -70,6 +70,7 @@ def test_state_that_no_version_changes_is_refused_by_name(
     updater.close()
 
 
+@pytest.mark.slow
 def test_a_spec_says_that_it_may_stay_as_it_is(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards ``weights.extra_state``: a push refuses such a policy by name, or publishes."""
     monkeypatch.chdir(tmp_path)

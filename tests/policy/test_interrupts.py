@@ -24,7 +24,10 @@ from wsync.policy import segment_search, tensors
 
 PLACES = (str(Path(wsync.__file__).parent), contextlib.__file__)
 CHECKED = {"CALL", "PRECALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME"}  # after these a signal's handler may run
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # of a descriptor that its object closes
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of a descriptor that its object closes
+]
 
 
 def interrupt() -> None:

@@ -386,6 +386,7 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(trainer: Trainer, monk
             busy.set()
 
 
+@pytest.mark.slow
 def test_a_policy_that_attached_keeps_no_second_copy(trainer: Trainer, spawn: Spawn) -> None:
     """Guards what readers share: the memory of the weights that a policy was made with is the system's again."""
     code = """

@@ -322,6 +322,7 @@ def test_a_slot_that_cannot_be_mapped_leaves_the_version(trainer: Trainer, monke
             assert reader.refresh() and marks(policy) == {float(mark)}
 
 
+@pytest.mark.slow
 def test_a_process_that_locks_its_memory_takes_versions(trainer: Trainer, spawn: Spawn) -> None:
     """Guards a control loop that calls mlockall(2): pages of its own can be dropped all the same."""
     code = """

@@ -32,7 +32,7 @@ from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
 from wsync.system.memory import PAGE
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]
 LAYOUT = layout_of(mlp())
 LARGE = Layout.build({"weight": ("F32", (8 << 20,))}, {})  # 32 MiB a slot
 PAGES = 3 + 3 * 4  # control, layout.json, lock, and three slots of 12,520 bytes

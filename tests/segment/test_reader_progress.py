@@ -84,6 +84,7 @@ def test_an_updater_and_a_publisher_know_their_readers(runtime: Path) -> None:
             assert publisher.wait_for_readers(version, DEADLINE) == [] and publisher.oldest_version() == 2
 
 
+@pytest.mark.slow
 def test_a_push_waits_and_says_who_is_late(trainer: Trainer) -> None:
     """Guards exit code 75 with the names of those that have not, and 0 when all have, also where nothing was new."""
     trainer.push(1)

@@ -60,6 +60,7 @@ def save(directory: Path, mark: float, *more: str) -> None:
     save_file({**state, **{name: torch.ones(2) for name in more}}, directory / f"step_{mark:.0f}.safetensors")
 
 
+@pytest.mark.slow
 def test_what_is_its_own_is_in_no_checkpoint_and_no_segment(spec: str, runs: Path) -> None:
     """A push with a gate, a reader with the same globs; a checkpoint may still have the tensors, also as DDP saves."""
     save(runs, 1.0)

@@ -157,6 +157,7 @@ def test_cron_is_told_once_what_a_watch_will_undo_and_that_a_place_is_gone(
     assert [each.returncode for each in told] == [66, 66] and "there is no" in told[0].stderr and not told[1].stderr
 
 
+@pytest.mark.slow
 def test_take_over_is_an_option_of_push_and_watch(push: Push, cli: Cli, spawn: Spawn) -> None:
     """With the option the one that is started publishes, and the one that was there is told."""
     push("runA/policy.toml")

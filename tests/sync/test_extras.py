@@ -312,6 +312,7 @@ def test_a_link_to_somebody_elses_file_is_no_extra(push: Push, runs: Path, tmp_p
     assert push().status == "published" and live() == ({1.0}, 1)
 
 
+@pytest.mark.slow
 def test_gates_and_hooks_see_them(push: Push, runs: Path) -> None:
     """Guards what a command finds: a directory with the files; and a hook of Python, their bytes."""
     saved(runs / "1", 1)
@@ -584,6 +585,7 @@ def test_options_name_them(push: Push, runs: Path, program: Cli) -> None:
     assert "extras.files" in shown and "extras.max_bytes" in shown
 
 
+@pytest.mark.slow
 def test_inspect_lists_them(push: Push, runs: Path, program: Cli) -> None:
     """Guards what ``inspect`` calls complete: what a push would; and with ``--scan``, extras are whole, too."""
     folder = saved(runs / "1", 1)

@@ -25,6 +25,8 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer
 
+pytestmark = pytest.mark.slow
+
 SETTLE = 0.02
 SHARD_1, SHARD_2 = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 

@@ -289,6 +289,7 @@ def test_an_updater_can_be_pickled_with_its_policy(runtime: Path) -> None:
     assert Segment.open("sent").version == 2
 
 
+@pytest.mark.slow
 def test_an_updater_that_is_dropped_keeps_no_descriptor(runtime: Path) -> None:
     """Guards a trainer that makes an updater for each push: a process has a thousand descriptors."""
 
