@@ -135,7 +135,7 @@ def checked(extras: Mapping[str, bytes]) -> Extras:
     """Extras that come from memory.
 
     Raises:
-        UsageError: a name is no file's name, a value is not bytes, or they are too large.
+        UsageError: a name is not a file's name, a value is not bytes, or they are too large.
     """
     for name, data in extras.items():
         if not isinstance(name, str) or not all(map(is_file_name, name.split("/"))) or name == "__metadata__":

@@ -120,7 +120,7 @@ def step_by_shape(name: str) -> int | None:
 
 
 def steps_like(name: str) -> Callable[[str], int | None]:
-    """The same for many names, most of which differ from this one in their numbers alone: that takes half the time."""
+    """Returns ``step_by_shape`` for many names that differ from this one mostly in their numbers; twice as fast."""
     texts = tuple(_DIGITS.split(name)[::2])
     at, factor = _place_of_step(texts)
     numbers = [r"(\d+)" if 2 * number + 1 == at else r"\d+" for number in range(len(texts) - 1)]

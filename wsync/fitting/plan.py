@@ -161,7 +161,7 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
         known = {name for entry in layout.tensors for name in entry.names}
         is_foreign = told.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
         if is_foreign:
-            told += " If it is none of the policy's checkpoints, let pattern in [select] (--pattern) leave it out."
+            told += " If it is not one of the policy's checkpoints, leave it out with pattern in [select] (--pattern)."
         kind = ForeignCheckpoint if is_foreign else CheckpointMismatch
         raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {told}", rows)
     plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept), tuple(found.built), settings)

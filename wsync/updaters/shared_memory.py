@@ -191,7 +191,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                 ``"preprocessor.json"``. A policy finds them in ``reader.extras``. Default ``self.extras``.
 
         Raises:
-            UsageError: a name is no file's name, or a value is not bytes.
+            UsageError: a name is not a file's name, or a value is not bytes.
         """
         before = self.extras
         try:
