@@ -5,12 +5,12 @@ Importing this package imports neither torch nor tensordict; names that need the
 The rooms, lowest layer first. Each may import only rooms that this list names before it:
 
     errors, text    the exceptions, their exit codes; numbers and times as people read them
-    system          what the kernel gives: memory, locks, sleeping on a word, a child process
+    system          what the kernel gives: memory, locks, sleeping on a word, child processes; who may open what
     layout          what weights are: names, dtypes, offsets; finite; tables of tensors
     fitting         how a checkpoint's tensors become a policy's: header, settings, match, casts, advice
     stores          objects behind a URL
     checkpoints     one checkpoint: its files, whether it is whole, read into a buffer
-    segment         shared memory: who may open what, the protocol, the readers' records, publishing
+    segment         shared memory: its files, the protocol, the readers' records, publishing
     places          a directory of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
     updaters        the weight updaters
@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from .places.weight_getter import CheckpointWeightGetter
     from .policy.attaching import attach
     from .policy.reader import Reader
-    from .segment.access import Access
     from .segment.without_torch import Held, follow, lease
+    from .system.access import Access
     from .updaters.publisher import Publisher, publisher
     from .updaters.shared_memory import SharedMemoryWeightUpdater
     from .updaters.vanilla import VanillaWeightUpdater, WeightUpdaterBase
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Access": "segment.access",
+    "Access": "system.access",
     "CheckpointWeightGetter": "places.weight_getter",
     "Held": "segment.without_torch",
     "Publisher": "updaters.publisher",

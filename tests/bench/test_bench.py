@@ -23,7 +23,7 @@ from rich.console import Console
 from wsync.bench import cases
 from wsync.bench.rows import Aim, Row, Settings, Skip, compare, parse_size
 from wsync.bench.workspace import Workspace, private_workspace
-from wsync.cli.bench_output import amount, as_json, print_rows
+from wsync.cli.output.bench import amount, as_json, print_rows
 from wsync.cli.terminal import unwind_at
 from wsync.errors import UsageError
 
@@ -287,7 +287,7 @@ def test_a_table_of_what_was_asked_for(cli: Cli, runtime: Path, tmp_path: Path) 
 @pytest.mark.parametrize("columns", [80, 200])
 def test_a_long_name_fits(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the figures: a narrow table folds names, never what was measured; a wide one has a line for each row."""
-    monkeypatch.setattr("wsync.cli.bench_output.stdout_console", lambda: Console(width=columns, highlight=False))
+    monkeypatch.setattr("wsync.cli.output.bench.stdout_console", lambda: Console(width=columns, highlight=False))
     long = Row("something with a long name and more", "s", ((2.345, 1.234),), "the usual long way", Aim("<=", 1.25))
     print_rows(Settings(), BOX, [long] * 3)
     lines = capsys.readouterr().out.splitlines()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file, save_model
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import identity
+from wsync.checkpoints.files.parts import identity
 from wsync.checkpoints.steps import read_step
 from wsync.errors import (
     CheckpointChanged,

@@ -19,8 +19,8 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.reading import Files
-from wsync.cli.inspect_output import inspect
+from wsync.checkpoints.files.local import Files
+from wsync.cli.output.inspected import inspect
 from wsync.errors import BeingWritten, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights, WrongDigest
 from wsync.fitting.fit import Fit
 from wsync.history.database import State

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import unreadable
+from wsync.checkpoints.files.parts import unreadable
 from wsync.errors import CheckpointMismatch
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of_tensors, views

@@ -18,7 +18,7 @@ from policies import mlp
 from processes import Cli
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.cli.inspect_output import inspect
+from wsync.cli.output.inspected import inspect
 from wsync.errors import MalformedCheckpoint, NoCheckpoint
 from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment

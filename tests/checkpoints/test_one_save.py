@@ -14,8 +14,8 @@ from policies import mlp
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import Parts, fingerprints, identity_of, parts_of
-from wsync.checkpoints.settling import check_files
+from wsync.checkpoints.files.parts import Parts, fingerprints, identity_of, parts_of
+from wsync.checkpoints.files.settling import check_files
 from wsync.errors import BeingRewritten
 from wsync.layout.filenames import INDEX, SINGLE
 

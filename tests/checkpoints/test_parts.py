@@ -24,11 +24,10 @@ import torch
 from builders import SUPPORT, write
 from safetensors.torch import save_file
 
-from wsync.checkpoints import checkpoint_files as parts
-from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import identity, parts_of
-from wsync.cli.inspect_output import inspect
+from wsync.checkpoints.files import parts, settling
+from wsync.checkpoints.files.parts import identity, parts_of
+from wsync.cli.output.inspected import inspect
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,

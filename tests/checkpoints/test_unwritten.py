@@ -13,8 +13,8 @@ from builders import shards, write
 from policies import mlp
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import parts_of
-from wsync.checkpoints.settling import COMPANIONS, PATIENCE
+from wsync.checkpoints.files.parts import parts_of
+from wsync.checkpoints.files.settling import COMPANIONS, PATIENCE
 from wsync.errors import BeingWritten
 from wsync.layout.filenames import INDEX
 from wsync.system.unwritten import unwritten

@@ -19,8 +19,8 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.reading import Files
-from wsync.cli.inspect_output import inspect
+from wsync.checkpoints.files.local import Files
+from wsync.cli.output.inspected import inspect
 from wsync.fitting.cast import Piece
 from wsync.fitting.fit import Fit
 from wsync.segment.segment import Segment
@@ -171,7 +171,7 @@ def test_a_candidate_that_is_removed_meanwhile_is_passed_over(runs: Path, monkey
             path.unlink()
         return Checkpoint(path)
 
-    monkeypatch.setattr("wsync.cli.inspect_output.Checkpoint", opened)
+    monkeypatch.setattr("wsync.cli.output.inspected.Checkpoint", opened)
     looked = inspect(runs)
     assert [Path(c["path"]).stem for c in looked["candidates"]] == ["step_3", "step_1", "step_0"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from others import run_cli
 
-from wsync.cli.config_output import spec_text
 from wsync.cli.options import specs, versions
+from wsync.cli.output.config import spec_text
 from wsync.history.database import State
 from wsync.settings.spec import _KEYS, load_spec
 

@@ -51,6 +51,6 @@ def test_an_error_of_the_system_tells_what_to_do(runs: Path, number: int, words:
     exc = OSError(number, os.strerror(number), "/srv/x")
     told = str(from_os_error(exc, Path("/dev/shm/x")))
     assert all(part in told for part in ("OS error at /dev/shm/x: ", os.strerror(number), "/srv/x", words))
-    with mock.patch("wsync.cli.status_output.segments", side_effect=exc):
+    with mock.patch("wsync.cli.output.status.segments", side_effect=exc):
         code, _, err = run_main("status")
     assert code == 1 and err.count("\n") == 1 and "/srv/x" in err and words in err

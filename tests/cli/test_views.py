@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from wsync.cli import log_output
-from wsync.cli.status_output import view_of
+from wsync.cli.output import log
+from wsync.cli.output.status import view_of
 from wsync.errors import SegmentUnsafe
 from wsync.history.database import Event
 
@@ -21,7 +21,7 @@ from wsync.history.database import Event
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """A terminal of 80 columns on which both are drawn; gives its lines."""
     console = Console(width=80, record=True, file=io.StringIO(), markup=False, highlight=False)
-    monkeypatch.setattr(log_output, "stdout_console", lambda: console)
+    monkeypatch.setattr(log, "stdout_console", lambda: console)
 
     def lines(shown: Any = None) -> list[str]:
         if shown is not None:
@@ -71,12 +71,12 @@ def test_the_picture_shows_steps_gaps_and_rejections(screen: Callable[..., list[
         if not 20 <= n < 40
     ]
     events.append(Event(99, now - 6500 + 3050, "reject", version=19, reason="NaN"))
-    log_output.print_plot("actor", sorted(events, key=lambda event: event.at), now)
+    log.print_plot("actor", sorted(events, key=lambda event: event.at), now)
     lines = screen()
     assert max(map(len, lines)) <= 80 and "45 publishes" in lines[0]
     rows = {line[:15].strip(): line[15:] for line in lines if line[:15].strip()}
     assert {"step", "versions", "marks", "publish time", "staging speed", "version lag"} < rows.keys()
     assert rows["versions"].count(" ") == 20 == rows["step"].count(" ") and rows["step"].strip()[-1] == "█"
     assert rows["marks"].strip() == "x" and rows["marks"].index("x") == 30
-    log_output.print_plot("actor", [], now)
+    log.print_plot("actor", [], now)
     assert screen() == ["actor: no publish to draw"]

@@ -15,7 +15,7 @@ from builders import ROOT, write
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync.checkpoints.extras import ExtraFiles
+from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.places.newest import Select
 from wsync.places.weight_getter import CheckpointWeightGetter
 

@@ -20,7 +20,7 @@ from wsync.fleet.group import Group
 from wsync.fleet.membership import few
 from wsync.fleet.reconcile import Change, Report, change_of, holder_of, leader_of
 from wsync.layout.layout import Layout
-from wsync.segment.segment_files import Publication
+from wsync.segment.publication import Publication
 
 
 def box(version: int, identity: str = "x", **more: object) -> Report:

@@ -641,7 +641,7 @@ def test_a_watch_of_one_box_knows_of_no_group(runtime: Path) -> None:
     """Without torchrun neither a watch nor status loads any of this."""
     code = """
 import sys
-import wsync.service.service, wsync.cli.status_output, wsync.cli.commands
+import wsync.service.service, wsync.cli.output.status, wsync.cli.commands
 service = wsync.service.service.Service(lambda: wsync.settings.spec.load_spec("policies:mlp"), None, "runs")
 assert type(service.syncer).__name__ == "Syncer"
 heavy = {"torch", "wsync.fleet.group", "wsync.fleet.fleet", "wsync.fleet.delivery"}

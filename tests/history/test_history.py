@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 import wsync
 from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
-from wsync.cli.log_output import bar
 from wsync.cli.options import VARIABLES
+from wsync.cli.output.log import bar
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back

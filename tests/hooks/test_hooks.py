@@ -22,12 +22,12 @@ from builders import NAME, SPEC, write
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn, heard, signal_another_thread
 
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command
 from wsync.hooks.runner import Hook, HookRunner, News, request
-from wsync.segment.segment_files import Publication
+from wsync.segment.publication import Publication
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import VARIABLES, Hooks
 from wsync.settings.spec import load_spec

@@ -14,7 +14,7 @@ from pathlib import Path
 from wsync.bench import cases
 from wsync.bench.rows import GIB, MIB, Aim, Row, Settings, compare, timed
 from wsync.bench.workspace import Workspace, private_workspace, settle
-from wsync.cli.bench_output import box, print_rows
+from wsync.cli.output.bench import box, print_rows
 
 PAGE = 4096
 

@@ -31,8 +31,8 @@ from torch import nn
 import wsync
 from wsync.policy import attaching
 from wsync.policy.attaching import Staging
-from wsync.policy.cuda import Cuda
-from wsync.policy.gpu_transfer import lock_slot
+from wsync.policy.gpu.cuda import Cuda
+from wsync.policy.gpu.transfer import lock_slot
 from wsync.segment.writable import WritableSegment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))  # of the tests' own modules

@@ -13,7 +13,7 @@ import pytest
 from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
-from wsync.checkpoints import checkpoint_files
+from wsync.checkpoints.files import parts
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
@@ -101,8 +101,8 @@ def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatc
     write(runs / "step_1.safetensors", mlp(), 1.0)
     monkeypatch.setattr(identity, "inodes_change", lambda where: True)
     number = itertools.count(1)
-    monkeypatch.setattr(checkpoint_files, "identity", lambda info: f"{next(number)}-{info.st_size}-{info.st_mtime_ns}")
-    monkeypatch.setattr(newest, "identity", checkpoint_files.identity)
+    monkeypatch.setattr(parts, "identity", lambda info: f"{next(number)}-{info.st_size}-{info.st_mtime_ns}")
+    monkeypatch.setattr(newest, "identity", parts.identity)
 
     def push() -> Outcome:
         with Syncer(load_spec(SPEC), runs, state=State(NAME)) as syncer:

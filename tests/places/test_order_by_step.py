@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsync.cli.inspect_output import inspect, print_inspection
+from wsync.cli.output.inspected import inspect, print_inspection
 from wsync.places.listing import scan
 from wsync.places.newest import Candidate, Select
 from wsync.places.weight_getter import CheckpointWeightGetter

@@ -15,8 +15,8 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.cli.push_quiet import News
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.push_quiet import News
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
 from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from processes import DEADLINE
 
-from wsync.checkpoints.checkpoint_files import identity
+from wsync.checkpoints.files.parts import identity
 from wsync.errors import CheckpointError, NoCheckpoint
 from wsync.places.changes import Changes
 from wsync.places.listing import scan
 from wsync.places.newest import Candidate, Select, natural, select
 from wsync.places.weight_getter import live_candidate
-from wsync.segment.segment_files import Publication
+from wsync.segment.publication import Publication
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wsync.errors import OutOfDeviceMemory
-from wsync.policy.cuda import Cuda
+from wsync.policy.gpu.cuda import Cuda
 
 
 class Cudart:

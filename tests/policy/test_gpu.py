@@ -24,8 +24,8 @@ from wsync.errors import OutOfDeviceMemory, UsageError
 from wsync.layout.layout import layout_of
 from wsync.policy import attaching
 from wsync.policy import reader as reading
-from wsync.policy.cuda import Cuda
-from wsync.policy.gpu_transfer import lock_slot
+from wsync.policy.gpu.cuda import Cuda
+from wsync.policy.gpu.transfer import lock_slot
 from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 

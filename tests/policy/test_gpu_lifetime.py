@@ -21,7 +21,7 @@ import wsync
 from wsync.errors import OutOfDeviceMemory, UsageError
 from wsync.policy import reader as reading
 from wsync.policy import segment_search
-from wsync.policy.gpu_reader import DeviceReader
+from wsync.policy.gpu.reader import DeviceReader
 from wsync.segment.writable import WritableSegment
 
 
@@ -480,7 +480,7 @@ def test_a_policy_on_the_cpu_imports_nothing_of_it(trainer: Trainer, spawn: Spaw
         "import sys, torch, wsync\n"
         "from policies import mlp\n"
         "with wsync.attach(mlp(), 'nets') as reader: reader.refresh()\n"
-        "gpu = 'wsync.policy.cuda', 'wsync.policy.gpu'\n"
+        "gpu = 'wsync.policy.gpu'\n"
         "print([m for m in sys.modules if m.startswith(gpu)], torch.cuda.is_initialized())\n"
     )
     out, err = spawn("-c", script).communicate(timeout=DEADLINE)

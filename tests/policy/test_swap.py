@@ -23,7 +23,7 @@ import wsync
 from wsync.errors import OutOfSharedMemory
 from wsync.policy import swap
 from wsync.segment import segment
-from wsync.segment.lease import SlotMemory
+from wsync.segment.word_and_lease import SlotMemory
 
 
 @pytest.fixture

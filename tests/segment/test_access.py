@@ -22,12 +22,12 @@ import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy, SegmentUnsafe, UsageError
 from wsync.layout.layout import layout_of
-from wsync.segment.access import Access
 from wsync.segment.publishing import publish, publish_tensors
 from wsync.segment.readers import ReaderRecord, Registration, open_readers
 from wsync.segment.segment import Segment, segments
 from wsync.segment.writable import WritableSegment, remove
 from wsync.settings.spec import load_spec
+from wsync.system.access import Access
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 LAYOUT = layout_of(mlp())

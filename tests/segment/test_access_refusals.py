@@ -20,9 +20,10 @@ import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentUnsafe, UsageError, WsyncError
 from wsync.layout.layout import layout_of
+from wsync.segment.publication import METADATA_END, Publication
 from wsync.segment.publishing import publish
 from wsync.segment.segment import Segment, segments
-from wsync.segment.segment_files import MAX_TABLE, METADATA_END, NO_SLOT, WORD_OFFSET, Publication
+from wsync.segment.segment_files import MAX_TABLE, NO_SLOT, WORD_OFFSET
 from wsync.segment.writable import WritableSegment, remove
 from wsync.system.memory import PAGE
 

@@ -19,9 +19,9 @@ import wsync
 from wsync.errors import SegmentBusy
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import segment_files, writable
-from wsync.segment.access import Access
 from wsync.segment.segment import Segment
 from wsync.system import memory
+from wsync.system.access import Access
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from wsync.errors import SegmentDamaged, SegmentError, UsageError
 from wsync.policy import segment_search
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
-from wsync.segment.access import open_dir
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import set_aside
 from wsync.segment.writable import WritableSegment
+from wsync.system.access import open_dir
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater
 
 PARTS = ["control", "layout.json", "publisher.lock", "readers", "slot-0", "slot-1", "everything", "the directory"]

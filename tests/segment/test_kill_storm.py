@@ -58,7 +58,7 @@ def server(modules: str) -> Iterator[Server]:
 def light() -> Iterator[Server]:
     """Forks processes that never need torch: the command line."""
     yield from server(
-        "wsync.cli.commands wsync.sync.syncer wsync.cli.push_output wsync.cli.watch_output wsync.cli.status_output "
+        "wsync.cli.commands wsync.sync.syncer wsync.cli.output.push wsync.cli.output.watch wsync.cli.output.status "
         "rich.console rich.table inotify_simple shutil tempfile"
     )
 

@@ -21,7 +21,6 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import OutOfSharedMemory, SegmentBusy, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
-from wsync.segment.access import Access
 from wsync.segment.publishing import publish
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment, remove
@@ -30,6 +29,7 @@ from wsync.settings.spec import load_spec
 from wsync.settings.user_code import read_layout
 from wsync.sync.loop import run
 from wsync.sync.syncer import Syncer
+from wsync.system.access import Access
 from wsync.system.memory import PAGE
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")]

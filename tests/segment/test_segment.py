@@ -25,12 +25,13 @@ from wsync.errors import (
     NonFiniteWeights,
     SegmentBusy,
 )
-from wsync.segment import control, segment_files, writable
 from wsync.segment import segment as protocol
+from wsync.segment import segment_files, word_and_lease, writable
+from wsync.segment.publication import METADATA_END, Publication
 from wsync.segment.publishing import publish
 from wsync.segment.readers import Registration
 from wsync.segment.segment import Segment, segments
-from wsync.segment.segment_files import METADATA_END, NO_SLOT, REMOVED, WORD_OFFSET, Publication, metadata_block
+from wsync.segment.segment_files import NO_SLOT, REMOVED, WORD_OFFSET, metadata_block
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
@@ -317,7 +318,7 @@ def test_published_slot_never_looks_locked(
     """The publisher lets go of a slot before its store: whoever follows the new WORD at once gets the lease."""
     leases = []
     reader = Segment.open("nets")
-    monkeypatch.setattr(control, "wake", lambda _: leases.append(reader.lease()))
+    monkeypatch.setattr(word_and_lease, "wake", lambda _: leases.append(reader.lease()))
     push(1.0)
     push(2.0)
     assert [lease.version for lease in leases if lease] == [1, 2]

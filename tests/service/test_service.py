@@ -24,7 +24,7 @@ from builders import NAME, SPEC, write
 from policies import mlp
 from processes import DEADLINE, Lines, Spawn
 
-from wsync.cli.watch_output import LOGGED, WatchLog, one_line
+from wsync.cli.output.watch import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of

@@ -22,8 +22,8 @@ from processes import DEADLINE, Cli, Lines, Spawn, signal_another_thread
 from safetensors.torch import save_file
 
 import wsync
-from wsync.checkpoints.objects import AT_ONCE
-from wsync.cli.inspect_output import inspect
+from wsync.checkpoints.files.objects import AT_ONCE
+from wsync.cli.output.inspected import inspect
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.places.newest import Select

@@ -248,7 +248,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
     layout = layout_of(mlp())
     weights = bytearray(layout.nbytes)
     ended = threading.Event()
-    fetch = wsync.checkpoints.objects.Objects._fetch
+    fetch = wsync.checkpoints.files.objects.Objects._fetch
 
     def watched(self: Any, *args: Any) -> None:
         try:
@@ -261,7 +261,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
         if over.is_set():
             ended.set()
 
-    monkeypatch.setattr("wsync.checkpoints.objects.Objects._fetch", watched)
+    monkeypatch.setattr("wsync.checkpoints.files.objects.Objects._fetch", watched)
     checkpoint = CheckpointWeightGetter(f"{RUN}/step_2.safetensors").open_newest()
     assert checkpoint
     with checkpoint, pytest.raises(CheckpointError):

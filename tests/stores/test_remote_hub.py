@@ -20,7 +20,7 @@ from policies import mlp
 from safetensors.torch import save
 
 import wsync
-from wsync.checkpoints.extras import ExtraFiles
+from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment

@@ -24,8 +24,8 @@ from web_server import Web, serve
 
 import wsync
 from tests.measure.remote import PEAK, Sender, Server
-from wsync.checkpoints.checkpoint_files import place_at
-from wsync.checkpoints.extras import ExtraFiles
+from wsync.checkpoints.files.extras import ExtraFiles
+from wsync.checkpoints.files.parts import place_at
 from wsync.errors import CheckpointError
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of
@@ -104,11 +104,11 @@ def test_a_named_adapter_on_a_web_server_has_its_configuration(web: Web) -> None
 def test_a_file_of_this_moment_is_waited_for(web: Web, monkeypatch: Any) -> None:
     """A web server tells two writes within a second apart by nothing: a file that was just written has to stand."""
     asked: list[float] = []
-    monkeypatch.setattr("wsync.checkpoints.settling.time.sleep", asked.append)
+    monkeypatch.setattr("wsync.checkpoints.files.settling.time.sleep", asked.append)
     file = write(web.folder / "x.safetensors", mlp(), 1.0)
     url = f"http://{web.host}/x.safetensors"
     moment = time.time()
-    monkeypatch.setattr("wsync.checkpoints.settling.time.time", lambda: moment)
+    monkeypatch.setattr("wsync.checkpoints.files.settling.time.time", lambda: moment)
     for age, waits in ((0.0, 1), (1.0, 2), (60.0, 2)):
         os.utime(file, (moment - age, moment - age))
         CheckpointWeightGetter(url).open(CheckpointWeightGetter(url).candidates()[0]).close()
@@ -352,7 +352,7 @@ def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -
     program = (
         "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "
-        "print([m for m in sys.modules if m in ('wsync.checkpoints.objects', 'wsync.stores.path', "
+        "print([m for m in sys.modules if m in ('wsync.checkpoints.files.objects', 'wsync.stores.path', "
         "'wsync.stores.store', 'obstore', 'concurrent.futures', 'boto3')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)

@@ -7,7 +7,7 @@ import os
 import torch
 
 from wsync.errors import OutOfDeviceMemory
-from wsync.policy.cuda import Cuda
+from wsync.policy.gpu.cuda import Cuda
 
 
 class LateFlight:
@@ -36,7 +36,7 @@ class LateFlight:
 
 
 class LateDevice(Cuda):
-    """Stands in for ``wsync.policy.cuda.Cuda``.
+    """Stands in for ``wsync.policy.gpu.cuda.Cuda``.
 
     Attributes:
         refuses: of ``"read-only"`` and ``"writable"`` memory, what it does not lock; and ``"unlock"``.

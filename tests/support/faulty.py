@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wsync.checkpoints import checkpoint_files, settling
+from wsync.checkpoints.files import parts, settling
 from wsync.errors import SegmentError, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
@@ -231,7 +231,7 @@ def inject(box: Box, faults: Faults, family: str, nth: int, error: int) -> dict[
 def main() -> None:
     # Each pass makes the same calls however slow the machine is: none remembers an index, and each finds its files
     # young and looks at them again after a wait, in which nobody writes.
-    checkpoint_files._STEADY, settling._TICK = math.inf, 1.0
+    parts._STEADY, settling._TICK = math.inf, 1.0
     time.sleep = lambda seconds: None
     place, runtime = Path(sys.argv[1]), Path(sys.argv[2])
     layout = Layout.from_json(json.loads(Path(sys.argv[3]).read_text()))

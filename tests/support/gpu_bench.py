@@ -18,7 +18,7 @@ from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
-from wsync.policy.cuda import Cuda
+from wsync.policy.gpu.cuda import Cuda
 from wsync.segment.publishing import publish
 from wsync.segment.writable import WritableSegment
 

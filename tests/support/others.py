@@ -33,15 +33,14 @@ from processes import DEADLINE
 import wsync.layout.weights
 import wsync.updaters.vanilla
 from wsync.cli import commands as cli
-from wsync.cli import inspect_output as inspect
-from wsync.cli import status_output, watch_output
+from wsync.cli.output import inspected, status, watch
 from wsync.errors import WsyncError
 from wsync.policy import reader
 from wsync.settings import layout_process, spec
 from wsync.settings.user_code import read_layout
 from wsync.sync import syncer
 
-__all__ = ["inspect", "reader", "rich", "spec", "status_output", "syncer", "watch_output", "wsync"]
+__all__ = ["inspected", "reader", "rich", "spec", "status", "syncer", "watch", "wsync"]
 
 GROUP = 64242
 OWNER, MEMBER, STRANGER = 64001, 64002, 64003

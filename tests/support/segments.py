@@ -11,8 +11,8 @@ from policies import mlp
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
+from wsync.segment.publication import Publication
 from wsync.segment.publishing import publish
-from wsync.segment.segment_files import Publication
 from wsync.segment.writable import WritableSegment
 
 LAYOUT = layout_of(mlp())

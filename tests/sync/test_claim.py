@@ -17,9 +17,9 @@ from wsync.history.database import State
 from wsync.history.rollback import rollback
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
-from wsync.segment.watch_lock import Watching, WatchLock, watch_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
+from wsync.sync.claim import Watching, WatchLock, watch_of
 from wsync.sync.syncer import Syncer
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater
 

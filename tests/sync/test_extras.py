@@ -22,20 +22,20 @@ from processes import DEADLINE, Cli, Lines, Spawn
 from safetensors.torch import save, save_file
 
 import wsync
-from wsync.checkpoints import settling
-from wsync.checkpoints.extras import ExtraFiles
+from wsync.checkpoints.files import settling
+from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.errors import SegmentDamaged, SpecError, UsageError
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.layout import layout_of
-from wsync.segment.access import Access
 from wsync.segment.publishing import Staged
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.promoting import promote
 from wsync.sync.syncer import Syncer
+from wsync.system.access import Access
 
 TOML = """policy = "policies:mlp"
 name = "nets"

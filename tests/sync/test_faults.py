@@ -28,7 +28,7 @@ from policies import mlp
 from processes import DEADLINE
 from rich.console import Console
 
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import SegmentError
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
@@ -220,7 +220,7 @@ def test_what_can_fail_fails_before_the_store(
 
     with Syncer(load_spec(SPEC), runs) as syncer:
         with monkeypatch.context() as patch:
-            patch.setattr("wsync.segment.control.address_of", refuse)
+            patch.setattr("wsync.segment.word_and_lease.address_of", refuse)
             with pytest.raises(SegmentError, match="Too many open files"):
                 syncer.once()
         assert segment.version == 0

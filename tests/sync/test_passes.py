@@ -6,7 +6,7 @@ import pytest
 
 from wsync.history.pins import Pin
 from wsync.places.newest import Candidate
-from wsync.segment.segment_files import Publication
+from wsync.segment.publication import Publication
 from wsync.sync.passes import Choice, choose
 
 NEW, MIDDLE, OLD = (Candidate(f"/runs/step_{n}.safetensors", f"{n}-10-{n}", n) for n in (3, 2, 1))

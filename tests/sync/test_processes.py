@@ -22,7 +22,7 @@ from processes import DEADLINE, Lines, Spawn
 
 from wsync import CheckpointWeightGetter
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.places.newest import Candidate
@@ -247,7 +247,7 @@ def test_a_long_stage_shows_a_bar(runs: Path, monkeypatch: pytest.MonkeyPatch) -
     from rich.console import Console
 
     clock = [100.0]
-    monkeypatch.setattr("wsync.cli.watch_output.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("wsync.cli.output.watch.time.monotonic", lambda: clock[0])
     log = WatchLog(NAME, runs, "rich", lambda: None)
     console = Console(width=60, file=io.StringIO(), color_system=None)
     log.progress(1_000_000, 4_000_000)

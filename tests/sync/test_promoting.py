@@ -26,12 +26,12 @@ from wsync.history.database import Event, State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.layout.layout import Layout, layout_of
+from wsync.segment.publication import Publication
 from wsync.segment.segment import Segment
-from wsync.segment.segment_files import Publication
-from wsync.segment.watch_lock import Watching, WatchLock
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.claim import Watching, WatchLock
 from wsync.sync.promoting import promote
 from wsync.sync.syncer import Syncer
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater

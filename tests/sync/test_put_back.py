@@ -13,7 +13,7 @@ import pytest
 from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
-from wsync.checkpoints.checkpoint_files import parts_of
+from wsync.checkpoints.files.parts import parts_of
 from wsync.errors import BeingRewritten, NoCheckpoint
 from wsync.history.database import State
 from wsync.history.outcome import Outcome

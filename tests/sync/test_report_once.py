@@ -17,8 +17,8 @@ from builders import NAME, SPEC, mark_of, write
 from policies import mlp
 from safetensors.torch import save_file
 
-from wsync.cli.push_output import outcome_json, tell
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.push import outcome_json, tell
+from wsync.cli.output.watch import WatchLog
 from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.places.newest import Select

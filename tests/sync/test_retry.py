@@ -15,10 +15,10 @@ from builders import NAME, SPEC, SUPPORT, mark_of, write
 from policies import mlp
 from processes import DEADLINE, Cli
 
-from wsync.checkpoints import settling
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.checkpoint_files import Parts
-from wsync.cli.watch_output import WatchLog
+from wsync.checkpoints.files import settling
+from wsync.checkpoints.files.parts import Parts
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.places.listing import listing_of

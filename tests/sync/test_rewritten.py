@@ -16,8 +16,8 @@ from policies import mlp
 from processes import DEADLINE
 from safetensors.torch import load_file, save_file
 
-from wsync.cli.push_quiet import News
-from wsync.cli.watch_output import WatchLog
+from wsync.cli.output.push_quiet import News
+from wsync.cli.output.watch import WatchLog
 from wsync.errors import BeingRewritten
 from wsync.history.database import State
 from wsync.history.outcome import Outcome

@@ -33,7 +33,7 @@ from ..fitting.plan import Delta, Merge, Plan, plan_of
 from ..layout.filenames import CONFIG
 from ..layout.layout import Layout, TensorEntry, describe
 from .adapter_config import Config, read_config
-from .checkpoint_files import unreadable
+from .files.parts import unreadable
 from .tensor_table import TensorTable
 
 _SMALL = 1 << 24  # elements in both halves for which any rank is taken; a hostile 4 KiB file can claim any

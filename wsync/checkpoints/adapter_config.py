@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import IncompleteCheckpoint, MalformedCheckpoint
-from .source import ByteSource
+from .files.source import ByteSource
 
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import CheckpointMismatch, PartialCheckpoint
 from ..fitting.fit import Fit
 from ..layout.layout import Layout
-from .extras import ExtraFiles, Extras
+from .files.extras import ExtraFiles, Extras
 from .tensor_table import TensorTable
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Checkpoint(TensorTable):
         if not self.fitted:  # a kept copy has brought its own
             self.extras = Extras({}, self.metadata)
         if self.parts.extras:
-            from .extras_reading import read_extras
+            from .files.extras_reading import read_extras
 
             self.extras = read_extras(self.source, self.metadata, digests=bool(self.digests))
         if plan.merge and self.base:

@@ -13,8 +13,8 @@ from ..layout.finite import Region, all_finite, float_regions
 from ..layout.layout import DTYPE_BITS
 from . import staging
 from .adapter import blaming
-from .checkpoint_files import changed, unreadable
-from .source import Held
+from .files.parts import changed, unreadable
+from .files.source import Held
 from .staging import Progress
 from .tensor_table import TensorTable
 

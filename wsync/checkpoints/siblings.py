@@ -12,7 +12,7 @@ from ..fitting.fit import Fit
 from ..fitting.match import match
 from ..layout.filenames import INDEX_SUFFIX, SUFFIX
 from ..layout.layout import Layout
-from .checkpoint_files import Parts, remote
+from .files.parts import Parts, remote
 from .steps import is_fixed
 from .tensor_table import TensorTable
 

@@ -18,9 +18,9 @@ from ..fitting.header import StoredTensor
 from ..fitting.plan import Plan
 from ..layout.finite import Region, all_finite, float_regions, has_nan, is_finite, not_finite, same_infinities
 from ..layout.layout import TensorEntry
-from .checkpoint_files import unreadable
-from .digest import Digest
-from .source import ByteSource
+from .files.digest import Digest
+from .files.parts import unreadable
+from .files.source import ByteSource
 from .tensor_table import TensorTable
 
 _NAMED = 8  # tensors that a message names at most

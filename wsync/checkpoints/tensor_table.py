@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, IncompleteCheckpoint
-from .checkpoint_files import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
-from .extras import ExtraFiles, Extras
+from .files.extras import ExtraFiles, Extras
+from .files.parts import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
     from ..fitting.cast import Pair, Piece
     from ..fitting.header import StoredTensor
-    from .digest import Digest
-    from .source import ByteSource
+    from .files.digest import Digest
+    from .files.source import ByteSource
 
 
 class TensorTable:
@@ -92,22 +92,22 @@ class TensorTable:
 
     def _open(self, settle: float) -> ByteSource:
         if remote(self.path):
-            from .objects import Objects
+            from .files.objects import Objects
 
             return Objects(self.parts, settle)
-        from .reading import Files
+        from .files.local import Files
 
         return Files(self.parts, settle)
 
     def _read(self, settle: float, digest: str, published: Callable[[], Sequence[str]]) -> None:
         """Checks that the files are of one save, and reads their headers."""
-        from .settling import check_files, check_steps
+        from .files.settling import check_files, check_steps
 
         self.identity = identity_of(self.source.infos)
         if self.parts.beside:
             check_files(self.parts, self.source.infos, settle, published())
         if self.parts.wanted.files:
-            from .extras_reading import check_extras
+            from .files.extras_reading import check_extras
 
             check_extras(self.parts, self.source.infos, settle, published())
         self.expect(digest)
@@ -127,7 +127,7 @@ class TensorTable:
             WrongDigest: the configuration of an adapter does not match its digest.
             OSError: one cannot be read.
         """
-        from .digest import digests_of
+        from .files.digest import digests_of
 
         if digest:
             self.digests = digests_of(self.parts)

@@ -69,7 +69,7 @@ def bench(
     unwind_at(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         from ..bench import cases
-        from . import bench_output as view
+        from .output import bench as view
 
         names, about = cases.chosen(settings.only), view.box()
         rows = cases.run(settings, names)

@@ -83,12 +83,12 @@ def push(
     from ..history.database import State
     from ..history.outcome import Outcome
     from ..sync.syncer import Syncer
-    from .push_output import tell
+    from .output.push import tell
     from .terminal import complain, unwind_at
 
     news = None
     if quiet:
-        from .push_quiet import News
+        from .output.push_quiet import News
 
         news = News(spec, state_dir)
     try:
@@ -171,7 +171,7 @@ def watch(
     box, they form a group: one reads, and all boxes go live together.
     """
     from ..service.service import Service
-    from .watch_output import WatchLog, default_format
+    from .output.watch import WatchLog, default_format
 
     check_format(log_format)
     toml = spec if os.path.isfile(spec) else None
@@ -217,7 +217,7 @@ def status(
     codes of Nagios: 0 all is well; 1 something is beyond its bound; 2 nothing is
     live, or a segment is unusable.
     """
-    from .status_output import Bounds, follow, show
+    from .output.status import Bounds, follow, show
 
     bounds = Bounds(max_staleness, max_lag, max_lag_seconds)
     bounds.check()
@@ -239,10 +239,10 @@ def inspect(
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
-    from ..checkpoints.extras import ExtraFiles
+    from ..checkpoints.files.extras import ExtraFiles
     from ..places.newest import Select
-    from .inspect_output import inspect as look
-    from .inspect_output import print_inspection
+    from .output.inspected import inspect as look
+    from .output.inspected import print_inspection
 
     policy = read_spec(spec, settings) if spec else None
     select = policy.select if policy else Select(**settings["select"], extras=ExtraFiles(**settings["extras"]))
@@ -284,9 +284,9 @@ def _main(
 
 def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
     """One pass, with a bar on a terminal while weights come from a store."""
-    from ..checkpoints.checkpoint_files import remote
+    from ..checkpoints.files.parts import remote
     from ..sync.claim import undone_by
-    from .push_output import transfer_bar
+    from .output.push import transfer_bar
 
     shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
     with transfer_bar() if shown else nullcontext() as syncer.box.progress:

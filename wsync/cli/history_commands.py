@@ -68,7 +68,7 @@ def log(
     with State(name, state_dir) as state, suppress(KeyboardInterrupt) if follow else nullcontext():
         start = moment(since) if since else 0.0
         if plot:
-            from .log_output import print_plot
+            from .output.log import print_plot
 
             print_plot(name, state.events(since=start, limit=max(number, _DRAWN)), time.time())
             return
@@ -81,7 +81,7 @@ def log(
             for event in itertools.chain(events, coming):
                 print(json.dumps(event_json(event)), flush=True)
         else:
-            from .log_output import print_log
+            from .output.log import print_log
 
             print_log(name, events, coming)
 
@@ -144,7 +144,7 @@ def promote(
     """
     from ..history.outcome import Outcome
     from ..sync.promoting import promote as publish
-    from .push_output import tell
+    from .output.push import tell
     from .terminal import unwind_at
 
     unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
@@ -205,8 +205,8 @@ def config(
     """Show every setting and where it comes from: option, variable, TOML or default."""
     from ..history.database import state_dir as state_directory
     from ..system.memory import runtime_dir as runtime_directory
-    from .config_output import origins, print_config, write_spec
-    from .watch_output import default_format
+    from .output.config import origins, print_config, write_spec
+    from .output.watch import default_format
 
     if init:
         if made := write_spec(spec):

@@ -4,3 +4,5 @@
 ``plan`` says what is read where, ``cast`` converts, and ``advice`` says what would make a checkpoint fit. Nothing here
 opens a file. Imports ``layout`` and what lies below.
 """
+
+__all__ = ["advice", "cast", "fit", "header", "match", "plan"]

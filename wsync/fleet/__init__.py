@@ -2,3 +2,5 @@
 
 Imports ``sync`` and what lies below.
 """
+
+__all__ = ["fleet", "group", "membership"]

@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import errors
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import Difference, GroupBroken, RetryLater, WithDifferences, WsyncError
 from ..fitting.fit import Fit
 from ..fitting.plan import Plan
 from ..layout.layout import Layout
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
 from . import group as transport
 from .group import Group
 

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
-from ..checkpoints.checkpoint_files import remote
+from ..checkpoints.files.parts import remote
 from ..errors import GroupBroken, Stopped, WsyncError
 from ..history.outcome import Outcome
 from ..sync.loop import Schedule

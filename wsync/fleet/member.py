@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import SegmentBusy, WsyncError
+from ..segment.publication import Publication
 from ..segment.segment import Segment
-from ..segment.segment_files import Publication
 from ..sync.put_live import Box
 from .group import Group
 from .membership import Badge

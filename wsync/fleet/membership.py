@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..segment.access import opened
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
+from ..system.access import opened
 from ..system.memory import shut, try_lock, write_at
 
 FILE = "group.json"

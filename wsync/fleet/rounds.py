@@ -12,12 +12,12 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, from_os_error
 from ..fitting.fit import Fit
 from ..history.outcome import Outcome
+from ..segment.publication import Publication
 from ..segment.publishing import Staged
-from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from ..sync.passes import Pass, Recheck
 from ..sync.syncer import Syncer

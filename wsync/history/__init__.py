@@ -2,3 +2,5 @@
 
 Imports ``segment`` and what lies below.
 """
+
+__all__ = ["database", "outcome", "pins", "record", "reopening", "rollback"]

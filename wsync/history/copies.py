@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import SegmentError, StateError, WsyncError
 from ..fitting.fit import Fit
-from ..segment.access import opened
-from ..segment.lease import Lease
 from ..segment.segment import Segment
 from ..segment.segment_files import read_extras
+from ..segment.word_and_lease import Lease
+from ..system.access import opened
 from ..system.memory import try_lock
 from .database import Event, State
 

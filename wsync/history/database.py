@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import StateError, UsageError
-from ..segment.access import check_name, opened
-from ..segment.segment_files import END_OF_TIME, MAX_VERSION
+from ..segment.publication import END_OF_TIME, MAX_VERSION
+from ..system.access import check_name, opened
 from ..system.memory import read_at
 from .pins import Pin
 

@@ -14,7 +14,7 @@ from ..errors import (
     RetryLater,
     printable,
 )
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
 
 EXIT_CODES = {
     "published": 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from ..segment.segment_files import Publication, parsed
+from ..segment.publication import Publication, parsed
 
 
 class Pin(NamedTuple):

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.extras import ExtraFiles
+from ..checkpoints.files.extras import ExtraFiles
 from ..errors import StateError
 from ..fitting.fit import Fit
 from .database import State
 
 if TYPE_CHECKING:
+    from ..segment.publication import Publication
     from ..segment.publishing import Staged
     from ..segment.segment import Segment
-    from ..segment.segment_files import Publication
     from .outcome import Outcome
     from .pins import Pin
 

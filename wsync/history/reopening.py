@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.extras import MAX_BYTES, ExtraFiles
+from ..checkpoints.files.extras import MAX_BYTES, ExtraFiles
 from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
 from ..fitting.fit import Fit
 from ..places.identity import is_same

@@ -13,13 +13,13 @@ import time
 from contextlib import ExitStack, closing
 from typing import Any
 
-from ..checkpoints.checkpoint_files import led_to, place_at
+from ..checkpoints.files.parts import led_to, place_at
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from ..places.identity import changed, is_same
 from ..places.newest import Select
+from ..segment.publication import Publication
 from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
-from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from .copies import copied_events, copies, what
 from .database import Event, State

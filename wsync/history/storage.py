@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from ..segment.access import opened
+from ..system.access import opened
 
 T = TypeVar("T")
 

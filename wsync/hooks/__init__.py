@@ -3,3 +3,5 @@
 Each runs within bounds of time and output, and is ended with all that it started. Imports ``settings`` and what lies
 below.
 """
+
+__all__ = ["gate", "runner"]

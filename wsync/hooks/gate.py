@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GateRejected, RetryLater, SegmentError, SpecError, WsyncError
-from ..segment.access import opened
 from ..segment.publishing import Staged
 from ..settings.hook_settings import environment
 from ..settings.spec import Spec
 from ..settings.user_code import build, find, origin
 from ..system import child
+from ..system.access import opened
 from . import command
 
 if TYPE_CHECKING:

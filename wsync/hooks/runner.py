@@ -23,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import WsyncError
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
 from ..settings.hook_settings import environment
 from ..settings.spec import Spec
 from . import command

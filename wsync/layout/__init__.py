@@ -3,3 +3,5 @@
 Imports ``system`` and ``errors``; torch only where a module or a tensor is at hand. A layout is data: equal digests
 mean equal architectures.
 """
+
+__all__ = ["filenames", "finite", "layout", "module", "names", "tensor_subclasses", "weights"]

@@ -2,3 +2,5 @@
 
 Imports ``segment`` and what lies below. Listing opens a file only if its name and times do not tell enough.
 """
+
+__all__ = ["changes", "identity", "listing", "newest", "weight_getter"]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint_files import remote
+from ..checkpoints.files.parts import remote
 from ..layout.filenames import CONFIG, INDEX, SUFFIX, SUMS
 from .listing import TEMPORARY
 from .newest import Select

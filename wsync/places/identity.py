@@ -15,7 +15,7 @@ import os
 import zlib
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.checkpoint_files import remote
+from ..checkpoints.files.parts import remote
 from .newest import Candidate
 
 _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import cast
 
-from ..checkpoints.checkpoint_files import (
+from ..checkpoints.files.parts import (
     Parts,
     identity_of,
     led_to,

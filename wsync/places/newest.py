@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..checkpoints.checkpoint_files import identity
-from ..checkpoints.extras import ExtraFiles
+from ..checkpoints.files.extras import ExtraFiles
+from ..checkpoints.files.parts import identity
 from ..errors import UsageError
 from ..layout.filenames import SUFFIX, is_file_name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..checkpoints.checkpoint_files import read_small, remote
+from ..checkpoints.files.parts import read_small, remote
 from ..errors import MalformedCheckpoint, NoCheckpoint
 from ..layout.filenames import is_file_name
 

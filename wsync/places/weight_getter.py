@@ -17,11 +17,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.checkpoint_files import led_to, place_at, remote
+from ..checkpoints.files.parts import led_to, place_at, remote
 from ..errors import CheckpointError, IncompleteCheckpoint, NoCheckpoint
 from ..fitting.fit import Fit
 from ..layout.layout import TORCH_DTYPES, Layout, torch_shape
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
 from .identity import as_listed, known_again, lasting
 from .listing import Older, older_than, scan
 from .newest import Candidate, Select, select

@@ -27,7 +27,7 @@ from .swap import own_uses
 from .tensors import Attached, Tensors, lie_together, mapped, shared
 
 if TYPE_CHECKING:
-    from .cuda import Cuda
+    from .gpu.cuda import Cuda
 
 Staging = Literal["device", "none"]
 
@@ -171,8 +171,8 @@ def _make(
             _check_writable(tensors)
         segment = opening.open(layout, exclude)
         return PlainReader(_attached(policy, layout, segment, exclude), segment, "copy" if copies else "swap", terms)
-    from .gpu_reader import DeviceReader
-    from .gpu_transfer import DeviceWeights, check_contiguous
+    from .gpu.reader import DeviceReader
+    from .gpu.transfer import DeviceWeights, check_contiguous
 
     chosen: Literal["swap", "copy"] = "swap" if mode == "swap" else "copy"
     if staging == "none":
@@ -220,7 +220,7 @@ def _device_of(policy: torch.nn.Module) -> Cuda | None:
     places = {tensor.device for _, tensor in named_tensors(policy)}
     if {place.type for place in places} != {"cuda"} or len(places) > 1:
         return None
-    from .cuda import Cuda
+    from .gpu.cuda import Cuda
 
     return Cuda(*places)
 

@@ -13,8 +13,8 @@ import torch
 
 from ..layout.layout import views
 from ..layout.tensor_subclasses import copy_each, half_written, runs_code
-from ..segment.lease import Lease
 from ..segment.segment import Segment
+from ..segment.word_and_lease import Lease
 from .tensors import Attached
 
 

@@ -4,7 +4,7 @@ There are two ways to take a version. ``swap`` points the policy's parameters an
 move, and the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose
 addresses stay.
 
-``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``gpu_reader``).
+``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``gpu.reader``).
 
 A step with nothing new costs one load of eight bytes and one comparison. A version changes between steps: call
 ``refresh()`` while no other thread is inside the policy, or run each of them inside ``using()``.
@@ -27,12 +27,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NoReturn
 
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
-from ..segment.lease import Lease
+from ..segment.publication import Publication
 from ..segment.readers import Registration
 from ..segment.segment import Segment
-from ..segment.segment_files import REMOVED, WORD_OFFSET, Publication
+from ..segment.segment_files import REMOVED, WORD_OFFSET
+from ..segment.word_and_lease import Lease
 from ..system.memory import sleep_on
 from .copying import Copy
 from .reader_options import Terms

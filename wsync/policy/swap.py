@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from ..layout.layout import views
-from ..segment.lease import Lease, SlotMemory
 from ..segment.segment import Segment
+from ..segment.word_and_lease import Lease, SlotMemory
 from ..system.memory import renew, take_over
 from .tensors import Attached, Targets, addresses
 

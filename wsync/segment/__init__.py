@@ -3,3 +3,15 @@
 A reader sees one whole version or the one before, no matter which process dies, or when. Imports ``checkpoints`` and
 what lies below, and torch only for weights from memory.
 """
+
+__all__ = [
+    "publication",
+    "publishing",
+    "reader_progress",
+    "readers",
+    "segment",
+    "segment_files",
+    "without_torch",
+    "word_and_lease",
+    "writable",
+]

@@ -17,15 +17,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ..checkpoints.extras import Extras, checked
+from ..checkpoints.files.extras import Extras, checked
 from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
 from ..fitting.fit import Fit
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..layout.names import seen_through
 from ..system.memory import mapping, reserve, write_at
+from .publication import MAX_VERSION, Publication
 from .segment import Segment
-from .segment_files import MAX_VERSION, Publication, SpareSlot, slot_header, slot_name
+from .segment_files import SpareSlot, slot_header, slot_name
 from .writable import WritableSegment
 
 if TYPE_CHECKING:

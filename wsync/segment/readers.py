@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SegmentUnsafe, printable
+from ..system.access import open_dir, opened
 from ..system.memory import closed_on_error, shut, try_lock
-from .access import open_dir, opened
-from .segment_files import END_OF_TIME, MAX_SLOTS, parsed
+from .publication import END_OF_TIME, parsed
+from .segment_files import MAX_SLOTS
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
 _MOST = 2000  # records that one look takes in

@@ -1,6 +1,6 @@
 """The shared-memory area of one policy, and the protocol by which whole versions pass through it.
 
-A segment is a directory of one user, who may let others read it (``access``):
+A segment is a directory of one user, who may let others read it (``system.access``):
 
     control                one page: magic, format, and at byte 64 the WORD
     layout.json            the layout, the number of slots, the spec that it was made from
@@ -22,8 +22,8 @@ The publisher                                The reader
   P7 store    the WORD
   P8 wake     sleeping readers
 
-P1 to P3 and P6 are in ``writable``, P4 and P5 in ``publishing`` and ``checkpoints.staging``, P7 and P8 in ``control``.
-R1 to R3 are in this module, and R4 in ``policy``.
+P1 to P3 and P6 are in ``writable``, P4 and P5 in ``publishing`` and ``checkpoints.staging``, P7 and P8 in
+``word_and_lease``. R1 to R3 are in this module, and R4 in ``policy``.
 
 All locks are taken without waiting, so that nobody waits for a stopped process. Why each step is there:
 
@@ -61,20 +61,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, from_os_error
 from ..layout.layout import Layout
+from ..system.access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
-from .access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
-from .control import ControlPage
-from .lease import Lease, SlotMemory
+from .publication import METADATA_END, Publication
 from .readers import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
-    METADATA_END,
     NO_SLOT,
     About,
-    Publication,
     added_slots,
     damage,
     extras_damage,
@@ -83,6 +80,7 @@ from .segment_files import (
     read_extras,
     slot_name,
 )
+from .word_and_lease import ControlPage, Lease, SlotMemory
 
 
 class Segment:
@@ -136,7 +134,7 @@ class Segment:
         Raises:
             LayoutDiffers: it holds another architecture.
             SegmentMissing: there is none of this name.
-            SegmentUnsafe: it is not ours, or not a segment; see ``access`` for whose segments may be read.
+            SegmentUnsafe: it is not ours, or not a segment; see ``system.access`` for whose segments may be read.
         """
         base = runtime_dir(runtime)
         segment = cls(name, base / check_name(name), owner=base_owner(base, write=cls._write))

@@ -10,99 +10,25 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import SegmentUnsafe, UsageError
 from ..layout.layout import Layout
+from ..system.access import Access, open_dir, open_file, opened
 from ..system.memory import PAGE, mapping, no_room, read_at, reserve, try_lock, write_at
-from .access import Access, open_dir, open_file, opened
+from .publication import METADATA_END, Publication, parsed
 
 MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
 WORD_OFFSET, BOUND_OFFSET = 64, 72  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, instead of a slot's number
-METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
 MAX_SLOTS = 64
-MAX_VERSION = 1 << 56  # the WORD has no room for more
 _UNNAMED = "slot.new"  # a slot that is being added
 SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, by default
-_MOST_OF_AN_OWNER = 1500  # characters; longer ones are left out, so that there is room for the longest source
-MAX_EXTRAS = 1 << 31  # bytes of the file beside a slot: the most that settings allow, and metadata
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound for headers
-END_OF_TIME = 253_402_300_800.0  # the year 10000, which datetime cannot print
-
-
-@contextmanager
-def parsed() -> Iterator[None]:
-    """Turns each error of reading wrong data into a ValueError."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
-        raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
-
-
-@dataclass(frozen=True, slots=True)
-class Publication:
-    """What the header of a slot says about the version in it.
-
-    Attributes:
-        version: the segment's counter.
-        step: the producer's number, if it gave one.
-        source: path of the checkpoint; empty for weights that came from memory.
-        identity: the file's identity when it was read (see ``checkpoint.identity``).
-        published_at: seconds since the epoch.
-        spec: fingerprint of the policy spec that it was published for.
-        owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
-        place: where the owner's checkpoints appear; empty if it has no place of its own.
-        changed_ns: when the system last changed a file of the checkpoint before it was read; 0 if unknown.
-        extras: bytes of the file beside the slot with what travels with the weights; 0 if there is none.
-    """
-
-    version: int
-    step: int | None
-    source: str
-    identity: str
-    published_at: float
-    spec: str
-    owner: str = ""
-    place: str = ""
-    changed_ns: int = 0
-    extras: int = 0
-
-    def to_metadata(self) -> dict[str, str]:
-        told = {key: "" if value is None else str(value) for key, value in asdict(self).items()}
-        return told if len(self.owner) + len(self.place) < _MOST_OF_AN_OWNER else told | {"owner": "", "place": ""}
-
-    @classmethod
-    def from_header(cls, header: bytes) -> Publication:
-        """From the first ``METADATA_END`` bytes of a slot.
-
-        Raises:
-            ValueError: they do not describe a version.
-        """
-        with parsed():
-            data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
-            texts = {key: data[key] for key in ("source", "identity", "spec")}
-            texts |= {key: data.get(key, "") for key in ("owner", "place")}
-            found = cls(
-                version=int(data["version"]),
-                step=int(data["step"]) if data["step"] else None,
-                published_at=float(data["published_at"]),
-                changed_ns=int(data.get("changed_ns", 0)),
-                extras=int(data.get("extras", 0)),
-                **texts,
-            )
-            if not all(isinstance(text, str) for text in texts.values()):
-                raise TypeError("a field is not a string")
-            if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
-                raise ValueError("a number is beyond its bounds")
-            if not 0 <= found.extras <= MAX_EXTRAS:
-                raise ValueError("its extras are beyond their bounds")
-            return found
 
 
 class About(NamedTuple):

@@ -12,15 +12,14 @@ from typing import Self
 
 from ..errors import SegmentBusy, SegmentDamaged, SegmentError, SegmentUnsafe, UsageError, from_os_error, printable
 from ..layout.layout import Layout
+from ..system.access import Access, base_owner, check_name, make_base, open_dir, opened
 from ..system.memory import file_system, no_room, populate, read_at, runtime_dir, shut, spare_memory, try_lock
-from .access import Access, base_owner, check_name, make_base, open_dir, opened
+from .publication import METADATA_END, Publication
 from .segment import Segment, damaged, removed
 from .segment_files import (
     MAX_SLOTS,
-    METADATA_END,
     NO_SLOT,
     SLOTS,
-    Publication,
     SpareSlot,
     add_slot,
     added_slots,

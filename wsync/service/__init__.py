@@ -2,3 +2,5 @@
 
 Imports ``fleet`` and what lies below.
 """
+
+__all__ = ["metrics", "metrics_endpoint", "service"]

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from ..errors import CheckpointRejected, UsageError, WsyncError
 from ..history.outcome import EXIT_CODES, Outcome
+from ..segment.publication import Publication
 from ..segment.readers import ReaderRecord
 from ..segment.segment import Segment
-from ..segment.segment_files import Publication
 
 try:
     import prometheus_client as client

@@ -3,3 +3,5 @@
 Settings are frozen dataclasses, passed whole. Loading the policy's own code happens in a process of its own. Imports
 ``segment``, ``places`` and what lies below.
 """
+
+__all__ = ["hook_settings", "layout_process", "spec", "user_code"]

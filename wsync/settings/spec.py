@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint_files import place_at, remote
-from ..checkpoints.extras import ExtraFiles
+from ..checkpoints.files.extras import ExtraFiles
+from ..checkpoints.files.parts import place_at, remote
 from ..errors import SpecError
 from ..fitting.fit import Fit
 from ..places.newest import Select
-from ..segment.access import Access, check_name
 from ..segment.segment_files import BOUND, MAX_SLOTS, SLOTS
+from ..system.access import Access, check_name
 from .hook_settings import Hooks
 
 POLL = 1.0

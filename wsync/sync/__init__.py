@@ -6,3 +6,5 @@ publishes by ``put_live``, which takes the publisher's lock, looks again, publis
 hooks. ``promoting`` publishes by it what is live in another segment. Imports ``hooks``, ``history``, ``updaters`` and
 what lies below.
 """
+
+__all__ = ["claim", "loop", "passes", "promoting", "put_live", "syncer"]

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..checkpoints.checkpoint_files import remote
+from ..checkpoints.files.parts import remote
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
 from ..places.changes import Changes
 from ..places.listing import listing_of
-from ..segment.watch_lock import Watching, WatchLock
 from ..settings.spec import Spec
+from .claim import Watching, WatchLock
 from .syncer import Syncer
 
 LONGEST = 60.0  # seconds between two passes, however many failed

@@ -10,9 +10,9 @@ from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.outcome import Outcome, status_of
 from ..history.pins import Pin
 from ..places.newest import Candidate
+from ..segment.publication import Publication
 from ..segment.publishing import Gate
 from ..segment.segment import Segment
-from ..segment.segment_files import Publication
 
 
 class Pass(NamedTuple):

@@ -11,8 +11,8 @@ import json
 
 from ..errors import LayoutDiffers
 from ..layout.layout import Layout
+from ..segment.publication import Publication
 from ..segment.segment import Segment
-from ..segment.segment_files import Publication
 from ..settings import layout_process
 from ..settings.spec import Spec
 

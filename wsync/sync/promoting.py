@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.checkpoint_files import Parts
-from ..checkpoints.source import ByteSource
+from ..checkpoints.files.parts import Parts
+from ..checkpoints.files.source import ByteSource
 from ..errors import (
     CheckpointError,
     LayoutDiffers,
@@ -31,15 +31,15 @@ from ..fitting.fit import Fit
 from ..history.database import State
 from ..history.outcome import Outcome
 from ..history.reopening import fit_from_json
-from ..segment.access import is_name
-from ..segment.lease import Lease
 from ..segment.publishing import Staged, holds
 from ..segment.segment import Segment
 from ..segment.segment_files import slot_name
-from ..segment.watch_lock import watch_of
+from ..segment.word_and_lease import Lease
 from ..segment.writable import WritableSegment
 from ..settings.spec import Spec, load_spec
+from ..system.access import is_name
 from ..system.memory import read_at
+from .claim import watch_of
 from .passes import Pass, Recheck
 from .put_live import Box
 from .syncer import Syncer, recorded

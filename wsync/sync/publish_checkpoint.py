@@ -94,7 +94,7 @@ class Taking:
             fit = replace(box.spec.weights, built=box.built)
             is_same = self.route.busy(partial(holds, segment, checkpoint, fit))
         if not is_same and checkpoint.parts.beside:
-            from ..checkpoints.settling import check_changed  # a pass with nothing new does not need it
+            from ..checkpoints.files.settling import check_changed  # a pass with nothing new does not need it
 
             settle = box.spec.select.settle
             check_changed(checkpoint.parts, checkpoint.source.infos, settle, live.changed_ns)

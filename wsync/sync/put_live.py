@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.extras import Extras
+from ..checkpoints.files.extras import Extras
 from ..errors import WsyncError
 from ..fitting.fit import Fit
 from ..history.outcome import Outcome
 from ..history.record import Record
+from ..segment.publication import Publication
 from ..segment.publishing import Source, Staged, publish
-from ..segment.segment_files import Publication
 from ..segment.writable import WritableSegment
 from ..settings.layout_process import built_by
 from ..settings.spec import Spec

@@ -22,7 +22,7 @@ from ..errors import (
 from ..history.outcome import Outcome
 from ..history.record import Record
 from ..places.newest import Candidate
-from ..segment.segment_files import Publication
+from ..segment.publication import Publication
 from .passes import Choice
 
 ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.checkpoint_files import led_to, remote
+from ..checkpoints.files.parts import led_to, remote
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
@@ -44,7 +44,7 @@ from .put_live import Box
 
 if TYPE_CHECKING:
     from ..history.database import State
-    from ..segment.watch_lock import WatchLock
+    from .claim import WatchLock
 
 
 class Syncer:

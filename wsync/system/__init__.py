@@ -1,5 +1,7 @@
-"""What the kernel gives: reserved and mapped memory, locks, leases, sleeping on a word.
+"""What the kernel gives: reserved and mapped memory, locks, sleeping on a word, child processes; and who may open what.
 
-Imports nothing of wsync but ``errors``. Each function is one or two system calls, and says what it does if the system
+Imports nothing of wsync but ``errors``. Most functions are one or two system calls, and say what they do if the system
 refuses.
 """
+
+__all__ = ["access", "child", "environment", "memory", "supervisor", "unwritten"]

@@ -2,3 +2,5 @@
 
 Imports ``policy`` and what lies below.
 """
+
+__all__ = ["publisher", "shared_memory", "vanilla"]

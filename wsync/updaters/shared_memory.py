@@ -17,10 +17,11 @@ from ..errors import SegmentDamaged, SegmentMissing
 from ..fitting.fit import Fit
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..places.weight_getter import CheckpointWeightGetter, live_candidate
-from ..segment.access import Access
+from ..segment.publication import Publication
 from ..segment.publishing import Gate, publish, publish_tensors
-from ..segment.segment_files import BOUND, SLOTS, Publication
+from ..segment.segment_files import BOUND, SLOTS
 from ..segment.writable import WritableSegment
+from ..system.access import Access
 from ..system.memory import runtime_dir
 from .vanilla import WeightUpdaterBase
 

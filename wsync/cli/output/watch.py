@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import (
+from ...errors import (
     SHOWN,
     BeingRewritten,
     Difference,
@@ -22,10 +22,10 @@ from ..errors import (
     harmless,
     printable,
 )
-from ..history.outcome import Outcome
-from ..segment.segment import Segment
-from ..text import count, size, when
-from .push_output import outcome_json, outcome_line
+from ...history.outcome import Outcome
+from ...segment.segment import Segment
+from ...text import count, size, when
+from .push import outcome_json, outcome_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -205,7 +205,7 @@ class WatchLog:
         from rich.table import Table
         from rich.text import Text
 
-        from .status_output import segment_json, segment_view
+        from .status import segment_json, segment_view
 
         segment = self._segment()
         told: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}

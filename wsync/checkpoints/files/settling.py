@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import BeingRewritten, BeingWritten, OpenForWriting
-from ..system.memory import being_written
-from ..system.unwritten import unwritten
-from .checkpoint_files import Parts, fingerprint, fingerprints, identity, written
+from ...errors import BeingRewritten, BeingWritten, OpenForWriting
+from ...system.memory import being_written
+from ...system.unwritten import unwritten
+from .parts import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
 """A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""

@@ -24,13 +24,13 @@ from typing import Literal
 
 import torch
 
-from ..errors import SegmentError, UsageError
-from ..layout.layout import Layout, named_tensors, views
-from ..layout.tensor_subclasses import copy_each, runs_code
-from ..segment.segment import Segment
-from ..system.memory import address_of, populate
+from ...errors import SegmentError, UsageError
+from ...layout.layout import Layout, named_tensors, views
+from ...layout.tensor_subclasses import copy_each, runs_code
+from ...segment.segment import Segment
+from ...system.memory import address_of, populate
+from ..tensors import Attached, Targets
 from .cuda import Cuda, Flight
-from .tensors import Attached, Targets
 
 _log = logging.getLogger("wsync")
 _WORDS = {  # dtype to copy as, if a tensor's own has no GPU kernel that copies many at once

@@ -21,15 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import IncompleteCheckpoint, NoCheckpoint
-from ..fitting import plan
-from ..fitting.cast import Piece, split
-from ..fitting.header import malformed
-from ..fitting.plan import Read
-from ..layout.finite import Region, all_finite
-from ..system.memory import PAGE, being_written, closed_on_error, read_at, shut
+from ...errors import IncompleteCheckpoint, NoCheckpoint
+from ...fitting import plan
+from ...fitting.cast import Piece, split
+from ...fitting.header import malformed
+from ...fitting.plan import Read
+from ...layout.finite import Region, all_finite
+from ...system.memory import PAGE, being_written, closed_on_error, read_at, shut
 from . import settling
-from .checkpoint_files import Parts, changed, open_file, parts_of, unreadable
+from .parts import Parts, changed, open_file, parts_of, unreadable
 from .source import ByteSource, Job, scatter
 
 _MOST_THREADS = 8

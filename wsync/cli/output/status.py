@@ -19,13 +19,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import SegmentError, StateError, UsageError, printable
-from ..fleet.membership import few, group_of
-from ..history.database import Event, State
-from ..segment.reader_progress import oldest_version
-from ..segment.segment import Segment, segments
-from ..text import count, duration, size, when
-from .terminal import complain, plain_table, stdout_console, unwind_at
+from ...errors import SegmentError, StateError, UsageError, printable
+from ...fleet.membership import few, group_of
+from ...history.database import Event, State
+from ...segment.reader_progress import oldest_version
+from ...segment.segment import Segment, segments
+from ...text import count, duration, size, when
+from ..terminal import complain, plain_table, stdout_console, unwind_at
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

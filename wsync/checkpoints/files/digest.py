@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import BeingWritten, MalformedCheckpoint, WrongDigest
-from ..layout.filenames import MAX_INDEX, SUMS
-from .checkpoint_files import Parts, read_small
+from ...errors import BeingWritten, MalformedCheckpoint, WrongDigest
+from ...layout.filenames import MAX_INDEX, SUMS
+from .parts import Parts, read_small
 
 _MOST = 10_000_000  # bytes of a file of digests
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")

@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 import time
 
-from ..checkpoints.extras import Extras
-from ..errors import HalfWritten, OutOfDeviceMemory, UsageError
-from ..segment.lease import Lease
-from ..segment.segment import Segment
-from ..segment.segment_files import Publication
-from .gpu_transfer import DeviceWeights
-from .reader import _CLOSED, _WAITS, Reader, Way, deadline_of
-from .reader_options import Terms
-from .tensors import Attached
+from ...checkpoints.files.extras import Extras
+from ...errors import HalfWritten, OutOfDeviceMemory, UsageError
+from ...segment.publication import Publication
+from ...segment.segment import Segment
+from ...segment.word_and_lease import Lease
+from ..reader import _CLOSED, _WAITS, Reader, Way, deadline_of
+from ..reader_options import Terms
+from ..tensors import Attached
+from .transfer import DeviceWeights
 
 _log = logging.getLogger("wsync")
 _NAP = 0.0005  # seconds between two looks at a copy under way

@@ -12,10 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable
-from ..history.database import Event
-from ..text import duration, size
-from .terminal import stdout_console
+from ...errors import printable
+from ...history.database import Event
+from ...text import duration, size
+from ..terminal import stdout_console
 
 _LABEL, _MOST = 15, 200  # columns
 _BARS = "▁▂▃▄▅▆▇█"

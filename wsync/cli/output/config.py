@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, printable
-from ..segment.access import Access
-from ..settings.spec import _TABLES as TABLES
-from ..settings.spec import Spec
-from .options import _HELP as HELP
-from .terminal import plain_table, stdout_console
+from ...errors import UsageError, printable
+from ...settings.spec import _TABLES as TABLES
+from ...settings.spec import Spec
+from ...system.access import Access
+from ..options import _HELP as HELP
+from ..terminal import plain_table, stdout_console
 
 _OWN_TABLE = {"poll": "watch", "max_failures": "watch"}
 _EXAMPLES = {"name": "cartpole", "mode": "0600", "group": "policies", "metrics_port": 9464, "max_staleness": 300.0}

@@ -1,9 +1,10 @@
-"""The control page of an open segment: one mapped page that holds the WORD, on whose change readers sleep."""
+"""What a publisher and readers meet by: the control page with the WORD, on whose change readers sleep; and leases."""
 
 from __future__ import annotations
 
 import mmap
 
+from ..system.access import Descriptor
 from ..system.memory import address_of, wake
 from .segment_files import BOUND, BOUND_OFFSET, MAX_SLOTS, REMOVED, WORD_OFFSET
 
@@ -52,3 +53,38 @@ class ControlPage:
 
     def close(self) -> None:
         self.words.release()
+
+
+class Lease:
+    """A reader's hold on one slot: the slot is not written until this object is gone.
+
+    It is released by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
+    releases only its own part.
+    """
+
+    __slots__ = ("_file", "slot", "version", "word")
+
+    def __init__(self, word: int, file: Descriptor) -> None:
+        self.version, self.slot, self.word, self._file = word >> 8, word & 0xFF, word, file
+
+    @property
+    def held(self) -> bool:
+        return not self._file.closed
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def release(self) -> None:
+        self._file.close()  # R5 release
+
+    __del__ = release
+
+
+class SlotMemory(mmap.mmap):
+    """A mapping of a slot. A reader's is private: what the process writes there is its own, and part of no version.
+
+    Attributes:
+        lease: released with the memory, which torch keeps for as long as a tensor points there.
+    """
+
+    lease: Lease | None = None

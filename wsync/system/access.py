@@ -32,7 +32,7 @@ from io import FileIO
 from pathlib import Path
 
 from ..errors import SegmentUnsafe, UsageError, from_os_error
-from ..system.memory import closed_on_error, default_runtime_dir, no_room, shut
+from .memory import closed_on_error, default_runtime_dir, no_room, shut
 
 _NAME = re.compile(r"[^\W_][\w.+@=-]*")
 _MODES = ("0600", "0640", "0644")

@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint
-from ..fitting.header import read_header
-from ..layout.filenames import SUFFIX
+from ...errors import CheckpointError, IncompleteCheckpoint, MalformedCheckpoint
+from ...fitting.header import read_header
+from ...layout.filenames import SUFFIX
 from . import settling
-from .checkpoint_files import Parts, remote, unreadable
 from .digest import digest_of
 from .extras import Extras
+from .parts import Parts, remote, unreadable
 from .source import ByteSource
 
 

@@ -14,10 +14,10 @@ import torch
 
 import wsync
 
-from ..bench.rows import Row, Settings
-from ..system.memory import spare_memory
-from ..text import size
-from .terminal import stdout_console
+from ...bench.rows import Row, Settings
+from ...system.memory import spare_memory
+from ...text import size
+from ..terminal import stdout_console
 
 
 def box() -> dict[str, Any]:

@@ -6,9 +6,9 @@ import hashlib
 import os
 import re
 
-from ..errors import BeingWritten, NoCheckpoint, RetryLater, WsyncError
-from ..history.database import state_dir
-from ..history.outcome import Outcome
+from ...errors import BeingWritten, NoCheckpoint, RetryLater, WsyncError
+from ...history.database import state_dir
+from ...history.outcome import Outcome
 
 
 class News:

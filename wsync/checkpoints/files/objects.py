@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-from ..errors import NoCheckpoint
-from ..fitting import plan
-from ..fitting.cast import Piece, split
-from ..fitting.plan import Read
-from ..layout.finite import Region, all_finite
-from ..stores.path import RemotePath
-from ..stores.prefetch import prefetch
-from ..stores.store import OtherVersion, Stored, into
+from ...errors import NoCheckpoint
+from ...fitting import plan
+from ...fitting.cast import Piece, split
+from ...fitting.plan import Read
+from ...layout.finite import Region, all_finite
+from ...stores.path import RemotePath
+from ...stores.prefetch import prefetch
+from ...stores.store import OtherVersion, Stored, into
 from . import settling
-from .checkpoint_files import Parts, changed
 from .digest import Digest
+from .parts import Parts, changed
 from .source import ByteSource, Job, scatter
 
 AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each

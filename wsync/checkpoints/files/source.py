@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: local files (``reading``), objects of a store (``objects``), or memory."""
+"""Where a checkpoint's bytes come from: local files (``local``), objects of a store (``objects``), or memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..fitting import plan
-from ..fitting.cast import Piece, split
-from ..fitting.plan import Read
-from ..layout.finite import Region, all_finite
-from .checkpoint_files import Parts
+from ...fitting import plan
+from ...fitting.cast import Piece, split
+from ...fitting.plan import Read
+from ...layout.finite import Region, all_finite
 from .digest import Digest
+from .parts import Parts
 
 Job = TypeVar("Job", Read, Piece)
 

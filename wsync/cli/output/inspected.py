@@ -9,21 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.checkpoint_files import parts_of, place_at, unreadable
-from ..checkpoints.extras_reading import read_extras
-from ..checkpoints.staging import check_digests
-from ..checkpoints.steps import step_at
-from ..errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
-from ..fitting.cast import Piece
-from ..layout.finite import is_finite
-from ..layout.layout import TensorEntry
-from ..places.listing import inside, scan
-from ..places.newest import Candidate, Select, select
-from ..settings import layout_process
-from ..settings.spec import Spec
-from ..text import count, size
-from .terminal import plain_table, stdout_console
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.files.extras_reading import read_extras
+from ...checkpoints.files.parts import parts_of, place_at, unreadable
+from ...checkpoints.staging import check_digests
+from ...checkpoints.steps import step_at
+from ...errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
+from ...fitting.cast import Piece
+from ...layout.finite import is_finite
+from ...layout.layout import TensorEntry
+from ...places.listing import inside, scan
+from ...places.newest import Candidate, Select, select
+from ...settings import layout_process
+from ...settings.spec import Spec
+from ...text import count, size
+from ..terminal import plain_table, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import Console

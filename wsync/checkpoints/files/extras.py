@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
-from ..layout.filenames import SUFFIX, is_file_name
+from ...errors import UsageError
+from ...layout.filenames import SUFFIX, is_file_name
 
 MAX_BYTES = 16 << 20
 _MOST_BYTES = 1 << 30

@@ -22,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ..errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
-from ..layout.filenames import (
+from ...errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ...layout.filenames import (
     ADAPTER,
     CONFIG,
     FORMS,
@@ -35,11 +35,11 @@ from ..layout.filenames import (
     SUFFIX,
     is_file_name,
 )
-from ..system.memory import read_at
+from ...system.memory import read_at
 from .extras import ExtraFiles
 
 if TYPE_CHECKING:
-    from ..stores.path import RemotePath
+    from ...stores.path import RemotePath
 
 _KEPT = 1 << 18  # bytes of an index that is remembered at most
 _TOLD_APART = 256  # most files with their own fingerprint; a slot's header has room for no more
@@ -57,7 +57,7 @@ def place_at(place: str | os.PathLike[str]) -> Path:
     text = os.fspath(place)
     if "://" not in text:
         return Path(text).absolute()
-    from ..stores.path import RemotePath, open_url
+    from ...stores.path import RemotePath, open_url
 
     return cast(Path, place if isinstance(place, RemotePath) else open_url(text))
 
