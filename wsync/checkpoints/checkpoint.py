@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointMismatch, PartialCheckpoint
 from ..fitting.fit import Fit
 from ..layout.layout import Layout
-from .files.extras import ExtraFiles, Extras
+from .files.extras import Extras
 from .tensor_table import TensorTable
 
 if TYPE_CHECKING:
@@ -18,36 +18,28 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(TensorTable):
-    """An open checkpoint, and how it was fitted.
+    """An open checkpoint, and the last plan that was made for it; opened as a ``TensorTable`` is.
 
     Attributes:
-        step: the producer's number, None if it has none; see ``steps``.
-        planned: the last plan.
-        fitted: for a copy, the settings it was fitted with when made.
+        planned: the last plan; None before the first.
+        fitted: for a kept copy, the settings that the original was fitted with; else None.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        settle: float = 0.0,
-        digest: str = "",
-        published: Callable[[], Sequence[str]] = tuple,
-        extras: ExtraFiles = ExtraFiles(),  # noqa: B008  (frozen)
-    ) -> None:
-        """Opens a checkpoint; see ``TensorTable``."""
-        from .steps import step_at
-
-        super().__init__(path, settle=settle, digest=digest, published=published, extras=extras)
-        self.step = step_at(self.path, self.metadata).number
-        self.planned: Plan | None = None
-        self.fitted: Fit | None = None
+    planned: Plan | None = None
+    fitted: Fit | None = None
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    @cached_property
+    def step(self) -> int | None:
+        """The producer's own number for it, which callers may correct; None if it has none. See ``steps``."""
+        from .steps import step_at
+
+        return step_at(self.path, self.metadata).number
 
     @property
     def size(self) -> int:

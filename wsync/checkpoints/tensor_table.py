@@ -76,9 +76,9 @@ class TensorTable:
         self.extras = Extras()
         try:
             self.parts = parts_of(self.path, extras)
-            self.source = self._open(settle)
+            self.source = self._open()
             try:
-                self._read(settle, digest, published)
+                self._read(digest, published)
             except BaseException:  # an interrupt must not leave descriptors open, either
                 self.source.close()
                 raise
@@ -90,26 +90,26 @@ class TensorTable:
         infos = self.source.infos
         self.changed_ns = 0 if remote(self.path) else max(info.st_ctime_ns for info in infos)
 
-    def _open(self, settle: float) -> ByteSource:
+    def _open(self) -> ByteSource:
         if remote(self.path):
             from .files.objects import Objects
 
-            return Objects(self.parts, settle)
+            return Objects(self.parts, self.settle)
         from .files.local import Files
 
-        return Files(self.parts, settle)
+        return Files(self.parts, self.settle)
 
-    def _read(self, settle: float, digest: str, published: Callable[[], Sequence[str]]) -> None:
+    def _read(self, digest: str, published: Callable[[], Sequence[str]]) -> None:
         """Checks that the files are of one save, and reads their headers."""
         from .files.settling import check_files, check_steps
 
         self.identity = identity_of(self.source.infos)
         if self.parts.beside:
-            check_files(self.parts, self.source.infos, settle, published())
+            check_files(self.parts, self.source.infos, self.settle, published())
         if self.parts.wanted.files:
             from .files.extras_reading import check_extras
 
-            check_extras(self.parts, self.source.infos, settle, published())
+            check_extras(self.parts, self.source.infos, self.settle, published())
         self.expect(digest)
         headers = [self._read_header(number, file) for number, file in enumerate(self.parts.files)]
         check_steps(self.parts, headers)

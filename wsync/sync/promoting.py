@@ -68,7 +68,7 @@ class _Slot(Checkpoint):
         self._lease = lease
         super().__init__(segment.path / slot_name(lease.slot))
 
-    def _open(self, settle: float) -> ByteSource:
+    def _open(self) -> ByteSource:
         return _Bytes(self.parts, self._lease)
 
 
