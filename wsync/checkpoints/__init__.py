@@ -1,10 +1,10 @@
-"""One checkpoint: opened, validated, read into a buffer as ``fitting`` says.
+"""Opens and validates one checkpoint, and reads its tensors into a buffer in the way that ``fitting`` plans.
 
 Checkpoints are untrusted input: every header is checked against the file's real size before it is used, and nothing is
-unpickled or mapped. Imports ``stores`` and what lies below.
+unpickled or mapped. Imports ``stores`` and the rooms below it.
 
-From the ground up: ``files`` (which files, whether they are whole, their bytes), ``tensor_table`` (the tensors in
-them), ``staging`` (into the weights), ``adapter`` and ``merging``, and ``checkpoint``, which callers hold.
+From the bottom up: ``files`` finds a checkpoint's files and reads bytes, ``tensor_table`` indexes tensors, ``staging``
+reads them into the weights, ``adapter`` and ``merging`` handle PEFT adapters; callers hold a ``checkpoint``.
 """
 
 __all__ = ["checkpoint", "files", "staging", "steps"]

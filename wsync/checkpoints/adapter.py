@@ -1,12 +1,12 @@
-"""Plans how a PEFT adapter reaches a policy: as the policy's own adapter, or merged into its base weights.
+"""Plans how a PEFT adapter reaches a policy: loaded into the policy's own adapter, or merged into base weights.
 
-The layout of the files is PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): a tensor
-``base_model.model.<module>.lora_A.weight`` of shape (r, in), its ``lora_B`` of shape (out, r), and the adapter's
-``adapter_config.json``. Only the spec says where the base is.
+The files are PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): for each adapted module a tensor
+``base_model.model.<module>.lora_A.weight`` of shape (r, in) and a ``lora_B`` of shape (out, r), and for all of them one
+``adapter_config.json``. The location of the base comes from the spec, never from these files.
 
-A policy may be a PEFT model itself. PEFT leaves the adapter's name out when it saves: ``lora_A.weight`` is
-``lora_A.default.weight`` in the policy. The same goes for ``modules_to_save`` (``utils/save_and_load.py``). An adapter
-has no base weights: they keep their live values, come from ``base``, or stay as the policy is built.
+A policy may be a PEFT model itself. PEFT drops the adapter's name when it saves: the policy's ``lora_A.default.weight``
+is ``lora_A.weight`` in the file. It does the same for ``modules_to_save`` (``utils/save_and_load.py``). The files hold
+no base weights: these come from ``base``, keep their live values, or keep the values that the policy is built with.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from .adapter_config import Config, read_config
 from .files.parts import unreadable
 from .tensor_table import TensorTable
 
-_SMALL = 1 << 24  # elements in both halves for which any rank is taken; a hostile 4 KiB file can claim any
+_SMALL = 1 << 24  # elements of A and B together up to which any rank is taken; a hostile 4 KiB file can claim any rank
 _ROOT = "base_model.model."
 _BASE = ".base_layer."
 _LORA = re.compile(r"(.*)\.lora_(embedding_)?([AB])(?:\.weight)?")
 _OWN = re.compile(r"\.(?:lora_\w+|modules_to_save)\.([^.]+)(?:\.|$)")
-_MORE = re.compile(r"(.*?)\.(?:lora_|token_adapter\.)")  # a part of a module that PEFT has beside its weight
+_MORE = re.compile(r"(.*?)\.(?:lora_|token_adapter\.)")  # a tensor that PEFT adds to a module
 
 
 @contextmanager
 def blaming(base: object, adapter: Path) -> Iterator[None]:
-    """Converts an error about the base into one that names both and does not refuse the adapter."""
+    """Converts an error about the base into one that names base and adapter, and does not reject the adapter."""
     try:
         yield
     except (CheckpointChanged, PartialCheckpoint):
@@ -65,19 +65,20 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
 def plan_adapter(
     adapter: TensorTable, layout: Layout, settings: Fit, exc: CheckpointMismatch | PartialCheckpoint
 ) -> Plan:
-    """Plans an adapter: into the policy's own adapter where one fits, else merged into a base.
+    """Plans an adapter: loaded into the policy's own adapter if one has all its tensors, else merged into a base.
 
     Args:
-        adapter: its ``base`` is set to the opened base.
-        exc: why it does not fit as it is.
+        adapter: its ``base`` is set if the settings name one.
+        exc: why the adapter does not fit as an ordinary checkpoint; its differences are listed if there is no base.
 
     Raises:
-        CheckpointMismatch: there is no base; a tensor has no place in the policy, another shape, or is of a kind that
-            cannot be merged.
+        CheckpointMismatch: there is no base; or a tensor has no place in the policy, has another shape, or is of a kind
+            that cannot be merged.
         PartialCheckpoint: there are no live values for the base's weights to keep.
-        IncompleteCheckpoint: the adapter's configuration has not come.
-        MalformedCheckpoint: wsync cannot merge its kind.
+        IncompleteCheckpoint: the adapter's configuration is missing or cut off.
+        MalformedCheckpoint: wsync cannot merge this kind of adapter.
         UnusableBase: the base does not fit, or lacks a weight that the adapter adds to.
+        CheckpointError: the base cannot be opened.
     """
     own = _named_by_policy(adapter.tensors, layout)
     if own is None and not settings.base:
@@ -97,7 +98,6 @@ def plan_adapter(
 
 
 def _open_base(path: str, adapter: Path, settle: float) -> TensorTable:
-    """Opens the weights that an adapter is merged into."""
     with blaming(path, adapter):
         base = TensorTable(path, settle=settle)
         if not base.parts.is_adapter:
@@ -107,13 +107,10 @@ def _open_base(path: str, adapter: Path, settle: float) -> TensorTable:
 
 
 def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dict[str, StoredTensor] | None:
-    """An adapter's tensors under the names of the policy's own adapter; None unless one has them all.
-
-    Of several adapters in the policy, ``default`` comes first.
-    """
+    """Renames an adapter's tensors to those of an adapter in the policy; None if no adapter there has all of them."""
     names = [name for entry in layout.tensors for name in entry.names]
     adapters = {match[1] for name in names if (match := _OWN.search(name))}
-    for adapter in sorted(adapters, key=lambda each: (each != "default", each)):
+    for adapter in sorted(adapters, key=lambda each: (each != "default", each)):  # PEFT's own name comes first
         saved = {each: name for name in names for each in _saved_as(name, adapter)}
         if tensors.keys() <= saved.keys():
             return {saved[name]: tensor for name, tensor in tensors.items()}
@@ -123,7 +120,7 @@ def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dic
 def _plan_own(
     tensors: Mapping[str, StoredTensor], base: TensorTable | None, layout: Layout, settings: Fit, path: Path
 ) -> Plan:
-    """Plans an adapter's tensors, under the policy's names, together with the base's."""
+    """Plans an adapter's tensors, given by their names in the policy, and those of the base if there is one."""
     own = replace(settings, prefix="", rename={}, include=(), exclude=(), strict=False)
     if base is None:
         return plan_of(tensors, layout, own, path)
@@ -134,7 +131,7 @@ def _plan_own(
 
 
 def _saved_as(name: str, adapter: str) -> Iterator[str]:
-    """The names under which PEFT saves a tensor of the policy's own adapter; none for any other tensor."""
+    """Yields the names under which PEFT may save this tensor of the policy; none unless it is of this adapter."""
     match = _OWN.search(name)
     if match is None or match[1] != adapter:
         return
@@ -145,14 +142,13 @@ def _saved_as(name: str, adapter: str) -> Iterator[str]:
 
 
 def _in_policy(stored: str, known: set[str]) -> str:
-    """A base tensor's name in a PEFT model; empty if it has none."""
+    """The name of a base's tensor in a policy that is a PEFT model; empty if it has none."""
     module, _, leaf = f"{_ROOT}{stored}".rpartition(".")
     names = (stored, f"{module}.{leaf}", f"{module}.base_layer.{leaf}", f"{module}.original_module.{leaf}")
     return next((name for name in names if name in known), "")
 
 
 def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, settings: Fit) -> Plan:
-    """How an adapter is merged into a policy's weights."""
     with blaming(base.path, adapter.path):
         plan = plan_of(base.tensors, layout, settings, base.path)
     try:
@@ -160,19 +156,19 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
     entries = {name: entry for entry in layout.tensors for name in entry.names}
-    halves: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
+    loras: dict[tuple[str, bool], dict[str, StoredTensor]] = {}  # by module, and whether it is an embedding
     others: dict[str, StoredTensor] = {}
     rows: list[Difference] = []
     for stored, tensor in adapter.tensors.items():
         name = stored.removeprefix(_ROOT)
         match = _LORA.fullmatch(name)
-        half = halves.setdefault((match[1], bool(match[2])), {}) if match else others
-        if (key := match[3] if match else name) in half:
-            rows.append(Difference(stored, "one tensor", f"{half[key].name} is the same, too"))
-        half[key] = tensor
-    named = _for_names(settings, [f"{module}.weight" for module, _ in halves], entries)
+        group = loras.setdefault((match[1], bool(match[2])), {}) if match else others
+        if (key := match[3] if match else name) in group:
+            rows.append(Difference(stored, "one tensor", f"{group[key].name} is the same tensor"))
+        group[key] = tensor
+    named = _for_names(settings, [f"{module}.weight" for module, _ in loras], entries)
     own = _replace(others, entries, named, layout, rows)
-    deltas, lacking = _add(halves, entries, config, named, own, plan, rows)
+    deltas, lacking = _add(loras, entries, config, named, own, plan, rows)
     if not (rows or deltas or lacking or own.pairs):
         rows = [Difference(t.name, "absent", describe(t.dtype, t.shape)) for t in adapter.tensors.values()]
     if rows:
@@ -189,14 +185,14 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
 
 
 def _for_names(settings: Fit, names: Sequence[str], entries: Mapping[str, TensorEntry]) -> Fit:
-    """The settings for an adapter: without renames, which are the base's, where only so its names are the policy's."""
+    """The settings for an adapter's names: the base's prefix and renames are dropped if only then all names match."""
     renamed = [settings.name(name) for name in names]
     is_lost = any(name is not None and name not in entries for name in renamed)
     return replace(settings, prefix="", rename={}) if is_lost and entries.keys() >= {*names} else settings
 
 
 def _together(own: Plan, base: Plan, deltas: tuple[Delta, ...]) -> Plan:
-    """Joins what an adapter brings, what its base brings and the deltas for either into one plan."""
+    """Joins the adapter's plan, the base's plan and the deltas into one plan."""
     added = {delta.entry.name for delta in deltas}
     replaced = {entry.name for _, entry in own.pairs}
     kept = tuple(entry for entry in base.kept if entry.name not in replaced)
@@ -211,15 +207,15 @@ def _replace(
     layout: Layout,
     rows: list[Difference],
 ) -> Plan:
-    """What an adapter replaces (``modules_to_save``, biases); adds to ``rows`` what has no place."""
+    """Plans the tensors that an adapter replaces (``modules_to_save``, biases); adds what does not fit to ``rows``."""
     pairs: list[Pair] = []
     twins: list[Pair] = []
     taken: dict[str, StoredTensor] = {}
     for bare, tensor in tensors.items():
-        name = settings.name(bare.replace(_BASE, "."))  # what was trained, or saved, of an adapted module
+        name = settings.name(bare.replace(_BASE, "."))  # PEFT keeps an adapted module's own tensors in base_layer
         entry = entries.get(name) if name is not None else None
         more = None if entry else _MORE.match(bare)
-        if more:  # belongs to a weight and is left out only with it
+        if more:  # left out only together with the weight of its module
             name = settings.name(f"{more[1]}.weight")
         if name is None or not (entry or more or settings.strict):
             continue
@@ -237,7 +233,7 @@ def _replace(
 
 
 def _add(
-    halves: Mapping[tuple[str, bool], dict[str, StoredTensor]],
+    loras: Mapping[tuple[str, bool], dict[str, StoredTensor]],
     entries: Mapping[str, TensorEntry],
     config: Config,
     settings: Fit,
@@ -245,24 +241,24 @@ def _add(
     base: Plan,
     rows: list[Difference],
 ) -> tuple[list[Delta], list[Difference]]:
-    """The deltas, and the adapted weights that neither plan brings; adds what has no place to ``rows``."""
+    """Returns the deltas, and the adapted weights that neither plan reads; adds what does not fit to ``rows``."""
     lacking: list[Difference] = []
     deltas: list[Delta] = []
     brought, of_base = ({entry.name: stored for stored, entry in plan.pairs} for plan in (own, base))
     modules = {name.rpartition(".")[0] for name in entries}
-    added: dict[str, str] = {}  # one delta per tensor: tied modules with one each cannot share a merged weight
+    added: dict[str, str] = {}  # by weight, what changes it: tied modules share one, which takes one delta
     added |= {entry.name: t.name for t, entry in (*own.pairs, *own.twins) if _BASE not in t.name}
-    for (module, embedding), half in halves.items():
+    for (module, embedding), lora in loras.items():
         name = settings.name(f"{module}.weight")
         entry = entries.get(name) if name is not None else None
         if name is None or not (entry or settings.strict or name.rpartition(".")[0] in modules):
             continue
         transposed = embedding or config.transposed
-        if entry is None or half.keys() != {"A", "B"} or not _multiplies(half["A"], half["B"], entry, transposed):
-            found = " and ".join(f"{key} {describe(half[key].dtype, half[key].shape)}" for key in sorted(half))
+        if entry is None or lora.keys() != {"A", "B"} or not _multiplies(lora["A"], lora["B"], entry, transposed):
+            found = " and ".join(f"{key} {describe(lora[key].dtype, lora[key].shape)}" for key in sorted(lora))
             expected = entry.describe() if entry else "absent"
             rows.append(Difference(f"{module}.weight", expected, f"an adapter of {found}"))
-        elif (rank := half["A"].shape[0]) > _highest(entry):
+        elif (rank := lora["A"].shape[0]) > _highest(entry):
             rows.append(Difference(f"{module}.weight", f"a rank of {_highest(entry):,} at most", f"{rank:,}"))
         elif entry.name in added:
             rows.append(
@@ -270,8 +266,8 @@ def _add(
             )
         elif weight := brought.get(entry.name) or of_base.get(entry.name):
             scale = config.scale(module, rank)
-            deltas.append(Delta(entry, half["A"], half["B"], scale, transposed, weight, entry.name not in brought))
-            added[entry.name] = half["A"].name
+            deltas.append(Delta(entry, lora["A"], lora["B"], scale, transposed, weight, entry.name not in brought))
+            added[entry.name] = lora["A"].name
         else:
             lacking.append(Difference(entry.name, entry.describe(), "absent"))
     return deltas, lacking
@@ -287,5 +283,5 @@ def _multiplies(a: StoredTensor, b: StoredTensor, entry: TensorEntry, transposed
 
 
 def _highest(entry: TensorEntry) -> int:
-    """The highest rank accepted: the most that a weight can have, or more while the halves stay small."""
+    """The highest rank accepted: the weight's smaller dimension, or more while A and B stay within ``_SMALL``."""
     return max(min(entry.shape), _SMALL // sum(entry.shape))

@@ -1,7 +1,7 @@
-"""How a PEFT adapter is merged, from its ``adapter_config.json``.
+"""Reads from ``adapter_config.json`` how a PEFT adapter is merged.
 
-The scale is PEFT's own (https://github.com/huggingface/peft, ``tuners/lora``): ``lora_alpha`` divided by the rank, or
-by its root under ``use_rslora``. The base's path in the file is untrusted and not used.
+The scale is PEFT's (https://github.com/huggingface/peft, ``tuners/lora``): ``lora_alpha`` divided by the rank, or by
+the rank's square root under ``use_rslora``. The file also names a base; that path is untrusted and ignored.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .files.source import ByteSource
 
 _MAX_CONFIG = 1 << 20  # bytes
 _MAX_PATTERNS = 1000
-_PLAIN = re.compile(r"[\w.^$|\\\-]+")  # an expression without repetition costs no more than its length
+_PLAIN = re.compile(r"[\w.^$|\\\-]+")  # no repetition, so the time to match is proportional to the length
 _KINDS = (
     *("use_dora", "use_qalora", "use_bdlora", "layer_replication"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("lora_bias", "trainable_token_indices"),
 )
-"""Settings that make an adapter other than W + scale · B A."""
+"""Settings under which the merged weight is not W + scale · B A."""
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""How ``init_lora_weights`` begins where training began by changing the base."""
+"""Beginnings of ``init_lora_weights`` under which PEFT changes the base before it trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Config:
 
     Attributes:
         alpha: the scale is this divided by the rank or its square root.
-        patterns: alphas for modules whose names match an expression; the first match counts.
-        root: whether alpha is divided by the square root.
-        transposed: whether weights are stored transposed.
+        patterns: expressions, each with the alpha of the modules whose names it matches; the first match counts.
+        root: whether alpha is divided by the square root of the rank.
+        transposed: whether the modules store their weights as (in, out).
     """
 
     alpha: float
@@ -51,10 +51,10 @@ class Config:
 
 
 def read_config(adapter: ByteSource, file: Path) -> Config:
-    """An adapter's configuration.
+    """Reads an adapter's configuration.
 
     Args:
-        file: where it lies, for messages.
+        file: the configuration's path, for messages.
 
     Raises:
         IncompleteCheckpoint: it is missing or cut off.
@@ -76,9 +76,9 @@ def read_config(adapter: ByteSource, file: Path) -> Config:
 
 
 def _config(table: Any) -> Config:
-    """Reads a configuration from its JSON; raises ValueError with the reason if it is not one."""
+    """Converts a parsed configuration; raises ValueError with the reason if wsync cannot merge such an adapter."""
     if not isinstance(table, dict) or table.get("peft_type") != "LORA":
-        raise ValueError("no LoRA")
+        raise ValueError("it is not a LoRA")
     if odd := [kind for kind in _KINDS if table.get(kind)]:
         raise ValueError(f"it has {odd[0]}")
     start = table.get("init_lora_weights")
@@ -105,7 +105,7 @@ def _number(value: object) -> float:
 
 
 def _expression(key: str) -> re.Pattern[str]:
-    """Compiles an ``alpha_pattern`` key by PEFT's rule; refuses what could be slow to match."""
+    """Compiles an ``alpha_pattern`` key as PEFT does; refuses one that could be slow to match."""
     if not _PLAIN.fullmatch(key):
         raise ValueError(f"its alpha_pattern {key!r:.40} is not a plain name")
     try:

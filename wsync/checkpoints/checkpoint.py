@@ -43,13 +43,13 @@ class Checkpoint(TensorTable):
 
     @property
     def size(self) -> int:
-        """Bytes of its weight files."""
+        """Size of its weight files, in bytes."""
         return sum(info.st_size for info in self.source.infos[: len(self.parts.files)])
 
     @property
     def header(self) -> str:
-        """A digest of its headers: of where each tensor lies, and of the metadata."""
-        from hashlib import sha256  # 4 ms, which a pass with nothing to do need not take
+        """SHA-256, in hexadecimal, of the metadata and of where each tensor lies."""
+        from hashlib import sha256  # takes 4 ms, and a pass with nothing to do does not need it
 
         return sha256(repr((list(self.tensors.values()), self.metadata)).encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -59,11 +59,12 @@ class Checkpoint(TensorTable):
         return Layout.build({t.name: (t.dtype, t.shape) for t in self.tensors.values()}, {})
 
     def plan(self, layout: Layout, settings: Fit = Fit()) -> Plan:  # noqa: B008  (frozen)
-        """Fits the checkpoint to a layout.
+        """Plans how the tensors reach a layout, and keeps the plan in ``planned``.
 
         Raises:
-            CheckpointMismatch: tensors do not fit; all of them are listed.
-            PartialCheckpoint: only a part came, as allowed, but the rest has no live values to keep.
+            CheckpointMismatch: some tensors do not fit; the error lists all of them.
+            PartialCheckpoint: some tensors are missing, as allowed, but there are no live values to keep for them.
+            CheckpointError: an adapter or its base cannot be used; see ``adapter.plan_adapter``.
         """
         from ..fitting.plan import plan_of
 
@@ -84,7 +85,7 @@ class Checkpoint(TensorTable):
 
     @property
     def kept(self) -> bool:
-        """Whether the last plan keeps some live values beside its own."""
+        """Whether the last plan leaves some tensors at their live values."""
         return bool(self.planned and self.planned.kept)
 
     def read_into(
@@ -95,24 +96,27 @@ class Checkpoint(TensorTable):
         finite: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Reads the extras, and the planned bytes into ``weights``; checks both, and that no file changed meanwhile.
+        """Reads the extras into ``extras`` and the planned tensors into ``weights``, and checks both.
 
         Args:
             weights: writable, at least ``plan.layout.nbytes`` bytes.
-            finite: refuse NaN and infinity.
-            progress: called with the number of bytes of each read.
+            finite: whether to refuse NaN and infinity.
+            progress: called after each read with the number of bytes that it filled.
 
         Raises:
-            NonFiniteWeights: the tensors that hold NaN or infinity are listed.
-            CheckpointMismatch: two copies of a tied tensor differ.
-            WrongDigest: the bytes that were read do not match their digest.
+            NonFiniteWeights: some tensors hold NaN or infinity; the error lists them.
+            CheckpointMismatch: two copies of a tied tensor differ, or an integer is too large for the policy's dtype.
+            IncompleteCheckpoint, MalformedCheckpoint: an extra is cut off or broken.
+            WrongDigest: the bytes of a file do not match its digest.
             BeingWritten: the same, but the digest is older than the file.
-            CheckpointChanged: the file changed, or was cut, while it was read.
-            CheckpointError: the system could not read it.
+            UnusableBase: the base of an adapter holds NaN or infinity.
+            CheckpointChanged: a file changed, or was cut, while it was read.
+            CheckpointError: the system could not read a file.
+            UsageError: the plan needs the values of a built policy, and the settings name none.
         """
         from . import merging, staging
 
-        if not self.fitted:  # a kept copy has brought its own
+        if not self.fitted:  # a kept copy already has the extras of its original
             self.extras = Extras({}, self.metadata)
         if self.parts.extras:
             from .files.extras_reading import read_extras
@@ -124,6 +128,6 @@ class Checkpoint(TensorTable):
             staging.read_into(self, weights, plan, finite=finite, progress=progress)
 
     def is_copy_of(self, path: str, identity: str, step: int | None, fitted: Fit, extras: Extras) -> None:
-        """Reports the path, identity, step and extras of the original, and how that was fitted."""
+        """Makes a kept copy report the path, identity, step, settings and extras of its original."""
         self.path, self.identity, self.step, self.fitted = Path(path), identity, step, fitted
         self.changed_ns, self.extras = 0, extras

@@ -1,4 +1,4 @@
-"""Reads a base's weights with an adapter added: W + scale · B A, in float32, from the base as stored, then cast."""
+"""Reads base weights and adds an adapter: W + scale · B A, from W as stored, in float32 or wider, then cast once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .tensor_table import TensorTable
 def read_into(
     adapter: TensorTable, base: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress
 ) -> None:
-    """Reads what the plan of a merge says; see ``Checkpoint.read_into``."""
+    """Carries out a plan that merges an adapter into a base; see ``Checkpoint.read_into``."""
     assert plan.merge
     regions = float_regions(plan.layout) if finite else ()
     try:
-        if adapter.digests:  # digests are checked on the held bytes, and only those are read
+        if adapter.digests:  # what is read must be the very bytes whose digests are checked
             adapter.source = Held(adapter.source)
         with blaming(base.path, adapter.path):
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
         clean = staging.stage(adapter, weights, plan, regions, progress)
         clean = _add(adapter, base, plan.merge.deltas, weights, regions, progress) and clean
-        adapter.check_unchanged()  # part of P5, for the adapter
+        adapter.check_unchanged()  # P5 verify, for the adapter's part
     except OSError as exc:
         raise unreadable(adapter.path, exc) from exc
     except OverflowError as exc:
@@ -52,7 +52,7 @@ def _add(
     """Reads the adapted weights and adds the deltas; returns whether the sums are finite.
 
     Raises:
-        UnusableBase: one is not finite in the base.
+        UnusableBase: an adapted weight of the base is not finite.
     """
     finite = True
     rows: list[Difference] = []
@@ -77,7 +77,7 @@ def _add(
 
 
 def _whole(adapter: TensorTable, tensor: StoredTensor) -> Any:
-    """All of a tensor, as an array of float32."""
+    """Reads a whole tensor, as a float32 array of its shape."""
     import numpy as np
 
     data = memoryview(adapter.source.read(tensor.file, tensor.nbytes, tensor.start))
@@ -89,12 +89,12 @@ def _whole(adapter: TensorTable, tensor: StoredTensor) -> Any:
 def _adding(
     weights: memoryview, delta: Delta, right: Any, left: Any, regions: Sequence[Region]
 ) -> Callable[[Piece, memoryview], bool]:
-    """Returns a function that adds the delta to pieces of a weight and casts each sum once, into the weights.
+    """Returns a function that adds the delta to one piece of a weight, and writes the sum into the weights.
 
-    It takes a piece and its bytes as they are stored, and returns whether the sum is finite in these regions.
+    The function takes a piece and its stored bytes, and returns whether the sum is finite in ``regions``.
 
     Args:
-        right, left: the delta's halves, A and B.
+        right, left: A and B, float32, of shapes (r, in) and (out, r).
     """
     import numpy as np
 
@@ -104,7 +104,7 @@ def _adding(
     width, columns = DTYPE_BITS[entry.dtype] // 8, entry.shape[1]
 
     def product(first: int, number: int) -> Any:
-        """``number`` elements of the product, by rows, from ``first``."""
+        """``number`` elements of B A in row-major order, from element ``first``."""
         top, begin = divmod(first, columns)
         if begin + number <= columns:
             return left[top] @ right[:, begin : begin + number]
@@ -115,7 +115,7 @@ def _adding(
         wide = "F64" if "F64" in (piece.source, piece.target) else "F32"
         summed = convert(data, piece.source, wide)
         values = np.frombuffer(summed, "f8" if wide == "F64" else "f4")
-        with np.errstate(all="ignore"):  # what overflows is found by the finite check
+        with np.errstate(all="ignore"):  # the finite check finds an overflow
             values += product((piece.offset - entry.offset) // width, len(values)) * scale
         convert(summed, wide, piece.target, weights[piece.offset : piece.offset + piece.becomes])
         return all_finite(weights, regions, ((piece.offset, piece.becomes),))

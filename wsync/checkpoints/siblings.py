@@ -1,4 +1,4 @@
-"""Finds another file beside a checkpoint's own that fits the policy, by trying each one."""
+"""Looks for another file in a checkpoint's directory that fits the policy, to name it in the error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .files.parts import Parts, remote
 from .steps import is_fixed
 from .tensor_table import TensorTable
 
-_MOST = 16  # files that are tried
+_MOST = 16  # most files that are tried
 
 
 def with_siblings(exc: CheckpointMismatch, parts: Parts, layout: Layout, settings: Fit) -> CheckpointMismatch:
-    """Replaces the advice in a mismatch with a file of the directory that fits, if there is one."""
+    """Replaces the advice in a mismatch if another file in the directory fits, or some hold parts of the policy."""
     before, hopeless, _ = exc.message.partition(HOPELESS)
     path = parts.path
     if not hopeless or remote(path) or not (path.is_dir() or is_fixed(path.name)):
@@ -50,7 +50,7 @@ def _fits(file: Path, layout: Layout, settings: Fit) -> bool:
 
 
 def _parts_of_a_model(directory: Path, layout: Layout) -> str:
-    """Says that the policy's other tensors lie in a directory below, as sentence-transformers writes its modules."""
+    """The advice if a file one level below holds a part of the policy, as sentence-transformers writes; else empty."""
     wanted = {name for entry in layout.tensors for name in entry.names}
     for file in sorted(directory.glob(f"*/*{SUFFIX}"))[:_MOST]:
         for tensors in _tensors(file):
@@ -65,7 +65,7 @@ def _parts_of_a_model(directory: Path, layout: Layout) -> str:
 
 
 def _tensors(file: Path) -> Iterator[Tensors]:
-    """The tensors of a file; nothing if it cannot be read."""
+    """Yields the tensors of a file; nothing if it cannot be read."""
     try:
         table = TensorTable(file)
     except CheckpointError:

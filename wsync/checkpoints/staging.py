@@ -1,7 +1,7 @@
-"""Brings the planned bytes of a checkpoint into the weights, and checks them there.
+"""Reads the planned tensors of a checkpoint into the weights, and checks them there.
 
 To check a digest, one thread reads a file once from its first byte to its last: SHA-256 needs every byte in order,
-including those that the plan does not take.
+including those of tensors that the plan leaves out.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .files.parts import unreadable
 from .files.source import ByteSource
 from .tensor_table import TensorTable
 
-_NAMED = 8  # tensors that a message names at most
+_NAMED = 8  # most tensors that a message names
 Progress = Callable[[int], None] | None
-"""Called with the number of bytes of each read."""
+"""Called after each read with the number of bytes that it filled."""
 
 
 def read_into(table: TensorTable, weights: memoryview, plan: Plan, *, finite: bool, progress: Progress) -> None:
-    """Reads what a plan without an adapter says; see ``Checkpoint.read_into``."""
+    """Carries out a plan that merges nothing; see ``Checkpoint.read_into``."""
     try:
         fill(weights, plan)
         clean = stage(table, weights, plan, float_regions(plan.layout) if finite else (), progress)
@@ -50,7 +50,7 @@ def too_large(path: Path, exc: OverflowError) -> CheckpointMismatch:
 
 
 def fill(weights: memoryview, plan: Plan) -> None:
-    """Gives missing tensors the values of the policy as it is built."""
+    """Fills the tensors of ``plan.built`` with the values that the policy has when it is built."""
     if not plan.built:
         return
     if plan.settings.built is None:
@@ -63,10 +63,11 @@ def fill(weights: memoryview, plan: Plan) -> None:
 
 
 def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence[Region], progress: Progress) -> bool:
-    """Reads what a plan takes from the checkpoint itself; returns whether the floats in these regions are finite.
+    """Reads the plan's own tensors, not those of a base; returns whether the floats in ``regions`` are finite.
 
     Raises:
         CheckpointMismatch: two copies of a tied tensor differ.
+        WrongDigest, BeingWritten: see ``Digest.check``.
     """
     if digests := digests_for(table, plan):
         return _stage_in_order(table, weights, plan, regions, digests, progress)
@@ -83,13 +84,13 @@ def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence
 
 
 def _put(weights: memoryview, regions: Sequence[Region], piece: Piece, data: memoryview) -> bool:
-    """Converts a piece into its place; returns whether its floats in these regions are finite."""
+    """Converts a piece into its place in the weights; returns whether its floats in ``regions`` are finite."""
     convert(data, piece.source, piece.target, weights[piece.offset : piece.offset + piece.becomes])
     return all_finite(weights, regions, ((piece.offset, piece.becomes),))
 
 
 def _equals(weights: memoryview, piece: Piece, data: memoryview) -> bool:
-    """Whether a piece of a further copy is what already lies in its place."""
+    """Whether a piece, once it is converted, equals the bytes that are already in its place."""
     there = weights[piece.offset : piece.offset + piece.becomes]
     return convert(data, piece.source, piece.target) == there
 
@@ -106,8 +107,8 @@ def _different(table: TensorTable, twin: StoredTensor, entry: TensorEntry) -> Ch
 def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
     """The digests to check while staging.
 
-    The writer's digests are always checked. The store's own are checked only if the plan takes every tensor, so that
-    nothing more is read for them.
+    The writer's digests are always checked. The store's own are checked only if the plan takes every tensor, because
+    then nothing more has to be read for them.
     """
     if table.digests or not table.source.digests:
         return table.digests
@@ -116,7 +117,7 @@ def digests_for(table: TensorTable, plan: Plan) -> tuple[Digest, ...]:
 
 
 def stored_is_finite(table: TensorTable, tensor: StoredTensor) -> bool:
-    """Whether a tensor is finite as it is stored."""
+    """Whether a tensor is finite in the file, before any cast."""
     entry = TensorEntry(tensor.name, tensor.dtype, tensor.shape, 0)
     return table.convert_each([(tensor, entry)], lambda piece, data: is_finite(data, piece.source))
 
@@ -129,15 +130,9 @@ def _stage_in_order(
     digests: Sequence[Digest],
     progress: Progress,
 ) -> bool:
-    """Reads everything, and writes what the plan takes into the weights; see ``stage``.
-
-    Raises:
-        WrongDigest: the bytes are others than their digest names.
-        BeingWritten: the same, but the digest is older than they are.
-        CheckpointMismatch: two copies of a tied tensor differ.
-    """
+    """Reads every file from start to end, and puts the tensors that the plan takes into the weights; see ``stage``."""
     targets = {stored.name: entry for stored, entry in (*plan.pairs, *plan.twins)}
-    first: dict[int, str] = {}  # the stored name that was read into this place
+    first: dict[int, str] = {}  # by offset in the weights, the stored name that was read into it
     different: list[Pair] = []
     clean = True
 
@@ -161,10 +156,10 @@ def _stage_in_order(
 
 
 def check_digests(table: TensorTable) -> None:
-    """Reads everything, and checks the digests that were asked for.
+    """Reads all weight files, and checks them against ``table.digests``.
 
     Raises:
-        WrongDigest: the bytes do not match their digest.
+        WrongDigest: the bytes of a file do not match its digest.
         BeingWritten: the same, but the digest is older than the file.
     """
     for file, digest in enumerate(table.digests):
@@ -181,8 +176,8 @@ def _sweep(
     """Reads one file from its first byte to its last, and compares its digest.
 
     Args:
-        tensors: all that lie in the file, in their order, with what each becomes; None for one that is not taken.
-        put: called with the bytes of each that is taken, whole elements at a time.
+        tensors: all tensors of the file in the order of their bytes, each with its place; None if it is not taken.
+        put: called with a tensor that is taken, a piece of it, and the piece's bytes.
     """
     found = hashlib.sha256()
 
@@ -216,7 +211,7 @@ def _sweep(
 
 
 def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
-    """Checks every tensor that was read and is not finite.
+    """Reports the tensors that were read and are not finite; called after a read that found some.
 
     Raises:
         NonFiniteWeights: a tensor holds NaN, or an infinity that neither the settings nor the built policy allow.
@@ -255,7 +250,7 @@ def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
 
 
 def _unlike_the_policy(infinite: list[TensorEntry], weights: memoryview, plan: Plan) -> list[TensorEntry]:
-    """The tensors that hold an infinity that the policy does not hold when it is built."""
+    """The tensors whose infinities are not those that the policy has when it is built."""
     if plan.settings.built is None:
         return infinite
     try:

@@ -21,13 +21,13 @@ _GAP = r"[ _.=:\-]*"
 _COUNT = r"(\d+(?:\.\d+)?(?:e\d+|[km])(?![a-z\d])|\d+)"  # 500, 10k, 1.5M, 1e6
 _WORDS = (  # the first that matches wins
     re.compile(rf"steps?{_GAP}{_COUNT}", re.IGNORECASE),
-    re.compile(rf"{_COUNT}[ _\-]?(?:time)?steps(?![a-z])", re.IGNORECASE),  # as stable-baselines3 has it
+    re.compile(rf"{_COUNT}[ _\-]?(?:time)?steps(?![a-z])", re.IGNORECASE),  # as stable-baselines3 writes it
     re.compile(rf"(?<![a-z])iter(?:ation)?s?{_GAP}{_COUNT}", re.IGNORECASE),
     re.compile(rf"(?:checkpoint|ckpt){_GAP}{_COUNT}", re.IGNORECASE),
     re.compile(rf"epochs?{_GAP}(\d+)", re.IGNORECASE),
 )
 _DECIMAL = re.compile(r"\d+\.\d+")
-_LIGHTNING = re.compile(r"-v\d+$")  # added if a file of that name exists
+_LIGHTNING = re.compile(r"-v\d+$")  # Lightning appends it if a file of that name exists
 _FIXED = re.compile(  # what libraries call the file, whatever the step
     r"(?:adapter_model|diffusion_pytorch_model|open_clip_model|model)(?:_\d+)?\.safetensors(?:\.index\.json)?"
 )
@@ -36,13 +36,13 @@ _MOST = 1 << 63
 
 
 class Step(NamedTuple):
-    """What was read.
+    """A step, and where it was read.
 
     Attributes:
-        number: the step; None if there is no number.
+        number: the step; None if there is none.
         source: where it was read, in words; empty if there is no number.
-        others: the numbers of the name that were not taken, if the step is from the name.
-        certain: whether the name leaves no doubt about it: it follows a known word, or is the only number.
+        others: the other numbers in the name, if the step is from the name.
+        certain: whether the name leaves no doubt: the number follows a known word, or is the only one.
     """
 
     number: int | None
@@ -52,20 +52,20 @@ class Step(NamedTuple):
 
 
 def read_step(name: str, metadata: Mapping[str, str], pattern: str = "") -> Step:
-    """The step by the pattern if there is one; else from the metadata; else from the name.
+    """Reads the step from the metadata, or from the name if they state none.
 
     Args:
-        pattern: ``select.step``; if it is set, nothing else gives a step.
+        pattern: ``select.step``; if it is set, only its match in the name counts.
     """
     return step_in_name(name, pattern) if pattern else step_in_metadata(metadata) or step_in_name(name)
 
 
 def step_at(path: Path, metadata: Mapping[str, str], pattern: str = "") -> Step:
-    """The step of the checkpoint at a path: its metadata's, else its name's, else that of a directory around it.
+    """Reads the step of the checkpoint at a path: from the metadata, else its name, else a directory above it.
 
-    A file that libraries always call the same, such as ``model.safetensors`` or ``model_1.safetensors``, takes its
-    directory's step. Two directories above a checkpoint count if they are named after a step alone, as in
-    ``000100/pretrained_model`` and ``checkpoint-1/policy/actor``.
+    A file with a fixed name, such as ``model.safetensors`` or ``model_1.safetensors``, takes the step of its directory.
+    The two directories above count only if their names are a step and nothing else, as in ``000100/pretrained_model``
+    and ``checkpoint-1/policy/actor``.
     """
     if not pattern and (stated := step_in_metadata(metadata)):
         return stated
@@ -109,10 +109,10 @@ def step_in_name(name: str, pattern: str = "") -> Step:
 
 
 def step_by_shape(name: str) -> int | None:
-    """The step that a name gives for certain, as ``step_in_name`` reads it; None if there is a doubt.
+    """The step that ``step_in_name`` reads; None if that is not certain.
 
-    Names that differ in their numbers alone have the step at the same place. That is worked out once, since there may
-    be 100,000 of them.
+    Names that differ only in their numbers have the step at the same place. The place is worked out once, because there
+    may be 100,000 such names.
     """
     parts = _DIGITS.split(name)
     at, factor = _place_of_step(tuple(parts[::2]))
@@ -120,7 +120,7 @@ def step_by_shape(name: str) -> int | None:
 
 
 def steps_like(name: str) -> Callable[[str], int | None]:
-    """Returns ``step_by_shape`` for many names that differ from this one mostly in their numbers; twice as fast."""
+    """Returns a ``step_by_shape`` that is twice as fast for names that differ from this one only in their numbers."""
     texts = tuple(_DIGITS.split(name)[::2])
     at, factor = _place_of_step(texts)
     numbers = [r"(\d+)" if 2 * number + 1 == at else r"\d+" for number in range(len(texts) - 1)]
@@ -135,7 +135,7 @@ def steps_like(name: str) -> Callable[[str], int | None]:
 
 @lru_cache(maxsize=1024)
 def _place_of_step(texts: tuple[str, ...]) -> tuple[int, int]:
-    """Where the step stands in a name with numbers between these texts, and its unit; 0 if that is not certain."""
+    """The step's index among these texts and the numbers between them, and its unit; index 0 if that is uncertain."""
     probes = [str(1000 + at) for at in range(len(texts) - 1)]
     step = step_in_name("".join(part for pair in zip(texts, [*probes, ""], strict=True) for part in pair))
     for at, probe in enumerate(probes):
@@ -158,10 +158,10 @@ def names_a_step(name: str) -> bool:
 
 @lru_cache(maxsize=8)
 def expression(pattern: str) -> re.Pattern[str]:
-    """The regular expression of ``select.step``, which stands between slashes.
+    """Compiles ``select.step``: a regular expression between slashes.
 
     Raises:
-        UsageError: it is not one, or has no group.
+        UsageError: it is not a regular expression, or has no group.
     """
     try:
         if len(pattern) < 3 or not pattern[0] == pattern[-1] == "/":
@@ -178,12 +178,12 @@ def expression(pattern: str) -> re.Pattern[str]:
 
 
 def _number(digits: str) -> int:
-    number = int(digits)  # a time in nanoseconds has 19 digits
+    number = int(digits)  # 19 digits or more may be a time in nanoseconds: the last 18 are kept
     return number if number < _MOST else int(digits[-18:])
 
 
 def _counted(text: str) -> tuple[int, bool]:
-    """The number that is written as 500, 10k, 1.5m or 1e6; and whether it can be no other one."""
+    """Reads 500, 10k, 1.5m or 1e6 as a number; also returns whether it can be read in only one way."""
     digits, _, exponent = text.rstrip("km").partition("e")
     whole, _, part = digits.partition(".")
     unit = int(exponent) if exponent else {"k": 3, "m": 6}.get(text[-1], 0)

@@ -1,9 +1,9 @@
-"""The tensors of one checkpoint: a source of bytes, opened once, and a table of what lies where in it.
+"""Opens the files of one checkpoint, and indexes the tensors in them: dtype, shape and place of each.
 
-The format is safetensors (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON
-header that gives dtype, shape and byte range of each tensor, then the bytes without gaps.
+The format is safetensors (https://github.com/huggingface/safetensors): the header's length in eight bytes, a JSON
+header that gives the dtype, shape and byte range of each tensor, then the tensors' bytes without gaps.
 
-What opens and reads is imported when the first checkpoint is opened: a pass with nothing to do opens none.
+The modules that open and read files are imported with the first checkpoint: a pass with nothing to do opens none.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class TensorTable:
-    """The open tensors of a checkpoint, its headers validated; however many files it has, they are one table.
+    """The tensors of an open checkpoint, with validated headers; several files form one table.
 
     Attributes:
         path: absolute path of the file or directory, with links resolved.
-        parts: what it consists of.
-        source: gives its bytes.
-        identity: of its files as they were opened.
-        changed_ns: newest change time of its files as they were opened; 0 for a copy, or in a store.
-        tensors: what it holds, by name, in the order of the files.
-        metadata: the headers' ``__metadata__``.
-        digests: digests that the files must have, if asked for.
-        settle: seconds that it had to stand still; its base has to, too.
-        base: the table of the weights that it is merged into, once that is planned; see ``adapter``.
-        extras: what travels with the weights, once those are read.
+        parts: the files of the checkpoint.
+        source: reads their bytes.
+        identity: identity of the files when they were opened; see ``parts.identity_of``.
+        changed_ns: newest change time of the files when they were opened, in ns; 0 for a kept copy or in a store.
+        tensors: where each tensor lies, by name, in the order of the files.
+        metadata: the ``__metadata__`` of all headers together.
+        digests: the digest that each weight file must have; empty unless asked for.
+        settle: seconds that the files had to stay unchanged; the files of ``base`` have to as well.
+        base: the weights that an adapter is merged into; None until ``adapter.plan_adapter`` opens them.
+        extras: the files and metadata that travel with the weights; empty until the weights are read.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class TensorTable:
         """Opens a checkpoint.
 
         Args:
-            path: of a file or directory, or a URL.
-            settle: seconds without a change, if nothing else shows that its writer is done; waited for here.
-            digest: ``"sha256"`` compares its files with the digests that its writer leaves (see ``digest``).
-            published: gives the identities of what was published from this path before; called if it has several files.
+            path: a file or directory, or a URL.
+            settle: seconds without a change, needed if nothing else shows that the writer is done; waits if few remain.
+            digest: ``"sha256"`` compares the files with the digests that their writer leaves (see ``digest``).
+            published: returns the identities of what was published from this path; called if there are several files.
             extras: which files travel with the weights.
 
         Raises:
@@ -64,9 +64,10 @@ class TensorTable:
             BeingWritten: its writer is still at work, or was a moment ago.
             IncompleteCheckpoint: a file is shorter than its header says, a shard is missing or from another write, or
                 an extra is missing.
-            MalformedCheckpoint: it breaks the format, or its extras are too large.
-            WrongDigest: the configuration of an adapter does not match its digest.
-            CheckpointError: it cannot be read.
+            MalformedCheckpoint: a file breaks the format, or the extras are too large.
+            WrongDigest: an adapter's configuration, or an index, does not match its digest.
+            CheckpointChanged: a file was replaced while they were opened.
+            CheckpointError: a file cannot be read.
         """
         self.path, self.identity, self.settle = led_to(place_at(path)), "", settle
         self.tensors: Mapping[str, StoredTensor] = {}
@@ -117,15 +118,16 @@ class TensorTable:
             self.metadata |= header
 
     def expect(self, digest: str) -> None:
-        """Finds the digests that the writer left, to compare the files with as they are read.
+        """Looks up the digests that the writer left; the files are compared with them as they are read.
 
         Args:
             digest: ``"sha256"``; empty expects nothing.
 
         Raises:
-            BeingWritten: a digest has not come.
-            WrongDigest: the configuration of an adapter does not match its digest.
-            OSError: one cannot be read.
+            BeingWritten: a digest is not there yet.
+            WrongDigest: an adapter's configuration, or an index, does not match its digest.
+            MalformedCheckpoint: a list of digests is too large, or not a regular file.
+            OSError: a list of digests cannot be read.
         """
         from .files.digest import digests_of
 
@@ -133,7 +135,7 @@ class TensorTable:
             self.digests = digests_of(self.parts)
 
     def _read_header(self, number: int, file: Path) -> Mapping[str, str]:
-        """Adds the tensors of one of the files; returns its metadata."""
+        """Adds the tensors of one file; returns its metadata."""
         from ..fitting.header import read_header
 
         def read(nbytes: int, start: int) -> bytes:
@@ -155,10 +157,10 @@ class TensorTable:
             self.base.close()
 
     def check_unchanged(self) -> None:
-        """Checks that the open files are those whose headers were read, and nobody writes to them.
+        """Checks that the files are as they were opened, and that nobody has one of them open for writing.
 
         Raises:
-            CheckpointChanged: they are not.
+            CheckpointChanged: one of them changed, or is open for writing.
         """
         if not self.source.stands():
             raise changed(self.path)
@@ -169,11 +171,11 @@ class TensorTable:
         work: Callable[[Piece, memoryview], bool],
         progress: Callable[[int], None] | None = None,
     ) -> bool:
-        """Applies ``work`` to the stored bytes of these tensors, piece by piece; returns whether all returned True.
+        """Applies ``work`` to the stored bytes of these tensors, piece by piece; returns whether all calls gave True.
 
         Args:
-            work: called with a piece and its bytes, which are good until it returns.
-            progress: called with the bytes that each piece becomes.
+            work: called with a piece and its bytes, which are valid until it returns.
+            progress: called after each piece with the number of bytes that it takes in the weights.
         """
         from ..fitting import plan
         from ..fitting.cast import pieces

@@ -1,8 +1,8 @@
-"""The files of a checkpoint: which they are, whether they are whole and of one save, and their bytes.
+"""Finds a checkpoint's files, decides whether they are complete and of one save, and reads their bytes.
 
-``parts`` says what a checkpoint consists of, ``settling`` whether its writer is done, and ``digest`` what its bytes
-should be; ``source`` is where they come from, ``local`` from a disk and ``objects`` from a store. ``extras`` and
-``extras_reading`` are about files that travel with the weights. Imports ``stores`` and what lies below.
+``parts`` finds the files, ``settling`` decides whether their writer is done, and ``digest`` finds their digests.
+``source`` is the interface to their bytes, ``local`` implements it for a disk and ``objects`` for a store. ``extras``
+and ``extras_reading`` handle files that travel with the weights. Imports ``stores`` and the rooms below it.
 """
 
 __all__ = ["digest", "extras", "extras_reading", "local", "objects", "parts", "settling", "source"]

@@ -1,8 +1,8 @@
 """SHA-256 digests of a checkpoint's files, from its writer or its store.
 
-``[select] digest = "sha256"`` asks for it. A file's digest is in ``NAME.sha256`` beside it; for a directory also in
-``SHA256SUMS`` inside it or ``DIRECTORY.sha256`` beside it, one line per file. Lines are as ``sha256sum`` writes them,
-also with ``--binary`` and ``--tag``; a digest without a name is that of ``NAME``.
+``[select] digest = "sha256"`` asks for them. A file's digest is in ``NAME.sha256`` beside it; for a directory also in
+``SHA256SUMS`` inside it or ``DIRECTORY.sha256`` beside it, one line per file. Lines have the format of ``sha256sum``
+(GNU coreutils), also with ``--binary`` or ``--tag``; in ``NAME.sha256`` a lone digest without a name is that of NAME.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...errors import BeingWritten, MalformedCheckpoint, WrongDigest
 from ...layout.filenames import MAX_INDEX, SUMS
 from .parts import Parts, read_small
 
-_MOST = 10_000_000  # bytes of a file of digests
+_MOST = 10_000_000  # most bytes of a list of digests
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64})(?:[ \t]+\*?(.*))?|SHA256 \((.+)\) = ([0-9a-fA-F]{64})")
 
 
@@ -28,8 +28,8 @@ class Digest(NamedTuple):
     Attributes:
         file: the checkpoint's file.
         expected: 64 hexadecimal digits in lower case.
-        told_by: the list or store it comes from.
-        older: whether that was written before the file, and may be of an earlier state.
+        told_by: the list or store that it comes from, for messages.
+        older: whether the list was written before the file, and may describe an earlier state of it.
     """
 
     file: Path
@@ -38,7 +38,7 @@ class Digest(NamedTuple):
     older: bool = False
 
     def check(self, found: str) -> None:
-        """Compares it with the digest of the bytes that were read.
+        """Compares the digest with that of the bytes that were read: 64 hexadecimal digits in lower case.
 
         Raises:
             BeingWritten: they differ, and the digest is older than the file.
@@ -56,15 +56,15 @@ class Digest(NamedTuple):
 
 
 def digests_of(parts: Parts) -> tuple[Digest, ...]:
-    """The digests of a checkpoint's files, in their order.
+    """Finds the digests of a checkpoint's weight files, in the order of ``parts.files``.
 
-    Checks the small file beside them at once: an adapter's configuration, or an index that a list names.
+    Checks an adapter's configuration at once, and an index if a list has its digest.
 
     Raises:
-        BeingWritten: a digest has not come.
-        WrongDigest: the small file does not match its digest.
+        BeingWritten: a digest is not there yet.
+        WrongDigest: the configuration or the index does not match its digest.
         MalformedCheckpoint: a list of digests is too large, or not a regular file.
-        OSError: one could not be read.
+        OSError: the system could not read one of these files.
     """
     known: dict[Path, list[tuple[str, str]]] = {}
     found = tuple(_needed(file, _digest(file, known)) for file in parts.files)
@@ -78,7 +78,7 @@ def digests_of(parts: Parts) -> tuple[Digest, ...]:
 
 
 def digest_of(file: Path) -> Digest:
-    """The digest of one file; raises as ``digests_of``."""
+    """Finds the digest of one file; raises the same errors as ``digests_of``."""
     return _needed(file, _digest(file, {}))
 
 
@@ -92,11 +92,7 @@ def _needed(file: Path, digest: Digest | None) -> Digest:
 
 
 def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | None:
-    """The digest of a file, from the first list that has it.
-
-    Args:
-        known: lists already read; added to.
-    """
+    """Finds the digest of a file in the first list that has it; adds the lists that it reads to ``known``."""
     own = file.parent / f"{file.name}.sha256"
     for listing in (own, file.parent / SUMS, file.parent.parent / f"{file.parent.name}.sha256"):
         if listing not in known:
@@ -107,7 +103,7 @@ def _digest(file: Path, known: dict[Path, list[tuple[str, str]]]) -> Digest | No
         near = [(_shared(name, file), digest) for digest, name in lines if os.path.basename(name) == file.name]
         if near:
             most = max(shared for shared, _ in near)
-            expected = [digest for shared, digest in near if shared == most][-1]  # lists grow by `>>`
+            expected = [digest for shared, digest in near if shared == most][-1]  # the last that `>>` appended
             return Digest(file, expected, str(listing), _is_older(listing, file))
     return None
 
@@ -136,9 +132,9 @@ def _shared(name: str, file: Path) -> int:
 
 
 def _is_older(listing: Path, file: Path) -> bool:
-    """Whether a list was written before the file, by either of the system's times."""
+    """Whether a list was written before the file, by modification time or by change time."""
     try:
         ours, theirs = listing.stat(), file.stat()
-    except FileNotFoundError:  # an object beside one that was named
+    except FileNotFoundError:  # the listing of a single named object does not show the list
         return False
     return ours.st_mtime_ns < theirs.st_mtime_ns or ours.st_ctime_ns < theirs.st_ctime_ns

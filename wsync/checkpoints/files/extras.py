@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from ...errors import UsageError
 from ...layout.filenames import SUFFIX, is_file_name
 
-MAX_BYTES = 16 << 20
-_MOST_BYTES = 1 << 30
+MAX_BYTES = 16 << 20  # default of extras.max_bytes
+_MOST_BYTES = 1 << 30  # largest value that it accepts
 _STEM = "{stem}"
 
 
@@ -27,11 +27,11 @@ class ExtraFiles:
     """Which files travel with a checkpoint's weights: the settings of ``[extras]``.
 
     Attributes:
-        files: names or globs of files in the checkpoint's directory, or beside a checkpoint that is a single file.
-            Without a match for each of them a checkpoint is not complete. ``{stem}`` stands for the checkpoint's own
-            name without ``.safetensors``: ``{stem}.json``.
-        max_bytes: of all extras together.
-        listed: names of the directories that were listed, while one listing of a place lasts; else None.
+        files: names or globs of files in the checkpoint's directory, or beside a checkpoint that is a single file. A
+            checkpoint is incomplete until each of them has a match. ``{stem}`` stands for the checkpoint's own name
+            without ``.safetensors``: ``{stem}.json``.
+        max_bytes: most bytes of all extras together.
+        listed: the names in each directory, cached for the time of one listing of a place; else None.
     """
 
     files: tuple[str, ...] = ()
@@ -52,11 +52,11 @@ class ExtraFiles:
             raise UsageError(f"extras.max_bytes = {self.max_bytes} is not a size. Give 1 to {_MOST_BYTES:,} bytes.")
 
     def beside(self, path: Path, files: Collection[Path]) -> dict[str, Path]:
-        """The extras that are there, by the names that policies know them by.
+        """Finds the extras that exist, by the names under which policies get them.
 
         Args:
-            path: of the checkpoint.
-            files: its own files, which are no extras.
+            path: the checkpoint.
+            files: the checkpoint's own files, which are never extras.
         """
         found: dict[str, Path] = {}
         directory, stem = next(iter(files)).parent, path.name.removesuffix(SUFFIX)
@@ -79,7 +79,7 @@ class ExtraFiles:
         return any(fnmatch.fnmatchcase(name, pattern.replace(_STEM, "*")) for pattern in self.files)
 
     def missing(self, found: Collection[str]) -> str:
-        """The first pattern that none of these names match; empty where each has one."""
+        """The first pattern that matches none of these names; empty if each matches one."""
         return next((p for p in self.files if p not in found and not (_is_glob(p) and fnmatch.filter(found, p))), "")
 
     def _names(self, directory: Path) -> list[str]:
@@ -100,14 +100,14 @@ class Extras(NamedTuple):
 
     Attributes:
         files: the bytes of each file, by its name.
-        metadata: the checkpoint's own.
+        metadata: the checkpoint's ``__metadata__``.
     """
 
     files: Mapping[str, bytes] = {}
     metadata: Mapping[str, str] = {}
 
     def to_bytes(self) -> bytes:
-        """A safetensors file with a tensor of bytes for each file; empty for nothing."""
+        """Encodes them as a safetensors file with one U8 tensor for each file; empty if there is nothing."""
         if not self.files and not self.metadata:
             return b""
         table: dict[str, Any] = {"__metadata__": dict(self.metadata)}
@@ -121,7 +121,7 @@ class Extras(NamedTuple):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Extras:
-        """Reads what ``to_bytes`` wrote; raises an error of any kind where it is something else."""
+        """Decodes what ``to_bytes`` wrote; on any other input it may raise an exception of any kind."""
         if not data:
             return cls()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -132,10 +132,10 @@ class Extras(NamedTuple):
 
 
 def checked(extras: Mapping[str, bytes]) -> Extras:
-    """Extras that come from memory.
+    """Validates extras that a caller gives as bytes, by name.
 
     Raises:
-        UsageError: a name is not a file's name, a value is not bytes, or they are too large.
+        UsageError: a name is not a relative file name, a value is not bytes, or all together are over 1 GiB.
     """
     for name, data in extras.items():
         if not isinstance(name, str) or not all(map(is_file_name, name.split("/"))) or name == "__metadata__":

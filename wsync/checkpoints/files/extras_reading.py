@@ -1,4 +1,4 @@
-"""Reads the extras of a checkpoint, under the checks that its weights pass: complete, of one save, digest, bounded."""
+"""Reads a checkpoint's extras with the checks that its weights get: complete, of one save, digests, bounded size."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
     """Checks that all extras are there, small enough, and of the same save as the weights.
 
     Args:
-        infos: of ``parts.every``.
+        infos: stat results of ``parts.every``.
+        settle: see ``settling.check_extras``.
         published: identities of what was published from this path before.
 
     Raises:
-        IncompleteCheckpoint: one is missing.
-        MalformedCheckpoint: they are too large.
-        CheckpointError: one is a link to another user's file elsewhere.
+        IncompleteCheckpoint: an extra is missing.
+        MalformedCheckpoint: the extras are too large.
+        CheckpointError: an extra is a link out of the checkpoint's directory, to another user's file.
         BeingRewritten: see ``settling.check_extras``.
     """
     if pattern := parts.wanted.missing(parts.extras):
@@ -40,13 +41,13 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
     if size > most:
         raise MalformedCheckpoint(
             f"{parts.path} has {len(parts.extras)} extras of {size:,} bytes in all, and extras.max_bytes is {most:,}. "
-            "Name fewer files in extras.files, or raise it."
+            "Name fewer files in extras.files, or raise extras.max_bytes."
         )
     for file, info in zip(parts.extras.values(), infos[len(parts.own) :], strict=True):
         if info.st_uid != infos[0].st_uid and _leads_away(file, parts.files[0].parent):
             raise CheckpointError(
                 f"{file} is a link out of {parts.files[0].parent} to a file that has another owner than the weights. "
-                "Policies would be given what its writer may not even read: copy the file to its place."
+                "It is not read: the weights' owner may have no access to it. Replace the link with a copy of the file."
             )
     settling.check_extras(parts, infos, settle, published)
 
@@ -59,14 +60,14 @@ def read_extras(source: ByteSource, metadata: Mapping[str, str], *, digests: boo
     """Reads the extras of an open checkpoint.
 
     Args:
-        metadata: of its headers, which travel with them.
-        digests: compare each with the digest that its writer left; else with the store's, where it has one.
+        metadata: the checkpoint's own, which travel with the extras.
+        digests: whether to compare each extra with the digest that its writer left, not with one of the store.
 
     Raises:
-        IncompleteCheckpoint: one is cut off.
-        MalformedCheckpoint: one is not the safetensors file that its name says.
-        WrongDigest, BeingWritten: see ``digest``.
-        CheckpointError: the system could not read one.
+        IncompleteCheckpoint: an extra is cut off.
+        MalformedCheckpoint: an extra is not the safetensors file that its name says.
+        WrongDigest, BeingWritten: see ``Digest.check``.
+        CheckpointError: the system could not read an extra.
     """
     parts = source.parts
     try:
@@ -82,7 +83,7 @@ def read_extras(source: ByteSource, metadata: Mapping[str, str], *, digests: boo
 
 
 def _check_whole(file: Path, data: bytes) -> None:
-    """Raises CheckpointError where a file of a known kind is cut off."""
+    """Raises a CheckpointError if a safetensors or JSON file is cut off or broken."""
     if file.name.endswith(SUFFIX):
         read_header(lambda nbytes, start: data[start : start + nbytes], len(data), file, 0)
     elif file.name.endswith(".json"):

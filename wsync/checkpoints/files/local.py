@@ -1,12 +1,11 @@
 """Reads the bytes of local files into the weights.
 
-A file in the page cache is read straight into the slot, one ``preadv`` for each planned read, and the finite check
-looks at those bytes while they are in a CPU cache. A file not in it is read around it (O_DIRECT) by two threads: one
-waits for the disk while the other copies and checks what came. Where a file system has no direct reads, all reads are
-buffered.
+A file in the page cache is read straight into the slot, with one ``preadv`` for each planned read, and the finite check
+looks at the bytes while they are still in a CPU cache. Any other file is read past the page cache (O_DIRECT) by two
+threads: one waits for the disk while the other copies and checks. File systems without direct reads get buffered reads.
 
-A cached file is read by a thread for every four processors of this process, at least one and at most eight: on two
-cores the policy keeps its own.
+A cached file is read by one thread for every four processors of this process, at least one and at most eight, so that
+on two cores the policy keeps one of them.
 """
 
 from __future__ import annotations
@@ -33,24 +32,21 @@ from .parts import Parts, changed, open_file, parts_of, unreadable
 from .source import ByteSource, Job, scatter
 
 _MOST_THREADS = 8
-_DELETING = 1.0  # seconds that the files of one checkpoint may take to go, one after another
+_DELETING = 1.0  # seconds that the deletion of a checkpoint's files may take
 _TICK = 0.01
-# read(2) copies with `rep movsb`. Where (target - source) mod 4096 is one of these, AMD's cores take two to four times
-# as long for it; two copies, by way of a buffer that lies elsewhere in its page, take half of that.
+# The kernel copies with `rep movsb`, which takes AMD's cores two to four times as long where (target - source) mod 4096
+# is one of these. Two copies, by way of a buffer at another distance, take half of that time.
 _SLOW_DISTANCES = {8, 16, 24}
 _ELSEWHERE = 1024
 
 
 class Files(ByteSource):
-    """The open files of a checkpoint on a disk.
-
-    Each is used through one descriptor, and looked at again when all is read.
-    """
+    """The open files of a checkpoint on a disk."""
 
     def __init__(self, parts: Parts, settle: float) -> None:
         self.parts = parts
         self._fds: list[int] = []
-        self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by the number of the file
+        self._direct: dict[int, int] = {}  # descriptors that read past the page cache, by index of the file
         self._own = threading.local()
         try:
             for file in parts.every:
@@ -59,8 +55,8 @@ class Files(ByteSource):
             if parts.is_several and not self._lies_there(parts):
                 raise changed(parts.path)
             settling.let_files_settle(parts, self._fds, settle)
-            self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have ended since they were opened
-        except BaseException:  # an interrupt leaves no descriptors open, either
+            self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have finished since they were opened
+        except BaseException:  # an interrupt must not leave descriptors open, either
             self.close()
             raise
 
@@ -73,7 +69,7 @@ class Files(ByteSource):
     def stands(self) -> bool:
         """See ``ByteSource.stands``.
 
-        On tmpfs, writes through a mapping change no timestamp; such a writer is seen while its mapping exists.
+        On tmpfs, writes through a mapping change no timestamp; such a writer is noticed only while its mapping exists.
         """
         for file, fd, info in zip(self.parts.every, self._fds, self.infos, strict=True):
             if _state(os.fstat(fd)) != _state(info) or being_written(fd) or _times_were_put_back(file, fd, info):
@@ -81,10 +77,10 @@ class Files(ByteSource):
         return not self.parts.is_several or self._lies_there_or_is_gone()
 
     def _lies_there_or_is_gone(self) -> bool:
-        """Whether all files are where they were opened, or none.
+        """Whether all files are still where they were opened, or all are gone.
 
-        Files replaced one after another are each whole, but do not belong together. A trainer that keeps few
-        checkpoints deletes whole ones; while it does, some files are still there.
+        If some were replaced, they do not belong with the others. If some are gone, a trainer may be deleting the whole
+        checkpoint: the others are given ``_DELETING`` seconds to go as well.
         """
         until = time.monotonic() + _DELETING
         while True:
@@ -98,7 +94,7 @@ class Files(ByteSource):
             time.sleep(_TICK)
 
     def _lies_there(self, parts: Parts) -> bool:
-        """Whether a checkpoint of these parts consists of the files that were opened."""
+        """Whether these parts are the very files that were opened."""
         return parts == self.parts and all(
             _is_same(file.stat(), info) for file, info in zip(parts.every, self.infos, strict=True)
         )
@@ -130,7 +126,7 @@ class Files(ByteSource):
         def convert(piece: Piece) -> bool:
             parts = split(piece, plan.READING.buffer)
             stored = self._pieces(piece.file, piece.start, piece.nbytes)
-            results = [work(part, data) for part, data in zip(parts, stored, strict=True)]  # of every part
+            results = [work(part, data) for part, data in zip(parts, stored, strict=True)]  # all parts are converted
             return all(results)
 
         return self._each(listed, convert)
@@ -142,14 +138,15 @@ class Files(ByteSource):
         if threads == 1 or sum(job.nbytes for job in jobs) < plan.READING.worth_threads:
             yield from ((job, work(job)) for job in jobs)
             return
-        from concurrent.futures import ThreadPoolExecutor  # 8 ms, which a small checkpoint need not take
+        from concurrent.futures import ThreadPoolExecutor  # takes 8 ms, and a small checkpoint does not need it
 
-        # Left early, it drops the jobs that have not begun and waits for the others: the slot is not ours afterwards.
+        # When the caller stops early, jobs that have not begun are dropped and the others are waited for: afterwards
+        # the slot is not ours to write to.
         with ThreadPoolExecutor(threads, "wsync-staging") as pool:
             yield from zip(jobs, pool.map(work, jobs), strict=True)
 
     def _open_direct(self, jobs: Sequence[Job]) -> bool:
-        """Opens the large files that are not in the page cache for direct reads; returns whether there are any."""
+        """Opens large files that are not in the page cache for direct reads; returns whether any file is read so."""
         for file, fd in enumerate(self._fds):
             mine = [job for job in jobs if job.file == file]
             if file in self._direct or sum(job.nbytes for job in mine) < plan.READING.large:
@@ -162,7 +159,7 @@ class Files(ByteSource):
         return bool(self._direct)
 
     def _pieces(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
-        """Yields bytes of a file, up to a buffer at a time, in memory of this thread, good until the next."""
+        """Yields a range of a file in pieces that share one buffer of this thread: each is valid until the next."""
         most = plan.READING.buffer
         if not hasattr(self._own, "buffer"):
             self._own.buffer = memoryview(mmap.mmap(-1, most + 2 * PAGE))
@@ -170,7 +167,7 @@ class Files(ByteSource):
         for at in range(start, start + nbytes, most):
             size = min(most, start + nbytes - at)
             first, got = (at + _ELSEWHERE) % PAGE, 0
-            if direct is not None:  # takes whole pages of the file into whole pages of memory
+            if direct is not None:  # a direct read fills whole pages of memory from whole pages of the file
                 first = at % PAGE
                 pages = buffer[: -(-(first + size) // PAGE) * PAGE]
                 got = min(max(_read_direct(direct, pages, at - first) - first, 0), size)
@@ -178,7 +175,7 @@ class Files(ByteSource):
             yield buffer[first : first + size]
 
     def _fill(self, file: int, buffers: list[memoryview], start: int, missing: int) -> None:
-        """Fills buffers of ``missing`` bytes in total; one call may give less."""
+        """Fills buffers of ``missing`` bytes in total; one ``preadv`` may return fewer."""
         while missing:
             got = os.preadv(self._fds[file], buffers, start)
             if not got:
@@ -207,19 +204,19 @@ def _open(path: Path) -> int:
 
 
 def _state(info: os.stat_result) -> tuple[int, int]:
-    """Tells one state of an open file from another; not by its inode, which some file systems do not keep."""
+    """Size and modification time, which tell states of a file apart; some file systems do not keep inode numbers."""
     return info.st_size, info.st_mtime_ns
 
 
 def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether both are of one file, even where inodes are not kept: a replacement has a later change time."""
+    """Whether both are of one file, even if inode numbers are not kept: a replacement has a later change time."""
     return os.path.samestat(one, other) or (*_state(one), one.st_ctime_ns) == (*_state(other), other.st_ctime_ns)
 
 
 def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
-    """Whether a file may have been written to and its modification time restored: change times cannot be set.
+    """Whether a file may have been written to and its modification time restored; its change time cannot be set.
 
-    Removing or renaming a file changes that time, too, so one that is gone counts as unwritten.
+    Removing or renaming a file also updates its change time, so a file that is gone counts as unwritten.
     """
     now = os.fstat(fd)
     if now.st_ctime_ns == info.st_ctime_ns or now.st_nlink < info.st_nlink:
@@ -230,7 +227,7 @@ def _times_were_put_back(file: Path, fd: int, info: os.stat_result) -> bool:
 
 
 def _is_cached(fd: int, at: int) -> bool:
-    """Whether the page cache has a byte of a file; True also where the file system does not say."""
+    """Whether the page cache has a byte of a file; True also if the file system does not say."""
     try:
         os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT)
     except BlockingIOError:

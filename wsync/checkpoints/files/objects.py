@@ -1,10 +1,10 @@
-"""Reads the bytes of objects in a store into the weights, by ranges.
+"""Reads ranges of a store's objects into the weights.
 
-Only the planned ranges are read, ``AT_ONCE`` at a time, piece by piece straight into the slot. The memory used beyond
-that is a few pieces of 64 KiB per range, and ``AHEAD`` chunks where tensors are converted.
+Only the planned ranges are read, ``AT_ONCE`` at a time, piece by piece straight into the slot. This takes a few pieces
+of 64 KiB of memory per range, and ``AHEAD`` chunks where tensors are converted.
 
-Only the listed versions are read: an object that is overwritten meanwhile ends the pass, and what was read is thrown
-away. A late thread then writes nothing.
+Only the listed versions are read. If an object is overwritten meanwhile, the pass ends, and what was read is thrown
+away; threads that are still reading no longer write to the slot.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .digest import Digest
 from .parts import Parts, changed
 from .source import ByteSource, Job, scatter
 
-AT_ONCE = 16  # ranges under way; a store gives some 50 to 100 MB/s for each
-AHEAD = 4  # chunks that wait in memory to be converted
+AT_ONCE = 16  # ranges read at a time; a store delivers some 50 to 100 MB/s on each
+AHEAD = 4  # most chunks that wait in memory to be converted
 
 
 class Objects(ByteSource):
@@ -72,7 +72,7 @@ class Objects(ByteSource):
             places = read.places(weights)
 
             def take(_: int, piece: memoryview) -> None:
-                with lock:  # a pass that failed has given the slot back
+                with lock:  # once a pass has failed, the slot is not ours to write to
                     if over.is_set():
                         raise _Abandoned
                     scatter(piece, places)

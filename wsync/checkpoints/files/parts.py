@@ -1,9 +1,9 @@
-"""The files of one checkpoint: one ``.safetensors``, or a directory with one, several and an index, or an adapter.
+"""Finds the files of one checkpoint: a ``.safetensors`` file, or a directory that holds one, shards, or an adapter.
 
 A directory is recognised by the names that Hugging Face's libraries write: ``model.safetensors``, or
 ``model.safetensors.index.json`` with the shards that it names, the newer if both exist; else
-``adapter_model.safetensors`` with its ``adapter_config.json``; else the first two with the stems of diffusers and
-OpenCLIP. All else in it is ignored, including stale shards.
+``adapter_model.safetensors`` with its ``adapter_config.json``; else the first two under the names that diffusers and
+OpenCLIP use. Every other file in it is ignored, stale shards included.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .extras import ExtraFiles
 if TYPE_CHECKING:
     from ...stores.path import RemotePath
 
-_KEPT = 1 << 18  # bytes of an index that is remembered at most
+_KEPT = 1 << 18  # most bytes of an index that is cached
 _TOLD_APART = 256  # most files with their own fingerprint; a slot's header has room for no more
 _STEADY = 1.0  # seconds after which a further write of an index shows in its times
 
 
 def place_at(place: str | os.PathLike[str]) -> Path:
-    """An absolute path; for a URL an object that is used like a path wherever a checkpoint is looked for.
+    """Makes a path absolute; turns a URL into a ``RemotePath``, which is used like a path, and typed as one.
 
     Raises:
-        UsageError: wsync does not read URLs of this kind.
+        UsageError: the URL is of an unknown kind, or names nothing that can be read.
     """
     if isinstance(place, Path):
         return place.absolute()
@@ -74,12 +74,12 @@ def led_to(path: Path) -> Path:
         return (
             real if real.suffix == ".safetensors" or real.is_dir() else Path(os.path.realpath(path.parent), path.name)
         )
-    except OSError:  # a link was replaced meanwhile: opening it says what is there
+    except OSError:  # a link was replaced meanwhile: opening it reports what is there
         return path
 
 
 def remote(place: object) -> RemotePath | None:
-    """As a RemotePath; None for a path on disk."""
+    """The same object typed as a RemotePath; None for a path on disk."""
     return None if isinstance(place, Path) else cast("RemotePath", place)
 
 
@@ -89,11 +89,11 @@ class Parts(NamedTuple):
     Attributes:
         path: the file or directory that is the checkpoint.
         files: the safetensors files to read.
-        beside: the small file beside them that describes them: the index of shards, or an adapter's configuration; None
-            where it does not exist, or not yet.
-        names: the tensors that the index gives to each of ``files``; empty if it is not sharded.
-        extras: the files that travel with the weights, by their names.
-        wanted: which those are.
+        beside: the small file that describes ``files``: the index of the shards, or an adapter's configuration; None if
+            there is none, or none yet.
+        names: the tensors that the index assigns to each of ``files``; empty without an index.
+        extras: the files that travel with the weights, by their names; some may still be missing.
+        wanted: the settings that ``extras`` were found with.
     """
 
     path: Path
@@ -105,12 +105,12 @@ class Parts(NamedTuple):
 
     @property
     def own(self) -> tuple[Path, ...]:
-        """The files, followed by the small one."""
+        """``files``, followed by ``beside`` if there is one."""
         return (*self.files, self.beside) if self.beside else self.files
 
     @property
     def every(self) -> tuple[Path, ...]:
-        """The same, followed by the extras."""
+        """``own``, followed by the extras."""
         return (*self.own, *self.extras.values())
 
     @property
@@ -124,15 +124,15 @@ class Parts(NamedTuple):
 
 
 def identity(info: os.stat_result) -> str:
-    """Tells one state of a file from every other: inode, size in bytes, modification time in ns.
+    """Identifies one state of a file, by inode, size in bytes and modification time in ns.
 
-    The device is left out: its number may change at a reboot (NFS, overlays), which pins and refusals must outlive.
+    The device is left out: its number may change at a reboot (NFS, overlays), and pins and rejections must survive one.
     """
     return f"{info.st_ino}-{info.st_size}-{info.st_mtime_ns}"
 
 
 def identity_of(infos: Iterable[os.stat_result]) -> str:
-    """The identity of one or several files together. Several have a fingerprint each, and the newest change of all."""
+    """The identity of one file, or of several together: number, fingerprints, total bytes, newest modification time."""
     listed = list(infos)
     if len(listed) == 1:
         return identity(listed[0])
@@ -143,7 +143,7 @@ def identity_of(infos: Iterable[os.stat_result]) -> str:
 
 
 def fingerprint(info: os.stat_result) -> str:
-    """A file's identity in 8 characters; tells one of several files from its replacement."""
+    """CRC-32 of a file's identity, in 8 hexadecimal digits: enough to tell a file from its replacement."""
     return f"{zlib.crc32(identity(info).encode()):08x}"
 
 
@@ -154,16 +154,16 @@ def fingerprints(identity: str) -> frozenset[str]:
 
 
 def written(info: os.stat_result) -> int:
-    """When a file was last written, ns: its modification time, which can be set, or its change time if earlier."""
+    """When a file was last written, in ns: its modification time, which can be set, or its change time if earlier."""
     return min(info.st_mtime_ns, info.st_ctime_ns)
 
 
 def parts_of(path: Path, extras: ExtraFiles = ExtraFiles()) -> Parts:  # noqa: B008  (frozen)
-    """The parts of the checkpoint at a path; of a directory only its index is read. Extras may still be missing.
+    """Finds the parts of the checkpoint at a path; reads nothing but an index. Extras may still be missing.
 
     Raises:
-        NoCheckpoint: there is nothing, or a directory that holds no checkpoint.
-        IncompleteCheckpoint: a shard is not there yet.
+        NoCheckpoint: nothing is there, or a directory that holds no checkpoint.
+        IncompleteCheckpoint: a shard is not there yet, or the index is cut off.
         MalformedCheckpoint: the index is not an index, or names files elsewhere.
         OSError: the system refused access.
     """
@@ -183,8 +183,8 @@ def _own_parts(path: Path) -> Parts:
         file, index = path / name, path / f"{name}.index.json"
         if not file.exists():
             continue
-        if index.exists() and written(index.stat()) > written(file.stat()):  # the model has grown since
-            with suppress(CheckpointError):  # incomplete: some shards are not there yet
+        if index.exists() and written(index.stat()) > written(file.stat()):  # a later save is sharded
+            with suppress(CheckpointError):  # its shards are not all there: the file still counts
                 return _by(path, index)
         return _by(path, file)
     raise NoCheckpoint(
@@ -194,14 +194,14 @@ def _own_parts(path: Path) -> Parts:
 
 
 def _by(path: Path, file: Path) -> Parts:
-    """The parts of the checkpoint that this file identifies."""
+    """The parts of the checkpoint at ``path``; the name of ``file`` tells whether it is sharded or an adapter."""
     if file.name.endswith(INDEX_SUFFIX):
         return _sharded(path, file)
     return _adapter(path, file) if file.name == ADAPTER else Parts(path, (file,))
 
 
 def read_small(file: Path, most: int) -> bytes:
-    """Reads a small file beside a checkpoint; it is untrusted, too.
+    """Reads a small file beside a checkpoint, which is untrusted like the checkpoint.
 
     Raises:
         ValueError: it has more than ``most`` bytes, or is not a regular file.
@@ -239,7 +239,7 @@ def _adapter(path: Path, file: Path) -> Parts:
 def _sharded(path: Path, index: Path) -> Parts:
     info, away = index.stat(), remote(index)
     is_told = away and not away.store.is_web  # each version has an ETag or a commit
-    if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass with nothing new
+    if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass the read
         shards = _known(index, identity(info), info.st_ctime_ns)
     else:
         shards = _shards(index)
@@ -256,7 +256,7 @@ def _sharded(path: Path, index: Path) -> Parts:
 
 
 def _shards(index: Path) -> Mapping[str, frozenset[str]]:
-    """The shards that an index names, with the tensors that it gives to each."""
+    """Reads the shards that an index names, and the tensors that it assigns to each."""
     try:
         data = read_small(index, MAX_INDEX)
         if (names := data.count(b'"') // 4) > MAX_TENSORS + 1000:
@@ -285,7 +285,7 @@ def _shards(index: Path) -> Mapping[str, frozenset[str]]:
 
 @functools.lru_cache(maxsize=64)
 def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]]:
-    """``_shards``, cached by state."""
+    """Returns ``_shards``, cached for one state of the index."""
     return _shards(index)
 
 
@@ -299,7 +299,7 @@ def changed(path: Path) -> CheckpointChanged:
 def unreadable(path: Path, exc: OSError) -> CheckpointError:
     """Converts an OSError into a CheckpointError, which names the owner where access is denied."""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
-    if exc.errno in (errno.ENOENT, errno.ESTALE):  # a trainer's retention was faster
+    if exc.errno in (errno.ENOENT, errno.ESTALE):  # the trainer has deleted it
         return NoCheckpoint(
             f"{path}, or a part of it, is gone. You need not do anything: the next pass takes what it finds."
         )

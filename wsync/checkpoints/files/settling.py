@@ -1,13 +1,13 @@
 """Decides whether a checkpoint's writer is done, before its bytes are trusted.
 
-A file that some process has open for writing is not done; nor is one with space reserved but never written, or with a
-downloader's file beside it. Where the system does not say whether a file is open, and where a checkpoint has several
-files, which are written one by one, it must not have changed for a while.
+A file is not done while a process has it open for writing, while a part of it is reserved but not written, or while a
+downloader's temporary file lies beside it. If the system does not say whether a file is open, or if a checkpoint has
+several files, which are written one by one, the files must also have been unchanged for a while.
 
-Nor may its files be of two saves. A trainer or rsync that overwrites an earlier save replaces one file after another;
-until the last is replaced, the directory holds some files of each save, all of them whole. Three signs show this: some
-files are still those published from this place and others are not; some shards are newer than the index and others
-older; or the shards' metadata name different steps.
+All files must be of one save. A trainer or rsync that overwrites an earlier save replaces one file after another; until
+the last is replaced, the directory holds files of both saves, each of them whole. Three signs show this: some files are
+still those published from this place and others are not; some shards are newer than the index and others older; or the
+shards' metadata name different steps.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from ...system.unwritten import unwritten
 from .parts import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0
-"""A checkpoint that seems not to be whole counts once it has not changed for this many times ``settle`` seconds."""
+"""A checkpoint that looks incomplete is taken once it has not changed for this many times ``settle`` seconds."""
 COMPANIONS = ("aria2", "part", "partial", "incomplete", "download", "crdownload", "filepart", "st")
 """Suffixes of the files that downloaders keep beside a file until it is complete."""
 EXTRAS_PATIENCE = 5.0
-"""The same where weights and extras were not rewritten together: extras may never change, and are written quickly."""
+"""As ``PATIENCE``, if only the weights or only the extras changed: extras are written quickly, and may never change."""
 LONGEST_WAIT = 1.5  # seconds that a pass waits for a checkpoint to settle; longer is left to the next pass
 _TICK = 0.01  # seconds: file systems' clocks tick at least so often
 _SECOND = 1.0 + _TICK  # the same for times in whole seconds, as on ext3 and NFS exports of it
-_WEB_TICK = 2.0  # seconds: to a web server a version is often no more than a size and a time in whole seconds
+_WEB_TICK = 2.0  # seconds: many a web server tells versions apart only by size and a time in whole seconds
 
 
 def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
     """Waits until a further write would show in a file's modification time, or its writer is likely done.
 
     A file system's clock may tick only every few milliseconds, or once a second: two writes in one tick look like one.
-    Several files are written one after another, and not every system tells whether a file is still open for writing: in
-    both cases the checkpoint must not have changed for ``settle`` seconds. Where the system does not say, and a part
-    was never written, that takes ``PATIENCE`` times as long: the file is sparse, or its writer has stalled.
+    The files must be unchanged for ``settle`` seconds if there are several, or if the system does not tell whether one
+    is open for writing. If it does not tell, and a part of a file was never written, this takes ``PATIENCE`` times as
+    long: the file is sparse, or its writer has stalled.
 
     Args:
         fds: open descriptors, one for each of ``parts.every``.
         settle: seconds.
 
     Raises:
-        BeingWritten: a file is still open for writing, is not all there, or does not stand still.
+        BeingWritten: a file is still open for writing, is incomplete, or changed too recently.
     """
     _check_downloads(parts)
     opened = {file: fd for file, fd in zip(parts.every, fds, strict=True) if file != parts.beside}
@@ -73,14 +73,14 @@ def let_files_settle(parts: Parts, fds: Sequence[int], settle: float) -> None:
 
 
 def _stand_still(fds: Sequence[int], wanted: float, *, closed: bool) -> bool:
-    """Whether files have not changed for so many seconds; the last of these are waited for."""
+    """Whether the files have been unchanged for ``wanted`` seconds; waits if ``LONGEST_WAIT`` or less remain."""
     infos = [os.fstat(fd) for fd in fds]
     now = time.time()
     ends = [
         t / 1e9 + max(wanted, 0 if t % 10**9 else _SECOND)
         for info in infos
         for t in _times(info, closed=closed)
-        if t / 1e9 <= now + 1  # what is further ahead of our clock says nothing
+        if t / 1e9 <= now + 1  # a time further ahead of our clock says nothing
     ]
     left = max(ends, default=now) - now
     if 0 < left <= LONGEST_WAIT:
@@ -91,7 +91,7 @@ def _stand_still(fds: Sequence[int], wanted: float, *, closed: bool) -> bool:
 
 
 def _check_downloads(parts: Parts) -> None:
-    """Raises BeingWritten if the file of a downloader lies beside one of the checkpoint's files."""
+    """Raises BeingWritten if a downloader's temporary file lies beside one of the files."""
     for file in parts.every:
         for companion in (f"{file}.{end}" for end in COMPANIONS):
             if os.path.lexists(companion):
@@ -102,24 +102,25 @@ def _check_downloads(parts: Parts) -> None:
 
 
 def _times(info: os.stat_result, *, closed: bool) -> tuple[int, ...]:
-    """The times, in ns, after which a file must not change.
+    """The times, in ns, that count as a file's last change.
 
-    A copy may keep its original's modification time, so the change time also counts where the modification time was
-    likely set back, or if the system does not say that the file is closed.
+    A copy may keep the modification time of its original, so the change time counts as well if the modification time
+    was likely set back, or if the system does not say that the file is closed.
     """
     was_set = info.st_ctime_ns - info.st_mtime_ns > 10**9
     return (info.st_mtime_ns,) if closed and not was_set else (info.st_mtime_ns, info.st_ctime_ns)
 
 
 def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
-    """The same for objects of a store, each of which is whole or absent.
+    """Does what ``let_files_settle`` does for the objects of a store, each of which is whole or absent.
 
     Args:
-        stands: whether the store still has all objects as they were listed.
+        settle: seconds; counts only if there are several objects.
+        stands: returns whether the store still has all objects as they were listed.
         is_web: whether the store is a web server.
 
     Raises:
-        BeingWritten: they do not stand still.
+        BeingWritten: an object changed too recently.
     """
     wanted = settle if parts.is_several else 0.0
     if is_web:
@@ -143,15 +144,15 @@ def _unsettled(path: Path, wanted: float) -> BeingWritten:
 
 
 def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
-    """Checks that the files of a checkpoint in several are of one save, as far as they can tell.
+    """Checks that shards and index, or an adapter's two files, are of one save, as far as times and identities show.
 
     Args:
-        infos: of ``parts.every``.
-        settle: seconds that a checkpoint in several has to stand still.
+        infos: stat results of ``parts.every``.
+        settle: seconds.
         published: identities of what was published from this path before.
 
     Raises:
-        BeingRewritten: they are of two saves, or may be and changed within ``PATIENCE * settle`` seconds.
+        BeingRewritten: they are of two saves; or they may be, and one changed within ``PATIENCE * settle`` seconds.
     """
     infos = infos[: len(parts.own)]
     *times, index = map(written, infos)
@@ -163,10 +164,10 @@ def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, pu
 
 
 def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, since: int) -> None:
-    """The same for files overwritten in place with their times restored: their change times show it.
+    """Checks the same by change times: files may be overwritten in place and have their modification times restored.
 
     Args:
-        since: newest change time of all of them as they were when they were published, ns.
+        since: newest change time of all files when they were published, in ns.
 
     Raises:
         BeingRewritten: as ``check_files``.
@@ -177,14 +178,13 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
 
 
 def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
-    """Checks that weights and extras are of one save, where they lie at a place from which both were published.
+    """Checks that weights and extras are of one save, if both were published from this path before.
 
     Args:
-        infos: of ``parts.every``.
-        published: as of ``check_files``.
+        infos, settle, published: as of ``check_files``.
 
     Raises:
-        BeingRewritten: only the ones or only the others changed, within ``EXTRAS_PATIENCE * settle`` seconds.
+        BeingRewritten: only some files changed since then, and one did within ``EXTRAS_PATIENCE * settle`` seconds.
     """
     for earlier in map(fingerprints, published):
         if len({fingerprint(info) in earlier for info in infos}) == 2 and (
@@ -201,7 +201,7 @@ def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
     """Whether only the weights, or only the index, changed; raises BeingRewritten if only some weights did.
 
     Args:
-        each: whether it is the one that was published, of ``parts.every``.
+        each: for each of ``parts.own``, whether it is still the file that was published.
     """
     *same, index = each
     if any(same) and not all(same):
@@ -224,7 +224,7 @@ def _let_stand(parts: Parts, infos: Sequence[os.stat_result], settle: float) -> 
 
 
 def _left(infos: Sequence[os.stat_result], patience: float) -> float:
-    """Seconds until none of these files has changed for so long; 0 where that is so."""
+    """Seconds until none of the files has changed for ``patience`` seconds; 0 if none has."""
     now = time.time()
     changed = [t / 1e9 for info in infos for t in (info.st_mtime_ns, info.st_ctime_ns)]
     return max(0.0, max((t for t in changed if t <= now + 1), default=0.0) + patience - now)
@@ -234,7 +234,7 @@ def check_steps(parts: Parts, metadata: Sequence[Mapping[str, str]]) -> None:
     """Checks that no two files of a checkpoint name different steps.
 
     Args:
-        metadata: of each of ``parts.files``.
+        metadata: that of each of ``parts.files``, in order.
 
     Raises:
         BeingRewritten: two do.

@@ -19,14 +19,15 @@ Job = TypeVar("Job", Read, Piece)
 
 
 class ByteSource:
-    """The files of one checkpoint, opened; each goes by its number in ``Parts.every``.
+    """The open files of one checkpoint; ``file`` is the index of one of them in ``Parts.every``.
 
-    The methods here only use ``read``, one range after another; a subclass may have a faster way.
+    The methods here only use ``read``, one range after another; subclasses have faster ways.
 
     Attributes:
-        infos: what the system, or the store, said about each file when it was opened.
+        parts: which files these are.
+        infos: the stat result of each file when it was opened; in a store, made from the listing.
         digests: the store's own digests of the weight files; empty unless it has all of them.
-        extra_digests: those of the extras, where it has them.
+        extra_digests: the store's own digests of extras, as far as it has them.
     """
 
     parts: Parts
@@ -35,7 +36,7 @@ class ByteSource:
     extra_digests: Mapping[Path, Digest] = {}
 
     def read(self, file: int, nbytes: int, start: int) -> bytes:
-        """Bytes of one of the files; fewer at its end."""
+        """Reads ``nbytes`` bytes of a file from offset ``start``; fewer at its end."""
         raise NotImplementedError
 
     def stands(self) -> bool:
@@ -49,7 +50,7 @@ class ByteSource:
         """Closes what was opened."""
 
     def read_beside(self, most: int) -> bytes:
-        """All of the small file beside the weights (``Parts.beside``), as it was when they were opened.
+        """Reads the whole of ``Parts.beside``, in the state that was opened.
 
         Raises:
             FileNotFoundError: there was none.
@@ -66,14 +67,14 @@ class ByteSource:
         return self.read(len(self.parts.files), info.st_size, 0)
 
     def in_order(self, file: int, start: int, nbytes: int) -> Iterator[memoryview]:
-        """Yields a part of one of the files from its beginning to its end, in pieces that are good until the next."""
+        """Yields a range of a file in pieces, from its beginning to its end; each is valid until the next."""
         for _, data in self.ranges(list(split(Piece(file, start, nbytes, "U8", "U8", 0), plan.READING.chunk))):
             yield data
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
     ) -> Iterator[tuple[Read, bool]]:
-        """Yields each read once its bytes are in the weights, with whether the floats in these regions are finite."""
+        """Yields each read once its bytes are in the weights, and whether its floats in ``regions`` are finite."""
         for read, data in self.ranges(reads):
             scatter(data, read.places(weights))
             yield read, all_finite(weights, regions, read.slices)
@@ -81,22 +82,22 @@ class ByteSource:
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
     ) -> Iterator[tuple[Piece, bool]]:
-        """Yields each piece with whether ``work`` returned True for all of it.
+        """Yields each piece, and whether ``work`` returned True for all of it.
 
         Args:
-            work: called with a part of the piece and its bytes as they are stored, which are good until it returns.
+            work: called with a part of the piece and its stored bytes, which are valid until it returns.
         """
         for piece, data in self.ranges(listed):
             yield piece, work(piece, data)
 
     def ranges(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, memoryview]]:
-        """Yields each job with the bytes of its range of a file."""
+        """Yields each job, and the bytes of its range of a file."""
         for job in jobs:
             yield job, memoryview(self.read(job.file, job.nbytes, job.start))
 
 
 class Held(ByteSource):
-    """Holds another source's bytes in memory: an adapter is read out of order, and its digest covers these bytes."""
+    """Holds a source's bytes in memory: an adapter is read out of order, from the bytes whose digests are checked."""
 
     def __init__(self, source: ByteSource) -> None:
         self.parts, self.infos, self.digests = source.parts, source.infos, source.digests
@@ -108,7 +109,7 @@ class Held(ByteSource):
 
 
 def scatter(data: memoryview, slices: list[memoryview]) -> None:
-    """Copies bytes into the first of these slices, and removes slices that are full."""
+    """Copies bytes into these slices in turn; removes the full ones, and shortens the one in which it ends."""
     while data:
         part = data[: len(slices[0])]
         slices[0][: len(part)] = part
