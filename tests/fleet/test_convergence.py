@@ -125,7 +125,7 @@ def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: P
     layout = Layout.build(dict.fromkeys(tensors, ("F32", (4, 4))), {})
     weights, group = bytearray(layout.nbytes), Alone()
     with Checkpoint(tmp_path / "x.safetensors") as checkpoint:
-        about = Publication(1, None, str(checkpoint.path), checkpoint.identity, 0.0, "")
+        about = Publication(version=1, checkpoint=str(checkpoint.path), identity=checkpoint.identity)
         sent = Shared(about, Turn(group), 0, checkpoint)
         plan = sent.plan(layout, Fit(cast=True))
         with pytest.raises(NonFiniteWeights, match="a: ") if wrong else nullcontext():

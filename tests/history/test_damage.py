@@ -127,7 +127,7 @@ def test_a_pin_that_is_no_file_is_told(tmp_path: Path, kind: str) -> None:
     with pytest.raises(StateError, match="wsync unpin nets"):
         state.pin()
     if kind != "directory":
-        state.set_pin(Pin("/a", "1", 1, 1, 1.5, "by hand"))
+        state.set_pin(Pin(checkpoint="/a", identity="1", version=1, step=1, since=1.5, reason="by hand"))
         assert (state.pin() or pytest.fail("no pin")).checkpoint == "/a"
 
 
@@ -168,7 +168,7 @@ def test_a_full_disk_keeps_nobody_from_reading(tmp_path: Path) -> None:
     place = tmp_path / "full"
     place.mkdir()
 
-    def work() -> tuple[list[int | None], int, bool]:
+    def work() -> tuple[list[int], int, bool]:
         with State("nets", place) as state:
             state.record("publish", version=1)
         with suppress(OSError), open(place / "filler", "wb", 0) as filler:

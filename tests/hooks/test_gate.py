@@ -468,7 +468,7 @@ def test_function_in_its_process(
 
 @pytest.fixture
 def staged(live: WritableSegment) -> Staged:
-    return Staged(slot_of(live), NAME, 2, 2, "there/step_2.safetensors")
+    return Staged(path=slot_of(live), name=NAME, extras={}, version=2, step=2, checkpoint="there/step_2.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_the_end_tells_what_waits_and_tries_nothing_again(make: MakeBox, server:
     assert (box.hook("webhook").runs, box.hook("webhook").failures) == (2, 2) and server.requests.empty()
 
 
-LIVE = News(Publication(1, None, "", "", 0.0, ""))
+LIVE = News(Publication(version=1))
 
 
 @pytest.mark.parametrize(

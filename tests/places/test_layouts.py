@@ -92,7 +92,7 @@ def test_through_a_link_all_is_of_what_it_led_to(tmp_path: Path, segment: Segmen
         assert outcome.checkpoint == str(tmp_path / f"{step:06d}/pretrained_model")
     with State(NAME) as state:
         back, _, was = rollback(NAME, 1, runtime=None, state=state)
-    assert (was, back.step, back.source) == (1, 500, str(tmp_path / "000500/pretrained_model"))
+    assert (was, back.step, back.checkpoint) == (1, 500, str(tmp_path / "000500/pretrained_model"))
     assert mark_of(segment) == {500.0}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_a_setting_that_passes_all_over_is_told_while_something_is_live(
     assert "there is no complete checkpoint in" in (told.reason or "") and "step_2 (" in (told.reason or "")
     assert [news.has(told), news.has(told)] == [True, False]
     with WatchLog(NAME, runs, "json", lambda: None) as log:
-        for event in (published, published._replace(status="current"), told, told):
+        for event in (published, replace(published, status="current"), told, told):
             log.tell(event)
     logged = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
     assert logged == ["watch", "published", "current", "stop"]

@@ -435,6 +435,8 @@ def test_a_time_ahead_of_the_clock_hides_nothing_that_comes_after(tmp_path: Path
     assert [c.path.name for c in select(scan(tmp_path), live)] == ["b.safetensors"]
     after = next(c for c in scan(tmp_path) if c.path == second)
     assert select(scan(tmp_path), after) == []  # and the one from ahead does not come back
-    published = Publication(1, None, str(first), identity(first.stat()), time.time() - 1, "")
+    published = Publication(
+        version=1, checkpoint=str(first), identity=identity(first.stat()), published_at=time.time() - 1
+    )
     first.unlink()
     assert [c.path.name for c in select(scan(tmp_path), live_candidate(published))] == ["b.safetensors"]

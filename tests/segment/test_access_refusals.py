@@ -320,7 +320,10 @@ def test_a_spare_slot_of_another_size_is_not_published_into(base: Path, runtime:
 
 
 def metadata(**changed: Any) -> bytes:
-    table = {**Publication(1, 2, "a", "b", 3.0, "c").to_metadata(), **changed}
+    table = {
+        **Publication(version=1, step=2, checkpoint="a", identity="b", published_at=3.0, spec="c").to_metadata(),
+        **changed,
+    }
     return bytes(8) + (b'{"__metadata__":' + json.dumps(table).encode()).ljust(METADATA_END - 8)
 
 

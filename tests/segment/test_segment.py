@@ -92,7 +92,9 @@ def test_version_grows_by_one(segment: WritableSegment, push: Push) -> None:
 )
 def test_a_damaged_header_is_no_crash(step: int | None, source: str, at: int, damage: bytes, end: bytes) -> None:
     """Guards that a slot's header comes back as it was written, and that a damaged one is at worst a ValueError."""
-    written = Publication(3, step, source, "id", 1.75e9, "spec")
+    written = Publication(
+        version=3, step=step, checkpoint=source or None, identity="id", published_at=1.75e9, spec="spec"
+    )
     head = bytes(8) + metadata_block(written.to_metadata())
     assert Publication.from_header(head) == written
     with suppress(ValueError):

@@ -282,7 +282,7 @@ def test_a_name_cannot_forge_a_message(manager: Manager) -> None:
     """A line break in a checkpoint's name stays inside the status, and inside its line of the log."""
     notifier = Notifier(manager.address)
     with WatchLog(NAME, Path("runs"), "plain", lambda: None, notifier.status) as log:
-        log.tell(Outcome("published", NAME, 1, checkpoint="/runs/a\nREADY=1\n\x1b[31m.safetensors", bytes=1))
+        log.tell(Outcome("published", NAME, version=1, checkpoint="/runs/a\nREADY=1\n\x1b[31m.safetensors", bytes=1))
     notifier.close()
     heard = manager.until("STOPPING=1")
     assert any("READY=1" in part for part in heard)

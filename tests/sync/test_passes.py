@@ -10,12 +10,13 @@ from wsync.segment.publication import Publication
 from wsync.sync.passes import Choice, choose
 
 NEW, MIDDLE, OLD = (Candidate(f"/runs/step_{n}.safetensors", f"{n}-10-{n}", n) for n in (3, 2, 1))
-LIVE = Publication(7, 1, "/runs/step_1.safetensors", OLD.identity, 0.0, "spec")
-FROM_MEMORY = Publication(7, None, "", "", 0.0, "spec")
+LIVE = Publication(version=7, step=1, checkpoint="/runs/step_1.safetensors", identity=OLD.identity, spec="spec")
+FROM_MEMORY = Publication(version=7, spec="spec")
 
 
 def pin(identity: str, version: int = 0) -> Pin:
-    return Pin("/runs/x.safetensors" if identity else "", identity, version, None, 0.0, "by hand")
+    checkpoint = "/runs/x.safetensors" if identity else None
+    return Pin(checkpoint=checkpoint, identity=identity, version=version, since=0.0, reason="by hand")
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,11 @@ def test_every_publish_is_logged(runs: Path, capsys: pytest.CaptureFixture[str])
     """A file that is published again at once, its segment having been removed, is a second line."""
     with WatchLog(NAME, runs, "plain", lambda: None) as log:
         for _ in range(2):
-            log.tell(Outcome("published", NAME, 1, 1, "runs/step_1.safetensors", 232, identity="1-2-3-4"))
+            log.tell(
+                Outcome(
+                    "published", NAME, bytes=232, version=1, step=1, checkpoint="runs/step_1.safetensors", identity="1"
+                )
+            )
     assert capsys.readouterr().out.count("step_1.safetensors") == 2
 
 

@@ -201,6 +201,6 @@ def test_a_watch_says_it_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards that the log of a watch has the warning of a pass that leaves all as it is."""
     log = WatchLog(NAME, Path("runs"), "json", lambda: None)
     for warning in (None, "late", None):
-        log.tell(Outcome("current", NAME, 1, warning=warning))
+        log.tell(Outcome("current", NAME, version=1, warning=warning))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines].count("late") == 1

@@ -9,6 +9,7 @@ import signal
 import sys
 from contextlib import ExitStack, closing, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,12 +133,12 @@ def push(
     if not isinstance(event, WsyncError):
         event = event.told_before()
     if late and isinstance(event, Outcome):
-        event = event._replace(warning=late)
+        event = replace(event, warning=late)
     if news and not news.has(event):
         raise typer.Exit(75 if late else event.exit_code)
     if isinstance(event, WsyncError):
         if as_json and not isinstance(event, UsageError):
-            failed = Outcome("failed", loaded.name, _live(loaded.name, runtime_dir), reason=str(event))
+            failed = Outcome("failed", loaded.name, version=_live(loaded.name, runtime_dir), reason=str(event))
             tell(failed, as_json=True)
         raise event
     tell(event, as_json=as_json, quiet=quiet)
@@ -292,7 +293,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
     with transfer_bar() if shown else nullcontext() as syncer.box.progress:
         outcome = syncer.once(force=force, dry_run=dry_run)
     undone = undone_by(syncer.updater.opened, outcome, syncer.spec.select)
-    return outcome._replace(warning=undone) if undone else outcome
+    return replace(outcome, warning=undone) if undone else outcome
 
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,10 +107,10 @@ def rollback(
 
     with State(name, state_dir) as state:
         live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
-    file = printable(Path(live.source).name) if live.source else "weights from memory"
+    file = printable(Path(live.checkpoint).name) if live.checkpoint else "weights from memory"
     if as_json:
         data = {"status": "published", "name": name, "version": live.version, "step": live.step}
-        print(json.dumps(data | {"checkpoint": live.source or None, "from": was, "pin": pin.name}))
+        print(json.dumps(data | {"checkpoint": live.checkpoint, "from": was, "pin": pin.name}))
     else:
         step = "" if live.step is None else f", step {live.step}"
         print(f"{name}: version {live.version} is version {was} again{step}, {file}; pinned until `wsync unpin {name}`")
@@ -231,8 +232,8 @@ def config(
 
 def event_json(event: Event) -> dict[str, Any]:
     """One event; the fields that do not apply are None."""
-    data = {name: value for name, value in event._asdict().items() if name not in ("id", "settings", "changed_ns")}
-    return {**data, "at": when(event.at)}
+    data = {name: value for name, value in asdict(event).items() if name not in ("id", "settings", "changed_ns")}
+    return {**data, "at": when(event.at), "version": event.version_then, "identity": event.identity or None}
 
 
 def moment(text: str) -> float:

@@ -126,7 +126,7 @@ class Shared:
         live: memoryview | None = None,
         extras: Extras = Extras(),  # noqa: B008  (immutable)
     ) -> None:
-        self.path, self.step, self.identity = weights.source, weights.step, weights.identity
+        self.path, self.step, self.identity = weights.checkpoint or "", weights.step, weights.identity
         self.changed_ns = weights.changed_ns
         self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
         self.weights, self.turn = weights, turn

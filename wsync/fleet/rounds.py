@@ -126,8 +126,13 @@ class Rounds:
     ) -> Outcome:
         """See ``Route``; delivers to all boxes, including this one."""
         version = max(report.last for report in self._reports) + 1
-        weights = Publication(version, checkpoint.step, os.fspath(checkpoint.path), checkpoint.identity, 0.0, "")
-        weights = replace(weights, changed_ns=checkpoint.changed_ns)
+        weights = Publication(
+            version=version,
+            step=checkpoint.step,
+            checkpoint=os.fspath(checkpoint.path),
+            identity=checkpoint.identity,
+            changed_ns=checkpoint.changed_ns,
+        )
         gated = recheck.staged is not None
         self._group.tell({"offer": asdict(weights), "gated": gated})
         return self._take(this, Shared(weights, Turn(self._group), self._group.rank, checkpoint), gated, fit)
@@ -156,10 +161,10 @@ class Rounds:
         told_of = record.refusals(each.identity for each in rejected)
         for each in rejected:
             if each.identity not in told_of and not each.pin:
-                record.refuse(each.identity, each.reason or "", each._replace(version=self._member.seen))
+                record.refuse(each.identity, each.reason or "", replace(each, version=self._member.seen))
         mine = taken or this.outcome(said.status)
         own = {name: getattr(mine, name) for name in ("version", "bytes", "seconds", "readers", "backwards")}
-        return said._replace(casts=(), **own)
+        return replace(said, casts=(), **own)
 
     # A publish
 

@@ -96,7 +96,7 @@ def open_copy(copy: Path, event: Event, fitted: Fit) -> Checkpoint:
     """Opens a kept copy, which reports what it is a copy of."""
     checkpoint = Checkpoint(copy)
     extras = _extras_of(copy, checkpoint)
-    checkpoint.is_copy_of(event.checkpoint or "", event.identity or "", event.step, fitted, extras)
+    checkpoint.is_copy_of(event.checkpoint or "", event.identity, event.step, fitted, extras)
     return checkpoint
 
 
@@ -119,7 +119,7 @@ def _sweep(copies: Path) -> None:
 
 def what(event: Event) -> tuple[str, str]:
     """What an event published: the file, and how it was fitted."""
-    return event.identity or "", event.settings or ""
+    return event.identity, event.settings or ""
 
 
 def copied_events(state: State) -> list[Event]:
@@ -130,7 +130,7 @@ def copied_events(state: State) -> list[Event]:
 
 def copies(state: State) -> dict[tuple[str, str], Path]:
     """The kept copies, by what they are of."""
-    return {what(event): copy_path(state, event.version or 0) for event in copied_events(state) if event.identity}
+    return {what(event): copy_path(state, event.version) for event in copied_events(state) if event.identity}
 
 
 def copy_path(state: State, version: int) -> Path:

@@ -15,11 +15,12 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StateError, UsageError
-from ..segment.publication import END_OF_TIME, MAX_VERSION
+from ..segment.publication import END_OF_TIME, MAX_VERSION, Version
 from ..system.access import check_name, opened
 from ..system.memory import read_at
 from .pins import Pin
@@ -37,13 +38,13 @@ _UNBOUNDED = 1 << 40
 _MOST_OF_A_PIN = 1_000_000  # bytes that are read of a pin file
 
 
-class Event(NamedTuple):
-    """One line of the history.
+@dataclass(frozen=True, slots=True)
+class Event(Version):
+    """One line of the history; its version is the live one afterwards.
 
     Attributes:
         at: seconds since the epoch.
         kind: one of ``KINDS``.
-        version: the live one afterwards.
         lag: of the slowest reader at that moment, versions.
         settings: of the fit, as JSON; a rollback publishes the file again with them.
         changed_ns: when the system had last changed a file of the checkpoint; 0 or None if it was not read itself.
@@ -52,10 +53,7 @@ class Event(NamedTuple):
     id: int
     at: float
     kind: str
-    version: int | None = None
-    step: int | None = None
-    checkpoint: str | None = None
-    identity: str | None = None
+    _: KW_ONLY
     bytes: int | None = None
     seconds: float | None = None
     lag: int | None = None
@@ -63,27 +61,45 @@ class Event(NamedTuple):
     settings: str | None = None
     changed_ns: int | None = None
 
+    @property
+    def version_then(self) -> int | None:
+        """The live version, for people and programs; None if what was pinned had none."""
+        return None if self.kind in ("pin", "unpin") and not self.version else self.version
+
     @classmethod
     def checked(cls, row: Sequence[Any]) -> Event:
         """From a row; raises ValueError or TypeError if ``record`` cannot have written it."""
-        event = cls(*row)
-        if not all(isinstance(value, kind) for value, kind in zip(event, _TYPES, strict=True)):
+        kinds = int, float, str, *_COLUMNS.values()
+        if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
             raise TypeError("a value of an event is of another type")
+        known = {name: value for name, value in zip(_COLUMNS, row[3:], strict=True) if value is not None}
+        event = cls(*row[:3], **known)
         if not (0 <= event.at < END_OF_TIME and event.kind in KINDS):
             raise ValueError("an event has no time, or has an unknown kind")
-        if not (0 <= (event.version or 0) < MAX_VERSION and abs(event.lag or 0) < MAX_VERSION):
+        if not (0 <= event.version < MAX_VERSION and abs(event.lag or 0) < MAX_VERSION):
             raise ValueError("an event holds a version that cannot be")
         if event.settings is not None and not isinstance(json.loads(event.settings), dict):
             raise TypeError("an event's settings are not a table")
         return event
 
 
-_NUMBER, _TEXT = int | None, str | None
-_TYPES = (int, float, str, _NUMBER, _NUMBER, _TEXT, _TEXT, _NUMBER, int | float | None, _NUMBER, _TEXT, _TEXT, _NUMBER)
-_FIELDS = Event._fields[3:]  # without id, at and kind
+_COLUMNS = {
+    "version": int | None,
+    "step": int | None,
+    "checkpoint": str | None,
+    "identity": str | None,
+    "bytes": int | None,
+    "seconds": int | float | None,
+    "lag": int | None,
+    "reason": str | None,
+    "settings": str | None,
+    "changed_ns": int | None,
+}
+"""Those beside id, at and kind, with the types of their values."""
+
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (
-    id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_FIELDS)});
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, {", ".join(_COLUMNS)});
 DROP INDEX IF EXISTS by_kind;
 CREATE INDEX IF NOT EXISTS published_by_version ON events (version) WHERE {_PUBLISHED};
 CREATE INDEX IF NOT EXISTS published_by_identity ON events (identity) WHERE {_PUBLISHED};
@@ -209,7 +225,7 @@ class State:
             temporary = self._pin_file.with_suffix(f".pin.{os.getpid()}.tmp")
             try:
                 with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    json.dump(pin._asdict(), file)
+                    file.write(pin.to_json())
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self._pin_file)
@@ -220,24 +236,26 @@ class State:
 
     # --- the history
 
-    def record(self, kind: str, /, *, accepted: str | None = None, **fields: Any) -> None:
+    def record(self, kind: str, about: Version | None = None, /, *, accepted: str | None = None, **more: Any) -> None:
         """Adds an event.
 
         Args:
-            fields: those of an ``Event``; any others are ignored.
+            about: what it is about, such as a pin or an outcome; the event takes all that both have.
+            more: other values of the event, which come before those.
             accepted: the settings under which this checkpoint is not rejected any more.
 
         Raises:
             StateError: it cannot be written.
         """
-        columns = [name for name in _FIELDS if fields.get(name) is not None]
-        marks = ", ".join("?" * (len(columns) + 2))
-        values = time.time(), kind, *(_text(fields[name]) for name in columns)
+        found = {name: more.get(name) if name in more else getattr(about, name, None) for name in _COLUMNS}
+        told = {name: _text(value) for name, value in found.items() if value is not None}
+        marks = ", ".join("?" * (len(told) + 2))
+        values = time.time(), kind, *told.values()
 
         def add(database: sqlite3.Connection) -> None:
             added = (
                 database.execute(
-                    f"INSERT INTO events ({', '.join(['at', 'kind', *columns])}) VALUES ({marks})", values
+                    f"INSERT INTO events ({', '.join(['at', 'kind', *told])}) VALUES ({marks})", values
                 ).lastrowid
                 or 0
             )
@@ -247,7 +265,7 @@ class State:
                 database.execute(f"DELETE FROM events WHERE {_PUBLISHED} AND id <= ({last})", (self._bound,))
             if accepted is not None:
                 database.execute(
-                    "DELETE FROM rejections WHERE identity = ? AND settings = ?", (fields.get("identity"), accepted)
+                    "DELETE FROM rejections WHERE identity = ? AND settings = ?", (found["identity"], accepted)
                 )
 
         self._write(add)
@@ -278,19 +296,19 @@ class State:
 
     def _select(self, condition: str, values: Sequence[object], limit: int) -> list[Event]:
         """The events that meet a condition, newest first."""
-        query = f"SELECT id, at, kind, {', '.join(_FIELDS)} FROM events WHERE {condition} ORDER BY id DESC LIMIT ?"
+        query = f"SELECT id, at, kind, {', '.join(_COLUMNS)} FROM events WHERE {condition} ORDER BY id DESC LIMIT ?"
         found = self._read(lambda database: [Event.checked(row) for row in database.execute(query, (*values, limit))])
         return found or []
 
     def last(self) -> tuple[int, str]:
         """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""
         found = self.published(f"version = (SELECT max(version) FROM events WHERE {_PUBLISHED})", limit=1)
-        return (found[0].version or 0, found[0].identity or "") if found else (0, "")
+        return (found[0].version, found[0].identity) if found else (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
         """The identity under which a path was published last; empty if it never was."""
         found = self._select("kind = 'publish' AND checkpoint = ?", (_text(checkpoint),), 1)
-        return [event.identity or "" for event in found]
+        return [event.identity for event in found]
 
     def changed_ns(self, identity: str, until: int = sys.maxsize) -> int:
         """When the files of this identity had last changed before they were published; 0 if that is not on record.

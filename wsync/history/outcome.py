@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from typing import Any
 
 from ..errors import (
     BeingWritten,
@@ -14,7 +14,7 @@ from ..errors import (
     RetryLater,
     printable,
 )
-from ..segment.publication import Publication
+from ..segment.publication import Publication, Version
 
 EXIT_CODES = {
     "published": 0,
@@ -28,22 +28,19 @@ EXIT_CODES = {
 }
 
 
-class Outcome(NamedTuple):
-    """What one pass did.
+@dataclass(frozen=True, slots=True)
+class Outcome(Version):
+    """What one pass did. Its version is the live one; the rest of ``Version`` tells the checkpoint that it is about.
 
     Attributes:
         status: a key of ``EXIT_CODES``; ``checked`` is a dry run that would have published.
         name: of the segment.
-        version: the live version afterwards; 0 before the first.
-        step: of the checkpoint.
-        checkpoint: its path.
         bytes: of weights that were staged.
         seconds: that the pass took.
         readers: living readers.
         reason: why nothing was published; of a dry run, what it left out.
         differences: what does not fit.
         backwards: the step is lower than that of the version before.
-        identity: of the checkpoint's files.
         passed_over: newer candidates that were refused on the way to this one.
         pin: the pinned checkpoint, if a pin holds.
         known: whether an earlier run refused and reported it.
@@ -56,16 +53,13 @@ class Outcome(NamedTuple):
 
     status: str
     name: str
-    version: int = 0
-    step: int | None = None
-    checkpoint: str | None = None
+    _: KW_ONLY
     bytes: int = 0
     seconds: float = 0.0
     readers: int = 0
     reason: str | None = None
     differences: tuple[Difference, ...] = ()
     backwards: bool = False
-    identity: str = ""
     passed_over: tuple[Outcome, ...] = ()
     pin: str | None = None
     known: bool = False
@@ -85,18 +79,11 @@ class Outcome(NamedTuple):
             return self
         file = os.path.basename(self.checkpoint or "")
         again = f"`wsync push --retry` tries {printable(file)} again, which was rejected before: {self.reason}"
-        step, source = self.live.step, self.live.source or None
-        identity = self.live.identity
-        return self._replace(status="current", step=step, checkpoint=source, reason=again, identity=identity)
+        return replace(self, **{**self.live.which(), "version": self.version}, status="current", reason=again)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON; ``from_dict`` reads them."""
-        return {
-            **self._asdict(),
-            "differences": [asdict(each) for each in self.differences],
-            "passed_over": [each.to_dict() for each in self.passed_over],
-            "live": asdict(self.live) if self.live else None,
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Outcome:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
-from ..segment.publication import Publication, parsed
+from ..segment.publication import Publication, Version, parsed
+
+_TYPES = {"checkpoint": str | None, "identity": str, "version": int, "step": int | None}
+_TYPES |= {"since": int | float, "reason": str, "header": str}
 
 
-class Pin(NamedTuple):
-    """The one checkpoint that stays live.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin(Version):
+    """The one checkpoint that stays live; its version is 0 if it was not live when it was pinned.
 
     Attributes:
-        checkpoint: its path.
-        identity: of its files when it was pinned.
-        version: its version when it was pinned; 0 if it was not live.
-        step: the producer's number.
         since: seconds since the epoch.
         reason: who asked for it, in words.
         header: the digest of its headers, if it was opened to be pinned; otherwise empty.
     """
 
-    checkpoint: str
-    identity: str
-    version: int
-    step: int | None
     since: float
     reason: str
     header: str = ""
@@ -38,12 +34,14 @@ class Pin(NamedTuple):
         """Whether this is what is live."""
         return live.identity == self.identity and bool(self.identity or live.version == self.version)
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
     @classmethod
     def from_json(cls, text: bytes) -> Pin:
         """Reads a pin; raises ValueError if the text does not hold one."""
         with parsed():
             pin = cls(**json.loads(text))
-            kinds = (str, str, int, int | None, int | float, str, str)
-            if not all(isinstance(value, kind) for value, kind in zip(pin, kinds, strict=True)):
+            if not all(isinstance(getattr(pin, name), kind) for name, kind in _TYPES.items()):
                 raise TypeError("a value is of another type")
             return pin

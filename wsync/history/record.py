@@ -114,7 +114,7 @@ class Record:
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
         self._try(State.reject, identity, self._settings, reason)
-        self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
+        self._try(State.record, "reject", outcome, bytes=None)
 
     @property
     def passed(self) -> frozenset[str]:
@@ -126,7 +126,7 @@ class Record:
         self._passed.add(identity)
         self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
         if identity not in self._refused:
-            self._try(State.record, "reject", **{**outcome._asdict(), "bytes": None})
+            self._try(State.record, "reject", outcome, bytes=None)
 
     def half(self, identity: str) -> str:
         """Why an object of the last listing was found incomplete; empty if it was not."""
@@ -163,11 +163,11 @@ class Record:
         from .reopening import settings_to_json
 
         settings = settings_to_json(fit, extras)
-        fields = {**outcome._asdict(), "lag": lag, "settings": settings, "changed_ns": changed_ns}
-        self._try(State.record, "publish", accepted=self._settings, **fields)
+        more = {"lag": lag, "settings": settings, "changed_ns": changed_ns}
+        self._try(State.record, "publish", outcome, accepted=self._settings, **more)
 
     def gate(self, result: str, staged: Staged) -> None:
-        self._try(State.record, "gate", **staged._asdict(), reason=result)
+        self._try(State.record, "gate", staged, reason=result)
 
     def failed(self, version: int, reason: str) -> None:
         """Records a failure; one that is repeated in a row is one event."""

@@ -70,9 +70,9 @@ def reopen(
     except StateError:  # another wsync's
         return None
     copy = found.get(what(event))
-    if copy and holds(copy, event.identity or ""):
+    if copy and holds(copy, event.identity):
         return open_copy(copy, event, fit), Fit(finite=False, kept=fit.kept)
-    changed_ns = state.changed_ns(event.identity or "", event.id)
+    changed_ns = state.changed_ns(event.identity, event.id)
     extras = extras_from_json(event.settings)
     original = None if fit.kept else same(event.checkpoint, event.identity, changed_ns, header, extras)
     if original:

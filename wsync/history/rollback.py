@@ -17,7 +17,7 @@ from ..checkpoints.files.parts import led_to, place_at
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
 from ..places.identity import changed, is_same
 from ..places.newest import Select
-from ..segment.publication import Publication
+from ..segment.publication import Publication, Version
 from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
@@ -53,17 +53,10 @@ def rollback(
         _begin_publishing(segment, stack, patience)
         live = segment.live()
         event = _target(state, live, to)
-        assert event.version is not None
         before = state.pin()
         last = live.version if live else state.last()[0]
-        pin = Pin(
-            checkpoint=event.checkpoint or "",
-            identity=event.identity or "",
-            version=last + 1,
-            step=event.step,
-            since=time.time(),
-            reason=f"rollback from version {last} to {event.version}",
-        )
+        why = f"rollback from version {last} to {event.version}"
+        pin = Pin(**{**event.which(), "version": last + 1}, since=time.time(), reason=why)
         state.set_pin(pin)  # before it is live: a watch must not publish the newest in between
         try:
             publication = _again(segment, last, event, state)
@@ -72,7 +65,7 @@ def rollback(
             raise
         seconds = round(time.time() - pin.since, 6)
         more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}
-        _note(state, "rollback", **pin._asdict(), **more)
+        _note(state, "rollback", pin, **more)
         return publication, pin, event.version
 
 
@@ -89,10 +82,10 @@ def _begin_publishing(segment: WritableSegment, stack: ExitStack, patience: floa
         time.sleep(_LOOK)
 
 
-def _note(state: State, kind: str, **fields: Any) -> None:
+def _note(state: State, kind: str, about: Version | None, **more: Any) -> None:
     """Adds an event. If that fails, logs a warning only: what the operator asked for is done already."""
     try:
-        state.record(kind, **fields)
+        state.record(kind, about, **more)
     except StateError as exc:
         _log.warning("%s", exc)
 
@@ -116,8 +109,7 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
 
 def _again(segment: WritableSegment, last: int, event: Event, state: State) -> Publication:
     """Puts it live as the version after ``last``: from a spare slot, or staged from a copy or its file."""
-    assert event.version is not None
-    if publication := publish_again(segment, event.version, event.identity or "", last):
+    if publication := publish_again(segment, event.version, event.identity, last):
         return publication
     if again := reopen(event, copies(state), state):
         checkpoint, fit = again
@@ -136,8 +128,8 @@ def _choices(state: State) -> str:
     """Lists the versions that can be put live, newest first."""
     found, seen, lines = copies(state), set(), []
     events = {event.id: event for event in (*state.published(limit=_LOOKED_AT), *copied_events(state))}
-    for event in sorted(events.values(), reverse=True):
-        if event.version is None or event.version in seen:
+    for event in sorted(events.values(), key=lambda event: event.id, reverse=True):
+        if not event.version or event.version in seen:
             continue
         seen.add(event.version)
         again = reopen(event, found, state)
@@ -176,23 +168,24 @@ def pin_checkpoint(
     if checkpoint is None:
         if live is None:
             raise UsageError(f"nothing is live in {name!r} yet. Name the checkpoint to pin.")
-        pin = Pin(live.source, live.identity, live.version, live.step, time.time(), "by hand")
+        pin = Pin(**live.which(), since=time.time(), reason="by hand")
     else:
         where = str(led_to(place_at(checkpoint)))
-        published = [*state.published_from(where), *([live.identity] if live and live.source == where else [])]
+        published = [*state.published_from(where), *([live.identity] if live and live.checkpoint == where else [])]
         last = state.published(limit=1)
         extras = extras_from_json(last[0].settings if last else None)
         with Checkpoint(checkpoint, settle=Select().settle, published=lambda: published, extras=extras) as opened:
             path, known = str(opened.path), state.changed_ns(live.identity) if live else 0
-            about_live = live and (live.identity == opened.identity or live.source == path)
+            about_live = live and (live.identity == opened.identity or live.checkpoint == path)
             if live and about_live and is_same(opened, live.identity, live.changed_ns or known):
-                pin = Pin(path, live.identity, live.version, live.step, time.time(), "by hand", opened.header)
+                about = {**live.which(), "checkpoint": path}
             else:
                 as_before = state.changed_ns(opened.identity) in (0, opened.changed_ns)
                 identity = opened.identity if as_before else changed(opened.changed_ns, opened.identity)
-                pin = Pin(path, identity, 0, opened.step, time.time(), "by hand", opened.header)
+                about = {"step": opened.step, "checkpoint": path, "identity": identity}
+            pin = Pin(**about, since=time.time(), reason="by hand", header=opened.header)
     state.set_pin(pin)
-    _note(state, "pin", **{**pin._asdict(), "version": pin.version or None, "reason": None})
+    _note(state, "pin", pin, version=pin.version or None, reason=None)
     return pin, live is not None and live.identity == pin.identity
 
 
@@ -208,5 +201,5 @@ def unpin(state: State) -> Pin | None:
         pin = None
     state.set_pin(None)
     if pin:
-        _note(state, "unpin", version=pin.version or None, checkpoint=pin.checkpoint)
+        _note(state, "unpin", None, version=pin.version or None, checkpoint=pin.checkpoint)
     return pin

@@ -25,6 +25,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -63,7 +64,7 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
         WsyncError: it could not be started, or torch cannot be loaded for it.
     """
     with _sealed_copy(staged.path) as copy:
-        verdict, why, ended = _answer_of(spec, staged._replace(path=copy), staged.path, stop, state_dir)
+        verdict, why, ended = _answer_of(spec, replace(staged, path=copy), staged.path, stop, state_dir)
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"

@@ -174,7 +174,7 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], news: News, cancel
         WsyncError: it failed, or took too long.
     """
     (runtime, state_dir), (live, extras) = places, news
-    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source}
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.checkpoint}
     with command.unpacked(extras.files) as directory:
         ended = command.run(
             ["/bin/sh", "-c", spec.hooks.exec],
@@ -203,7 +203,7 @@ def request(spec: Spec, news: News) -> None:
     settings, (live, extras) = spec.hooks, news
     url = urlsplit(settings.webhook)
     shown = f"the webhook at {url.hostname}"
-    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.source or None}
+    about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.checkpoint}
     body = json.dumps(about | ({"extras": sorted(extras.files)} if extras.files else {})).encode()
     target = (url.path or "/") + (f"?{url.query}" if url.query else "")
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection

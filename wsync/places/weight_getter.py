@@ -184,9 +184,9 @@ class CheckpointWeightGetter:
             self._steps = StepOrder(self.step_of, self.select.step, self.memory)
         return self._steps
 
-    def holds(self, source: str) -> bool:
+    def holds(self, checkpoint: str | None) -> bool:
         """Whether the checkpoint at this path is the place itself, or lies in it."""
-        return bool(self._below(source)) or source == str(led_to(self.checkpoints))
+        return bool(checkpoint and self._below(checkpoint)) or checkpoint == str(led_to(self.checkpoints))
 
     def _below(self, source: str) -> str:
         """The path of a checkpoint below the place; empty if it lies elsewhere."""
@@ -242,9 +242,9 @@ def _published_from(candidate: Candidate, live: Candidate | None) -> list[str]:
 
 def live_candidate(live: Publication | None) -> Candidate | None:
     """The origin of the live version, as a candidate to compare with; None if it came from memory."""
-    if live is None or not live.source:
+    if live is None or not live.checkpoint:
         return None
-    return _candidate(live.source, live.identity, live.step, live.published_at)
+    return _candidate(live.checkpoint, live.identity, live.step, live.published_at)
 
 
 def _candidate(source: str, identity: str, step: int | None, taken: float) -> Candidate:

@@ -1,11 +1,12 @@
-"""What is live: the record of a version, as the header of its slot holds it."""
+"""What is live: which weights, under which number; and that record as the header of a slot holds it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from ..system.memory import PAGE
 
@@ -25,15 +26,32 @@ def parsed() -> Iterator[None]:
         raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
 
 
-@dataclass(frozen=True, slots=True)
-class Publication:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """Which weights a record is about; each record of a publish, a pin or an event adds what else it holds.
+
+    Attributes:
+        version: the segment's counter; 0 before the first publish.
+        step: the producer's number, if it gave one.
+        checkpoint: its path; None for weights that came from memory.
+        identity: of the checkpoint's files when they were read (see ``parts.identity``); empty for weights from memory.
+    """
+
+    version: int = 0
+    step: int | None = None
+    checkpoint: str | None = None
+    identity: str = ""
+
+    def which(self) -> dict[str, Any]:
+        """These four fields, for another record about the same weights."""
+        return {field.name: getattr(self, field.name) for field in fields(Version)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication(Version):
     """What the header of a slot says about the version in it.
 
     Attributes:
-        version: the segment's counter.
-        step: the producer's number, if it gave one.
-        source: path of the checkpoint; empty for weights that came from memory.
-        identity: the file's identity when it was read (see ``parts.identity``).
         published_at: seconds since the epoch.
         spec: fingerprint of the policy spec that it was published for.
         owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
@@ -42,12 +60,8 @@ class Publication:
         extras: bytes of the file beside the slot with what travels with the weights; 0 if there is none.
     """
 
-    version: int
-    step: int | None
-    source: str
-    identity: str
-    published_at: float
-    spec: str
+    published_at: float = 0.0
+    spec: str = ""
     owner: str = ""
     place: str = ""
     changed_ns: int = 0
@@ -55,6 +69,7 @@ class Publication:
 
     def to_metadata(self) -> dict[str, str]:
         told = {key: "" if value is None else str(value) for key, value in asdict(self).items()}
+        told["source"] = told.pop("checkpoint")
         return told if len(self.owner) + len(self.place) < _MOST_OF_AN_OWNER else told | {"owner": "", "place": ""}
 
     @classmethod
@@ -66,9 +81,10 @@ class Publication:
         """
         with parsed():
             data = json.loads(header[8:].rstrip() + b"}")["__metadata__"]
-            texts = {key: data[key] for key in ("source", "identity", "spec")}
+            texts = {key: data[key] for key in ("identity", "spec")}
             texts |= {key: data.get(key, "") for key in ("owner", "place")}
             found = cls(
+                checkpoint=data["source"] or None,
                 version=int(data["version"]),
                 step=int(data["step"]) if data["step"] else None,
                 published_at=float(data["published_at"]),
@@ -76,7 +92,7 @@ class Publication:
                 extras=int(data.get("extras", 0)),
                 **texts,
             )
-            if not all(isinstance(text, str) for text in texts.values()):
+            if not all(isinstance(text, str) for text in (data["source"], *texts.values())):
                 raise TypeError("a field is not a string")
             if not (0 <= found.version < MAX_VERSION and 0 <= found.published_at < END_OF_TIME):
                 raise ValueError("a number is beyond its bounds")

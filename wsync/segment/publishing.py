@@ -12,10 +12,10 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..checkpoints.files.extras import Extras, checked
 from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
@@ -24,7 +24,7 @@ from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
 from ..layout.names import seen_through
 from ..system.memory import mapping, reserve, write_at
-from .publication import MAX_VERSION, Publication
+from .publication import MAX_VERSION, Publication, Version
 from .segment import Segment
 from .segment_files import SpareSlot, slot_header, slot_name
 from .writable import WritableSegment
@@ -36,24 +36,20 @@ if TYPE_CHECKING:
     from ..fitting.plan import Plan
 
 
-class Staged(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged(Version):
     """Weights that are staged and verified, and not live: what a gate is asked about.
 
     Attributes:
         path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
         name: of the segment.
         version: the number that they get if they go live.
-        step: the producer's number, if it gave one.
-        checkpoint: path of their checkpoint; empty for weights from memory.
         extras: the files that go live with them, by their names.
     """
 
     path: Path
     name: str
-    version: int
-    step: int | None
-    checkpoint: str
-    extras: Mapping[str, bytes] = {}
+    extras: Mapping[str, bytes]
 
 
 class Source(Protocol):
@@ -128,9 +124,16 @@ def publish(
                     part = slice(entry.offset, entry.offset + entry.nbytes)
                     weights[part] = live[part]
             checkpoint.read_into(weights, plan, finite=fit.finite, progress=progress)  # P4 and P5 happen there
-        source = "" if checkpoint.path == Path() else str(checkpoint.path)  # a copy of weights from memory has no path
-        about = Publication(version, step, source, checkpoint.identity, time.time(), spec, *origin)
-        about = replace(about, changed_ns=checkpoint.changed_ns)
+        about = Publication(
+            version=version,
+            step=step,
+            checkpoint=None if checkpoint.path in (Path(), "") else str(checkpoint.path),  # a copy may be of memory
+            identity=checkpoint.identity,
+            spec=spec,
+            owner=origin[0],
+            place=origin[1],
+            changed_ns=checkpoint.changed_ns,
+        )
         publication = _describe(segment, slot, about, gate, checkpoint.extras)
     segment.store(publication.version, slot.number)
     return publication
@@ -219,7 +222,7 @@ def publish_tensors(
             if own is not None and source is not None and same_infinities(source, own.to(dtype)):
                 continue
             raise ValueError(f"{name!r} holds NaN or infinity. Nothing was published; see what the trainer did.")
-        publication = _describe(segment, slot, Publication(version, step, "", "", time.time(), spec), gate, travelling)
+        publication = _describe(segment, slot, Publication(version=version, step=step, spec=spec), gate, travelling)
     segment.store(publication.version, slot.number)
     return publication
 
@@ -279,13 +282,12 @@ def _describe(
     written to that file.
     """
     data = extras.to_bytes()
-    publication = replace(publication, extras=len(data))
+    publication = replace(publication, extras=len(data), published_at=time.time())
     segment.put_extras(slot, data)
     slot.describe(publication)
     if gate:
         file = segment.path / slot_name(slot.number)
-        staged = Staged(file, segment.name, publication.version, publication.step, publication.source)
-        staged = staged._replace(extras=extras.files)
+        staged = Staged(path=file, name=segment.name, extras=extras.files, **publication.which())
         try:
             try:
                 gate(staged)

@@ -84,7 +84,7 @@ class Live(Collector):
         )
         age = None
         if live:
-            written = int(live.identity.rpartition("-")[2] or 0) / 1e9 if live.source else 0.0
+            written = int(live.identity.rpartition("-")[2] or 0) / 1e9 if live.checkpoint else 0.0
             age = max(0.0, time.time() - (written or live.published_at))
         yield self.gauge("checkpoint_age_seconds", "Since the live checkpoint was written.", age)
         yield self.gauge("readers", "Living readers.", len(readers) if looked else None)

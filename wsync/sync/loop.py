@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.files.parts import remote
@@ -130,7 +131,7 @@ class Idle:
         is_known = named is not None and live is not None and last is not None and last[0] == live
         if last and is_known and not named and last[1] == place:
             seconds = round(time.perf_counter() - started, 6)
-            return last[2]._replace(seconds=seconds, warning=None, passed_over=(), casts=())
+            return replace(last[2], seconds=seconds, warning=None, passed_over=(), casts=())
         only = named if last and is_known and last[2].status == "current" else None
         outcome = self._syncer.once(only=only or None)
         is_settled = outcome.status in ("current", "rejected") and not outcome.newer
@@ -143,9 +144,9 @@ class Idle:
         try:
             segment = self._syncer.updater.segment
             live = segment.live() if segment else None
-            if not live or self._syncer.record.pin():
+            if not live or not live.checkpoint or self._syncer.record.pin():
                 return None, None
-            infos = [os.stat(path) for path in (live.source, place)]
+            infos = [os.stat(path) for path in (live.checkpoint, place)]
         except (OSError, WsyncError):  # a pass reports it
             return None, None
         file, directory = [(i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos]

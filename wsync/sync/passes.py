@@ -46,10 +46,8 @@ class Pass(NamedTuple):
 
     def standing(self, status: str, **more: object) -> Outcome:
         """The outcome of a pass that leaves the live version alone, with that version's step and checkpoint."""
-        live = self.live
-        return self.outcome(
-            status, step=live.step if live else None, checkpoint=(live.source or None) if live else None, **more
-        )
+        about = {"step": self.live.step, "checkpoint": self.live.checkpoint} if self.live else {}
+        return self.outcome(status, **about, **more)
 
     def pinned(self, pin: Pin) -> Outcome:
         """The outcome of a pass that a pin of this box holds."""

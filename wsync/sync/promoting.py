@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class _Live:
     def __init__(self, segment: Segment, lease: Lease, state: State) -> None:
         slot, live = _Slot(segment, lease), segment.leased(lease)
         self.slot, self.plan, self.read_into, self.close = slot.path, slot.plan, slot.read_into, slot.close
-        self.path, self.step, self.changed_ns = live.source, live.step, live.changed_ns
+        self.path, self.step, self.changed_ns = live.checkpoint or "", live.step, live.changed_ns
         self.extras = segment.extras(live, lease.slot)
         # The history tells versions apart by their identities, and weights from memory have none.
         self.identity = live.identity or f"memory-{live.version}-{live.published_at * 1e9:.0f}"
@@ -168,7 +169,7 @@ def _promote(syncer: Syncer, source: Segment, live: _Live) -> Outcome:
             box.keep(segment)
             if watch := watch_of(segment):
                 told = f"{watch} keeps this segment in step, and replaces this version with its next checkpoint. "
-                return outcome._replace(warning=f"{told}`wsync pin {spec.name}` keeps it.")
+                return replace(outcome, warning=f"{told}`wsync pin {spec.name}` keeps it.")
         return outcome
     except (CheckpointError, RetryLater) as exc:
         about = {"step": live.step, "checkpoint": live.path or None, "identity": live.identity}
@@ -189,7 +190,7 @@ def _recheck(box: Box, segment: WritableSegment, live: _Live, fit: Fit) -> Reche
             )
 
     def before(now: Pass) -> Outcome | None:
-        there = now.live and (now.live.source, now.live.step, now.live.identity)
+        there = now.live and (now.live.checkpoint or "", now.live.step, now.live.identity)
         if there == (live.path, live.step, live.identity) and holds(segment, live, fit):
             return now.standing("current")
         check_pin()

@@ -107,7 +107,7 @@ class Taking:
         box = self._box
         is_live = this.live is not None and pin.holds(this.live)
         if this.dry_run or is_live:
-            if not this.dry_run and this.live and this.live.source and (segment := box.updater.opened):
+            if not this.dry_run and this.live and this.live.checkpoint and (segment := box.updater.opened):
                 box.keep(segment)  # for the next reboot, even if its file is gone by then
             return this.pinned(pin)
         segment = box.make_segment()
@@ -116,9 +116,9 @@ class Taking:
             with checkpoint:
                 if not checkpoint.fitted:  # a kept copy is not the file that the digest belongs to
                     checkpoint.expect(box.spec.select.digest)
-                return self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK)._replace(pin=pin.name)
+                return replace(self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK), pin=pin.name)
         except CheckpointError as exc:
-            about = {"step": pin.step, "checkpoint": pin.checkpoint or None, "identity": pin.identity, "pin": pin.name}
+            about = {"step": pin.step, "checkpoint": pin.checkpoint, "identity": pin.identity, "pin": pin.name}
             outcome = this.refusal(exc, named=True, **about)
             box.record.failed(outcome.version, outcome.reason or "")
             return outcome
@@ -154,7 +154,7 @@ class Taking:
             if pin := self._box.record.pin():
                 return this.at(segment).pinned(pin)
             raise
-        return outcome._replace(casts=report_once.casts(self._casts, checkpoint))
+        return replace(outcome, casts=report_once.casts(self._casts, checkpoint))
 
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
         spec, progress = self._box.spec, self._box.counter(layout.nbytes)

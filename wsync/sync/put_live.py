@@ -136,14 +136,11 @@ class Box:
             readers = []
         outcome = this.outcome(
             "published",
-            version=publication.version,
-            step=step,
-            checkpoint=publication.source or None,
+            **publication.which(),
             bytes=segment.layout.nbytes,
             readers=len(readers),
             reason=reason,
             backwards=step is not None and last is not None and step < last,
-            identity=publication.identity,
         )
         lag = max((publication.version - 1 - r.version for r in readers if r.version), default=0)
         self.record.published(outcome, lag, fit, publication.changed_ns, self.spec.extras)

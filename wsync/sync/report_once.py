@@ -55,9 +55,10 @@ def late(record: Record, live: Publication, choice: Choice, order: str) -> str |
         return None
     last = max(found, key=lambda candidate: candidate.arrived_ns)
     record.told_of(last.arrived_ns)
+    name = Path(live.checkpoint or "").name
     return (
-        f'{last.path} arrived after {Path(live.source).name} went live, and counts as older (order = "{order}"). If '
-        'it should be live, set order = "arrival" in [select] (--order arrival), or push it by its name.'
+        f'{last.path} arrived after {name} went live, and counts as older (order = "{order}"). If it should be live, '
+        'set order = "arrival" in [select] (--order arrival), or push it by its name.'
     )
 
 

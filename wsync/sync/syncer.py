@@ -11,6 +11,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,7 +162,7 @@ class Syncer:
         except NoCheckpoint as exc:
             return this.outcome("empty", reason=str(exc))
         except CheckpointError as exc:  # the place itself is a checkpoint, and a broken or incomplete one
-            if isinstance(exc, IncompleteCheckpoint) and this.live and self.getter.holds(this.live.source):
+            if isinstance(exc, IncompleteCheckpoint) and this.live and self.getter.holds(this.live.checkpoint):
                 return this.standing("current", newer=str(self.getter.checkpoints), reason=str(exc))
             reason = on_one_line(str(exc), str(self.getter.checkpoints))
             return this.outcome(status_of(exc, False), reason=reason, kind=exc.kind)
@@ -193,9 +194,9 @@ class Syncer:
                 return refusal
             raise
         if choice.is_new_run and outcome.status == "published":
-            return outcome._replace(warning=report_once.NEW_RUN)
+            return replace(outcome, warning=report_once.NEW_RUN)
         if refusal and outcome.status in ("rejected", "empty", "current"):  # an older one does not change that
-            return refusal._replace(passed_over=(outcome,) if outcome.status == "rejected" else ())
+            return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
 
     def _wait_for_other_watch(self) -> None:
@@ -235,7 +236,7 @@ class Syncer:
             NoCheckpoint: nothing is live; or the place is empty and what is live never came from there. If it did,
                 retention emptied the place.
         """
-        if this.live is None or not (self.getter.holds(this.live.source) or self.getter.candidates()):
+        if this.live is None or not (self.getter.holds(this.live.checkpoint) or self.getter.candidates()):
             raise self.getter.nothing()
         warning = None if this.dry_run else report_once.late(self.record, this.live, choice, self.spec.select.order)
         why, kind = choice.nothing or None, NoCheckpoint.kind if choice.nothing else ""
@@ -259,7 +260,7 @@ class Syncer:
                     opened = checkpoint.identity
                     if self.taking.is_live(this, checkpoint):
                         continue
-                    return take(checkpoint)._replace(passed_over=tuple(refusals))
+                    return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
                 continue  # a trainer's retention was faster
             except (CheckpointError, RetryLater) as exc:
@@ -267,12 +268,12 @@ class Syncer:
                     raise
                 refusal = _refusal(this, candidate, self.getter.step_of(candidate), exc, opened)
                 if isinstance(exc, RetryLater):  # it may still go live: nothing older is published instead
-                    return refusal._replace(passed_over=tuple(refusals))
+                    return replace(refusal, passed_over=tuple(refusals))
                 if isinstance(exc, IncompleteCheckpoint) and refusal.identity in passed:
                     continue
                 if abandoned := report_once.is_abandoned(exc, candidate):
                     status, why = "rejected" if this.live else "empty", f"{exc.message} {report_once.ABANDONED}"
-                    refusal = refusal._replace(status=status, reason=why, kind=IncompleteCheckpoint.kind)
+                    refusal = replace(refusal, status=status, reason=why, kind=IncompleteCheckpoint.kind)
                 refusals.append(refusal)
                 if not this.dry_run:
                     report_once.remember(self.record, exc, refusal, abandoned=abandoned and this.live is not None)
@@ -291,7 +292,7 @@ class Syncer:
         """Identities of what was published from a path."""
         source, live = str(led_to(path)), this.live
         known = self.record.published_from(source)
-        return [*known, live.identity] if live and live.source == source else known
+        return [*known, live.identity] if live and live.checkpoint == source else known
 
 
 def _refusal(

@@ -129,7 +129,7 @@ def _log_row(event: Event) -> list[Text]:
     return [
         Text(datetime.fromtimestamp(event.at).strftime("%m-%d %H:%M:%S")),
         Text(event.kind, _LOG_STYLES.get(event.kind, "")),
-        Text("" if event.version is None else str(event.version)),
+        Text("" if event.version_then is None else str(event.version_then)),
         Text("" if event.step is None else str(event.step)),
         Text("" if event.seconds is None else duration(event.seconds)),
         Text(printable(Path(event.checkpoint).name) if event.checkpoint else ""),

@@ -161,7 +161,7 @@ def segment_json(segment: Segment) -> dict[str, Any]:
         "name": segment.name,
         "version": version,
         "step": live.step if live else None,
-        "checkpoint": (live.source or None) if live else None,
+        "checkpoint": live.checkpoint if live else None,
         "published_at": datetime.fromtimestamp(live.published_at, UTC) if live else None,
         "pin": None,
         "last_failure": None,
@@ -356,7 +356,7 @@ def _lagging(told: dict[str, Any], bounds: Bounds, state: Path | None) -> list[s
         return words
     events = _publishes(told["name"], state, limit=_LOOKED_AT)
     for reader in behind:
-        missed = [event.at for event in events if (event.version or 0) > reader["version"]]
+        missed = [event.at for event in events if event.version > reader["version"]]
         since = max(reader["since"].timestamp(), min(missed, default=told["published_at"].timestamp()))
         seconds = time.time() - since
         if seconds > bounds.lag_seconds:
