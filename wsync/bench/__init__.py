@@ -1,7 +1,7 @@
-"""``wsync bench``: measures this box, and puts each figure beside the machine's limit or the usual way.
+"""``wsync bench``: measures this box, and compares each figure with the hardware's limit or with the usual way.
 
-``rows`` holds the settings and one figure, ``cases`` what is measured, ``workspace`` the private directories and the
-processes. Imports every room below it; only the command line imports it.
+``rows`` defines the settings and a figure, ``cases`` the measurements, ``workspace`` their directories and processes.
+May import every room below it; only the command line imports it.
 """
 
 __all__ = ["cases", "rows"]

@@ -1,7 +1,7 @@
-"""What is measured: each case is a function that gets a workspace of its own and returns its rows.
+"""The measurements: each case is a function that takes a workspace of its own and returns rows.
 
-Staging is timed from the path on (open, validate, plan, read), into a file in shared memory such as a slot is. The
-policies attach as any other does.
+Staging is timed from a path (open, validate, plan, read) into a file in shared memory, as into a slot. The policies
+attach as any policy does.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .rows import GIB, MIB, Aim, Row, Settings, Skip, Timed, compare, timed
 from .workspace import BY_HAND, COMMAND, Workspace, make, private_workspace
 
-_DEADLINE = 30.0  # seconds until a file that was not noticed fails the case
+_DEADLINE = 30.0  # seconds after which a new file that was not noticed fails the case
 
 
 def push(workspace: Workspace) -> list[Row]:
-    """A push with nothing to do, then one of a checkpoint that is new, beside what one would write by hand."""
+    """A push with nothing to do, compared with imports alone; then a new checkpoint, with a script written by hand."""
     size, tensors = workspace.settings.size, workspace.settings.tensors
     workspace.need(5 * size)
     spec = workspace.write_spec("policy", size, tensors)
@@ -64,7 +64,7 @@ def push(workspace: Workspace) -> list[Row]:
 
 
 class Slot:
-    """A checkpoint on the disk and in the page cache, and memory for its weights such as a slot is."""
+    """A checkpoint on disk, and a file in shared memory for its weights, like a slot."""
 
     def __init__(self, workspace: Workspace, path: Path) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class Slot:
             checkpoint.read_into(self.weights, checkpoint.plan(self.layout, Fit()), finite=finite)
 
     def load_and_copy(self) -> None:
-        """The usual way to the same bytes, with as many threads as staging has."""
+        """Does the same in the usual way, with as many threads as staging has."""
         before = torch.get_num_threads()
         torch.set_num_threads(min(max(len(os.sched_getaffinity(0)) // 4, 1), 8))
         loaded, storage = load_file(self.path), torch.frombuffer(self.weights, dtype=torch.uint8).untyped_storage()
@@ -90,12 +90,12 @@ class Slot:
 
 
 def _memory_copy(target: memoryview) -> Timed:
-    """A copy of as many bytes from memory, by one thread."""
+    """Times a copy of as many bytes within memory, by one thread."""
     return timed(partial(np.copyto, np.frombuffer(target, "u1"), np.ones(target.nbytes, "u1")))
 
 
 def staging(workspace: Workspace) -> list[Row]:
-    """A file in the page cache, without and with the look for NaN and infinity."""
+    """Staging of a file in the page cache, without and with the check for NaN and infinity."""
     workspace.need(2 * workspace.settings.size)
     slot = Slot(workspace, workspace.save("staging.safetensors", workspace.settings.size, workspace.settings.tensors))
     name, ours, checked = "staging, warm", timed(slot.stage), timed(partial(slot.stage, finite=True))
@@ -108,18 +108,18 @@ def staging(workspace: Workspace) -> list[Row]:
 
 
 def staging_cold(workspace: Workspace) -> list[Row]:
-    """A file that the page cache does not hold, beside a read past the page cache."""
+    """Staging of a file that is not in the page cache, compared with a plain read past the page cache."""
     size = workspace.settings.size if workspace.settings.quick else max(workspace.settings.size, GIB)
     workspace.need(2 * size)
     slot = Slot(workspace, workspace.save("staging.safetensors", size, workspace.settings.tensors))
     dd = ["dd", f"if={slot.path}", "of=/dev/null", "iflag=direct", "bs=8M"]
     read_directly = partial(subprocess.run, dd, check=True, capture_output=True, start_new_session=True)
-    no_disk = Skip(f"the page cache of {slot.path.parent} cannot be dropped and gone round; name a disk with --dir")
+    no_disk = Skip(f"the page cache of {slot.path.parent} cannot be bypassed; name a directory on a disk with --dir")
 
     def dropped(work: Callable[[], object]) -> float:
         with open(slot.path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with suppress(BlockingIOError):  # what is not in memory
+            with suppress(BlockingIOError):  # raised if the byte is not in memory
                 os.preadv(file.fileno(), [bytearray(1)], size // 2, os.RWF_NOWAIT)
                 raise no_disk
         return timed(work)()
@@ -134,10 +134,10 @@ def staging_cold(workspace: Workspace) -> list[Row]:
 
 @contextmanager
 def _attached(workspace: Workspace, nbytes: int, tensors: int, mode: Mode) -> Iterator[tuple[Timed, Reader]]:
-    """Two policies that have taken a version from each slot.
+    """Attaches two policies, and lets them take a version from each slot.
 
     Yields:
-        What publishes a version, has both take it, and returns the seconds of the second one; and its reader.
+        What publishes a version, refreshes both and returns the seconds of the second refresh; and that one's reader.
     """
     state = {name: torch.rand_like(tensor) for name, tensor in make(nbytes, tensors).state_dict().items()}
     with ExitStack() as stack:
@@ -156,12 +156,12 @@ def _attached(workspace: Workspace, nbytes: int, tensors: int, mode: Mode) -> It
 
 
 def _last(work: Callable[[Any], object], each: Iterable[Any]) -> float:
-    """Does it with each in turn; returns the seconds of the last, for which those before it have warmed the caches."""
+    """Calls ``work`` with each in turn; returns the seconds of the last call, for which the others warm the caches."""
     return [timed(partial(work, one))() for one in each][-1]
 
 
 def refresh_idle(workspace: Workspace) -> list[Row]:
-    """Beside the least that a look can cost: a method call that loads eight bytes."""
+    """``refresh()`` with nothing new, compared with the least it could cost: a method call that loads eight bytes."""
     load = MethodType(lambda words: words[0], memoryview(bytes(8)).cast("Q"))
     with _attached(workspace, MIB, 16, "swap") as (_, reader):
         ours, theirs = timed(reader.refresh, 10_000), timed(load, 10_000)
@@ -171,7 +171,7 @@ def refresh_idle(workspace: Workspace) -> list[Row]:
 
 
 def refresh(workspace: Workspace) -> list[Row]:
-    """Swap, beside a loop that points parameters at other tensors, and beside ``load_state_dict``."""
+    """``refresh()`` in swap mode, compared with a loop that sets ``parameter.data``, and with ``load_state_dict``."""
     nbytes, tensors = workspace.settings.size, workspace.settings.tensors
     workspace.need(5 * nbytes)
     usual = [make(nbytes, tensors) for _ in range(2)]
@@ -202,7 +202,7 @@ def refresh_copy(workspace: Workspace) -> list[Row]:
 
 
 def watch(workspace: Workspace) -> list[Row]:
-    """How soon a running ``wsync watch`` has a new file in the policy, then what it costs while nothing is new."""
+    """The time from a new file to a refreshed policy under ``wsync watch``, and the watch's load with nothing new."""
     tensors, nbytes = workspace.settings.tensors, max(MIB, 4 * workspace.settings.tensors)
     workspace.save("small/step_0.safetensors", nbytes, tensors)
     spec = workspace.write_spec("small", nbytes, tensors)
@@ -220,8 +220,8 @@ def watch(workspace: Workspace) -> list[Row]:
                 if not reader.wait(_DEADLINE):
                     raise RuntimeError(f"wsync watch did not publish a new file within {_DEADLINE:g} s")
             taken.append((time.perf_counter() - began,))
-        time.sleep(0.3)  # the end of a publish is not idle
-        clock = ~process.pid << 3 | 2  # of all its threads on the processor, as of clock_getcpuclockid(3)
+        time.sleep(0.3)  # until the last publish is over
+        clock = ~process.pid << 3 | 2  # processor time of all its threads; see clock_getcpuclockid(3)
         before, began = time.clock_gettime(clock), time.perf_counter()
         time.sleep(1.5 if workspace.settings.quick else 5.0)
         percent = 100 * (time.clock_gettime(clock) - before) / (time.perf_counter() - began)
@@ -233,9 +233,9 @@ def watch(workspace: Workspace) -> list[Row]:
 
 
 def readers(workspace: Workspace) -> list[Row]:
-    """How much the proportional set sizes of processes grow by attaching, beside as many that load the file.
+    """Memory (proportional set size) of processes that attach, compared with as many that load the file.
 
-    The interpreter and torch, which each process has before, are left out on both sides.
+    Only the growth counts: the interpreter and torch, which each process has before, are left out on both sides.
     """
     size, tensors, number = workspace.settings.size, workspace.settings.tensors, workspace.settings.readers
     workspace.need((3 + number) * size)
@@ -248,7 +248,7 @@ def readers(workspace: Workspace) -> list[Row]:
 
 
 def _growth(workspace: Workspace, source: str) -> float:
-    """By how many bytes the processes grow together between their imports and having the weights."""
+    """The bytes by which all processes together grow from the end of their imports until they have the weights."""
     role = ("-m", "wsync.bench.workspace", source, str(workspace.settings.size), str(workspace.settings.tensors))
     sizes = []
     with ExitStack() as stack:
@@ -276,7 +276,7 @@ CASES: dict[str, Callable[[Workspace], list[Row]]] = {
 
 
 def chosen(only: tuple[str, ...]) -> list[str]:
-    """The cases whose names begin with one of these, or all; raises UsageError where none does."""
+    """The cases whose names begin with one of these, or all without any; raises UsageError for one without a case."""
     for name in only:
         if not any(case.startswith(name) for case in CASES):
             raise UsageError(f"--only {name!r}: there is no such case. There are {', '.join(CASES)}.")
@@ -284,7 +284,7 @@ def chosen(only: tuple[str, ...]) -> list[str]:
 
 
 def run(settings: Settings, names: Iterable[str]) -> list[Row]:
-    """Measures case by case; one that cannot be measured, or fails, is one row with the reason."""
+    """Runs the cases in turn; one that cannot be measured, or fails, becomes one row with the reason."""
     rows = []
     for name in names:
         if sys.stderr.isatty():

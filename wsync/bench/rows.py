@@ -1,7 +1,7 @@
-"""One figure beside one other, and the settings under which it was taken.
+"""The settings of a benchmark, and its rows: each is a figure and what it is compared with.
 
 A row holds the samples of both sides, taken in turn in one run (A B A B …); its medians and its ratio are computed from
-those samples alone. Times jitter, ratios less: quote the ratios.
+those samples alone. Ratios vary less between runs than times do: quote the ratios.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ..errors import UsageError
 MIB, GIB = 1 << 20, 1 << 30
 
 Timed = Callable[[], float]
-"""Does something once; returns the seconds that count."""
+"""Does something once, and returns how many seconds of it count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What was asked for: ``size`` is bytes of weights, ``directory`` is for checkpoints, ``runtime`` for segments."""
+    """What to measure: ``size`` bytes of weights, with checkpoints in ``directory`` and segments in ``runtime``."""
 
     size: int = 64 * MIB
     tensors: int = 200
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a figure should be: the ratio where there is another side, else the value, in the row's unit."""
+    """The bound that a row should meet: of its ratio if it is compared with something, else of its value."""
 
     sense: Literal["<=", ">="]
     bound: float
@@ -45,17 +45,18 @@ class Aim:
 
 @dataclass(slots=True)
 class Row:
-    """One figure, beside one other where there is something to compare it with.
+    """One figure, and another to compare it with if there is one.
 
     Attributes:
-        unit: of the samples: seconds, bytes a second, bytes, or percent of a core.
-        samples: of each round: ours, and the other side's if there is one.
+        unit: unit of the samples: seconds, bytes per second, bytes, or percent of a core.
+        samples: one tuple for each round: ours, then the other side's if there is one.
+        beside: name of the other side; empty without one.
         skipped: why it could not be measured on this box.
         failed: the error that ended the case.
         case: the name that ``--only`` takes.
-        value: the median of our samples.
-        beside_value: the median of the other side's.
-        ratio: the median of the rounds' ratios, ours by the other: of times less is better, of speeds more.
+        value: median of our samples.
+        beside_value: median of the other side's samples.
+        ratio: median of the rounds' ratios, ours divided by the other side's.
         met: whether the aim is met; None without an aim or a measurement.
     """
 
@@ -90,10 +91,10 @@ class Skip(Exception):
 def compare(
     name: str, ours: Timed, beside: str, theirs: Timed, aim: Aim | None, rounds: int, *, nbytes: int = 0
 ) -> Row:
-    """Runs both sides in turn, after one round that does not count; at least one round, and no more after 3 seconds.
+    """Measures both sides in turn: one round to warm up, then ``rounds``, or fewer if 3 seconds have passed.
 
     Args:
-        nbytes: what a round moves, for a row of speeds; else it is one of times.
+        nbytes: bytes that one call moves, for a row of speeds; 0 for a row of times.
     """
     ours(), theirs()
     samples: list[tuple[float, float]] = []
@@ -106,7 +107,7 @@ def compare(
 
 
 def timed(work: Callable[[], object], times: int = 1) -> Timed:
-    """Measures the seconds of one call, as the mean of so many in a row."""
+    """Returns a function that measures the seconds of one call, as the mean of ``times`` calls in a row."""
 
     def run() -> float:
         began = time.perf_counter()
@@ -118,7 +119,7 @@ def timed(work: Callable[[], object], times: int = 1) -> Timed:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``64MiB``, ``1.5GiB``, ``100MB``, ``4096``.
+    """Parses ``64MiB``, ``1.5GiB``, ``100MB`` or ``4096`` into bytes.
 
     Raises:
         UsageError: the text is not a size.

@@ -1,7 +1,7 @@
-"""Where a case runs: the policy that is measured, two private directories that are removed afterwards, and processes.
+"""What a case runs in: two private directories that are removed afterwards, processes, and the policy to measure.
 
-``python -m wsync.bench.workspace SOURCE BYTES TENSORS`` is weighed before and after it has the weights of SOURCE.
-Processes end with the measurement, also when that is killed.
+``python -m wsync.bench.workspace SOURCE BYTES TENSORS`` is a process whose memory is measured before and after it gets
+the weights of SOURCE. Processes end with the measurement, even if that is killed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 from wsync.cli.commands import main
 main()
 """
-"""A script that is ``wsync``, and ends when its parent does."""
+"""A script that does what ``wsync`` does, and is killed when its parent ends."""
 
 BY_HAND = """
 import os, sys
@@ -44,7 +44,7 @@ newest = max(checkpoints.glob("*.safetensors"), key=lambda path: path.stat().st_
 save_file(load_file(newest), shared / "weights.new")
 os.replace(shared / "weights.new", shared / "weights.safetensors")
 """
-"""What one writes without wsync: puts the newest file into shared memory, and checks nothing."""
+"""What one would write without wsync: puts the newest file into shared memory, and checks nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +56,21 @@ class Workspace:
     files: Path
 
     def rounds(self, number: int) -> int:
-        """So many rounds, or a quarter of them with ``--quick``."""
+        """``number`` rounds, or a quarter of them with ``--quick``, but at least two."""
         return max(number // 4, 2) if self.settings.quick else number
 
     def need(self, nbytes: int) -> None:
-        """Checks that so many bytes are free in shared memory and on the disk, and twice as many of memory.
+        """Checks that ``nbytes`` are free in shared memory and on the disk, and twice as many in main memory.
 
         Raises:
             Skip: they are not.
         """
         free = min(shutil.disk_usage(self.runtime).free, shutil.disk_usage(self.files).free, spare_memory() // 2)
         if nbytes > free:
-            raise Skip(f"takes {size(nbytes)} of memory and of the disk, and {size(free)} are free")
+            raise Skip(f"needs {size(nbytes)} of memory and of the disk, and {size(free)} are free")
 
     def save(self, path: str, nbytes: int, tensors: int) -> Path:
-        """Writes a checkpoint of float32 vectors with random values from 0 to 1, and settles it."""
+        """Writes a checkpoint of ``tensors`` float32 vectors with random values from 0 to 1; see ``settle``."""
         count = max(nbytes // tensors // 4, 1)
         values = np.random.default_rng(0).random(count + 4096, dtype="f4")
         file = self.files / path
@@ -80,7 +80,7 @@ class Workspace:
         return file
 
     def write_spec(self, name: str, nbytes: int, tensors: int) -> Path:
-        """Writes a spec whose checkpoints lie in a directory of its name."""
+        """Writes a spec whose checkpoints lie in the directory ``name``."""
         (self.files / name).mkdir(exist_ok=True)
         spec = self.files / f"{name}.toml"
         spec.write_text(
@@ -91,9 +91,9 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of every process: the user's own settings of wsync stay out of the measurement.
+        """The environment of every process, without the user's own settings of wsync.
 
-        Compiled modules are kept, as in an installation: to compile wsync anew takes as long as a push.
+        Python may keep compiled modules, as in an installation: to compile wsync anew takes as long as a push.
         """
         users = {name: value for name, value in os.environ.items() if not name.startswith("WSYNC_")}
         users.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -102,7 +102,7 @@ class Workspace:
 
     @contextmanager
     def process(self, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-        """The interpreter, in a session of its own because Ctrl-C is for the measurement alone; killed at the end."""
+        """Starts the interpreter in a session of its own, which Ctrl-C does not reach; kills it at the end."""
         with subprocess.Popen(
             [sys.executable, *arguments],
             stdin=subprocess.PIPE,
@@ -122,7 +122,7 @@ class Workspace:
         """Runs the interpreter to its end.
 
         Raises:
-            RuntimeError: it ended with a failure.
+            RuntimeError: its exit status was not 0.
         """
         with self.process(*arguments) as process:
             _, said = process.communicate()
@@ -133,7 +133,6 @@ class Workspace:
 
 @contextmanager
 def private_workspace(settings: Settings) -> Iterator[Workspace]:
-    """A workspace that is removed at the end of the block."""
     with (
         TemporaryDirectory(prefix="wsync-bench-", dir=settings.runtime) as runtime,
         TemporaryDirectory(prefix="wsync-bench-", dir=settings.directory) as files,
@@ -142,20 +141,20 @@ def private_workspace(settings: Settings) -> Iterator[Workspace]:
 
 
 def settle(file: Path) -> None:
-    """Has a file on the disk, and dates it long ago, so that nobody waits for its writer."""
+    """Flushes a file to the disk, and dates it long ago, so that nobody waits for its writer."""
     with open(file, "rb") as written:
         os.fsync(written.fileno())
     os.utime(file, (0, 0))
 
 
 def make(nbytes: int, tensors: int) -> nn.ParameterList:
-    """So many float32 vectors, of ``nbytes`` together."""
+    """A policy of ``tensors`` float32 vectors of one length, ``nbytes`` in total."""
     count = max(nbytes // tensors // 4, 1)
     return nn.ParameterList(nn.Parameter(torch.zeros(count)) for _ in range(tensors)).eval()
 
 
 def weigh(source: str, nbytes: str, tensors: str) -> None:
-    """Attaches a policy to a segment, or loads a checkpoint into one; goes on when it is told to."""
+    """Attaches a policy to a segment, or loads a checkpoint into it; waits for a line on stdin before and after."""
     input("imported\n")
     policy = make(int(nbytes), int(tensors))
     if source.endswith(".safetensors"):
