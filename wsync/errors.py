@@ -291,7 +291,7 @@ _ADVICE = {
 }
 
 
-def advice(exc: OSError) -> str:
+def remedy(exc: OSError) -> str:
     """What to do about an OSError, as a sentence without its full stop."""
     return _ADVICE.get(exc.errno or 0, "Look at what it names, its mount, and the limits of this process")
 
@@ -301,7 +301,7 @@ def from_os_error(exc: OSError, path: os.PathLike[str]) -> SegmentError:
     what = f" ({exc.filename})" if exc.filename else ""
     reason = os.strerror(exc.errno) if exc.errno else str(exc)
     return SegmentError(
-        f"OS error at {os.fspath(path)}: {reason}{what}. {advice(exc)}; nothing is lost, and the next pass tries again."
+        f"OS error at {os.fspath(path)}: {reason}{what}. {remedy(exc)}; nothing is lost, and the next pass tries again."
     )
 
 

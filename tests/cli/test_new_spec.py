@@ -15,7 +15,7 @@ from others import run_cli
 from wsync.cli.options import specs, versions
 from wsync.cli.output.config import spec_text
 from wsync.history.database import State
-from wsync.settings.spec import _KEYS, load_spec
+from wsync.settings.spec import KEYS, load_spec
 
 
 def test_a_new_spec_holds_every_setting_and_its_default(runs: Path) -> None:
@@ -26,7 +26,7 @@ def test_a_new_spec_holds_every_setting_and_its_default(runs: Path) -> None:
     Path("full.toml").write_text(text.replace('name = "cartpole"', 'name = "x"'))
     full, plain = load_spec("full.toml"), load_spec("plain.toml")
     shown = tomllib.loads(Path("full.toml").read_text())
-    known = {key: kind.keys() if isinstance(kind, dict) else () for key, kind in _KEYS.items() if key != "group"}
+    known = {key: kind.keys() if isinstance(kind, dict) else () for key, kind in KEYS.items() if key != "group"}
     assert {key: value.keys() if isinstance(value, dict) and key != "policy_kwargs" else () for key, value in
             shown.items()} == known  # fmt: skip
     for field in fields(plain):

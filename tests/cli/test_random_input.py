@@ -21,7 +21,7 @@ from wsync.cli import commands
 from wsync.history.outcome import EXIT_CODES
 from wsync.segment.segment_files import WORD_OFFSET
 from wsync.segment.writable import WritableSegment
-from wsync.settings.spec import _KEYS
+from wsync.settings.spec import KEYS
 
 CODES = {*EXIT_CODES.values(), 2}
 LONGEST = 5.0  # seconds
@@ -89,7 +89,7 @@ def test_any_variable(main: Main, name: str, value: str) -> None:
 @given(data=st.data())
 def test_any_setting_of_a_toml(main: Main, data: st.DataObject) -> None:
     """Whatever stands in a TOML is taken, or told as that file's fault."""
-    tables = {"": _KEYS} | {key: kind for key, kind in _KEYS.items() if isinstance(kind, dict)}
+    tables = {"": KEYS} | {key: kind for key, kind in KEYS.items() if isinstance(kind, dict)}
     table = data.draw(st.sampled_from(sorted(tables)))
     key = data.draw(st.one_of(st.sampled_from(sorted(tables[table])), st.just("unknown")))
     value = data.draw(

@@ -22,6 +22,7 @@ from wsync.errors import StateError, UsageError
 from wsync.history.database import State, state_dir
 from wsync.history.pins import Pin
 from wsync.history.record import Record
+from wsync.history.reopening import fit_from_json
 
 PIN = Pin(checkpoint="/runs/a.safetensors", identity="1-2-3-4", version=7, step=70, since=1.5, reason="by hand")
 
@@ -141,6 +142,11 @@ def test_who_has_no_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(UsageError, match="--state-dir"):
         state_dir()
+
+
+def test_settings_of_an_earlier_wsync_are_read() -> None:
+    """Guards a rollback over an update: what had live values in it, too, comes only from a copy."""
+    assert fit_from_json('{"prefix": "actor.", "kept": 3}').mixture == 3
 
 
 def test_a_pin_is_there_until_it_is_taken_away(tmp_path: Path) -> None:

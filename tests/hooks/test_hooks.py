@@ -26,7 +26,7 @@ from wsync.cli.output.watch import WatchLog
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.hooks import command
-from wsync.hooks.runner import Hook, HookRunner, News, request
+from wsync.hooks.runner import Hook, HookRunner, Published, request
 from wsync.segment.publication import Publication
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import VARIABLES, Hooks
@@ -333,7 +333,7 @@ def test_the_end_tells_what_waits_and_tries_nothing_again(make: MakeBox, server:
     assert (box.hook("webhook").runs, box.hook("webhook").failures) == (2, 2) and server.requests.empty()
 
 
-LIVE = News(Publication(version=1))
+LIVE = Published(Publication(version=1))
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_the_thread_outlives_what_it_calls() -> None:
     """An error that nobody thought of is a failure; a report that fails is none of the hook's business."""
     ran: Queue[int] = Queue()
 
-    def act(news: News, cancel: threading.Event) -> None:
+    def act(news: Published, cancel: threading.Event) -> None:
         ran.put(news.live.version)
         raise RuntimeError("unforeseen")
 
@@ -421,7 +421,7 @@ def test_the_thread_outlives_what_it_calls() -> None:
 
     hook = Hook("exec", act, timeout=DEADLINE, backoff=3600, report=report)
     for version in (1, 2):
-        hook.send(News(replace(LIVE.live, version=version)))
+        hook.send(Published(replace(LIVE.live, version=version)))
         assert ran.get(timeout=DEADLINE) == version
     hook.shut()
     hook.join()

@@ -29,7 +29,7 @@ from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
-from wsync.service.service import changed
+from wsync.service.service import differing
 from wsync.service.systemd import Notifier
 from wsync.settings.spec import Spec, load_spec
 
@@ -388,7 +388,7 @@ def test_what_may_be_secret_stays_out_of_the_log() -> None:
     """Of settings only that they changed is told."""
     before = Spec(SPEC, NAME, Path("/"), {"token": "old secret"})
     after = Spec(SPEC, NAME, Path("/"), {"token": "new secret"}, poll=2.0)
-    assert changed(before, after) == ["policy_kwargs", "poll"]
+    assert differing(before, after) == ["policy_kwargs", "poll"]
 
 
 def terminal(spawn: Spawn, *options: str, **variables: str) -> tuple[subprocess.Popen[str], int]:

@@ -84,7 +84,7 @@ class Checkpoint(TensorTable):
         return self.planned
 
     @property
-    def kept(self) -> bool:
+    def mixed(self) -> bool:
         """Whether the last plan leaves some tensors at their live values."""
         return bool(self.planned and self.planned.kept)
 

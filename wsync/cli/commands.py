@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import UsageError, WsyncError, advice, harmless, on_one_line, printable
+from ..errors import UsageError, WsyncError, harmless, on_one_line, printable, remedy
 from .options import (
     GO_BACK,
     KEEP_IN_STEP,
@@ -357,7 +357,7 @@ def main() -> None:
     except WsyncError as exc:
         told, code = harmless(on_one_line(str(exc), *sys.argv[1:])), exc.exit_code
     except OSError as exc:
-        told, code = f"OS error: {printable(str(exc))}. {advice(exc)}, then run it again.", 1
+        told, code = f"OS error: {printable(str(exc))}. {remedy(exc)}, then run it again.", 1
     except MemoryError:
         told, code = "this process has no memory left. Raise its limit (`ulimit -v`) and try again.", 1
     except SystemExit as exc:

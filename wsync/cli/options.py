@@ -23,7 +23,7 @@ from ..system.environment import SERVICE
 if TYPE_CHECKING:
     from ..settings.spec import Spec
 
-_HELP: dict[str, tuple[str, Any, str]] = {
+HELP: dict[str, tuple[str, Any, str]] = {
     "name": ("spec", str, "The segment's name. (default: from the spec)"),
     "poll": ("spec", float, "Seconds between two looks when no notification comes. (default: 1; 10 for a URL)"),
     "max_failures": (
@@ -116,7 +116,7 @@ _OTHERS = """
 RUNTIME_DIR STATE_DIR JSON FORCE DRY_RUN RETRY LOG_FORMAT SPEC SCAN NUMBER SINCE FOLLOW PLOT TO WATCH MAX_STALENESS
 WAIT SIZE TENSORS READERS QUICK ONLY DIR TAKE_OVER QUIET MAX_LAG MAX_LAG_SECONDS INIT
 """
-VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*_HELP, *_OTHERS.split()))}
+VARIABLES = {*OWN_VARIABLES, *(f"WSYNC_{name.upper()}" for name in (*HELP, *_OTHERS.split()))}
 """Every variable that a command reads, and those that wsync sets itself."""
 
 KEEP_IN_STEP, LOOK, GO_BACK, MEASURE = "Keep in step", "Look", "Go back", "Measure"
@@ -222,10 +222,10 @@ def with_settings(command: CommandInfo) -> CommandInfo:
     if function is None or "settings" not in function.__annotations__:
         return command
     if function.__name__ == "inspect":
-        taken = {name: about for name, about in _HELP.items() if about[0] in ("select", "extras")}
+        taken = {name: about for name, about in HELP.items() if about[0] in ("select", "extras")}
     else:
         is_full = function.__name__ in ("watch", "config")
-        taken = {name: about for name, about in _HELP.items() if is_full or name not in _ONLY_WATCH}
+        taken = {name: about for name, about in HELP.items() if is_full or name not in _ONLY_WATCH}
 
     @functools.wraps(function)
     def wrapped(**given: Any) -> None:

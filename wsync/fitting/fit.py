@@ -53,7 +53,7 @@ class Fit:
     base: str = ""
     extra_state: str = "refuse"
     partial: bool = True  # whether there are live values to keep; known to the publisher alone
-    kept: int = field(default=0, repr=False)  # the version that kept live values, which are in no file; for the record
+    mixture: int = field(default=0, repr=False)  # the version that has live values, too, and is in no file; on record
     built: Built | None = field(default=None, repr=False, compare=False)  # asks the policy itself
 
     def __post_init__(self) -> None:

@@ -128,7 +128,7 @@ class Shared:
     ) -> None:
         self.path, self.step, self.identity = weights.checkpoint or "", weights.step, weights.identity
         self.changed_ns = weights.changed_ns
-        self.kept, self.fitted = (source.kept, source.fitted) if source else (False, None)
+        self.mixed, self.fitted = (source.mixed, source.fitted) if source else (False, None)
         self.weights, self.turn = weights, turn
         self.extras = extras
         self._rank, self._source, self._live = rank, source, live

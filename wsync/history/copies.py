@@ -13,7 +13,7 @@ from ..checkpoints.files.extras import Extras
 from ..errors import SegmentError, StateError, WsyncError
 from ..fitting.fit import Fit
 from ..segment.segment import Segment
-from ..segment.segment_files import read_extras
+from ..segment.segment_files import read_extras_file
 from ..segment.word_and_lease import Lease
 from ..system.access import opened
 from ..system.memory import try_lock
@@ -39,7 +39,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
     except (OSError, SegmentError) as exc:
         raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
     target = copy_path(state, publication.version)
-    if holds(target, publication.identity):
+    if is_of(target, publication.identity):
         return
     temporary = target.with_suffix(".tmp")
     try:
@@ -47,7 +47,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
         _sweep(target.parent)
         this = state.published("version = ?", (publication.version,), 1)
         same = copies(state).get(what(this[0])) if this else None
-        if same and holds(same, publication.identity):
+        if same and is_of(same, publication.identity):
             with suppress(FileNotFoundError):
                 same.with_suffix(_EXTRAS).replace(target.with_suffix(_EXTRAS))
             same.replace(target)
@@ -82,7 +82,7 @@ def _write(target: Path, temporary: Path, lease: Lease, extras: bytes) -> None:
         temporary.replace(target)
 
 
-def holds(copy: Path, identity: str) -> bool:
+def is_of(copy: Path, identity: str) -> bool:
     """Whether a kept copy is there, and its metadata name this checkpoint."""
     try:
         with Checkpoint(copy) as checkpoint:
@@ -106,7 +106,7 @@ def _extras_of(copy: Path, checkpoint: Checkpoint) -> Extras:
     if not size:
         return Extras()
     with open(copy.with_suffix(_EXTRAS), "rb") as file:
-        return read_extras(file.fileno(), size)
+        return read_extras_file(file.fileno(), size)
 
 
 def _sweep(copies: Path) -> None:

@@ -15,7 +15,7 @@ from ..checkpoints.files.extras import MAX_BYTES, ExtraFiles
 from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
 from ..fitting.fit import Fit
 from ..places.identity import is_same
-from .copies import copies, holds, open_copy, what
+from .copies import copies, is_of, open_copy, what
 from .database import Event, State
 from .pins import Pin
 
@@ -25,7 +25,7 @@ NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the la
 
 def settings_to_json(fit: Fit, extras: ExtraFiles) -> str:
     """The settings by which a checkpoint's file is published again."""
-    left_out = {"partial", "built"} if fit.kept else {"partial", "built", "kept"}
+    left_out = {"partial", "built"} if fit.mixture else {"partial", "built", "mixture"}
     named = {field.name: getattr(fit, field.name) for field in fields(fit) if field.name not in left_out}
     table = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
     return json.dumps(table | ({"extras": [extras.files, extras.max_bytes]} if extras.files else {}))
@@ -35,6 +35,8 @@ def fit_from_json(text: str | None) -> Fit:
     """Reads the settings of an event; raises StateError if this wsync does not know them."""
     table: dict[str, Any] = json.loads(text) if text else {}
     table.pop("extras", None)
+    if "kept" in table:  # as an earlier wsync wrote it
+        table["mixture"] = table.pop("kept")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     try:
         return Fit(**settings)
@@ -70,11 +72,11 @@ def reopen(
     except StateError:  # another wsync's
         return None
     copy = found.get(what(event))
-    if copy and holds(copy, event.identity):
-        return open_copy(copy, event, fit), Fit(finite=False, kept=fit.kept)
+    if copy and is_of(copy, event.identity):
+        return open_copy(copy, event, fit), Fit(finite=False, mixture=fit.mixture)
     changed_ns = state.changed_ns(event.identity, event.id)
     extras = extras_from_json(event.settings)
-    original = None if fit.kept else same(event.checkpoint, event.identity, changed_ns, header, extras)
+    original = None if fit.mixture else same(event.checkpoint, event.identity, changed_ns, header, extras)
     if original:
         original.step = event.step  # a setting may have found it, and not only the name
     return (original, fit) if original else None
@@ -94,7 +96,7 @@ def reopen_pinned(state: State, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple
     if pinned and (again := reopen(pinned, copies(state), state, pin.header)):
         return again
     changed_ns = state.changed_ns(pin.identity, pinned.id) if pinned else 0
-    mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).kept)
+    mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).mixture)
     extras = extras_from_json(pinned.settings) if pinned else extras
     checkpoint = None if mixed else same(pin.checkpoint, pin.identity, changed_ns, pin.header, extras)
     if checkpoint is None:

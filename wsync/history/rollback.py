@@ -15,7 +15,7 @@ from typing import Any
 
 from ..checkpoints.files.parts import led_to, place_at
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
-from ..places.identity import changed, is_same
+from ..places.identity import changed_since, is_same
 from ..places.newest import Select
 from ..segment.publication import Publication, Version
 from ..segment.publishing import publish, publish_again
@@ -118,7 +118,7 @@ def _again(segment: WritableSegment, last: int, event: Event, state: State) -> P
             spec = (live.spec if live else "") or segment.spec
             owner = (live.owner, live.place) if live else ("", "")
             return publish(segment, checkpoint, fit=fit, spec=spec, last_version=last, origin=owner)
-    mixed = fit_from_json(event.settings).kept
+    mixed = fit_from_json(event.settings).mixture
     origin = f"came from {event.checkpoint or 'memory'}, which {gone_or_changed(state, event.checkpoint)}"
     why = IN_NO_FILE if mixed else origin
     raise NoCheckpoint(f"version {event.version} of {state.name!r} {why}, and {NO_COPY}. {_choices(state)}")
@@ -181,7 +181,7 @@ def pin_checkpoint(
                 about = {**live.which(), "checkpoint": path}
             else:
                 as_before = state.changed_ns(opened.identity) in (0, opened.changed_ns)
-                identity = opened.identity if as_before else changed(opened.changed_ns, opened.identity)
+                identity = opened.identity if as_before else changed_since(opened.changed_ns, opened.identity)
                 about = {"step": opened.step, "checkpoint": path, "identity": identity}
             pin = Pin(**about, since=time.time(), reason="by hand", header=opened.header)
     state.set_pin(pin)

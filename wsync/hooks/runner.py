@@ -38,14 +38,14 @@ _log = logging.getLogger("wsync")
 _LOOK = 0.25  # seconds after which a wait checks again: a signal in another thread does not end it
 
 
-class News(NamedTuple):
+class Published(NamedTuple):
     """What hooks are told of: a version that went live, and the files that came with it."""
 
     live: Publication
     extras: Extras = Extras()
 
 
-Act = Callable[[News, threading.Event], None]
+Act = Callable[[Published, threading.Event], None]
 Told = Callable[[str, bool, str], None]
 
 
@@ -68,12 +68,12 @@ class Hook:
         self.kind, self.runs, self.failures = kind, 0, 0
         self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
         self._changed = threading.Condition()
-        self._waiting: News | None = None
+        self._waiting: Published | None = None
         self._closing = False
         self._cancel, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
-    def send(self, news: News) -> None:
+    def send(self, news: Published) -> None:
         """Puts a version into the mailbox, and drops one that still waits there."""
         with self._changed:
             self._waiting = news
@@ -98,7 +98,7 @@ class Hook:
             self._ended.wait(2 * command.GRACE + 1)
 
     def _work(self) -> None:
-        failed: News | None = None  # to be tried again
+        failed: Published | None = None  # to be tried again
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing, self._backoff if failed else None)
@@ -108,7 +108,7 @@ class Hook:
             failed = None if self._run(news) else news
         self._ended.set()
 
-    def _run(self, news: News) -> bool:
+    def _run(self, news: Published) -> bool:
         self.runs += 1
         version = news.live.version
         ok, message = True, f"{self.kind} succeeded for version {version}"
@@ -150,7 +150,7 @@ class HookRunner:
     def send(self, live: Publication, extras: Extras) -> None:
         """Passes a version to each hook; returns at once."""
         for hook in self.hooks.values():
-            hook.send(News(live, extras))
+            hook.send(Published(live, extras))
 
     def close(self, *, now: bool = False) -> None:
         """Waits until all that runs or waits has had its time.
@@ -164,7 +164,7 @@ class HookRunner:
             hook.join()
 
 
-def run_command(spec: Spec, places: tuple[Path, Path | None], news: News, cancel: threading.Event) -> None:
+def run_command(spec: Spec, places: tuple[Path, Path | None], news: Published, cancel: threading.Event) -> None:
     """Runs ``exec`` once.
 
     Args:
@@ -189,7 +189,7 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], news: News, cancel
         raise WsyncError(f"the command {spec.hooks.exec!r} {why}{what_now}.")
 
 
-def request(spec: Spec, news: News) -> None:
+def request(spec: Spec, news: Published) -> None:
     """Makes the webhook's request once; of extras it tells the names.
 
     The timeout is for the whole request: a server that sends a byte now and then must not delay a newer version.

@@ -111,7 +111,7 @@ def check(
                 "Nothing was written; convert it first."
             )
         check_copy(dotted(path), target, source)
-        if finite and not _is_finite(source, target.dtype) and not same_infinities(source, target):
+        if finite and not _is_finite(source, target.dtype) and not has_no_other_infinities(source, target):
             raise ValueError(f"{dotted(path)!r} holds NaN or infinity. Nothing was written; see what the trainer did.")
     if strict and targets.keys() - sources.keys():
         given = {_where(targets[path]) for path in sources}
@@ -184,7 +184,7 @@ def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     return True
 
 
-def same_infinities(source: torch.Tensor, own: torch.Tensor) -> bool:
+def has_no_other_infinities(source: torch.Tensor, own: torch.Tensor) -> bool:
     """Whether a source is finite, also in the policy's dtype, wherever the policy's own does not have its infinity."""
     if source.shape != own.shape:
         return False

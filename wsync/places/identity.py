@@ -36,7 +36,7 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
         is_same = (isinstance(stamp, str) or stamp.st_mtime_ns == written) and candidate.identity == plain
         later = max(candidate.arrived_ns, candidate.changed_ns)
         if is_same and 0 < live.changed_ns < later and not remote(candidate.path):
-            return candidate._replace(stamp=changed(later, plain))
+            return candidate._replace(stamp=changed_since(later, plain))
         if is_same or (str(candidate.location) == where and _is_renumbered(candidate, live)):
             return candidate._replace(stamp=live.identity)
         return candidate
@@ -55,7 +55,7 @@ def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
     """The identity of an opened checkpoint: the candidate's if they differ only in inode or change time."""
     plain = _plain(candidate.identity)
     if "@" in candidate.identity and _without_inodes(plain) == _without_inodes(checkpoint.identity):
-        return changed(checkpoint.changed_ns, plain)
+        return changed_since(checkpoint.changed_ns, plain)
     return checkpoint.identity
 
 
@@ -69,7 +69,7 @@ def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int, header: str 
     plain = _plain(identity)
     if checkpoint.identity == plain:
         now = checkpoint.changed_ns
-        return identity == changed(now, plain) or (identity == plain and changed_ns in (0, now))
+        return identity == changed_since(now, plain) or (identity == plain and changed_ns in (0, now))
     same = _without_inodes(checkpoint.identity) == _without_inodes(plain)
     same = same and header in ("", checkpoint.header)
     return same and not remote(checkpoint.path) and inodes_change(str(checkpoint.path))
@@ -104,7 +104,7 @@ def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
     )
 
 
-def changed(changed_ns: int, plain: str) -> str:
+def changed_since(changed_ns: int, plain: str) -> str:
     """The identity of files that were changed after they were published, with their times put back."""
     return f"{changed_ns}@{plain}"
 
@@ -118,7 +118,7 @@ def _by_path(candidate: Candidate) -> str:
     """Its identity with the path in place of inodes, and with the change time."""
     fields = candidate.identity.split("-")
     fields[-3] = f"{zlib.crc32(os.fsencode(candidate.location)):08x}"
-    return changed(candidate.arrived_ns, "-".join(fields))
+    return changed_since(candidate.arrived_ns, "-".join(fields))
 
 
 def _without_inodes(plain: str) -> str:

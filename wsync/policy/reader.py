@@ -47,7 +47,7 @@ Mode = Literal["auto", "swap", "copy"]
 
 _WORD = WORD_OFFSET // 8
 _clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # seconds; it never jumps, and goes on in a suspended machine
-_WAITS = (
+WAITS = (
     "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
     "a flag, and wait where the program reads the flag."
 )
@@ -137,7 +137,7 @@ class Reader(ABC):
         """
         deadline = deadline_of(timeout)
         if self._is_at_work():
-            raise UsageError(_WAITS.format(self.name))
+            raise UsageError(WAITS.format(self.name))
         while True:
             with self._lock:
                 self._check_open()
@@ -168,7 +168,7 @@ class Reader(ABC):
                 self._give_own()
             finally:
                 self._registration.close()
-                self._words = _CLOSED
+                self._words = CLOSED
                 self._segment.close()
 
     @property
@@ -365,7 +365,7 @@ def deadline_of(timeout: float | None) -> float | None:
     raise UsageError(f"timeout={timeout!r} is not a number of seconds. Give one, or None to wait for ever.")
 
 
-_CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")
+CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")
 _readers: weakref.WeakSet[Reader] = weakref.WeakSet()
 
 

@@ -68,7 +68,7 @@ class Source(Protocol):
     def changed_ns(self) -> int: ...
 
     @property
-    def kept(self) -> bool: ...
+    def mixed(self) -> bool: ...  # whether missing tensors keep their live values
 
     @property
     def fitted(self) -> Fit | None: ...
@@ -192,14 +192,14 @@ def publish_tensors(
     """
     import torch
 
-    from ..layout.weights import check, copy, same_infinities
+    from ..layout.weights import check, copy, has_no_other_infinities
 
     layout, travelling = segment.layout, checked(extras)
     version, step = _next_version(segment, last_version), _whole(step)
     homes = seen_through(tensors, {name for entry in layout.tensors for name in entry.names})
     tensors = {homes.get(name, name): tensor for name, tensor in tensors.items()}
     sources = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
-    kept = _kept(segment, tensors, strict)
+    live = _live_values(segment, tensors, strict)
     with segment.spare_slot() as slot:
         staged = views(layout, torch.frombuffer(slot.memory, dtype=torch.uint8).untyped_storage(), slot.data_offset)
         targets = {
@@ -212,14 +212,14 @@ def publish_tensors(
             eight = torch.float8_e4m3fn
             cast = {path: s for path, s in sources.items() if targets[path].dtype == eight != s.dtype}
             check(targets, cast, finite=True)
-        if kept is not None:
-            slot.weights[:] = kept
+        if live is not None:
+            slot.weights[:] = live
         copy(targets, sources)  # P4 stage
         wrong = not_finite(slot.weights, layout) if finite else []  # P5 verify
         for name in wrong:
             own, source = infinities.get(name), tensors.get(name)
             dtype = targets[tuple(name.split("."))].dtype
-            if own is not None and source is not None and same_infinities(source, own.to(dtype)):
+            if own is not None and source is not None and has_no_other_infinities(source, own.to(dtype)):
                 continue
             raise ValueError(f"{name!r} holds NaN or infinity. Nothing was published; see what the trainer did.")
         publication = _describe(segment, slot, Publication(version=version, step=step, spec=spec), gate, travelling)
@@ -227,7 +227,7 @@ def publish_tensors(
     return publication
 
 
-def _kept(segment: WritableSegment, tensors: Collection[str], strict: bool) -> memoryview | None:
+def _live_values(segment: WritableSegment, tensors: Collection[str], strict: bool) -> memoryview | None:
     """The live weights, whose values missing tensors keep; None if no tensor is missing.
 
     Raises:
@@ -236,13 +236,13 @@ def _kept(segment: WritableSegment, tensors: Collection[str], strict: bool) -> m
     missing = [entry.name for entry in segment.layout.tensors if not any(name in tensors for name in entry.names)]
     if not missing:
         return None
-    kept = None if strict else segment.live_weights()
-    if kept is None:
+    live = None if strict else segment.live_weights()
+    if live is None:
         why = (
             "Give all of them, or set strict=False" if strict else "There are no live values to keep: give all of them"
         )
         raise KeyError(f"{len(missing)} tensors are missing: {', '.join(missing[:5])}. {why}.")
-    return kept
+    return live
 
 
 def _next_version(segment: WritableSegment, last_version: int) -> int:

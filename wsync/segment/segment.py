@@ -77,7 +77,7 @@ from .segment_files import (
     extras_damage,
     extras_name,
     map_control,
-    read_extras,
+    read_extras_file,
     slot_name,
 )
 from .word_and_lease import ControlPage, Lease, SlotMemory
@@ -239,7 +239,7 @@ class Segment:
             return Extras()
         with self._open_file(extras_name(slot), os.O_RDONLY) as file:
             try:
-                return read_extras(file.fileno(), publication.extras)
+                return read_extras_file(file.fileno(), publication.extras)
             except ValueError as exc:
                 raise damaged(self.name, f"has a {extras_name(slot)} that {exc}") from exc
 

@@ -123,7 +123,7 @@ def remove_extras(directory: int, slot: int) -> None:
         os.unlink(extras_name(slot), dir_fd=directory)
 
 
-def read_extras(fd: int, size: int) -> Extras:
+def read_extras_file(fd: int, size: int) -> Extras:
     """What an open file beside a slot holds.
 
     Raises:

@@ -173,13 +173,13 @@ class Service:
             if new.fingerprint != self.spec.fingerprint:
                 layout_process.layout_of_spec(new)  # a policy that cannot be built must not end a watch that works
             standing = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
-            late = changed(new.metrics, standing, "metrics.")
+            late = differing(new.metrics, standing, "metrics.")
             new = replace(new, metrics=standing)
             syncer = self._syncer(new)
         except WsyncError as exc:
             log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
         else:
-            differ = ", ".join(changed(self.spec, new))
+            differ = ", ".join(differing(self.spec, new))
             self._close()
             self._use(syncer)
             self.spec = new
@@ -214,13 +214,13 @@ class Service:
         (self._fleet or self.syncer).close()
 
 
-def changed(old: Any, new: Any, table: str = "") -> list[str]:
+def differing(old: Any, new: Any, table: str = "") -> list[str]:
     """The names of the settings that differ; not their values, which may be secret."""
     names = []
     for field in fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if is_dataclass(before):
-            names += changed(before, after, f"{field.name}.")
+            names += differing(before, after, f"{field.name}.")
         elif before != after:
             names.append(table + field.name)
     return names

@@ -64,8 +64,8 @@ class Metrics:
             raise SpecError(f"metrics.max_staleness = {self.max_staleness} is not a valid time. Give seconds above 0.")
 
 
-_TABLES = {"select": Select, "extras": ExtraFiles, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
-_INTERNAL = ("partial", "kept", "built", "extras", "listed")  # fields of a table that are no settings
+TABLES = {"select": Select, "extras": ExtraFiles, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
+INTERNAL = ("partial", "mixture", "built", "extras", "listed")  # fields of a table that are no settings
 _KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's type
     "str": str,
     "Literal": str,
@@ -84,7 +84,7 @@ _WORDS: dict[Any, str] = {
     list: "a list",
     dict: "a table",
 }
-_KEYS: dict[str, Any] = {
+KEYS: dict[str, Any] = {
     "policy": str,
     "policy_kwargs": dict,
     "name": str,
@@ -97,8 +97,8 @@ _KEYS: dict[str, Any] = {
     "mode": str,
     "group": (str, int),
 } | {
-    table: {f.name: _KINDS[re.split(r"\W", str(f.type))[0]] for f in fields(settings) if f.name not in _INTERNAL}
-    for table, settings in _TABLES.items()
+    table: {f.name: _KINDS[re.split(r"\W", str(f.type))[0]] for f in fields(settings) if f.name not in INTERNAL}
+    for table, settings in TABLES.items()
 }
 
 
@@ -230,14 +230,14 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
     def beside(file: str) -> str:
         return file if not file or "://" in file else str(directory / file)
 
-    tables: dict[str, dict[str, Any]] = {table: data.get(table, {}) for table in _TABLES}
+    tables: dict[str, dict[str, Any]] = {table: data.get(table, {}) for table in TABLES}
     for table, key in (("weights", "base"), ("metrics", "file")):
         if key in tables[table]:
             tables[table][key] = beside(tables[table][key])
     found = checkpoints or beside(data.get("checkpoints", ""))
     place, watch = place_at(found) if found else None, data.get("watch", {})
     made: dict[str, Any] = {
-        table: _TABLES[table](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        table: TABLES[table](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         for table, settings in tables.items()
     }
     made["select"] = replace(made["select"], extras=made.pop("extras"))
@@ -268,7 +268,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path} cannot be read ({exc.strerror}). Name a TOML file, or package.module:attr.") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise SpecError(f"{path} is not TOML: {exc}. Correct it.") from exc
-    _check_keys(data, _KEYS, path, "")
+    _check_keys(data, KEYS, path, "")
     if "policy" not in data:
         raise SpecError(f'{path} does not say which policy. Add policy = "package.module:attr".')
     for key in ("name", "checkpoints"):

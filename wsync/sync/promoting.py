@@ -92,7 +92,7 @@ class _Live:
         with suppress(StateError):
             if found := state.published("version = ? AND identity = ?", (live.version, self.identity), 1):
                 self.fitted = fit_from_json(found[0].settings)
-        self.kept = self.fitted is None or self.fitted.kept > 0
+        self.mixed = self.fitted is None or self.fitted.mixture > 0
 
 
 def promote(

@@ -117,7 +117,7 @@ class Box:
             self.claim.take_over = False
             self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
-            fit = replace(fit, kept=publication.version) if source.kept else fit
+            fit = replace(fit, mixture=publication.version) if source.mixed else fit
             return self._tell(this, segment, publication, fit, source.extras, reason)
 
     def _tell(

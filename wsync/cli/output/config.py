@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import UsageError, printable
-from ...settings.spec import _TABLES as TABLES
-from ...settings.spec import Spec
+from ...settings.spec import INTERNAL, TABLES, Spec
 from ...system.access import Access
-from ..options import _HELP as HELP
+from ..options import HELP
 from ..terminal import plain_table, stdout_console
 
 _OWN_TABLE = {"poll": "watch", "max_failures": "watch"}
@@ -62,7 +61,7 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
             if name == "webhook" and value:
                 value = "(set; may hold a secret)"
             option = f"metrics_{name}" if table == "metrics" and name != "max_staleness" else name
-            if name not in ("partial", "kept", "built", "extras", "listed"):
+            if name not in INTERNAL:
                 add(f"{table}.{name}", value, toml.get(table, {}), option)
     return rows
 

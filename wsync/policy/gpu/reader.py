@@ -17,7 +17,7 @@ from ...errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ...segment.publication import Publication
 from ...segment.segment import Segment
 from ...segment.word_and_lease import Lease
-from ..reader import _CLOSED, _WAITS, Reader, Way, deadline_of
+from ..reader import CLOSED, WAITS, Reader, Way, deadline_of
 from ..reader_options import Terms
 from ..tensors import Attached
 from .transfer import DeviceWeights
@@ -44,7 +44,7 @@ class DeviceReader(Reader):
         """Waits as a reader on the CPU does; if a version is under way, until it has arrived."""
         deadline = deadline_of(timeout)
         if self._is_at_work():
-            raise UsageError(_WAITS.format(self.name))
+            raise UsageError(WAITS.format(self.name))
         while True:
             with self._lock:
                 self._check_open()
@@ -153,7 +153,7 @@ class DeviceReader(Reader):
             if self._sent is not None:
                 self._sent[0].release()  # only this process's part of it
                 self._sent = None
-            self._words = _CLOSED
+            self._words = CLOSED
 
     def __del__(self) -> None:
         weights = getattr(self, "_weights", None)
