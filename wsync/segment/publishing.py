@@ -44,11 +44,13 @@ class Staged(Version):
         path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
         name: of the segment.
         version: the number that they get if they go live.
+        checkpoint: empty for weights from memory.
         extras: the files that go live with them, by their names.
     """
 
     path: Path
     name: str
+    checkpoint: str = ""
     extras: Mapping[str, bytes]
 
 
@@ -287,7 +289,8 @@ def _describe(
     slot.describe(publication)
     if gate:
         file = segment.path / slot_name(slot.number)
-        staged = Staged(path=file, name=segment.name, extras=extras.files, **publication.which())
+        about = {**publication.which(), "checkpoint": publication.checkpoint or ""}
+        staged = Staged(path=file, name=segment.name, extras=extras.files, **about)
         try:
             try:
                 gate(staged)
