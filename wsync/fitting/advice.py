@@ -1,4 +1,4 @@
-"""Finds the setting that would make a checkpoint fit. It tries each setting, so that the advice is true.
+"""Finds the setting that would make a checkpoint fit. Each is tried before it is advised, so that the advice is true.
 
 Trials go from small changes to large ones: cast, remove a prefix, add the policy's own wrapper, exclude other tensors,
 or several of these. Renames are guessed from tensors of equal shape whose names end alike.
@@ -33,10 +33,10 @@ _WRAPPERS = (
 """Prefixes of a policy's names, besides those that ``match`` ignores."""
 _CONSTANTS = ("inv_freq", "original_inv_freq")
 _WHOLE = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
-_EXPERT = re.compile(r"experts\.\d+\.")  # one expert; a module may hold them fused
+_EXPERT = re.compile(r"experts\.\d+\.")  # a tensor of one expert; a policy may hold all experts in one tensor
 _PREFIXES = 16  # most prefixes tried
 _GLOBS = 32  # most globs advised
-_RENAMES = 5  # together
+_RENAMES = 5  # most renames that are tried together
 _LOOKED_AT = 2000  # most tensors compared
 
 HOPELESS = "It stays refused until it changes: "
@@ -49,7 +49,7 @@ Change = dict[str, Any]
 def advice(tensors: Tensors, layout: Layout, settings: Fit, most: int = 5_000_000) -> str:
     """The settings that would make all tensors fit, as TOML and as options; or what else to do.
 
-    Looks at no more than ``most`` tensors in all trials together: a hostile header has a million.
+    All trials together look at some ``most`` tensors, because a hostile header may have many.
     """
     trials = islice(_changes(tensors, layout, settings), 3 + most // max(len(tensors), 1))
     for told in (_tried(tensors, layout, settings, change) for change in trials):
@@ -74,7 +74,7 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit, most: int = 5_000_00
 
 
 def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> str:
-    """The advice for a change; empty unless it makes all fit."""
+    """The advice to make this change; empty unless all tensors fit with it."""
     found = _match(tensors, layout, settings, change)
     absent = {row.name for row in found.rows if row.found == "absent"}
     if absent and all(_is_rarely_saved(entry) for entry in layout.tensors if entry.name in absent):
@@ -98,12 +98,12 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
 
 
 def _are_as_many(tensors: Tensors, layout: Layout) -> bool:
-    """Whether a checkpoint holds as many numbers as the policy: it may be the same weights, named and cut otherwise."""
+    """Whether a checkpoint has as many elements as the policy: it may be the same weights in other shapes."""
     return sum(prod(t.shape) for t in tensors.values()) == sum(prod(entry.shape) for entry in layout.tensors)
 
 
 def _is_rarely_saved(entry: TensorEntry) -> bool:
-    """Whether a tensor is a counter or a constant, which some trainers leave out: never a weight that is trained."""
+    """Whether a tensor is a counter or a constant, which some trainers do not save, and never a trained weight."""
     return entry.dtype in _WHOLE or entry.name.rpartition(".")[2] in _CONSTANTS
 
 
@@ -112,7 +112,7 @@ def _match(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> M
 
 
 def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change]:
-    """Changes to try, the smallest first."""
+    """Yields changes to try, the smallest first."""
     yield {}
     renamed = bool(settings.rename) or any(bare(name) != name for name in tensors)
     for wrapper in ("", *_wrappers_of(layout)):
@@ -126,11 +126,11 @@ def _changes(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[Change
 
 
 def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, renamed: bool) -> Iterable[str]:
-    """Prefixes other than the one that is set, the shortest first, with which all names may be there.
+    """Prefixes to try, the shortest first: those with which the checkpoint may have all of the policy's names.
 
     Args:
-        wrapper: what is put before the names once the prefix is off.
-        renamed: whether names are changed besides; then only known wrappers and the names' first parts are tried.
+        wrapper: what is put in front of a name after its prefix is removed.
+        renamed: whether names change in other ways, too; then only known wrappers and first parts of names are tried.
     """
     trained = [entry for entry in layout.tensors if not _is_rarely_saved(entry)] or layout.tensors
     wanted = [[n.removeprefix(wrapper) for n in entry.names] for entry in trained]
@@ -144,7 +144,7 @@ def _prefixes(tensors: Tensors, layout: Layout, settings: Fit, wrapper: str, ren
 
 
 def _wrappers_of(layout: Layout) -> list[str]:
-    """Prefixes of all names of the policy, the shortest first."""
+    """Up to four prefixes that all names of the policy share, the shortest first."""
     names = [name for entry in layout.tensors for name in entry.names]
     first, last = min(names), max(names)
     ends = [at + 1 for at, letter in enumerate(first) if letter == "." and first[: at + 1] == last[: at + 1]]
@@ -152,7 +152,7 @@ def _wrappers_of(layout: Layout) -> list[str]:
 
 
 def _left_out(unknown: list[str], layout: Layout, settings: Fit) -> Change:
-    """Globs that exclude these names and none of the policy's; or that include only the policy's."""
+    """Globs that exclude these names and none of the policy's; if they are too many, globs to include the policy's."""
     known = {name for entry in layout.tensors for name in entry.names}
     stems = {"", *(stem for name in known for stem in _stems(bare(name)))}
     globs = dict.fromkeys(settings.exclude)
@@ -169,7 +169,7 @@ def _left_out(unknown: list[str], layout: Layout, settings: Fit) -> Change:
 
 
 def _stems(name: str) -> Iterator[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    """Yields ``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
     at = name.find(".")
     while at >= 0:
         yield name[:at]
@@ -178,14 +178,14 @@ def _stems(name: str) -> Iterator[str]:
 
 
 def _toml(value: object) -> str:
-    """A setting as TOML; a JSON string is a TOML string, too."""
+    """Writes a setting as TOML, which takes JSON's strings, lists and booleans as they are."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(old)} = {json.dumps(new)}" for old, new in value.items()) + " }"
     return json.dumps(value)
 
 
 def _options(change: Change) -> str:
-    """A change as options; empty if options cannot express it."""
+    """Writes a change as command-line options; empty if options cannot express it."""
     words = []
     for name, value in change.items():
         if isinstance(value, dict):
@@ -202,7 +202,7 @@ def _options(change: Change) -> str:
 
 
 def _guesses(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[dict[str, str]]:
-    """Sets of renames to try, in every order, since one rename may have to come before another."""
+    """Yields sets of renames to try, in every order, because one rename may have to come before another."""
     named = {name: tensor for stored, tensor in tensors.items() if (name := settings.name(stored)) is not None}
     known = {name for entry in layout.tensors for name in entry.names}
     unknown: dict[tuple[str, tuple[int, ...]], list[list[str]]] = {}
@@ -221,7 +221,7 @@ def _guesses(tensors: Tensors, layout: Layout, settings: Fit) -> Iterator[dict[s
 
 
 def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list[list[str]]]) -> tuple[str, str] | None:
-    """The rename from the stored name whose end is most like the policy's name; None unless one is closest."""
+    """A rename to the policy's name from the stored name whose end is most like it; None unless one is closest."""
     wanted = entry.name.split(".")
     alike = unknown.get((wanted[-1], entry.shape), [])[:_LOOKED_AT]
     scored = sorted(
@@ -233,13 +233,13 @@ def _rule(entry: TensorEntry, unknown: Mapping[tuple[str, tuple[int, ...]], list
     begins = min(_common(wanted, given), len(wanted) - ends, len(given) - ends)
     before, old, new = given[:begins], given[begins : len(given) - ends], wanted[begins : len(wanted) - ends]
     after = given[len(given) - ends]
-    if any(part.isdigit() for part in before):  # inside one of many numbered layers
+    if any(part.isdigit() for part in before):  # in a numbered layer: the rule must hold for all of them
         if not old:
             old, new = [after], [*new, after]
         return rf"/\.{re.escape('.'.join(old))}\./", ".".join(["", *new, ""])
     if not before and not old:
         old, new = [after], [*new, after]
-    if len(old) == len(given):  # no part of the name is left behind it
+    if len(old) == len(given):  # the whole name is replaced
         return f"/^{re.escape('.'.join(old))}$/", ".".join(new)
     return rf"/^{re.escape('.'.join([*before, *old]))}\./", "".join(f"{part}." for part in [*before, *new])
 

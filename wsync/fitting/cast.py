@@ -1,8 +1,8 @@
 """Converts floats and integers between dtypes with numpy, so that a publisher that casts need not import torch.
 
-Rounds to nearest, ties to even, as torch does. What the target cannot hold becomes an infinity, which the finite check
+Rounds to nearest, ties to even, as torch does. A number that is too large becomes an infinity, which the finite check
 finds. Only the eight-bit floats are left to torch, because ml_dtypes treats overflow in them differently. ``F8_E4M3``
-has no infinity: numbers that are too large become its largest, as in torch, and infinities become NaN.
+has no infinity: infinities and numbers beyond ±464 become NaN, where torch gives its largest number, 448.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..layout.layout import DTYPE_BITS, TORCH_DTYPES, TensorEntry
 from .header import StoredTensor
 
 Pair = tuple[StoredTensor, TensorEntry]
-"""A stored tensor and its layout entry."""
+"""A stored tensor and the layout entry that it becomes."""
 _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8"}
 _INTEGERS = {"U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "I32": "i4", "U32": "u4", "I64": "i8", "U64": "u8"}
 
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
     Attributes:
         file: number of the checkpoint's file.
         start: first byte in the file.
-        nbytes: size in the file.
+        nbytes: size in the file, in bytes.
         source: dtype in the file.
         target: dtype in the weights.
         offset: first byte in the weights.
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
-    """Yields these tensors in pieces of at most ``most`` bytes, a multiple of eight; joins neighbours."""
+    """Cuts these tensors into pieces of at most ``most`` bytes, a multiple of eight; joins neighbours first."""
     rows: list[Piece] = []
     for stored, entry in pairs:
         new = Piece(stored.file, stored.start, stored.nbytes, stored.dtype, entry.dtype, entry.offset)
@@ -58,23 +58,21 @@ def pieces(pairs: Iterable[Pair], most: int) -> Iterator[Piece]:
 
 
 def _continues(row: Piece, new: Piece) -> bool:
-    stands, goes = row.start + row.nbytes, row.offset + row.becomes
-    return new == Piece(row.file, stands, new.nbytes, row.source, row.target, goes)
+    start, offset = row.start + row.nbytes, row.offset + row.becomes
+    return new == Piece(row.file, start, new.nbytes, row.source, row.target, offset)
 
 
 def split(row: Piece, most: int) -> Iterator[Piece]:
-    """A piece in pieces of at most so many bytes."""
+    """Cuts a piece into pieces of at most ``most`` bytes."""
     for at in range(0, row.nbytes, most):
         before, nbytes = row._replace(nbytes=at), min(most, row.nbytes - at)
         yield row._replace(start=row.start + at, nbytes=nbytes, offset=row.offset + before.becomes)
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
-    """Converts numbers of dtype ``source`` to dtype ``target``, into ``out`` if it is given.
+    """Converts elements of dtype ``source`` to dtype ``target``; returns ``out``, or new memory without it.
 
-    Integers must keep their values.
-
-    One call without the interpreter's lock does it, so that two threads convert twice as fast as one.
+    The work is one call that releases the interpreter's lock, so that two threads convert twice as fast as one.
 
     Raises:
         OverflowError: an integer is beyond the target's range.

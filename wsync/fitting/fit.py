@@ -13,7 +13,7 @@ from ..layout.layout import TensorEntry
 from ..layout.names import bare, matching
 
 Built = Callable[[Iterable[str]], Mapping[str, bytes]]
-"""Gives the bytes of these tensors of the policy, as they are when it is built."""
+"""Returns, by name, the bytes that these tensors of the policy have when it is built."""
 INTEGERS = {"U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 FLOATS = {"F16", "BF16", "F32", "F64", "F8_E5M2", "F8_E4M3"}
 
@@ -23,21 +23,20 @@ class Fit:
     """What is taken from a checkpoint, and how: the settings of ``[weights]``.
 
     Attributes:
-        prefix: only names that begin with it are taken; it is cut off.
-        rename: old name to new, after the prefix is gone: exact, or a regular expression where the old one is written
-            between slashes; its groups are ``\\1`` … in the new one.
+        prefix: only names that begin with it are taken; it is removed from them.
+        rename: old names to new ones, applied after the prefix is removed. An old name is exact, or a regular
+            expression between slashes, with its groups as ``\\1`` … in the new name.
         include: only names that match one of these globs are taken; empty takes all.
-        exclude: names that match one of these globs are not.
-        own: globs of the policy's tensors that each process keeps for itself; no segment or checkpoint needs them.
-        cast: floats of another float dtype are converted to the policy's, and integers of another width whose values it
-            can hold.
-        strict: a checkpoint must have every tensor of the policy and no other; else missing ones keep their live
-            values, and unknown ones are ignored.
-        finite: refuses NaN and infinity, except an infinity that the policy has when it is built.
+        exclude: names that match one of these globs are left out.
+        own: globs of tensors that each process of the policy keeps for itself; no segment or checkpoint needs them.
+        cast: whether floats may become the policy's float dtype, and integers its integer dtype if their values fit.
+        strict: whether a checkpoint must have every tensor of the policy and no other; if not, missing ones keep their
+            live values, and unknown ones are ignored.
+        finite: whether NaN and infinity are refused, except an infinity that the policy has when it is built.
         finite_except: globs of tensors that may hold infinities, never NaN.
         missing: ``"policy"`` gives missing tensors the values that the policy has when it is built.
-        extra_state: ``"ignore"`` takes a policy whose ``state_dict()`` holds what no segment can; else it is refused.
-        base: checkpoint that a PEFT adapter is merged into, where the policy has the base's names, not the adapter's.
+        extra_state: ``"ignore"`` accepts a policy whose ``state_dict()`` holds what a segment cannot; ``"refuse"`` not.
+        base: path or URL of the checkpoint that a PEFT adapter is merged into; needed if the policy has no adapter.
     """
 
     prefix: str = ""
@@ -52,8 +51,8 @@ class Fit:
     missing: str = ""
     base: str = ""
     extra_state: str = "refuse"
-    partial: bool = True  # whether there are live values to keep; known to the publisher alone
-    mixture: int = field(default=0, repr=False)  # the version that has live values, too, and is in no file; on record
+    partial: bool = True  # whether there are live values to keep; only the publisher knows
+    mixture: int = field(default=0, repr=False)  # for the history: the version that kept live values, which no file has
     built: Built | None = field(default=None, repr=False, compare=False)  # asks the policy itself
 
     def __post_init__(self) -> None:
@@ -72,7 +71,7 @@ class Fit:
                 ) from exc
 
     def name(self, stored: str) -> str | None:
-        """What a checkpoint's tensor is called in the policy; None if it is not taken."""
+        """The name in the policy of a checkpoint's tensor; None if it is not taken."""
         if not stored.startswith(self.prefix):
             return None
         name = stored[len(self.prefix) :]
@@ -83,7 +82,7 @@ class Fit:
         return None if matching([name], self.exclude) or matching([name, bare(name)], self.own) else name
 
     def takes(self, stored: str, wanted: str) -> bool:
-        """Whether a tensor of one dtype can become one of another."""
+        """Whether a tensor of dtype ``stored`` may become one of dtype ``wanted``."""
         castable = {stored, wanted} <= FLOATS or {stored, wanted} <= INTEGERS
         return stored == wanted or (self.cast and castable)
 

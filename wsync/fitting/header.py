@@ -1,8 +1,8 @@
-"""The header of one safetensors file, checked against the file's real size before anything uses it.
+"""Reads the header of one safetensors file, and checks it against the file's real size before anything uses it.
 
-Whatever the official reader refuses is refused here, each with its reason
+Everything that the official reader refuses is refused here as well, with a reason
 (https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``), and so is a duplicate key. Pickles and
-files of ``torch.save`` are recognised by their first bytes and never opened: loading one can run any code.
+files of ``torch.save`` are recognised by their first bytes and never loaded, because loading one can run any code.
 
 The headers of one run's checkpoints differ only in their metadata, so the last tables are cached by their text: a
 header of 2,000 tensors takes 8 ms to parse and 0.3 ms to recognise.
@@ -23,24 +23,24 @@ from ..layout.filenames import MAX_TENSORS
 from ..layout.layout import DTYPE_BITS, describe
 
 MAX_HEADER = 100_000_000  # bytes; the official reader's bound
-# More than a policy has: the largest mixtures of experts have some 210,000 tensors, numpy takes 64 dimensions, and the
-# longest names have a few hundred letters. A header of the size that the format allows could take a minute to parse.
+# These bounds are beyond any policy: the largest mixtures of experts have some 210,000 tensors, numpy takes 64
+# dimensions, and the longest names have a few hundred letters. Without them, a header could take a minute to parse.
 MAX_RANK = 128
 MAX_NAME = 4096  # characters
 MAX_METADATA = 10_000_000  # characters: configurations and vocabularies are kept there
 _MAX_SIZES = 20 * MAX_TENSORS  # of all shapes and offsets together
-_IN_METADATA = 100_000  # braces in metadata that holds JSON
+_IN_METADATA = 100_000  # most braces in metadata that holds JSON
 _MAX_ENTRY = MAX_NAME + 500  # bytes
 _DEEPEST = 126  # levels of nesting in one entry, as in the official reader
 _FIRST = '{"__metadata__":{'
-_KEPT = 4 << 20  # bytes of a header that is remembered at most
+_KEPT = 4 << 20  # most bytes of a header that is cached
 _PICKLES = range(2, 6)  # protocols of pickles that begin with 0x80
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
 class StoredTensor(NamedTuple):
-    """Where one tensor lies: ``start`` counts bytes from the beginning of the checkpoint's file of that number."""
+    """Where one tensor lies: ``nbytes`` bytes from byte ``start`` of the checkpoint's file with number ``file``."""
 
     name: str
     dtype: str
@@ -53,15 +53,16 @@ class StoredTensor(NamedTuple):
 def read_header(
     read: Callable[[int, int], bytes], size: int, path: Path, number: int = 0
 ) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
-    """The validated tensors and metadata of an open safetensors file of ``size`` bytes; callers must not change them.
+    """Reads the tensors, in the order of their bytes, and the metadata. They are cached: callers must not change them.
 
     Args:
-        read: returns that many bytes of the file from an offset, fewer where it ends.
-        number: of the file in its checkpoint.
+        read: returns as many bytes of the file from an offset, fewer at its end.
+        size: size of the file, in bytes.
+        number: number of the file in its checkpoint.
 
     Raises:
         IncompleteCheckpoint: the file ends before the header says.
-        MalformedCheckpoint: anything that the official reader refuses as well.
+        MalformedCheckpoint: the official reader would refuse it, or it is beyond a bound of this module.
     """
     text = _text(read, size, path)
     begin = 8 + len(text)
@@ -84,7 +85,7 @@ def read_header(
 
 
 def _text(read: Callable[[int, int], bytes], size: int, path: Path) -> bytes:
-    """The JSON of a header, complete and not too large."""
+    """Reads the JSON text of a header; refuses one that is incomplete or too large."""
     head = read(min(1 << 16, size), 0)
     if kind := kind_of(head):
         raise MalformedCheckpoint(
@@ -111,7 +112,7 @@ def _text(read: Callable[[int, int], bytes], size: int, path: Path) -> bytes:
 
 
 def kind_of(head: bytes) -> str:
-    """Names the kind of a file by its first bytes; empty for safetensors and the unknown.
+    """Names a kind of file that holds a pickle, by its first bytes; empty for any other file.
 
     The ninth byte of a safetensors file is the brace that begins its header, whatever the eight of its length are.
     """
@@ -125,7 +126,7 @@ def kind_of(head: bytes) -> str:
 
 
 def _other_format(head: bytes) -> str:
-    """Says what else a file seems to be: compressed, or text such as a git-lfs pointer or a server's error page."""
+    """Says if a file is compressed, or text such as a git-lfs pointer or a server's error page; else empty."""
     if head[8:9] == b"{":
         return ""
     packed = next((name for start, name in _PACKED.items() if head.startswith(start)), "")
@@ -143,7 +144,7 @@ def instead(name: str) -> str:
 
 
 def _too_large(text: bytes) -> str:
-    """Why a header is too large to parse, or empty. Only counts bytes: 0.2 s for 100 MB."""
+    """Says why a header is too large to parse; empty if it is not. Only counts bytes: 0.2 s for 100 MB."""
     tensors, sizes, strings = text.count(b"{"), text.count(b","), text.count(b'"')
     if tensors > MAX_TENSORS + _IN_METADATA:
         return f"has {tensors:,} entries"
@@ -167,10 +168,7 @@ def malformed(path: Path, reason: str) -> MalformedCheckpoint:
 
 
 def _split(text: str) -> tuple[dict[str, str], str]:
-    """Splits metadata from a header where it comes first, as the official writer puts it.
-
-    Returns any other header whole, with no metadata.
-    """
+    """Splits the metadata from a header that begins with it, as the official writer's do; returns any other whole."""
     if text.startswith(_FIRST):
         metadata, end = _JSON.raw_decode(text, len(_FIRST) - 1)
         if end > MAX_METADATA:
@@ -182,7 +180,7 @@ def _split(text: str) -> tuple[dict[str, str], str]:
 
 @functools.lru_cache(maxsize=8)
 def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], dict[str, str] | None]:
-    """The tensors of a header in the order of their bytes, which begin at ``data``; and the metadata that is in it.
+    """Parses a header: its tensors in the order of their bytes, the first at offset ``data``, and its metadata.
 
     Raises:
         ValueError: it is not JSON, or not a header.
@@ -191,7 +189,7 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
     if not isinstance(header, dict):
         raise ValueError("it is not a JSON object")
     if "\\u" in text:
-        json.dumps(header, ensure_ascii=False).encode()  # fails for half a surrogate, which an escape can write
+        json.dumps(header, ensure_ascii=False).encode()  # fails for a lone surrogate, which an escape can write
     metadata = {} if header.get("__metadata__", {}) is None else header.get("__metadata__")
     header.pop("__metadata__", None)
     if metadata is not None and not _are_strings(metadata):
@@ -211,7 +209,7 @@ def _table(text: str, data: int, number: int) -> tuple[dict[str, StoredTensor], 
 
 
 def _stored(name: str, info: object, data: int, number: int) -> StoredTensor:
-    """One entry of a header."""
+    """Validates one entry of a header."""
     if len(name) > MAX_NAME:
         raise ValueError(f"the name {name[:100]!r} … has {len(name):,} characters, over the bound of {MAX_NAME:,}")
     if not isinstance(info, dict) or not info.keys() >= _KEYS:
@@ -259,7 +257,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    """An int for what can be a size: at most 20 digits, and nothing else."""
+    """Returns an int for at most 20 digits, which can be a size; for anything else a float, which cannot."""
     return int(text) if len(text) <= 20 and text.isdecimal() else _float(text)
 
 

@@ -1,10 +1,10 @@
 """Matches a checkpoint's tensors with a policy's layout: which becomes which, and what does not fit.
 
-Where a checkpoint holds experts singly and the policy fused, each is read into its place in the fused tensor.
+If a checkpoint holds experts singly and the policy holds them fused, each is read into its place in the fused tensor.
 transformers 5 writes mixtures of experts in the hub's layout, ``experts.3.gate_proj.weight`` and so on. Its modules
 hold ``experts.gate_up_proj`` of shape (experts, 2 x width, hidden) and ``experts.down_proj`` of (experts, hidden,
 width); see https://github.com/huggingface/transformers, ``conversion_mapping.py``. Each expert is contiguous in them,
-so nothing is computed.
+so its bytes are read as they are.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _PARTS = {
     "up_proj": (("up_proj",),),
     "gate_proj": (("gate_proj",),),
 }
-"""The tensors of one expert, in their order in the fused one."""
+"""For each fused tensor, what one expert's tensors may be called, in the order in which they are fused."""
 _FUSED = re.compile(r"(.*\.)?experts\.(" + "|".join(_PARTS) + r")(\.weight)?")
 
 
 class Match(NamedTuple):
-    """Which tensor of a checkpoint becomes which of a layout, as in a plan; and in ``rows`` what does not fit."""
+    """What a ``Plan`` holds, with what does not fit in ``rows``, and the names that the policy lacks in ``unknown``."""
 
     rows: list[Difference]
     pairs: list[Pair]
@@ -43,13 +43,13 @@ class Match(NamedTuple):
 
 
 def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) -> Match:
-    """Matches a checkpoint's tensors with a layout; ``unknown`` are the renamed tensors that the policy lacks.
+    """Matches a checkpoint's tensors with a layout.
 
-    Ignores what ``torch.compile`` and data parallels put into names, and fuses experts.
+    Ignores what ``torch.compile`` and data-parallel wrappers add to names, and fuses experts.
     """
     taken, rows = _names(tensors, settings)
     found = Match(rows, [], [], [], [], [])
-    whole: set[str] = set()  # fused from several
+    whole: set[str] = set()  # names of fused tensors, which several fill
     wanted = {name for entry in layout.tensors for name in entry.names}
     for name, home in seen_through(taken, wanted).items():
         taken[home] = taken.pop(name)
@@ -85,7 +85,7 @@ def match(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit) ->
 
 
 def _names(tensors: Mapping[str, StoredTensor], settings: Fit) -> tuple[dict[str, StoredTensor], list[Difference]]:
-    """The taken tensors by their names in the policy; and those whose name is already taken."""
+    """The tensors that are taken, by their names in the policy; and those whose name another one has already."""
     taken: dict[str, StoredTensor] = {}
     rows = []
     for stored, tensor in tensors.items():
@@ -103,12 +103,12 @@ def _say(tensor: StoredTensor) -> str:
 
 
 def _fused(entry: TensorEntry, taken: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
-    """The checkpoint's tensors that together make one of the policy's, by name; empty if some are missing.
+    """The experts' tensors that fill a fused tensor, by name; empty if one is missing or does not fit.
 
-    Each becomes a part of the policy's tensor: an entry with the offset and shape of its place.
+    Each is paired with its part of the fused tensor: an entry with the offset and shape of that part.
 
     Args:
-        taken: what comes, by its names in the policy.
+        taken: the checkpoint's tensors by their names in the policy.
     """
     for name in entry.names:
         match = _FUSED.fullmatch(name)
@@ -123,7 +123,7 @@ def _fused(entry: TensorEntry, taken: Mapping[str, StoredTensor], settings: Fit)
 
 
 def _placed(entry: TensorEntry, tensors: Mapping[str, StoredTensor], settings: Fit) -> dict[str, Pair]:
-    """Places the tensors one after another; empty unless their shapes fill the fused one."""
+    """Places the tensors one after another; empty unless they fill the fused one exactly."""
     rows, columns = entry.shape[1:]
     pairs: dict[str, Pair] = {}
     offset = entry.offset

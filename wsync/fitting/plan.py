@@ -1,7 +1,7 @@
-"""The plan of a read: where each tensor's bytes go in the layout.
+"""Plans a read: where each tensor's bytes go in the layout.
 
-A plan is data, and records what is cast, what keeps its live values and what an adapter adds. All tensors that do not
-fit are listed; where one setting would make them fit, the message names it.
+A plan is data, and records what is cast, what keeps its live values and what an adapter adds. If some tensors do not
+fit, the error lists them all, and names the setting that would make them fit if there is one.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .fit import Fit
 from .header import StoredTensor
 from .match import match
 
-_MAX_BUFFERS = 512  # of one preadv; Linux takes 1024
+_MAX_BUFFERS = 512  # most buffers of one preadv; Linux takes 1,024
 
 
 class Reading(NamedTuple):
     """Sizes, in bytes, by which checkpoints are read; tests replace ``READING``.
 
     Attributes:
-        chunk: of one read: few enough calls, and still in the L3 cache for the finite check.
-        buffer: of each thread; it stays in its L2 cache.
-        large: of a file; below this, buffered reads are as fast as any.
-        worth_threads: less is staged before a second thread has begun.
+        chunk: most bytes of one read: few calls, and the bytes are still in the L3 cache for the finite check.
+        buffer: size of each thread's buffer, which stays in its core's L2 cache.
+        large: least that is read of a file past the page cache; for less, reads through it are as fast.
+        worth_threads: least that is read by several threads; less is done before a second one has started.
     """
 
     chunk: int = 8 << 20
@@ -50,7 +50,7 @@ class Read(NamedTuple):
     slices: tuple[tuple[int, int], ...]
 
     def places(self, weights: memoryview) -> list[memoryview]:
-        """The slices themselves."""
+        """The memory of the slices."""
         return [weights[offset : offset + nbytes] for offset, nbytes in self.slices]
 
 
@@ -59,11 +59,13 @@ class Plan:
     """How a checkpoint's bytes reach a layout.
 
     Attributes:
-        pairs: what is read of the checkpoint, and what it becomes.
+        layout: the policy's layout.
+        pairs: the tensors that are read, each with the entry that it becomes.
         twins: further copies of a tied tensor, which must equal the one that is read.
         kept: missing tensors, which keep their live values.
-        built: missing tensors, which get the values of the policy as it is built.
-        merge: what an adapter adds to its base, and what is read of that.
+        built: missing tensors, which get the values that the policy has when it is built.
+        settings: the settings that the plan was made with.
+        merge: for an adapter, what it adds to its base, and the plan of the base.
     """
 
     layout: Layout
@@ -76,17 +78,17 @@ class Plan:
 
     @cached_property
     def reads(self) -> tuple[Read, ...]:
-        """What is read as it is stored, in the order of the files."""
+        """The reads of pairs that need no cast, in the order of the files."""
         return _reads(pair for pair in self.pairs if pair[0].dtype == pair[1].dtype)
 
     @cached_property
     def casts(self) -> tuple[Pair, ...]:
-        """What is converted on the way."""
+        """The pairs that are converted on the way."""
         return tuple(pair for pair in self.pairs if pair[0].dtype != pair[1].dtype)
 
     @property
     def conversions(self) -> tuple[Pair, ...]:
-        """The same with what an adapter's base brings."""
+        """``casts``, and those of an adapter's base."""
         return (*self.merge.conversions, *self.casts) if self.merge else self.casts
 
     def without(self, names: Collection[str]) -> Plan:
@@ -97,11 +99,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is added to one weight: ``scale`` · B A, transposed if the module stores weights so.
+    """What is added to one weight: ``scale`` · B A.
 
     Attributes:
-        weight: what it is added to, as it is stored.
-        of_base: whether that is from the base, not from the adapter.
+        entry: the place of the sum in the weights.
+        a, b: A of shape (r, in) and B of shape (out, r).
+        transposed: whether the weight is stored as (in, out).
+        weight: the stored weight that the delta is added to.
+        of_base: whether ``weight`` is from the base, not from the adapter.
     """
 
     entry: TensorEntry
@@ -115,7 +120,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Merge:
-    """What an adapter adds to its base, which brings all other weights as ``plan`` says."""
+    """What an adapter adds to its base; ``plan`` reads the base's other weights."""
 
     plan: Plan
     deltas: tuple[Delta, ...]
@@ -133,12 +138,11 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
     """Plans how a checkpoint's tensors reach a layout.
 
     Args:
-        path: of the checkpoint, for the message.
+        path: the checkpoint, for messages.
 
     Raises:
-        CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; all of them are listed, with the
-            setting that would make them fit where there is one.
-        PartialCheckpoint: only a part came, as allowed, but the rest has no live values to keep.
+        CheckpointMismatch: a tensor is missing, unknown, or of another dtype or shape; the error lists all of them.
+        PartialCheckpoint: some tensors are missing, as allowed, but there are no live values to keep for them.
     """
     global _last
     if _last and _last[0] is tensors and _last[1] is layout and _last[2] == settings:
@@ -150,8 +154,8 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
         if not settings.strict and not match(tensors, layout, replace(settings, partial=True)).rows:
             raise PartialCheckpoint(
                 f"{path} holds only a part of the policy's weights: {len(rows)} of {len(layout.tensors)} tensors are "
-                "missing, and nothing is live whose values they could keep. Publish a whole checkpoint first, or give "
-                'them the values that they have when the policy is built: missing = "policy" in [weights], or '
+                "missing, and nothing is live, so they have no values to keep. Publish a whole checkpoint first, or "
+                'give them the values that they have when the policy is built: missing = "policy" in [weights], or '
                 "--missing policy.",
                 rows,
             )
@@ -170,7 +174,7 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
 
 
 def _reads(chosen: Iterable[Pair]) -> tuple[Read, ...]:
-    """Reads of at most a chunk that follow the files, each filling as many tensors as lie in it in a row."""
+    """Plans reads of at most a chunk in the order of the files; each fills all tensors that lie in its range."""
     reads: list[Read] = []
     slices: list[tuple[int, int]] = []
     file = start = end = 0
