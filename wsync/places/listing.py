@@ -88,7 +88,7 @@ def scan(
         if own:
             listed = [] if settings.pattern == "*" and not halves else list(entries_of(place))
     except FileNotFoundError as exc:
-        raise NoCheckpoint(f"there is no {place} yet. It is looked at again at the next pass.") from exc
+        raise NoCheckpoint(f"there is no {place} yet. Check the name; a watch looks again at its next pass.") from exc
     except OSError as exc:
         if exc.errno == errno.EACCES:
             raise unreadable(place, exc) from exc
