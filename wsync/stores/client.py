@@ -1,8 +1,8 @@
 """Opens obstore's clients: with time limits, without retries of their own, and with credentials from the usual places.
 
-Requests are signed as the stores' own tools do it, with credentials from the environment: keys, a role of the machine
-or the container, a token file. If the environment has none, and boto3's own files exist, boto3 is asked for profiles
-and single sign-on. Credentials are passed on, and never looked at or printed.
+Credentials come from the environment, as for the stores' own tools: keys, a role of the machine or the container, a
+token file. If the environment has none, and boto3's own files exist, boto3 is asked for profiles and single sign-on.
+Credentials are passed on, and never looked at or printed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Patience:
     """How long a store may take.
 
     Attributes:
-        tries: of one range or listing.
-        pause: seconds after the first try; doubled after each.
-        connect: seconds until a connection stands.
-        quiet: seconds without a byte.
-        request: seconds of one request in all.
+        tries: most tries of one range or listing.
+        pause: seconds to wait after the first failed try; doubled after each.
+        connect: most seconds until a connection is open.
+        quiet: most seconds without a byte.
+        request: most seconds of one request in total.
     """
 
     tries: int = 6
@@ -43,10 +43,10 @@ class Patience:
 
 
 def bucket(scheme: str, name: str, patience: Patience) -> Any:
-    """A client of a bucket or container.
+    """Opens a client of a bucket or container.
 
     Raises:
-        UsageError: the credentials cannot be used.
+        UsageError: the credentials or the endpoint cannot be used.
         obstore.exceptions.BaseError, ValueError: its settings in the environment are wrong.
     """
     from obstore import store
@@ -65,7 +65,7 @@ def bucket(scheme: str, name: str, patience: Patience) -> Any:
 
 
 def web(url: str, authorization: str, patience: Patience) -> Any:
-    """A client of a web server, which sends this header if it is not empty."""
+    """Opens a client of a web server, which sends this ``authorization`` header if it is not empty."""
     from obstore.store import HTTPStore
 
     options = _options(patience, http=True)
@@ -84,7 +84,7 @@ def _endpoint(scheme: str) -> str:
     """The store's address, if the environment sets one for its own tools.
 
     Raises:
-        UsageError: it is not the URL of a server; obstore would panic.
+        UsageError: it is not the URL of a server, which would make obstore panic.
     """
     name = next((name for name in _ENDPOINTS[scheme] if os.environ.get(name)), "")
     if not name:
@@ -102,7 +102,7 @@ def _endpoint(scheme: str) -> str:
 
 
 def _profile() -> dict[str, Any]:
-    """Credentials of a profile, from boto3, if the environment has none."""
+    """S3 credentials that boto3 finds in a profile; empty if the environment has some, or there is no profile."""
     direct = ["ACCESS_KEY_ID", "WEB_IDENTITY_TOKEN_FILE", "SKIP_SIGNATURE"]
     direct += ["CONTAINER_CREDENTIALS_RELATIVE_URI", "CONTAINER_CREDENTIALS_FULL_URI"]
     files = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")]

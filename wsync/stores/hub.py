@@ -1,8 +1,8 @@
 """A repository of the Hugging Face hub: listed at one commit, and read at that commit, whose files never change.
 
-``hf://owner/repo/path``, ``hf://owner/repo@revision/path``, ``hf://datasets/owner/repo/path``. The library
-huggingface_hub lists what there is, with its own token and endpoint (``HF_TOKEN``, ``HF_ENDPOINT``); the ranges come
-from wherever the hub redirects to, as from any web server. A file counts as written when it was last committed.
+URLs are ``hf://owner/repo/path``, ``hf://owner/repo@revision/path`` or ``hf://datasets/owner/repo/path``. The library
+huggingface_hub lists the files, with its own token and endpoint (``HF_TOKEN``, ``HF_ENDPOINT``); ranges are read from
+wherever the hub redirects to, as from any web server. The time of a file is that of its last commit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def split(rest: str) -> tuple[str, str]:
 
 
 class Hub(Store):
-    """One repository; its root is ``owner/repo``, with its kind before it and a revision after it."""
+    """One repository; its root is ``[kind/]owner/repo[@revision]``."""
 
     def list(self, prefix: str) -> dict[str, Stored]:
         def work(api: Any, where: dict[str, Any]) -> dict[str, Stored]:
@@ -64,7 +64,7 @@ class Hub(Store):
         return self._ask(key, work)
 
     def sha256(self, stored: Stored) -> str:
-        return stored.etag if len(stored.etag) == 64 else ""  # for a file that is not in LFS it is Git's SHA-1
+        return stored.etag if len(stored.etag) == 64 else ""  # Git's SHA-1, if the file is not in LFS
 
     def _ask(self, key: str, work: Callable[[Any, dict[str, Any]], _T]) -> _T | None:
         """Asks the hub; None if it has no such path."""
@@ -83,7 +83,7 @@ class Hub(Store):
                 return work(api, {"repo_id": repo, "repo_type": kind, "revision": revision})
             except EntryNotFoundError:
                 return None
-            except Exception as exc:  # from whichever HTTP library it uses; its text holds URLs
+            except Exception as exc:  # of whichever HTTP library it uses; its text may hold secret URLs
                 answer = getattr(exc, "response", None)
                 raise Faulty(str(getattr(answer, "status_code", "no connection"))) from None
 

@@ -1,7 +1,7 @@
-"""An object that is used like a path in a store, and the store that a URL names.
+"""Opens URLs as objects that are used like paths on a disk.
 
-A ``RemotePath`` answers from one listing of the store all that listing and opening ask of a path, so that the same code
-as on disk decides about order, shards, markers, completeness and temporary files.
+A ``RemotePath`` answers all questions about a path from one listing of the store, so that the same code as on a disk
+decides about order, shards, markers, completeness and temporary files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .store import SCHEMES, Store, Stored, directory_stat
 _ODD = re.compile(r"/\.{0,2}/|[\x00-\x1f\x7f\ud800-\udfff]")  # names that obstore does not accept
 
 Tree = dict[str, Stored | None]
-"""What a store had at one moment: objects by key, and None for a name with others below it."""
+"""What a store had at one moment: objects by key, and None for the key of a directory."""
 
 
 def _tree(objects: dict[str, Stored]) -> Tree:
@@ -27,19 +27,17 @@ def _tree(objects: dict[str, Stored]) -> Tree:
     for key in objects:
         while key:
             key = key.rpartition("/")[0]
-            if not (stored := tree.get(key)) or not stored.size:  # consoles make empty objects for folders
+            if not (stored := tree.get(key)) or not stored.size:  # web consoles make empty objects for folders
                 tree[key] = None
     return tree
 
 
 class RemotePath:
-    """A place in a store, as far as it can be used like a path.
-
-    Its text is the URL without user, password and query.
+    """A place in a store that is used like a ``pathlib.Path``; as text, its URL without user, password and query.
 
     Attributes:
         key: its name in the store, without leading and trailing slashes.
-        tree: the listing that answers for it and for what lies below; None before ``listed``.
+        tree: the listing that answers for it and for all below it; None until something is asked.
         narrow: whether that listing is of one named object or of a web server, and does not show its neighbours.
     """
 
@@ -75,14 +73,14 @@ class RemotePath:
 
     @property
     def path(self) -> RemotePath:
-        """Itself, like the ``path`` of a directory's entry."""
+        """Itself, for callers that take it for an ``os.DirEntry``."""
         return self
 
     def absolute(self) -> RemotePath:
         return self
 
     def listed(self) -> RemotePath:
-        """The same place with a listing of its own.
+        """Returns the same place with a new listing.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
@@ -91,11 +89,11 @@ class RemotePath:
         return RemotePath(self.store, self.key, _tree(objects), narrow=self.store.is_web or self.key in objects)
 
     def stored(self) -> Stored | None:
-        """The object of this name in the listing."""
+        """The object of this name in the listing; None if there is none."""
         return self._listed().get(self.key)
 
     def now(self) -> Stored | None:
-        """The object as it is now, even if the listing is of one named object and does not show its neighbours."""
+        """The object in the listing, or else in the store, because the listing may be narrow; None if there is none."""
         return self.stored() or self.store.head(self.key)
 
     def stat(self) -> os.stat_result:
@@ -113,7 +111,7 @@ class RemotePath:
         return True
 
     def is_there(self) -> bool:
-        """``is_file``; where the listing is narrow, the store is asked, and the answer added to it."""
+        """``is_file``; if the listing is narrow, asks the store, and adds the answer to the listing."""
         tree = self._listed()
         if self.narrow and self.key not in tree and (stored := self.store.head(self.key)):
             tree[self.key] = stored
@@ -126,13 +124,13 @@ class RemotePath:
         return self.exists() and stat.S_ISDIR(self.stat().st_mode)
 
     def entries(self) -> list[os.DirEntry[str]]:
-        """What lies directly below; each can be used like the entries that ``os.scandir`` gives."""
+        """What lies directly below; each can be used like an entry of ``os.scandir``."""
         skip = len(self.key) + 1 if self.key else 0
         names = dict.fromkeys(key[skip:].partition("/")[0] for key in self._listed())
         return cast("list[os.DirEntry[str]]", [self / name for name in names if name])
 
     def neighbours(self) -> list[os.DirEntry[str]]:
-        """``entries``; a narrow listing is widened to all that lies below, which a web server does not tell."""
+        """``entries``; a narrow listing is first widened to all that lies below, unless it is of a web server."""
         tree = self._listed()
         if self.narrow and not self.store.is_web:
             tree |= _tree(self.store.list(self.key)) | tree
@@ -146,10 +144,10 @@ class RemotePath:
 
 
 def open_url(url: str) -> RemotePath | Path:
-    """Opens a URL; a ``file://`` one is a path.
+    """Opens a URL; one of ``file://`` becomes a path on disk.
 
     Raises:
-        UsageError: its scheme is unknown, or it names no bucket or host.
+        UsageError: its scheme is unknown, it names no bucket or host, or it names nothing that can be read.
     """
     scheme, _, rest = url.partition("://")
     if scheme == "file":
@@ -182,7 +180,7 @@ def open_url(url: str) -> RemotePath | Path:
             )
         host, store = bucket, Store(scheme, bucket)
     if not host:
-        raise UsageError(f"{scheme}:// alone names no {'host' if 'http' in scheme else 'bucket'}. Write it behind it.")
+        raise UsageError(f"{scheme}:// alone names no {'host' if 'http' in scheme else 'bucket'}. Add it to the URL.")
     place = RemotePath(store, key)
     if place.key and _ODD.search(f"/{place.key}/"):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Runs jobs in threads, a bounded number of them ahead of the thread that takes their results in order."""
+"""Runs a bounded number of jobs in threads, ahead of a caller that takes their results in order."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-LOOK = 0.25  # longest wait in seconds: a signal that another thread receives does not end it
+LOOK = 0.25  # longest single wait, in seconds: a signal does not end it if another thread receives it
 _J = TypeVar("_J")
 _R = TypeVar("_R")
 
 
 def prefetch(jobs: Iterable[_J], work: Callable[[_J], _R], most: int) -> Iterator[tuple[_J, _R]]:
-    """Yields each job with its result, in order, while up to ``most`` jobs are under way.
+    """Yields each job with its result, in order, while up to ``most`` jobs are running.
 
-    The first error of a job ends it at once. Jobs under way then go on, and their results are dropped.
+    The first error of a job is raised at once. Jobs that are running then go on, and their results are dropped.
     """
     pool = ThreadPoolExecutor(most)
     pending: deque[tuple[_J, Future[_R]]] = deque()

@@ -1,12 +1,12 @@
-"""One object store behind a URL: a listing, a look at one object, and ranges of one version of it, with patience.
+"""One object store behind a URL: lists it, looks at one object, and reads ranges of one version of an object.
 
-obstore does the work (https://github.com/developmentseed/obstore). Beside fsspec's s3fs, 512 MiB in ranges of 8 MiB,
-eight at a time, from a server on the loopback of two cores: 2,090 MB/s with 20 MiB of memory (s3fs 1,030 MB/s with
-132 MiB), imported in 5 ms (200 ms), 16 MB installed (47 MB).
+obstore does the work (https://github.com/developmentseed/obstore). Compared with fsspec's s3fs, for 512 MiB in ranges
+of 8 MiB, eight at a time, from a server on the loopback of two cores: 2,090 MB/s with 20 MiB of memory (s3fs 1,030 MB/s
+with 132 MiB), imported in 5 ms (200 ms), 16 MB installed (47 MB).
 
-Each range is requested under the listed version (``If-Match``), and the answer is compared with it. A failed request is
-tried again a bounded number of times, after growing pauses, from where it was cut. obstore's error messages hold whole
-URLs with their secrets: only a status and words of a known form are taken from them.
+Each request for a range names the listed version (``If-Match``), and the answer is compared with it. A failed request
+is tried again a bounded number of times, after growing pauses, from where it was cut. obstore's error messages hold
+whole URLs with their secrets: only a status and words of a known form are taken from them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 DEPTH = 5  # levels of names in a listing: checkpoints that are directories, and three more within them
-_LOOKS = 16  # single objects looked at at a time
-_SHARDS = 10_000  # of one checkpoint
+_LOOKS = 16  # most objects looked at at the same time
+_SHARDS = 10_000  # most shards of one checkpoint on a web server
 _NO_RANGES = "it gives no ranges"
 _NO_CREDENTIALS = "no valid credentials"
 _FINAL = re.compile(r"4(?!08|25|29)\d\d|it ")  # a second try would not change these
@@ -57,7 +57,7 @@ PATIENCE = Patience()
 
 
 class Faulty(Exception):
-    """An answer that does not match the request; another try may."""
+    """An answer does not match its request; that of another try may."""
 
 
 class OtherVersion(Exception):
@@ -71,9 +71,9 @@ class Stored:
     Attributes:
         key: its name in the store.
         size: in bytes.
-        etag: of this version; empty if the store has none.
-        written: when, in whole seconds since the epoch; a listing has fractions, a look at the object does not.
-        version: to ask for it by, if the store's objects have version names.
+        etag: the store's tag of this version; empty if it has none.
+        written: whole seconds since the epoch, because a listing has fractions and the answer for one object has none.
+        version: the hub's commit; empty in other stores.
     """
 
     key: str
@@ -95,9 +95,7 @@ class Stored:
         return same and (self.etag != "" or self.written == other.written)
 
     def stat(self, store: str) -> os.stat_result:
-        """The same as a stat result: the inode stands for store, key and ETag, so that a checkpoint's identity is made
-        as on disk.
-        """
+        """A stat result whose inode is a digest of store, key and ETag, so that identities are made as on a disk."""
         number = int.from_bytes(sha256(f"{store}\0{self.key}\0{self.etag}".encode()).digest()[:8], "big")
         return _stat(stat.S_IFREG, number, self.size, self.written)
 
@@ -117,7 +115,7 @@ class Store:
     Args:
         scheme: one of ``SCHEMES``.
         root: the bucket or container, or the server's host and port.
-        secret: the parts of a web server's URL that are for it alone: ``user:password``, then the query.
+        secret: the parts of a web server's URL that nobody else may see: ``user:password``, and the query.
 
     Attributes:
         stop: once set, every wait for an answer ends with ``Stopped``.
@@ -140,7 +138,7 @@ class Store:
         return type(self), (self.scheme, self.root, self._secret)
 
     def list(self, prefix: str) -> dict[str, Stored]:
-        """The object of this name and what belongs to it, or all objects up to ``DEPTH`` names below it, or nothing.
+        """Returns, by key, the object of this name and what belongs to it, or all objects up to ``DEPTH`` levels below.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
@@ -154,7 +152,7 @@ class Store:
         return found
 
     def head(self, key: str) -> Stored | None:
-        """One object as it is now; None if it does not exist.
+        """Looks at one object as it is now; None if it does not exist.
 
         Raises:
             CheckpointError: the store refuses, or cannot be reached.
@@ -165,7 +163,7 @@ class Store:
                 try:
                     return Stored.of(obstore.get(self._client, key, options={"range": (0, 1)}).meta, key)
                 except obstore.exceptions.GenericError as exc:
-                    if not _reason(exc).startswith("416"):  # 416: it has no byte at all
+                    if not _reason(exc).startswith("416"):  # 416: the object is empty
                         raise
             return Stored.of(obstore.head(self._client, key), key)
 
@@ -175,7 +173,10 @@ class Store:
             return None
 
     def read(self, stored: Stored, start: int, nbytes: int, take: Callable[[int, memoryview], object]) -> None:
-        """Hands over a range of this very version, piece by piece, each with its offset into the range.
+        """Reads a range of this very version, and passes it to ``take`` piece by piece, in order.
+
+        Args:
+            take: called with a piece's offset in the range and its bytes.
 
         Raises:
             FileNotFoundError: the object is gone.
@@ -206,7 +207,7 @@ class Store:
         self._patiently(stored.key, attempt)
 
     def _source(self, stored: Stored) -> tuple[Any, GetOptions]:
-        """The client and options to ask for this version."""
+        """The client and the options that ask for this version."""
         strong = stored.etag and not stored.etag.startswith("W/")  # a weak ETag matches nothing
         return self._client, {"if_match": stored.etag} if strong else {}
 
@@ -222,7 +223,7 @@ class Store:
         return ""
 
     def read_whole(self, stored: Stored) -> bytes:
-        """All of a small object; see ``read``.
+        """Reads all of a small object; see ``read``.
 
         Raises:
             FileNotFoundError: this version is gone.
@@ -252,7 +253,7 @@ class Store:
             return {}
 
     def _probe(self, prefix: str) -> dict[str, Stored]:
-        """What a web server, which has no listings, has of the one checkpoint that a directory may be."""
+        """The objects of the one checkpoint that a directory of a web server, which has no listings, may be."""
         folder = f"{prefix}/" if prefix else ""
         with ThreadPoolExecutor(_LOOKS) as pool:
             looked = list(pool.map(self.head, [folder + name for name in (SINGLE, INDEX, ADAPTER, CONFIG)]))
@@ -262,10 +263,10 @@ class Store:
         return {stored.key: stored for stored in looked if stored}
 
     def _patiently(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries until it works, in a thread, because the library may block for a long time and cannot be stopped.
+        """Runs ``_try`` in a thread, because the library may block for a long time and cannot be stopped.
 
         Raises:
-            Stopped: ``stop`` is set.
+            Stopped: ``stop`` was set.
         """
         future: Future[_T] = Future()
 
@@ -282,7 +283,7 @@ class Store:
         raise Stopped
 
     def _try(self, key: str, attempt: Callable[[Any], _T]) -> _T:
-        """Tries again after growing pauses; raises at once what a second try would not change."""
+        """Tries until it works, after growing pauses; raises at once what another try would not change."""
         obstore = self._library()
         from obstore.exceptions import BaseError, InvalidPathError, PreconditionError
 
@@ -320,7 +321,7 @@ class Store:
         raise AssertionError
 
     def _unnamed(self, exc: Exception) -> CheckpointError:
-        """Names the object whose name obstore does not accept; obstore then returns nothing of the whole listing."""
+        """An error that names the object whose name obstore does not accept; one such name fails a whole listing."""
         named = re.search(r'Path "(.+?)"(?: contained|: Encountered)', str(exc), re.DOTALL)
         what = f"{self}/{printable(named[1])}" if named else "an object there"
         return CheckpointError(
@@ -358,7 +359,7 @@ class Store:
 
 
 def into(data: bytearray) -> Callable[[int, memoryview], None]:
-    """Writes the pieces of a read into this memory."""
+    """Returns a ``take`` for ``Store.read`` that writes the pieces into ``data``."""
 
     def take(at: int, piece: memoryview) -> None:
         data[at : at + len(piece)] = piece
@@ -367,13 +368,13 @@ def into(data: bytearray) -> Callable[[int, memoryview], None]:
 
 
 def beside(key: str) -> list[str]:
-    """The names of what belongs to a named file: an adapter's configuration, which lies beside it."""
+    """The keys of the objects that belong to a named one: an adapter's configuration beside it."""
     folder, slash, name = key.rpartition("/")
     return [f"{folder}{slash}{CONFIG}"] if name == ADAPTER else []
 
 
 def _reason(exc: Exception) -> str:
-    """Why the store failed, in words that hold no name, no URL and nothing else that may be secret."""
+    """Says why the store failed, in words that hold no name, no URL and nothing else that may be secret."""
     if isinstance(exc, Faulty):
         return str(exc)
     text = str(exc)
