@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PosixPath
 from typing import cast
@@ -55,14 +56,11 @@ def scan(
 ) -> list[Candidate]:
     """The candidates of a directory, or the one checkpoint that ``place`` is itself.
 
-    A directory that is itself a checkpoint is a candidate. The checkpoints in it count only where a pattern asks for
-    them: they may be anything, such as the parts of a pipeline.
+    In a directory that is a checkpoint itself, others count only if a pattern asks for them: they may be parts of it.
 
     Args:
-        halves: also list, for a person to see, what is beside the checkpoint that the place is, and sharded ones that
-            lack a part.
-        older: which entries to skip, except one, which shows that the live version is not alone. A place may have
-            100,000, and a pass needs none of them.
+        halves: whether to list, for a person to see, these others and sharded checkpoints that lack a part, too.
+        older: tells which entries to skip; one stays, which shows that the live version is not alone.
         only: the names of the files to look at, besides those by which the place is a checkpoint itself; None for all.
 
     Raises:
@@ -71,9 +69,9 @@ def scan(
     """
     if settings.extras.files:
         settings, only = replace(settings, extras=replace(settings.extras, listed={})), None
-    try:
-        away = remote(place)  # one listing of the store answers all that is asked below
-        place = place_at(away.listed()) if away else led_to(place)
+    with _errors_about(place := led_to(place)):
+        if away := remote(place):  # one listing of the store answers all that is asked below
+            place = place_at(away.listed())
         if not stat.S_ISDIR(place.stat().st_mode):
             return _found(place.absolute(), "", settings)
         if settings.pointer:
@@ -87,6 +85,23 @@ def scan(
         found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
         if own:
             listed = [] if settings.pattern == "*" and not halves else list(entries_of(place))
+    links: set[str] = set()
+    for entry in (entry for entry in listed if entry.name not in own and counts(entry.name)):
+        several, wrong = _looked_at(place, entry, names, settings, halves)
+        found += several
+        trouble = trouble or wrong
+        if several and not away and entry.is_symlink():
+            links.add(several[0].name)
+    if trouble and not found:
+        raise trouble
+    return _without_links(found, links) if links else found
+
+
+@contextmanager
+def _errors_about(place: Path) -> Iterator[None]:
+    """Converts an OSError into a CheckpointError about the place."""
+    try:
+        yield
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {place} yet. Check the name; a watch looks again at its next pass.") from exc
     except OSError as exc:
@@ -95,18 +110,6 @@ def scan(
         raise CheckpointError(
             f"{exc.filename or place} cannot be listed ({exc.strerror}). Check what it is, its owner and its mode."
         ) from exc
-    links: set[str] = set()
-    for entry in listed:
-        if entry.name in own or not counts(entry.name):
-            continue
-        several, wrong = _looked_at(place, entry, names, settings, halves)
-        found += several
-        trouble = trouble or wrong
-        if several and not remote(place) and entry.is_symlink():
-            links.add(several[0].name)
-    if trouble and not found:
-        raise trouble
-    return _without_links(found, links) if links else found
 
 
 def _listed(place: Path, settings: Select, older: Older | None, only: set[str] | None) -> list[os.DirEntry[str]]:
