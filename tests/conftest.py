@@ -27,7 +27,6 @@ from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import load_spec
-from wsync.settings.user_code import read_layout
 
 if TYPE_CHECKING:
     from object_stores import Bucket
@@ -85,9 +84,9 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.fixture
 def layouts_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layouts are read in this process, where torch is already, and not in one of their own."""
+    """The policy is asked in this process, where torch is already, and not in one of its own."""
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(layout_process, "layout_of_spec", read_layout)
+    monkeypatch.setattr(layout_process, "ask_policy", lambda spec, question, *more: question(spec, *more))
 
 
 @pytest.fixture
@@ -129,9 +128,11 @@ def program(runtime: Path) -> Cli:
 
 
 @pytest.fixture
-def cli(program: Cli) -> Cli:
-    """The same; some rooms have another that shares this process's imports."""
-    return program
+def cli(runtime: Path) -> Cli:
+    """Runs the command line in a process forked from this one, which has all imported that it may want."""
+    from others import run_forked
+
+    return run_forked
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def test_a_pass_asks_the_policy_in_a_process_of_its_own(runtime: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_dry_run_knows_the_policy_too(runtime: Path, tmp_path: Path) -> None:
+def test_a_dry_run_knows_the_policy_too(runtime: Path, tmp_path: Path, layouts_here: None) -> None:
     """Guards a rehearsal against a refusal that the pass itself would not make."""
     (tmp_path / "nets.py").write_text(POLICY)
     (tmp_path / "a.toml").write_text('policy = "nets:Net"\ncheckpoints = "runs"\n')

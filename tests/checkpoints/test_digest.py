@@ -308,7 +308,7 @@ def test_the_header_is_covered(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def syncer(segment: Segment, runs: Path) -> Callable[[], Syncer]:
+def syncer(segment: Segment, runs: Path, layouts_here: None) -> Callable[[], Syncer]:
     spec = load_spec("policies:mlp", name=segment.name)
     spec = replace(spec, select=Select(digest="sha256"))
     return lambda: Syncer(spec, runs)

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 from builders import NAME, SPEC, write
-from others import run_forked
 from policies import mlp
-from processes import Cli
 
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
@@ -28,9 +26,3 @@ def live(runs: Path) -> Iterator[WritableSegment]:
     segment = WritableSegment.open(NAME)
     yield segment
     segment.close()
-
-
-@pytest.fixture
-def cli(runtime: Path) -> Cli:
-    """Runs the command line in a process forked from this one, which has all imported that it may want."""
-    return run_forked

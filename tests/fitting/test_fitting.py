@@ -687,7 +687,7 @@ def test_a_message_about_many_tensors_stays_short(tmp_path: Path) -> None:
 # TOML
 
 
-def test_the_tables_reach_the_pass(tmp_path: Path, runtime: Path) -> None:
+def test_the_tables_reach_the_pass(tmp_path: Path, runtime: Path, layouts_here: None) -> None:
     """Guards the whole way of [select] and [weights], from the file to the published bytes."""
     own = {name: tensor.double() for name, tensor in state().items()}
     last = own.pop("2.bias")

@@ -90,7 +90,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def live(runs: Path) -> Iterator[WritableSegment]:
+def live(runs: Path, layouts_here: None) -> Iterator[WritableSegment]:
     """A segment whose version 1 is ``runs/step_1.safetensors``, weights of mark 1."""
     segment = WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
     write(runs / "step_1.safetensors", mlp(), 1.0)
@@ -335,7 +335,7 @@ def test_gate_may_call_wsync(
     assert not {line.partition("=")[0] for line in Path("seen.env").read_text().splitlines()} & OPTIONS
 
 
-def test_gate_and_hook_get_what_the_publisher_was_given(segment: WritableSegment, runs: Path, cli: Cli) -> None:
+def test_gate_and_hook_get_what_the_publisher_was_given(segment: WritableSegment, runs: Path, program: Cli) -> None:
     """Nothing that wsync, or Python, sets for itself, and no option of the push; what Kubernetes sets stays."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     service = {"WSYNC_METRICS_PORT": "tcp://10.0.0.2:9464"}
@@ -343,7 +343,7 @@ def test_gate_and_hook_get_what_the_publisher_was_given(segment: WritableSegment
     kept |= service | {"PATH": os.environ["PATH"], "ODD": "a=b\n", "NOT": "\udcff"}
     options = {"KEEP": "3", "NAME": NAME, "SLOTS": "4", "FORCE": "1", "HOOK_VERSION": "9", "GATE": "env -0 > gate"}
     given = {f"WSYNC_{name}": value for name, value in options.items()}
-    done = cli("push", SPEC, "runs", "--exec", "env -0 > exec", env={**kept, **given})
+    done = program("push", SPEC, "runs", "--exec", "env -0 > exec", env={**kept, **given})
     assert done.returncode == 0, done.stderr
     for file in ("gate", "exec"):
         pairs = [pair.partition("=") for pair in os.fsdecode(Path(file).read_bytes()).split("\0") if pair]
@@ -565,10 +565,10 @@ def test_dry_run_says_that_it_did_not_ask(live: WritableSegment, runs: Path) -> 
     assert code == 0 and "the gate was not asked" in out and not Path("asked").exists()
 
 
-def test_publisher_with_a_function_imports_no_torch(live: WritableSegment, runs: Path, cli: Cli) -> None:
+def test_publisher_with_a_function_imports_no_torch(live: WritableSegment, runs: Path, program: Cli) -> None:
     """The user's function brings torch into its own process, never into the publisher's."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
-    result = cli("push", SPEC, "runs", "--gate", "gates:sees", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = program("push", SPEC, "runs", "--gate", "gates:sees", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0 and "wsync.hooks.gate" in result.stderr
     assert not {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()} & {"torch", "gates", "policies"}
 

@@ -456,13 +456,13 @@ def test_without_a_report_failures_are_logged(
     assert len(caplog.messages) == 1 and "version 2 is live, but the command 'exit 1'" in caplog.messages[0]
 
 
-def test_nothing_to_do_costs_nothing(segment: WritableSegment, runs: Path, cli: Cli) -> None:
+def test_nothing_to_do_costs_nothing(segment: WritableSegment, runs: Path, program: Cli) -> None:
     """With gate and hooks set, a push that has nothing to do imports nothing that would run them."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     settings = ["--gate", "true", "--exec", "true", "--webhook", "http://127.0.0.1:9/"]
     with Syncer(load_spec(SPEC), runs) as syncer:
         syncer.once()
-    result = cli("push", SPEC, "runs", *settings, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    result = program("push", SPEC, "runs", *settings, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     assert "current" in result.stdout
     found = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "wsync.settings.hook_settings" in found

@@ -71,7 +71,9 @@ def test_state_that_no_version_changes_is_refused_by_name(
 
 
 @pytest.mark.slow
-def test_a_spec_says_that_it_may_stay_as_it_is(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_says_that_it_may_stay_as_it_is(
+    runtime: Path, tmp_path: Path, layouts_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Guards ``weights.extra_state``: a push refuses such a policy by name, or publishes."""
     monkeypatch.chdir(tmp_path)
     Path("kept.py").write_text(
@@ -156,7 +158,7 @@ def test_adapters_that_peft_merged_are_refused(mode: Literal["swap", "copy"], ru
             assert reader.refresh() and torch.equal(policy(given), trained(given))
 
 
-def test_an_expanded_tensor_is_refused_by_a_push(tmp_path: Path, runtime: Path) -> None:
+def test_an_expanded_tensor_is_refused_by_a_push(tmp_path: Path, runtime: Path, layouts_here: None) -> None:
     """Guards a policy that no reader could attach: the push says so, and not each reader."""
     (tmp_path / "odd.py").write_text(
         "import torch\n\ndef policy():\n    net = torch.nn.Linear(2, 2)\n"

@@ -93,7 +93,7 @@ def test_memory_that_cannot_be_written_is_found_half_way(trainer: Trainer) -> No
 
 
 @pytest.mark.slow
-def test_a_spec_whose_readers_could_take_nothing_is_refused_at_push() -> None:
+def test_a_spec_whose_readers_could_take_nothing_is_refused_at_push(layouts_here: None) -> None:
     """Guards the readers of a published policy that none of them could attach."""
     spec = Spec("stubborn:stubborn_packed", "packed", Path(stubborn_tensors.__file__).parent)
     with pytest.raises(CopyRefused, match=r"0\.weight is of the class Packed"):

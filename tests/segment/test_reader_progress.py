@@ -20,7 +20,7 @@ from wsync.segment.reader_progress import Reach, oldest_version, wait_for_reader
 
 
 @pytest.fixture
-def trainer(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+def trainer(runtime: Path, tmp_path: Path, layouts_here: None, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     monkeypatch.chdir(tmp_path)
     return Trainer(mlp, tmp_path)
 

@@ -335,14 +335,14 @@ def test_a_failed_hook_is_in_the_file(cli: Cli, runs: Path) -> None:
         assert found["wsync_last_run_hook_failures", "webhook"] == 0
 
 
-def test_a_push_leaves_what_is_live_and_how_it_ended(cli: Cli, runs: Path) -> None:
+def test_a_push_leaves_what_is_live_and_how_it_ended(program: Cli, runs: Path) -> None:
     """Each run of a cron job tells its time and exit code; what is live, and the last success, outlive a bad run."""
     file = Path("wsync.prom")
     push = ("push", SPEC, "runs", "--metrics-file", str(file))
 
     def run(code: int) -> Samples:
         began = time.time()
-        assert cli(*push, umask=0o077).returncode == code  # cron's may be anything; the node exporter must read it
+        assert program(*push, umask=0o077).returncode == code  # cron's may be anything; the node exporter must read it
         assert file.stat().st_mode & 0o777 == 0o644
         assert sorted(path.name for path in Path().iterdir()) == ["runs", "wsync.prom"]
         found = parsed(file.read_text())
@@ -455,9 +455,9 @@ def test_without_the_client_one_line_says_what_to_install(runs: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_who_asks_for_no_figures_loads_nothing_for_them(cli: Cli, runs: Path) -> None:
+def test_who_asks_for_no_figures_loads_nothing_for_them(program: Cli, runs: Path) -> None:
     """A push without the option imports neither the client nor what serves it."""
-    done = cli("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+    done = program("push", SPEC, "runs", env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "wsync.sync.syncer" in loaded
     figures = {"wsync.service.metrics", "wsync.service.metrics_endpoint", "wsync.service.systemd"}

@@ -58,9 +58,9 @@ def report(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("place", [RUN, "s3://bucket/nothing/here.safetensors", "s3://bucket"])
-def test_nothing_there_is_empty(cli: Cli, bucket: Bucket, place: str) -> None:
+def test_nothing_there_is_empty(program: Cli, bucket: Bucket, place: str) -> None:
     """No object is no checkpoint yet: 66, as for a directory that is not there."""
-    done = cli("push", SPEC, place, "--json")
+    done = program("push", SPEC, place, "--json")
     assert (done.returncode, report(done.stdout)["status"]) == (66, "empty")
 
 
@@ -272,30 +272,31 @@ def test_steps_are_looked_up_many_at_a_time(bucket: Bucket) -> None:
     assert not together.broken and len(bucket.proxy.heads("GET .*at_")) == AT_ONCE + 1
 
 
-def test_nan_is_refused_once(cli: Cli, bucket: Bucket) -> None:
+def test_nan_is_refused_once(program: Cli, bucket: Bucket, segment: WritableSegment) -> None:
     """What is not finite is rejected with 65, and what was refused is known again by its ETag."""
     bucket.save("run/x.safetensors", mlp(), float("nan"))
-    done = [cli("push", SPEC, RUN, "--json") for _ in range(2)]
+    done = [program("push", SPEC, RUN, "--json") for _ in range(2)]
     assert [d.returncode for d in done] == [65, 65]
     before = len(bucket.proxy.heads("GET .*x.safetensors"))
-    assert cli("push", SPEC, RUN).returncode == 65
+    assert program("push", SPEC, RUN).returncode == 65
     assert len(bucket.proxy.heads("GET .*x.safetensors")) == before, "nothing of it is read again"
 
 
-def test_a_gate_and_a_hook_get_the_url(cli: Cli, bucket: Bucket, tmp_path: Path) -> None:
+def test_a_gate_and_a_hook_get_the_url(program: Cli, bucket: Bucket, tmp_path: Path) -> None:
     """Gate and hook run as for a file, and are told the URL."""
     bucket.save("run/step_3.safetensors", mlp(), 1.0, 3)
     (tmp_path / "p.toml").write_text(
         f'policy = "policies:mlp"\ncheckpoints = "{RUN}"\n[hooks]\ngate = "echo $WSYNC_HOOK_CHECKPOINT > gate"\n'
         'exec = "echo $WSYNC_HOOK_CHECKPOINT > hook"\n'
     )
-    done = cli("push", str(tmp_path / "p.toml"))
+    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(tmp_path / "p.toml")).fingerprint).close()
+    done = program("push", str(tmp_path / "p.toml"))
     assert done.returncode == 0, done.stderr
     told = {(tmp_path / name).read_text().strip() for name in ("gate", "hook")}
     assert told == {f"{RUN}/step_3.safetensors"}
 
 
-def test_a_watch_takes_what_comes(spawn: Spawn, bucket: Bucket) -> None:
+def test_a_watch_takes_what_comes(spawn: Spawn, bucket: Bucket, segment: WritableSegment) -> None:
     """A watch of a URL looks again by its clock, publishes what is new, and ends on a signal."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
     watch = spawn("-m", "wsync", "watch", SPEC, RUN, "--poll", "0.1")
@@ -315,7 +316,9 @@ def ticks_of(pid: int) -> int:
     return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
-def test_a_signal_that_another_thread_gets_ends_the_wait_for_the_clock(spawn: Spawn, bucket: Bucket) -> None:
+def test_a_signal_that_another_thread_gets_ends_the_wait_for_the_clock(
+    spawn: Spawn, bucket: Bucket, segment: WritableSegment
+) -> None:
     """Guards a watch of a store, which nothing but its clock wakes, and that a day from now."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
     watch = spawn("-m", "wsync", "watch", SPEC, RUN, "--poll", "86400")
@@ -332,7 +335,7 @@ def test_a_signal_that_another_thread_gets_ends_the_wait_for_the_clock(spawn: Sp
 
 @pytest.mark.parametrize("request_", ["list-type", r"GET \S*step_2[\s\S]*bytes=(?!0-)"], ids=["listing", "range"])
 def test_a_stop_waits_for_no_store(
-    spawn: Spawn, cli: Cli, bucket: Bucket, segment: WritableSegment, request_: str
+    spawn: Spawn, program: Cli, bucket: Bucket, segment: WritableSegment, request_: str
 ) -> None:
     """A signal ends a watch while a store does not answer, without a word of failure; what is live stays live."""
     bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
@@ -352,7 +355,7 @@ def test_a_stop_waits_for_no_store(
     lines.rest()
     assert watch.returncode == 0 and "version 1 stays live" in lines.seen[-1]
     assert not [line for line in lines.seen if "fail" in line or "error" in line]
-    assert '"failure"' not in cli("log", NAME, "--json").stdout
+    assert '"failure"' not in program("log", NAME, "--json").stdout
 
 
 def test_an_interrupt_ends_a_push_that_waits_for_a_store(
@@ -402,32 +405,32 @@ def test_a_store_is_looked_at_less_often(tmp_path: Path) -> None:
     assert load_spec("a:b", checkpoints="run").poll == load_spec("a:b").poll == 1.0
 
 
-def test_inspect_looks_into_a_store(bucket: Bucket, cli: Cli, tmp_path: Path) -> None:
+def test_inspect_looks_into_a_store(bucket: Bucket, program: Cli, tmp_path: Path) -> None:
     """A URL's candidates are listed as a directory's are, and one of them is described, from its header alone."""
     bucket.upload(_tree(tmp_path / "run"), "run")
     there, here = inspect(RUN), inspect(tmp_path / "run")
     assert {c["path"].rpartition("/")[2]: c["complete"] for c in there["candidates"]} == {
         c["path"].rpartition("/")[2]: c["complete"] for c in here["candidates"]
     }
-    done = cli("inspect", f"{RUN}/step_9.safetensors", "--json")
+    done = program("inspect", f"{RUN}/step_9.safetensors", "--json")
     one = report(done.stdout)
     assert (done.returncode, one["path"], len(one["tensors"])) == (0, f"{RUN}/step_9.safetensors", 4)
-    missing = cli("inspect", f"{RUN}/nothing.safetensors")
+    missing = program("inspect", f"{RUN}/nothing.safetensors")
     assert missing.returncode == 66 and "Traceback" not in missing.stderr
 
 
-def test_a_url_can_be_pinned_and_gone_back_to(bucket: Bucket, cli: Cli) -> None:
+def test_a_url_can_be_pinned_and_gone_back_to(bucket: Bucket, program: Cli, segment: WritableSegment) -> None:
     """A pin holds an object of the store, and a rollback finds one again that is as it was."""
     for step in (1, 2):
         bucket.save(f"run/step_{step}.safetensors", mlp(), float(step), step)
-        assert cli("push", SPEC, f"{RUN}/step_{step}.safetensors").returncode == 0
-    assert cli("pin", NAME, f"{RUN}/step_1.safetensors").returncode == 0
-    assert report(cli("push", SPEC, RUN, "--json").stdout)["step"] == 1
+        assert program("push", SPEC, f"{RUN}/step_{step}.safetensors").returncode == 0
+    assert program("pin", NAME, f"{RUN}/step_1.safetensors").returncode == 0
+    assert report(program("push", SPEC, RUN, "--json").stdout)["step"] == 1
     assert live_marks() == {1.0}
-    assert cli("unpin", NAME).returncode == 0
+    assert program("unpin", NAME).returncode == 0
     for slot in Path(os.environ["WSYNC_RUNTIME_DIR"], NAME).glob("slot-*"):
         assert slot.exists()
-    done = cli("rollback", NAME, "--to", "2")
+    done = program("rollback", NAME, "--to", "2")
     assert done.returncode == 0, done.stderr
     assert live_marks() == {2.0}
 

@@ -178,15 +178,15 @@ def test_a_cut_is_gone_over(cloud: Cloud, monkeypatch: Any) -> None:
     assert fault.happened.is_set() and live_marks() == {1.0}
 
 
-def test_a_bucket_that_is_not_there_is_told(cloud: Cloud, cli: Cli) -> None:
+def test_a_bucket_that_is_not_there_is_told(cloud: Cloud, program: Cli) -> None:
     """A wrong bucket is a failure with the store's own word for it, and no empty place."""
-    done = cli("push", SPEC, cloud.run.replace("bucket", "another"))
+    done = program("push", SPEC, cloud.run.replace("bucket", "another"))
     assert done.returncode == 1 and "404" in done.stderr and "another" in done.stderr, done.stderr
     assert len(cloud.proxy.requests) == 1 and (cloud.run.startswith("az") or "NoSuchBucket" in done.stderr)
     assert SECRET not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_refused_credentials_are_told_without_them(cloud: Cloud, cli: Cli, monkeypatch: Any) -> None:
+def test_refused_credentials_are_told_without_them(cloud: Cloud, program: Cli, monkeypatch: Any) -> None:
     """403 is told at once, with what to do, and without the key, wherever it is told again."""
     denied = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
     variable, wrong = cloud.key
@@ -197,16 +197,16 @@ def test_refused_credentials_are_told_without_them(cloud: Cloud, cli: Cli, monke
 
     if not cloud.run.startswith("az"):  # moto takes any
         cloud.proxy.arm(".", refuse, times=10)
-    done = cli("push", SPEC, cloud.run, "--json")
+    done = program("push", SPEC, cloud.run, "--json")
     assert done.returncode == 1 and "403 Forbidden, A" in done.stdout and "credentials" in done.stdout
     assert len(cloud.proxy.requests) == 1
-    told = done.stdout + done.stderr + cli("status", "--json").stdout + cli("log", NAME, "--json").stdout
+    told = done.stdout + done.stderr + program("status", "--json").stdout + program("log", NAME, "--json").stdout
     assert wrong not in told and "Traceback" not in told
 
 
-def test_azure_without_an_account_is_told(cli: Cli, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_azure_without_an_account_is_told(program: Cli, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """az:// names a container alone, and a user who did not say of which account is told so."""
     pytest.importorskip("obstore")
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
-    done = cli("push", SPEC, "az://bucket/run")
+    done = program("push", SPEC, "az://bucket/run")
     assert done.returncode == 2 and "AZURE_STORAGE_ACCOUNT_NAME" in done.stderr

@@ -36,7 +36,9 @@ RANGE = r"GET \S*step_2\.safetensors"
 
 
 @pytest.fixture
-def live(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]) -> Iterator[Syncer]:
+def live(
+    bucket: Bucket, layouts_here: None, monkeypatch: pytest.MonkeyPatch, read_by: Callable[..., None]
+) -> Iterator[Syncer]:
     """A syncer with little patience; version 1 is live, with mark 1, and a newer checkpoint of many ranges is there."""
     monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
     read_by(chunk=64)
@@ -281,17 +283,17 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
     ],
 )
 def test_settings_of_which_no_request_can_be_made_are_told(
-    bucket: Bucket, cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+    bucket: Bucket, program: Cli, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     """Guards against a panic of the library, and its words, where a variable has a blank or a line break in it."""
     monkeypatch.setenv(name, value)
     monkeypatch.setenv("RUST_BACKTRACE", "0")
-    done = cli("push", SPEC, RUN)
+    done = program("push", SPEC, RUN)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (name if "URL" in name else "environment") in done.stderr and SECRET not in done.stderr
 
 
-def test_a_profile_signs_requests(bucket: Bucket, cli: Cli, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_signs_requests(bucket: Bucket, program: Cli, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without keys in the environment those of ~/.aws/credentials are taken, through boto3."""
     pytest.importorskip("boto3")
     (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = FROMPROFILE\naws_secret_access_key = x\n")
@@ -300,7 +302,7 @@ def test_a_profile_signs_requests(bucket: Bucket, cli: Cli, tmp_path: Any, monke
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     bucket.save("run/x.safetensors", mlp(), 1.0)
-    assert cli("inspect", RUN).returncode == 0
+    assert program("inspect", RUN).returncode == 0
     assert all("FROMPROFILE" in head for head in bucket.proxy.requests)
 
 
@@ -321,7 +323,7 @@ def test_credentials_that_cannot_be_had_are_told(bucket: Bucket, live: Syncer, m
     assert len(bucket.proxy.requests) == before
 
 
-def test_a_profile_that_is_not_there_is_told(bucket: Bucket, cli: Cli, tmp_path: Any, monkeypatch: Any) -> None:
+def test_a_profile_that_is_not_there_is_told(bucket: Bucket, program: Cli, tmp_path: Any, monkeypatch: Any) -> None:
     """A wrong AWS_PROFILE is a usage error, and no traceback of boto3's."""
     pytest.importorskip("boto3")
     (tmp_path / "credentials").write_text("[lab]\n")
@@ -329,7 +331,7 @@ def test_a_profile_that_is_not_there_is_told(bucket: Bucket, cli: Cli, tmp_path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "another")
-    done = cli("push", SPEC, RUN)
+    done = program("push", SPEC, RUN)
     assert done.returncode == 2 and "ProfileNotFound" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -205,7 +205,7 @@ def test_a_file_replaced_while_it_is_read_is_thrown_away(web: Web, etags: bool, 
 
 
 def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
-    web: Web, cli: Cli, spawn: Spawn, tmp_path: Path
+    web: Web, program: Cli, spawn: Spawn, tmp_path: Path
 ) -> None:
     """What is secret in a URL reaches the server alone: no line, no object, no history and no setting shows it."""
     write(web.folder / "x.safetensors", mlp(), 1.0)
@@ -225,7 +225,7 @@ def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
         ("inspect", url),
         ("inspect", url, "--json"),
     ):
-        done = cli(*command)
+        done = program(*command)
         assert done.returncode == 0, (command, done.stderr)
         said.append(done.stdout + done.stderr)
     web.password = "me:another"
@@ -266,12 +266,12 @@ def test_errors_of_the_library_hide_what_caused_them(web: Web, monkeypatch: Any)
     assert PASSWORD not in text and SIGNATURE not in text
 
 
-def test_a_file_url_is_a_path(segment: WritableSegment, cli: Cli, tmp_path: Path) -> None:
+def test_a_file_url_is_a_path(segment: WritableSegment, program: Cli, tmp_path: Path) -> None:
     """file:// is the directory itself, with all that directories have."""
     write(tmp_path / "a run" / "step_1.safetensors", mlp(), 1.0, 1)
     url = f"file://{tmp_path}/a%20run"
     assert place_at(url) == tmp_path / "a run"
-    done = cli("push", SPEC, url, "--json")
+    done = program("push", SPEC, url, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["checkpoint"].startswith(str(tmp_path))
 
 
@@ -292,9 +292,9 @@ def test_a_file_url_is_a_path(segment: WritableSegment, cli: Cli, tmp_path: Path
         ("http://user:pa55-in-the-url@host/a%0Ab", "names nothing that can be read"),
     ],
 )
-def test_a_url_that_is_none_is_a_usage_error(cli: Cli, runtime: Path, url: str, why: str) -> None:
+def test_a_url_that_is_none_is_a_usage_error(program: Cli, runtime: Path, url: str, why: str) -> None:
     """A wrong URL is 2, says what to write, and repeats no secret."""
-    done = cli("push", SPEC, url)
+    done = program("push", SPEC, url)
     assert done.returncode == 2 and why in done.stderr, done.stderr
     assert "pa55" not in done.stderr and "Traceback" not in done.stderr
 

@@ -37,7 +37,6 @@ from wsync.cli.output import inspected, status, watch
 from wsync.errors import WsyncError
 from wsync.policy import reader
 from wsync.settings import layout_process, spec
-from wsync.settings.user_code import read_layout
 from wsync.sync import syncer
 
 __all__ = ["inspected", "reader", "rich", "spec", "status", "syncer", "watch", "wsync"]
@@ -156,7 +155,7 @@ def run_main(*arguments: str) -> tuple[int, str, str]:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             mock.patch.object(sys, "argv", ["wsync", *arguments]),
-            mock.patch.object(layout_process, "layout_of_spec", read_layout),
+            mock.patch.object(layout_process, "ask_policy", lambda spec, question, *more: question(spec, *more)),
             mock.patch.object(os, "_exit", codes.append),
         ):
             cli.main()

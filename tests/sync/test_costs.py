@@ -38,7 +38,7 @@ def test_a_staged_file_is_read_once_and_takes_no_memory(workspace: Workspace) ->
         tracemalloc.stop()
 
 
-def test_a_pass_is_not_searched_for_garbage(workspace: Workspace) -> None:
+def test_a_pass_is_not_searched_for_garbage(workspace: Workspace, layouts_here: None) -> None:
     """Guards a first pass that is linear in tensors: the collector looks at their tables neither once nor often."""
     spec = load_spec(str(workspace.write_spec("policy", 1 << 20, 3000)))
     workspace.save("policy/step_1.safetensors", 1 << 20, 3000)

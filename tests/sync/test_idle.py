@@ -88,6 +88,7 @@ def test_an_idle_watch_lists_nothing(
     assert mark_of(segment) == {3.0}
 
 
+@pytest.mark.usefixtures("layouts_here")
 @pytest.mark.parametrize("order", ["mtime", "step", "arrival"])
 def test_a_watch_looks_at_the_files_that_are_notified(
     order: Literal["mtime", "step", "arrival"], listings: list[str], segment: Segment, runs: Path

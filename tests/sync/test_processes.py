@@ -228,7 +228,7 @@ def test_watch_makes_a_removed_segment_anew(watch: Callable[..., Lines], segment
 
 
 def test_a_refusal_behind_an_older_good_one_is_said_once_with_its_table(
-    runs: Path, segment: WritableSegment, capsys: pytest.CaptureFixture[str]
+    runs: Path, segment: WritableSegment, layouts_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where the newest is refused and an older one goes live, the log tells both in that pass, and the refusal once."""
     good = write(runs / "step_1.safetensors", mlp(), 1.0)

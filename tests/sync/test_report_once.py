@@ -33,7 +33,7 @@ Push = Callable[..., Outcome]
 
 
 @pytest.fixture
-def push(segment: Segment, runs: Path) -> Push:
+def push(segment: Segment, runs: Path, layouts_here: None) -> Push:
     """One pass as cron makes it: a syncer of its own each time."""
 
     def once(order: Any = "mtime", digest: str = "", **options: Any) -> Outcome:

@@ -244,7 +244,7 @@ def pass_by_pass(
 
 
 def test_a_runtime_directory_that_is_gone_and_one_that_is_unsafe(
-    segment: WritableSegment, runs: Path, runtime: Path, stop: threading.Event
+    segment: WritableSegment, runs: Path, runtime: Path, stop: threading.Event, layouts_here: None
 ) -> None:
     """Guards that neither ends a watch, wherever it notices: in a pass, or when it rests between two."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
