@@ -137,7 +137,7 @@ def _attached(workspace: Workspace, nbytes: int, tensors: int, mode: Mode) -> It
     """Attaches two policies, and lets them take a version from each slot.
 
     Yields:
-        What publishes a version, refreshes both and returns the seconds of the second refresh; and that one's reader.
+        A function that publishes, refreshes both and returns the seconds of the second refresh; and the second reader.
     """
     state = {name: torch.rand_like(tensor) for name, tensor in make(nbytes, tensors).state_dict().items()}
     with ExitStack() as stack:
@@ -276,7 +276,7 @@ CASES: dict[str, Callable[[Workspace], list[Row]]] = {
 
 
 def chosen(only: tuple[str, ...]) -> list[str]:
-    """The cases whose names begin with one of these, or all without any; raises UsageError for one without a case."""
+    """The cases whose names begin with one of these, or all if there are none; UsageError for one without a case."""
     for name in only:
         if not any(case.startswith(name) for case in CASES):
             raise UsageError(f"--only {name!r}: there is no such case. There are {', '.join(CASES)}.")

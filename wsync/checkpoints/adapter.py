@@ -58,8 +58,8 @@ def blaming(base: object, adapter: Path) -> Iterator[None]:
             exc.differences,
         ) from exc
     except (CheckpointError, OSError) as exc:
-        told = unreadable(Path(str(base)), exc) if isinstance(exc, OSError) else exc
-        raise CheckpointError(f"the base of the adapter {adapter} cannot be opened: {told}") from exc
+        reason = unreadable(Path(str(base)), exc) if isinstance(exc, OSError) else exc
+        raise CheckpointError(f"the base of the adapter {adapter} cannot be opened: {reason}") from exc
 
 
 def plan_adapter(
@@ -110,7 +110,7 @@ def _named_by_policy(tensors: Mapping[str, StoredTensor], layout: Layout) -> dic
     """Renames an adapter's tensors to those of an adapter in the policy; None if no adapter there has all of them."""
     names = [name for entry in layout.tensors for name in entry.names]
     adapters = {match[1] for name in names if (match := _OWN.search(name))}
-    for adapter in sorted(adapters, key=lambda each: (each != "default", each)):  # PEFT's own name comes first
+    for adapter in sorted(adapters, key=lambda each: (each != "default", each)):  # PEFT's default name first
         saved = {each: name for name in names for each in _saved_as(name, adapter)}
         if tensors.keys() <= saved.keys():
             return {saved[name]: tensor for name, tensor in tensors.items()}
@@ -179,8 +179,8 @@ def _plan_merge(adapter: TensorTable, base: TensorTable, layout: Layout, setting
         )
     if lacking:
         with blaming(base.path, adapter.path):
-            held = f"{base.path} lacks {len(lacking)} of the weights that the adapter adds to."
-            raise CheckpointMismatch(held, tuple(lacking))
+            message = f"{base.path} lacks {len(lacking)} of the weights that the adapter adds to."
+            raise CheckpointMismatch(message, tuple(lacking))
     return _together(replace(own, settings=settings), plan, tuple(deltas))
 
 

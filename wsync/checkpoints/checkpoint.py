@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(TensorTable):
-    """An open checkpoint, and the last plan that was made for it; opened as a ``TensorTable`` is.
+    """An open checkpoint, and the last plan that was made for it; takes the arguments of ``TensorTable``.
 
     Attributes:
         planned: the last plan; None before the first.
@@ -36,7 +36,7 @@ class Checkpoint(TensorTable):
 
     @cached_property
     def step(self) -> int | None:
-        """The producer's own number for it, which callers may correct; None if it has none. See ``steps``."""
+        """The producer's own number for it, which callers may set; None if it has none. See ``steps``."""
         from .steps import step_at
 
         return step_at(self.path, self.metadata).number

@@ -26,8 +26,8 @@ def with_siblings(exc: CheckpointMismatch, parts: Parts, layout: Layout, setting
     if not hopeless or remote(path) or not (path.is_dir() or is_fixed(path.name)):
         return exc
     directory = path if path.is_dir() else path.parent
-    told = _file_that_fits(directory, parts, layout, settings) or _parts_of_a_model(directory, layout)
-    return CheckpointMismatch(f"{before}{told}", exc.differences) if told else exc
+    advice = _file_that_fits(directory, parts, layout, settings) or _parts_of_a_model(directory, layout)
+    return CheckpointMismatch(f"{before}{advice}", exc.differences) if advice else exc
 
 
 def _file_that_fits(directory: Path, parts: Parts, layout: Layout, settings: Fit) -> str:

@@ -235,8 +235,8 @@ def check_finite(table: TensorTable, weights: memoryview, plan: Plan) -> None:
     if rows:
         advice = "It is never published; look at the trainer, which has probably diverged."
         if len(infinite) == len(rows):
-            told = ", ".join(f'"{entry.name}"' for entry in infinite[:_NAMED]) + (", …" if infinite[_NAMED:] else "")
-            advice += f" If these infinities belong there, write finite_except = [{told}] in [weights]."
+            globs = ", ".join(f'"{entry.name}"' for entry in infinite[:_NAMED]) + (", …" if infinite[_NAMED:] else "")
+            advice += f" If these infinities belong there, write finite_except = [{globs}] in [weights]."
         raise NonFiniteWeights(
             f"{table.path} holds NaN or infinity in {len(rows) + len(beyond)} of its tensors. {advice}",
             tuple(rows + beyond),

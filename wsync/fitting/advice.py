@@ -52,9 +52,9 @@ def advice(tensors: Tensors, layout: Layout, settings: Fit, most: int = 5_000_00
     All trials together look at some ``most`` tensors, because a hostile header may have many.
     """
     trials = islice(_changes(tensors, layout, settings), 3 + most // max(len(tensors), 1))
-    for told in (_tried(tensors, layout, settings, change) for change in trials):
-        if told:
-            return told
+    for found in (_tried(tensors, layout, settings, change) for change in trials):
+        if found:
+            return found
     part = match(tensors, layout, replace(settings, strict=False, partial=True))
     takes_part = part.kept and not part.rows
     other = "write checkpoints of this policy's own state_dict, or name the spec that fits."
@@ -92,9 +92,9 @@ def _tried(tensors: Tensors, layout: Layout, settings: Fit, change: Change) -> s
     complete = not (found.kept or found.built)
     who = f"All {len(layout.tensors)} tensors of the policy" if complete else "The tensors in the checkpoint"
     words = " and ".join(f"{name} = {_toml(value)}" for name, value in change.items())
-    told = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
+    text = f"{who} fit with the {'setting' if len(change) == 1 else 'settings'} {words} in [weights]."
     options = _options(change)
-    return f"{told} As options: `{options}`." if options else told
+    return f"{text} As options: `{options}`." if options else text
 
 
 def _are_as_many(tensors: Tensors, layout: Layout) -> bool:

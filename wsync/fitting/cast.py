@@ -70,7 +70,7 @@ def split(row: Piece, most: int) -> Iterator[Piece]:
 
 
 def convert(data: memoryview, source: str, target: str, out: memoryview | None = None) -> memoryview:
-    """Converts elements of dtype ``source`` to dtype ``target``; returns ``out``, or new memory without it.
+    """Converts elements of dtype ``source`` to dtype ``target``, into ``out`` or new memory, which it returns.
 
     The work is one call that releases the interpreter's lock, so that two threads convert twice as fast as one.
 

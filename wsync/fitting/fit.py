@@ -35,7 +35,7 @@ class Fit:
         finite: whether NaN and infinity are refused, except an infinity that the policy has when it is built.
         finite_except: globs of tensors that may hold infinities, never NaN.
         missing: ``"policy"`` gives missing tensors the values that the policy has when it is built.
-        extra_state: ``"ignore"`` accepts a policy whose ``state_dict()`` holds what a segment cannot; ``"refuse"`` not.
+        extra_state: if ``state_dict()`` holds what a segment cannot, ``"ignore"`` that or ``"refuse"`` the policy.
         base: path or URL of the checkpoint that a PEFT adapter is merged into; needed if the policy has no adapter.
     """
 

@@ -28,8 +28,8 @@ class Reading(NamedTuple):
     Attributes:
         chunk: most bytes of one read: few calls, and the bytes are still in the L3 cache for the finite check.
         buffer: size of each thread's buffer, which stays in its core's L2 cache.
-        large: least that is read of a file past the page cache; for less, reads through it are as fast.
-        worth_threads: least that is read by several threads; less is done before a second one has started.
+        large: least to read of a file past the page cache; for less, reads through the cache are as fast.
+        worth_threads: least to read with several threads; less is done before a second one has started.
     """
 
     chunk: int = 8 << 20
@@ -161,13 +161,13 @@ def plan_of(tensors: Mapping[str, StoredTensor], layout: Layout, settings: Fit, 
             )
         from .advice import HOPELESS, advice  # few passes need it
 
-        told = advice(tensors, layout, settings)
+        hint = advice(tensors, layout, settings)
         known = {name for entry in layout.tensors for name in entry.names}
-        is_foreign = told.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
+        is_foreign = hint.startswith(HOPELESS) and known.isdisjoint(map(settings.name, tensors))
         if is_foreign:
-            told += " If it is not one of the policy's checkpoints, leave it out with pattern in [select] (--pattern)."
+            hint += " If it is not one of the policy's checkpoints, leave it out with pattern in [select] (--pattern)."
         kind = ForeignCheckpoint if is_foreign else CheckpointMismatch
-        raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {told}", rows)
+        raise kind(f"{path} does not fit the policy: {len(rows)} of its tensors differ. {hint}", rows)
     plan = Plan(layout, tuple(found.pairs), tuple(found.twins), tuple(found.kept), tuple(found.built), settings)
     _last = (tensors, layout, settings, plan)
     return plan

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az", "hf", "http", "https")
 DEPTH = 5  # levels of names in a listing: checkpoints that are directories, and three more within them
-_LOOKS = 16  # most objects looked at at the same time
+_LOOKS = 16  # most objects that are looked at at once
 _SHARDS = 10_000  # most shards of one checkpoint on a web server
 _NO_RANGES = "it gives no ranges"
 _NO_CREDENTIALS = "no valid credentials"

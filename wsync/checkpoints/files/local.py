@@ -52,7 +52,7 @@ class Files(ByteSource):
             for file in parts.every:
                 self._fds.append(_open(file))
             self.infos = [os.fstat(fd) for fd in self._fds]
-            if parts.is_several and not self._lies_there(parts):
+            if parts.is_several and not self._are_in_place(parts):
                 raise changed(parts.path)
             settling.let_files_settle(parts, self._fds, settle)
             self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have finished since they were opened
@@ -74,9 +74,9 @@ class Files(ByteSource):
         for file, fd, info in zip(self.parts.every, self._fds, self.infos, strict=True):
             if _state(os.fstat(fd)) != _state(info) or being_written(fd) or _times_were_put_back(file, fd, info):
                 return False
-        return not self.parts.is_several or self._lies_there_or_is_gone()
+        return not self.parts.is_several or self._are_in_place_or_gone()
 
-    def _lies_there_or_is_gone(self) -> bool:
+    def _are_in_place_or_gone(self) -> bool:
         """Whether all files are still where they were opened, or all are gone.
 
         If some were replaced, they do not belong with the others. If some are gone, a trainer may be deleting the whole
@@ -88,12 +88,12 @@ class Files(ByteSource):
             if not any(there):
                 return True
             with suppress(FileNotFoundError, NoCheckpoint, IncompleteCheckpoint):
-                return self._lies_there(parts_of(self.parts.path, self.parts.wanted))
+                return self._are_in_place(parts_of(self.parts.path, self.parts.wanted))
             if time.monotonic() > until:
                 return False
             time.sleep(_TICK)
 
-    def _lies_there(self, parts: Parts) -> bool:
+    def _are_in_place(self, parts: Parts) -> bool:
         """Whether these parts are the very files that were opened."""
         return parts == self.parts and all(
             _is_same(file.stat(), info) for file, info in zip(parts.every, self.infos, strict=True)

@@ -39,8 +39,8 @@ class Objects(ByteSource):
         self.infos = [file.stat() for file in parts.every]
         self._store = cast(RemotePath, parts.path).store
         self._stored = [_listed_as(file) for file in parts.every]
-        told = {file: self._store.sha256(stored) for file, stored in zip(parts.every, self._stored, strict=True)}
-        known = {file: Digest(file, sha256, "the store") for file, sha256 in told.items() if sha256}
+        digests = {file: self._store.sha256(stored) for file, stored in zip(parts.every, self._stored, strict=True)}
+        known = {file: Digest(file, sha256, "the store") for file, sha256 in digests.items() if sha256}
         if known.keys() >= {*parts.files}:
             self.digests = tuple(known[file] for file in parts.files)
         self.extra_digests = {file: known[file] for file in parts.extras.values() if file in known}

@@ -238,8 +238,8 @@ def _adapter(path: Path, file: Path) -> Parts:
 
 def _sharded(path: Path, index: Path) -> Parts:
     info, away = index.stat(), remote(index)
-    is_told = away and not away.store.is_web  # each version has an ETag or a commit
-    if info.st_size <= _KEPT and (is_told or info.st_ctime < time.time() - _STEADY):  # spares a pass the read
+    has_tags = away and not away.store.is_web  # each version has an ETag or a commit
+    if info.st_size <= _KEPT and (has_tags or info.st_ctime < time.time() - _STEADY):  # spares a pass the read
         shards = _known(index, identity(info), info.st_ctime_ns)
     else:
         shards = _shards(index)
@@ -261,8 +261,8 @@ def _shards(index: Path) -> Mapping[str, frozenset[str]]:
         data = read_small(index, MAX_INDEX)
         if (names := data.count(b'"') // 4) > MAX_TENSORS + 1000:
             raise ValueError(f"it names some {names:,} tensors, over the bound of {MAX_TENSORS:,}")
-        held = json.loads(data)
-        table = held.get("weight_map") if isinstance(held, dict) else None
+        content = json.loads(data)
+        table = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(table, dict) or not table:
             raise ValueError("no weight_map")
     except FileNotFoundError as exc:

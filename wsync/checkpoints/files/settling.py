@@ -160,7 +160,7 @@ def check_files(parts: Parts, infos: Sequence[os.stat_result], settle: float, pu
     for earlier in map(fingerprints, published):
         mixed = _is_mixed(parts, [fingerprint(info) in earlier for info in infos]) or mixed
     if mixed:
-        _let_stand(parts, infos, settle)
+        _check_patience(parts, infos, settle)
 
 
 def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, since: int) -> None:
@@ -174,7 +174,7 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
     """
     infos = infos[: len(parts.own)]
     if _is_mixed(parts, [info.st_ctime_ns <= since for info in infos]):
-        _let_stand(parts, infos, settle)
+        _check_patience(parts, infos, settle)
 
 
 def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
@@ -213,7 +213,7 @@ def _is_mixed(parts: Parts, each: Sequence[bool]) -> bool:
     return any(same) != index
 
 
-def _let_stand(parts: Parts, infos: Sequence[os.stat_result], settle: float) -> None:
+def _check_patience(parts: Parts, infos: Sequence[os.stat_result], settle: float) -> None:
     if _left(infos, PATIENCE * settle):
         assert parts.beside
         raise BeingRewritten(
