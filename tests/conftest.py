@@ -21,7 +21,7 @@ from builders import ROOT, SUPPORT
 from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 
-from wsync.checkpoints.files import local as staging
+from wsync.checkpoints.files import local_files as staging
 from wsync.fitting import plan as fitting
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment

@@ -11,7 +11,7 @@ The rooms, lowest layer first. Each may import only rooms that this list names b
     stores          objects behind a URL
     checkpoints     one checkpoint: its files, whether it is whole, read into a buffer
     segment         shared memory: its files, the protocol, the readers' records, publishing
-    places          a directory of checkpoints: listing, newest, changes, the weight getter
+    discovery       a place of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
     updaters        the weight updaters
     torchrl, stable_baselines3, transformers, lightning
@@ -50,10 +50,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .places.weight_getter import CheckpointWeightGetter
+    from .discovery.weight_getter import CheckpointWeightGetter
     from .policy.attaching import attach
     from .policy.reader import Reader
-    from .segment.without_torch import Held, follow, lease
+    from .segment.numpy_reader import Held, follow, lease
     from .system.access import Access
     from .updaters.publisher import Publisher, publisher
     from .updaters.shared_memory import SharedMemoryWeightUpdater
@@ -63,16 +63,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Access": "system.access",
-    "CheckpointWeightGetter": "places.weight_getter",
-    "Held": "segment.without_torch",
+    "CheckpointWeightGetter": "discovery.weight_getter",
+    "Held": "segment.numpy_reader",
     "Publisher": "updaters.publisher",
     "Reader": "policy.reader",
     "SharedMemoryWeightUpdater": "updaters.shared_memory",
     "VanillaWeightUpdater": "updaters.vanilla",
     "WeightUpdaterBase": "updaters.vanilla",
     "attach": "policy.attaching",
-    "follow": "segment.without_torch",
-    "lease": "segment.without_torch",
+    "follow": "segment.numpy_reader",
+    "lease": "segment.numpy_reader",
     "publisher": "updaters.publisher",
 }
 

@@ -17,6 +17,8 @@ from torch import nn
 
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Select
 from wsync.errors import (
     BeingRewritten,
     CheckpointChanged,
@@ -30,8 +32,6 @@ from wsync.errors import (
 from wsync.fitting.fit import Fit
 from wsync.layout.filenames import INDEX
 from wsync.layout.layout import Layout, layout_of, views
-from wsync.places.listing import scan
-from wsync.places.newest import Select
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer

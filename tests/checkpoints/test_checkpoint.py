@@ -24,7 +24,7 @@ from safetensors.torch import save_file, save_model
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files.parts import identity
-from wsync.checkpoints.steps import read_step
+from wsync.checkpoints.step_number import read_step
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,

@@ -19,14 +19,14 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files.local import Files
+from wsync.checkpoints.files.local_files import Files
 from wsync.cli.output.inspected import inspect
+from wsync.discovery.newest import Select
 from wsync.errors import BeingWritten, CheckpointMismatch, MalformedCheckpoint, NonFiniteWeights, WrongDigest
 from wsync.fitting.fit import Fit
-from wsync.history.database import State
 from wsync.history.rollback import pin_checkpoint
+from wsync.history.state import State
 from wsync.layout.layout import Layout
-from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

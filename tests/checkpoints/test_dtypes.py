@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files.parts import unreadable
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointMismatch
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of_tensors, views
-from wsync.places.weight_getter import CheckpointWeightGetter
 
 
 def staged(file: Path, layout: Layout, fit: Fit) -> bytes:

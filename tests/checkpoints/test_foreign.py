@@ -19,8 +19,8 @@ from processes import Cli
 
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.output.inspected import inspect
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import MalformedCheckpoint, NoCheckpoint
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

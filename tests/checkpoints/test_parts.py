@@ -28,6 +28,9 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import parts, settling
 from wsync.checkpoints.files.parts import identity, parts_of
 from wsync.cli.output.inspected import inspect
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Candidate, Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import (
     CheckpointChanged,
     CheckpointError,
@@ -38,9 +41,6 @@ from wsync.errors import (
 from wsync.fitting import header as module
 from wsync.layout.filenames import ADAPTER, CONFIG, INDEX, MAX_INDEX, SINGLE
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.listing import scan
-from wsync.places.newest import Candidate, Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer

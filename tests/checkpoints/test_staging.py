@@ -23,7 +23,7 @@ from processes import DEADLINE, Lines, Spawn
 from safetensors.torch import load_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files import local as staging
+from wsync.checkpoints.files import local_files as staging
 from wsync.errors import CheckpointChanged, CheckpointError, NonFiniteWeights
 from wsync.fitting.fit import Fit
 from wsync.layout import finite
@@ -296,7 +296,7 @@ def test_nothing_is_written_once_it_was_given_up(
 
 STAGE = """
 import sys, threading
-from wsync.checkpoints.files import local as staging
+from wsync.checkpoints.files import local_files as staging
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import CheckpointError
 

@@ -17,7 +17,7 @@ from wsync.checkpoints.files.parts import parts_of
 from wsync.checkpoints.files.settling import COMPANIONS, PATIENCE
 from wsync.errors import BeingWritten
 from wsync.layout.filenames import INDEX
-from wsync.system.unwritten import unwritten
+from wsync.system.file_holes import unwritten
 
 HIDDEN = 4096  # units: some pages of weights
 SETTLE = 0.02

@@ -24,13 +24,13 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from wsync.checkpoints.checkpoint import Checkpoint
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
 from wsync.layout.layout import layout_of, named_tensors
-from wsync.places.listing import scan
-from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run

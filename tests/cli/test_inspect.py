@@ -19,7 +19,7 @@ from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.checkpoints.files.local import Files
+from wsync.checkpoints.files.local_files import Files
 from wsync.cli.output.inspected import inspect
 from wsync.fitting.cast import Piece
 from wsync.fitting.fit import Fit

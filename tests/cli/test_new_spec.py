@@ -14,7 +14,7 @@ from others import run_cli
 
 from wsync.cli.options import specs, versions
 from wsync.cli.output.config import spec_text
-from wsync.history.database import State
+from wsync.history.state import State
 from wsync.settings.spec import KEYS, load_spec
 
 

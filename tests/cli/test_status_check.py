@@ -11,7 +11,7 @@ from policies import mlp
 
 import wsync
 from wsync.errors import SegmentMissing
-from wsync.history.database import State
+from wsync.history.state import State
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

@@ -14,7 +14,7 @@ from rich.console import Console
 from wsync.cli.output import log
 from wsync.cli.output.status import view_of
 from wsync.errors import SegmentUnsafe
-from wsync.history.database import Event
+from wsync.history.state import Event
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from policies import mlp
 from safetensors.torch import save_file
 
 from wsync.checkpoints.files.extras import ExtraFiles
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 
 TABLE = (ROOT / "examples" / "layouts" / "README.md").read_text()
 

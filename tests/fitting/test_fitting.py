@@ -28,7 +28,7 @@ from wsync.fitting.cast import pieces
 from wsync.fitting.fit import Fit
 from wsync.fitting.header import StoredTensor
 from wsync.fitting.plan import Plan, plan_of
-from wsync.history.database import State
+from wsync.history.state import State
 from wsync.layout.layout import TORCH_DTYPES, Layout, layout_of
 from wsync.segment.publishing import publish, rehearse
 from wsync.segment.writable import WritableSegment

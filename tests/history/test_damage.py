@@ -16,9 +16,9 @@ from policies import mlp
 from processes import Lines, Spawn
 
 from wsync.errors import NoCheckpoint, SegmentUnsafe, StateError, UsageError
-from wsync.history.database import State
 from wsync.history.pins import Pin
 from wsync.history.rollback import rollback
+from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import WORD_OFFSET
 from wsync.settings.spec import load_spec

@@ -31,15 +31,15 @@ from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
 from wsync.cli.options import VARIABLES
 from wsync.cli.output.log import bar
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.history.state import State
 from wsync.hooks import gate
 from wsync.layout.layout import layout_of
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import Hooks
 from wsync.settings.spec import Spec, load_spec

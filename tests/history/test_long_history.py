@@ -14,8 +14,8 @@ from builders import write
 from policies import mlp
 
 from wsync.errors import NoCheckpoint, SpecError
-from wsync.history.database import Event, State
 from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.history.state import Event, State
 from wsync.segment.writable import remove
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

@@ -19,10 +19,10 @@ from others import as_person, run_cli
 from processes import DEADLINE, Spawn
 
 from wsync.errors import StateError, UsageError
-from wsync.history.database import State, state_dir
 from wsync.history.pins import Pin
 from wsync.history.record import Record
 from wsync.history.reopening import fit_from_json
+from wsync.history.state import State, state_dir
 
 PIN = Pin(checkpoint="/runs/a.safetensors", identity="1-2-3-4", version=7, step=70, since=1.5, reason="by hand")
 
@@ -195,7 +195,7 @@ def test_a_broken_or_unwritable_database_is_told(tmp_path: Path) -> None:
 def test_many_processes_write_one_history(tmp_path: Path, spawn: Spawn) -> None:
     """Guards against events lost, or a process failing, where cron, watch and hand write at the same time."""
     code = (
-        "import sys; from wsync.history.database import State; s = State('nets', sys.argv[1]); "
+        "import sys; from wsync.history.state import State; s = State('nets', sys.argv[1]); "
         "print('ready', flush=True); "
         "input(); [s.record('publish', version=n) for n in range(50)]"
     )
@@ -228,7 +228,7 @@ def test_a_history_that_another_process_just_makes_is_waited_for(
     other.execute("BEGIN IMMEDIATE")
     monkeypatch.setattr(sqlite3, "connect", partial(connect, factory=Asking))
     if not ends:
-        monkeypatch.setattr("wsync.history.storage.PATIENCE", 0.0)
+        monkeypatch.setattr("wsync.history.sqlite_file.PATIENCE", 0.0)
     release = threading.Thread(target=lambda: asked.wait(DEADLINE) and ends and other.execute("ROLLBACK"))
     release.start()
     with State("nets", tmp_path) as state:

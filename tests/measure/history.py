@@ -15,7 +15,7 @@ from pathlib import Path
 
 from wsync.bench.rows import MIB, Settings
 from wsync.bench.workspace import Workspace, private_workspace
-from wsync.history.database import State
+from wsync.history.state import State
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from spent import spent

@@ -19,7 +19,7 @@ from wsync.errors import AttachTimeout
 from wsync.layout.layout import layout_of
 from wsync.policy.first_version import Opening
 from wsync.policy.reader import Reader
-from wsync.segment.readers import Registration
+from wsync.segment.reader_records import Registration
 from wsync.segment.segment import segments
 from wsync.segment.writable import WritableSegment
 

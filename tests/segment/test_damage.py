@@ -24,7 +24,7 @@ from wsync.errors import SegmentDamaged, SegmentError, UsageError
 from wsync.policy import segment_search
 from wsync.policy.reader import Mode, Reader
 from wsync.segment import writable
-from wsync.segment.readers import Registration
+from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import set_aside
 from wsync.segment.writable import WritableSegment

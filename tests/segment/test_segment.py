@@ -29,7 +29,7 @@ from wsync.segment import segment as protocol
 from wsync.segment import segment_files, word_and_lease, writable
 from wsync.segment.publication import METADATA_END, Publication
 from wsync.segment.publishing import publish
-from wsync.segment.readers import Registration
+from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment, segments
 from wsync.segment.segment_files import NO_SLOT, REMOVED, WORD_OFFSET, metadata_block
 from wsync.segment.writable import WritableSegment

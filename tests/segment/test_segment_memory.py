@@ -12,7 +12,7 @@ from processes import Spawn
 
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment import segment_files
-from wsync.segment.readers import ReaderRecord, Registration
+from wsync.segment.reader_records import ReaderRecord, Registration
 from wsync.segment.writable import WritableSegment
 
 LAYOUT = layout_of(mlp())

@@ -28,7 +28,7 @@ import wsync
 from wsync.errors import UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.layout.layout import layout_of
-from wsync.segment.readers import Registration
+from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Metrics, load_spec
@@ -472,7 +472,7 @@ def test_reader_labels_are_few_and_harmless(runs: Path) -> None:
         patch.setattr("sys.argv", [odd])
         named = Registration(segment.path, "copy")
         pids = iter(range(10_000))
-        patch.setattr("wsync.segment.readers.os.getpid", lambda: next(pids))
+        patch.setattr("wsync.segment.reader_records.os.getpid", lambda: next(pids))
         many = [Registration(segment.path, "copy") for _ in range(MAX_READERS)]
     figures = [(sample.name, sample.labels.get("reader"), sample.value) for sample in samples_of(Live(NAME))]
     labels = [reader for name, reader, _ in figures if name == "wsync_reader_lag_versions"]

@@ -22,12 +22,12 @@ from processes import DEADLINE, Cli, Lines, Spawn, signal_another_thread
 from safetensors.torch import save_file
 
 import wsync
-from wsync.checkpoints.files.objects import AT_ONCE
+from wsync.checkpoints.files.store_objects import AT_ONCE
 from wsync.cli.output.inspected import inspect
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import layout_of
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

@@ -23,8 +23,8 @@ from policies import mlp
 from processes import DEADLINE, Cli, Lines
 
 import wsync
+from wsync.discovery.newest import Select
 from wsync.layout.layout import layout_of
-from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

@@ -17,12 +17,12 @@ from policies import mlp
 from processes import DEADLINE, Cli
 
 import wsync
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
+from wsync.history.state import State
 from wsync.layout.layout import layout_of
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE, Store
@@ -250,7 +250,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
     layout = layout_of(mlp())
     weights = bytearray(layout.nbytes)
     ended = threading.Event()
-    fetch = wsync.checkpoints.files.objects.Objects._fetch
+    fetch = wsync.checkpoints.files.store_objects.Objects._fetch
 
     def watched(self: Any, *args: Any) -> None:
         try:
@@ -263,7 +263,7 @@ def test_a_late_thread_writes_nothing(bucket: Bucket, live: Syncer, monkeypatch:
         if over.is_set():
             ended.set()
 
-    monkeypatch.setattr("wsync.checkpoints.files.objects.Objects._fetch", watched)
+    monkeypatch.setattr("wsync.checkpoints.files.store_objects.Objects._fetch", watched)
     checkpoint = CheckpointWeightGetter(f"{RUN}/step_2.safetensors").open_newest()
     assert checkpoint
     with checkpoint, pytest.raises(CheckpointError):

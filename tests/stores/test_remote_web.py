@@ -26,11 +26,11 @@ import wsync
 from tests.measure.remote import PEAK, Sender, Server
 from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.checkpoints.files.parts import place_at
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointError
 from wsync.fitting.fit import Fit
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE, SCHEMES, Store, Stored
@@ -352,7 +352,7 @@ def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -
     program = (
         "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "
-        "print([m for m in sys.modules if m in ('wsync.checkpoints.files.objects', 'wsync.stores.path', "
+        "print([m for m in sys.modules if m in ('wsync.checkpoints.files.store_objects', 'wsync.stores.path', "
         "'wsync.stores.store', 'obstore', 'concurrent.futures', 'boto3')])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)

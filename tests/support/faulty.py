@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from wsync.checkpoints.files import parts, settling
+from wsync.discovery.newest import Select
 from wsync.errors import SegmentError, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout
-from wsync.places.newest import Select
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import slot_name
 from wsync.settings import layout_process

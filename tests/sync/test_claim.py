@@ -13,8 +13,8 @@ from policies import mlp
 from processes import Cli, Lines, Spawn
 
 from wsync.errors import UsageError
-from wsync.history.database import State
 from wsync.history.rollback import rollback
+from wsync.history.state import State
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment

@@ -25,9 +25,9 @@ import wsync
 from wsync.checkpoints.files import settling
 from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.errors import SegmentDamaged, SpecError, UsageError
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.history.state import State
 from wsync.layout.layout import layout_of
 from wsync.segment.publishing import Staged
 from wsync.segment.segment import Segment

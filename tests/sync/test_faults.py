@@ -290,7 +290,7 @@ from dataclasses import replace
 from pathlib import Path
 import ctypes, hashlib, numpy, pwd, shutil, tempfile, inotify_simple  # nobody may not read them later
 from faulty import NAME, Box, Faults
-import wsync.places.changes, wsync.sync.loop
+import wsync.discovery.changes, wsync.sync.loop
 from wsync.layout.layout import Layout
 from wsync.history.outcome import Outcome
 from wsync.settings import layout_process

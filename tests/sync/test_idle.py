@@ -15,13 +15,13 @@ from builders import NAME, SPEC, mark_of, write
 from policies import mlp
 from processes import DEADLINE
 
+from wsync.discovery import listing
+from wsync.discovery.changes import Changes
+from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
-from wsync.places import listing
-from wsync.places.changes import Changes
-from wsync.places.newest import Select
+from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
@@ -42,7 +42,7 @@ def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return entries_of(place)
 
     monkeypatch.setattr(listing, "entries_of", counting)
-    monkeypatch.setattr("wsync.places.changes._is_local", lambda device: True)
+    monkeypatch.setattr("wsync.discovery.changes._is_local", lambda device: True)
     return made
 
 

@@ -23,9 +23,9 @@ from processes import DEADLINE, Lines, Spawn
 from wsync import CheckpointWeightGetter
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.output.watch import WatchLog
+from wsync.discovery.newest import Candidate
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
-from wsync.places.newest import Candidate
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

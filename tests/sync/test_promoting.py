@@ -22,9 +22,9 @@ import wsync
 from wsync.cli.options import targets
 from wsync.errors import SegmentMissing, SpecError, UsageError
 from wsync.fitting.fit import Fit
-from wsync.history.database import Event, State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.history.state import Event, State
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.publication import Publication
 from wsync.segment.segment import Segment

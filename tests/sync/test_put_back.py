@@ -14,12 +14,12 @@ from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
 from wsync.checkpoints.files.parts import parts_of
+from wsync.discovery.newest import Select
 from wsync.errors import BeingRewritten, NoCheckpoint
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
+from wsync.history.state import State
 from wsync.layout.filenames import INDEX
-from wsync.places.newest import Select
 from wsync.segment.publishing import holds
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec

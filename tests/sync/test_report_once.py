@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from wsync.cli.output.push import outcome_json, tell
 from wsync.cli.output.watch import WatchLog
-from wsync.history.database import State
+from wsync.discovery.newest import Select
 from wsync.history.outcome import Outcome
-from wsync.places.newest import Select
+from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.service.metrics import Figures
 from wsync.settings.spec import Spec

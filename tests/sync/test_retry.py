@@ -19,11 +19,11 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.checkpoints.files import settling
 from wsync.checkpoints.files.parts import Parts
 from wsync.cli.output.watch import WatchLog
+from wsync.discovery.listing import listing_of
+from wsync.discovery.newest import Candidate, Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
 from wsync.history.outcome import EXIT_CODES, Outcome
-from wsync.places.listing import listing_of
-from wsync.places.newest import Candidate, Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec

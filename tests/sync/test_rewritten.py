@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from wsync.cli.output.push_quiet import News
 from wsync.cli.output.watch import WatchLog
+from wsync.discovery.newest import Select
 from wsync.errors import BeingRewritten
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
+from wsync.history.state import State
 from wsync.layout.filenames import INDEX
-from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.syncer import Syncer

@@ -15,10 +15,10 @@ from policies import mlp, normed
 from processes import DEADLINE, Spawn
 
 import wsync
+from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
-from wsync.places.newest import Select
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec

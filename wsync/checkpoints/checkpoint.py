@@ -36,8 +36,8 @@ class Checkpoint(TensorTable):
 
     @cached_property
     def step(self) -> int | None:
-        """The producer's own number for it, which callers may set; None if it has none. See ``steps``."""
-        from .steps import step_at
+        """The producer's own number for it, which callers may set; None if it has none. See ``step_number``."""
+        from .step_number import step_at
 
         return step_at(self.path, self.metadata).number
 
@@ -114,7 +114,7 @@ class Checkpoint(TensorTable):
             CheckpointError: the system could not read a file.
             UsageError: the plan needs the values of a built policy, and the settings name none.
         """
-        from . import merging, staging
+        from . import adapter_merging, staging
 
         if not self.fitted:  # a kept copy already has the extras of its original
             self.extras = Extras({}, self.metadata)
@@ -123,7 +123,7 @@ class Checkpoint(TensorTable):
 
             self.extras = read_extras(self.source, self.metadata, digests=bool(self.digests))
         if plan.merge and self.base:
-            merging.read_into(self, self.base, weights, plan, finite=finite, progress=progress)
+            adapter_merging.read_into(self, self.base, weights, plan, finite=finite, progress=progress)
         else:
             staging.read_into(self, weights, plan, finite=finite, progress=progress)
 

@@ -13,7 +13,7 @@ from ..fitting.match import match
 from ..layout.filenames import INDEX_SUFFIX, SUFFIX
 from ..layout.layout import Layout
 from .files.parts import Parts, remote
-from .steps import is_fixed
+from .step_number import is_fixed
 from .tensor_table import TensorTable
 
 _MOST = 16  # most files that are tried

@@ -93,10 +93,10 @@ class TensorTable:
 
     def _open(self) -> ByteSource:
         if remote(self.path):
-            from .files.objects import Objects
+            from .files.store_objects import Objects
 
             return Objects(self.parts, self.settle)
-        from .files.local import Files
+        from .files.local_files import Files
 
         return Files(self.parts, self.settle)
 

@@ -81,8 +81,8 @@ def push(
     0, because the live version stays live; if nothing is live, they exit with 65.
     """
     # Long, but a third of it declares options; the rest is one sequence that shares what it has opened.
-    from ..history.database import State
     from ..history.outcome import Outcome
+    from ..history.state import State
     from ..sync.syncer import Syncer
     from .output.push import tell
     from .terminal import complain, unwind_at
@@ -241,7 +241,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint holds and whether it is complete and fits; or list a directory's checkpoints."""
     from ..checkpoints.files.extras import ExtraFiles
-    from ..places.newest import Select
+    from ..discovery.newest import Select
     from .output.inspected import inspect as look
     from .output.inspected import print_inspection
 

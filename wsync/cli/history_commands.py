@@ -39,7 +39,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..history.database import Event, State
+    from ..history.state import Event, State
 
 history = typer.Typer()
 _DRAWN = 5000  # events, the last ones
@@ -62,7 +62,7 @@ def log(
     state_dir: StateOption = None,
 ) -> None:
     """Show what was published, rejected, rolled back and pinned, and when; the newest comes last."""
-    from ..history.database import State
+    from ..history.state import State
 
     if plot and (as_json or follow):
         raise UsageError("--plot draws one picture, and takes no --json or --follow. Leave these out, or --plot.")
@@ -102,8 +102,8 @@ def rollback(
 
     Its weights were accepted before, so no gate is asked, and no hook runs.
     """
-    from ..history.database import State
     from ..history.rollback import rollback as go_back
+    from ..history.state import State
 
     with State(name, state_dir) as state:
         live, pin, was = go_back(name, to, runtime=runtime_dir, state=state)
@@ -171,8 +171,8 @@ def pin(
     You chose this checkpoint yourself: its values are checked, but no gate is
     asked.
     """
-    from ..history.database import State
     from ..history.rollback import pin_checkpoint
+    from ..history.state import State
 
     with State(name, state_dir) as state:
         pinned, live = pin_checkpoint(name, checkpoint, runtime=runtime_dir, state=state)
@@ -183,8 +183,8 @@ def pin(
 @history.command(rich_help_panel=GO_BACK, epilog="Example: wsync unpin cartpole")
 def unpin(name: NameArgument, state_dir: StateOption = None) -> None:
     """Remove the pin: the next pass goes on with the newest checkpoint."""
-    from ..history.database import State
     from ..history.rollback import unpin as let_go
+    from ..history.state import State
 
     with State(name, state_dir) as state:
         before = let_go(state)
@@ -204,7 +204,7 @@ def config(
     settings: dict[str, dict[str, Any]],
 ) -> None:
     """Show every setting and where it comes from: option, variable, TOML or default."""
-    from ..history.database import state_dir as state_directory
+    from ..history.state import state_dir as state_directory
     from ..system.memory import runtime_dir as runtime_directory
     from .output.config import origins, print_config, write_spec
     from .output.watch import default_format

@@ -160,7 +160,7 @@ def targets(incomplete: str) -> list[str]:
 
 def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """The versions on record of the segment that the command line names, newest first."""
-    from ..history.database import State
+    from ..history.state import State
 
     # While --to lacks its value, the parser stops before it assigns the arguments, and leaves them in the context.
     name = context.params.get("name") or next(iter(context.args), "")

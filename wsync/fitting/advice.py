@@ -18,7 +18,7 @@ from math import prod
 from typing import Any
 
 from ..layout.layout import Layout, TensorEntry
-from ..layout.names import bare
+from ..layout.tensor_names import bare
 from .fit import Fit
 from .header import StoredTensor
 from .match import Match, match

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ..errors import UsageError
 from ..layout.layout import TensorEntry
-from ..layout.names import bare, matching
+from ..layout.tensor_names import bare, matching
 
 Built = Callable[[Iterable[str]], Mapping[str, bytes]]
 """Returns, by name, the bytes that these tensors of the policy have when it is built."""

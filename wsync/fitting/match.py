@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..errors import Difference
 from ..layout.layout import Layout, TensorEntry, describe
-from ..layout.names import seen_through
+from ..layout.tensor_names import seen_through
 from .cast import Pair
 from .fit import Fit
 from .header import StoredTensor

@@ -19,7 +19,7 @@ from ..history.outcome import Outcome
 from ..segment.publication import Publication
 from ..segment.publishing import Staged
 from ..segment.writable import WritableSegment
-from ..sync.passes import Pass, Recheck
+from ..sync.one_pass import Pass, Recheck
 from ..sync.syncer import Syncer
 from .delivery import Shared, Turn, deliver, judge
 from .group import Group

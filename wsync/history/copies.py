@@ -17,7 +17,7 @@ from ..segment.segment_files import read_extras_file
 from ..segment.word_and_lease import Lease
 from ..system.access import opened
 from ..system.memory import try_lock
-from .database import Event, State
+from .state import Event, State
 
 _EXTRAS = ".extras"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW

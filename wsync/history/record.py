@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.extras import ExtraFiles
 from ..errors import StateError
 from ..fitting.fit import Fit
-from .database import State
+from .state import State
 
 if TYPE_CHECKING:
     from ..segment.publication import Publication

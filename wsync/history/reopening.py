@@ -12,12 +12,12 @@ from typing import Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.extras import MAX_BYTES, ExtraFiles
+from ..discovery.identity import is_same
 from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
 from ..fitting.fit import Fit
-from ..places.identity import is_same
 from .copies import copies, is_of, open_copy, what
-from .database import Event, State
 from .pins import Pin
+from .state import Event, State
 
 IN_NO_FILE = "kept live values that are in no file"
 NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the last five)"

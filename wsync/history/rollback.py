@@ -14,17 +14,17 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ..checkpoints.files.parts import led_to, place_at
+from ..discovery.identity import changed_since, is_same
+from ..discovery.newest import Select
 from ..errors import NoCheckpoint, SegmentBusy, SegmentMissing, StateError, UsageError, printable
-from ..places.identity import changed_since, is_same
-from ..places.newest import Select
 from ..segment.publication import Publication, Version
 from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
 from .copies import copied_events, copies, what
-from .database import Event, State
 from .pins import Pin
 from .reopening import IN_NO_FILE, NO_COPY, extras_from_json, fit_from_json, gone_or_changed, reopen
+from .state import Event, State
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.05

@@ -178,7 +178,7 @@ def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
 
     from ..layout.layout import layout_of_tensors
     from ..layout.module import followed
-    from ..layout.names import seen_through
+    from ..layout.tensor_names import seen_through
 
     weights, targets = load_file(path), dict(followed(policy, own, "weights.own"))
     homes = seen_through(weights, targets)

@@ -4,4 +4,4 @@ Imports ``system`` and ``errors``; torch only where a module or a tensor is at h
 mean equal architectures.
 """
 
-__all__ = ["filenames", "finite", "layout", "module", "names", "tensor_subclasses", "weights"]
+__all__ = ["filenames", "finite", "layout", "module", "tensor_names", "tensor_subclasses", "weights"]

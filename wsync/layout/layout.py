@@ -19,7 +19,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import Difference, SpecError
-from .names import bare, matching, seen_through
+from .tensor_names import bare, matching, seen_through
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ class Layout:
     def names_in(self, other: Layout) -> dict[str, str] | None:
         """Maps each name to its name in another layout of the same tensors; None if those differ.
 
-        Ignores what wraps modules (see ``names``).
+        Ignores what wraps modules (see ``tensor_names``).
         """
         mine = [name for entry in self.tensors for name in entry.names]
         if self.digest == other.digest:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SpecError, UsageError
 from .layout import named_tensors, tied_key, unreadable
-from .names import bare, matching
+from .tensor_names import bare, matching
 
 if TYPE_CHECKING:
     import torch

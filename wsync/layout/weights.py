@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from .names import seen_through
+from .tensor_names import seen_through
 from .tensor_subclasses import check_copy, copy_each, runs_code
 
 Path = tuple[str, ...]

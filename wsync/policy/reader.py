@@ -30,7 +30,7 @@ from typing import Literal, NoReturn
 from ..checkpoints.files.extras import Extras
 from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
 from ..segment.publication import Publication
-from ..segment.readers import Registration
+from ..segment.reader_records import Registration
 from ..segment.segment import Segment
 from ..segment.segment_files import REMOVED, WORD_OFFSET
 from ..segment.word_and_lease import Lease

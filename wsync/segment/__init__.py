@@ -5,13 +5,13 @@ what lies below, and torch only for weights from memory.
 """
 
 __all__ = [
+    "numpy_reader",
     "publication",
     "publishing",
     "reader_progress",
-    "readers",
+    "reader_records",
     "segment",
     "segment_files",
-    "without_torch",
     "word_and_lease",
     "writable",
 ]

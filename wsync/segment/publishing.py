@@ -22,7 +22,7 @@ from ..errors import SegmentError, SegmentMissing, SegmentUnsafe
 from ..fitting.fit import Fit
 from ..layout.finite import not_finite
 from ..layout.layout import Layout, views
-from ..layout.names import seen_through
+from ..layout.tensor_names import seen_through
 from ..system.memory import mapping, reserve, write_at
 from .publication import MAX_VERSION, Publication, Version
 from .segment import Segment

@@ -6,7 +6,7 @@ import math
 import time
 
 from ..text import count, duration
-from .readers import ReaderRecord
+from .reader_records import ReaderRecord
 from .segment import Segment
 
 _SHORTEST, _LONGEST = 0.02, 0.5  # seconds between two looks at the readers' records

@@ -67,7 +67,7 @@ from ..layout.layout import Layout
 from ..system.access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .publication import METADATA_END, Publication
-from .readers import ReaderRecord, open_readers, readers
+from .reader_records import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
     NO_SLOT,

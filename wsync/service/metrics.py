@@ -19,7 +19,7 @@ from pathlib import Path
 from ..errors import CheckpointRejected, UsageError, WsyncError
 from ..history.outcome import EXIT_CODES, Outcome
 from ..segment.publication import Publication
-from ..segment.readers import ReaderRecord
+from ..segment.reader_records import ReaderRecord
 from ..segment.segment import Segment
 
 try:

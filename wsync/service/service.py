@@ -19,8 +19,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SpecError, WsyncError
-from ..history.database import State
 from ..history.outcome import Outcome
+from ..history.state import State
 from ..segment.reader_progress import Reach
 from ..settings import layout_process
 from ..settings.spec import Spec

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..checkpoints.files.extras import ExtraFiles
 from ..checkpoints.files.parts import place_at, remote
+from ..discovery.newest import Select
 from ..errors import SpecError
 from ..fitting.fit import Fit
-from ..places.newest import Select
 from ..segment.segment_files import BOUND, MAX_SLOTS, SLOTS
 from ..system.access import Access, check_name
 from .hook_settings import Hooks

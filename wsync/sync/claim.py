@@ -10,10 +10,10 @@ import json
 import os
 from typing import NamedTuple
 
+from ..discovery.newest import Select
+from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
 from ..errors import CheckpointError, SegmentUnsafe, UsageError
 from ..history.outcome import Outcome
-from ..places.newest import Select
-from ..places.weight_getter import CheckpointWeightGetter, live_candidate
 from ..segment.publication import Publication, parsed
 from ..segment.segment import Segment
 from ..system.access import open_dir, open_file, opened

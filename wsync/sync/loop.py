@@ -22,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoints.files.parts import remote
+from ..discovery.changes import Changes
+from ..discovery.listing import listing_of
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..history.outcome import Outcome
-from ..places.changes import Changes
-from ..places.listing import listing_of
 from ..settings.spec import Spec
 from .claim import Watching, WatchLock
 from .syncer import Syncer

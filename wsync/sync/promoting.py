@@ -29,9 +29,9 @@ from ..errors import (
     UsageError,
 )
 from ..fitting.fit import Fit
-from ..history.database import State
 from ..history.outcome import Outcome
 from ..history.reopening import fit_from_json
+from ..history.state import State
 from ..segment.publishing import Staged, holds
 from ..segment.segment import Segment
 from ..segment.segment_files import slot_name
@@ -41,7 +41,7 @@ from ..settings.spec import Spec, load_spec
 from ..system.access import is_name
 from ..system.memory import read_at
 from .claim import watch_of
-from .passes import Pass, Recheck
+from .one_pass import Pass, Recheck
 from .put_live import Box
 from .syncer import Syncer, recorded
 

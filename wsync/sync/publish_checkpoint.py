@@ -8,16 +8,16 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..discovery.identity import was_changed
 from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
 from ..fitting.fit import Fit
 from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout
-from ..places.identity import was_changed
 from ..segment.publishing import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import report_once
-from .passes import NO_RECHECK, Choice, Pass, Recheck
+from .one_pass import NO_RECHECK, Choice, Pass, Recheck
 from .policy_layout import PolicyLayout
 from .put_live import Box
 

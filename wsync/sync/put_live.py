@@ -23,7 +23,7 @@ from ..settings.layout_process import built_by
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
-from .passes import NO_RECHECK, Pass, Recheck
+from .one_pass import NO_RECHECK, Pass, Recheck
 
 if TYPE_CHECKING:
     from ..hooks.runner import HookRunner

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..discovery.newest import Candidate
 from ..errors import (
     BeingWritten,
     CheckpointError,
@@ -21,9 +22,8 @@ from ..errors import (
 )
 from ..history.outcome import Outcome
 from ..history.record import Record
-from ..places.newest import Candidate
 from ..segment.publication import Publication
-from .passes import Choice
+from .one_pass import Choice
 
 ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."
 NEW_RUN = "The live checkpoint is gone, and every checkpoint here arrived after it: this is taken as a new run."

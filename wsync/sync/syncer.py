@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.parts import led_to, remote
+from ..discovery.newest import Candidate
+from ..discovery.weight_getter import CheckpointWeightGetter, Look, live_candidate
 from ..errors import (
     CheckpointChanged,
     CheckpointError,
@@ -32,19 +34,17 @@ from ..errors import (
 )
 from ..history.outcome import Outcome, status_of
 from ..history.record import Record
-from ..places.newest import Candidate
-from ..places.weight_getter import CheckpointWeightGetter, Look, live_candidate
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import report_once
 from .claim import Claim
-from .passes import Choice, Pass, choose
+from .one_pass import Choice, Pass, choose
 from .policy_layout import PolicyLayout
 from .publish_checkpoint import Taking
 from .put_live import Box
 
 if TYPE_CHECKING:
-    from ..history.database import State
+    from ..history.state import State
     from .claim import WatchLock
 
 

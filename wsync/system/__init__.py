@@ -4,4 +4,4 @@ Imports nothing of wsync but ``errors``. Most functions are one or two system ca
 refuses.
 """
 
-__all__ = ["access", "child", "environment", "memory", "supervisor", "unwritten"]
+__all__ = ["access", "child", "environment", "file_holes", "memory", "supervisor"]

@@ -13,7 +13,7 @@ from .shared_memory import SharedMemoryWeightUpdater
 if TYPE_CHECKING:
     import torch
 
-    from ..segment.readers import ReaderRecord
+    from ..segment.reader_records import ReaderRecord
 
 _log = logging.getLogger("wsync")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
 from ..errors import SegmentDamaged, SegmentMissing
 from ..fitting.fit import Fit
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
-from ..places.weight_getter import CheckpointWeightGetter, live_candidate
 from ..segment.publication import Publication
 from ..segment.publishing import Gate, publish, publish_tensors
 from ..segment.segment_files import BOUND, SLOTS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..layout.weights import Weights
-    from ..segment.readers import ReaderRecord
+    from ..segment.reader_records import ReaderRecord
 
 
 class SharedMemoryWeightUpdater(WeightUpdaterBase):
@@ -230,7 +230,7 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
                     last_version=self.last_version,
                 )
         else:
-            from ..layout.names import seen_through
+            from ..layout.tensor_names import seen_through
             from ..layout.weights import dotted, flatten
 
             tensors = {dotted(path): tensor for path, tensor in flatten(server_weights).items()}

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ...errors import BeingRewritten, BeingWritten, OpenForWriting
+from ...system.file_holes import unwritten
 from ...system.memory import being_written
-from ...system.unwritten import unwritten
 from .parts import Parts, fingerprint, fingerprints, identity, written
 
 PATIENCE = 30.0

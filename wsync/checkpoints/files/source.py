@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: local files (``local``), objects of a store (``objects``), or memory."""
+"""Where a checkpoint's bytes come from: a disk (``local_files``), a store (``store_objects``), or memory."""
 
 from __future__ import annotations
 

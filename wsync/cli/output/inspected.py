@@ -13,13 +13,13 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.files.extras_reading import read_extras
 from ...checkpoints.files.parts import parts_of, place_at, unreadable
 from ...checkpoints.staging import check_digests
-from ...checkpoints.steps import step_at
+from ...checkpoints.step_number import step_at
+from ...discovery.listing import inside, scan
+from ...discovery.newest import Candidate, Select, select
 from ...errors import CheckpointError, NoCheckpoint, harmless, on_one_line, printable
 from ...fitting.cast import Piece
 from ...layout.finite import is_finite
 from ...layout.layout import TensorEntry
-from ...places.listing import inside, scan
-from ...places.newest import Candidate, Select, select
 from ...settings import layout_process
 from ...settings.spec import Spec
 from ...text import count, size

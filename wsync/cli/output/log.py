@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...errors import printable
-from ...history.database import Event
+from ...history.state import Event
 from ...text import duration, size
 from ..terminal import stdout_console
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import SegmentError, StateError, UsageError, printable
 from ...fleet.membership import few, group_of
-from ...history.database import Event, State
+from ...history.state import Event, State
 from ...segment.reader_progress import oldest_version
 from ...segment.segment import Segment, segments
 from ...text import count, duration, size, when

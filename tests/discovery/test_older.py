@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wsync.places import weight_getter
-from wsync.places.listing import scan
-from wsync.places.newest import Candidate, Select
-from wsync.places.weight_getter import CheckpointWeightGetter, Look
+from wsync.discovery import weight_getter
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Candidate, Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter, Look
 
 Order = Literal["mtime", "step", "arrival"]
 ORDERS: list[Order] = ["mtime", "step", "arrival"]

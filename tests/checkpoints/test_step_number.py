@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wsync.checkpoints.steps import names_a_step, read_step, step_at, step_by_shape, step_in_name, steps_like
+from wsync.checkpoints.step_number import names_a_step, read_step, step_at, step_by_shape, step_in_name, steps_like
 from wsync.errors import UsageError
 
 

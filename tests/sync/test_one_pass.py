@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from wsync.discovery.newest import Candidate
 from wsync.history.pins import Pin
-from wsync.places.newest import Candidate
 from wsync.segment.publication import Publication
-from wsync.sync.passes import Choice, choose
+from wsync.sync.one_pass import Choice, choose
 
 NEW, MIDDLE, OLD = (Candidate(f"/runs/step_{n}.safetensors", f"{n}-10-{n}", n) for n in (3, 2, 1))
 LIVE = Publication(version=7, step=1, checkpoint="/runs/step_1.safetensors", identity=OLD.identity, spec="spec")

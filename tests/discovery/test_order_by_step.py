@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from wsync.cli.output.inspected import inspect, print_inspection
-from wsync.places.listing import scan
-from wsync.places.newest import Candidate, Select
-from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Candidate, Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 
 
 def save(path: Path, value: float, **metadata: str) -> Path:

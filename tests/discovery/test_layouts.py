@@ -11,13 +11,13 @@ from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 from safetensors.torch import save_file
 
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import MalformedCheckpoint, NoCheckpoint, UsageError
-from wsync.history.database import State
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import rollback
-from wsync.places.listing import scan
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
+from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer

@@ -21,6 +21,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from wsync import CheckpointWeightGetter
+from wsync.discovery.newest import Select
 from wsync.errors import (
     BeingRewritten,
     CheckpointError,
@@ -30,7 +31,6 @@ from wsync.errors import (
     NonFiniteWeights,
 )
 from wsync.layout.filenames import INDEX
-from wsync.places.newest import Select
 
 
 def put(path: Path, mark: float, mtime: int, policy: nn.Module | None = None) -> Path:

@@ -1,6 +1,6 @@
 """The SQLite file of a history: written in transactions, set aside if damaged, and read even without write access.
 
-Importing this imports SQLite, which takes 10 ms, so ``database`` does it only to read or write something.
+Importing this imports SQLite, which takes 10 ms, so ``state`` does it only to read or write something.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from builders import NAME, SPEC, mark_of, shards, write
 from policies import mlp
 
 from wsync.checkpoints.files import parts
-from wsync.history.database import State
+from wsync.discovery import identity, newest
 from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
-from wsync.places import identity, newest
+from wsync.history.state import State
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.syncer import Syncer

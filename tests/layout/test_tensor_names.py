@@ -1,6 +1,6 @@
 """Names that differ only by what wraps modules."""
 
-from wsync.layout.names import seen_through
+from wsync.layout.tensor_names import seen_through
 
 
 def test_a_name_that_could_be_several_is_none_of_them() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.parts import remote
-from ..checkpoints.steps import step_by_shape, step_in_name, steps_like
+from ..checkpoints.step_number import step_by_shape, step_in_name, steps_like
 from ..errors import CheckpointError, MalformedCheckpoint
 from .newest import Candidate
 
@@ -95,7 +95,7 @@ class StepOrder:
     def _read(self, unread: list[Candidate]) -> Iterable[int | None]:
         if not unread or not remote(unread[0].path):
             return map(self._step, unread)
-        from ..checkpoints.files.objects import AT_ONCE
+        from ..checkpoints.files.store_objects import AT_ONCE
         from ..stores.prefetch import prefetch
 
         return (step for _, step in prefetch(unread, self._step, AT_ONCE))  # each step is a request

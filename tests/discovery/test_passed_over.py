@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.output.push_quiet import News
 from wsync.cli.output.watch import WatchLog
+from wsync.discovery.newest import Select
+from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
 from wsync.fitting.fit import Fit
 from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
-from wsync.places.newest import Select
-from wsync.places.weight_getter import CheckpointWeightGetter
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
 from wsync.sync.syncer import Syncer

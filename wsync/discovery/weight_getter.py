@@ -202,7 +202,7 @@ class CheckpointWeightGetter:
 
     def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
         """A candidate's step by its name and these metadata, from the first level below the place that has one."""
-        from ..checkpoints.steps import read_step, step_at
+        from ..checkpoints.step_number import read_step, step_at
 
         if not candidate.name:
             return step_at(led_to(candidate.path), metadata, self.select.step).number

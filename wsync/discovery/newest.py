@@ -46,7 +46,7 @@ class Select:
             one of these two, an entry of the place is a checkpoint if it is a directory that has it.
         pointer: a file of the place, or a link, that names the one checkpoint to take.
         step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
-            ``checkpoints.steps`` finds.
+            ``checkpoints.step_number`` finds.
         extras: which files travel with the weights: the settings of ``[extras]``.
         digest: ``"sha256"`` takes only checkpoints beside which the digest of each file stands, and compares them.
     """
@@ -64,7 +64,7 @@ class Select:
 
     def __post_init__(self) -> None:
         if self.step:
-            from ..checkpoints.steps import expression
+            from ..checkpoints.step_number import expression
 
             expression(self.step)
         if self.order not in ("mtime", "step", "name", "arrival"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AttachTimeout, SegmentMissing, UsageError
 from ..layout.layout import TORCH_DTYPES, TensorEntry, torch_shape
 from ..system.memory import sleep_on
-from .readers import Registration
+from .reader_records import Registration
 from .segment import Segment
 from .segment_files import REMOVED, slot_name
 from .word_and_lease import Lease, SlotMemory

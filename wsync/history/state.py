@@ -28,7 +28,7 @@ from .pins import Pin
 if TYPE_CHECKING:
     import sqlite3
 
-    from .storage import Storage
+    from .sqlite_file import Storage
 
 T = TypeVar("T")
 
@@ -377,7 +377,7 @@ class State:
 
     def _do(self, work: Callable[[Storage], T]) -> T:
         try:
-            from .storage import ERRORS, Storage
+            from .sqlite_file import ERRORS, Storage
         except (ImportError, OSError) as exc:  # a Python without SQLite, or no memory or descriptor left to load it
             raise self._failed(exc) from exc
         try:

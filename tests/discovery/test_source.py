@@ -14,11 +14,11 @@ import pytest
 from processes import DEADLINE
 
 from wsync.checkpoints.files.parts import identity
+from wsync.discovery.changes import Changes
+from wsync.discovery.listing import scan
+from wsync.discovery.newest import Candidate, Select, natural, select
+from wsync.discovery.weight_getter import live_candidate
 from wsync.errors import CheckpointError, NoCheckpoint
-from wsync.places.changes import Changes
-from wsync.places.listing import scan
-from wsync.places.newest import Candidate, Select, natural, select
-from wsync.places.weight_getter import live_candidate
 from wsync.segment.publication import Publication
 
 LONG = 10 * DEADLINE  # a poll that no test may come to wait for

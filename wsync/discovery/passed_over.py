@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from ..checkpoints.files.parts import led_to, open_file, parts_of, place_at, remote
-from ..checkpoints.steps import names_a_step, step_in_name
+from ..checkpoints.step_number import names_a_step, step_in_name
 from ..errors import CheckpointError, WsyncError, printable
 from ..fitting.header import instead, kind_of
 from ..layout.filenames import SUFFIX

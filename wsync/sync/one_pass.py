@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from ..discovery.newest import Candidate
 from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.outcome import Outcome, status_of
 from ..history.pins import Pin
-from ..places.newest import Candidate
 from ..segment.publication import Publication
 from ..segment.publishing import Gate
 from ..segment.segment import Segment
