@@ -28,12 +28,12 @@ from wsync.discovery.listing import scan
 from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
 from wsync.fitting.fit import Fit
-from wsync.history.outcome import Outcome
 from wsync.layout.filenames import ADAPTER, INDEX, SINGLE
 from wsync.layout.layout import layout_of, named_tensors
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from policies import mlp
 
 from wsync.cli import commands
-from wsync.history.outcome import EXIT_CODES
 from wsync.segment.segment_files import WORD_OFFSET
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import KEYS
+from wsync.sync.outcome import EXIT_CODES
 
 CODES = {*EXIT_CODES.values(), 2}
 LONGEST = 5.0  # seconds

@@ -15,11 +15,11 @@ from policies import mlp
 
 from wsync.checkpoints.files import parts
 from wsync.discovery import identity, newest
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
 from wsync.history.state import State
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 

@@ -15,11 +15,11 @@ from wsync.discovery.listing import scan
 from wsync.discovery.newest import Select
 from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import MalformedCheckpoint, NoCheckpoint, UsageError
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import rollback
 from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 

@@ -22,10 +22,10 @@ from wsync.discovery.newest import Select
 from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointError, CheckpointMismatch, ForeignCheckpoint
 from wsync.fitting.fit import Fit
-from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.settings.spec import Spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 

@@ -35,7 +35,6 @@ from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.history.state import State
 from wsync.hooks import gate
@@ -43,6 +42,7 @@ from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import Hooks
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 import wsync
 from wsync import SharedMemoryWeightUpdater
 from wsync.errors import GateRejected, RetryLater, SegmentError, SpecError, UsageError
-from wsync.history.outcome import Outcome
 from wsync.hooks import command, gate
 from wsync.layout.layout import layout_of
 from wsync.segment.publishing import Staged
@@ -31,6 +30,7 @@ from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

@@ -24,13 +24,13 @@ from processes import DEADLINE, Cli, Spawn, heard, signal_another_thread
 
 from wsync.cli.output.watch import WatchLog
 from wsync.errors import WsyncError
-from wsync.history.outcome import Outcome
 from wsync.hooks import command
 from wsync.hooks.runner import Hook, HookRunner, Published, request
 from wsync.segment.publication import Publication
 from wsync.segment.writable import WritableSegment
 from wsync.settings.hook_settings import VARIABLES, Hooks
 from wsync.settings.spec import load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 Told = tuple[str, bool, str]

@@ -19,7 +19,6 @@ from processes import Cli
 import wsync
 from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import OutOfSharedMemory, SegmentBusy, WsyncError
-from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.publishing import publish
 from wsync.segment.segment import Segment
@@ -28,6 +27,7 @@ from wsync.settings import layout_process
 from wsync.settings.spec import load_spec
 from wsync.settings.user_code import read_layout
 from wsync.sync.loop import run
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 from wsync.system.access import Access
 from wsync.system.memory import PAGE

@@ -26,12 +26,12 @@ from processes import DEADLINE, Cli, Lines, Spawn
 
 import wsync
 from wsync.errors import UsageError, WsyncError
-from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Metrics, load_spec
+from wsync.sync.outcome import EXIT_CODES, Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

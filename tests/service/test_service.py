@@ -26,12 +26,12 @@ from processes import DEADLINE, Lines, Spawn
 
 from wsync.cli.output.watch import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
-from wsync.history.outcome import Outcome
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.service.service import differing
 from wsync.service.systemd import Notifier
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.outcome import Outcome
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,12 @@ import wsync
 from wsync.discovery.newest import Select
 from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import CheckpointChanged, CheckpointError, CheckpointMismatch
-from wsync.history.outcome import Outcome
 from wsync.history.state import State
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.stores.store import PATIENCE, Store
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

@@ -30,12 +30,12 @@ from wsync.checkpoints.files import parts, settling
 from wsync.discovery.newest import Select
 from wsync.errors import SegmentError, WsyncError
 from wsync.fitting.fit import Fit
-from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout
 from wsync.segment.segment import Segment
 from wsync.segment.segment_files import slot_name
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 SCENARIOS = ("push", "watch", "current", "first", "shards", "step", "cast", "dry run", "named", "adapter", "half saved")

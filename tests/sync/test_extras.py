@@ -25,7 +25,6 @@ import wsync
 from wsync.checkpoints.files import settling
 from wsync.checkpoints.files.extras import ExtraFiles
 from wsync.errors import SegmentDamaged, SpecError, UsageError
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.history.state import State
 from wsync.layout.layout import layout_of
@@ -33,6 +32,7 @@ from wsync.segment.publishing import Staged
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.promoting import promote
 from wsync.sync.syncer import Syncer
 from wsync.system.access import Access

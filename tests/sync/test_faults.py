@@ -292,7 +292,7 @@ import ctypes, hashlib, numpy, pwd, shutil, tempfile, inotify_simple  # nobody m
 from faulty import NAME, Box, Faults
 import wsync.discovery.changes, wsync.sync.loop
 from wsync.layout.layout import Layout
-from wsync.history.outcome import Outcome
+from wsync.sync.outcome import Outcome
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec
 from wsync.sync.loop import run

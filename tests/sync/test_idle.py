@@ -19,13 +19,13 @@ from wsync.discovery import listing
 from wsync.discovery.changes import Changes
 from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
 from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec
 from wsync.sync.loop import Idle, Schedule, run
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 Event = Outcome | WsyncError

@@ -25,11 +25,11 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.output.watch import WatchLog
 from wsync.discovery.newest import Candidate
 from wsync.errors import WsyncError
-from wsync.history.outcome import Outcome
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
 from wsync.sync.loop import run
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,6 @@ import wsync
 from wsync.cli.options import targets
 from wsync.errors import SegmentMissing, SpecError, UsageError
 from wsync.fitting.fit import Fit
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.history.state import Event, State
 from wsync.layout.layout import Layout, layout_of
@@ -32,6 +31,7 @@ from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.claim import Watching, WatchLock
+from wsync.sync.outcome import Outcome
 from wsync.sync.promoting import promote
 from wsync.sync.syncer import Syncer
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater

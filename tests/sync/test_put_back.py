@@ -16,13 +16,13 @@ from policies import mlp
 from wsync.checkpoints.files.parts import parts_of
 from wsync.discovery.newest import Select
 from wsync.errors import BeingRewritten, NoCheckpoint
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.history.state import State
 from wsync.layout.filenames import INDEX
 from wsync.segment.publishing import holds
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("layouts_here")]

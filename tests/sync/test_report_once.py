@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from wsync.cli.output.push import outcome_json, tell
 from wsync.cli.output.watch import WatchLog
 from wsync.discovery.newest import Select
-from wsync.history.outcome import Outcome
 from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.service.metrics import Figures
 from wsync.settings.spec import Spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 HOURS = 7200.0

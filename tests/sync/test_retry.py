@@ -23,11 +23,11 @@ from wsync.discovery.listing import listing_of
 from wsync.discovery.newest import Candidate, Select
 from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import RetryLater, SpecError, UsageError, WsyncError
-from wsync.history.outcome import EXIT_CODES, Outcome
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.loop import Schedule, pause_after, run
+from wsync.sync.outcome import EXIT_CODES, Outcome
 from wsync.sync.syncer import Syncer
 
 LONG = 10 * DEADLINE  # a pause that no test may come to wait for

@@ -20,12 +20,12 @@ from wsync.cli.output.push_quiet import News
 from wsync.cli.output.watch import WatchLog
 from wsync.discovery.newest import Select
 from wsync.errors import BeingRewritten
-from wsync.history.outcome import Outcome
 from wsync.history.rollback import pin_checkpoint
 from wsync.history.state import State
 from wsync.layout.filenames import INDEX
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import Spec, load_spec
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("layouts_here")]

@@ -17,12 +17,12 @@ from processes import DEADLINE, Spawn
 import wsync
 from wsync.discovery.newest import Select
 from wsync.errors import WsyncError
-from wsync.history.outcome import Outcome
 from wsync.layout.layout import Layout, layout_of
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.loop import run
+from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
 NAME = "nets"

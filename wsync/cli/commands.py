@@ -38,8 +38,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..history.outcome import Outcome
     from ..segment.segment import Segment
+    from ..sync.outcome import Outcome
     from ..sync.syncer import Syncer
 
 app = typer.Typer(
@@ -81,8 +81,8 @@ def push(
     0, because the live version stays live; if nothing is live, they exit with 65.
     """
     # Long, but a third of it declares options; the rest is one sequence that shares what it has opened.
-    from ..history.outcome import Outcome
     from ..history.state import State
+    from ..sync.outcome import Outcome
     from ..sync.syncer import Syncer
     from .output.push import tell
     from .terminal import complain, unwind_at

@@ -143,7 +143,7 @@ def promote(
     2 usage; 65 the gate, or the check of the values, rejects it; 66 nothing is
     live in SOURCE; 75 try later: TARGET is busy or pinned, or the gate asks for it.
     """
-    from ..history.outcome import Outcome
+    from ..sync.outcome import Outcome
     from ..sync.promoting import promote as publish
     from .output.push import tell
     from .terminal import unwind_at

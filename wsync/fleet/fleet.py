@@ -34,8 +34,8 @@ from functools import partial
 
 from ..checkpoints.files.parts import remote
 from ..errors import GroupBroken, Stopped, WsyncError
-from ..history.outcome import Outcome
 from ..sync.loop import Schedule
+from ..sync.outcome import Outcome
 from ..sync.syncer import Syncer, recorded
 from .group import BEAT, Group
 from .member import Member

@@ -15,11 +15,11 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.extras import Extras
 from ..errors import CheckpointRejected, GroupBroken, WsyncError, from_os_error
 from ..fitting.fit import Fit
-from ..history.outcome import Outcome
 from ..segment.publication import Publication
 from ..segment.publishing import Staged
 from ..segment.writable import WritableSegment
 from ..sync.one_pass import Pass, Recheck
+from ..sync.outcome import Outcome
 from ..sync.syncer import Syncer
 from .delivery import Shared, Turn, deliver, judge
 from .group import Group

@@ -3,4 +3,4 @@
 Imports ``segment`` and what lies below.
 """
 
-__all__ = ["outcome", "pins", "record", "reopening", "rollback", "state"]
+__all__ = ["pins", "record", "reopening", "rollback", "state"]

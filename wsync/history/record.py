@@ -18,10 +18,9 @@ from ..fitting.fit import Fit
 from .state import State
 
 if TYPE_CHECKING:
-    from ..segment.publication import Publication
+    from ..segment.publication import Publication, Version
     from ..segment.publishing import Staged
     from ..segment.segment import Segment
-    from .outcome import Outcome
     from .pins import Pin
 
 P = ParamSpec("P")
@@ -110,23 +109,23 @@ class Record:
         """Whether it was refused in this process, and not in an earlier one."""
         return identity in self._fresh
 
-    def refuse(self, identity: str, reason: str, outcome: Outcome) -> None:
+    def refuse(self, identity: str, reason: str, refused: Version) -> None:
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
         self._try(State.reject, identity, self._settings, reason)
-        self._try(State.record, "reject", outcome, bytes=None)
+        self._try(State.record, "reject", refused, bytes=None)
 
     @property
     def passed(self) -> frozenset[str]:
         """The checkpoints of the last listing that were reported once, and are skipped since."""
         return frozenset(self._passed)
 
-    def pass_over(self, identity: str, reason: str, outcome: Outcome) -> None:
+    def pass_over(self, identity: str, reason: str, refused: Version) -> None:
         """Remembers that it was reported; it stays refused or incomplete."""
         self._passed.add(identity)
         self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
         if identity not in self._refused:
-            self._try(State.record, "reject", outcome, bytes=None)
+            self._try(State.record, "reject", refused, bytes=None)
 
     def half(self, identity: str) -> str:
         """Why an object of the last listing was found incomplete; empty if it was not."""
@@ -159,12 +158,12 @@ class Record:
 
     # --- events
 
-    def published(self, outcome: Outcome, lag: int, fit: Fit, changed_ns: int, extras: ExtraFiles) -> None:
+    def published(self, live: Version, lag: int, fit: Fit, changed_ns: int, extras: ExtraFiles) -> None:
         from .reopening import settings_to_json
 
         settings = settings_to_json(fit, extras)
         more = {"lag": lag, "settings": settings, "changed_ns": changed_ns}
-        self._try(State.record, "publish", outcome, accepted=self._settings, **more)
+        self._try(State.record, "publish", live, accepted=self._settings, **more)
 
     def gate(self, result: str, staged: Staged) -> None:
         self._try(State.record, "gate", staged, reason=result)

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import CheckpointRejected, UsageError, WsyncError
-from ..history.outcome import EXIT_CODES, Outcome
 from ..segment.publication import Publication
 from ..segment.reader_records import ReaderRecord
 from ..segment.segment import Segment
+from ..sync.outcome import EXIT_CODES, Outcome
 
 try:
     import prometheus_client as client

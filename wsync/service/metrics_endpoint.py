@@ -24,8 +24,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import make_wsgi_app
 
 from ..errors import UsageError, WsyncError
-from ..history.outcome import Outcome
 from ..settings.spec import Metrics
+from ..sync.outcome import Outcome
 from .metrics import HEALTHY, Figures, last_success, write
 
 _log = logging.getLogger("wsync")

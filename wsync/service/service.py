@@ -19,12 +19,12 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SpecError, WsyncError
-from ..history.outcome import Outcome
 from ..history.state import State
 from ..segment.reader_progress import Reach
 from ..settings import layout_process
 from ..settings.spec import Spec
 from ..sync.loop import LONGEST, run
+from ..sync.outcome import Outcome
 from ..sync.syncer import Syncer
 from .systemd import Notifier
 

@@ -7,4 +7,4 @@ hooks. ``promoting`` publishes by it what is live in another segment. Imports ``
 what lies below.
 """
 
-__all__ = ["claim", "loop", "one_pass", "promoting", "put_live", "syncer"]
+__all__ = ["claim", "loop", "one_pass", "outcome", "promoting", "put_live", "syncer"]

@@ -13,11 +13,11 @@ from typing import NamedTuple
 from ..discovery.newest import Select
 from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
 from ..errors import CheckpointError, SegmentUnsafe, UsageError
-from ..history.outcome import Outcome
 from ..segment.publication import Publication, parsed
 from ..segment.segment import Segment
 from ..system.access import open_dir, open_file, opened
 from ..system.memory import read_at, shut, try_lock, write_at
+from .outcome import Outcome
 
 _FILE, _SIZE = "watch.lock", 16_384
 

@@ -25,9 +25,9 @@ from ..checkpoints.files.parts import remote
 from ..discovery.changes import Changes
 from ..discovery.listing import listing_of
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
-from ..history.outcome import Outcome
 from ..settings.spec import Spec
 from .claim import Watching, WatchLock
+from .outcome import Outcome
 from .syncer import Syncer
 
 LONGEST = 60.0  # seconds between two passes, however many failed

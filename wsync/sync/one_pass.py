@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from ..discovery.newest import Candidate
 from ..errors import CheckpointError, RetryLater, on_one_line
-from ..history.outcome import Outcome, status_of
 from ..history.pins import Pin
 from ..segment.publication import Publication
 from ..segment.publishing import Gate
 from ..segment.segment import Segment
+from .outcome import Outcome, status_of
 
 
 class Pass(NamedTuple):

@@ -29,7 +29,6 @@ from ..errors import (
     UsageError,
 )
 from ..fitting.fit import Fit
-from ..history.outcome import Outcome
 from ..history.reopening import fit_from_json
 from ..history.state import State
 from ..segment.publishing import Staged, holds
@@ -42,6 +41,7 @@ from ..system.access import is_name
 from ..system.memory import read_at
 from .claim import watch_of
 from .one_pass import Pass, Recheck
+from .outcome import Outcome
 from .put_live import Box
 from .syncer import Syncer, recorded
 

@@ -11,13 +11,13 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..discovery.identity import was_changed
 from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
 from ..fitting.fit import Fit
-from ..history.outcome import Outcome
 from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..segment.publishing import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import report_once
 from .one_pass import NO_RECHECK, Choice, Pass, Recheck
+from .outcome import Outcome
 from .policy_layout import PolicyLayout
 from .put_live import Box
 

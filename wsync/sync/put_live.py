@@ -14,7 +14,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.extras import Extras
 from ..errors import WsyncError
 from ..fitting.fit import Fit
-from ..history.outcome import Outcome
 from ..history.record import Record
 from ..segment.publication import Publication
 from ..segment.publishing import Source, Staged, publish
@@ -24,6 +23,7 @@ from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
 from .one_pass import NO_RECHECK, Pass, Recheck
+from .outcome import Outcome
 
 if TYPE_CHECKING:
     from ..hooks.runner import HookRunner

@@ -20,10 +20,10 @@ from ..errors import (
     PartialCheckpoint,
     WsyncError,
 )
-from ..history.outcome import Outcome
 from ..history.record import Record
 from ..segment.publication import Publication
 from .one_pass import Choice
+from .outcome import Outcome
 
 ABANDONED = "Nothing has written to it for a long time: it is passed over until it changes."
 NEW_RUN = "The live checkpoint is gone, and every checkpoint here arrived after it: this is taken as a new run."

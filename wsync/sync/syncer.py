@@ -32,13 +32,13 @@ from ..errors import (
     from_os_error,
     on_one_line,
 )
-from ..history.outcome import Outcome, status_of
 from ..history.record import Record
 from ..settings.spec import Spec
 from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import report_once
 from .claim import Claim
 from .one_pass import Choice, Pass, choose
+from .outcome import Outcome, status_of
 from .policy_layout import PolicyLayout
 from .publish_checkpoint import Taking
 from .put_live import Box

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import WithDifferences, harmless, printable
-from ...history.outcome import Outcome
+from ...sync.outcome import Outcome
 from ...text import count, duration, size
 
 _TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")

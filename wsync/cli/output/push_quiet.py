@@ -7,8 +7,8 @@ import os
 import re
 
 from ...errors import BeingWritten, NoCheckpoint, RetryLater, WsyncError
-from ...history.outcome import Outcome
 from ...history.state import state_dir
+from ...sync.outcome import Outcome
 
 
 class News:

@@ -22,8 +22,8 @@ from ...errors import (
     harmless,
     printable,
 )
-from ...history.outcome import Outcome
 from ...segment.segment import Segment
+from ...sync.outcome import Outcome
 from ...text import count, size, when
 from .push import outcome_json, outcome_line
 
