@@ -345,7 +345,7 @@ def test_a_digest_that_is_older_than_its_weights_is_waited_for(syncer: Callable[
         waits = each.once()
         assert waits.version == 1 and "older than the file" in (waits.reason or "")
         beside(file).write_text(of(file))
-        assert (each.once().status, each.updater.segment and each.updater.segment.version) == ("published", 2)
+        assert (each.once().status, each.standing.segment and each.standing.segment.version) == ("published", 2)
 
 
 def test_a_pinned_checkpoint_is_compared_too(segment: Segment, runs: Path, runtime: Path) -> None:

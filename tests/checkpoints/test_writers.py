@@ -182,8 +182,8 @@ class Watch:
 
     def _tell(self, outcome: Outcome | WsyncError) -> None:
         if isinstance(outcome, Outcome) and outcome.status == "published":
-            assert self.syncer.updater.segment is not None
-            live = self.syncer.updater.segment.live_weights()
+            assert self.syncer.standing.segment is not None
+            live = self.syncer.standing.segment.live_weights()
             assert live is not None
             self.versions.append(np.unique(np.frombuffer(live, "f4")).tolist())
         self.told.put(outcome)

@@ -397,7 +397,7 @@ def test_a_part_waits_for_a_whole_one(tmp_path: Path, runtime: Path) -> None:
             assert (first.step, [each.step for each in first.passed_over]) == (1, [2])
         with Syncer(spec, part.parent, state=state) as again:
             assert [again.once().status, again.once().status] == ["published", "current"]
-            assert again.updater.segment and torch.equal(live(again.updater.segment)["2.bias"], torch.ones(2))
+            assert again.standing.segment and torch.equal(live(again.standing.segment)["2.bias"], torch.ones(2))
         assert [event.kind for event in state.events()] == ["publish", "publish"]
 
 
@@ -722,9 +722,9 @@ def test_the_tables_reach_the_pass(tmp_path: Path, runtime: Path, layouts_here: 
         outcome = syncer.once()
         assert (outcome.status, outcome.step) == ("published", 2)
         assert outcome.checkpoint == str(runs / "keep_2.safetensors")
-        assert syncer.updater.segment is not None
+        assert syncer.standing.segment is not None
         expected = {name: tensor.float() for name, tensor in {**own, "2.bias": last}.items()}
-        assert same(live(syncer.updater.segment), expected)
+        assert same(live(syncer.standing.segment), expected)
         assert syncer.once().status == "current"
 
 

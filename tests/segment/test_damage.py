@@ -39,20 +39,20 @@ class Loop:
 
     def __init__(self) -> None:
         self.policy: nn.Module = mlp()
-        self.updater = SharedMemoryWeightUpdater("nets", policy=self.policy)
+        self.standing = SharedMemoryWeightUpdater("nets", policy=self.policy)
 
     def push(self, mark: float) -> None:
         with torch.no_grad():
             for parameter in self.policy.parameters():
                 parameter.fill_(mark)
-        self.updater.push_weights(self.policy)
+        self.standing.push_weights(self.policy)
 
 
 @pytest.fixture
 def loop(runtime: Path) -> Iterator[Loop]:
     made = Loop()
     yield made
-    made.updater.close()
+    made.standing.close()
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_a_gutted_segment_is_made_anew(
         assert ("RemoveIPC=no" in caplog.text) == (part != "the directory")
         publisher.push(3.0)
         until_taken(reader, 3.0, policy)
-        publisher.updater.close()
+        publisher.standing.close()
     assert len(caplog.records) == (1 if part == "the directory" else 2) and os.listdir(runtime) == ["nets"]
 
 

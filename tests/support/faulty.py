@@ -199,7 +199,7 @@ def attempt(box: Box, *, publish: bool = False) -> dict[str, Any]:
     except Exception:
         result = {"status": "traceback", "message": traceback.format_exc()}
     if syncer is box.kept:
-        if segment := syncer.updater.opened:
+        if segment := syncer.standing.opened:
             segment.unmap()  # as a watch does that hears of nothing
     else:
         try:

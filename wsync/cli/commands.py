@@ -122,7 +122,7 @@ def push(
                 syncer.record.forget()
             event = _pass(syncer, force=force, dry_run=dry_run)
             if wait is not None and event.status in ("published", "current", "pinned"):
-                late = _wait(syncer.updater.opened, event.version, wait)
+                late = _wait(syncer.standing.opened, event.version, wait)
     except WsyncError as exc:
         event = exc
     if figures:
@@ -181,7 +181,7 @@ def watch(
     loaded, place = service.spec, service.syncer.getter.checkpoints
     service.syncer.box.claim.take_over = take_over
     form: Any = log_format or default_format()
-    log = WatchLog(loaded.name, place, form, lambda: service.syncer.updater.opened, service.notifier.status)
+    log = WatchLog(loaded.name, place, form, lambda: service.syncer.standing.opened, service.notifier.status)
     with ExitStack() as stack:
         monitor = None
         if loaded.metrics.file or loaded.metrics.port is not None:
@@ -292,7 +292,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
     shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
     with transfer_bar() if shown else nullcontext() as syncer.box.progress:
         outcome = syncer.once(force=force, dry_run=dry_run)
-    undone = undone_by(syncer.updater.opened, outcome, syncer.spec.select)
+    undone = undone_by(syncer.standing.opened, outcome, syncer.spec.select)
     return replace(outcome, warning=undone) if undone else outcome
 
 

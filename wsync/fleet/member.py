@@ -34,7 +34,7 @@ class Member:
     def report(self, due: bool) -> Report:
         """What this box has; errors are left to the round."""
         try:
-            segment = self._box.updater.segment
+            segment = self._box.standing.segment
             live = segment.live() if segment else None
             pin = self._box.record.pin()
             if segment:

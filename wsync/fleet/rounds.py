@@ -87,7 +87,7 @@ class Rounds:
                     self._member.wear(segment)
                     return {"layout": segment.layout.digest, "name": segment.name}
                 except OSError as exc:
-                    raise from_os_error(exc, self._box.updater.path) from exc
+                    raise from_os_error(exc, self._box.standing.path) from exc
             except WsyncError as exc:
                 return {"kind": "WsyncError", "text": str(exc)}
 
@@ -100,8 +100,8 @@ class Rounds:
                     "other tensors. One group is for one policy: give all boxes the same spec, or form another group "
                     "(--rdzv-id) for this one."
                 )
-        assert self._box.updater.opened
-        return self._box.updater.opened
+        assert self._box.standing.opened
+        return self._box.standing.opened
 
     # The box that leads
 
@@ -195,7 +195,7 @@ class Rounds:
                 segment = self._box.make_segment()
                 published = self._box.put_live(this, segment, shared, fit, Recheck(before, agree), weights.version - 1)
             except OSError as exc:
-                raise from_os_error(exc, self._box.updater.path) from exc
+                raise from_os_error(exc, self._box.standing.path) from exc
         except WsyncError as exc:
             shared.turn.refuse(exc)
         self._member.took(weights)

@@ -12,6 +12,7 @@ __all__ = [
     "reader_records",
     "segment",
     "segment_files",
+    "standing",
     "word_and_lease",
     "writable",
 ]

@@ -137,7 +137,7 @@ class Service:
         """Says once that all readers have the live version."""
         published = event.version if isinstance(event, Outcome) and event.status == "published" else 0
         with suppress(OSError, WsyncError):  # the next pass says what is wrong
-            if told := reach.look(self.syncer.updater.opened, published):
+            if told := reach.look(self.syncer.standing.opened, published):
                 if monitor:
                     monitor.figures.live.to_all_readers = told[-1]
                 log.reached(*told)

@@ -142,7 +142,7 @@ class Idle:
         """What is live and its file's times, and those of the place; None if they do not tell what is there."""
         place = self._syncer.getter.checkpoints
         try:
-            segment = self._syncer.updater.segment
+            segment = self._syncer.standing.segment
             live = segment.live() if segment else None
             if not live or not live.checkpoint or self._syncer.record.pin():
                 return None, None
@@ -194,7 +194,7 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
                 return False
             tell(event)
             idle = isinstance(event, WsyncError) or event.status != "published"
-            if idle and (segment := syncer.updater.opened):
+            if idle and (segment := syncer.standing.opened):
                 segment.unmap()  # until the next publish
     except Stopped:
         pass

@@ -68,7 +68,7 @@ class Taking:
             WsyncError: the segment cannot be opened or made, or the policy cannot be built.
         """
         if this.dry_run:
-            layout, segment = self._policy.read(), self._box.updater.opened
+            layout, segment = self._policy.read(), self._box.standing.opened
             if segment:
                 self._policy.compare(segment, layout)
             return partial(self._rehearse, this, layout)
@@ -85,7 +85,7 @@ class Taking:
             CheckpointChanged: it changed while it was read.
             SegmentBusy: another publisher is at work.
         """
-        segment, live, box = self._box.updater.opened, this.live, self._box
+        segment, live, box = self._box.standing.opened, this.live, self._box
         if this.force or not segment or not live or not was_changed(live.identity, checkpoint.identity):
             return False
         with segment.publishing():
@@ -107,7 +107,7 @@ class Taking:
         box = self._box
         is_live = this.live is not None and pin.holds(this.live)
         if this.dry_run or is_live:
-            if not this.dry_run and this.live and this.live.checkpoint and (segment := box.updater.opened):
+            if not this.dry_run and this.live and this.live.checkpoint and (segment := box.standing.opened):
                 box.keep(segment)  # for the next reboot, even if its file is gone by then
             return this.pinned(pin)
         segment = box.make_segment()
@@ -159,7 +159,7 @@ class Taking:
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
         spec, progress = self._box.spec, self._box.counter(layout.nbytes)
         fit = replace(spec.weights, built=self._box.built)
-        rehearse(layout, checkpoint, self._box.updater.opened, fit=fit, progress=progress)
+        rehearse(layout, checkpoint, self._box.standing.opened, fit=fit, progress=progress)
         return this.outcome(
             "checked",
             step=checkpoint.step,

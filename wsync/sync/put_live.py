@@ -17,10 +17,10 @@ from ..fitting.fit import Fit
 from ..history.record import Record
 from ..segment.publication import Publication
 from ..segment.publishing import Source, Staged, publish
+from ..segment.standing import StandingSegment
 from ..segment.writable import WritableSegment
 from ..settings.layout_process import built_by
 from ..settings.spec import Spec
-from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from .claim import Claim
 from .one_pass import NO_RECHECK, Pass, Recheck
 from .outcome import Outcome
@@ -36,7 +36,7 @@ class Box:
 
     Args:
         spec: the policy and its settings.
-        updater: opens and makes the segment.
+        standing: opens and makes the segment.
         record: what is known about the past.
         claim: whose versions this box may replace.
 
@@ -49,8 +49,8 @@ class Box:
         built: gives values of the policy as it is built.
     """
 
-    def __init__(self, spec: Spec, updater: SharedMemoryWeightUpdater, record: Record, claim: Claim) -> None:
-        self.spec, self.updater, self.record, self.claim = spec, updater, record, claim
+    def __init__(self, spec: Spec, standing: StandingSegment, record: Record, claim: Claim) -> None:
+        self.spec, self.standing, self.record, self.claim = spec, standing, record, claim
         self.progress: Callable[[int, int], None] | None = None
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
@@ -60,8 +60,8 @@ class Box:
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
-        self.updater.spec = self.spec.fingerprint  # of the policy as it is now
-        return self.updater.make_segment()
+        self.standing.spec = self.spec.fingerprint  # of the policy as it is now
+        return self.standing.make_segment()
 
     def busy(self, work: Callable[[], T]) -> T:
         """See ``publish_checkpoint.Route``; no other box waits for a sign of life."""
@@ -103,7 +103,7 @@ class Box:
             if recheck.before and (ended := recheck.before(this)):
                 return ended
             if last_version is None:
-                last_version = 0 if this.live else max(self.updater.last_version, self.record.last_published()[0])
+                last_version = 0 if this.live else max(self.standing.last_version, self.record.last_published()[0])
             publication = publish(
                 segment,
                 source,
@@ -194,5 +194,5 @@ class Box:
             if self.hooks:
                 self.hooks.close(now=now)
         finally:
-            self.updater.close()
+            self.standing.close()
             self.record.close()

@@ -33,8 +33,8 @@ from ..errors import (
     on_one_line,
 )
 from ..history.record import Record
+from ..segment.standing import StandingSegment
 from ..settings.spec import Spec
-from ..updaters.shared_memory import SharedMemoryWeightUpdater
 from . import report_once
 from .claim import Claim
 from .one_pass import Choice, Pass, choose
@@ -83,21 +83,14 @@ class Syncer:
                 "`checkpoints` in the TOML."
             )
         self.spec = spec
-        self.getter = CheckpointWeightGetter(place, select=spec.select, fit=spec.weights)
+        self.getter = CheckpointWeightGetter(place, select=spec.select)
         self.policy = PolicyLayout(spec)
-        self.updater = SharedMemoryWeightUpdater(
-            spec.name,
-            weight_getter=self.getter,
-            layout=self.policy.take,
-            slots=spec.slots,
-            max_slots=spec.max_slots,
-            runtime_dir=runtime,
-        )
-        self.updater.access = spec.access
+        self.standing = StandingSegment(spec.name, self.policy.take, spec.slots, spec.max_slots, runtime)
+        self.standing.access = spec.access
         self.record = Record(state, lambda: spec.digest)
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
         claim = Claim(spec.name, spec.origin, self.getter, own=place == spec.checkpoints)
-        self.box = Box(spec, self.updater, self.record, claim)
+        self.box = Box(spec, self.standing, self.record, claim)
         self.taking = Taking(self.box, self.policy)
         self.lock: WatchLock | None = None
 
@@ -124,13 +117,13 @@ class Syncer:
             WsyncError: the segment or the policy cannot be used.
         """
         try:
-            segment = self.updater.segment
+            segment = self.standing.segment
             if segment is None:
                 self.policy.read()
             else:
                 self.policy.check(segment, segment.live())
         except OSError as exc:
-            raise from_os_error(exc, self.updater.path) from exc
+            raise from_os_error(exc, self.standing.path) from exc
 
     def once(self, *, force: bool = False, dry_run: bool = False, only: set[str] | None = None) -> Outcome:
         """One pass: the newest checkpoint that is complete, fits and is newer than what is live goes live.
@@ -154,7 +147,7 @@ class Syncer:
         this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
         self.policy.begin_pass()
         try:
-            this = this.at(self.updater.segment)
+            this = this.at(self.standing.segment)
             try:
                 return self._pass(this._replace(again=remote(self.getter.checkpoints) is not None))
             except CheckpointChanged:
@@ -169,7 +162,7 @@ class Syncer:
         except SegmentBusy as exc:
             return this.outcome("busy", reason=str(exc))
         except OSError as exc:  # errors of a checkpoint alone were reported as such
-            raise from_os_error(exc, self.updater.path) from exc
+            raise from_os_error(exc, self.standing.path) from exc
 
     def _pass(self, this: Pass) -> Outcome:
         """Chooses the newest, and takes it."""
@@ -200,7 +193,7 @@ class Syncer:
         return outcome
 
     def _wait_for_other_watch(self) -> None:
-        segment = self.updater.opened
+        segment = self.standing.opened
         if segment and self.lock and (other := self.lock.hold(segment)):
             raise SegmentBusy(
                 f"{other} keeps segment {segment.name!r} in step. This watch waits until that one ends; give it a "

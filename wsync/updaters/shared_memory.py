@@ -1,4 +1,4 @@
-"""The weight updater whose one worker is a segment; ``wsync push`` and ``wsync watch`` publish through it.
+"""The weight updater whose one worker is a segment.
 
 Torch is imported only to push tensors: a checkpoint goes from its file into the slot without it.
 """
@@ -9,20 +9,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
-from ..errors import SegmentDamaged, SegmentMissing
 from ..fitting.fit import Fit
 from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..segment.publication import Publication
 from ..segment.publishing import Gate, publish, publish_tensors
 from ..segment.segment_files import BOUND, SLOTS
-from ..segment.writable import WritableSegment
-from ..system.access import Access
-from ..system.memory import runtime_dir
+from ..segment.standing import StandingSegment
 from .vanilla import WeightUpdaterBase
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
     from ..segment.reader_records import ReaderRecord
 
 
-class SharedMemoryWeightUpdater(WeightUpdaterBase):
+class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
     """Publishes weights into a segment, which is its one worker: every attached policy on the box follows.
 
     ``push_weights()`` with a ``CheckpointWeightGetter`` reads the newest checkpoint straight into shared memory;
@@ -76,83 +72,19 @@ class SharedMemoryWeightUpdater(WeightUpdaterBase):
         extra_state: str = "refuse",
         runtime_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.name, self.weight_getter = name, weight_getter
-        self.strict, self.finite, self.runtime_dir = strict, finite, runtime_dir
-        self.slots, self.max_slots = slots, max_slots
-        self.extra_state = extra_state
+        known = layout if policy is None else partial(layout_of, policy)
+        StandingSegment.__init__(self, name, known, slots, max_slots, runtime_dir)
+        self.weight_getter, self.strict, self.finite, self.extra_state = weight_getter, strict, finite, extra_state
         self.step: int | None = None
-        self.spec = ""
-        self.access = Access()
         self.extras: Mapping[str, bytes] = {}
         self.gate: Gate | None = None
-        self.last_version = 0
         self.published: Publication | None = None
         self._policy = policy
         self._infinities = _infinities_of(policy) if policy is not None and finite else {}
-        self._layout = layout if policy is None else partial(layout_of, policy)
-        self._segment: WritableSegment | None = None
         self._news = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**WeightUpdaterBase.__getstate__(self), "_segment": None}
-
-    @property
-    def segment(self) -> WritableSegment | None:
-        """The standing segment, opened again if it was removed and made anew; None if there is none."""
-        if self._segment and (not self._segment.is_current() or self._segment.damage()):
-            self.last_version = max(self.last_version, self._segment.version)
-            self._segment.control.tell_removed()
-            self.close()
-        if self._segment is None:
-            try:
-                self._segment = WritableSegment.open(self.name, self.runtime_dir)
-            except (SegmentMissing, SegmentDamaged):  # ``make_segment`` makes another one
-                return None
-            if self._segment.damage():
-                self.close()
-        return self._segment
-
-    @property
-    def path(self) -> Path:
-        """Where the segment lies, even if it does not exist."""
-        return runtime_dir(self.runtime_dir) / self.name
-
-    @property
-    def opened(self) -> WritableSegment | None:
-        """The segment that is open here, which may have been removed meanwhile; None if none is open."""
-        return self._segment
-
-    def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> WritableSegment:
-        """The standing segment, or a new one with the layout that this updater knows.
-
-        Args:
-            otherwise: gives a layout if the updater knows none.
-
-        Raises:
-            SegmentMissing: it does not exist, and its layout is unknown.
-            OutOfSharedMemory: there is no room for it.
-        """
-        standing = self.segment
-        if standing is None:
-            layout = self._layout or otherwise
-            if layout is None:
-                raise SegmentMissing(
-                    f"there is no segment {self.name!r}, and the updater does not know its layout. Give the updater "
-                    "policy=, or attach a policy first."
-                )
-            self._segment = standing = WritableSegment.create(
-                self.name, layout(), self.runtime_dir, slots=self.slots, spec=self.spec, access=self.access
-            )
-        else:
-            standing.share(self.access)
-        standing.control.bound = self.max_slots
-        return standing
-
-    def close(self) -> None:
-        """Closes the segment, which stays; the next push opens it again."""
-        segment, self._segment = self._segment, None
-        if segment:
-            segment.close()
 
     def wait_for_readers(self, version: int | None = None, timeout: float | None = None) -> list[ReaderRecord]:
         """Waits until every living reader has a version, or a newer one.
