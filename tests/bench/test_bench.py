@@ -185,7 +185,7 @@ def test_places_may_be_relative_or_not_there_yet(
     """Guards children, which run elsewhere, and a box on which nothing was published."""
     monkeypatch.chdir(tmp_path)
     options = ("--dir", ".", "--runtime-dir", str(runtime / "much" / "later"), "--json")
-    done = cli("bench", "--quick", "--size", "1MiB", "--only", "readers", *options)
+    done = cli("bench", "--quick", "--size", "1MiB", "--only", "readers", "--readers", "1", *options)
     (row,) = json.loads(done.stdout)["results"]
     assert row["value"] and json.loads(done.stdout)["settings"]["runtime"] == str(runtime)
     assert list(runtime.iterdir()) == []

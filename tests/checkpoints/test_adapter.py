@@ -157,7 +157,7 @@ def test_a_merged_adapter_reaches_a_policy(runtime: Path, tmp_path: Path) -> Non
     runs = tmp_path / "runs"
     runs.mkdir()
     (tmp_path / "adapter-5").rename(runs / "adapter-5")
-    spec = Spec("nets:Net", "net", tmp_path, weights=Fit(base=str(base)))
+    spec = Spec("nets:Net", "net", tmp_path, select=Select(settle=0), weights=Fit(base=str(base)))
     with Syncer(spec, runs) as syncer:
         outcome = syncer.once()
     assert (outcome.status, outcome.step) == ("published", 5), outcome.reason
@@ -531,7 +531,7 @@ def test_a_base_of_two_saves_is_waited_for(tmp_path: Path) -> None:
     for at, name in enumerate(("model-00002-of-00002.safetensors", INDEX, "model-00001-of-00002.safetensors")):
         os.utime(base / name, (1e9 + at, 1e9 + at))  # the index amid its shards
     two_saves = pytest.raises(CheckpointError, match="base of the adapter .* may hold files of two saves")
-    with Checkpoint(adapter, settle=1.0) as checkpoint, two_saves:
+    with Checkpoint(adapter, settle=0.2) as checkpoint, two_saves:
         checkpoint.plan(layout_of(Net()), Fit(base=str(base)))
     with Checkpoint(adapter, settle=0.0) as checkpoint:
         checkpoint.plan(layout_of(Net()), Fit(base=str(base)))

@@ -729,7 +729,7 @@ def mixed(place: Path) -> Path:
 )
 def test_files_and_directories_stand_in_one_order(order: Any, expected: list[str], tmp_path: Path) -> None:
     """Guards which of a trainer's checkpoints is the newest, whatever their forms."""
-    getter = CheckpointWeightGetter(mixed(tmp_path), select=Select(order=order))
+    getter = CheckpointWeightGetter(mixed(tmp_path), select=Select(order=order, settle=0))
     assert names(getter.candidates()) == expected
     for place, name in enumerate(expected):
         assert names(getter.candidates(live(tmp_path / name))) == expected[:place], name
@@ -768,7 +768,7 @@ def test_a_named_directory_is_its_own_candidate(tmp_path: Path) -> None:
     shard(tmp_path / "checkpoint-500", tensors())
     single(tmp_path / "checkpoint-600", 1.0)
     for name, step in (("checkpoint-500", 500), ("checkpoint-600", 600)):
-        newest = CheckpointWeightGetter(tmp_path / name).open_newest()
+        newest = CheckpointWeightGetter(tmp_path / name, select=Select(settle=0)).open_newest()
         assert newest is not None
         newest.close()
         assert newest.step == step, name

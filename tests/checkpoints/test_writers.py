@@ -331,7 +331,8 @@ def test_a_place_that_is_itself_sharded_is_left_until_its_index_comes(
 def test_a_first_shard_is_no_partial_update(tmp_path: Path, runtime: Path) -> None:
     """Guards that with strict = false one shard of a checkpoint does not go live beside the old others."""
     policy = policies.mlp(HIDDEN)
-    spec = Spec("policies:mlp", "parts", SUPPORT, {"hidden": HIDDEN}, weights=Fit(strict=False))
+    select = Select(settle=0)
+    spec = Spec("policies:mlp", "parts", SUPPORT, {"hidden": HIDDEN}, select=select, weights=Fit(strict=False))
     with closing(WritableSegment.create("parts", layout_of(policy), spec=spec.fingerprint)):
         runs = source(tmp_path, "shards", 1).rename(tmp_path / "runs")
         with Syncer(spec, runs) as syncer:

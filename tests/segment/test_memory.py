@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_the_command_line_says_how_to_enlarge_it(small: Path, tmp_path: Path, cl
             (small / "filler").unlink(missing_ok=True)
 
         layout_process.layout_of_spec = read_layout  # in a process that ends with this work
-        with Syncer(load_spec("policies:mlp"), tmp_path / "a.safetensors") as syncer:
+        with Syncer(replace(load_spec("policies:mlp"), poll=0.01), tmp_path / "a.safetensors") as syncer:
             run(syncer, stop, tell)
         assert isinstance(told[0], OutOfSharedMemory) and isinstance(told[1], Outcome), told
         assert told[1].status == "published"
@@ -331,7 +332,7 @@ def test_memory_that_is_gone_is_one_message(
             if len(told) == 2:
                 stop.set()
 
-        with Syncer(load_spec("policies:mlp"), path) as syncer:
+        with Syncer(replace(load_spec("policies:mlp"), poll=0.01), path) as syncer:
             run(syncer, stop, tell)
     assert isinstance(told[0], WsyncError) and isinstance(told[1], Outcome) and told[1].status == "published"
 

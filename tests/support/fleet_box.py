@@ -1,6 +1,7 @@
 """``wsync`` on one box of a test's group: it has a name of its own, and can die at a chosen step.
 
-FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``. FLEET_ORDER is a file with ``step what``:
+FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``, whose beat is ten times as quick; the
+policy is asked in the process of the watch, where torch is already. FLEET_ORDER is a file with ``step what``:
 at that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops; or the
 piece that came is garbled; or, when the box hears of a checkpoint, another one is pushed here by hand. To the file
 FLEET_BUSY a line is added each time that this box tells that it is at work.
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from wsync.cli import commands as cli
-from wsync.fleet import delivery, group
+from wsync.fleet import delivery, fleet, group
 from wsync.fleet import membership as badge
 from wsync.segment.writable import WritableSegment
+from wsync.settings import layout_process
 
 
 def ordered(step: str) -> str:
@@ -94,6 +96,8 @@ def main() -> None:
         socket.gethostname = lambda: os.environ["FLEET_BOX"]
     group.TIMEOUT = float(os.environ.get("FLEET_TIMEOUT", group.TIMEOUT))
     group.PIECE = int(os.environ.get("FLEET_PIECE", group.PIECE))
+    group.BEAT = fleet.BEAT = 0.1  # type: ignore[attr-defined]
+    layout_process.ask_policy = lambda spec, question, *more: question(spec, *more)
     group.Group.share = sharing  # type: ignore[method-assign]
     around(delivery.Turn, "vote", voting)
     around(badge.Badge, "give", lambda _: die_at("counted"))
