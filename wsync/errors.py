@@ -44,6 +44,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 SHOWN = 20
@@ -67,6 +69,15 @@ def on_one_line(text: str, *names: str | None) -> str:
 def harmless(text: str) -> str:
     """Escapes what a terminal would obey or an encoding would refuse; keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+@contextmanager
+def parsed() -> Iterator[None]:
+    """Turns every error of code that reads malformed data into a ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
+        raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from ..segment.publication import Publication, Version, parsed
+from ..errors import parsed
+from ..segment.publication import Publication, Version
 
 _TYPES = {"checkpoint": str | None, "identity": str, "version": int, "step": int | None}
 _TYPES |= {"since": int | float, "reason": str, "header": str}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..errors import parsed
 from ..system.memory import PAGE
 
 METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
@@ -15,15 +14,6 @@ MAX_VERSION = 1 << 56  # the WORD has no room for more
 _MOST_OF_AN_OWNER = 1500  # characters; longer ones are left out, so that there is room for the longest source
 MAX_EXTRAS = 1 << 31  # bytes of the file beside a slot: the most that settings allow, and metadata
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which datetime cannot print
-
-
-@contextmanager
-def parsed() -> Iterator[None]:
-    """Turns each error of reading wrong data into a ValueError."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:
-        raise ValueError(f"{type(exc).__name__}: {exc!s:.100}") from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SegmentUnsafe, printable
+from ..errors import SegmentUnsafe, parsed, printable
 from ..system.access import open_dir, opened
 from ..system.memory import closed_on_error, shut, try_lock
-from .publication import END_OF_TIME, parsed
+from .publication import END_OF_TIME
 from .segment_files import MAX_SLOTS
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole

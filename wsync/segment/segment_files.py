@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints.files.extras import Extras
-from ..errors import SegmentUnsafe, UsageError
+from ..errors import SegmentUnsafe, UsageError, parsed
 from ..layout.layout import Layout
 from ..system.access import Access, open_dir, open_file, opened
 from ..system.memory import PAGE, mapping, no_room, read_at, reserve, try_lock, write_at
-from .publication import METADATA_END, Publication, parsed
+from .publication import METADATA_END, Publication
 
 MAGIC = b"WSYNC\0\0\1"  # the last byte is the format
 WORD_OFFSET, BOUND_OFFSET = 64, 72  # bytes into the control page

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from ..discovery.newest import Select
 from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
-from ..errors import CheckpointError, SegmentUnsafe, UsageError
-from ..segment.publication import Publication, parsed
+from ..errors import CheckpointError, SegmentUnsafe, UsageError, parsed
+from ..segment.publication import Publication
 from ..segment.segment import Segment
 from ..system.access import open_dir, open_file, opened
 from ..system.memory import read_at, shut, try_lock, write_at
