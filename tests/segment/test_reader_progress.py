@@ -1,4 +1,4 @@
-"""Which readers have a version: a push that waits for them, the oldest version in use, and how long all took."""
+"""Which readers have a version: a push that waits for them, and the oldest version in use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from builders import write
 from others import run_cli
 from policies import mlp
@@ -16,7 +15,7 @@ from processes import DEADLINE
 from trainers import Trainer
 
 import wsync
-from wsync.segment.reader_progress import Reach, oldest_version, wait_for_readers
+from wsync.segment.reader_progress import oldest_version, wait_for_readers
 
 
 @pytest.fixture
@@ -103,23 +102,3 @@ def test_a_push_waits_and_says_who_is_late(trainer: Trainer) -> None:
         trainer.push(3)
     code, out, _ = run_cli(*push, "--force", "--wait", "5", "--json")
     assert code == 0 and json.loads(out)["version"] == 4
-
-
-def test_how_long_all_readers_took_is_told_once(trainer: Trainer) -> None:
-    """Guards the figure of a watch: seconds from the publish until the last reader had it, whenever that is seen."""
-    reach = Reach()
-    assert reach.look(None, 0) is None
-    trainer.push(1)
-    assert reach.look(trainer.segment, 1) is None  # nobody is there to be told of
-    with wsync.attach(mlp(), "nets") as reader, torch.no_grad():
-        trainer.push(2)
-        assert reach.look(trainer.segment, 2) is None
-        reader.refresh()
-        told = reach.look(trainer.segment, 0)
-        assert told and told[:2] == (2, 1) and 0 <= told[2] < DEADLINE
-        assert reach.look(trainer.segment, 0) is None
-        trainer.push(3)
-        trainer.push(4)  # another publisher's
-        assert reach.look(trainer.segment, 3) is None
-        reader.refresh()
-        assert reach.look(trainer.segment, 0) is None

@@ -20,15 +20,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from builders import NAME, SPEC, write
 from policies import mlp
 from processes import DEADLINE, Lines, Spawn
+from trainers import Trainer
 
+import wsync
 from wsync.cli.output.watch import LOGGED, WatchLog, one_line
 from wsync.errors import Difference, LayoutDiffers, WsyncError
 from wsync.layout.layout import layout_of
 from wsync.segment.writable import WritableSegment
-from wsync.service.service import differing
+from wsync.service.service import Reach, differing
 from wsync.service.systemd import Notifier
 from wsync.settings.spec import Spec, load_spec
 from wsync.sync.outcome import Outcome
@@ -525,3 +528,23 @@ def test_the_last_line_tells_what_is_live(capsys: pytest.CaptureFixture[str]) ->
         log.tell(Outcome("pinned", "nets", version=3))
         log.tell(WsyncError("the disk is gone"))
     assert "stopped; version 3 stays live" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_how_long_all_readers_took_is_told_once(runtime: Path, tmp_path: Path) -> None:
+    """Guards the figure of a watch: seconds from the publish until the last reader had it, whenever that is seen."""
+    trainer, reach = Trainer(mlp, tmp_path), Reach()
+    assert reach.look(None, 0) is None
+    trainer.push(1)
+    assert reach.look(trainer.segment, 1) is None  # nobody is there to be told of
+    with wsync.attach(mlp(), "nets") as reader, torch.no_grad():
+        trainer.push(2)
+        assert reach.look(trainer.segment, 2) is None
+        reader.refresh()
+        told = reach.look(trainer.segment, 0)
+        assert told and told[:2] == (2, 1) and 0 <= told[2] < DEADLINE
+        assert reach.look(trainer.segment, 0) is None
+        trainer.push(3)
+        trainer.push(4)  # another publisher's
+        assert reach.look(trainer.segment, 3) is None
+        reader.refresh()
+        assert reach.look(trainer.segment, 0) is None

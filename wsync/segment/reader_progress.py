@@ -1,4 +1,4 @@
-"""How far a version has come: which readers have it, and how long all of them took."""
+"""How far a version has come: which readers have it, and which versions they still use."""
 
 from __future__ import annotations
 
@@ -51,33 +51,3 @@ def oldest_version(segment: Segment) -> int:
     """
     held = [version for r in segment.readers() for version in (r.version, *segment.held_back(r)) if version]
     return min([*held, segment.version])
-
-
-class Reach:
-    """Reports once for each version that a watch published, when all readers have it."""
-
-    def __init__(self) -> None:
-        self._version = 0  # on its way to readers; 0 if none is
-
-    def look(self, segment: Segment | None, published: int) -> tuple[int, int, float] | None:
-        """Looks after a pass, without waiting.
-
-        Args:
-            published: the version that this pass published, or 0.
-
-        Returns:
-            The version, how many readers have it, and seconds from its publish until the last of them had it; None if
-            some do not have it, or there is nothing to report.
-        """
-        self._version = published or self._version
-        live = segment.live() if segment and self._version else None
-        if not segment or not live or live.version != self._version:
-            self._version = 0
-            return None
-        readers = segment.readers()
-        if any(reader.version < live.version for reader in readers):
-            return None
-        self._version = 0
-        if not readers:
-            return None
-        return live.version, len(readers), max(0.0, max(reader.since for reader in readers) - live.published_at)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import SpecError, WsyncError
 from ..history.state import State
-from ..segment.reader_progress import Reach
+from ..segment.segment import Segment
 from ..settings import layout_process
 from ..settings.spec import Spec
 from ..sync.loop import LONGEST, run
@@ -212,6 +212,36 @@ class Service:
 
     def _close(self) -> None:
         (self._fleet or self.syncer).close()
+
+
+class Reach:
+    """Reports, once for each version that a watch published, when all readers have it."""
+
+    def __init__(self) -> None:
+        self._version = 0  # that readers are taking; 0 if there is none
+
+    def look(self, segment: Segment | None, published: int) -> tuple[int, int, float] | None:
+        """Looks after a pass, without waiting.
+
+        Args:
+            published: the version that this pass published, or 0.
+
+        Returns:
+            The version, how many readers have it, and seconds from its publish until the last of them had it; None if
+            a reader does not have it yet, or there is nothing to report.
+        """
+        self._version = published or self._version
+        live = segment.live() if segment and self._version else None
+        if not segment or not live or live.version != self._version:
+            self._version = 0
+            return None
+        readers = segment.readers()
+        if any(reader.version < live.version for reader in readers):
+            return None
+        self._version = 0
+        if not readers:
+            return None
+        return live.version, len(readers), max(0.0, max(reader.since for reader in readers) - live.published_at)
 
 
 def differing(old: Any, new: Any, table: str = "") -> list[str]:
