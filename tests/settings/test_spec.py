@@ -19,7 +19,7 @@ from wsync.errors import SpecError, UsageError, WsyncError
 from wsync.layout.layout import layout_of
 from wsync.segment.segment_files import SLOTS
 from wsync.settings.layout_process import layout_of_spec
-from wsync.settings.spec import POLL, Spec, load_spec
+from wsync.settings.spec import Spec, load_spec
 from wsync.settings.user_code import build, read_layout
 
 NETS = '''
@@ -120,7 +120,7 @@ def test_an_import_string_alone_has_defaults(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     spec = load_spec("train.nets:Zoo.make")
     assert spec == Spec("train.nets:Zoo.make", "train.nets.Zoo.make", tmp_path, origin="train.nets:Zoo.make")
-    assert (spec.policy_kwargs, spec.checkpoints, spec.poll, spec.slots) == ({}, None, POLL, SLOTS)
+    assert (spec.policy_kwargs, spec.checkpoints, spec.poll, spec.slots) == ({}, None, 1.0, SLOTS)
 
 
 def test_a_toml_file_alone_has_defaults(tmp_path: Path) -> None:

@@ -23,12 +23,9 @@ from ..segment.segment_files import BOUND, MAX_SLOTS, SLOTS
 from ..system.access import Access, check_name
 from .hook_settings import Hooks
 
-POLL = 1.0
 REMOTE_POLL = 10.0  # each look lists the store, which costs time and, at most stores, money
 MAX_POLL = 86_400.0
-MAX_FAILURES = -1
 MAX_KEEP = 1000
-HISTORY = 100_000  # 30 MB, and as much for other events; at one version a minute in two months
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +129,12 @@ class Spec:
     directory: Path
     policy_kwargs: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Path | None = None
-    poll: float = POLL
-    max_failures: int = MAX_FAILURES
+    poll: float = 1.0
+    max_failures: int = -1
     slots: int = SLOTS
     max_slots: int = BOUND
     keep: int = 0
-    history: int = HISTORY
+    history: int = 100_000  # 30 MB, and as much for other events; at one version a minute in two months
     access: Access = field(default_factory=Access)
     select: Select = field(default_factory=Select)
     weights: Fit = field(default_factory=Fit)
@@ -235,28 +232,17 @@ def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathL
         if key in tables[table]:
             tables[table][key] = beside(tables[table][key])
     found = checkpoints or beside(data.get("checkpoints", ""))
-    place, watch = place_at(found) if found else None, data.get("watch", {})
+    place = place_at(found) if found else None
     made: dict[str, Any] = {
         table: TABLES[table](**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         for table, settings in tables.items()
     }
     made["select"] = replace(made["select"], extras=made.pop("extras"))
-    return Spec(
-        policy=policy,
-        name=name or data.get("name") or own_name,
-        directory=directory,
-        policy_kwargs=data.get("policy_kwargs", {}),
-        checkpoints=place,
-        poll=float(watch.get("poll", REMOTE_POLL if place and remote(place) else POLL)),
-        max_failures=watch.get("max_failures", MAX_FAILURES),
-        slots=data.get("slots", SLOTS),
-        max_slots=data.get("max_slots", BOUND),
-        keep=data.get("keep", 0),
-        history=data.get("history", HISTORY),
-        origin=origin,
-        access=Access(data.get("mode"), str(data["group"]) if "group" in data else None),
-        **made,
-    )
+    made |= {key: data[key] for key in ("policy_kwargs", "slots", "max_slots", "keep", "history") if key in data}
+    made |= ({"poll": REMOTE_POLL} if place and remote(place) else {}) | data.get("watch", {})
+    access = Access(data.get("mode"), str(data["group"]) if "group" in data else None)
+    own_name = name or data.get("name") or own_name
+    return Spec(policy, own_name, directory, checkpoints=place, access=access, origin=origin, **made)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
