@@ -92,7 +92,7 @@ def layouts_here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def segment(runs: Path) -> Iterator[WritableSegment]:
     """The standing segment of ``policies:mlp``, with nothing in it."""
-    made = WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint)
+    made = WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint())
     yield made
     made.close()
 

@@ -560,7 +560,7 @@ def test_a_named_file_that_is_being_written_is_not_refused(tmp_path: Path, runti
     path = write(tmp_path / "latest.safetensors", policies.mlp(), 1.0)
     whole = path.read_bytes()
     with (
-        closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)),
+        closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint())),
         Syncer(spec, path) as syncer,
     ):
         with path.open("wb") as file:
@@ -797,7 +797,7 @@ def test_an_unfinished_directory_is_no_candidate(tmp_path: Path) -> None:
 def test_an_index_that_names_files_elsewhere_is_refused_once(tmp_path: Path, runtime: Path) -> None:
     """Guards that a hostile index among the checkpoints is told as such, and then passed over until it changes."""
     spec = Spec("policies:mlp", "a", SUPPORT)
-    with closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint)):
+    with closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint())):
         runs = tmp_path / "runs"
         index(runs / "checkpoint-7", {"0.weight": "../model.safetensors"})
         with Syncer(spec, runs) as syncer:
@@ -1106,7 +1106,7 @@ def test_a_refusal_is_of_what_was_opened(wrong: str, tmp_path: Path, runtime: Pa
         bad.write_bytes(bad.read_bytes().replace(b"F32", b'F"2'))
     latest = tmp_path / "latest.safetensors"
     link(latest, "1")
-    segment = closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint))
+    segment = closing(WritableSegment.create("a", layout_of(policies.mlp()), spec=spec.fingerprint()))
     with segment, Syncer(spec, latest) as syncer:
         opens = syncer.getter.open
 

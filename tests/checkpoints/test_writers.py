@@ -167,7 +167,7 @@ class Watch:
     def __init__(self, runs: Path, settle: float = 0.05) -> None:
         policy = policies.mlp(HIDDEN)
         spec = Spec("policies:mlp", "copied", SUPPORT, {"hidden": HIDDEN}, poll=0.005, select=Select(settle=settle))
-        WritableSegment.create("copied", layout_of(policy), spec=spec.fingerprint).close()
+        WritableSegment.create("copied", layout_of(policy), spec=spec.fingerprint()).close()
         self.syncer, self.stop = Syncer(spec, runs), threading.Event()
         self.versions: list[list[float]] = []
         self.told: queue.Queue[Outcome | WsyncError | BaseException] = queue.Queue()
@@ -333,7 +333,7 @@ def test_a_first_shard_is_no_partial_update(tmp_path: Path, runtime: Path) -> No
     policy = policies.mlp(HIDDEN)
     select = Select(settle=0)
     spec = Spec("policies:mlp", "parts", SUPPORT, {"hidden": HIDDEN}, select=select, weights=Fit(strict=False))
-    with closing(WritableSegment.create("parts", layout_of(policy), spec=spec.fingerprint)):
+    with closing(WritableSegment.create("parts", layout_of(policy), spec=spec.fingerprint())):
         runs = source(tmp_path, "shards", 1).rename(tmp_path / "runs")
         with Syncer(spec, runs) as syncer:
             assert syncer.once().status == "published"

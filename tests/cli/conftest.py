@@ -20,7 +20,7 @@ def live(runs: Path) -> Iterator[WritableSegment]:
     """A segment whose version 1 is ``runs/step_10.safetensors``, weights of mark 1, as a push leaves it."""
     write(runs / "step_10.safetensors", mlp(), 1.0)
     spec = load_spec(SPEC)
-    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()  # here, since torch is here already
+    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint()).close()  # here, since torch is here already
     with Syncer(spec, runs) as syncer:
         assert syncer.once().status == "published"
     segment = WritableSegment.open(NAME)

@@ -231,7 +231,7 @@ def test_publishing_imports_no_torch(program: Cli, live: WritableSegment, runs: 
 def test_changed_policy_is_told_from_a_wrong_checkpoint(runs: Path, noticed: str) -> None:
     """When the policy's code changed since its segment was made, the segment is named as stale, not the checkpoint."""
     Path("net.py").write_text("from torch import nn\nmake = lambda: nn.Linear(6, 2)\n")
-    spec = "of another net.py" if noticed == "by its file" else load_spec("net:make").fingerprint
+    spec = "of another net.py" if noticed == "by its file" else load_spec("net:make").fingerprint()
     segment = WritableSegment.create("net.make", layout_of(nn.Linear(4, 2)), spec=spec)
     write(runs / "step_11.safetensors", nn.Linear(6, 2), 1.0)
     code, _, err = run_main("push", "net:make", "runs/step_11.safetensors")

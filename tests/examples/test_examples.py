@@ -35,7 +35,7 @@ def box(runtime: Path, tmp_path: Path) -> Path:
     """The files of CartPole, copied, and their segment, which stands: here torch is already."""
     shutil.copytree(EXAMPLES / "cartpole", tmp_path / "box")
     spec = load_spec(str(tmp_path / "box" / "cartpole.toml"))
-    WritableSegment.create(spec.name, layout_of(POLICY), spec=spec.fingerprint).close()
+    WritableSegment.create(spec.name, layout_of(POLICY), spec=spec.fingerprint()).close()
     return tmp_path / "box"
 
 

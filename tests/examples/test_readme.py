@@ -111,7 +111,7 @@ def box(tmp_path: Path) -> Path:
 def stand(toml: Path) -> None:
     """Makes a spec's segment here, where torch is already, before the first push does."""
     spec = load_spec(str(toml))
-    WritableSegment.create(spec.name, layout_of(built(spec)), spec=spec.fingerprint).close()
+    WritableSegment.create(spec.name, layout_of(built(spec)), spec=spec.fingerprint()).close()
 
 
 def test_every_block_has_its_test() -> None:

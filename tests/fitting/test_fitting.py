@@ -387,7 +387,7 @@ def test_a_part_waits_for_a_whole_one(tmp_path: Path, runtime: Path) -> None:
     spec = Spec("policies:mlp", "part", SUPPORT, weights=Fit(strict=False))
     (tmp_path / "runs").mkdir()
     part = save(tmp_path / "runs" / "step_2.safetensors", {"2.bias": torch.ones(2)})
-    with closing(WritableSegment.create("part", LAYOUT, spec=spec.fingerprint)), State("part") as state:
+    with closing(WritableSegment.create("part", LAYOUT, spec=spec.fingerprint())), State("part") as state:
         with Syncer(spec, part.parent, state=state) as syncer:
             alone = syncer.once()
             assert (alone.status, alone.exit_code, len(alone.differences)) == ("empty", 66, 3)

@@ -92,7 +92,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def live(runs: Path, layouts_here: None) -> Iterator[WritableSegment]:
     """A segment whose version 1 is ``runs/step_1.safetensors``, weights of mark 1."""
-    segment = WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint)
+    segment = WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint())
     write(runs / "step_1.safetensors", mlp(), 1.0)
     with Syncer(load_spec(SPEC), runs) as syncer:
         assert syncer.once().status == "published"
@@ -357,7 +357,7 @@ def test_a_hook_pushes_another_policy_into_its_own_segment(segment: WritableSegm
     """What a hook calls goes by its own spec: neither the name nor other variables of the outer push act on it."""
     write(runs / "step_1.safetensors", mlp(), 1.0)
     Path("critic.toml").write_text('policy = "policies:mlp"\ncheckpoints = "runs"\n')
-    WritableSegment.create("critic", layout_of(mlp()), spec=load_spec("critic.toml").fingerprint).close()
+    WritableSegment.create("critic", layout_of(mlp()), spec=load_spec("critic.toml").fingerprint()).close()
     push = f"{sys.executable} -m wsync push critic.toml"
     outer = {"WSYNC_NAME": NAME, "WSYNC_PATTERN": "step_*", "WSYNC_FORCE": "1", "WSYNC_DRY_RUN": "0"}
     for _ in range(2):
@@ -389,7 +389,7 @@ def test_command_runs_beside_the_spec(runs: Path, cli: Cli) -> None:
         'policy = "policies:mlp"\ncheckpoints = "../runs"\n[hooks]\ngate = "sh gate.sh"\ngate_timeout = 50\n'
     )
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    WritableSegment.create("actor", layout_of(mlp()), spec=load_spec("box/actor.toml").fingerprint).close()
+    WritableSegment.create("actor", layout_of(mlp()), spec=load_spec("box/actor.toml").fingerprint()).close()
     assert cli("push", "box/actor.toml").returncode == 0
     assert Path("box/seen").read_text() == "actor\n"
 
@@ -435,7 +435,7 @@ def test_stopped_ends_its_gate(
 def test_function_gets_the_real_policy(runs: Path) -> None:
     """In eval mode with the staged weights in it, ties among them; what it does to them does not reach the slot."""
     spec = replace(load_spec("policies:Tied"), hooks=Hooks(gate="gates:sees"))
-    segment = WritableSegment.create(spec.name, layout_of(Tied()), spec=spec.fingerprint)
+    segment = WritableSegment.create(spec.name, layout_of(Tied()), spec=spec.fingerprint())
     policy = Tied()
     source = write(runs / "step_1.safetensors", policy, 2.0)
     with Syncer(spec, source) as pushing:

@@ -76,7 +76,7 @@ class Storm:
         self.runtime, self.light, self.heavy = runtime, light, heavy
         Path("runs").mkdir()
         Path("storm.toml").write_text(f'policy = "policies:mlp"\nname = "{NAME}"\n[policy_kwargs]\nhidden = {HIDDEN}\n')
-        self.segment = WritableSegment.create(NAME, LAYOUT, spec=load_spec("storm.toml").fingerprint)
+        self.segment = WritableSegment.create(NAME, LAYOUT, spec=load_spec("storm.toml").fingerprint())
         self.children: list[Child] = []
         self.marks: dict[int, float] = {}
         self.last: dict[int, int] = {}

@@ -297,7 +297,7 @@ def test_push_under_a_limit_is_one_message(
     (tmp_path / "nets.toml").write_text('policy = "policies:mlp"\n[policy_kwargs]\nhidden = 500000\n')
     spec = load_spec(str(tmp_path / "nets.toml"))
     paths = [write(tmp_path / f"{mark}.safetensors", mlp(500_000), float(mark)) for mark in (1, 2)]
-    segment = WritableSegment.create("nets", layout_of(mlp(500_000)), spec=spec.fingerprint)
+    segment = WritableSegment.create("nets", layout_of(mlp(500_000)), spec=spec.fingerprint())
     push(segment, paths[0])
     segment.unmap()
     code, out, err = limited(lambda: run_cli("push", str(tmp_path / "nets.toml"), str(paths[1]), *options), limit, more)
@@ -315,7 +315,7 @@ def test_memory_that_is_gone_is_one_message(
     import threading
 
     path = write(tmp_path / "a.safetensors", mlp(), 1.0)
-    WritableSegment.create("policies.mlp", LAYOUT, spec=load_spec("policies:mlp").fingerprint)
+    WritableSegment.create("policies.mlp", LAYOUT, spec=load_spec("policies:mlp").fingerprint())
 
     def fail(*_: Any, **__: Any) -> None:
         raise error

@@ -54,7 +54,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     """An empty directory of checkpoints, and the standing segment of its policy with nothing in it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint()).close()
     return Path("runs")
 
 

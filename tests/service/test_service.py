@@ -92,7 +92,7 @@ def runs(runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / "runs").mkdir()
     (tmp_path / "actor.toml").write_text(TOML)
     for name, spec in ((NAME, SPEC), ("actor", "actor.toml")):
-        WritableSegment.create(name, layout_of(mlp()), spec=load_spec(spec).fingerprint).close()
+        WritableSegment.create(name, layout_of(mlp()), spec=load_spec(spec).fingerprint()).close()
     return Path("runs")
 
 

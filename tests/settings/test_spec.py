@@ -239,7 +239,7 @@ def test_reading_settings_runs_and_imports_nothing(runtime: Path, train: Path) -
     toml(train, 'policy = "exiting:Net"\ncheckpoints = "runs"')
     code = (
         "import sys; from wsync.settings.spec import load_spec\n"
-        "load_spec('cartpole.toml').fingerprint; load_spec('nets:Net')\n"
+        "load_spec('cartpole.toml').fingerprint(); load_spec('nets:Net')\n"
         "print([name for name in ('torch', 'tensordict', 'numpy', 'exiting', 'nets') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=train, capture_output=True, text=True, timeout=DEADLINE)
@@ -431,8 +431,8 @@ def test_the_fingerprint_tells_policies_apart(train: Path) -> None:
         Spec("installed:Net", "a", train),
         Spec("installed:Net", "a", train / "other"),
     ]
-    assert len({spec.fingerprint for spec in specs}) == len(specs)
-    assert Spec("nets:Net", "b", train, {}, train / "runs", 9.0, 5).fingerprint == specs[0].fingerprint
+    assert len({spec.fingerprint() for spec in specs}) == len(specs)
+    assert Spec("nets:Net", "b", train, {}, train / "runs", 9.0, 5).fingerprint() == specs[0].fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -448,11 +448,11 @@ def test_the_fingerprint_follows_the_modules_file(policy: str, train: Path) -> N
     spec = load_spec(policy)
     file = train.joinpath(*policy.partition(":")[0].split("."))
     file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-    seen = [spec.fingerprint, spec.fingerprint]
+    seen = [spec.fingerprint(), spec.fingerprint()]
     os.utime(file, (1, 1))
-    seen.append(spec.fingerprint)
+    seen.append(spec.fingerprint())
     (train / "new.py").write_text(file.read_text())
     os.utime(train / "new.py", (1, 1))
     (train / "new.py").replace(file)
-    seen.append(spec.fingerprint)
+    seen.append(spec.fingerprint())
     assert seen[0] == seen[1] and len(set(seen)) == 3

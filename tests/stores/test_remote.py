@@ -41,7 +41,7 @@ SPEC, NAME, RUN = "policies:mlp", "policies.mlp", "s3://bucket/run"
 def segment(bucket: Bucket) -> Iterator[WritableSegment]:
     """A segment of the policy, made here so that no process has to import torch for it."""
     spec = load_spec(SPEC)
-    made = WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint)
+    made = WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint())
     yield made
     made.close()
 
@@ -289,7 +289,7 @@ def test_a_gate_and_a_hook_get_the_url(program: Cli, bucket: Bucket, tmp_path: P
         f'policy = "policies:mlp"\ncheckpoints = "{RUN}"\n[hooks]\ngate = "echo $WSYNC_HOOK_CHECKPOINT > gate"\n'
         'exec = "echo $WSYNC_HOOK_CHECKPOINT > hook"\n'
     )
-    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(tmp_path / "p.toml")).fingerprint).close()
+    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(tmp_path / "p.toml")).fingerprint()).close()
     done = program("push", str(tmp_path / "p.toml"))
     assert done.returncode == 0, done.stderr
     told = {(tmp_path / name).read_text().strip() for name in ("gate", "hook")}

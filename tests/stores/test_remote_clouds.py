@@ -90,7 +90,7 @@ def make_container(port: int, name: str) -> None:
 @pytest.fixture(params=["s3", "gs", "az"])
 def cloud(request: pytest.FixtureRequest, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """An empty bucket of each kind, an environment in which wsync finds it, and a segment of the policy."""
-    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint()).close()
     bucket: Bucket
     if request.param == "s3":
         bucket = request.getfixturevalue("bucket")

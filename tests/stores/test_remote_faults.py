@@ -43,7 +43,7 @@ def live(
     monkeypatch.setattr("wsync.stores.store.PATIENCE", replace(PATIENCE, tries=4, pause=0.01, quiet=0.5, connect=2.0))
     read_by(chunk=64)
     spec = load_spec(SPEC)
-    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint()).close()
     with Syncer(spec, RUN) as syncer:
         bucket.save("run/step_1.safetensors", mlp(), 1.0, 1)
         assert syncer.once().status == "published"
@@ -209,7 +209,7 @@ def test_an_object_cut_short_is_read_once(bucket: Bucket, tmp_path: Path, order:
     Each pass is that of a push of its own; once an object has come whole, it goes live.
     """
     spec = replace(load_spec(SPEC), select=Select(order=order))
-    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=spec.fingerprint()).close()
 
     def push() -> tuple[Outcome, int]:
         before = len(bucket.proxy.requests)

@@ -137,7 +137,7 @@ def hub(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
-    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint()).close()
     with Server(("127.0.0.1", 0), Handler) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -54,7 +54,7 @@ cli.main()
 @pytest.fixture
 def web(runtime: Path, tmp_path: Path) -> Iterator[Web]:
     """A server of an empty folder, and a segment."""
-    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint).close()
+    WritableSegment.create(NAME, layout_of(mlp()), spec=load_spec(SPEC).fingerprint()).close()
     with serve(Web(tmp_path)) as served:
         yield served
 
@@ -213,7 +213,7 @@ def test_a_password_and_a_signature_in_a_url_work_and_are_never_said(
     web.password, web.query = f"me:{PASSWORD}", f"X-Sig={SIGNATURE}"
     toml = tmp_path / "p.toml"
     toml.write_text(f'policy = "policies:mlp"\ncheckpoints = "{url}"\n')
-    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(toml)).fingerprint).close()
+    WritableSegment.create("p", layout_of(mlp()), spec=load_spec(str(toml)).fingerprint()).close()
     said = []
     for command in (
         ("push", str(toml), "--json"),
@@ -332,7 +332,7 @@ def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -
     toml = tmp_path / "p.toml"
     toml.write_text('policy = "a:b"\nslots = 2\n')
     layout = Layout.build({"w": ("F32", (size // 4,))}, {})
-    WritableSegment.create("p", layout, slots=2, spec=load_spec(str(toml)).fingerprint).close()
+    WritableSegment.create("p", layout, slots=2, spec=load_spec(str(toml)).fingerprint()).close()
     sender = type("One", (Sender,), {"file": str(file)})
     with Server(("127.0.0.1", 0), sender) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -348,7 +348,7 @@ def test_memory_is_a_few_ranges_beside_the_slot(runtime: Path, tmp_path: Path) -
 def test_a_push_from_disk_imports_nothing_of_it(runtime: Path, tmp_path: Path) -> None:
     """Who uses no URL pays nothing for them."""
     write(tmp_path / "x.safetensors", mlp(), 1.0)
-    WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint).close()
+    WritableSegment.create("policies.mlp", layout_of(mlp()), spec=load_spec("policies:mlp").fingerprint()).close()
     program = (
         "import sys; from wsync.settings.spec import load_spec; from wsync.sync.syncer import Syncer; "
         f"s = Syncer(load_spec('policies:mlp'), {str(tmp_path)!r}); s.once(); assert s.once().status == 'current'; "

@@ -39,7 +39,7 @@ def push(runs: Path, layouts_here: None) -> Push:
         Path(run).mkdir()
         Path(run, "policy.toml").write_text('policy = "policies:mlp"\ncheckpoints = "ckpt"\n')
         write(Path(run, "ckpt", f"step_{mark}.safetensors"), mlp(), float(mark))
-    WritableSegment.create("policy", layout_of(mlp()), spec=load_spec("runA/policy.toml").fingerprint).close()
+    WritableSegment.create("policy", layout_of(mlp()), spec=load_spec("runA/policy.toml").fingerprint()).close()
     return once
 
 

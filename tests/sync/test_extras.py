@@ -53,7 +53,7 @@ Push = Callable[..., Outcome]
 def push(runs: Path, layouts_here: None) -> Iterator[Push]:
     """Makes a pass for the spec with these changes, and remembers it as ``wsync push`` does."""
     Path("nets.toml").write_text(TOML)
-    WritableSegment.create("nets", layout_of(mlp()), spec=load_spec("nets.toml").fingerprint).close()
+    WritableSegment.create("nets", layout_of(mlp()), spec=load_spec("nets.toml").fingerprint()).close()
 
     def once(place: str | None = None, **changes: object) -> Outcome:
         spec = load_spec("nets.toml")

@@ -265,7 +265,7 @@ def test_a_policy_that_cannot_be_looked_at_has_a_fingerprint(monkeypatch: pytest
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(Path, "is_dir", refuse)
-    assert load_spec(SPEC).fingerprint
+    assert load_spec(SPEC).fingerprint()
 
 
 def test_the_panel_of_a_segment_that_is_being_closed(segment: WritableSegment, runs: Path) -> None:

@@ -45,7 +45,7 @@ Push = Callable[..., Outcome]
 def push(runs: Path, layouts_here: None) -> Push:
     """Pushes a checkpoint of one value into a segment, as its spec says."""
     Path(SPEC).write_text(TOML)
-    fingerprint = load_spec(SPEC).fingerprint
+    fingerprint = load_spec(SPEC).fingerprint()
     for name in (CANARY, MAIN):
         WritableSegment.create(name, layout_of(mlp()), spec=fingerprint).close()
 

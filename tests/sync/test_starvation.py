@@ -133,7 +133,7 @@ def test_the_layout_is_read_once_for_many_that_do_not_fit(
 ) -> None:
     """Thirty checkpoints of another policy start one process, not thirty; a policy that changed ends the pass."""
     if made:
-        WritableSegment.create(NAME, LAYOUT, spec=PLAIN.fingerprint).close()
+        WritableSegment.create(NAME, LAYOUT, spec=PLAIN.fingerprint()).close()
     for number in range(30):
         write(tmp_path / f"runs/step_{number}.safetensors", normed(), 1.0)
     reads = []

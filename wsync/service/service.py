@@ -170,7 +170,7 @@ class Service:
                     f"{self._toml}: the name is now {new.name!r}, but this watch keeps segment {self.spec.name!r}. "
                     "Restart the watch to change the name."
                 )
-            if new.fingerprint != self.spec.fingerprint:
+            if new.fingerprint() != self.spec.fingerprint():
                 layout_process.layout_of_spec(new)  # a policy that cannot be built must not end a watch that works
             standing = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
             late = differing(new.metrics, standing, "metrics.")

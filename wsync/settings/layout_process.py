@@ -38,7 +38,7 @@ def built_by(spec: Spec) -> Built:
         from .user_code import read_built
 
         wanted = frozenset(names)
-        if (key := (spec.fingerprint, wanted)) not in known:
+        if (key := (spec.fingerprint(), wanted)) not in known:
             known.clear()
             known[key] = ask_policy(spec, read_built, wanted)
         return known[key]

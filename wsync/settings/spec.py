@@ -175,12 +175,11 @@ class Spec:
         """Which files travel with the weights."""
         return self.select.extras
 
-    @property
     def fingerprint(self) -> str:
-        """Shows whether the layout of a standing segment was read from this very policy.
+        """Returns a digest that tells whether a segment's layout was read from this policy.
 
-        Covers the import string, its arguments, what is left out of its layout, and the state of the module's own file
-        if it lies beside the spec; not the modules that it imports.
+        It covers the import string, its arguments, the globs of ``weights.own``, and the inode, size and time of the
+        module's own file if that is beside the spec; not the modules that it imports.
         """
         if not self.policy:
             return ""
@@ -197,13 +196,12 @@ class Spec:
         text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state, *own], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    @property
     def digest(self) -> str:
-        """Shows whether a refused checkpoint would be refused again: the policy, the fit and the gate."""
+        """Returns a digest of all that decides whether a checkpoint is refused: the policy, the fit and the gate."""
         import hashlib
 
         extras = (self.extras,) if self.extras.files else ()
-        text = repr((self.fingerprint, self.weights, self.hooks.gate, self.hooks.gate_timeout, *extras))
+        text = repr((self.fingerprint(), self.weights, self.hooks.gate, self.hooks.gate_timeout, *extras))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -41,7 +41,7 @@ class PolicyLayout:
         Raises:
             SpecError: the policy cannot be imported or built.
         """
-        of = self._spec.fingerprint
+        of = self._spec.fingerprint()
         if self._layout is None or self._of != of:
             self.reads += 1
             self._layout, self._of, self._is_fresh = layout_process.layout_of_spec(self._spec), of, True
@@ -66,7 +66,7 @@ class PolicyLayout:
             LayoutDiffers: it does not.
             SpecError: the policy cannot be imported or built.
         """
-        if self._spec.fingerprint not in (segment.spec, live.spec if live else ""):
+        if self._spec.fingerprint() not in (segment.spec, live.spec if live else ""):
             self.compare(segment, self.read())
 
     def recheck(self, segment: Segment) -> None:

@@ -60,7 +60,7 @@ class Box:
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""
-        self.standing.spec = self.spec.fingerprint  # of the policy as it is now
+        self.standing.spec = self.spec.fingerprint()  # of the policy as it is now
         return self.standing.make_segment()
 
     def busy(self, work: Callable[[], T]) -> T:
@@ -108,7 +108,7 @@ class Box:
                 segment,
                 source,
                 fit=replace(fit, built=self.built),
-                spec=self.spec.fingerprint,
+                spec=self.spec.fingerprint(),
                 progress=self.counter(segment.layout.nbytes),
                 gate=recheck.staged,
                 last_version=last_version,

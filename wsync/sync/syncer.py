@@ -87,7 +87,7 @@ class Syncer:
         self.policy = PolicyLayout(spec)
         self.standing = StandingSegment(spec.name, self.policy.take, spec.slots, spec.max_slots, runtime)
         self.standing.access = spec.access
-        self.record = Record(state, lambda: spec.digest)
+        self.record = Record(state, spec.digest)
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
         claim = Claim(spec.name, spec.origin, self.getter, own=place == spec.checkpoints)
         self.box = Box(spec, self.standing, self.record, claim)
