@@ -28,7 +28,7 @@ from wsync.errors import (
 from wsync.segment import segment as protocol
 from wsync.segment import segment_files, word_and_lease, writable
 from wsync.segment.publication import METADATA_END, Publication
-from wsync.segment.publishing import publish
+from wsync.segment.publishing import publish, publish_again
 from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment, segments
 from wsync.segment.segment_files import NO_SLOT, REMOVED, WORD_OFFSET, metadata_block
@@ -324,6 +324,30 @@ def test_published_slot_never_looks_locked(
     push(1.0)
     push(2.0)
     assert [lease.version for lease in leases if lease] == [1, 2]
+
+
+def test_a_slot_is_let_go_whoever_holds_its_generator(
+    segment: WritableSegment, push: Push, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot is free once it is live, even where a tracer, or a Python that counts no references, keeps generators."""
+    real, kept, identities = WritableSegment._spare_slots, list[Any](), list[str]()
+
+    def keep(*given: Any) -> Any:
+        kept.append(real(*given))
+        return kept[-1]
+
+    monkeypatch.setattr(WritableSegment, "_spare_slots", keep)
+    for version in (1, 2, 3):
+        if version < 3:
+            push(float(version))
+        else:
+            with segment.publishing():
+                publish_again(segment, 1, identities[0], 0)
+        assert is_free(slot_file(segment, segment.word & 0xFF)), version
+        live = segment.live()
+        assert live and live.version == version
+        identities.append(live.identity)
+    assert len(kept) == 3
 
 
 def test_remove_tells_the_readers_who_keep_their_memory(segment: WritableSegment, push: Push, runtime: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -72,10 +73,11 @@ def stage(table: TensorTable, weights: memoryview, plan: Plan, regions: Sequence
     if digests := digests_for(table, plan):
         return _stage_in_order(table, weights, plan, regions, digests, progress)
     clean = True
-    for read, finite_too in table.source.staged(weights, plan.reads, regions):
-        clean = clean and finite_too
-        if progress:
-            progress(read.nbytes)
+    with closing(table.source.staged(weights, plan.reads, regions)) as reads:
+        for read, finite_too in reads:
+            clean = clean and finite_too
+            if progress:
+                progress(read.nbytes)
     clean = table.convert_each(plan.casts, partial(_put, weights, regions), progress) and clean
     for twin, entry in plan.twins:
         if not table.convert_each([(twin, entry)], partial(_equals, weights)):

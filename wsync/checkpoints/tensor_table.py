@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,8 +182,9 @@ class TensorTable:
         from ..fitting.cast import pieces
 
         every = True
-        for piece, result in self.source.converted(list(pieces(pairs, plan.READING.chunk)), work):
-            every = every and result
-            if progress:
-                progress(piece.becomes)
+        with closing(self.source.converted(list(pieces(pairs, plan.READING.chunk)), work)) as converted:
+            for piece, result in converted:
+                every = every and result
+                if progress:
+                    progress(piece.becomes)
         return every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -150,17 +150,17 @@ class WritableSegment(Segment):
         Raises:
             SegmentBusy: readers, which the message names, lease every slot, and none can be added.
         """
-        for spare in self._spare_slots(chain(self.slot_numbers(), self._add_slot())):
+        with closing(self._spare_slots(chain(self.slot_numbers(), self._add_slot()))) as spares:
+            spare = next(spares)
             spare.forget()  # so that a header describes only a whole version
             try:
                 yield spare
             except BaseException:
                 spare.forget()
                 raise
-            return
 
     def _add_slot(self) -> Iterator[int]:
-        """Adds a slot; returns its number.
+        """Yields the number of a slot that it adds when it is asked for.
 
         Raises:
             SegmentBusy: there are as many as allowed, or there is no memory for one more.
@@ -218,18 +218,19 @@ class WritableSegment(Segment):
     @contextmanager
     def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
         """A spare slot, locked, that still holds a version whole, and what its header says; None, None without one."""
-        for spare in self._spare_slots(self.slot_numbers()):
-            try:
-                held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
-            except ValueError:  # a version was being staged there
-                continue
-            if (held.version, held.identity) == (version, identity):
-                yield spare, held
-                return
+        with closing(self._spare_slots(self.slot_numbers())) as spares:
+            for spare in spares:
+                try:
+                    held = Publication.from_header(read_at(spare.fd, METADATA_END, 0))
+                except ValueError:  # a version was being staged there
+                    continue
+                if (held.version, held.identity) == (version, identity):
+                    yield spare, held
+                    return
         yield None, None
 
-    def _spare_slots(self, slots: Iterable[int]) -> Iterator[SpareSlot]:
-        """Yields the slots that are not live and that nobody leases, each locked meanwhile."""
+    def _spare_slots(self, slots: Iterable[int]) -> Generator[SpareSlot, None, None]:
+        """Yields the slots that are not live and that nobody leases, each locked until the next one or ``close``."""
         for slot in slots:
             if slot == self.word & 0xFF:  # never lock it, not even for a moment
                 continue

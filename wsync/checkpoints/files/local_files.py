@@ -16,7 +16,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class Files(ByteSource):
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
-    ) -> Iterator[tuple[Read, bool]]:
+    ) -> Generator[tuple[Read, bool], None, None]:
         def stage(read: Read) -> bool:
             slices = read.places(weights)  # P4 stage
             if read.file in self._direct or (read.slices[0][0] - read.start) % PAGE in _SLOW_DISTANCES:
@@ -122,7 +122,7 @@ class Files(ByteSource):
 
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
-    ) -> Iterator[tuple[Piece, bool]]:
+    ) -> Generator[tuple[Piece, bool], None, None]:
         def convert(piece: Piece) -> bool:
             parts = split(piece, plan.READING.buffer)
             stored = self._pieces(piece.file, piece.start, piece.nbytes)
@@ -131,7 +131,7 @@ class Files(ByteSource):
 
         return self._each(listed, convert)
 
-    def _each(self, jobs: Sequence[Job], work: Callable[[Job], bool]) -> Iterator[tuple[Job, bool]]:
+    def _each(self, jobs: Sequence[Job], work: Callable[[Job], bool]) -> Generator[tuple[Job, bool], None, None]:
         """Yields each job with its result, in order."""
         cold = self._open_direct(jobs)
         threads = max(2 if cold else 1, min(len(os.sched_getaffinity(0)) // 4, _MOST_THREADS))

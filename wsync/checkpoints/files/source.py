@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,7 +73,7 @@ class ByteSource:
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
-    ) -> Iterator[tuple[Read, bool]]:
+    ) -> Generator[tuple[Read, bool], None, None]:
         """Yields each read once its bytes are in the weights, and whether its floats in ``regions`` are finite."""
         for read, data in self.ranges(reads):
             scatter(data, read.places(weights))
@@ -81,7 +81,7 @@ class ByteSource:
 
     def converted(
         self, listed: Sequence[Piece], work: Callable[[Piece, memoryview], bool]
-    ) -> Iterator[tuple[Piece, bool]]:
+    ) -> Generator[tuple[Piece, bool], None, None]:
         """Yields each piece, and whether ``work`` returned True for all of it.
 
         Args:

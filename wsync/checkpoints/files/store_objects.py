@@ -10,7 +10,7 @@ away; threads that are still reading no longer write to the slot.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -65,7 +65,7 @@ class Objects(ByteSource):
 
     def staged(
         self, weights: memoryview, reads: Sequence[Read], regions: Sequence[Region]
-    ) -> Iterator[tuple[Read, bool]]:
+    ) -> Generator[tuple[Read, bool], None, None]:
         lock, over = threading.Lock(), threading.Event()
 
         def work(read: Read) -> None:
