@@ -168,7 +168,7 @@ class Watch:
         policy = policies.mlp(HIDDEN)
         spec = Spec("policies:mlp", "copied", SUPPORT, {"hidden": HIDDEN}, poll=0.005, select=Select(settle=settle))
         WritableSegment.create("copied", layout_of(policy), spec=spec.fingerprint()).close()
-        self.syncer, self.stop = Syncer(spec, runs), threading.Event()
+        self.syncer, self.stop = Syncer(spec, runs, role="watch"), threading.Event()
         self.versions: list[list[float]] = []
         self.told: queue.Queue[Outcome | WsyncError | BaseException] = queue.Queue()
         self.thread = threading.Thread(target=self._run)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import write
@@ -19,7 +21,7 @@ from wsync.layout.layout import layout_of
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
-from wsync.sync.claim import Watching, WatchLock, watch_of
+from wsync.sync.claim import watch_of
 from wsync.sync.syncer import Syncer
 from wsync.updaters.shared_memory import SharedMemoryWeightUpdater
 
@@ -31,8 +33,8 @@ def push(runs: Path, layouts_here: None) -> Push:
     """One pass of a spec in this process; returns the version that is live afterwards."""
 
     def once(spec: str, place: str | None = None, *, take_over: bool = False, follows: bool = False) -> int:
-        with Syncer(load_spec(spec), place, state=State("policy")) as syncer:
-            syncer.box.claim.take_over, syncer.box.claim.one_shot = take_over, not follows
+        role: Any = "watch" if follows else "push"
+        with Syncer(load_spec(spec), place, state=State("policy"), role=role, take_over=take_over) as syncer:
             return syncer.once().version
 
     for run, mark in (("runA", 1), ("runB", 2)):
@@ -130,15 +132,29 @@ def test_a_push_beside_a_watch_says_that_it_will_be_undone(push: Push, cli: Cli,
     other.until("step_7")
 
 
+def test_a_watch_that_may_take_over_may_still_do_so_after_sighup(push: Push, spawn: Spawn) -> None:
+    """Guards --take-over until the first checkpoint comes, which may be long after the TOML was read again."""
+    assert push("runA/policy.toml") == 1
+    for file in Path("runB/ckpt").iterdir():
+        file.unlink()
+    watch = spawn("-m", "wsync", "watch", "runB/policy.toml", "--take-over", "--poll", "0.1", "--log-format", "plain")
+    said = Lines(watch)
+    said.until("watching")
+    watch.send_signal(signal.SIGHUP)
+    said.until("SIGHUP")
+    write(Path("runB/ckpt/step_9.safetensors"), mlp(), 9.0)
+    said.until("version 2, step 9")
+
+
 def test_a_watch_holds_the_segment_that_it_makes(push: Push) -> None:
     """Guards the first version of a watch: whoever publishes beside it is told so at once, and not a pass later."""
     with closing(WritableSegment.open("policy")) as before:
         before.remove()
-    with Syncer(load_spec("runA/policy.toml"), state=State("policy")) as syncer:
-        syncer.lock = WatchLock(Watching(os.getpid(), "runA/policy.toml", "runA/ckpt"))
+    with Syncer(load_spec("runA/policy.toml"), state=State("policy"), role="watch") as syncer:
         assert syncer.once().version == 1
         with closing(Segment.open("policy")) as segment:
-            assert watch_of(segment) == Watching(os.getpid(), "runA/policy.toml", "runA/ckpt")
+            watching = watch_of(segment)
+            assert watching and (watching.pid, Path(watching.place)) == (os.getpid(), Path("runA/ckpt").resolve())
 
 
 def test_cron_is_told_once_what_a_watch_will_undo_and_that_a_place_is_gone(

@@ -312,7 +312,7 @@ def watch(poll, *then, first=lambda: None):
     acts.extend(then)
     box.prepare()
     first()
-    with Syncer(replace(box.spec, poll=poll), place, runtime=runtime) as syncer:
+    with Syncer(replace(box.spec, poll=poll), place, runtime=runtime, role="watch") as syncer:
         assert run(syncer, stop, tell)
     print(json.dumps(told))
 

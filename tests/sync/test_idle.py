@@ -51,7 +51,7 @@ def watch(segment: Segment, runs: Path) -> Iterator[Callable[[], Event]]:
     """A watch of ``runs`` in a thread; gives the outcome of its next pass."""
     stop, told = threading.Event(), queue.SimpleQueue[Event]()
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    with Syncer(Spec(SPEC, NAME, Path.cwd(), poll=0.02), runs, state=State(NAME)) as syncer:
+    with Syncer(Spec(SPEC, NAME, Path.cwd(), poll=0.02), runs, state=State(NAME), role="watch") as syncer:
         thread = threading.Thread(target=run, args=(syncer, stop, told.put))
         thread.start()
         yield lambda: told.get(timeout=DEADLINE)

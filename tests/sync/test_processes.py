@@ -133,7 +133,7 @@ def test_refusal_is_said_once_over_many_passes(
     monkeypatch.setattr(CheckpointWeightGetter, "open", counted)
     stop, passes = threading.Event(), 0
     with (
-        Syncer(replace(load_spec(SPEC), poll=0.001), runs) as syncer,
+        Syncer(replace(load_spec(SPEC), poll=0.001), runs, role="watch") as syncer,
         WatchLog(NAME, runs, "plain", lambda: None) as log,
     ):
 

@@ -115,9 +115,8 @@ def push(
     late = ""
     try:
         state = State(loaded.name, state_dir, loaded.history)
-        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state) as syncer:
+        with Syncer(loaded, checkpoint, runtime=runtime_dir, state=state, take_over=take_over) as syncer:
             syncer.box.report, syncer.record.complain = report, complain
-            syncer.box.claim.take_over = take_over
             if retry:
                 syncer.record.forget()
             event = _pass(syncer, force=force, dry_run=dry_run)
@@ -177,9 +176,8 @@ def watch(
     check_format(log_format)
     toml = spec if os.path.isfile(spec) else None
     load = lambda: read_spec(spec, settings, checkpoints)  # noqa: E731
-    service = Service(load, toml, checkpoints, runtime_dir, state_dir)
+    service = Service(load, toml, checkpoints, runtime_dir, state_dir, take_over=take_over)
     loaded, place = service.spec, service.syncer.getter.checkpoints
-    service.syncer.box.claim.take_over = take_over
     form: Any = log_format or default_format()
     log = WatchLog(loaded.name, place, form, lambda: service.syncer.standing.opened, service.notifier.status)
     with ExitStack() as stack:

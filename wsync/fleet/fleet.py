@@ -55,7 +55,6 @@ class Fleet:
 
     def __init__(self, syncer: Syncer, group: Group) -> None:
         self._syncer, self._group = syncer, group
-        syncer.box.claim.owner = ""  # the group decides whose version is live
         self._member = Member(syncer.box, group)
         self._rounds = Rounds(syncer, group, self._member)
         self._error: BaseException | None = None

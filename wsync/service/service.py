@@ -57,6 +57,7 @@ class Service:
         checkpoints: a directory or file; default the spec's.
         runtime: where segments live.
         state: where history and pins are kept.
+        take_over: the first publish may replace another spec's version.
 
     Attributes:
         notifier: the way to the service manager.
@@ -72,6 +73,8 @@ class Service:
         checkpoints: str | os.PathLike[str] | None = None,
         runtime: str | os.PathLike[str] | None = None,
         state: str | os.PathLike[str] | None = None,
+        *,
+        take_over: bool = False,
     ) -> None:
         self._state = state
         self._load, self._toml, self._checkpoints, self._runtime = load, toml, checkpoints, runtime
@@ -86,7 +89,7 @@ class Service:
 
             self._group = Group(os.environ)
         self.spec = load()
-        self._use(self._syncer(self.spec))
+        self._use(self._syncer(self.spec, take_over))
         self.notifier = Notifier.from_environment()
 
     def run(self, log: Log, monitor: Monitor | None = None) -> bool:
@@ -175,7 +178,7 @@ class Service:
             standing = replace(self.spec.metrics, max_staleness=new.metrics.max_staleness)
             late = differing(new.metrics, standing, "metrics.")
             new = replace(new, metrics=standing)
-            syncer = self._syncer(new)
+            syncer = self._syncer(new, self.syncer.box.claim.take_over)
         except WsyncError as exc:
             log.note("error", "reload", f"SIGHUP: the old settings stay: {exc}")
         else:
@@ -191,7 +194,7 @@ class Service:
         self.notifier.turned()
         self.notifier.reloaded()
 
-    def _syncer(self, spec: Spec) -> Syncer:
+    def _syncer(self, spec: Spec, take_over: bool) -> Syncer:
         allowed = spec.metrics.max_staleness
         if allowed is not None and allowed <= spec.poll:
             raise SpecError(
@@ -199,7 +202,8 @@ class Service:
                 f"{spec.poll} seconds apart (--poll). Give several times that."
             )
         state = State(spec.name, self._state, spec.history)
-        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state)
+        role: Any = "member" if self._group else "watch"
+        return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state, role=role, take_over=take_over)
 
     def _use(self, syncer: Syncer) -> None:
         """Goes on with this syncer, for this box alone or as one box of the group."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..discovery.newest import Select
@@ -27,25 +28,24 @@ class Claim:
 
     Args:
         name: of the segment.
-        getter: where this spec's checkpoints come from.
-        own: the place is from the spec itself, which may name another one than it did before.
-
-    Attributes:
         owner: the spec; if empty, this makes no claim, ignores others, and leaves a segment to its owner.
+        place: where the spec's checkpoints come from.
+        own: the place is from the spec itself, which may name another one than it did before.
+        is_named: whether this is a push of one checkpoint, maybe from elsewhere, and not of a place where they appear.
         take_over: the next publish may replace another owner's version.
-        one_shot: a single push, which may name a checkpoint from elsewhere.
     """
 
-    def __init__(self, name: str, owner: str, getter: CheckpointWeightGetter, *, own: bool) -> None:
-        self._name, self._getter, self._own = name, getter, own
-        self._place = str(getter.checkpoints)
-        self.owner, self.take_over, self.one_shot = owner, False, True
+    def __init__(
+        self, name: str, owner: str, place: str, *, own: bool, is_named: Callable[[], bool], take_over: bool
+    ) -> None:
+        self._name, self._owner, self._place, self._own, self._is_named = name, owner, place, own, is_named
+        self.take_over = take_over
 
     def is_foreign(self, live: Publication | None) -> bool:
         """Whether what is live is another owner's, so that nothing here is older or newer than it."""
-        if live is None or not live.owner or not self.owner:
+        if live is None or not live.owner or not self._owner:
             return False
-        if not _same(live.owner, self.owner):
+        if not _same(live.owner, self._owner):
             return True
         return bool(live.place) and not self._own and not _same(live.place, self._place) and not self._is_named()
 
@@ -54,7 +54,7 @@ class Claim:
         if live and self.is_foreign(live) and not self.take_over:
             raise UsageError(
                 f"version {live.version} of segment {self._name!r} came from {live.owner} (checkpoints in "
-                f"{live.place or 'no directory'}), and this is {self.owner} (checkpoints in {self._place}). "
+                f"{live.place or 'no directory'}), and this is {self._owner} (checkpoints in {self._place}). "
                 "Give this one another --name, or take the segment over for good with --take-over."
             )
 
@@ -64,17 +64,13 @@ class Claim:
         Raises:
             UsageError: as ``check``.
         """
-        if not self.owner:
+        if not self._owner:
             return (live.owner, live.place) if live else ("", "")
         self.check(live)
         if not self._is_named():
-            return self.owner, self._place
-        ours = live and _same(live.owner, self.owner)
-        return self.owner, live.place if live and ours else ""  # one checkpoint changes nobody's place
-
-    def _is_named(self) -> bool:
-        """Whether this is a push of one checkpoint, and not of a place where they appear."""
-        return self.one_shot and self._getter.is_one_checkpoint()
+            return self._owner, self._place
+        ours = live and _same(live.owner, self._owner)
+        return self._owner, live.place if live and ours else ""  # one checkpoint changes nobody's place
 
 
 def _same(one: str, other: str) -> bool:

@@ -26,7 +26,6 @@ from ..discovery.changes import Changes
 from ..discovery.listing import listing_of
 from ..errors import RetryLater, Stopped, UsageError, WsyncError
 from ..settings.spec import Spec
-from .claim import Watching, WatchLock
 from .outcome import Outcome
 from .syncer import Syncer
 
@@ -173,8 +172,6 @@ def run(syncer: Syncer, stop: threading.Event, tell: Callable[[Outcome | WsyncEr
     passed = False  # after that, a wrong setting is not one that the operator has just made
     event: Outcome | WsyncError
     syncer.box.stop = stop
-    syncer.box.claim.one_shot = False
-    syncer.lock = syncer.lock or WatchLock(Watching(os.getpid(), syncer.spec.origin, str(place)))
     if away := remote(place):
         away.store.stop = stop
     try:

@@ -29,6 +29,7 @@ from ..errors import (
     UsageError,
 )
 from ..fitting.fit import Fit
+from ..history.record import Record
 from ..history.reopening import fit_from_json
 from ..history.state import State
 from ..segment.publishing import Staged, holds
@@ -39,11 +40,12 @@ from ..segment.writable import WritableSegment
 from ..settings.spec import Spec, load_spec
 from ..system.access import is_name
 from ..system.memory import read_at
-from .claim import watch_of
+from .claim import Claim, watch_of
 from .one_pass import Pass, Recheck
 from .outcome import Outcome
+from .policy_layout import PolicyLayout
 from .put_live import Box
-from .syncer import Syncer, recorded
+from .syncer import recorded
 
 
 class _Bytes(ByteSource):
@@ -126,11 +128,11 @@ def promote(
             return Outcome("empty", spec.name, reason=reason)
         known = stack.enter_context(State(source, state_dir))
         live = stack.enter_context(closing(_Live(segment, lease, known)))
-        state = State(spec.name, state_dir, spec.history)
-        syncer = stack.enter_context(Syncer(spec, live.slot, runtime=runtime, state=state))
-        syncer.box.claim.take_over = take_over
-        syncer.record.complain = lambda exc: logging.getLogger("wsync").warning("%s", exc)
-        return recorded(syncer.box, partial(_promote, syncer, segment, live))
+        policy, record = PolicyLayout(spec), Record(State(spec.name, state_dir, spec.history), spec.digest)
+        record.complain = lambda exc: logging.getLogger("wsync").warning("%s", exc)
+        claim = Claim(spec.name, spec.origin, str(live.slot), own=False, is_named=lambda: True, take_over=take_over)
+        box = stack.enter_context(Box(spec, policy.take, record, claim, runtime))
+        return recorded(box, partial(_promote, box, policy, segment, live))
 
 
 def _spec_of(target: str, source: str, runtime: str | os.PathLike[str] | None) -> Spec:
@@ -148,14 +150,14 @@ def _spec_of(target: str, source: str, runtime: str | os.PathLike[str] | None) -
     )
 
 
-def _promote(syncer: Syncer, source: Segment, live: _Live) -> Outcome:
-    box, spec = syncer.box, syncer.spec
+def _promote(box: Box, policy: PolicyLayout, source: Segment, live: _Live) -> Outcome:
+    spec = box.spec
     this = Pass(spec.name, None, time.perf_counter())
     try:
         segment = box.make_segment()
         this = this.at(segment)
         if spec.policy:
-            syncer.policy.check(segment, this.live)
+            policy.check(segment, this.live)
         if source.layout.names_in(segment.layout) is None:
             differences = segment.layout.differences(source.layout)
             raise LayoutDiffers(

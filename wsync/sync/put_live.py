@@ -5,6 +5,7 @@ Every version of a spec goes live through ``Box.put_live``, whether it comes fro
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from ..checkpoints.files.extras import Extras
 from ..errors import WsyncError
 from ..fitting.fit import Fit
 from ..history.record import Record
+from ..layout.layout import Layout
 from ..segment.publication import Publication
 from ..segment.publishing import Source, Staged, publish
 from ..segment.standing import StandingSegment
@@ -36,11 +38,13 @@ class Box:
 
     Args:
         spec: the policy and its settings.
-        standing: opens and makes the segment.
+        layout: gives the layout of the policy, for a segment that is made.
         record: what is known about the past.
         claim: whose versions this box may replace.
+        runtime: where segments live; default ``memory.runtime_dir()``.
 
     Attributes:
+        standing: opens and makes the segment.
         progress: called with bytes done and bytes in all while weights are staged.
         report: called from a hook's thread with its kind, whether it worked, and a message; None logs failures.
         hooks: what runs after a publish; None before the first, or if there is nothing to run.
@@ -49,14 +53,33 @@ class Box:
         built: gives values of the policy as it is built.
     """
 
-    def __init__(self, spec: Spec, standing: StandingSegment, record: Record, claim: Claim) -> None:
-        self.spec, self.standing, self.record, self.claim = spec, standing, record, claim
+    def __init__(
+        self,
+        spec: Spec,
+        layout: Callable[[], Layout],
+        record: Record,
+        claim: Claim,
+        runtime: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.spec, self.record, self.claim = spec, record, claim
+        self.standing = StandingSegment(spec.name, layout, spec.slots, spec.max_slots, runtime)
+        self.standing.access = spec.access
         self.progress: Callable[[int, int], None] | None = None
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
         self.stop: threading.Event | None = None
         self.version = 0
         self.built = built_by(spec)
+
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self.close(now=kind is not None and not issubclass(kind, Exception))
+        except (SystemExit, KeyboardInterrupt):  # a signal that comes while it is closed
+            self.close(now=True)
+            raise
 
     def make_segment(self) -> WritableSegment:
         """The standing segment, or a new one."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.files.parts import led_to, remote
@@ -33,10 +33,9 @@ from ..errors import (
     on_one_line,
 )
 from ..history.record import Record
-from ..segment.standing import StandingSegment
 from ..settings.spec import Spec
 from . import report_once
-from .claim import Claim
+from .claim import Claim, Watching, WatchLock
 from .one_pass import Choice, Pass, choose
 from .outcome import Outcome, status_of
 from .policy_layout import PolicyLayout
@@ -45,7 +44,6 @@ from .put_live import Box
 
 if TYPE_CHECKING:
     from ..history.state import State
-    from .claim import WatchLock
 
 
 class Syncer:
@@ -56,13 +54,16 @@ class Syncer:
         checkpoints: a directory or file; default the spec's.
         runtime: where segments live; default ``memory.runtime_dir()``.
         state: history, pin and rejections; None keeps none.
+        role: ``"push"`` makes passes that somebody asks for, ``"watch"`` keeps the segment in step and locks it against
+            other watches, and ``"member"`` is one box of a group, which decides whose version is live.
+        take_over: the next publish may replace another spec's version.
 
     Attributes:
         box: this box's segment, its history and its hooks.
+        standing: the segment of ``box``.
         record: what is known about the past.
         policy: the policy's layout, and whether it fits.
         taking: publishes a chosen checkpoint, and knows how it reaches the readers.
-        lock: of a watch, on the segment that it keeps in step.
 
     Raises:
         UsageError: neither the caller nor the spec names checkpoints.
@@ -75,6 +76,8 @@ class Syncer:
         *,
         runtime: str | os.PathLike[str] | None = None,
         state: State | None = None,
+        role: Literal["push", "watch", "member"] = "push",
+        take_over: bool = False,
     ) -> None:
         place = checkpoints or spec.checkpoints
         if place is None:
@@ -85,29 +88,34 @@ class Syncer:
         self.spec = spec
         self.getter = CheckpointWeightGetter(place, select=spec.select)
         self.policy = PolicyLayout(spec)
-        self.standing = StandingSegment(spec.name, self.policy.take, spec.slots, spec.max_slots, runtime)
-        self.standing.access = spec.access
         self.record = Record(state, spec.digest)
         self.getter.memory = state.directory / f"{spec.name}.steps" if state else None
-        claim = Claim(spec.name, spec.origin, self.getter, own=place == spec.checkpoints)
-        self.box = Box(spec, self.standing, self.record, claim)
+        claim = Claim(
+            spec.name,
+            "" if role == "member" else spec.origin,
+            str(self.getter.checkpoints),
+            own=not checkpoints,
+            is_named=self.getter.is_one_checkpoint if role == "push" else lambda: False,
+            take_over=take_over,
+        )
+        self.box = Box(spec, self.policy.take, self.record, claim, runtime)
+        self.standing = self.box.standing
         self.taking = Taking(self.box, self.policy)
-        self.lock: WatchLock | None = None
+        about = Watching(os.getpid(), spec.origin, str(self.getter.checkpoints))
+        self._lock = WatchLock(about) if role == "watch" else None
 
     def __enter__(self) -> Syncer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        try:
-            self.close(now=kind is not None and not issubclass(kind, Exception))
-        except (SystemExit, KeyboardInterrupt):  # a signal that comes while it is closed
-            self.close(now=True)
-            raise
+        if self._lock:
+            self._lock.close()
+        self.box.__exit__(kind, *exc)
 
     def close(self, *, now: bool = False) -> None:
         """Closes the segment; see ``Box.close``."""
-        if self.lock:
-            self.lock.close()
+        if self._lock:
+            self._lock.close()
         self.box.close(now=now)
 
     def prepare(self) -> None:
@@ -194,7 +202,7 @@ class Syncer:
 
     def _wait_for_other_watch(self) -> None:
         segment = self.standing.opened
-        if segment and self.lock and (other := self.lock.hold(segment)):
+        if segment and self._lock and (other := self._lock.hold(segment)):
             raise SegmentBusy(
                 f"{other} keeps segment {segment.name!r} in step. This watch waits until that one ends; give it a "
                 "--name of its own to run both."
