@@ -460,10 +460,10 @@ def test_a_huge_header_is_not_remembered(tmp_path: Path) -> None:
 def test_every_truncation_is_incomplete(tmp_path: Path) -> None:
     """Guards that a file cut at any byte, or still empty, is "not yet" (66) and never rejected for good."""
     content = write(tmp_path / "a.safetensors", policies.mlp(2), 1.0, step=1).read_bytes()
-    cut = tmp_path / "b.safetensors"
-    for length in range(len(content)):
+    cuts = [tmp_path / f"{length}.safetensors" for length in range(len(content))]
+    for length, cut in enumerate(cuts):  # all are written before one is opened, which would wait for its last write
         cut.write_bytes(content[:length])
-        os.utime(cut, (1, 1))
+    for length, cut in enumerate(cuts):
         with pytest.raises(IncompleteCheckpoint, match=f"{length:,} bytes"):
             Checkpoint(cut)
 

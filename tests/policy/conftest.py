@@ -13,9 +13,9 @@ from wsync.policy import attaching
 
 
 @pytest.fixture
-def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+def trainer(runtime: Path) -> Trainer:
     """A segment for ``mlp`` with nothing in it yet."""
-    return Trainer(mlp, tmp_path)
+    return Trainer(mlp)
 
 
 @pytest.fixture

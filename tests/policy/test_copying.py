@@ -84,9 +84,9 @@ def test_every_tensor_is_copied_whole(runtime: Path) -> None:
     segment.close()
 
 
-def test_a_tensor_that_is_laid_out_anew_is_copied_by_its_strides(runtime: Path, tmp_path: Path) -> None:
+def test_a_tensor_that_is_laid_out_anew_is_copied_by_its_strides(runtime: Path) -> None:
     """Guards against a parameter that was a plain row of bytes when it was attached, and is none any more."""
-    policy, trainer = mlp(), Trainer(mlp, tmp_path)
+    policy, trainer = mlp(), Trainer(mlp)
     trainer.push(1)
     with wsync.attach(policy, "nets", mode="copy") as reader:
         weight = policy.get_parameter("0.weight")
@@ -98,10 +98,10 @@ def test_a_tensor_that_is_laid_out_anew_is_copied_by_its_strides(runtime: Path, 
         assert all(torch.equal(tensor, new[name]) for name, tensor in policy.state_dict().items())
 
 
-def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -> None:
+def test_a_backward_pass_over_a_refresh_is_told(runtime: Path) -> None:
     """Guards against gradients of a mixture: autograd refuses weights that were replaced since the forward pass."""
     policy = mlp()
-    trainer = Trainer(mlp, tmp_path)
+    trainer = Trainer(mlp)
     trainer.push(1)
     with wsync.attach(policy, "nets", mode="copy") as reader:
         loss = policy(torch.ones(1, 4)).sum()

@@ -40,7 +40,7 @@ def test_what_is_excluded_stays_the_actors_own(
     made: type[nn.Module], mode: Mode, runtime: Path, tmp_path: Path
 ) -> None:
     """Guards exploration noise and the like in each mode, whether the segment has it or not."""
-    trainer, policy = Trainer(made, tmp_path), Noisy()
+    trainer, policy = Trainer(made), Noisy()
     trainer.push(1)
     policy.get_buffer("eps").fill_(7)
     with wsync.attach(policy, "nets", mode=mode, exclude=["*eps"]) as reader:
@@ -64,10 +64,10 @@ def test_globs_that_cannot_be_meant_are_told(exclude: Sequence[str], told: str, 
     assert list(runtime.iterdir()) == []
 
 
-def test_others_are_still_compared(runtime: Path, tmp_path: Path) -> None:
+def test_others_are_still_compared(runtime: Path) -> None:
     """Guards the rest of the architecture; and that a publisher makes the segment."""
     with pytest.raises(AttachTimeout):
         wsync.attach(Noisy(), "nets", exclude="*eps", timeout=0)
-    Trainer(mlp, tmp_path)
+    Trainer(mlp)
     with pytest.raises(LayoutDiffers):
         wsync.attach(Noisy(), "nets", exclude="*eps", timeout=0)

@@ -100,7 +100,7 @@ def test_a_segment_that_somebody_else_needs_stays(
         kept: list[object] = []
 
         def act(name: str = name, kept: list[object] = kept) -> None:
-            trainer = Trainer(mlp, tmp_path, name)
+            trainer = Trainer(mlp, name)
             if name == "publisher":
                 publishing = trainer.segment.publishing()
                 publishing.__enter__()
@@ -114,6 +114,6 @@ def test_a_segment_that_somebody_else_needs_stays(
         with pytest.raises(KeyboardInterrupt):
             wsync.attach(mlp(), name)
         assert name in segments()
-        trainer = Trainer(mlp, tmp_path, name)
+        trainer = Trainer(mlp, name)
         assert trainer.segment.path.exists()
         kept.clear()

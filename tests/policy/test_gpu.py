@@ -45,9 +45,9 @@ def wide() -> nn.Sequential:
 
 
 @pytest.fixture
-def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+def trainer(runtime: Path) -> Trainer:
     """A segment for ``wide`` whose version 1 has the mark 1."""
-    trainer = Trainer(wide, tmp_path)
+    trainer = Trainer(wide)
     trainer.push(1)
     return trainer
 

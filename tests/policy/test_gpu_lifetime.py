@@ -95,7 +95,7 @@ def test_memory_that_may_not_be_locked(
             assert reader.refresh(wait=True) and marks(policy) == {float(mark)}
         trainer.segment.remove()
         trainer.segment.close()
-        again = Trainer(mlp, tmp_path)
+        again = Trainer(mlp)
         again.push(7)
         assert reader.refresh(wait=True) and marks(policy) == {7.0}
     (record,) = (record for record in caplog.records if "page-locked" in record.message)
@@ -338,7 +338,7 @@ def test_a_process_that_ends_under_a_copy(trainer: Trainer, spawn: Spawn) -> Non
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
-def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_path: Path, mode: reading.Mode) -> None:
+def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, mode: reading.Mode) -> None:
     """Removed under a copy that is under way, the old version still lands; then the new segment's slots are locked."""
     policy = mlp()
     with wsync.attach(policy, "nets", mode=mode) as reader:
@@ -349,14 +349,14 @@ def test_a_segment_that_is_made_anew(trainer: Trainer, device: LateDevice, tmp_p
         device.land()
         assert reader.refresh() and marks(policy) == {2.0}
         assert not reader.refresh()
-        again = Trainer(mlp, tmp_path)
+        again = Trainer(mlp)
         again.push(3)
         assert reader.wait(DEADLINE)
         assert reader.refresh(wait=True) and (reader.version, marks(policy)) == (1, {3.0})
         assert len(device.locked) == 3 and device.locks == 6
 
 
-def test_a_segment_is_not_left_under_a_copy(trainer: Trainer, device: LateDevice, tmp_path: Path) -> None:
+def test_a_segment_is_not_left_under_a_copy(trainer: Trainer, device: LateDevice) -> None:
     """Who looks for another segment meanwhile, as a waiting thread does, leaves the pages that the bus reads locked."""
     policy = mlp()
     with wsync.attach(policy, "nets") as reader:
@@ -365,7 +365,7 @@ def test_a_segment_is_not_left_under_a_copy(trainer: Trainer, device: LateDevice
         old = set(device.locked)
         trainer.segment.remove()
         trainer.segment.close()
-        Trainer(mlp, tmp_path).push(3)
+        Trainer(mlp).push(3)
         reader._find_again()
         assert set(device.locked) == old
         device.land()
@@ -382,7 +382,7 @@ def test_a_new_segment_that_lacks_a_slot(
     with wsync.attach(policy, "nets") as reader:
         trainer.segment.remove()
         trainer.segment.close()
-        again = Trainer(mlp, tmp_path)
+        again = Trainer(mlp)
         again.push(3)
         slot = again.segment.path / "slot-2.safetensors"
         aside = slot.rename(slot.with_name("aside"))

@@ -211,7 +211,7 @@ def test_every_dtype_of_a_checkpoint_arrives(
 
 def test_transposed_weights_are_copied_in_their_own_order(runtime: Path, tmp_path: Path, device: LateDevice) -> None:
     """A parameter that lies transposed on the device gets its values through the buffer, and not without one."""
-    trainer = Trainer(noncontiguous, tmp_path)
+    trainer = Trainer(noncontiguous)
     path = tmp_path / "weights.safetensors"
     weight = torch.arange(15.0).reshape(5, 3)
     save_file({"weight": weight, "bias": torch.zeros(5)}, path)
@@ -246,7 +246,7 @@ def test_a_backward_pass_over_a_refresh_is_told(
     def make() -> nn.Module:
         return nn.LayerNorm(4).eval()
 
-    trainer, policy = Trainer(make, tmp_path), make()
+    trainer, policy = Trainer(make), make()
     trainer.push(1)
     with wsync.attach(policy, "nets", mode=mode) as reader:
         loss = policy(torch.arange(4.0).requires_grad_()).sum()

@@ -171,7 +171,7 @@ def test_an_interrupt_at_any_point_of_finding_a_segment_again_leaves_a_reader_th
             assert marks(policy) == {reader.step}
             trainer.segment.remove()
             trainer.segment.close()
-            trainer = Trainer(mlp, tmp_path)
+            trainer = Trainer(mlp)
             mark += 1
             trainer.push(mark)
 

@@ -111,7 +111,7 @@ def test_auto_takes_swap_only_where_it_is_safe(
     runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: str
 ) -> None:
     """Left alone, a policy that may write its own tensors is copied into; running it never hits read-only memory."""
-    trainer = Trainer(make, tmp_path)
+    trainer = Trainer(make)
     trainer.push(1)
     policy = make()
     with wsync.attach(policy, "nets") as reader:
@@ -169,7 +169,7 @@ def test_auto_leaves_no_view_of_the_weights_behind(
     runtime: Path, tmp_path: Path, make: Callable[[], nn.Module], mode: str
 ) -> None:
     """Guards what a policy computes from views of its weights: where there are any, its memory stays what it was."""
-    trainer = Trainer(make, tmp_path)
+    trainer = Trainer(make)
     trainer.push(1)
     policy = make()
     with wsync.attach(policy, "nets") as reader:
@@ -225,9 +225,9 @@ def test_tensors_without_memory_of_their_own_are_refused(
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
-def test_tied_weights_stay_tied(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+def test_tied_weights_stay_tied(runtime: Path, mode: reading.Mode) -> None:
     """Both names of a tied pair move together and are one storage, during and after."""
-    trainer = Trainer(Tied, tmp_path)
+    trainer = Trainer(Tied)
     trainer.push(1)
     policy = Tied().eval()
     with wsync.attach(policy, "nets", mode=mode) as reader:
@@ -249,9 +249,9 @@ class TwoNames(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
-def test_shared_storage_of_two_parameters_stays_shared(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+def test_shared_storage_of_two_parameters_stays_shared(runtime: Path, mode: reading.Mode) -> None:
     """Also two parameters that only share their storage share it after close: a later write reaches both."""
-    trainer = Trainer(TwoNames, tmp_path)
+    trainer = Trainer(TwoNames)
     trainer.push(1)
     policy = TwoNames().eval()
     with wsync.attach(policy, "nets", mode=mode):
@@ -366,12 +366,12 @@ def asleep(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-def test_attach_makes_the_segment_and_waits(runtime: Path, tmp_path: Path, asleep: threading.Event) -> None:
+def test_attach_makes_the_segment_and_waits(runtime: Path, asleep: threading.Event) -> None:
     """A policy that comes first makes the segment, sleeps, and starts with the first version."""
 
     def publisher() -> None:
         asleep.wait(DEADLINE)
-        Trainer(mlp, tmp_path).push(5)
+        Trainer(mlp).push(5)
 
     thread = threading.Thread(target=publisher)
     thread.start()
@@ -464,14 +464,14 @@ def test_a_policy_inside_autocast_acts_on_the_new_weights(trainer: Trainer, mode
 
 
 @pytest.mark.parametrize("mode", ["swap", "copy"])
-def test_a_cached_parametrization_is_made_anew(runtime: Path, tmp_path: Path, mode: reading.Mode) -> None:
+def test_a_cached_parametrization_is_made_anew(runtime: Path, mode: reading.Mode) -> None:
     """Guards against the values that ``parametrize.cached()`` keeps while its block runs."""
 
     def make() -> nn.Module:
         policy = nn.Linear(2, 2, bias=False)
         return nn.utils.parametrize.register_parametrization(policy, "weight", Doubled()).eval()
 
-    trainer, policy = Trainer(make, tmp_path), make()
+    trainer, policy = Trainer(make), make()
     trainer.push(1)
     with wsync.attach(policy, "nets", mode=mode) as reader, nn.utils.parametrize.cached():
         for version in (1, 2):

@@ -142,7 +142,7 @@ def test_alias_outlives_close_and_removal(trainer: Trainer) -> None:
     assert (alias == 1.0).all() and addresses(policy)[0] != alias.data_ptr()
 
 
-def test_removed_segment_leaves_the_weights(trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_removed_segment_leaves_the_weights(trainer: Trainer, caplog: pytest.LogCaptureFixture) -> None:
     """A removal is said once, the policy keeps acting, and a segment that comes back is taken up from its version 1."""
     trainer.push(2)
     policy = mlp()
@@ -154,7 +154,7 @@ def test_removed_segment_leaves_the_weights(trainer: Trainer, tmp_path: Path, ca
         assert (reader.version, marks(policy)) == (2, {2.0})
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "'nets'" in caplog.text and "2" in caplog.text
-        again = Trainer(mlp, tmp_path)
+        again = Trainer(mlp)
         again.push(9)
         assert reader.wait(DEADLINE) is True
         assert reader.refresh() is True
@@ -165,31 +165,31 @@ def test_removed_segment_leaves_the_weights(trainer: Trainer, tmp_path: Path, ca
     assert leased(again.segment) == [] and again.segment.readers() == []
 
 
-def test_same_version_of_a_new_segment_is_new(trainer: Trainer, tmp_path: Path) -> None:
+def test_same_version_of_a_new_segment_is_new(trainer: Trainer) -> None:
     """Version 1 of a segment that was made anew is not taken for version 1 of the old one."""
     policy = mlp()
     with wsync.attach(policy, "nets", mode="copy") as reader:
         trainer.segment.remove()
-        Trainer(mlp, tmp_path).push(7)
+        Trainer(mlp).push(7)
         assert reader.wait(DEADLINE) and reader.refresh()
         assert (reader.version, reader.step, marks(policy)) == (1, 7, {7.0})
 
 
-def test_removal_by_hand_is_noticed_by_a_waiting_reader(trainer: Trainer, tmp_path: Path) -> None:
+def test_removal_by_hand_is_noticed_by_a_waiting_reader(trainer: Trainer) -> None:
     """A directory that was deleted without the WORD's farewell is noticed while waiting."""
     policy = mlp()
     with wsync.attach(policy, "nets", mode="copy") as reader:
         trainer.segment.path.rename(trainer.segment.path.with_name("elsewhere"))
-        Trainer(mlp, tmp_path).push(8)
+        Trainer(mlp).push(8)
         assert reader.wait(DEADLINE) and reader.refresh() and marks(policy) == {8.0}
 
 
-def test_new_segment_of_another_layout_is_left_alone(trainer: Trainer, tmp_path: Path) -> None:
+def test_new_segment_of_another_layout_is_left_alone(trainer: Trainer) -> None:
     """A segment that comes back with another architecture is not read; the policy keeps what it has."""
     policy = mlp()
     with wsync.attach(policy, "nets", mode="swap") as reader:
         trainer.segment.remove()
-        other = Trainer(lambda: mlp(hidden=16), tmp_path)
+        other = Trainer(lambda: mlp(hidden=16))
         other.push(2)
         assert reader.wait(0.15) is False
         assert reader.refresh() is False and marks(policy) == {1.0}
@@ -590,9 +590,9 @@ def test_a_reshaped_tensor_has_its_shape_again(trainer: Trainer) -> None:
         assert reader.refresh() and weight.shape == (8, 4) and marks(policy) == {2.0}
 
 
-def test_training_mode_after_attach_does_not_end_the_process(runtime: Path, tmp_path: Path) -> None:
+def test_training_mode_after_attach_does_not_end_the_process(runtime: Path) -> None:
     """Guards against a batch norm, put into training mode after a swap, writing to memory that it must not."""
-    trainer = Trainer(normed, tmp_path)
+    trainer = Trainer(normed)
     trainer.push(1)
     policy = normed()
     with wsync.attach(policy, "nets", mode="swap") as reader:

@@ -78,10 +78,10 @@ def test_an_explicit_swap_is_refused(trainer: Trainer, share: Share, tmp_path: P
     assert addresses(policy) == before
 
 
-def test_a_shared_buffer_counts(runtime: Path, tmp_path: Path) -> None:
+def test_a_shared_buffer_counts(runtime: Path) -> None:
     """Guards buffers, which are weights, too."""
     policy = nn.BatchNorm1d(3).eval()
-    Trainer(lambda: nn.BatchNorm1d(3), tmp_path).push(1)
+    Trainer(lambda: nn.BatchNorm1d(3)).push(1)
     torch.Tensor.share_memory_(policy.get_buffer("running_mean"))  # type: ignore[no-untyped-call]
     with wsync.attach(policy, "nets") as reader:
         assert reader.mode == "copy"
@@ -162,8 +162,8 @@ def test_memory_that_may_only_be_read_is_pointed_away_from(trainer: Trainer, tmp
         assert reader.mode == "swap" and marks(policy) == {1.0}
 
 
-def test_a_policy_that_writes_and_shares_is_copied_into(runtime: Path, tmp_path: Path) -> None:
+def test_a_policy_that_writes_and_shares_is_copied_into(runtime: Path) -> None:
     """Guards the other reasons for a copy beside this one."""
-    Trainer(Counting, tmp_path).push(1)
+    Trainer(Counting).push(1)
     with wsync.attach(Counting().share_memory(), "nets") as reader:
         assert reader.mode == "copy"

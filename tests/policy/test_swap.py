@@ -27,9 +27,9 @@ from wsync.segment.word_and_lease import SlotMemory
 
 
 @pytest.fixture
-def trainer(runtime: Path, tmp_path: Path) -> Trainer:
+def trainer(runtime: Path) -> Trainer:
     """A segment for ``mlp`` whose version 1 has the mark 1."""
-    trainer = Trainer(mlp, tmp_path)
+    trainer = Trainer(mlp)
     trainer.push(1)
     return trainer
 
@@ -44,13 +44,13 @@ class Hollow(nn.Module):
         self.eval()
 
 
-def test_a_backward_pass_over_a_refresh_is_told(runtime: Path, tmp_path: Path) -> None:
+def test_a_backward_pass_over_a_refresh_is_told(runtime: Path) -> None:
     """Guards against gradients of a mixture: a graph saves a parameter as it is, which nothing else shows."""
 
     def make() -> nn.Module:
         return nn.LayerNorm(4).eval()
 
-    trainer, policy = Trainer(make, tmp_path), make()
+    trainer, policy = Trainer(make), make()
     trainer.push(1)
     with wsync.attach(policy, "nets", mode="swap") as reader:
         for mark, kept in ((2, None), (3, policy.state_dict())):  # what is kept has the policy pointed elsewhere
@@ -93,9 +93,9 @@ def test_an_array_straight_from_a_frozen_parameter_keeps_its_bytes(trainer: Trai
     assert (kept == 1).all()
 
 
-def test_a_tensor_without_elements_hides_no_alias(runtime: Path, tmp_path: Path) -> None:
+def test_a_tensor_without_elements_hides_no_alias(runtime: Path) -> None:
     """Guards the count: a tensor without an address leaves the slot unseen, and a kept alias takes its place."""
-    trainer = Trainer(Hollow, tmp_path)
+    trainer = Trainer(Hollow)
     trainer.push(1)
     policy = Hollow()
     with wsync.attach(policy, "nets", mode="swap") as reader:
@@ -189,7 +189,7 @@ def test_what_was_exported_from_a_frozen_tensor_keeps_its_bytes(
 
     name = "0.weight" if frozen == "parameter" else "running_mean"
     export: Any = torch.utils.dlpack.from_dlpack if into == "torch" else numpy.from_dlpack
-    trainer, policy = Trainer(make, tmp_path), make()
+    trainer, policy = Trainer(make), make()
     trainer.push(1)
     tensor = dict(policy.named_parameters()) | dict(policy.named_buffers())
     kept: list[tuple[Any, float]] = []

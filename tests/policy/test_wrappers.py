@@ -156,9 +156,9 @@ class Narrow(nn.Module):
         yield from ()
 
 
-def test_overridden_readers_of_tensors_do_no_harm(runtime: Path, tmp_path: Path) -> None:
+def test_overridden_readers_of_tensors_do_no_harm(runtime: Path) -> None:
     """Guards policies that show other tensors in ``named_parameters`` than ``state_dict`` has."""
-    trainer, policy = Trainer(Narrow, tmp_path), Narrow().eval()
+    trainer, policy = Trainer(Narrow), Narrow().eval()
     trainer.push(1)
     with wsync.attach(policy, "nets", mode="copy"):
         assert marks(policy) == {1.0}

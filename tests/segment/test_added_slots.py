@@ -25,8 +25,8 @@ from wsync.system.access import Access
 
 
 @pytest.fixture
-def trainer(runtime: Path, tmp_path: Path) -> Trainer:
-    return Trainer(mlp, tmp_path)
+def trainer(runtime: Path) -> Trainer:
+    return Trainer(mlp)
 
 
 def idle_readers(trainer: Trainer, number: int) -> list[Reader]:
@@ -236,10 +236,10 @@ def test_a_slot_added_again_is_another_file(trainer: Trainer, mode: Mode) -> Non
             assert len(trainer.segment.slot_numbers()) == 3
 
 
-def test_an_added_slot_is_open_to_those_who_may_read(runtime: Path, tmp_path: Path) -> None:
+def test_an_added_slot_is_open_to_those_who_may_read(runtime: Path) -> None:
     """A shared segment's readers can open it, as they can the others."""
     runtime.chmod(0o755)
-    trainer = Trainer(mlp, tmp_path)
+    trainer = Trainer(mlp)
     trainer.segment.share(Access("0644"))
     idle = idle_readers(trainer, 3)
     modes = {oct((trainer.segment.path / name).stat().st_mode) for name in slot_files(trainer.segment)}

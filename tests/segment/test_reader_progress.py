@@ -21,7 +21,7 @@ from wsync.segment.reader_progress import oldest_version, wait_for_readers
 @pytest.fixture
 def trainer(runtime: Path, tmp_path: Path, layouts_here: None, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     monkeypatch.chdir(tmp_path)
-    return Trainer(mlp, tmp_path)
+    return Trainer(mlp)
 
 
 def test_all_living_readers_are_waited_for(trainer: Trainer) -> None:

@@ -530,9 +530,9 @@ def test_the_last_line_tells_what_is_live(capsys: pytest.CaptureFixture[str]) ->
     assert "stopped; version 3 stays live" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_how_long_all_readers_took_is_told_once(runtime: Path, tmp_path: Path) -> None:
+def test_how_long_all_readers_took_is_told_once(runtime: Path) -> None:
     """Guards the figure of a watch: seconds from the publish until the last reader had it, whenever that is seen."""
-    trainer, reach = Trainer(mlp, tmp_path), Reach()
+    trainer, reach = Trainer(mlp), Reach()
     assert reach.look(None, 0) is None
     trainer.push(1)
     assert reach.look(trainer.segment, 1) is None  # nobody is there to be told of

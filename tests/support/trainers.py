@@ -7,31 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from builders import write
 from torch import nn
 
-from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.layout.layout import layout_of
 from wsync.policy import swap
-from wsync.segment.publishing import publish
+from wsync.segment.publishing import publish_tensors
 from wsync.segment.writable import WritableSegment
 from wsync.system import memory
 
 
 class Trainer:
-    """Publishes marked checkpoints of one policy, each with its mark as the step."""
+    """Publishes weights of one policy from memory, each with its mark as the step."""
 
-    def __init__(self, make: Callable[[], nn.Module], directory: Path, name: str = "nets") -> None:
+    def __init__(self, make: Callable[[], nn.Module], name: str = "nets") -> None:
         self.segment = WritableSegment.create(name, layout_of(make()))
-        self._make, self._path = make, directory / f"{name}.safetensors"
+        self._make = make
 
     def push(self, mark: int) -> int:
-        policy = self._make()
-        for parameter in policy.parameters():
-            parameter.data = parameter.data.contiguous()  # as the official writer wants it
-        path = write(self._path, policy, float(mark), mark)
-        with self.segment.publishing(), Checkpoint(path) as checkpoint:
-            return publish(self.segment, checkpoint).version
+        weights = {name: torch.full_like(tensor, mark) for name, tensor in self._make().state_dict().items()}
+        with self.segment.publishing():
+            return publish_tensors(self.segment, weights, step=mark).version
 
 
 def noncontiguous() -> nn.Module:
