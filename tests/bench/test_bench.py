@@ -135,7 +135,7 @@ def test_one_round_is_made_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) ->
     assert compare("made up", lambda: 1.0, "the other", lambda: 2.0, None, 5).samples == ((1.0, 2.0),)
 
 
-def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cases_trouble_is_not_the_others(settings: Settings) -> None:
     """Guards a long run: what a case cannot do is its result, and the next one is measured."""
 
     def fails(workspace: Workspace) -> list[Row]:
@@ -147,8 +147,7 @@ def test_one_cases_trouble_is_not_the_others(settings: Settings, monkeypatch: py
     def works(workspace: Workspace) -> list[Row]:
         return [Row("works", "s", ((1.0,),))]
 
-    monkeypatch.setattr(cases, "CASES", {"a": fails, "b": skips, "c": works})
-    failed, skipped, measured = cases.run(settings, cases.chosen(()))
+    failed, skipped, measured = cases.run(settings, {"a": fails, "b": skips, "c": works})
     assert (failed.failed, skipped.failed, measured.failed) == ("unable to allocate", "", "")
     assert skipped.skipped == "there is none" and measured.value == 1.0
     assert [row.case for row in (failed, skipped, measured)] == ["a", "b", "c"]
@@ -158,12 +157,14 @@ def test_no_room_is_a_reason(runtime: Path, tmp_path: Path) -> None:
     """Guards against a box that is driven out of memory: what does not fit is not begun."""
     huge = Settings(1 << 49, 8, 2, directory=tmp_path, runtime=runtime)
     names = ["push", "staging", "staging-cold", "refresh", "refresh-copy", "readers"]
-    assert ["are free" in row.skipped for row in cases.run(huge, names)] == [True] * len(names)
+    assert ["are free" in row.skipped for row in cases.run(huge, {name: cases.CASES[name] for name in names})] == [
+        True
+    ] * len(names)
 
 
 def test_a_file_in_memory_is_not_called_cold(settings: Settings, runtime: Path) -> None:
     """Guards the figure of a cold file: where the page cache cannot be dropped there is a reason, and no figure."""
-    (row,) = cases.run(replace(settings, directory=runtime), ["staging-cold"])
+    (row,) = cases.run(replace(settings, directory=runtime), cases.chosen(("staging-cold",)))
     assert row.value is None and "--dir" in row.skipped, row
 
 

@@ -301,4 +301,4 @@ def test_an_updater_that_is_dropped_keeps_no_descriptor(runtime: Path) -> None:
     before = os.listdir("/proc/self/fd")
     for _ in range(5):
         push()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)  # fewer where an earlier test's were closed meanwhile

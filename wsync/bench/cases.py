@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -263,7 +263,8 @@ def _growth(workspace: Workspace, source: str) -> float:
     return float(sizes[1] - sizes[0])
 
 
-CASES: dict[str, Callable[[Workspace], list[Row]]] = {
+Case = Callable[[Workspace], list[Row]]
+CASES: dict[str, Case] = {
     "push": push,
     "staging": staging,
     "staging-cold": staging_cold,
@@ -275,23 +276,23 @@ CASES: dict[str, Callable[[Workspace], list[Row]]] = {
 }
 
 
-def chosen(only: tuple[str, ...]) -> list[str]:
+def chosen(only: tuple[str, ...]) -> dict[str, Case]:
     """The cases whose names begin with one of these, or all if there are none; UsageError for one without a case."""
     for name in only:
         if not any(case.startswith(name) for case in CASES):
             raise UsageError(f"--only {name!r}: there is no such case. There are {', '.join(CASES)}.")
-    return [case for case in CASES if not only or case.startswith(only)]
+    return {name: case for name, case in CASES.items() if not only or name.startswith(only)}
 
 
-def run(settings: Settings, names: Iterable[str]) -> list[Row]:
+def run(settings: Settings, cases: Mapping[str, Case]) -> list[Row]:
     """Runs the cases in turn; one that cannot be measured, or fails, becomes one row with the reason."""
     rows = []
-    for name in names:
+    for name, case in cases.items():
         if sys.stderr.isatty():
             print(f"measuring: {name}", file=sys.stderr)
         try:
             with private_workspace(settings) as workspace:
-                rows += [replace(row, case=name) for row in CASES[name](workspace)]
+                rows += [replace(row, case=name) for row in case(workspace)]
         except Skip as exc:
             rows.append(Row(name, skipped=str(exc), case=name))
         except Exception as exc:  # whatever a library raises, the other cases are measured

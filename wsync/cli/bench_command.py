@@ -71,8 +71,8 @@ def bench(
         from ..bench import cases
         from .output import bench as view
 
-        names, about = cases.chosen(settings.only), view.box()
-        rows = cases.run(settings, names)
+        chosen, about = cases.chosen(settings.only), view.box()
+        rows = cases.run(settings, chosen)
     except SystemExit:
         print("wsync: stopped; the figures are thrown away, and nothing is left behind. Run it again.", file=sys.stderr)
         raise
