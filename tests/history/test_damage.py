@@ -125,10 +125,10 @@ def test_a_pin_that_is_no_file_is_told(tmp_path: Path, kind: str) -> None:
     else:
         pin.write_bytes(b"{" * 10_000_000)
     with pytest.raises(StateError, match="wsync unpin nets"):
-        state.pin()
+        state.pin_file.read()
     if kind != "directory":
-        state.set_pin(Pin(checkpoint="/a", identity="1", version=1, step=1, since=1.5, reason="by hand"))
-        assert (state.pin() or pytest.fail("no pin")).checkpoint == "/a"
+        state.pin_file.write(Pin(checkpoint="/a", identity="1", version=1, step=1, since=1.5, reason="by hand"))
+        assert (state.pin_file.read() or pytest.fail("no pin")).checkpoint == "/a"
 
 
 def test_a_database_that_is_a_pipe_is_told(tmp_path: Path) -> None:

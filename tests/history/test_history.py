@@ -118,7 +118,7 @@ def test_a_slot_that_was_staged_and_refused_is_nothing_to_go_back_to(push: Push,
     (runs / "step_1.safetensors").unlink()
     with pytest.raises(WsyncError, match=r"gone or was changed"):
         rollback(NAME, 1, runtime=None, state=state)
-    assert live_marks() == {2.0} and state.pin() is None
+    assert live_marks() == {2.0} and state.pin_file.read() is None
 
 
 def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, state: State) -> None:
@@ -132,7 +132,7 @@ def test_rollback_reads_the_file_as_it_was_published(push: Push, runs: Path, sta
     push(spec=spec, force=True)
     assert rollback(NAME, 1, runtime=None, state=state)[0].version == 4
     assert live_marks() == {1.0}
-    state.set_pin(None)
+    state.pin_file.write(None)
     write(runs / "step_1.safetensors", mlp(), 7.0)
     WritableSegment.open(NAME).remove()
     push(spec=spec)
@@ -262,7 +262,7 @@ def test_a_part_is_not_gone_back_to_by_its_file(parts: Callable[..., Outcome], s
     with pytest.raises(WsyncError, match="kept live values that are in no file, and .*keep = 5") as caught:
         rollback(NAME, 2, runtime=None, state=state)
     assert "\n  3  step 2" in str(caught.value) and "\n  2  " not in str(caught.value)
-    assert mixture() == (9.0, 4.0) and state.pin() is None
+    assert mixture() == (9.0, 4.0) and state.pin_file.read() is None
 
 
 def test_a_part_is_gone_back_to_by_its_slot(parts: Callable[..., Outcome], push: Push, state: State) -> None:
@@ -283,7 +283,7 @@ def test_each_mixture_of_a_part_is_kept(parts: Callable[..., Outcome], push: Pus
         for _ in range(2):
             WritableSegment.open(NAME).remove()
             assert push(spec=spec).status == "published" and mixture() == (9.0, rest)
-        state.set_pin(None)
+        state.pin_file.write(None)
     rollback(NAME, 2, runtime=None, state=state)
     for copy in state.copies.iterdir():
         copy.unlink()
@@ -338,7 +338,7 @@ def test_rollback_waits_a_little_for_a_publisher(push: Push, state: State, monke
         held.enter_context(other.publishing())
         with pytest.raises(SegmentBusy):
             rollback(NAME, runtime=None, state=state, patience=0.0)
-        assert state.pin() is None
+        assert state.pin_file.read() is None
         clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=lambda _: held.close())
         monkeypatch.setattr(way_back, "time", clock)
         assert rollback(NAME, runtime=None, state=state, patience=DEADLINE)[0].step == 1
@@ -352,7 +352,7 @@ def test_a_pin_holds_against_the_pass_at_hand(push: Push, state: State) -> None:
     spec = replace(load_spec("policies:mlp"), hooks=Hooks(gate=pin))
     done = push(2, spec=spec)
     assert (done.status, done.exit_code, done.version) == ("pinned", 0, 1) and live_marks() == {1.0}
-    state.set_pin(None)
+    state.pin_file.write(None)
     assert push().version == 2
 
 
@@ -603,7 +603,7 @@ def test_a_broken_history_hides_no_pin_and_undoes_nothing(push: Push, program: C
     assert pinned.returncode == 0 and "is pinned" in pinned.stdout and "set aside" in pinned.stderr
     assert json.loads(program("status", NAME, "--json").stdout)["pin"].endswith("step_2.safetensors")
     unpinned = program("unpin", NAME)
-    assert unpinned.returncode == 0 and "no longer pinned" in unpinned.stdout and state.pin() is None
+    assert unpinned.returncode == 0 and "no longer pinned" in unpinned.stdout and state.pin_file.read() is None
 
 
 def test_log_follows_only_what_is_asked_for(push: Push, spawn: Spawn, state: State) -> None:

@@ -52,11 +52,11 @@ def test_a_pin_that_could_not_be_written_leaves_no_file(tmp_path: Path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with State("nets", tmp_path) as state:
-        state.set_pin(PIN)
+        state.pin_file.write(PIN)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(StateError, match="No space left"):
-            state.set_pin(replace(PIN, version=8))
-        assert state.pin() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
+            state.pin_file.write(replace(PIN, version=8))
+        assert state.pin_file.read() == PIN and [path.name for path in tmp_path.iterdir()] == ["nets.pin"]
 
 
 def test_a_place_that_may_not_be_entered_only_warns(tmp_path: Path) -> None:
@@ -125,13 +125,13 @@ def test_what_was_accepted_is_rejected_no_more(tmp_path: Path) -> None:
 def test_what_is_no_pin_is_told(change: dict[str, object], tmp_path: Path) -> None:
     """Guards what the operator holds, and against a traceback: a pin that cannot be read is an error, and no pin."""
     state = State("nets", tmp_path)
-    state.set_pin(PIN)
+    state.pin_file.write(PIN)
     (tmp_path / "nets.pin").write_text(json.dumps({**asdict(PIN), **change}))
     with pytest.raises(StateError, match="unpin"):
-        state.pin()
+        state.pin_file.read()
     (tmp_path / "nets.pin").write_text("[" * 100_000)
     with pytest.raises(StateError, match="unpin"):
-        state.pin()
+        state.pin_file.read()
 
 
 def test_who_has_no_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,12 +152,12 @@ def test_settings_of_an_earlier_wsync_are_read() -> None:
 def test_a_pin_is_there_until_it_is_taken_away(tmp_path: Path) -> None:
     """Guards the one thing that a watch must not forget over a reboot."""
     state = State("nets", tmp_path / "state")
-    assert state.pin() is None
-    state.set_pin(PIN)
-    assert State("nets", tmp_path / "state").pin() == PIN
-    state.set_pin(None)
-    state.set_pin(None)
-    assert state.pin() is None and not list((tmp_path / "state").glob("*.tmp"))
+    assert state.pin_file.read() is None
+    state.pin_file.write(PIN)
+    assert State("nets", tmp_path / "state").pin_file.read() == PIN
+    state.pin_file.write(None)
+    state.pin_file.write(None)
+    assert state.pin_file.read() is None and not list((tmp_path / "state").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"checkpoint": 1}', b"\xff"])
@@ -165,14 +165,14 @@ def test_a_broken_pin_is_not_taken_for_none(tmp_path: Path, content: bytes) -> N
     """Guards against letting go, because of a bad disk, what an operator holds."""
     (tmp_path / "nets.pin").write_bytes(content)
     with pytest.raises(StateError, match="wsync unpin nets"):
-        State("nets", tmp_path).pin()
+        State("nets", tmp_path).pin_file.read()
 
 
 def test_files_are_private(tmp_path: Path) -> None:
     """Guards against paths of a user's runs being readable by others."""
     with State("nets", tmp_path / "state") as state:
         state.record("publish", version=1)
-        state.set_pin(PIN)
+        state.pin_file.write(PIN)
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "state").iterdir()}
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     assert set(modes.values()) == {0o600}, modes

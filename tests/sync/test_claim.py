@@ -107,7 +107,7 @@ def test_a_rollback_changes_no_owner(push: Push) -> None:
         for version in (4, 2):
             rollback("policy", version, runtime=None, state=state)
     with State("policy") as state:
-        state.set_pin(None)
+        state.pin_file.write(None)
     with pytest.raises(UsageError, match=r"runA/policy.toml"):
         push("runB/policy.toml")
 

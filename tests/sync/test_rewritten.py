@@ -143,7 +143,7 @@ def test_half_a_save_is_not_pinned(segment: WritableSegment, runs: Path) -> None
     with State(NAME) as state:
         with pytest.raises(BeingRewritten):
             pin_checkpoint(NAME, str(place), runtime=segment.path.parent, state=state)
-        assert state.pin() is None
+        assert state.pin_file.read() is None
         for name in (SHARD_2, INDEX):
             by_rename(new / name, place / name)
         pin_checkpoint(NAME, str(place), runtime=segment.path.parent, state=state)

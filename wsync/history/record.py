@@ -72,7 +72,7 @@ class Record:
         Raises:
             StateError: it cannot be read.
         """
-        return self._state.pin() if self._state else None
+        return self._state.pin_file.read() if self._state else None
 
     def last_published(self) -> tuple[int, str]:
         """See ``State.last``: a segment that is made anew continues from that version."""

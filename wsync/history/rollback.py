@@ -53,15 +53,15 @@ def rollback(
         _begin_publishing(segment, stack, patience)
         live = segment.live()
         event = _target(state, live, to)
-        before = state.pin()
+        before = state.pin_file.read()
         last = live.version if live else state.last()[0]
         why = f"rollback from version {last} to {event.version}"
         pin = Pin(**{**event.which(), "version": last + 1}, since=time.time(), reason=why)
-        state.set_pin(pin)  # before it is live: a watch must not publish the newest in between
+        state.pin_file.write(pin)  # before it is live: a watch must not publish the newest in between
         try:
             publication = _again(segment, last, event, state)
         except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin must hold
-            state.set_pin(before)
+            state.pin_file.write(before)
             raise
         seconds = round(time.time() - pin.since, 6)
         more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}
@@ -184,7 +184,7 @@ def pin_checkpoint(
                 identity = opened.identity if as_before else changed_since(opened.changed_ns, opened.identity)
                 about = {"step": opened.step, "checkpoint": path, "identity": identity}
             pin = Pin(**about, since=time.time(), reason="by hand", header=opened.header)
-    state.set_pin(pin)
+    state.pin_file.write(pin)
     _note(state, "pin", pin, version=pin.version or None, reason=None)
     return pin, live is not None and live.identity == pin.identity
 
@@ -196,10 +196,10 @@ def unpin(state: State) -> Pin | None:
         StateError: it cannot be removed.
     """
     try:
-        pin = state.pin()
+        pin = state.pin_file.read()
     except StateError:
         pin = None
-    state.set_pin(None)
+    state.pin_file.write(None)
     if pin:
         _note(state, "unpin", None, version=pin.version or None, checkpoint=pin.checkpoint)
     return pin

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StateError, UsageError
 from ..segment.publication import END_OF_TIME, MAX_VERSION, Version
-from ..system.access import check_name, opened
-from ..system.memory import read_at
-from .pins import Pin
+from ..system.access import check_name
+from .pins import PinFile
 
 if TYPE_CHECKING:
     import sqlite3
@@ -35,7 +33,6 @@ T = TypeVar("T")
 KINDS = ("publish", "reject", "rollback", "pin", "unpin", "gate", "failure")
 _PUBLISHED = "kind IN ('publish', 'rollback')"
 _UNBOUNDED = 1 << 40
-_MOST_OF_A_PIN = 1_000_000  # bytes that are read of a pin file
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +139,6 @@ def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
     return Path(chosen).absolute()
 
 
-def _read_file(path: Path) -> bytes:
-    """The bytes of a regular file; does not wait for the writer of a pipe."""
-    with opened(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("it is not a regular file")
-        return read_at(fd, _MOST_OF_A_PIN, 0)
-
-
 class State:
     """The record of one segment.
 
@@ -159,6 +148,7 @@ class State:
         bound: publishes that stay on record, and as many other events; default all.
 
     Attributes:
+        pin_file: the segment's pin.
         warn: called when the history was damaged, and a new one begins; logs by default.
         trim: one in so many events checks whether there are too many.
         most_rejections: rejections that stay on record.
@@ -171,7 +161,7 @@ class State:
         self.name, self._bound = check_name(name), bound
         self.trim, self.most_rejections = 100, 1_000
         self.directory = state_dir(directory)
-        self._pin_file = self.directory / f"{name}.pin"
+        self.pin_file = PinFile(self.directory / f"{name}.pin", name)
         self._file = self.directory / f"{name}.sqlite"
         self._storage: Storage | None = None
         self.warn: Callable[[StateError], None] = _warn
@@ -190,49 +180,6 @@ class State:
     def copies(self) -> Path:
         """Where copies of published weights lie."""
         return self.directory / f"{self.name}.kept"
-
-    # --- the pin
-
-    def pin(self) -> Pin | None:
-        """The pin that holds, or None; also None if this user may not enter the directory, and so never set one.
-
-        Raises:
-            StateError: it cannot be read; to ignore it would release what the operator holds.
-        """
-        try:
-            return Pin.from_json(_read_file(self._pin_file))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as exc:
-            if isinstance(exc, PermissionError) and not os.access(self.directory, os.X_OK):
-                return None
-            raise StateError(
-                f"the pin of {self.name!r} in {self._pin_file} cannot be read ({exc}). Make it readable, or remove it "
-                f"with `wsync unpin {self.name}`."
-            ) from exc
-
-    def set_pin(self, pin: Pin | None) -> None:
-        """Replaces the pin; None removes it.
-
-        Raises:
-            StateError: it cannot be written.
-        """
-        try:
-            if pin is None:
-                self._pin_file.unlink(missing_ok=True)
-                return
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = self._pin_file.with_suffix(f".pin.{os.getpid()}.tmp")
-            try:
-                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    file.write(pin.to_json())
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._pin_file)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as exc:
-            raise self._failed(exc) from exc
 
     # --- the history
 

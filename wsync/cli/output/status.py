@@ -128,7 +128,7 @@ def _told(segment: Segment, state: Path | None) -> dict[str, Any]:
     told = segment_json(segment) | {"extras": _bytes_of_extras(segment)}
     with State(segment.name, state) as history:
         try:
-            if pin := history.pin():
+            if pin := history.pin_file.read():
                 told["pin"] = pin.name
         except StateError as exc:
             complain(exc)
