@@ -1,4 +1,4 @@
-"""Everything that wsync can refuse, as one tree.
+"""Every error that wsync raises on purpose, as one tree.
 
 Each message has three parts: what happened, to what, and what to do next. The command line prints the message
 and exits with the class's ``exit_code``; a library user catches the class.
@@ -8,35 +8,35 @@ and exits with the class's ``exit_code``; a library user catches the class.
     │   ├── SpecError               2   the policy spec cannot be used
     │   ├── SwapRefused             2   ``mode="swap"`` is not safe for this policy
     │   └── CopyRefused             2   a tensor's class refuses copies (also a TypeError)
-    ├── CheckpointError             1   something about one checkpoint
+    ├── CheckpointError             1   something is wrong with one checkpoint
     │   ├── CheckpointRejected      65  it can never be published as it is
-    │   │   ├── MalformedCheckpoint 65  it is not a safetensors file
-    │   │   ├── WrongDigest         65  its bytes are not those that its writer's, or its store's, digest names
+    │   │   ├── MalformedCheckpoint 65  it is not a safetensors file, or another of its files is malformed
+    │   │   ├── WrongDigest         65  its bytes do not match the digest that its writer or its store gives
     │   │   ├── CheckpointMismatch  65  it does not fit the policy
     │   │   │   └── ForeignCheckpoint 65 it shares no name with the policy: another file among the checkpoints
     │   │   ├── NonFiniteWeights    65  it holds NaN or infinity
-    │   │   └── GateRejected        65  the user's gate does not want it
-    │   ├── IncompleteCheckpoint    66  it ends before its header says (65 where a push names it)
+    │   │   └── GateRejected        65  the user's gate refuses it
+    │   ├── IncompleteCheckpoint    66  a file is missing or cut off (65 if a push names this checkpoint)
     │   │   ├── BeingWritten        66  its writer is still at work
     │   │   │   ├── OpenForWriting  66  a process has it open for writing
-    │   │   │   └── BeingRewritten  75  it holds files of two saves
-    │   │   └── PartialCheckpoint   66  the rest is to keep its live values, and nothing is live
+    │   │   │   └── BeingRewritten  75  it holds files of two saves, or may
+    │   │   └── PartialCheckpoint   66  it lacks tensors that are to keep their live values, and nothing is live
     │   ├── NoCheckpoint            66  there is none yet
-    │   ├── UnusableBase            1   what an adapter is merged into does not fit, or is not finite
+    │   ├── UnusableBase            1   the base of an adapter does not fit, or is not finite
     │   └── CheckpointChanged       75  it changed while it was read
     ├── StateError                  1   the history or the pin cannot be read or written
-    ├── RetryLater                  75  a gate cannot tell yet; also for a user's gate to raise
+    ├── RetryLater                  75  a gate cannot decide yet; a user's gate raises it
     ├── Stale                       75  the policy's weights are older than its reader's ``max_age``
     ├── HalfWritten                 1   a copy failed, and left a policy with weights of two versions
     ├── GroupBroken                 1   a box of the group is gone, or does not answer
-    └── SegmentError                1   something about one segment
-        ├── SegmentMissing          1   no such segment
-        ├── SegmentUnsafe           1   it is not ours, or not a segment
+    └── SegmentError                1   something is wrong with one segment
+        ├── SegmentMissing          1   there is no such segment
+        ├── SegmentUnsafe           1   its owner, mode or contents are not those of a segment that can be trusted
         │   └── SegmentDamaged      1   something outside wsync removed or cut a file of it
         ├── LayoutDiffers           1   it holds another architecture
         ├── OutOfSharedMemory       1   there is no room for it
         ├── OutOfDeviceMemory       1   the GPU has no room for a second copy of the weights
-        ├── SegmentBusy             75  another publisher holds it, or readers every slot that it may have
+        ├── SegmentBusy             75  another publisher holds it, or readers lease every slot that it may have
         └── AttachTimeout           1   it did not get its first version in time (also a TimeoutError)
 """
 
@@ -49,16 +49,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 SHOWN = 20
-"""Rows of a table of differences that a message shows."""
+"""Most rows that a message shows of a table of differences."""
 
 
 def printable(text: str) -> str:
-    """Shows characters that could move a terminal's cursor or colour its text as escapes."""
+    """Escapes unprintable characters, which could move a terminal's cursor or colour its text."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def on_one_line(text: str, *names: str | None) -> str:
-    """Escapes these names in a text, so that a line break in a file's name makes no line of its own."""
+    """Escapes these names wherever a text contains them, because a file name may contain a line break."""
     for name in filter(None, names):
         for part in (name, name.rpartition("/")[2]):
             if not part.isprintable():
@@ -67,7 +67,7 @@ def on_one_line(text: str, *names: str | None) -> str:
 
 
 def harmless(text: str) -> str:
-    """Escapes what a terminal would obey or an encoding would refuse; keeps line breaks."""
+    """As ``printable``, but keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -93,9 +93,9 @@ class WsyncError(Exception):
     """The root of every error that wsync raises on purpose.
 
     Attributes:
-        exit_code: of a command that ends with it.
-        kind: the class in one word, for figures; a subclass without a word of its own has its parent's.
-        differences: one entry for each tensor that does not fit; empty if the reason is another.
+        exit_code: exit code of a command that ends with this error.
+        kind: the kind of error in one word, for metrics and JSON; a subclass that does not set it inherits it.
+        differences: one entry for each tensor that does not fit; empty if the error is not about tensors.
     """
 
     exit_code = 1
@@ -115,7 +115,7 @@ class UsageError(WsyncError):
 
 
 class SpecError(UsageError):
-    """The policy spec cannot be used: not found, its own import failed, not a policy."""
+    """The policy spec cannot be used: it is not found, its own import failed, or it is not a policy."""
 
 
 def moved(name: str, now: str) -> UsageError:
@@ -127,7 +127,7 @@ def moved(name: str, now: str) -> UsageError:
 
 
 class SwapRefused(UsageError):
-    """``mode="swap"`` is not for a policy that writes to its own weights."""
+    """``mode="swap"`` is not safe for this policy: it writes to its own weights, or other processes share them."""
 
 
 class CopyRefused(UsageError, TypeError):
@@ -135,7 +135,7 @@ class CopyRefused(UsageError, TypeError):
 
 
 class HalfWritten(WsyncError):
-    """A copy failed half-way and left the policy with weights of two versions. The policy cannot be used any more."""
+    """A copy failed half-way and left the policy with weights of two versions. Build the policy again."""
 
 
 class Stale(WsyncError):
@@ -164,10 +164,10 @@ class WithDifferences(WsyncError):
 
 
 class CheckpointError(WsyncError):
-    """Something about one checkpoint.
+    """Something is wrong with one checkpoint.
 
     Attributes:
-        identity: of its files, where they had been opened before it was found.
+        identity: that of the checkpoint's files; empty if the error occurred before they were opened.
     """
 
     identity = ""
@@ -181,13 +181,13 @@ class CheckpointRejected(WithDifferences, CheckpointError):
 
 
 class MalformedCheckpoint(CheckpointRejected):
-    """The file breaks the safetensors format."""
+    """A file breaks the safetensors format; or an index, adapter configuration or list of digests is malformed."""
 
     kind = "malformed"
 
 
 class WrongDigest(CheckpointRejected):
-    """The bytes of the file do not match the digest that its writer, or its store, gives."""
+    """The bytes of the file do not match the digest that its writer or its store gives."""
 
     kind = "digest"
 
@@ -199,7 +199,7 @@ class CheckpointMismatch(CheckpointRejected):
 
 
 class ForeignCheckpoint(CheckpointMismatch):
-    """It shares no tensor name with the policy: it is another file among the checkpoints."""
+    """The file shares no tensor name with the policy: it is another file among the checkpoints."""
 
     kind = "foreign"
 
@@ -211,13 +211,13 @@ class NonFiniteWeights(CheckpointRejected):
 
 
 class GateRejected(CheckpointRejected):
-    """The user's gate looked at the staged weights and does not want them live."""
+    """The user's gate looked at the staged weights and refused them."""
 
     kind = "gate"
 
 
 class IncompleteCheckpoint(CheckpointError):
-    """The file ends before its header says it does; a writer may still be at work."""
+    """A file of the checkpoint is missing or cut off; a writer may still be at work."""
 
     exit_code = 66
     kind = "incomplete"
@@ -234,14 +234,14 @@ class OpenForWriting(BeingWritten):
 
 
 class BeingRewritten(BeingWritten):
-    """Its files are of two saves, or may be, because one save is being written over another."""
+    """The files are from two saves, or may be, because one save is being written over another."""
 
     exit_code = 75
     kind = "rewritten"
 
 
 class PartialCheckpoint(WithDifferences, IncompleteCheckpoint):
-    """It holds a part of the weights; the rest should keep its live values, but nothing is live yet."""
+    """The checkpoint lacks some tensors, which should keep their live values, but nothing is live yet."""
 
     kind = "partial"
 
@@ -258,7 +258,7 @@ class UnusableBase(WithDifferences, CheckpointError):
 
 
 class CheckpointChanged(CheckpointError):
-    """The file changed while it was read; the bytes read are thrown away."""
+    """A file changed while it was read; the bytes read are thrown away."""
 
     exit_code = 75
 
@@ -268,7 +268,7 @@ class StateError(WsyncError):
 
 
 class RetryLater(WsyncError):
-    """A gate cannot tell yet: the same checkpoint is tried again by a later pass. A user's gate function raises it."""
+    """A gate cannot decide yet: a later pass tries the same checkpoint again. A user's gate function raises it."""
 
     exit_code = 75
     kind = "later"
@@ -279,11 +279,11 @@ class GroupBroken(WsyncError):
 
 
 class Stopped(Exception):
-    """This process was told to end or to read its settings again, so it stops waiting. This is not an error."""
+    """A wait ends because this process was asked to stop or to reload its settings. This is not an error."""
 
 
 class SegmentError(WsyncError):
-    """Something about one segment."""
+    """Something is wrong with one segment."""
 
 
 _ADVICE = {
@@ -321,11 +321,11 @@ class SegmentMissing(SegmentError):
 
 
 class SegmentUnsafe(SegmentError):
-    """The directory at the segment's path is not a segment of this user."""
+    """The segment cannot be trusted: it is another user's, others may write to its files, or they are damaged."""
 
 
 class SegmentDamaged(SegmentUnsafe):
-    """Something outside wsync removed a file of the segment, or cut one; its owner's next publish makes it anew."""
+    """Something outside wsync removed or cut a file of the segment; its owner's next publish makes the segment anew."""
 
 
 class LayoutDiffers(WithDifferences, SegmentError):
@@ -333,7 +333,7 @@ class LayoutDiffers(WithDifferences, SegmentError):
 
 
 class OutOfSharedMemory(SegmentError):
-    """The shared memory has no room for the segment."""
+    """There is no room for the segment: in shared memory, or in what this process may map."""
 
 
 class OutOfDeviceMemory(SegmentError):
@@ -341,10 +341,10 @@ class OutOfDeviceMemory(SegmentError):
 
 
 class SegmentBusy(SegmentError):
-    """Try later: another publisher holds the segment, or readers lease every slot that it may have."""
+    """Another publisher holds the segment, or readers lease every slot that it may have. Try again later."""
 
     exit_code = 75
 
 
 class AttachTimeout(SegmentError, TimeoutError):
-    """The segment, or its first version, did not come in time."""
+    """The segment, or its first version, did not appear in time."""

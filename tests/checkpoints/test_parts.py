@@ -814,7 +814,7 @@ def test_halves_are_listed_where_they_are_asked_for(tmp_path: Path) -> None:
     (shard(tmp_path / "checkpoint-1", tensors()) / "model-00003-of-00003.safetensors").unlink()
     shard(tmp_path / "checkpoint-2", tensors())
     assert names(scan(tmp_path)) == ["checkpoint-2"]
-    assert {*names(scan(tmp_path, halves=True))} == {"checkpoint-1", "checkpoint-2"}
+    assert {*names(scan(tmp_path, everything=True))} == {"checkpoint-1", "checkpoint-2"}
     verdicts = {Path(c["path"]).name: c["reason"] for c in inspect(tmp_path)["candidates"]}
     assert verdicts["checkpoint-2"] is None and "shard 3 of 3" in verdicts["checkpoint-1"]
 

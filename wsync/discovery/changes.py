@@ -1,7 +1,7 @@
 """Waits until something may have changed where checkpoints appear: by notification, and by polling.
 
-Notifications come from inotify(7), which misses remote file systems, directories that are not there yet, and what is
-written by a memory map; polling covers those. Between two events a watch sleeps in the kernel: a rename into place is
+Notifications come from inotify(7), which misses remote file systems, directories that do not exist yet, and writes
+through a memory map; polling covers those. Between two events a watch sleeps in the kernel: a rename into place is
 noticed within a millisecond, and idling costs 0.01 % of a core. (watchfiles, which polls a queue of its own, cost 0.8 %
 of a core at 10 ms.)
 """
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from inotify_simple import INotify
 
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "zfs", "f2fs", "overlay", "ramfs", "bcachefs"}
-_SLICE = 0.25  # longest sleep in seconds, so that a stop by another thread or a signal is noticed
+_SLICE = 0.25  # longest single sleep, in seconds, so that a stop by another thread or a signal is noticed
 
 
 class Changes:
-    """Notices changes in a directory, and in the directories of checkpoints in it.
+    """Notices changes in a directory, and in the checkpoints' directories in it.
 
-    A directory that is not there is awaited in its parent. Watching begins when the object is made, so that nothing
-    that happens before the first wait is missed.
+    If the directory does not exist yet, its parent is watched. Watching begins when the object is made, so that changes
+    before the first wait are not missed.
 
     Args:
         place: the directory, or a file in it.
-        poll: seconds between two looks by the clock.
-        stop: ends a wait.
+        poll: longest wait by default, in seconds, after which the caller looks without a notification.
+        stop: ends a wait when it is set.
         settings: which names matter besides those of checkpoints.
     """
 
@@ -45,19 +45,19 @@ class Changes:
         self._notify: INotify | None = None
         self._watched: tuple[int, int] | None = None
         self._directory = place
-        self._paths: dict[int, Path] = {}  # by their watches
+        self._paths: dict[int, Path] = {}  # by watch descriptor
         self._named: set[str] | None = None
         self._begin()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits for a change, at most ``seconds``, default ``poll``; True if a notification came."""
+        """Waits at most ``seconds``, default ``poll``; True after a change, or if one may have been missed before."""
         deadline = time.monotonic() + (self._poll if seconds is None else seconds)
         while not self._stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._begin():
-                return True  # earlier changes were not notified
+                return True  # changes before this were not notified
             if self._notify is None:
                 self._stop.wait(min(left, _SLICE))
-            elif self._told(min(left, _SLICE)):
+            elif self._notified(min(left, _SLICE)):
                 return True
         return False
 
@@ -66,7 +66,7 @@ class Changes:
         return self._notify is not None and self._is_complete
 
     def named(self) -> set[str] | None:
-        """The files of the place that were notified since the last call; None if others may have changed."""
+        """The names of the files that changed since the last call; None if any file may have."""
         named, self._named = self._named, set()
         return named if self.tells_all() else None
 
@@ -76,12 +76,12 @@ class Changes:
         self._notify = self._watched = None
         self._paths.clear()
 
-    def _told(self, seconds: float) -> bool:
+    def _notified(self, seconds: float) -> bool:
         """Waits for a notification that matters; returns whether one came in time."""
         from inotify_simple import flags
 
         assert self._notify is not None
-        told = False
+        has_come = False
         for event in self._notify.read(max(1, int(seconds * 1000))):
             if event.mask & (flags.Q_OVERFLOW | flags.UNMOUNT | flags.DELETE_SELF | flags.MOVE_SELF):
                 self._watched = None  # list and watch the directory anew
@@ -90,29 +90,29 @@ class Changes:
             is_directory = bool(event.mask & flags.ISDIR) or (is_new and _leads_to_directory(path))
             if is_new and is_directory:
                 self._add_entry(self._directory / path.relative_to(self._directory).parts[0])
-                self._add_levels(self._directory)  # which may be a checkpoint itself
+                self._add_levels(self._directory)  # the place may be a checkpoint itself
             if self._concerns(event.name, is_directory):
-                told = True
+                has_come = True
                 if is_directory or path.parent != self._place or self._settings.extras.files:
                     self._named = None
                 elif self._named is not None:
                     self._named.add(event.name)
-        return told
+        return has_come
 
     def _concerns(self, name: str, is_directory: bool) -> bool:
-        """Whether a pass may find something new: logs and other files beside the checkpoints say nothing."""
+        """Whether a file of this name matters to a pass, unlike logs and other files beside the checkpoints."""
         if name == self._place.name:
             return True
-        tells = [each for each in (self._settings.marker, self._settings.pointer) if each]
-        tells += [".sha256", SUMS] if self._settings.digest else []
-        if any(map(name.endswith, tells)):  # which may be hidden, as a temporary is
+        endings = [each for each in (self._settings.marker, self._settings.pointer) if each]
+        endings += [".sha256", SUMS] if self._settings.digest else []
+        if any(map(name.endswith, endings)):  # even if it looks temporary: it may begin with a dot
             return True
         if not name or TEMPORARY.search(name):
             return False
         return is_directory or name.endswith((SUFFIX, INDEX, CONFIG)) or bool(self._settings.extras.files)
 
     def _begin(self) -> bool:
-        """Starts watching if needed; returns whether it did: at first, or after the directory was replaced."""
+        """Starts watching at first, or after the directory was replaced; returns whether it did."""
         if remote(self._place):
             return False  # stores do not notify
         try:
@@ -140,12 +140,12 @@ class Changes:
         return self._notify is not None
 
     def _add_entry(self, directory: Path) -> None:
-        """Watches a directory of the place, and what leads to the weights in it."""
+        """Watches a directory in the place, and the levels of ``select.within`` below it."""
         self._add(directory)
         self._add_levels(directory)
 
     def _add_levels(self, directory: Path) -> None:
-        """Watches the directories that lead to the weights in this one, as far as they are there."""
+        """Watches the levels of ``select.within`` below this directory, as far as they exist."""
         for level in self._settings.within.split("/") if self._settings.within else ():
             directory = directory / level
             if not directory.is_dir():
@@ -153,7 +153,7 @@ class Changes:
             self._add(directory)
 
     def _add(self, directory: Path, *, must: bool = False) -> None:
-        """Watches one directory; unless it ``must``, it may fail: polling remains."""
+        """Watches one directory; raises an error only if it ``must``, because polling remains."""
         from inotify_simple import flags
 
         mask = flags.CLOSE_WRITE | flags.MOVED_TO | flags.MOVED_FROM | flags.CREATE | flags.DELETE | flags.ATTRIB
@@ -168,7 +168,7 @@ class Changes:
 
 
 def _leads_to_directory(path: Path) -> bool:
-    """Whether it is a link, such as ``latest``, to a directory: its notification does not say so."""
+    """Whether a new entry is a directory or a link to one, such as ``latest``, whose notification does not say so."""
     return not TEMPORARY.search(path.name) and os.path.isdir(path)
 
 

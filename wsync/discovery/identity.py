@@ -1,12 +1,12 @@
 """Finds changes that a file's identity (inode, size, modification time) does not show.
 
 A writer that keeps a file's size and restores its time (``rsync --inplace -t``, ``cp -p`` onto it) leaves its identity
-as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename change that,
-too. So a file that has the live version's identity but changed after it was read is a candidate with a new identity,
-which begins with the change time; reading it shows whether its bytes differ.
+as it was; only the change time, which nobody can set, is later. But ``chmod``, a hard link and a rename also move the
+change time. So a file that has the live version's identity but changed after it was read is a candidate with a new
+identity, which begins with the change time; reading it shows whether its bytes differ.
 
-Some FUSE file systems and sandboxes renumber a file at each look, or after a while. There a file is recognised by its
-path, its size and its times; a pinned one also by its headers.
+Some FUSE file systems and sandboxes give a file another inode at each ``stat``, or after a while. There a file is
+recognised by its path, its size and its times; a pinned one also by its headers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _KINDS = {0x65735546, 0x01021997}  # FUSE and 9P: linux/magic.h
 
 
 def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidate]:
-    """Returns the candidates; the live one among them gets its recorded identity, or that of a later change.
+    """Returns the candidates, the live one with its recorded identity, or with a new one if it changed since then.
 
     Args:
-        live: what is live; its ``arrived_ns`` is when it went live.
+        live: where the live version came from; its ``arrived_ns`` is when it went live.
     """
     if live is None:
         return found
@@ -45,14 +45,14 @@ def known_again(found: list[Candidate], live: Candidate | None) -> list[Candidat
 
 
 def lasting(newer: list[Candidate]) -> list[Candidate]:
-    """Returns candidates of one place; where inodes change, their identities use the paths instead."""
+    """Returns the candidates of one place, with paths instead of inodes in their identities if inodes change there."""
     if not newer or remote(newer[0].path) or not inodes_change(str(newer[0].location)):
         return newer
     return [each if "@" in each.identity else each._replace(stamp=_by_path(each)) for each in newer]
 
 
 def as_listed(candidate: Candidate, checkpoint: Checkpoint) -> str:
-    """The identity of an opened checkpoint: the candidate's if they differ only in inode or change time."""
+    """The identity of an opened checkpoint: in the candidate's form, if they differ only in inode or change time."""
     plain = _plain(candidate.identity)
     if "@" in candidate.identity and _without_inodes(plain) == _without_inodes(checkpoint.identity):
         return changed_since(checkpoint.changed_ns, plain)
@@ -63,8 +63,8 @@ def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int, header: str 
     """Whether a checkpoint, opened at its recorded path, has this identity.
 
     Args:
-        changed_ns: when its files had last changed then; 0 if that is not known.
-        header: the digest of its headers then, for where inodes say nothing; empty if that is not known.
+        changed_ns: newest change time of its files when the identity was recorded, in ns; 0 if unknown.
+        header: its ``Checkpoint.header`` at that time, compared only if inodes change; empty if unknown.
     """
     plain = _plain(identity)
     if checkpoint.identity == plain:
@@ -76,12 +76,12 @@ def is_same(checkpoint: Checkpoint, identity: str, changed_ns: int, header: str 
 
 
 def was_changed(identity: str, later: str) -> bool:
-    """Whether the later identity is of the same file, with other bytes in it."""
+    """Whether the later identity is that of the same file after a change that kept its size and modification time."""
     return later != identity and _plain(later) == _plain(identity)
 
 
 def inodes_change(where: str) -> bool:
-    """Whether a path's inode says nothing: it changes between two looks, or may on this kind of file system."""
+    """Whether a path's inode is unreliable: it changes between two looks, or may on this kind of file system."""
     try:
         first, second = os.stat(where), os.stat(where)
     except OSError:  # it is gone
@@ -95,7 +95,7 @@ def inodes_change(where: str) -> bool:
 
 
 def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
-    """Whether a candidate differs from the live one only in an inode that says nothing."""
+    """Whether a candidate differs from the live one only in an unreliable inode."""
     return (
         _without_inodes(candidate.identity) == _without_inodes(_plain(live.identity))
         and candidate.arrived_ns <= live.arrived_ns
@@ -105,7 +105,7 @@ def _is_renumbered(candidate: Candidate, live: Candidate) -> bool:
 
 
 def changed_since(changed_ns: int, plain: str) -> str:
-    """The identity of files that were changed after they were published, with their times put back."""
+    """The identity of files that changed at this time, while inode, size and modification time stayed the same."""
     return f"{changed_ns}@{plain}"
 
 
@@ -115,13 +115,13 @@ def _plain(identity: str) -> str:
 
 
 def _by_path(candidate: Candidate) -> str:
-    """Its identity with the path in place of inodes, and with the change time."""
+    """The candidate's identity with a hash of its path in place of inodes, and with its change time."""
     fields = candidate.identity.split("-")
     fields[-3] = f"{zlib.crc32(os.fsencode(candidate.location)):08x}"
     return changed_since(candidate.arrived_ns, "-".join(fields))
 
 
 def _without_inodes(plain: str) -> str:
-    """An identity without the inode of a file, or the fingerprints of several."""
+    """An identity without the inode of a single file, or without the fingerprints of several files."""
     fields = plain.split("-")
     return "-".join(fields[:-3] + fields[-2:])

@@ -1,7 +1,7 @@
-"""Lists a place where checkpoints appear: which of its entries are candidates.
+"""Finds the candidates in a place where checkpoints appear.
 
-A listing costs one ``scandir`` and at most a ``stat`` an entry and opens no file, but for directories, whose own files
-are looked at too. It may leave out what is older than what is live.
+A listing costs one ``scandir`` and at most one ``stat`` per entry, and opens no file; but in entries that are
+directories, it looks at the files and reads an index. It may leave out entries older than the live version.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ TEMPORARY = re.compile(  # what editors, rsync, browsers, orbax and careful trai
     re.IGNORECASE,
 )
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
-_OTHERS = "lost+found"  # of a file system, in its root directory
-_ANY = 1 << 63
+_OTHERS = "lost+found"  # in the root directory of a file system
+_ANY = 1 << 63  # ns: later than any time
 
 Older = Callable[[os.DirEntry[str]], bool]
 """Whether an entry is older than the live version and did not arrive after it."""
-Told = Callable[[str], int | None]
-"""Gives the step of a name, where the name tells it."""
+NamedStep = Callable[[str], int | None]
+"""Returns the step that a name gives for certain, else None."""
 
 
 def scan(
     place: Path,
     settings: Select = Select(),  # noqa: B008  (frozen)
     *,
-    halves: bool = False,
+    everything: bool = False,
     older: Older | None = None,
     only: set[str] | None = None,
 ) -> list[Candidate]:
-    """The candidates of a directory, or the one checkpoint that ``place`` is itself.
+    """The candidates in a directory, or the one checkpoint that ``place`` is itself.
 
-    In a directory that is a checkpoint itself, others count only if a pattern asks for them: they may be parts of it.
+    If the directory is a checkpoint itself, its other entries count only if a pattern is set: they may be parts of it.
 
     Args:
-        halves: whether to list, for a person to see, these others and sharded checkpoints that lack a part, too.
-        older: tells which entries to skip; one stays, which shows that the live version is not alone.
-        only: the names of the files to look at, besides those by which the place is a checkpoint itself; None for all.
+        everything: whether to list, for a person to see, also those entries, and sharded checkpoints that lack a shard.
+        older: returns whether to skip an entry; the first one stays, to show that the live version is not alone.
+        only: the names of the files to look at, besides those that would make the place a checkpoint; None for all.
 
     Raises:
-        NoCheckpoint: there is no such place yet.
-        CheckpointError: it cannot be listed; or it is a checkpoint itself, broken or incomplete, with none beside it.
+        NoCheckpoint: there is no such place yet, or its pointer names no entry yet.
+        CheckpointError: it cannot be listed; or it has no candidate, and it or an entry is broken or unreadable.
     """
     if settings.extras.files:
         settings, only = replace(settings, extras=replace(settings.extras, listed={})), None
@@ -84,14 +84,14 @@ def scan(
         names = {entry.name for entry in listed}
         found, own, trouble = _itself(place, settings) if names & _known_by(settings) else ([], set(), None)
         if own:
-            listed = [] if settings.pattern == "*" and not halves else list(entries_of(place))
+            listed = [] if settings.pattern == "*" and not everything else list(entries_of(place))
     links: set[str] = set()
     for entry in (entry for entry in listed if entry.name not in own and counts(entry.name)):
-        several, wrong = _looked_at(place, entry, names, settings, halves)
-        found += several
-        trouble = trouble or wrong
-        if several and not away and entry.is_symlink():
-            links.add(several[0].name)
+        candidates, error = _looked_at(place, entry, names, settings, everything)
+        found += candidates
+        trouble = trouble or error
+        if candidates and not away and entry.is_symlink():
+            links.add(candidates[0].name)
     if trouble and not found:
         raise trouble
     return _without_links(found, links) if links else found
@@ -113,7 +113,7 @@ def _errors_about(place: Path) -> Iterator[None]:
 
 
 def _listed(place: Path, settings: Select, older: Older | None, only: set[str] | None) -> list[os.DirEntry[str]]:
-    """The entries to look at; see ``scan``."""
+    """The entries to look at, as ``older`` and ``only`` of ``scan`` say."""
     if only is not None:
         return _named(place, only | _known_by(settings))
     return list(_without(entries_of(place), older, _counts(settings)) if older else entries_of(place))
@@ -122,7 +122,7 @@ def _listed(place: Path, settings: Select, older: Older | None, only: set[str] |
 def _without(
     entries: Iterable[os.DirEntry[str]], older: Older, counts: Callable[[str], bool]
 ) -> Iterator[os.DirEntry[str]]:
-    """The entries without older ones; the first of those that counts by its name stays."""
+    """Yields the entries that are not older, and the first older one whose name may be a checkpoint's."""
     has_one = False
     for entry in entries:
         if older(entry):
@@ -132,27 +132,27 @@ def _without(
         yield entry
 
 
-def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
+def older_than(live: Candidate, order: str, named_step: NamedStep | None) -> Older | None:
     """Returns the test for older entries; None if a listing needs them all.
 
-    By step, names tell it alone while no entry has come or gone since that went live, and no file is looked at. Until
-    one has, a file that was written over in place, under a lower step, is not known to be newer by its times.
+    In the order by step, names alone decide, and no file is looked at, until an entry comes or goes after the live
+    version was published. Until then a file that is overwritten in place, under a lower step, goes unnoticed.
 
     Args:
-        live: with its path below the place as its name.
-        told: for the order by step, where names are known to agree with metadata.
+        live: the live version's candidate, whose name is its path below the place.
+        named_step: returns the step of a name; only in the order by step, if names are known to agree with metadata.
     """
     where, arrived, before, step = str(live.location), live.arrived_ns, _ANY, None
-    is_still = False  # whether no entry has come or gone since that went live
+    is_still = False  # whether no entry has come or gone since the live version was published
     try:
         info = os.stat(where)
     except OSError:
-        info = None  # gone: the newest of the others has to show whether names agree with metadata
+        info = None  # the file is gone: the newest other one must show whether names agree with metadata
     if order == "mtime":
         before = min(live.mtime_ns, written(info)) if info else live.mtime_ns
     elif order == "arrival":
         arrived = min(arrived, info.st_ctime_ns - 1) if info else arrived
-    elif not info or not told or (step := told(live.name.partition("/")[0])) is None:
+    elif not info or not named_step or (step := named_step(live.name.partition("/")[0])) is None:
         return None
     else:
         is_still = os.stat(live.home).st_mtime_ns <= arrived
@@ -161,7 +161,7 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
         name = entry.name
         if not name.endswith(SUFFIX) or name in FORMS or entry.path == where:
             return False
-        if step is not None and (told is None or (lower := told(name)) is None or lower >= step):
+        if step is not None and (named_step is None or (lower := named_step(name)) is None or lower >= step):
             return False
         try:
             if not entry.is_file(follow_symlinks=False):
@@ -175,7 +175,7 @@ def older_than(live: Candidate, order: str, told: Told | None) -> Older | None:
 
 
 def _counts(settings: Select) -> Callable[[str], bool]:
-    """Returns the test whether a name may be a checkpoint's."""
+    """Returns a function that says whether a name may be a checkpoint's."""
     matches = re.compile(fnmatch.translate(settings.pattern)).match if settings.pattern != "*" else None
     is_extra = settings.extras.matches if settings.extras.files else None
     return lambda name: (
@@ -189,7 +189,7 @@ def _counts(settings: Select) -> Callable[[str], bool]:
 
 
 def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], CheckpointError | None]:
-    """The checkpoint that a place is itself, the names of its files, and what is wrong with it."""
+    """The candidate for the place itself, the names of its files, and the error if it is broken."""
     try:
         parts = parts_of(inside(place.absolute(), settings), settings.extras)
         own = {SINGLE, ADAPTER, *(file.name for file in parts.files)}
@@ -203,9 +203,9 @@ def _itself(place: Path, settings: Select) -> tuple[list[Candidate], set[str], C
 
 
 def _looked_at(
-    place: Path, entry: os.DirEntry[str], names: set[str], settings: Select, halves: bool
+    place: Path, entry: os.DirEntry[str], names: set[str], settings: Select, everything: bool
 ) -> tuple[list[Candidate], CheckpointError | None]:
-    """An entry's candidate, even if only opening it will say what is wrong; else what is wrong with it."""
+    """An entry's candidate, or an error; a candidate may also be unreadable or broken, for opening it to say so."""
     name = entry.name
     try:
         return candidate_of(place, entry, names, settings), None
@@ -217,27 +217,27 @@ def _looked_at(
             return closed, None
         is_ours = exc.errno != errno.ELOOP and (name.endswith(SUFFIX) or exc.errno == errno.EACCES)
         return [], unreadable(path, exc) if is_ours and name != _OTHERS else None
-    except CheckpointError as exc:  # else a directory that holds no checkpoint, or half of one
-        is_told = isinstance(exc, MalformedCheckpoint) or (halves and isinstance(exc, IncompleteCheckpoint))
-        return _unopened(place / name, place / name / INDEX, name) if is_told else [], None
+    except CheckpointError as exc:  # mostly a directory without a checkpoint, or with an incomplete one
+        is_shown = isinstance(exc, MalformedCheckpoint) or (everything and isinstance(exc, IncompleteCheckpoint))
+        return _unopened(place / name, place / name / INDEX, name) if is_shown else [], None
 
 
 def _found(path: Path, name: str, settings: Select) -> list[Candidate]:
-    """The candidate that a file or a directory is, where it has its marker.
+    """The candidate for a file or directory; empty if it lacks its marker.
 
     Args:
-        name: of the entry of a place; empty for the place itself.
+        name: the entry's name in its place; empty for the place itself.
     """
     if stat.S_ISDIR(path.stat().st_mode):
-        lies, markers = inside(path, settings), [path / settings.marker]
+        weights, markers = inside(path, settings), [path / settings.marker]
     else:
-        lies, markers = path, [path.parent / each for each in _markers_of(path.name, settings.marker)]
-    below = f"{name}{str(lies)[len(str(path)) :]}"
-    return _of_parts(parts_of(lies, settings.extras), below, markers, settings)
+        weights, markers = path, [path.parent / each for each in _markers_of(path.name, settings.marker)]
+    below = f"{name}{str(weights)[len(str(path)) :]}"
+    return _of_parts(parts_of(weights, settings.extras), below, markers, settings)
 
 
 def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
-    """Yields the entries singly, so that skipped ones take no memory."""
+    """Yields the entries one by one, so that skipped ones take no memory."""
     if away := remote(place):
         yield from away.entries()
         return
@@ -246,7 +246,7 @@ def entries_of(place: Path) -> Iterator[os.DirEntry[str]]:
 
 
 class _Entry(PosixPath):
-    """A file that can be used like the entries that ``os.scandir`` gives."""
+    """A path that can be used like an entry of ``os.scandir``."""
 
     @property
     def path(self) -> str:
@@ -259,21 +259,21 @@ def _named(place: Path, names: set[str]) -> list[os.DirEntry[str]]:
 
 
 def _known_by(settings: Select) -> set[str]:
-    """Names by one of which a place may be a checkpoint itself."""
+    """The names that a place must have one of to be a checkpoint itself."""
     if settings.within:
         return {settings.within.partition("/")[0]}
     return {settings.file, settings.file.removesuffix(SUFFIX) + INDEX_SUFFIX} if settings.file else {*FORMS}
 
 
 def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings: Select) -> list[Candidate]:
-    """The candidate that an entry of a place is, if it is one.
+    """The candidate for an entry of a place; empty if the entry does not count.
 
     Args:
-        names: of all entries.
+        names: the names of all entries.
 
     Raises:
-        CheckpointError: it is a directory, and no complete checkpoint.
-        OSError: the system refuses a look.
+        CheckpointError: it is a directory without a complete checkpoint.
+        OSError: the entry, or a file in it, cannot be looked at.
     """
     name = entry.name
     if (
@@ -298,21 +298,21 @@ def candidate_of(place: Path, entry: os.DirEntry[str], names: set[str], settings
 
 
 def _markers_of(name: str, marker: str) -> tuple[str, ...]:
-    """The marker's possible names beside a file: one of them says that the file is whole."""
+    """The names that a marker beside a file may have; one such marker is enough."""
     dotted = marker if marker.startswith(".") else f".{marker}"
     own = f"{name}{dotted}", f"{name.removesuffix(SUFFIX)}{dotted}"
     return (*own, marker) if name == SINGLE else own
 
 
 def _marked(candidate: Candidate, saved_ns: int, markers: Iterable[Path], settings: Select) -> list[Candidate]:
-    """The candidate, where it needs no marker or has one; a marker from before its last file is of an earlier save."""
+    """The candidate if it needs no marker or has one that is not older than ``saved_ns``, from an earlier save."""
     infos = map(_look, markers) if settings.marker else ()
     is_marked = not settings.marker or any(written(info) >= saved_ns for info in infos if info)
     return [candidate] if is_marked else []
 
 
 def _look(file: Path) -> os.stat_result | None:
-    """Looks at a file, or at an object of a store; None if there is none."""
+    """The ``stat`` of a file, or of an object in a store; None if it does not exist."""
     if away := remote(file):
         stored = away.now()
         return stored.stat(str(away.store)) if stored else None
@@ -323,15 +323,15 @@ def _look(file: Path) -> os.stat_result | None:
 
 
 def _without_links(found: list[Candidate], links: Collection[str]) -> list[Candidate]:
-    """The same without the links to others of them."""
+    """The candidates without the links to other candidates."""
     real = {candidate.identity for candidate in found if candidate.name not in links}
     return [c for c in found if c.name not in links or c.identity not in real]
 
 
 def listing_of(place: Path, settings: Select = Select()) -> object:  # noqa: B008  (frozen)
-    """Tells one state of a place from another: what it lists, or why it cannot be listed.
+    """A value to compare states of a place by: what it lists, or why it cannot be listed.
 
-    Unlike an identity, it also changes when a file's mode changes; unlike a time of access, not when the file is read.
+    Unlike identities, the value also changes when a file's mode does. Reading a file does not change it.
     """
     try:
         return {(c.location, c.identity, getattr(c.stamp, "st_ctime_ns", 0)) for c in scan(place, settings)}
@@ -340,9 +340,9 @@ def listing_of(place: Path, settings: Select = Select()) -> object:  # noqa: B00
 
 
 def _of_parts(parts: Parts, name: str, markers: Iterable[Path], settings: Select) -> list[Candidate]:
-    """A checkpoint of several files, or in a directory, as a candidate.
+    """The candidate for a checkpoint of several files, or in a directory.
 
-    Its extras tell one state of it from another, and not how old it is: several checkpoints may share them.
+    Extras count in its identity, but not in its age, because several checkpoints may share them.
     """
     infos = [file.stat() for file in parts.every]
     own = infos[: len(parts.own)]
@@ -353,7 +353,7 @@ def _of_parts(parts: Parts, name: str, markers: Iterable[Path], settings: Select
 
 
 def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
-    """Candidate for an unreadable entry, from this file of it, so that opening it says what is wrong."""
+    """Candidate for an unreadable entry, with the times of one of its files, so that opening it says what is wrong."""
     try:
         info = file.stat()
     except OSError:
@@ -362,10 +362,10 @@ def _unopened(path: Path, file: Path, name: str) -> list[Candidate]:
 
 
 def inside(entry: Path, settings: Select) -> Path:
-    """The checkpoint in a directory entry; an index of ``settings.file`` counts as well.
+    """The path of the weights in a directory: as ``settings.within`` and ``settings.file`` say, or that file's index.
 
     Raises:
-        NoCheckpoint: it has no such file.
+        NoCheckpoint: there is no ``settings.file`` and no index of it.
     """
     directory = entry / settings.within if settings.within else entry
     if not (file := settings.file):

@@ -1,11 +1,11 @@
-"""Which checkpoint of a place is newest: a pure function (``select``) of the candidates that a listing gives.
+"""Decides which checkpoint of a place is newest: ``select``, a pure function of the candidates in a listing.
 
-Among 10,000 files a pass that finds nothing new takes about 60 ms, half of them in the system; so a candidate is a
-plain tuple, and its path, identity and rank are worked out only when asked for. Whether a candidate is complete is only
-known when it is opened: the caller goes down the list.
+Among 10,000 files a pass that finds nothing new takes about 60 ms, half of it in system calls. To keep it so, a
+candidate is a plain tuple, whose path, identity and rank are computed only when asked for. Whether a candidate is
+complete is known only once it is opened, so the caller tries them in order.
 
-The order by modification time trusts the clock: a file that is written after the clock was set back is older than one
-from before. The orders by step and by name do not ask the clock.
+The order by modification time trusts the clock: a file that is written after the clock was set back counts as older
+than one from before. The orders by step and by name use times at most for ties.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..checkpoints.files.parts import identity
 from ..errors import UsageError
 from ..layout.filenames import SUFFIX, is_file_name
 
-_LEVELS = 3  # between a checkpoint's directory and its weights
+_LEVELS = 3  # most directories between a checkpoint's directory and its weights
 
 Rank = tuple[int, int, list[tuple[int, int, str]]]
 
@@ -32,23 +32,23 @@ class Select:
     """Which entries of a directory are checkpoints, and which is newest: the settings of ``[select]``.
 
     Attributes:
-        pattern: a glob that their names match.
-        order: ``"mtime"`` (ties by natural name), ``"step"`` (of the metadata, else of the name) or ``"name"``
-            (natural, so that 10 comes after 9); or
-            ``"arrival"``, when the system last changed a file: copies with old modification times are new.
-        marker: a file that its writer leaves last: in a checkpoint's directory, or beside a file with the file's name
-            before it (``step_5.safetensors.STABLE``, or ``step_5.STABLE``). One that is older than a file of its
-            checkpoint was left by an earlier save, and does not count.
-        settle: seconds without a change, if nothing else shows that its writer is done: if it has several files, or the
-            system does not say whether one is open for writing.
+        pattern: a glob that the names of checkpoints match.
+        order: ``"mtime"`` (modification time; ties by natural name), ``"step"`` (from the metadata, else from the
+            name), ``"name"`` (natural, so that 10 comes after 9) or ``"arrival"`` (when the system last changed the
+            file, so that copies with old modification times are new).
+        marker: a file that the writer of a checkpoint writes last; without it, a checkpoint is ignored. It lies in the
+            checkpoint's directory; or beside a file, with that file's name in front (``step_5.safetensors.STABLE`` or
+            ``step_5.STABLE``). A marker that is older than a file of its checkpoint is of an earlier save: ignored.
+        settle: seconds for which the files of a checkpoint must not change, if there are several, or if the system does
+            not say whether one is open for writing.
         within: the directory in each checkpoint that holds the weights: ``pretrained_model``, or ``policy/actor``.
-        file: the file in each checkpoint that holds the weights, if there are several: ``model_1.safetensors``. With
-            one of these two, an entry of the place is a checkpoint if it is a directory that has it.
-        pointer: a file of the place, or a link, that names the one checkpoint to take.
-        step: a ``/regular expression/`` whose group is the step in a checkpoint's name; empty takes what
-            ``checkpoints.step_number`` finds.
+        file: the file in each checkpoint that holds the weights, if there are several: ``model_1.safetensors``. If
+            ``within`` or ``file`` is set, only directories that contain it are checkpoints.
+        pointer: a file or link in the place that names the one checkpoint to take.
+        step: a ``/regular expression/`` whose group is the step in a checkpoint's name; metadata then do not count. If
+            empty, the step is what ``checkpoints.step_number`` finds.
+        digest: ``"sha256"`` takes only checkpoints whose files all have a digest beside them, and compares the digests.
         extras: which files travel with the weights: the settings of ``[extras]``.
-        digest: ``"sha256"`` takes only checkpoints beside which the digest of each file stands, and compares them.
     """
 
     pattern: str = "*"
@@ -92,7 +92,8 @@ class Select:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether a wrong setting may hide all that a place holds; a marker that has not come does so, too."""
+        """Whether pattern, within or file may hide everything in a place."""
+        # False with a marker or a pointer, which are expected to be absent at first
         return not self.marker and not self.pointer and (self.pattern != "*" or bool(self.within or self.file))
 
 
@@ -101,16 +102,16 @@ class Candidate(NamedTuple):
 
     Attributes:
         location: its absolute path.
-        stamp: its identity, or what the system says of it, from which the identity is worked out.
-        mtime_ns: when its weights were last written: their newest modification time, or their change time if that is
-            earlier, because a modification time can be set to anything, and one in the future would hide all that
-            comes after.
-        step: from its metadata, if the order needs it.
+        stamp: its identity, or the stat result from which the identity is computed.
+        mtime_ns: when its weights were last written, in ns: their newest modification time, or their change time if
+            that is earlier, because a modification time can be set to anything, and one in the future would hide all
+            later checkpoints.
+        step: its step, if the order needs it; None if it has none.
         name: its path below the place where it was found; empty if it is the place itself.
-        arrived_ns: when the system last changed it, by its own clock: a copy with an old modification time arrives when
-            it is made. Of what is live, when it went live.
-        changed_ns: the same of all its files, extras too, where it was found with them. Of what is live, when the
-            system had last changed it before it was read; 0 if a later change says nothing.
+        arrived_ns: newest change time of its weights, in ns: when a copy with an old modification time was made. For
+            the live version: when it went live.
+        changed_ns: newest change time of all its files, extras included, in ns; 0 if unknown. For the live version:
+            that time as it was before the files were read.
     """
 
     location: str | Path
@@ -157,22 +158,22 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def select(candidates: Iterable[Candidate], live: Candidate | None = None, order: str = "mtime") -> list[Candidate]:
-    """What is newer than what is live, newest first.
+    """The candidates that are newer than the live version, newest first.
 
     Args:
-        candidates: one listing.
-        live: where the live version came from; None takes everything as newer. A live file that was replaced under its
-            own name counts as new; one from another directory says nothing about what is newer here.
+        candidates: those of one listing.
+        live: where the live version came from. If None, or in another directory, all candidates are newer. A file that
+            replaced the live one under its name is newer, too.
         order: see ``Select``.
     """
     found = list(candidates)
     if live is not None:
         same = [c for c in found if c.identity == live.identity]
-        beside = any(c.home == live.home for c in found)
-        bound = max(same, key=lambda c: c.rank(order)) if same else live if beside else None
+        is_of_place = any(c.home == live.home for c in found)
+        bound = max(same, key=lambda c: c.rank(order)) if same else live if is_of_place else None
         if bound is not None:
             where = str(live.location)
-            if order == "mtime":  # avoids ranking thousands of older ones
+            if order == "mtime":  # to rank no more than needed, of thousands
                 found = [c for c in found if c.mtime_ns >= bound.mtime_ns or str(c.location) == where]
             least = bound.rank(order)
             found = [c for c in found if str(c.location) == where or c.rank(order) >= least]

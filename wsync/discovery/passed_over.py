@@ -23,13 +23,13 @@ from ..system.memory import read_at
 from .listing import SHARD, TEMPORARY, candidate_of, entries_of, scan
 from .newest import Select
 
-_MOST = 200  # entries that are looked at
-_DEEPER = 8  # directories that are looked into
-_SHOWN = 3
+_MOST = 200  # most entries of a directory that are looked at
+_DEEPER = 8  # most directories that are looked into, on each level
+_SHOWN = 3  # most entries that are named
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".zip", ".pkl", ".pickle", ".tar")
-_LOOKED_AT = 20  # files that may be pickles
-_ENTRIES = 10_000  # of one directory
-_FIRST = 9  # bytes
+_LOOKED_AT = 20  # most files that are opened, because their names are like a pickle's
+_ENTRIES = 10_000  # most names of a directory that are compared with those
+_FIRST = 9  # bytes of a file that show its kind
 
 
 def passed_over(place: Path, settings: Select) -> str:
@@ -46,11 +46,11 @@ def passed_over(place: Path, settings: Select) -> str:
         entries = sorted(entries_of(place), key=lambda entry: entry.name)
         names = {entry.name for entry in entries}
         reasons = ((entry.name, _why_not(place, entry, names, settings)) for entry in entries[:_MOST])
-        told = [f"{printable(name):.100} ({why})" for name, why in reasons if why]
-        if not told:
+        named = [f"{printable(name):.100} ({why})" for name, why in reasons if why]
+        if not named:
             return ""
-        more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-        return f"Passed over: {', '.join(told[:_SHOWN])}{more}. {_advice(place, entries, settings)}"
+        more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
+        return f"Passed over: {', '.join(named[:_SHOWN])}{more}. {_advice(place, entries, settings)}"
     except (CheckpointError, OSError):  # the pass itself reports it
         return ""
 
@@ -113,7 +113,7 @@ def _deeper(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _below(directory: Path, levels: int = 4) -> Iterator[tuple[str, Path]]:
-    """A directory and those in it, down to so many levels, each with its path from there."""
+    """Yields a directory and those below it, of so many levels in all, each with its path from the first."""
     level = [("", directory)]
     for _ in range(levels):
         yield from level
@@ -126,7 +126,7 @@ def _below(directory: Path, levels: int = 4) -> Iterator[tuple[str, Path]]:
 
 
 def pickles_in(place: Path) -> str:
-    """Names files that wsync never opens in a directory or one level below, in a sentence; empty if there are none."""
+    """A sentence that names a pickle in a directory, or one level below, which wsync never loads; empty if none is."""
     try:
         entries = ((path, entry.name) for _, path in _below(place, 2) for entry in islice(entries_of(path), _ENTRIES))
         files = (path / name for path, name in entries if name.lower().endswith(_PICKLES))
@@ -145,7 +145,7 @@ def pickles_in(place: Path) -> str:
 
 
 def _kind(file: Path) -> str:
-    """What a file is by its first bytes; empty if it is not a regular file, or cannot be read."""
+    """The kind of a pickle, by its first bytes; empty if the file is something else, or cannot be read."""
     try:
         if away := remote(file):
             stored = away.stored()

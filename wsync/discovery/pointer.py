@@ -15,12 +15,12 @@ _MAX_POINTER = 4096  # bytes
 def pointed(place: Path, pointer: str) -> str:
     """The name of the entry that a pointer file in a place names.
 
-    A pointer is data: what it names is never outside the place. It holds a name, as DeepSpeed's ``latest`` does; or a
-    path of the place with the name at its end; or the number of Megatron's ``iter_0000500``. A link counts as well.
+    A pointer is a link to an entry of the place, or a file that holds the entry's name, as DeepSpeed's ``latest`` does,
+    its path, or a number, as Megatron's does for ``iter_0000500``. It cannot lead out of the place.
 
     Raises:
-        NoCheckpoint: there is no such pointer yet, or what it names is not there.
-        MalformedCheckpoint: it names something outside the place.
+        NoCheckpoint: there is no such pointer yet, it is empty, or the entry that it names does not exist.
+        MalformedCheckpoint: it does not hold text, or names something outside the place.
     """
     file = place / pointer
     try:

@@ -1,8 +1,8 @@
-"""Finds candidates' steps for the order by step: from their names where these are certain, else from their headers.
+"""Finds candidates' steps for the order by step: from their names if these are certain, else from their headers.
 
-A name gives a step if the number follows a known word, or is the only one. The newest by name shows whether names and
-metadata agree; if not, all headers are read. Steps are cached by identity, in this process and in a file, so that each
-state of a checkpoint is opened once.
+A name is certain if the number follows a known word, or is the only one. The header of the newest by name is read, too:
+if its step differs from the name's, all headers are read. Steps are cached by identity, in this process and in a file,
+so that each state of a checkpoint is opened once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ StepOf = Callable[[Candidate, Mapping[str, str]], int | None]
 
 
 class StepOrder:
-    """Finds the steps, and remembers what was read.
+    """Finds candidates' steps, and remembers those that were read from headers.
 
     Args:
-        step_of: tells a candidate's step by its name and these metadata.
-        pattern: ``select.step``; if it is set, names decide alone.
-        memory: the file in which steps are remembered; None keeps them in this process.
+        step_of: returns a candidate's step, given its metadata.
+        pattern: ``select.step``; if it is set, names alone decide.
+        memory: the file in which steps are kept; None keeps them in this process only.
     """
 
     def __init__(self, step_of: StepOf, pattern: str, memory: Path | None) -> None:
@@ -37,7 +37,7 @@ class StepOrder:
         self._is_new = False
 
     def __len__(self) -> int:
-        """How many are remembered."""
+        """The number of steps that are remembered."""
         return len(self._known or {})
 
     def apply(
@@ -48,17 +48,17 @@ class StepOrder:
         *,
         forget: bool = True,
     ) -> tuple[list[Candidate], Candidate | None]:
-        """The candidates with their steps, and the live one with a step found in the same way.
+        """Returns the candidates with their steps, and the live one with a step found in the same way.
 
         Args:
-            live: with its path below the place as its name, if it lies there.
-            all_of: lists also those that were skipped because their names give a lower step.
-            forget: steps of checkpoints that are not among the candidates.
+            live: its name is its path below the place; empty if it lies elsewhere.
+            all_of: lists all candidates, also those that were skipped because their names give a lower step.
+            forget: whether to forget the steps of checkpoints that are not among the candidates.
         """
         steps: dict[int, int | None] = {}
         if self._agree(found, live):
-            steps = {id(each): number for each in found if (number := self.told(each.name)) is not None}
-            if live and live.name and (number := self.told(live.name)) is not None:
+            steps = {id(each): number for each in found if (number := self.named_step(each.name)) is not None}
+            if live and live.name and (number := self.named_step(live.name)) is not None:
                 live = live._replace(step=number)
         else:
             found = all_of()
@@ -70,22 +70,22 @@ class StepOrder:
         self._save()
         return [each._replace(step=steps.get(id(each))) for each in found], live
 
-    def told(self, name: str) -> int | None:
-        """The step that a name gives for certain."""
+    def named_step(self, name: str) -> int | None:
+        """The step that a name gives for certain, else None."""
         entry = name.partition("/")[0]
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
 
-    def told_like(self, name: str) -> Callable[[str], int | None]:
-        """``told`` for many names of entries, most of which are like this one."""
-        return self.told if self._pattern else steps_like(name.partition("/")[0])
+    def named_step_like(self, name: str) -> Callable[[str], int | None]:
+        """Returns ``named_step`` for many names of entries, fast for those that are like this one."""
+        return self.named_step if self._pattern else steps_like(name.partition("/")[0])
 
-    def counts_as(self, live: Candidate) -> bool:
-        """Whether the step of what is live is the one in its name, or unknown."""
-        return bool(self._pattern) or live.step in (None, self.told(live.name))
+    def agrees_with(self, live: Candidate) -> bool:
+        """Whether the live version's step is the one in its name, or unknown."""
+        return bool(self._pattern) or live.step in (None, self.named_step(live.name))
 
     def _agree(self, found: list[Candidate], live: Candidate | None) -> bool:
-        """Whether the newest by its name has the same step in its metadata, or none."""
-        certain = [(number, c) for c in found if (number := self.told(c.name)) is not None] if not self._pattern else []
+        """Whether the metadata of the candidate that is newest by name have the same step, or none."""
+        certain = [(n, c) for c in found if (n := self.named_step(c.name)) is not None] if not self._pattern else []
         if not certain:
             return True
         number, newest = max(certain, key=lambda pair: pair[0])
@@ -101,14 +101,14 @@ class StepOrder:
         return (step for _, step in prefetch(unread, self._step, AT_ONCE))  # each step is a request
 
     def _step(self, candidate: Candidate) -> int | None:
-        """The step of one candidate, whose header is opened once for each state of its file."""
+        """The step of one candidate, whose header is read once for each state of its file."""
         known, where, state = self._load(), str(candidate.location), candidate.identity
         if where in known and known[where][0] == state:
             return known[where][1]
         try:
-            with Checkpoint(candidate.path) as checkpoint:  # settling is checked when it is taken
+            with Checkpoint(candidate.path) as checkpoint:  # no settling: it is checked before a publish
                 step = self._step_of(candidate, checkpoint.metadata)
-        except CheckpointError as exc:  # reported when it is tried; until then its name decides
+        except CheckpointError as exc:  # reported when it is published; until then its name decides
             step = self._step_of(candidate, {})
             if not isinstance(exc, MalformedCheckpoint) and not remote(candidate.path):  # an object does not grow
                 return step
@@ -119,7 +119,7 @@ class StepOrder:
         known = self._known or {}
         if len(known) > len(found):
             listed = {str(candidate.location) for candidate in found}
-            self._known = {where: told for where, told in known.items() if where in listed}
+            self._known = {where: entry for where, entry in known.items() if where in listed}
 
     def _load(self) -> dict[str, tuple[str, int | None]]:
         if self._known is None:

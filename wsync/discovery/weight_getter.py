@@ -1,8 +1,7 @@
-"""The weight getter, which turns "this directory" into "the newest weights".
+"""The weight getter: returns the newest weights of a directory.
 
-Calling it returns a TensorDict, like the ``weight_getter`` of torchrl's and our weight updaters. For publishing it
-hands over the opened checkpoint instead, so that bytes go from the file straight into the slot and torch is not
-imported.
+Calling it returns a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and ours must. For publishing, it
+returns the opened checkpoint instead, so that bytes go from the file straight into the slot, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ if TYPE_CHECKING:
     from .step_order import StepOrder
 
 
-_AHEAD = 60.0  # seconds that a file server's clock may be ahead of ours
+_AHEAD = 60.0  # most seconds that a file server's clock may be ahead of ours
 
 
 class Look(NamedTuple):
     """What one listing of a place offers.
 
     Attributes:
-        newer: candidates that are newer than what is live, newest first.
+        newer: candidates that are newer than the live version, newest first.
         late: candidates that count as older, but arrived after the live version went live.
-        is_new_run: the live one is gone and all others arrived later, so they count as newer.
-        nothing: why the place offers nothing, though what is live may still be there; empty if it offers something.
+        is_new_run: whether the live one is gone and all others arrived later, so that they count as newer.
+        nothing: why the place's pointer, or the settings, leave no candidate at all; else empty.
     """
 
     newer: list[Candidate]
@@ -56,15 +55,15 @@ class CheckpointWeightGetter:
 
     Args:
         checkpoints: a directory in which checkpoints appear, or a ``.safetensors`` file; or the URL of one.
-        only_new: a call returns None if no checkpoint is newer than that of the last call.
+        only_new: whether a call returns None if no checkpoint is newer than that of the last call.
         select: which entries are checkpoints, and which is newest.
         fit: which tensors are taken, and under which names.
 
     Attributes:
-        path: of the last call's checkpoint; None before.
-        step: its producer's number; None if it has none.
-        memory: a file in which the steps of the order by step are remembered; None keeps them in this process.
-        only: the names of the files that may be newer than what is live; None if any may be.
+        path: the checkpoint that the last call returned; None before the first.
+        step: the producer's own number for that checkpoint; None if it has none.
+        memory: the file in which the order by step keeps steps; None keeps them in this process only.
+        only: the names of the files that may be newer than the live version; None if any may be.
 
     Example:
         >>> getter = CheckpointWeightGetter("runs/cartpole")
@@ -89,12 +88,12 @@ class CheckpointWeightGetter:
         self._last: Candidate | None = None
 
     def __call__(self) -> TensorDict | None:
-        """The newest weights: names nested at their dots, the file's shapes and dtypes, on the CPU, a copy of our own.
+        """Returns the newest weights in new CPU memory, with the file's shapes and dtypes, nested at the names' dots.
 
         Raises:
-            NoCheckpoint: there is no complete checkpoint yet.
+            NoCheckpoint, IncompleteCheckpoint: there is no checkpoint yet, or none is complete.
             CheckpointRejected: the newest one is broken, or holds NaN or infinity.
-            CheckpointError: it cannot be read, or changed while it was read.
+            CheckpointError: it cannot be read, changed while it was read, or does not fit into memory or a TensorDict.
         """
         checkpoint = self.open_newest(self._last if self.only_new else None)
         if checkpoint is None:
@@ -106,10 +105,10 @@ class CheckpointWeightGetter:
             return weights
 
     def open_newest(self, live: Candidate | None = None) -> Checkpoint | None:
-        """Opens the newest complete checkpoint for publishing; None if none is newer than what is live.
+        """Opens the newest complete checkpoint for publishing; None if none is newer than the live version.
 
         Raises:
-            NoCheckpoint: nothing is live, and there is no complete checkpoint.
+            NoCheckpoint: nothing is live, and there is no checkpoint; or the place does not exist.
             IncompleteCheckpoint: nothing is live, and no candidate is complete.
             CheckpointError: it cannot be read, or is not a safetensors file.
         """
@@ -118,20 +117,20 @@ class CheckpointWeightGetter:
             try:
                 return self.open(candidate, partial(_published_from, candidate, live or self._last))
             except (NoCheckpoint, IncompleteCheckpoint) as exc:
-                failure = exc  # still being written, or gone: the next newest may be complete
+                failure = exc  # being written, or gone: the next newest may be complete
         if live is None:
             raise failure or self.nothing()
         return None
 
     def candidates(self, live: Candidate | None = None) -> list[Candidate]:
-        """What is newer than what is live, newest first; see ``look``."""
+        """The candidates that are newer than the live version, newest first; see ``look``."""
         return self.look(live).newer
 
     def look(self, live: Candidate | None = None) -> Look:
-        """Lists the place; a checkpoint named directly, or by a pointer, is new whatever its age.
+        """Lists the place. A checkpoint that is named directly, or by a pointer, counts as newer whatever its age.
 
         Raises:
-            NoCheckpoint: the place is not there.
+            NoCheckpoint: the place does not exist; or nothing is live, and its pointer names no entry yet.
             CheckpointError: the place cannot be listed.
         """
         live = live and live._replace(name=self._below(str(live.location)))
@@ -141,7 +140,7 @@ class CheckpointWeightGetter:
         except NoCheckpoint as exc:
             if live is None or not self.select.pointer:
                 raise
-            found, nothing = [], str(exc)  # the pointer names what is not there yet
+            found, nothing = [], str(exc)  # there is no pointer, or it names an entry that is not there yet
         if live and (self.select.pointer or not any(c.name for c in found)):
             is_passed_over = not found and self.only is None and self.select.is_narrow
             if is_passed_over and live.name and os.path.exists(live.location):
@@ -160,16 +159,16 @@ class CheckpointWeightGetter:
         return Look(lasting(newer), late)
 
     def _older(self, live: Candidate) -> Older | None:
-        """What a listing may leave out."""
+        """Returns the test for entries that a listing may skip; None if it needs all."""
         if not live.name or remote(self.checkpoints) or (settings := self.select).marker or settings.pointer:
             return None
         if settings.within or settings.file:  # only directories count
             return None
-        is_by_step = settings.order == "step" and self._step_order().counts_as(live)
-        return older_than(live, settings.order, self._step_order().told_like(live.name) if is_by_step else None)
+        is_by_step = settings.order == "step" and self._step_order().agrees_with(live)
+        return older_than(live, settings.order, self._step_order().named_step_like(live.name) if is_by_step else None)
 
     def _only(self, live: Candidate | None, older: Older | None) -> set[str] | None:
-        """The only names that a listing needs."""
+        """The names that a listing needs; None if it needs all."""
         if self.only is None or live is None or older is None:
             return None
         return {*self.only, live.name.partition("/")[0]}
@@ -194,14 +193,14 @@ class CheckpointWeightGetter:
         return source.removeprefix(place) if source.startswith(place) else ""
 
     def is_one_checkpoint(self) -> bool:
-        """Whether the place is itself a checkpoint, and not one where they appear."""
+        """Whether the place is a checkpoint itself, rather than a directory in which they appear."""
         try:
             return [candidate.path for candidate in scan(self.checkpoints, self.select)] == [self.checkpoints]
         except CheckpointError:  # it is gone
             return False
 
     def step_of(self, candidate: Candidate, metadata: Mapping[str, str] = MappingProxyType({})) -> int | None:
-        """A candidate's step by its name and these metadata, from the first level below the place that has one."""
+        """A candidate's step: from its metadata, or the first part of its path below the place that has one."""
         from ..checkpoints.step_number import read_step, step_at
 
         if not candidate.name:
@@ -210,10 +209,10 @@ class CheckpointWeightGetter:
         return next((step for step in steps if step is not None), None)
 
     def open(self, candidate: Candidate, published: Callable[[], Sequence[str]] = tuple) -> Checkpoint:
-        """The opened checkpoint, for publishing without torch; the caller closes it.
+        """Opens a candidate for publishing, without torch; the caller closes it.
 
         Args:
-            published: gives the identities of what was published from its path before.
+            published: returns the identities of what was published from this path before.
         """
         settle, digest, extras = self.select.settle, self.select.digest, self.select.extras
         checkpoint = Checkpoint(candidate.path, settle=settle, digest=digest, published=published, extras=extras)
@@ -249,7 +248,7 @@ def live_candidate(live: Publication | None) -> Candidate | None:
 
 def _candidate(source: str, identity: str, step: int | None, taken: float) -> Candidate:
     written = int(identity.rpartition("-")[2])
-    if written > (taken + _AHEAD) * 1e9:  # a time set ahead of the clock says nothing
+    if written > (taken + _AHEAD) * 1e9:  # a time in the future would make every later file older
         written = int(taken * 1e9)
     return Candidate(source, identity, written, step, arrived_ns=int(taken * 1e9))
 
@@ -262,7 +261,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     layout = Layout.build({name: (tensor.dtype, tensor.shape) for name, tensor in named if name is not None}, {})
     try:
         memory = torch.empty(layout.nbytes, dtype=torch.uint8)
-    except RuntimeError as exc:  # torch's error if memory is refused
+    except RuntimeError as exc:  # from torch, if the system refuses the memory
         raise CheckpointError(
             f"{checkpoint.path} holds {layout.nbytes:,} bytes of weights, and this process cannot get that much "
             "memory. Take fewer of its tensors (include, exclude), or raise the limit of this process."

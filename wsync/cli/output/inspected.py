@@ -65,14 +65,14 @@ def inspect(
         own = inside(path, settings)
         parts_of(own)
     except NoCheckpoint:
-        return {"path": str(path), "candidates": _verdicts(scan(path, settings, halves=True), settings, fits)}
+        return {"path": str(path), "candidates": _verdicts(scan(path, settings, everything=True), settings, fits)}
     except OSError as exc:
         raise unreadable(path, exc) from exc
     except CheckpointError:
         pass  # told below, where it is opened
     looked = _look(own, settings, fits, scan_values)
     try:
-        others = [candidate for candidate in scan(path, settings, halves=True) if candidate.path != own]
+        others = [candidate for candidate in scan(path, settings, everything=True) if candidate.path != own]
     except CheckpointError:
         others = []
     return {**looked, "candidates": _verdicts(others, settings, fits)} if others else looked
