@@ -35,7 +35,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         for version in range(1, 150):
             kind, text = "publish" if version % 3 else "rollback", str(version)
             state.record(kind, version=version, step=version, checkpoint=text, identity=text, settings="{}")
-            state.reject(str(version), "strict", "why" * 20)
+            state.remember("strict", str(version), "why" * 20)
     return (place / f"{NAME}.sqlite").read_bytes()
 
 
@@ -44,8 +44,8 @@ def look_at(state: State) -> None:
     state.events(limit=5)
     state.events(kinds=("publish", "rollback"))
     state.last()
-    state.rejections("strict")
-    state.reject("new", "strict", "why")
+    state.remembered("strict")
+    state.remember("strict", "new", "why")
     state.record("publish", version=200, identity="new", accepted="strict")
     assert any(event.version == 200 for event in state.events())
 

@@ -90,35 +90,35 @@ def test_a_history_that_was_removed_begins_anew(tmp_path: Path) -> None:
 def test_a_rejection_is_known_by_file_and_settings(tmp_path: Path) -> None:
     """Guards against a file that is retried for ever, and against one that stays refused under mended settings."""
     with State("nets", tmp_path) as state:
-        assert state.rejections("strict") == {}
-        state.reject("1", "strict", "does not fit")
-        state.reject("1", "strict", "does not fit at all")
-        assert state.rejections("strict") == {"1": "does not fit at all"}
-        assert state.rejections("lax") == {}
+        assert state.remembered("strict") == {}
+        state.remember("strict", "1", "does not fit")
+        state.remember("strict", "1", "does not fit at all")
+        assert state.remembered("strict") == {"1": "does not fit at all"}
+        assert state.remembered("lax") == {}
 
 
 def test_old_rejections_and_events_go(tmp_path: Path) -> None:
     """Guards against a record that grows for as long as the box runs."""
     with State("nets", tmp_path, bound=3) as state:
-        state.trim, state.most_rejections = 1, 2
+        state.trim, state.most_remembered = 1, 2
         for number in range(6):
             state.record("publish", version=number)
-            state.reject(str(number), "", "why")
+            state.remember("", str(number), "why")
         assert [event.version for event in state.events()] == [3, 4, 5]
         for _ in range(6):
             state.record("gate", version=6)
         assert [event.version for event in state.events()] == [3, 4, 5, 6, 6, 6] and state.last()[0] == 5
-        assert len(state.rejections("")) <= 3 and "5" in state.rejections("")
+        assert len(state.remembered("")) <= 3 and "5" in state.remembered("")
 
 
 def test_what_was_accepted_is_rejected_no_more(tmp_path: Path) -> None:
     """Guards the start after a reboot against a refusal that `--retry` has overcome; under other settings it stands."""
     with State("nets", tmp_path) as state:
-        state.reject("1", "strict", "why")
-        state.reject("1", "lax", "why")
-        state.reject("2", "strict", "why")
+        state.remember("strict", "1", "why")
+        state.remember("lax", "1", "why")
+        state.remember("strict", "2", "why")
         state.record("publish", version=1, identity="1", accepted="strict")
-        assert (state.rejections("strict"), state.rejections("lax")) == ({"2": "why"}, {"1": "why"})
+        assert (state.remembered("strict"), state.remembered("lax")) == ({"2": "why"}, {"1": "why"})
 
 
 @pytest.mark.parametrize("change", [{"version": "1"}, {"checkpoint": 1}, {"since": "now"}, {"more": 1}, {"step": []}])
@@ -268,5 +268,5 @@ def test_a_name_that_is_no_text_is_recorded(tmp_path: Path) -> None:
     """Guards against a file's odd name ending a watch at the moment that its history is written."""
     with State("nets", tmp_path) as state:
         state.record("publish", version=1, checkpoint="/runs/\udcff.safetensors")
-        state.reject("1", "", "/runs/\udcff does not fit")
-        assert state.events()[0].checkpoint == "/runs/\\udcff.safetensors" and state.rejections("")
+        state.remember("", "1", "/runs/\udcff does not fit")
+        assert state.events()[0].checkpoint == "/runs/\\udcff.safetensors" and state.remembered("")

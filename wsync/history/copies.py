@@ -46,7 +46,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(target.parent)
         this = state.published("version = ?", (publication.version,), 1)
-        same = copies(state).get(what(this[0])) if this else None
+        same = copies(state).get(key_of(this[0])) if this else None
         if same and is_of(same, publication.identity):
             with suppress(FileNotFoundError):
                 same.with_suffix(_EXTRAS).replace(target.with_suffix(_EXTRAS))
@@ -117,7 +117,7 @@ def _sweep(copies: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def what(event: Event) -> tuple[str, str]:
+def key_of(event: Event) -> tuple[str, str]:
     """What an event published: the file, and how it was fitted."""
     return event.identity, event.settings or ""
 
@@ -130,7 +130,7 @@ def copied_events(state: State) -> list[Event]:
 
 def copies(state: State) -> dict[tuple[str, str], Path]:
     """The kept copies, by what they are of."""
-    return {what(event): copy_path(state, event.version) for event in copied_events(state) if event.identity}
+    return {key_of(event): copy_path(state, event.version) for event in copied_events(state) if event.identity}
 
 
 def copy_path(state: State, version: int) -> Path:

@@ -93,12 +93,12 @@ class Record:
         wanted = set(listed)
         if wanted and not self._loaded:
             self._loaded = True
-            self._refused |= self._try(State.rejections, self._settings) or {}
-            self._passed |= (self._try(State.rejections, f"{self._settings}{_PASSED}") or {}).keys()
-            self._halves |= self._try(State.rejections, _HALF) or {}
+            self._refused |= self._try(State.remembered, self._settings) or {}
+            self._passed |= (self._try(State.remembered, f"{self._settings}{_PASSED}") or {}).keys()
+            self._halves |= self._try(State.remembered, _HALF) or {}
         if wanted:
-            self._refused = {state: why for state, why in self._refused.items() if state in wanted}
-            self._halves = {state: why for state, why in self._halves.items() if state in wanted}
+            self._refused = {identity: why for identity, why in self._refused.items() if identity in wanted}
+            self._halves = {identity: why for identity, why in self._halves.items() if identity in wanted}
         return self._refused
 
     def reason(self, identity: str) -> str:
@@ -112,7 +112,7 @@ class Record:
     def refuse(self, identity: str, reason: str, refused: Version) -> None:
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
-        self._try(State.reject, identity, self._settings, reason)
+        self._try(State.remember, self._settings, identity, reason)
         self._try(State.record, "reject", refused, bytes=None)
 
     @property
@@ -123,7 +123,7 @@ class Record:
     def pass_over(self, identity: str, reason: str, refused: Version) -> None:
         """Remembers that it was reported; it stays refused or incomplete."""
         self._passed.add(identity)
-        self._try(State.reject, identity, f"{self._settings}{_PASSED}", reason)
+        self._try(State.remember, f"{self._settings}{_PASSED}", identity, reason)
         if identity not in self._refused:
             self._try(State.record, "reject", refused, bytes=None)
 
@@ -135,7 +135,7 @@ class Record:
         """Remembers that an object is incomplete; it cannot grow, so this holds under any settings."""
         if self._halves.get(identity) != why:
             self._halves[identity] = why
-            self._try(State.reject, identity, _HALF, why)
+            self._try(State.remember, _HALF, identity, why)
 
     def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
         """Remembers that a checkpoint has the bytes of what is live, so that it is neither tried again nor reported."""
@@ -143,18 +143,18 @@ class Record:
         self._try(State.touched, live.version, checkpoint.changed_ns)
         self._refused[identity] = why
         self._passed.add(identity)
-        for settings in (self._settings, f"{self._settings}{_PASSED}"):
-            self._try(State.reject, identity, settings, why)
+        for scope in (self._settings, f"{self._settings}{_PASSED}"):
+            self._try(State.remember, scope, identity, why)
 
     def told_until(self) -> int:
         """When the last checkpoint arrived that was reported as older than what is live, ns since the epoch."""
         if self._told is None:
-            self._told = max(map(int, (self._try(State.rejections, _LATE) or {}).values()), default=0)
+            self._told = max(map(int, (self._try(State.remembered, _LATE) or {}).values()), default=0)
         return self._told
 
     def told_of(self, arrived_ns: int) -> None:
         self._told = arrived_ns
-        self._try(State.reject, "", _LATE, str(arrived_ns))
+        self._try(State.remember, _LATE, "", str(arrived_ns))
 
     # --- events
 

@@ -15,7 +15,7 @@ from ..checkpoints.files.extras import MAX_BYTES, ExtraFiles
 from ..discovery.identity import is_same
 from ..errors import CheckpointError, NoCheckpoint, StateError, UsageError, printable
 from ..fitting.fit import Fit
-from .copies import copies, is_of, open_copy, what
+from .copies import copies, is_of, key_of, open_copy
 from .pins import Pin
 from .state import Event, State
 
@@ -71,12 +71,12 @@ def reopen(
         fit = fit_from_json(event.settings)
     except StateError:  # another wsync's
         return None
-    copy = found.get(what(event))
+    copy = found.get(key_of(event))
     if copy and is_of(copy, event.identity):
         return open_copy(copy, event, fit), Fit(finite=False, mixture=fit.mixture)
     changed_ns = state.changed_ns(event.identity, event.id)
     extras = extras_from_json(event.settings)
-    original = None if fit.mixture else same(event.checkpoint, event.identity, changed_ns, header, extras)
+    original = None if fit.mixture else open_original(event.checkpoint, event.identity, changed_ns, header, extras)
     if original:
         original.step = event.step  # a setting may have found it, and not only the name
     return (original, fit) if original else None
@@ -98,7 +98,7 @@ def reopen_pinned(state: State, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple
     changed_ns = state.changed_ns(pin.identity, pinned.id) if pinned else 0
     mixed = bool(pinned and pin.version and fit_from_json(pinned.settings).mixture)
     extras = extras_from_json(pinned.settings) if pinned else extras
-    checkpoint = None if mixed else same(pin.checkpoint, pin.identity, changed_ns, pin.header, extras)
+    checkpoint = None if mixed else open_original(pin.checkpoint, pin.identity, changed_ns, pin.header, extras)
     if checkpoint is None:
         why = IN_NO_FILE if mixed else gone_or_changed(state, pin.checkpoint)
         raise CheckpointError(
@@ -115,7 +115,9 @@ def gone_or_changed(state: State, path: str | None) -> str:
     return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
 
 
-def same(path: str | None, identity: str | None, changed_ns: int, header: str, extras: ExtraFiles) -> Checkpoint | None:
+def open_original(
+    path: str | None, identity: str | None, changed_ns: int, header: str, extras: ExtraFiles
+) -> Checkpoint | None:
     """Opens a checkpoint of this identity; None if it is gone or was changed."""
     if not path or not identity:
         return None

@@ -21,7 +21,7 @@ from ..segment.publication import Publication, Version
 from ..segment.publishing import publish, publish_again
 from ..segment.segment import Segment
 from ..segment.writable import WritableSegment
-from .copies import copied_events, copies, what
+from .copies import copied_events, copies, key_of
 from .pins import Pin
 from .reopening import IN_NO_FILE, NO_COPY, extras_from_json, fit_from_json, gone_or_changed, reopen
 from .state import Event, State
@@ -134,7 +134,7 @@ def _choices(state: State) -> str:
         seen.add(event.version)
         again = reopen(event, found, state)
         if again:
-            where = "kept copy" if what(event) in found else event.checkpoint
+            where = "kept copy" if key_of(event) in found else event.checkpoint
             again[0].close()
             lines.append(f"  {event.version}  step {event.step}  {printable(where or '')}")
         if len(lines) == _SHOWN:

@@ -151,7 +151,7 @@ class State:
         pin_file: the segment's pin.
         warn: called when the history was damaged, and a new one begins; logs by default.
         trim: one in so many events checks whether there are too many.
-        most_rejections: rejections that stay on record.
+        most_remembered: texts that stay on record.
 
     Raises:
         UsageError: the name cannot be that of a segment.
@@ -159,7 +159,7 @@ class State:
 
     def __init__(self, name: str, directory: str | os.PathLike[str] | None = None, bound: int = _UNBOUNDED) -> None:
         self.name, self._bound = check_name(name), bound
-        self.trim, self.most_rejections = 100, 1_000
+        self.trim, self.most_remembered = 100, 1_000
         self.directory = state_dir(directory)
         self.pin_file = PinFile(self.directory / f"{name}.pin", name)
         self._file = self.directory / f"{name}.sqlite"
@@ -272,28 +272,30 @@ class State:
         change = f"UPDATE events SET changed_ns = ? WHERE {_PUBLISHED} AND version = ?"
         self._write(lambda database: database.execute(change, values))
 
-    # --- what was rejected
+    # --- texts about checkpoints, such as why one was rejected
 
-    def reject(self, identity: str, settings: str, reason: str) -> None:
-        """Remembers a rejection, as long as neither the file nor the settings change."""
-        values = identity, settings, _text(reason), time.time()
+    def remember(self, scope: str, identity: str, text: str) -> None:
+        """Remembers a text about a checkpoint in place of an earlier one.
+
+        Args:
+            scope: what the text holds for, such as a digest of the settings under which the checkpoint was rejected.
+        """
+        values = identity, scope, _text(text), time.time()
 
         def add(database: sqlite3.Connection) -> None:
             database.execute("REPLACE INTO rejections VALUES (?, ?, ?, ?)", values)
             database.execute(
                 "DELETE FROM rejections WHERE at < (SELECT at FROM rejections ORDER BY at DESC LIMIT 1 OFFSET ?)",
-                (self.most_rejections,),
+                (self.most_remembered,),
             )
 
         self._write(add)
 
-    def rejections(self, settings: str) -> Mapping[str, str]:
-        """What was rejected under these settings: the reason by identity."""
+    def remembered(self, scope: str) -> Mapping[str, str]:
+        """The texts that are remembered in a scope, by identity."""
 
         def look(database: sqlite3.Connection) -> dict[str, str]:
-            rows = database.execute(
-                "SELECT identity, reason FROM rejections WHERE settings = ?", (settings,)
-            ).fetchall()
+            rows = database.execute("SELECT identity, reason FROM rejections WHERE settings = ?", (scope,)).fetchall()
             if not all(isinstance(text, str) for row in rows for text in row):
                 raise TypeError("a rejection is not a text")
             return dict(rows)
