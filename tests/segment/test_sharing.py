@@ -16,6 +16,7 @@ from policies import mlp
 from processes import DEADLINE, Cli, Spawn
 
 import wsync
+from wsync.layout.layout import layout_of
 
 pytestmark = pytest.mark.slow
 
@@ -89,9 +90,9 @@ def test_makers_and_removers_at_once(runtime: Path, tmp_path: Path, spawn: Spawn
     write(tmp_path / "step_1.safetensors", mlp(), 1.0, 1)
     code = (
         "import sys; from wsync.segment.writable import WritableSegment, remove; from wsync.errors import WsyncError; "
-        "from wsync.layout.layout import layout_of; from wsync.checkpoints.checkpoint import Checkpoint; "
+        "from wsync.layout.layout import Layout; from wsync.checkpoints.checkpoint import Checkpoint; "
         "from wsync.segment.publishing import publish; "
-        "import policies; layout = layout_of(policies.mlp()); print('ready', flush=True); input()\n"
+        f"layout = Layout.from_json({layout_of(mlp()).to_json()!r}); print('ready', flush=True); input()\n"
         "for n in range(60):\n"
         "    try:\n"
         "        if sys.argv[1] == 'rm':\n"

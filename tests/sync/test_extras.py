@@ -573,31 +573,31 @@ def test_extras_in_a_store(bucket: Bucket, program: Cli) -> None:
     assert json.loads(result.stdout)["status"] == "current"
 
 
-def test_options_name_them(push: Push, runs: Path, program: Cli) -> None:
+def test_options_name_them(push: Push, runs: Path, cli: Cli) -> None:
     """Guards the settings as options, and that ``config`` shows them."""
     folder = saved(runs / "1", 1)
     (folder / "bounds.json").write_text("[1]")
-    assert program("push", "nets.toml", "--extras-files", "bounds.json").returncode == 0
+    assert cli("push", "nets.toml", "--extras-files", "bounds.json").returncode == 0
     with wsync.lease("nets") as held:
         assert held.extras == {"bounds.json": b"[1]"}
-    assert json.loads(program("status", "nets", "--json").stdout)["extras"] == 3
-    shown = program("config", "nets.toml", "--json", "--extras-max-bytes", "100").stdout
+    assert json.loads(cli("status", "nets", "--json").stdout)["extras"] == 3
+    shown = cli("config", "nets.toml", "--json", "--extras-max-bytes", "100").stdout
     assert "extras.files" in shown and "extras.max_bytes" in shown
 
 
 @pytest.mark.slow
-def test_inspect_lists_them(push: Push, runs: Path, program: Cli) -> None:
+def test_inspect_lists_them(push: Push, runs: Path, cli: Cli) -> None:
     """Guards what ``inspect`` calls complete: what a push would; and with ``--scan``, extras are whole, too."""
     folder = saved(runs / "1", 1)
     write(runs / "2" / "model.safetensors", mlp(), 2)
     options = ("--extras-files", "preprocessor.json", "--extras-files", "*norm*.safetensors")
-    told = json.loads(program("inspect", "runs", *options, "--json").stdout)
+    told = json.loads(cli("inspect", "runs", *options, "--json").stdout)
     verdicts = {Path(each["path"]).name: each["complete"] for each in told["candidates"]}
     assert verdicts == {"1": True, "2": False}
-    shown = program("inspect", "runs/1", "--spec", "nets.toml", "--scan")
+    shown = cli("inspect", "runs/1", "--spec", "nets.toml", "--scan")
     assert shown.returncode == 0 and "extras: obs_norm.safetensors, preprocessor.json" in shown.stdout
     (folder / "preprocessor.json").write_text("{")
-    shown = program("inspect", "runs/1", *options, "--scan")
+    shown = cli("inspect", "runs/1", *options, "--scan")
     assert shown.returncode == 65 and "is not JSON" in shown.stdout
 
 
