@@ -20,13 +20,13 @@ FORMS = (
     "open_clip_model.safetensors",
     "open_clip_model.safetensors.index.json",
 )
-"""The files by which a directory is known as a checkpoint; the first that is there counts, or its index if newer."""
+"""The files that make a directory a checkpoint; the first that exists counts, or its index if that is newer."""
 MAX_INDEX = 100_000_000  # bytes, as for a header
 MAX_TENSORS = 300_000  # of one checkpoint: the largest mixtures of experts have some 210,000
 
 
 def shards_of(index: bytes) -> list[str]:
-    """The files that an index names; empty if it is broken, which opening it reports."""
+    """The files that an index names; empty if it is broken, which is reported when it is opened."""
     try:
         return sorted({shard for shard in json.loads(index)["weight_map"].values() if is_file_name(shard)})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -34,7 +34,7 @@ def shards_of(index: bytes) -> list[str]:
 
 
 def is_file_name(shard: object) -> bool:
-    """Whether an index names a file beside it, and nothing elsewhere."""
+    """Whether this is the plain name of a file in the same directory."""
     if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or not shard.isprintable():
         return False
     return len(shard.encode()) <= 255

@@ -1,4 +1,4 @@
-"""Checks whether weights are finite, at the speed of one read of the memory and without torch."""
+"""Checks whether weights are finite, without torch, and in the time that reading them once takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .layout import Layout
 Region = tuple[int, int, str]
 """Bytes ``[begin, end)`` of the weights that hold floats of one dtype."""
 
-# Of each float dtype: the width of its bits, and the smallest pattern, sign left out, that is not finite.
+# For each float dtype: bytes of a (real) number, and the smallest bit pattern that is not finite, without its sign.
 _NON_FINITE = {
     "F64": ("8", 0x7FF0 << 48),
     "F32": ("4", 0x7F80 << 16),
@@ -30,7 +30,7 @@ _PIECE = 1 << 18  # bytes at once; they stay in the processor's cache
 
 
 def float_regions(layout: Layout) -> tuple[Region, ...]:
-    """Where a layout has floats, neighbours of one dtype as one."""
+    """The regions of a layout that hold floats; neighbours of one dtype are one region."""
     regions: list[Region] = []
     for entry in layout.tensors:
         if (entry.dtype in _NON_FINITE or entry.dtype in _NAN_BYTE) and entry.nbytes:
@@ -42,7 +42,7 @@ def float_regions(layout: Layout) -> tuple[Region, ...]:
 
 
 def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[tuple[int, int]]) -> bool:
-    """Whether the floats in these slices of the weights are finite; every other byte passes."""
+    """Whether the floats in these slices of the weights (offset and bytes) are finite; all other bytes pass."""
     for offset, nbytes in slices:
         for begin, end, dtype in regions:
             first, last = max(begin, offset), min(end, offset + nbytes)
@@ -54,10 +54,9 @@ def all_finite(weights: memoryview, regions: Iterable[Region], slices: Iterable[
 def is_finite(floats: memoryview, dtype: str) -> bool:
     """Whether floats of one dtype are finite; bytes of any other dtype pass.
 
-    With numpy, the dot product of one half with the other: a core reads two streams faster than one.
-
-    The product is NaN or infinite if any element is. Only then (it may also overflow) are the bits checked: the largest
-    as unsigned and the largest as signed integers show whether any exponent is all ones.
+    For F32 and F64, numpy first multiplies one half by the other, as a dot product: a core reads two streams faster
+    than one. The product is NaN or infinite if any element is, but it may also overflow. So the bits are then checked,
+    as for other dtypes: their maximum as unsigned and as signed integers shows whether any exponent is all ones.
     """
     import numpy as np
 
@@ -90,7 +89,7 @@ def has_nan(floats: memoryview, dtype: str) -> bool:
 
 
 def same_infinities(floats: memoryview, others: memoryview, dtype: str) -> bool:
-    """Whether, wherever floats of one dtype are infinite, the others are the same infinity."""
+    """Whether ``others`` hold the same infinity wherever ``floats``, of the same dtype, hold one."""
     import numpy as np
 
     width, infinity = _NON_FINITE[dtype]
@@ -101,7 +100,7 @@ def same_infinities(floats: memoryview, others: memoryview, dtype: str) -> bool:
 
 
 def not_finite(weights: memoryview, layout: Layout) -> list[str]:
-    """The names of the tensors that hold NaN or infinity, tensor by tensor only where some do."""
+    """The names of the tensors that hold NaN or infinity; they are checked one by one only if there are any."""
     if all_finite(weights, float_regions(layout), ((0, layout.nbytes),)):
         return []
     return [

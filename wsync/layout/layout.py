@@ -1,9 +1,8 @@
 """What a policy's weights look like: names, dtypes, shapes, byte offsets and tied names.
 
-A layout is data and nothing else: it knows neither files nor memory, and reading one from a module needs no
-import of torch here. Tensors lie one behind the other without gaps, in the order in which safetensors writes them
-(widest dtype first, then by name), so that a checkpoint of just these tensors is one contiguous copy, and every
-tensor is aligned to its own element.
+A layout is data and nothing else: it knows neither files nor memory. Tensors follow one another without gaps, in the
+order in which safetensors writes them (widest dtype first, then by name), so that a checkpoint of just these tensors is
+one contiguous copy, and every tensor is aligned to its own element.
 
 Tied weights (one storage under several names) are stored once, under the first of their names in sorted order, which
 is also the name that ``safetensors.torch.save_model`` keeps; the others are its ``aliases``.
@@ -48,9 +47,9 @@ _DTYPES: dict[str, tuple[int, str | None]] = {
     "I64": (64, "int64"),
     "U64": (64, "uint64"),
 }
-"""The safetensors dtypes in their rank: bits of one element, and the attribute of ``torch`` that is the same.
+"""Bits per element of each safetensors dtype, and torch's name for it (None if it has no such dtype).
 
-None for those that torch has no whole element for.
+They are in safetensors' order; a file has the last of them first.
 """
 
 DTYPE_BITS = {dtype: bits for dtype, (bits, _) in _DTYPES.items()}
@@ -63,10 +62,10 @@ class TensorEntry(NamedTuple):
     """One tensor of a layout.
 
     Attributes:
-        name: its name, the first of its names in sorted order.
+        name: the first of its names in sorted order.
         dtype: a safetensors dtype, such as ``"F32"``.
         shape: its dimensions.
-        offset: bytes from the beginning of the weights.
+        offset: where it begins in the weights, in bytes.
         aliases: the other names of the same storage, sorted.
     """
 
@@ -96,11 +95,11 @@ class Layout:
 
     @classmethod
     def build(cls, tensors: Mapping[str, tuple[str, tuple[int, ...]]], ties: Mapping[str, str]) -> Layout:
-        """Lays tensors out.
+        """Orders tensors and gives each its offset.
 
         Args:
-            tensors: dtype and shape of each tensor by its name, aliases left out.
-            ties: alias to the name that it is tied to.
+            tensors: dtype and shape of each tensor, by its name; without aliases.
+            ties: for each alias, the name that it is tied to.
         """
         aliases: dict[str, list[str]] = {}
         for alias, name in ties.items():
@@ -157,7 +156,7 @@ class Layout:
         return {name: homes.get(name, name) for name in mine}
 
     def without(self, globs: Sequence[str]) -> Layout:
-        """The same without the tensors one of whose names a glob matches."""
+        """This layout without the tensors that have a name which a glob matches."""
         out = matching((name for entry in self.tensors for name in entry.names), globs)
         left = [entry for entry in self.tensors if out.isdisjoint(entry.names)]
         ties = {alias: entry.name for entry in left for alias in entry.aliases}
@@ -221,8 +220,8 @@ def _tie(entry: TensorEntry, name: str) -> str:
 def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and persistent buffers of a module, each under every name that it has in its ``state_dict()``.
 
-    Those are the names under which trainers save. They may differ from the names in its modules, as when one is wrapped
-    for activation checkpointing. A tensor that is not in the ``state_dict()`` has the name that its modules give it.
+    Those are the names under which trainers save. They may differ from the names in the modules, for example if one is
+    wrapped for activation checkpointing. A tensor that is not in the ``state_dict()`` has its name in the modules.
 
     The wrappers of ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` are left out of the names.
 
@@ -238,7 +237,7 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _saved_names(module: torch.nn.Module) -> dict[object, list[str]]:
-    """The names of tensors in a ``state_dict()`` that may have its own names; empty if it is torch's own."""
+    """Each tensor's names in ``state_dict()``, by ``id`` and ``tied_key``; empty if no module changes torch's own."""
     import torch
 
     own = torch.nn.Module
@@ -272,9 +271,9 @@ def tied_key(tensor: torch.Tensor) -> object:
 
 
 def _in_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, each under every name that it has in the module.
+    """Parameters and persistent buffers, each under every name that it has in the modules.
 
-    The tables of the modules are read as ``state_dict()`` reads them, for a subclass may override ``named_parameters``.
+    Reads the modules' tables, as ``state_dict()`` does, because a subclass may override ``named_parameters``.
     """
     try:
         for prefix, owner in named_modules(module):
@@ -286,13 +285,13 @@ def _in_modules(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def scratch_of(module: torch.nn.Module) -> set[str]:
-    """The names of a module's buffers that do not persist, in the form that ``named_tensors`` gives the others."""
+    """The names of a module's non-persistent buffers, in the form that ``named_tensors`` gives the others."""
     owners = named_modules(module)
     return {prefix + name for prefix, owner in owners for name in owner._non_persistent_buffers_set}
 
 
 def named_modules(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
-    """A module and those in it, each under every name that it has, with the dot that its tensors' names have there."""
+    """Yields a module and those in it, each under every name that it has, as a prefix that ends in a dot (or empty)."""
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
@@ -307,7 +306,7 @@ def _wraps(module: torch.nn.Module, name: str) -> bool:
 
 
 def unreadable(module: torch.nn.Module, exc: Exception) -> SpecError:
-    """The error for a module whose own code fails while its tensors are looked for."""
+    """The error for a module whose own code fails while its tensors are listed."""
     if isinstance(exc, SpecError):
         return exc
     return SpecError(
@@ -322,14 +321,14 @@ def layout_of(module: torch.nn.Module) -> Layout:
     Works on the meta device, too: no byte of a weight is read.
 
     Raises:
-        SpecError: there are none; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold; the
-            module's own code failed.
+        SpecError: there are no tensors; one has no shape yet (a lazy module), or a dtype that safetensors cannot hold;
+            the module's own code failed.
     """
     return layout_of_tensors(named_tensors(module))
 
 
 def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
-    """The layout of named tensors; those that are one storage, offset, shape and stride are tied.
+    """The layout of named tensors; those with the same storage, offset, shape, stride and dtype are tied.
 
     Raises:
         SpecError: as ``layout_of``.
@@ -367,12 +366,12 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
 
 
 def torch_shape(entry: TensorEntry) -> tuple[int, ...]:
-    """The shape that torch gives a tensor: two floats of four bits are one of its elements."""
+    """The shape of a tensor in torch, where one element of an F4 tensor holds two numbers."""
     return (*entry.shape[:-1], entry.shape[-1] // 2) if entry.dtype == "F4" and entry.shape else entry.shape
 
 
 def views(layout: Layout, storage: torch.UntypedStorage, start: int) -> list[torch.Tensor]:
-    """The tensors of a layout whose first byte is at ``start`` of a storage, in the layout's order."""
+    """Views of a storage, one for each tensor of a layout, in its order; the weights begin at byte ``start``."""
     import torch
 
     tensors = []

@@ -1,8 +1,8 @@
 """The tensors of a module that are kept in step: all named ones except those that each process keeps for itself.
 
-No version contains the latter, such as exploration noise. Nor does a version contain the other entries of a
-``state_dict()``, from ``get_extra_state`` and from modules that pack their weights, such as quantised ones: these stay
-as they are while versions change.
+Versions do not contain those, such as exploration noise. Nor do they contain the other entries of a ``state_dict()``,
+from ``get_extra_state`` and from modules that pack their weights, such as quantised ones: these stay as they are while
+versions change.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[tuple[str, torch.Tensor]]:
-    """The named tensors of a policy that are kept in step: all but those that a glob names.
+    """The named tensors of a policy that are kept in step.
 
     Args:
-        own: the globs.
-        setting: the name of the setting, for messages.
+        own: globs of the names of the other tensors.
+        setting: the name of the setting that has these globs, for messages.
 
     Raises:
-        UsageError: a glob matches nothing, or one name of a tensor that has several; nothing is left.
+        UsageError: a glob matches nothing, or matches only some names of a tied tensor; or no tensor is left.
         SpecError: the module's own code failed.
     """
     tensors = list(named_tensors(module))
@@ -46,12 +46,12 @@ def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[
 
 
 def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:
-    """Refuses modules whose adapters PEFT has merged into the weights beside them, which no tensor shows.
+    """Refuses modules whose adapters PEFT has merged into their weights, which no tensor shows.
 
-    A version would replace those weights, and they would go on as if they held the adapters.
+    A version would replace those weights, and the modules would go on as if the adapters were still in them.
 
     Raises:
-        UsageError: one has.
+        UsageError: a module has merged adapters.
     """
     for each in modules:
         if getattr(each, "merged_adapters", None):
@@ -62,13 +62,13 @@ def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def check_extra_state(module: torch.nn.Module, extra_state: str) -> None:
-    """Refuses a policy that has such state, or says once that it has.
+    """Checks whether a policy's ``state_dict()`` has entries that are neither parameters nor persistent buffers.
 
     Args:
-        extra_state: ``"refuse"``, or ``"ignore"``, which logs the names.
+        extra_state: what to do about them: ``"refuse"``, or ``"ignore"``, which logs their names.
 
     Raises:
-        SpecError: it has, and that is not to be ignored; the module's own code failed; another way was named.
+        SpecError: it has some, and ``extra_state`` is not ``"ignore"``; or the module's own code failed.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Copies into tensors whose class runs code of its own, which may refuse them: quantised, packed or sharded weights.
 
-A copy into a plain tensor of the same shape cannot fail. A copy into any other is tried before a policy is attached or
-published; if it fails later on, the tensors before it are restored.
+A copy into a plain tensor of the same shape cannot fail. A copy into any other tensor is tried before a policy is
+attached or its weights are published; if a copy fails later, the tensors already written are restored.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def runs_code(tensor: torch.Tensor) -> bool:
 
 
 def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Tries a copy of each tensor's own values, as plain ones; the tensors stay as they are.
+    """Tries to copy each tensor's own values, in a plain tensor, into a clone of it; the tensors keep their values.
 
     Raises:
         UsageError: two elements of a tensor share one place in memory.
-        CopyRefused: a tensor's class refuses it.
+        CopyRefused: a tensor's class refuses the copy.
     """
     import torch
 
@@ -51,7 +51,7 @@ def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
                 trial = tensor.detach().clone()
                 try:
                     plain.copy_(tensor)
-                    trial = trial if type(trial) is type(tensor) else tensor  # it then gets its own values
+                    trial = trial if type(trial) is type(tensor) else tensor  # else it gets its own values
                 except Exception:  # its values cannot be read: zeros do for a trial
                     plain.zero_()
                 trial.copy_(plain)
@@ -64,10 +64,10 @@ def check_takes_copies(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def check_copy(name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-    """Tries the copy of a source into a copy of its target, if the class of either runs code in it.
+    """Tries to copy a source into a clone of its target, if the class of either runs code of its own.
 
     Raises:
-        CopyRefused: it refuses.
+        CopyRefused: a class refuses the copy.
     """
     import torch
 
@@ -88,8 +88,8 @@ def copy_each(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
     """Copies into tensors whose class runs code of its own: all of them, or none.
 
     Raises:
-        CopyRefused: one refused its copy; all have what they had.
-        HalfWritten: one refused its copy, and the tensors before it could not be restored.
+        CopyRefused: one refused its copy; all tensors have the values that they had.
+        HalfWritten: one refused its copy, and those already written could not be restored.
     """
     before = [target.detach().clone() for target in targets]
     for at, (target, source) in enumerate(zip(targets, sources, strict=True)):
@@ -116,7 +116,7 @@ def half_written(what: str, exc: Exception) -> HalfWritten:
 
 
 def _write_back(target: torch.Tensor, old: torch.Tensor) -> None:
-    """Restores the tensor that refused, too, unless it refused before it wrote anything."""
+    """Restores the tensor that refused its copy, unless it still has its old values."""
     import torch
 
     if not torch.equal(target, old):

@@ -1,7 +1,7 @@
 """Weights as callers bring them: a module, a TensorDict, a dict; nested, with tuple keys, or with dotted names.
 
-All become one thing, a table from path (a tuple of names) to tensor, and are checked as a whole against the tensors
-that they are meant for before a byte is written.
+All become a table from path (a tuple of names) to tensor, which is checked as a whole against the policy's tensors
+before a byte is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def extract(weights: object) -> TensorDictBase | Mapping[Any, Any]:
     """A module's parameters and all its buffers as a TensorDict; a TensorDict or dict as it is.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: they are something else.
     """
     if isinstance(weights, TensorDictBase | Mapping):
         return weights
@@ -50,7 +50,7 @@ def flatten(weights: object) -> dict[Path, torch.Tensor]:
 
     Raises:
         TypeError: a key is not a name, or a value is not a tensor.
-        ValueError: one path is there twice.
+        ValueError: a path is given twice, such as once nested and once dotted.
     """
     table: dict[Path, torch.Tensor] = {}
     for path, tensor in _leaves(extract(weights), ()):
@@ -65,7 +65,7 @@ def dotted(path: Iterable[str]) -> str:
 
 
 def aligned(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> dict[Path, torch.Tensor]:
-    """The sources under their targets' names, where the two differ only by wrappers."""
+    """The sources, under their targets' names if the two names differ only by wrappers."""
     paths = {dotted(path): path for path in (*sources, *targets)}
     homes = seen_through(map(dotted, sources), {dotted(path) for path in targets})
     return {
@@ -81,19 +81,19 @@ def check(
     strict: bool = False,
     finite: bool = False,
 ) -> None:
-    """Whether every source fits its target.
+    """Checks that every source fits its target.
 
     Args:
-        strict: every target must have a source; of tied ones, one of them.
-        finite: no source may hold NaN or infinity, even after the cast to its target's dtype, except for infinities
-            that the target has, too.
+        strict: whether every target must have a source; for tied targets, one is enough.
+        finite: whether to refuse NaN and infinity, also after the cast to the target's dtype, except for infinities
+            that the target already has in the same places.
 
     Raises:
-        KeyError: a name is unknown, or missing under ``strict``.
-        ValueError: another shape; not finite; two different sources for tied targets.
+        KeyError: a name is unknown, or, with ``strict``, missing.
+        ValueError: a shape differs, a source is not finite, or tied targets have different sources.
         CopyRefused: a tensor's class refuses copies into it or out of it; also a TypeError.
-        TypeError: no plain tensor; a dtype whose values the target's cannot hold, such as a float for an int, or a
-            wider int. Floats are cast to any float, and to what they become there.
+        TypeError: a source or target is not a plain tensor; or a target's dtype cannot hold the values, such as an
+            int's for a float or a wider int. Floats are cast to any float dtype.
     """
     for path, source in sources.items():
         target = targets.get(path)
@@ -123,13 +123,13 @@ def check(
 
 
 def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tensor]) -> None:
-    """Copies checked sources into their targets, whose addresses stay.
+    """Copies checked sources into their targets, which keep their memory.
 
-    A source that lies in the memory of any target is copied aside first: its bytes may be overwritten on the way.
+    A source in the memory of any target is cloned first, because a copy may overwrite it.
 
     Raises:
-        CopyRefused: a tensor's class refused its copy after all; nothing was written.
-        HalfWritten: the same, and the tensors before it could not be restored.
+        CopyRefused: a tensor's class refused its copy after all; all targets have the values that they had.
+        HalfWritten: a class refused its copy, and the targets already written could not be restored.
     """
     memory = {t.untyped_storage()._cdata for t in targets.values()}
     pairs = []
@@ -150,7 +150,7 @@ def copy(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, torch.Tens
 
 
 def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Checks that there are values to copy, and memory for each: a copy that fails has written some already."""
+    """Checks that the source has values, and the target a place for each, so that no copy fails half-way."""
     for tensor in (source, target):
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             kind = "on the meta device" if tensor.is_meta else "sparse, nested or quantised"
@@ -167,7 +167,7 @@ def _check_plain(path: Path, source: torch.Tensor, target: torch.Tensor) -> None
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a dtype can hold the values of another: torch casts integers to any dtype, and they wrap."""
+    """Whether a dtype can hold the values of another; torch casts ints to narrower ones, too, and they wrap around."""
     if {dtype, other} <= _INTS:
         mine, theirs = torch.iinfo(dtype), torch.iinfo(other)
         return mine.min <= theirs.min and theirs.max <= mine.max
@@ -175,7 +175,7 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether its values are finite, also once cast to this dtype."""
+    """Whether a tensor's values are finite, and remain so when cast to this dtype."""
     for values in (tensor.detach().to(each) for each in {tensor.dtype, dtype}):
         if values.is_floating_point() and values.element_size() == 1:  # torch.isfinite does not know these
             values = values.float()
@@ -185,7 +185,7 @@ def _is_finite(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def has_no_other_infinities(source: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a source is finite, also in the policy's dtype, wherever the policy's own does not have its infinity."""
+    """Whether each value is finite, also in the policy's dtype, or is the infinity that the policy's own tensor has."""
     if source.shape != own.shape:
         return False
     cast = source.detach().to(own.dtype)
@@ -194,7 +194,7 @@ def has_no_other_infinities(source: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def with_infinities(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Copies of the tensors that hold an infinity, as masks and bounds do."""
+    """Clones of the tensors that hold an infinity, as masks and bounds do, by name."""
     floats = [(n, t) for n, t in tensors if t.is_floating_point() and not t.is_meta and not runs_code(t)]
     floats = [(n, t) for n, t in floats if t.dtype != torch.float4_e2m1fn_x2]  # has no infinity, and no cast
     return {n: t.detach().clone() for n, t in floats if bool(t.detach().to(torch.float64).isinf().any())}
@@ -232,7 +232,7 @@ def _check_ties(targets: Mapping[Path, torch.Tensor], sources: Mapping[Path, tor
 def _where(target: torch.Tensor) -> object:
     """A key that is equal for tied tensors, as in ``layout_of_tensors``."""
     place = target.data_ptr(), target.shape, target.stride(), target.dtype
-    return place if place[0] else id(target)  # of an empty one there is no address
+    return place if place[0] else id(target)  # an empty tensor has no address
 
 
 def _some(paths: Iterable[Path]) -> str:

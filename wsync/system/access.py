@@ -1,4 +1,4 @@
-"""Who may open what: the check of every directory and file that is opened, and sharing a segment on purpose.
+"""Who may open what: checks every directory and file of a segment when it is opened, and shares a segment on request.
 
 A segment belongs to one user, who alone publishes into it, and is private unless ``Access`` says otherwise. A file is
 checked after it is opened, so that nothing can be exchanged in between: it must be a directory or a regular file, not
@@ -6,16 +6,16 @@ reached through a symbolic link, of the right owner, and writable by nobody else
 
 Sharing (``--mode 0640 --group policies``) lets others read, never write:
 
-    the runtime directory   0750   made so, where it is made; a standing one is never changed, because a wider mode
-                                   would show the names of whatever else is there: who shares is told how to open it
+    the runtime directory   0750   if wsync makes it. An existing one is never changed, because a wider mode would show
+                                   the names of everything else in it: an error says how to open it
     the segment             0750
     control, layout, slots  0640
     publisher.lock          0600   always: whoever can open it could lock publishers out
     readers/                3770   sticky: each reader puts a record of its own there, and removes no other's
 
-To read another user's segments, name the runtime directory: the default one is trusted only if it is one's own, since
-anybody may make a directory in /dev/shm. A reader trusts the owner, who can do anything to his own segment. Everybody
-who is let in can hold slots by leasing them, as each reader does; ``wsync status`` shows who does.
+To read another user's segments, name the runtime directory: the default one is trusted only if it is your own, because
+anybody may make a directory in /dev/shm. A reader trusts the owner, who can do anything to the segment. Every user who
+may read can hold slots by leasing them, as each reader does; ``wsync status`` shows who does.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def is_name(name: str) -> bool:
 
 
 def check_name(name: str) -> str:
-    """A segment's name becomes a directory's: letters, digits and ``_ . + @ = -``, beginning with one of the first two.
+    """Returns a segment's name, which is also its directory's, if it is valid.
 
     Raises:
-        UsageError: the name is not like that.
+        UsageError: it is not 1 to 200 bytes of letters, digits and ``_ . + @ = -`` that begin with a letter or digit.
     """
     if not is_name(name):
         raise UsageError(
@@ -60,11 +60,11 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who besides its owner may read a segment; nobody if neither is set.
+    """Who may read a segment besides its owner; nobody if neither is set.
 
     Attributes:
-        mode: of its files, as chmod has it: ``0600`` (private), ``0640`` (a group may read), ``0644`` (everybody may).
-        group: a name or number; default the group of the process that makes the segment. Alone it means mode ``0640``.
+        mode: of its files, as for chmod: ``0600`` (private), ``0640`` (a group may read) or ``0644`` (everybody may).
+        group: name or number; default that of the process that makes the segment. Alone it implies mode ``0640``.
     """
 
     mode: str | None = None
@@ -81,12 +81,12 @@ class Access:
 
     @property
     def given(self) -> bool:
-        """Whether anything was asked for."""
+        """Whether a mode or a group is set."""
         return self.mode is not None or self.group is not None
 
     @property
     def bits(self) -> int:
-        """Of a file."""
+        """The mode of a file."""
         return int(self.mode or ("0600" if self.group is None else "0640"), 8)
 
     @property
@@ -95,7 +95,7 @@ class Access:
 
     @property
     def readers_bits(self) -> int:
-        """Of ``readers/``: each reader may put a record there, in the directory's group, and remove only its own."""
+        """The mode of ``readers/``: each reader may add a record, in the directory's group, and remove only its own."""
         return 0o700 | (0o3070 if self.bits & 0o040 else 0) | (0o1007 if self.bits & 0o004 else 0)
 
     @property
@@ -113,7 +113,7 @@ class Access:
         raise UsageError(f"there is no group {self.group!r} on this machine. Name one that `getent group` lists.")
 
     def holds(self, directory: int) -> bool:
-        """Whether a segment's directory already is as it should be."""
+        """Whether a segment's open directory already has this mode and group."""
         info = os.fstat(directory)
         return stat.S_IMODE(info.st_mode) == self.directory_bits and self.gid in (None, info.st_gid)
 
@@ -135,10 +135,10 @@ class Access:
         os.fchmod(fd, bits)
 
     def check_enterable(self, base: Path) -> None:
-        """Whether those who may read can get to a segment in ``base``.
+        """Checks that users who may read a segment can enter the directory ``base``, where it is.
 
         Raises:
-            UsageError: they cannot; the message gives the command that opens it.
+            UsageError: they cannot; the message gives the command that lets them.
         """
         info = os.stat(base)
         gid = os.getegid() if self.gid is None else self.gid
@@ -157,29 +157,29 @@ def open_dir(path: str | Path, owner: int | None = None, *, dir_fd: int | None =
     """Opens a directory that nobody but its owner can change.
 
     Args:
-        owner: the owner it must have; default this user.
-        sticky: others may put files of their own into it, and remove only those.
+        owner: uid that must own it; default this user.
+        sticky: whether others may write to it if its sticky bit is set, so that they can remove only their own files.
 
     Raises:
-        OSError: there is none, or the system refuses to open it.
-        SegmentUnsafe: it is a symbolic link, another user's, writable by others, closed to us, or not a directory.
+        OSError: it does not exist, or cannot be opened for another reason than those below.
+        SegmentUnsafe: it is not a directory (but maybe a link to one), not ``owner``'s, writable by others, or closed.
     """
     owner = os.geteuid() if owner is None else owner
     return _open(path, os.O_RDONLY | os.O_DIRECTORY, owner, dir_fd, sticky)
 
 
 def open_file(name: str, flags: int, dir_fd: int) -> int:
-    """Opens a regular file of a segment's directory, of the same owner, never through a link; a new one is private.
+    """Opens a regular file in a segment's directory, with the same owner, never through a link; a new one is private.
 
     Raises:
-        FileNotFoundError: there is none.
-        SegmentUnsafe: it is something else, another user's, writable by others, or not ours to open.
+        FileNotFoundError: it does not exist.
+        SegmentUnsafe: it is not a regular file, another user's, writable by others, or closed to this user.
     """
     return _open(name, flags, os.fstat(dir_fd).st_uid, dir_fd)
 
 
 class Descriptor(FileIO):
-    """A descriptor that is closed however its user ends; close(2) closes even if it fails."""
+    """A file object that also closes its descriptor if it is just dropped; close(2) closes even if it fails."""
 
     def close(self) -> None:
         self._finalizing = False  # a finalizer may close it, without a ResourceWarning
@@ -188,13 +188,13 @@ class Descriptor(FileIO):
 
 
 def open_owned(name: str, flags: int, dir_fd: int) -> Descriptor:
-    """As ``open_file``, but gives a file object, which closes the descriptor however its user ends.
+    """As ``open_file``, but returns a file object, which closes its descriptor even if it is just dropped.
 
     No Python code runs between the two calls that make it, so that no interrupt can leak it.
     """
     with _converted(name, flags, dir_fd):
         info = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        if stat.S_ISDIR(info.st_mode):  # a file object cannot be made of it
+        if stat.S_ISDIR(info.st_mode):  # FileIO would raise this without closing the descriptor
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         file = next(map(Descriptor, map(partial(os.open, dir_fd=dir_fd), [name], [flags | _SAFELY])))
     try:
@@ -215,7 +215,7 @@ def _open(path: str | Path, flags: int, owner: int, dir_fd: int | None, sticky: 
 
 @contextmanager
 def _converted(path: str | Path, flags: int, dir_fd: int | None) -> Iterator[None]:
-    """Turns errors of opening another user's file, or one of another kind, into SegmentUnsafe."""
+    """Converts an OSError into SegmentUnsafe if access is denied or the file is of another kind."""
     try:
         yield
     except PermissionError as exc:
@@ -258,11 +258,11 @@ def opened(fd: int) -> Iterator[int]:
 
 
 def base_owner(base: Path, *, write: bool) -> int:
-    """The user whose segments are read in a runtime directory, which may not exist yet.
+    """The uid of a runtime directory's owner; this user's if the directory does not exist yet.
 
     Raises:
-        SegmentUnsafe: it is another user's, and is to be written, or lies at our own default path and was not named; or
-            it is unsafe in itself.
+        SegmentUnsafe: it is another user's, and is to be written or this user's default one; or others may write to it.
+        SegmentError: it cannot be opened.
     """
     me = os.geteuid()
     try:
@@ -285,12 +285,12 @@ def base_owner(base: Path, *, write: bool) -> int:
 
 
 def make_base(base: Path, access: Access) -> None:
-    """Makes the runtime directory, open to those who may read. One that exists is checked, and never changed.
+    """Makes the runtime directory, which users who may read can enter. One that exists is checked, and never changed.
 
     Raises:
         OutOfSharedMemory: there is no room for it.
-        SegmentUnsafe: it cannot be made, or what is there is not ours.
-        UsageError: it exists, and those who may read cannot enter it; or this user is not in the group.
+        SegmentUnsafe: it cannot be made, or is not this user's.
+        UsageError: it exists, and users who may read cannot enter it; or this user is not in the group.
     """
     try:
         base.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Runs a function of this package in a process of its own, where user code belongs.
+"""Runs a function of this package in a child process, because it runs a user's code.
 
-So a watch stays small (torch takes 200 MiB), sees the code as it is now instead of as it was when the watch started,
-and survives whatever that code does. Question and answer are pickled into one nameless file, which is the process's
-stdin; nothing that the user's code prints can mix with them.
+So a watch stays small (torch takes 200 MiB), runs that code as it is now and not as it was when the watch started, and
+survives whatever the code does. Function and result are pickled into one nameless file, which is the child's stdin;
+nothing that the user's code prints can mix with them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _T = TypeVar("_T")
 
 
 def ask(function: Callable[..., Any], *arguments: Any, run: Callable[[list[str], int], _T]) -> tuple[Any, _T]:
-    """The function's result in its process, or the WsyncError that it raised; None without an answer.
+    """Runs a function in a child, and returns its result or the WsyncError that it raised; None if the child failed.
 
     Args:
-        run: runs a command to its end with this descriptor as its stdin; its result is returned as well.
+        run: runs a command to its end, with this descriptor as its stdin; what it returns is returned as well.
     """
     code = f"import sys; sys.path[:] = {sys.path!r}; from wsync.system.child import _answer; _answer()"
     question = pickle.dumps((function, arguments, os.getpid()))
@@ -49,8 +49,8 @@ def _answer() -> None:
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
     function, arguments, parent = pickle.loads(os.pread(link, size, 0))
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends when its parent does, however that ends
-    if not os.path.exists(f"/proc/{parent}"):  # the parent had ended before; ours may now be a process in between
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the child ends with its parent
+    if not os.path.exists(f"/proc/{parent}"):  # it ended before that call (getppid() may be a process in between)
         os._exit(1)
     try:
         answer = function(*arguments)

@@ -17,10 +17,10 @@ _ADDED = ("OPENBLAS_NUM_THREADS", "LC_CTYPE")
 
 
 def given() -> dict[str, str]:
-    """The variables that this process was started with, and what its own code set since, without wsync's options.
+    """The environment of this process, without what wsync added at its start, and without wsync's options.
 
-    Those options belong to this command, and not to a wsync that a gate or hook runs. Variables that Kubernetes sets
-    stay. ``NOTIFY_SOCKET`` was removed before: nothing that we start may speak in our name.
+    The options (``WSYNC_…``) are for this command, and not for a wsync that a gate or hook runs; variables of that form
+    that Kubernetes sets stay. ``NOTIFY_SOCKET`` was removed before, so that no command can notify systemd for this one.
     """
     text = Path("/proc/self/environ").read_bytes()
     start = dict(os.fsdecode(pair).partition("=")[::2] for pair in text.split(b"\0") if b"=" in pair)

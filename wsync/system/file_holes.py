@@ -12,7 +12,7 @@ _UNWRITTEN = 0x800
 
 
 def unwritten(fd: int) -> Literal["reserved", "hole", ""]:
-    """Whether a part of a file was never written and reads as zeros; empty if the system does not say.
+    """Whether a part of a file was never written, and reads as zeros; empty if not, or if the system does not say.
 
     ``"reserved"`` is space from fallocate(2), as ext4 and XFS report it. ``"hole"`` may have been left on purpose, as
     ``cp --sparse`` does for zeros; on tmpfs it may also be reserved space. Bytes that were written and are still in

@@ -1,7 +1,7 @@
 """The system calls under a segment: reserved and mapped files, locks, and sleeping on a word of memory.
 
-Locks are ``flock`` on a descriptor of their own: they end with the process,
-whatever ends it, and work across pid namespaces.
+Each lock is a ``flock`` on a descriptor of its own: it ends with the process, whatever ends that, and works across pid
+namespaces.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def file_system(path: Path) -> str:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Reserves ``size`` bytes for a file: a sparse one would end in SIGBUS when memory runs out."""
+    """Reserves ``size`` bytes for a file; writing to a sparse one would raise SIGBUS when memory runs out."""
     os.posix_fallocate(fd, 0, size)
 
 
@@ -89,7 +89,7 @@ def closed_on_error(fd: int) -> Iterator[None]:
 
 
 def read_at(fd: int, nbytes: int, offset: int) -> bytes:
-    """Reads ``nbytes``, or fewer at the end of the file; a single read may return less, and does from 2 GiB on."""
+    """Reads ``nbytes``, or fewer at the end of the file; a single pread(2) may return less, and does above 2 GiB."""
     data = b""
     while len(data) < nbytes and (more := os.pread(fd, nbytes - len(data), offset + len(data))):
         data += more
@@ -106,13 +106,14 @@ def write_at(fd: int, data: bytes, offset: int) -> None:
 
 @contextmanager
 def mapping(size: int, fd: int = -1) -> Iterator[None]:
-    """Turns a failure to make a mapping into an error that says what to do.
+    """Converts a failure to map memory in the block into an error that says what to do.
 
     Args:
-        fd: of the mapped file, which the message names; -1 if there is none.
+        size: bytes to map, for the message.
+        fd: the mapped file, for the message; -1 if there is none.
 
     Raises:
-        OutOfSharedMemory: this process may not have that much.
+        OutOfSharedMemory: this process may not map that much.
     """
     try:
         yield
@@ -131,9 +132,9 @@ def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> Ou
     """The error for files that there was no room for; None if ``exc`` has another reason.
 
     Args:
-        where: the directory; what was already taken is freed by now.
-        wanted: bytes in all.
-        files: files and directories in all.
+        where: the directory; files that were made there before the failure are removed by now.
+        wanted: bytes that all files take.
+        files: number of all files and directories.
     """
     if exc.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT, errno.EFBIG):
         return None
@@ -149,10 +150,10 @@ def no_room(exc: OSError, where: Path, wanted: int = PAGE, files: int = 1) -> Ou
 
 
 def spare_memory() -> int:
-    """Bytes that the machine, and each cgroup of this process, can give without taking them from others.
+    """Bytes that this process can take, by what the machine and each of its cgroups have left.
 
     A cgroup at its limit does not refuse memory: the kernel ends one of its processes (cgroup-v2.rst, "memory.max").
-    Its cached files count as spare.
+    Files that it caches count as spare.
     """
     with open("/proc/meminfo") as table:
         spare = [int(line.split()[1]) * 1024 for line in table if line.startswith("MemAvailable:")]
@@ -182,17 +183,18 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def being_written(fd: int) -> bool | None:
     """Whether some process has this file open for writing; None if the system does not say.
 
-    A writer that opens the file at this moment waits until the lease is given back, which is at once: no other thread
-    runs Python between the two calls. Otherwise a thread that opens the file while it holds the interpreter's lock, as
-    safetensors' ``save_file`` did, could come in between and wait for ever for this process.
+    The kernel grants a read lease on the file only if no process has it open for writing. A writer that opens the file
+    meanwhile waits until the lease is given back, which is at once: no other thread runs Python between the two calls.
+    Otherwise a thread that opens the file while it holds the interpreter's lock, as safetensors' ``save_file`` did,
+    could wait for ever for this process.
     """
     import ctypes
 
-    try:  # a broken lease sends SIGIO, which would end us: this asks for a signal that is ignored by default
+    try:  # a broken lease sends SIGIO, which would end this process; SIGURG is ignored by default
         fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
     except OSError:
         return None
-    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep that lock; the first gives errno
+    take, give = ctypes.PyDLL(None, use_errno=True), ctypes.PyDLL(None)  # both keep Python's lock; one keeps errno
     calls = [(take.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_RDLCK), (give.fcntl, fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)]
     taken, _ = starmap(operator.call, calls)  # no Python code runs between the two calls
     return False if not taken else True if ctypes.get_errno() == errno.EAGAIN else None
@@ -209,8 +211,8 @@ def populate(mapped: mmap.mmap) -> None:
 def renew(mapped: mmap.mmap) -> bool:
     """Drops what this process wrote into a private mapping, so that it shows the file again; True if it had written.
 
-    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time of reading the memory. If they
-    cannot be read, it drops the pages all the same.
+    Looks at the page tables (/proc/self/pagemap), which takes a hundredth of the time that reading the memory takes.
+    If they cannot be read, drops the pages anyway, and returns False.
     """
     written = has_own_pages(mapped)
     if written is False:
@@ -223,7 +225,7 @@ def renew(mapped: mmap.mmap) -> bool:
 
 
 def take_over(mapped: mmap.mmap) -> bool:
-    """Makes every page of a private mapping this process's own, with the bytes that it has; False if that fails.
+    """Gives this process its own copy of every page of a private mapping; False if the system cannot do that.
 
     Copies the memory piece by piece without the interpreter's lock, so that other threads go on.
     """
@@ -244,7 +246,7 @@ def trim() -> None:
 
 
 def has_own_pages(mapped: mmap.mmap) -> bool | None:
-    """Whether any page of a private mapping is no longer the file's; None if the system does not say."""
+    """Whether any page of a private mapping is a copy of the file's; None if the system does not say."""
     import numpy as np
 
     pages = -(-len(mapped) // PAGE)
@@ -279,10 +281,10 @@ def wake(address: int) -> None:
 
 
 def sleep_on(address: int, expected: int, seconds: float, nap: float = 0.25) -> None:
-    """Sleeps until the 32 bits at ``address`` are woken, or are not ``expected``, or the time is up.
+    """Sleeps until ``wake`` is called for this address, its 32 bits are not ``expected``, or the time is up.
 
-    May return early, and does after ``nap`` seconds, because a wake-up may be lost with its publisher: the caller looks
-    again. See futex(2).
+    May return early, and does after ``nap`` seconds, because a publisher may end before it wakes anybody; the caller
+    must look again. See futex(2).
     """
     seconds = min(max(seconds, 0.0), nap)
     _futex(address, _FUTEX_WAIT, expected & 0xFFFFFFFF, struct.pack("@ll", 0, int(seconds * 1e9)))
@@ -296,9 +298,7 @@ def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> N
 
 
 def permissions(addresses: Sequence[int]) -> list[str]:
-    """How each address is mapped in this process, as in /proc/self/maps: ``rw-p``, or ``rw-s`` if it is shared. Empty
-    if nothing is mapped there, or the system does not say.
-    """
+    """How each address is mapped, as /proc/self/maps says: ``rw-p``, or ``rw-s`` if shared; empty if unknown."""
     starts, maps = [], []
     try:
         with open("/proc/self/maps", "rb") as file:

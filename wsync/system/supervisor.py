@@ -1,10 +1,10 @@
-"""Runs a command for a gate or hook, and ends it with all that it started, whatever sessions they made.
+"""Runs a command for a gate or hook, and ends it with every process that it started, even in sessions of their own.
 
 This file runs as a program of its own, between wsync and the command, in an isolated Python without site-packages. It
 is the subreaper of everything that the command starts (prctl(2)), so that a process that leaves its group or session,
-or loses its parent, stays below it and is found. When it gets SIGTERM it sends SIGTERM to all of them, and SIGKILL some
-seconds later. wsync sends it that signal when time is up, and the kernel does when wsync ends, even by SIGKILL. If the
-command ends by itself, what it left in the background goes on.
+or loses its parent, stays below it and is found. On SIGTERM it sends SIGTERM to all of them, and SIGKILL some seconds
+later. wsync sends it SIGTERM when time is up, and the kernel does when wsync ends, even by SIGKILL. If the command ends
+by itself, processes that it left in the background go on.
 
 Its exit status is the command's; if a signal ended the command, the same signal ends it.
 """
@@ -60,7 +60,7 @@ def _status(command: int) -> int:
 
 
 def _end_all(grace: float) -> None:
-    """Ends everything below this process."""
+    """Ends every process below this one: by SIGTERM, and after ``grace`` seconds by SIGKILL."""
     until = time.monotonic() + grace
     number = signal.SIGTERM
     told: set[int] = set()
@@ -85,7 +85,7 @@ def _end_all(grace: float) -> None:
 
 
 def _below() -> list[int]:
-    """Every process below this one, parents first: a shell that ends before its child does not report it."""
+    """Every process below this one, parents first: a shell that ends before its child prints nothing about that."""
     children: dict[int, list[int]] = {}
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
