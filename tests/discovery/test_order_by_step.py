@@ -115,9 +115,7 @@ def test_a_look_at_some_files_forgets_no_step(tmp_path: Path, monkeypatch: pytes
     getter = CheckpointWeightGetter(tmp_path, select=Select(order="step"))
     assert getter.candidates(live) == []
     opened = count_opens(monkeypatch)
-    getter.only = {"run_1_of_1.safetensors"}
-    assert getter.candidates(live) == []
-    getter.only = None
+    assert getter.look(live, {"run_1_of_1.safetensors"}).newer == []
     assert getter.candidates(live) == [] and opened == []
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,6 @@ class CheckpointWeightGetter:
         path: the checkpoint that the last call returned; None before the first.
         step: the producer's own number for that checkpoint; None if it has none.
         memory: the file in which the order by step keeps steps; None keeps them in this process only.
-        only: the names of the files that may be newer than the live version; None if any may be.
 
     Example:
         >>> getter = CheckpointWeightGetter("runs/cartpole")
@@ -81,7 +80,6 @@ class CheckpointWeightGetter:
         self.checkpoints = place_at(checkpoints)
         self.only_new, self.select, self.fit = only_new, select, fit
         self.memory: Path | None = None
-        self.only: set[str] | None = None
         self._steps: StepOrder | None = None
         self.path: Path | None = None
         self.step: int | None = None
@@ -126,8 +124,11 @@ class CheckpointWeightGetter:
         """The candidates that are newer than the live version, newest first; see ``look``."""
         return self.look(live).newer
 
-    def look(self, live: Candidate | None = None) -> Look:
+    def look(self, live: Candidate | None = None, only: Collection[str] | None = None) -> Look:
         """Lists the place. A checkpoint that is named directly, or by a pointer, counts as newer whatever its age.
+
+        Args:
+            only: the names of the files that may be newer than what is live; None if any may be.
 
         Raises:
             NoCheckpoint: the place does not exist; or nothing is live, and its pointer names no entry yet.
@@ -135,20 +136,21 @@ class CheckpointWeightGetter:
         """
         live = live and live._replace(name=self._below(str(live.location)))
         older, nothing = self._older(live) if live else None, ""
+        needed = {*only, live.name.partition("/")[0]} if only is not None and live and older else None
         try:
-            found = known_again(scan(self.checkpoints, self.select, older=older, only=self._only(live, older)), live)
+            found = known_again(scan(self.checkpoints, self.select, older=older, only=needed), live)
         except NoCheckpoint as exc:
             if live is None or not self.select.pointer:
                 raise
             found, nothing = [], str(exc)  # there is no pointer, or it names an entry that is not there yet
         if live and (self.select.pointer or not any(c.name for c in found)):
-            is_passed_over = not found and self.only is None and self.select.is_narrow
+            is_passed_over = not found and only is None and self.select.is_narrow
             if is_passed_over and live.name and os.path.exists(live.location):
                 nothing = str(self.nothing())
             return Look(lasting([c for c in found if c.identity != live.identity]), nothing=nothing)
         if self.select.order == "step":
             all_of = lambda: self._all(live) if older else found  # noqa: E731
-            found, live = self._step_order().apply(found, live, all_of, forget=self.only is None)
+            found, live = self._step_order().apply(found, live, all_of, forget=only is None)
         newer = select(found, live, self.select.order)
         if live is None:
             return Look(lasting(newer))
@@ -166,12 +168,6 @@ class CheckpointWeightGetter:
             return None
         is_by_step = settings.order == "step" and self._step_order().agrees_with(live)
         return older_than(live, settings.order, self._step_order().named_step_like(live.name) if is_by_step else None)
-
-    def _only(self, live: Candidate | None, older: Older | None) -> set[str] | None:
-        """The names that a listing needs; None if it needs all."""
-        if self.only is None or live is None or older is None:
-            return None
-        return {*self.only, live.name.partition("/")[0]}
 
     def _all(self, live: Candidate | None) -> list[Candidate]:
         return known_again(scan(self.checkpoints, self.select), live)

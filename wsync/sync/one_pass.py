@@ -24,6 +24,8 @@ class Pass(NamedTuple):
         started: when it began, by ``time.perf_counter``.
         force: publish the newest checkpoint again even if it is live.
         dry_run: check everything, publish nothing.
+        only: the files of the place that may have changed since a pass found that what is live is current; None if any
+            may have.
         again: start over if an object of a store was overwritten while it was read. On a disk its writer may still be
             at work, and a notification comes when it is done.
     """
@@ -33,6 +35,7 @@ class Pass(NamedTuple):
     started: float
     force: bool = False
     dry_run: bool = False
+    only: Collection[str] | None = None
     again: bool = False
 
     def at(self, segment: Segment | None) -> Pass:

@@ -47,21 +47,19 @@ class Taking:
 
     Args:
         policy: the policy's layout, and whether it fits.
+        choose: chooses what a pass tries; called once more under the lock.
 
     Attributes:
         route: how checkpoints reach the readers; a fleet sets its own.
     """
 
-    def __init__(self, box: Box, policy: PolicyLayout) -> None:
+    def __init__(self, box: Box, policy: PolicyLayout, choose: Callable[[Pass], Choice]) -> None:
         self.route: Route = box
-        self._box, self._policy = box, policy
+        self._box, self._policy, self._choose = box, policy, choose
         self._casts: set[tuple[str, str]] = set()  # casts that were reported
 
-    def ready(self, this: Pass, choose: Callable[[Pass], Choice]) -> Callable[[Checkpoint], Outcome]:
+    def ready(self, this: Pass) -> Callable[[Checkpoint], Outcome]:
         """Returns what to do with an opened checkpoint. All that needs the policy's layout is done first, here.
-
-        Args:
-            choose: chooses once more, under the lock.
 
         Raises:
             LayoutDiffers: the segment holds another architecture than the policy.
@@ -74,10 +72,13 @@ class Taking:
             return partial(self._rehearse, this, layout)
         segment = self._box.make_segment()
         self._policy.check(segment, this.live)
-        return partial(self._publish, this, segment, choose)
+        return partial(self._publish, this, segment)
 
-    def is_live(self, this: Pass, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is the live one, of which only the file changed and not the bytes; remembers that.
+    def recognize(self, this: Pass, checkpoint: Checkpoint) -> bool:
+        """Compares a checkpoint whose file changed since it went live with the live bytes, under the lock.
+
+        Returns:
+            Whether they are equal; it is remembered then.
 
         Raises:
             BeingRewritten: some of its files hold other bytes, and others have not changed yet.
@@ -123,15 +124,13 @@ class Taking:
             box.record.failed(outcome.version, outcome.reason or "")
             return outcome
 
-    def _publish(
-        self, this: Pass, segment: WritableSegment, choose: Callable[[Pass], Choice], checkpoint: Checkpoint
-    ) -> Outcome:
+    def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
         """Publishes an opened checkpoint. Any wait for it is over, so that nobody waits for the lock meanwhile."""
 
         def before(now: Pass) -> Outcome | None:
             if now.live == this.live:
                 return None
-            choice = choose(now)  # another publisher was faster, maybe with this very checkpoint
+            choice = self._choose(now)  # another publisher was faster, maybe with this very checkpoint
             if choice.pin:
                 return now.pinned(choice.pin)
             todo = {candidate.identity for candidate in choice.todo}

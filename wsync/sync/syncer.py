@@ -100,7 +100,7 @@ class Syncer:
         )
         self.box = Box(spec, self.policy.take, self.record, claim, runtime)
         self.standing = self.box.standing
-        self.taking = Taking(self.box, self.policy)
+        self.taking = Taking(self.box, self.policy, self._choose)
         about = Watching(os.getpid(), spec.origin, str(self.getter.checkpoints))
         self._lock = WatchLock(about) if role == "watch" else None
 
@@ -144,15 +144,12 @@ class Syncer:
         Raises:
             WsyncError: something other than the checkpoint is wrong, or it cannot be read.
         """
-        self.getter.only = only
-        try:
-            return recorded(self.box, partial(self.look, force=force, dry_run=dry_run), dry_run=dry_run)
-        finally:
-            self.getter.only = None
+        work = partial(self.look, force=force, dry_run=dry_run, only=only)
+        return recorded(self.box, work, dry_run=dry_run)
 
-    def look(self, *, force: bool = False, dry_run: bool = False) -> Outcome:
+    def look(self, *, force: bool = False, dry_run: bool = False, only: set[str] | None = None) -> Outcome:
         """One pass that leaves no trace in the history; see ``once``."""
-        this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run)
+        this = Pass(self.spec.name, None, time.perf_counter(), force, dry_run, only)
         self.policy.begin_pass()
         try:
             this = this.at(self.standing.segment)
@@ -184,7 +181,7 @@ class Syncer:
         if not choice.todo:
             return refusal or self._nothing_newer(this, choice)
         reads = self.policy.reads
-        take = self.taking.route.busy(partial(self.taking.ready, this, self._choose))
+        take = self.taking.route.busy(partial(self.taking.ready, this))
         self._wait_for_other_watch()  # also if the segment was just made
         if self.policy.reads > reads:  # that took seconds: what was listed may be gone
             return self._pass(this)
@@ -213,7 +210,7 @@ class Syncer:
         after = None if this.force or self.box.claim.is_foreign(this.live) else live_candidate(this.live)
         if after and this.live:
             after = after._replace(changed_ns=this.live.changed_ns)
-        look = Look([]) if pin else self.getter.look(after)
+        look = Look([]) if pin else self.getter.look(after, this.only)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
         chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
         return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run, nothing=look.nothing)
@@ -259,7 +256,7 @@ class Syncer:
                 published = partial(self._published_from, this, candidate.path)
                 with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
-                    if self.taking.is_live(this, checkpoint):
+                    if self.taking.recognize(this, checkpoint):
                         continue
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
