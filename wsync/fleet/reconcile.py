@@ -58,34 +58,38 @@ def change_of(reports: Sequence[Report]) -> Change | None:
     """
 
     def rank_of(rank: int) -> tuple[bool, bool, int, int, int]:
-        box = reports[rank]
-        same = sum((each.version, each.identity) == (box.version, box.identity) for each in reports)
-        return box.held, box.ours, box.version, same, -rank
+        report = reports[rank]
+        same = sum((each.version, each.identity) == (report.version, report.identity) for each in reports)
+        return report.held, report.ours, report.version, same, -rank
 
-    live = [rank for rank, box in enumerate(reports) if box.version]
+    live = [rank for rank, report in enumerate(reports) if report.version]
     if not live:
         return None
     provider = max(live, key=rank_of)
     top = reports[provider]
-    willing = {rank for rank, box in enumerate(reports) if box.declined is None or box.declined != top.identity}
-    same = {rank for rank, box in enumerate(reports) if (box.version, box.identity) == (top.version, top.identity)}
+    willing = {
+        rank for rank, report in enumerate(reports) if report.declined is None or report.declined != top.identity
+    }
+    same = {
+        rank for rank, report in enumerate(reports) if (report.version, report.identity) == (top.version, top.identity)
+    }
     behind = willing - same
     if not behind:
         return None
     version = top.version
     lasts = [(reports[rank].last, reports[rank].last_identity) for rank in behind]
     if any(last > version or (last == version and what != top.identity) for last, what in lasts):
-        version, behind = max(box.last for box in reports) + 1, willing | {provider}
+        version, behind = max(report.last for report in reports) + 1, willing | {provider}
     return Change(provider, frozenset(behind), version, gated=not top.held)
 
 
 def leader_of(reports: Sequence[Report]) -> int:
     """The rank that looks for what to publish: 0, or a box whose pin is live nowhere yet."""
-    if any(box.held for box in reports):
+    if any(report.held for report in reports):
         return 0
-    return next((rank for rank, box in enumerate(reports) if box.pin), 0)
+    return next((rank for rank, report in enumerate(reports) if report.pin), 0)
 
 
 def holder_of(reports: Sequence[Report]) -> int | None:
     """The box whose pin holds the group; None if none does."""
-    return next((rank for rank, box in enumerate(reports) if box.held), None)
+    return next((rank for rank, report in enumerate(reports) if report.held), None)

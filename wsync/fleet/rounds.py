@@ -42,7 +42,7 @@ class Rounds:
         self._syncer, self._box, self._group, self._member = syncer, syncer.box, group, member
         self._failed: Change | None = None  # tried again only when rank 0 is due
         self._reports: Sequence[Report] = ()
-        syncer.taking.route = self
+        syncer.publisher.route = self
 
     def is_needed(self, reports: Sequence[Report]) -> bool:
         """Whether these reports ask for a round now."""
@@ -66,8 +66,8 @@ class Rounds:
         self._member.settled = True
         holder, leader = holder_of(reports), leader_of(reports)
         if holder is not None:
-            pin, box = reports[holder].pin, self._group.names[holder]
-            reason = f"{pin} is pinned on {box}; `wsync unpin {this.name}` there goes on with the newest"
+            pin, name = reports[holder].pin, self._group.names[holder]
+            reason = f"{pin} is pinned on {name}; `wsync unpin {this.name}` there goes on with the newest"
             return this.standing("pinned", reason=reason, pin=pin)
         return self._lead() if leader == self._group.rank else self._follow(this, leader)
 

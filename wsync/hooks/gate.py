@@ -35,7 +35,7 @@ from ..errors import GateRejected, RetryLater, SegmentError, SpecError, WsyncErr
 from ..segment.publishing import Staged
 from ..settings.hook_settings import environment
 from ..settings.spec import Spec
-from ..settings.user_code import build, find, origin
+from ..settings.user_code import build, find, where_raised
 from ..system import child
 from ..system.access import opened
 from . import command
@@ -161,7 +161,7 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
     except RetryLater as exc:
         return "retry", f"asks to try it later: {_bounded(str(exc))}"
     except (Exception, SystemExit) as exc:
-        return "reject", f"raised {_bounded(origin(exc))}"
+        return "reject", f"raised {_bounded(where_raised(exc))}"
     if result is False:
         return "reject", "returned False"
     return "accept", ""

@@ -104,7 +104,7 @@ def _make(spec: Spec, target: Any) -> torch.nn.Module:
         policy = target(**spec.policy_kwargs)
     except (Exception, SystemExit) as exc:
         raise SpecError(
-            f"{spec.policy} failed when it was called with {dict(spec.policy_kwargs)}: {origin(exc)}. Correct "
+            f"{spec.policy} failed when it was called with {dict(spec.policy_kwargs)}: {where_raised(exc)}. Correct "
             "it, or its [policy_kwargs]."
         ) from exc
     if not isinstance(policy, torch.nn.Module):
@@ -137,7 +137,7 @@ def _import(spec: Spec, text: str) -> Any:
                 "installed packages. Check the spelling, or run wsync from the directory that holds it."
             ) from None
         raise SpecError(
-            f"module {module_name!r} exists, but its own import failed: {origin(exc)}. Correct it, or install "
+            f"module {module_name!r} exists, but its own import failed: {where_raised(exc)}. Correct it, or install "
             "what it needs."
         ) from exc
     for attribute in attributes.split("."):
@@ -145,7 +145,7 @@ def _import(spec: Spec, text: str) -> Any:
             target = getattr(target, attribute)
         except (Exception, SystemExit) as exc:
             if not isinstance(exc, AttributeError):
-                raise SpecError(f"{text} exists, but looking it up failed: {origin(exc)}. Correct it.") from exc
+                raise SpecError(f"{text} exists, but looking it up failed: {where_raised(exc)}. Correct it.") from exc
             near = difflib.get_close_matches(attribute, dir(target), 1)
             raise SpecError(
                 f"module {module_name!r} has no attribute {attributes!r}. "
@@ -175,7 +175,7 @@ def _running(spec: Spec) -> Iterator[None]:
         yield
 
 
-def origin(exc: BaseException) -> str:
+def where_raised(exc: BaseException) -> str:
     """The error and the user's line that it came from."""
     import traceback
 

@@ -47,8 +47,8 @@ class PolicyLayout:
             self._layout, self._of, self._is_fresh = layout_process.layout_of_spec(self._spec), of, True
         return self._layout
 
-    def take(self) -> Layout:
-        """The layout for a segment that is made. It is read again for the next one.
+    def for_new_segment(self) -> Layout:
+        """The layout for a segment that is made, after which it is read again.
 
         The fingerprint covers the policy's own file, not the modules that it imports.
         """

@@ -131,7 +131,7 @@ def promote(
         policy, record = PolicyLayout(spec), Record(State(spec.name, state_dir, spec.history), spec.digest)
         record.complain = lambda exc: logging.getLogger("wsync").warning("%s", exc)
         claim = Claim(spec.name, spec.origin, str(live.slot), own=False, is_named=lambda: True, take_over=take_over)
-        box = stack.enter_context(Box(spec, policy.take, record, claim, runtime))
+        box = stack.enter_context(Box(spec, policy.for_new_segment, record, claim, runtime))
         return recorded(box, partial(_promote, box, policy, segment, live))
 
 

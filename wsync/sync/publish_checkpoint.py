@@ -42,7 +42,7 @@ class Route(Protocol):
         ...
 
 
-class Taking:
+class CheckpointPublisher:
     """Publishes checkpoints for one box.
 
     Args:

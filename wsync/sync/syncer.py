@@ -39,7 +39,7 @@ from .claim import Claim, Watching, WatchLock
 from .one_pass import Choice, Pass, choose
 from .outcome import Outcome, status_of
 from .policy_layout import PolicyLayout
-from .publish_checkpoint import Taking
+from .publish_checkpoint import CheckpointPublisher
 from .put_live import Box
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Syncer:
         standing: the segment of ``box``.
         record: what is known about the past.
         policy: the policy's layout, and whether it fits.
-        taking: publishes a chosen checkpoint, and knows how it reaches the readers.
+        publisher: publishes a chosen checkpoint, and knows how it reaches the readers.
 
     Raises:
         UsageError: neither the caller nor the spec names checkpoints.
@@ -98,9 +98,9 @@ class Syncer:
             is_named=self.getter.is_one_checkpoint if role == "push" else lambda: False,
             take_over=take_over,
         )
-        self.box = Box(spec, self.policy.take, self.record, claim, runtime)
+        self.box = Box(spec, self.policy.for_new_segment, self.record, claim, runtime)
         self.standing = self.box.standing
-        self.taking = Taking(self.box, self.policy, self._choose)
+        self.publisher = CheckpointPublisher(self.box, self.policy, self._choose)
         about = Watching(os.getpid(), spec.origin, str(self.getter.checkpoints))
         self._lock = WatchLock(about) if role == "watch" else None
 
@@ -171,17 +171,17 @@ class Syncer:
 
     def _pass(self, this: Pass) -> Outcome:
         """Chooses the newest, and takes it."""
-        choice = self.taking.route.busy(partial(self._choose, this))
+        choice = self.publisher.route.busy(partial(self._choose, this))
         if choice.pin or choice.todo or choice.refused:
             self.box.claim.check(this.live)
         self._wait_for_other_watch()
         if choice.pin:
-            return self.taking.pinned(this, choice.pin)
+            return self.publisher.pinned(this, choice.pin)
         refusal = self._known(this, choice.refused) if choice.refused else None
         if not choice.todo:
             return refusal or self._nothing_newer(this, choice)
         reads = self.policy.reads
-        take = self.taking.route.busy(partial(self.taking.ready, this))
+        take = self.publisher.route.busy(partial(self.publisher.ready, this))
         self._wait_for_other_watch()  # also if the segment was just made
         if self.policy.reads > reads:  # that took seconds: what was listed may be gone
             return self._pass(this)
@@ -254,9 +254,9 @@ class Syncer:
                 if why := "" if this.force else self.record.half(candidate.identity):
                     raise IncompleteCheckpoint(why)
                 published = partial(self._published_from, this, candidate.path)
-                with self.taking.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
+                with self.publisher.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
                     opened = checkpoint.identity
-                    if self.taking.recognize(this, checkpoint):
+                    if self.publisher.recognize(this, checkpoint):
                         continue
                     return replace(take(checkpoint), passed_over=tuple(refusals))
             except NoCheckpoint:
