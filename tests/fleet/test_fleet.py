@@ -469,6 +469,21 @@ def test_a_rollback_on_one_box_goes_to_all(pair: Pair) -> None:
     group.until(version + 6, third)
 
 
+def test_a_pin_on_any_box_holds_against_the_offer_at_hand(pair: Pair) -> None:
+    """What an operator pins on one box while something newer is on its way stays live on all of them."""
+    group = pair.group
+    version, live = group.version + 1, group.next()
+    group.until(version, live)
+    for box, at in ((pair.hears, "offer"), (pair.hears, "agree"), (pair.reads, "agree")):
+        box.order.write_text(f"{at} wsync pin {NAME}")
+        newer = group.next()
+        pair.hears.lines.until(f"step_{live}.safetensors is pinned on {box.name}")
+        assert group.version == version and not box.order.exists()
+        assert box.command("unpin", NAME).returncode == 0
+        version, live = version + 1, newer
+        group.until(version, live)
+
+
 def test_bytes_that_came_wrong_are_thrown_away(pair: Pair) -> None:
     """What is not what was sent goes live nowhere, the box where it came wrong is named, and it is sent again."""
     group, version = pair.group, pair.group.version
@@ -483,7 +498,7 @@ def test_a_push_by_hand_in_between_goes_first(pair: Pair) -> None:
     group, version = pair.group, pair.group.version
     (group.base / "own").mkdir()
     own = write(group.base / "own" / "step_1000.safetensors", mlp(group.hidden), 1000, 1000)
-    pair.hears.order.write_text(f"offer {own}")
+    pair.hears.order.write_text(f"offer wsync push {group.base / pair.hears.name}.toml {own}")
     group.until(version + 2, group.next())
     assert all((version + 1, 1000) in box.seen for box in group.boxes.values())
 

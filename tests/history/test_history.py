@@ -27,6 +27,7 @@ from processes import DEADLINE, Cli, Spawn
 from safetensors.torch import save_file
 
 import wsync
+from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.cli.commands import command_line
 from wsync.cli.history_commands import moment
 from wsync.cli.options import VARIABLES
@@ -35,6 +36,7 @@ from wsync.discovery.weight_getter import CheckpointWeightGetter
 from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back
+from wsync.history.record import Record
 from wsync.history.rollback import pin_checkpoint, rollback
 from wsync.history.state import State
 from wsync.hooks import gate
@@ -354,6 +356,51 @@ def test_a_pin_holds_against_the_pass_at_hand(push: Push, state: State) -> None:
     assert (done.status, done.exit_code, done.version) == ("pinned", 0, 1) and live_marks() == {1.0}
     state.pin_file.write(None)
     assert push().version == 2
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "when"), [("rollback", "reopen"), ("pin", "reopen"), ("unpin", "reopen"), ("pin", "read_into")]
+)
+def test_a_pin_that_is_changed_meanwhile_does_not_go_live(
+    meanwhile: str, when: str, push: Push, runs: Path, state: State, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards an operator's newest word against a pass that still opens what was pinned before it."""
+    for mark in (1, 2, 3):
+        push(mark)
+    pin_checkpoint(NAME, str(runs / "step_1.safetensors"), runtime=None, state=state)
+    owner: Any = Record if when == "reopen" else Checkpoint
+    real = getattr(owner, when)
+
+    def late(*given: Any, **more: Any) -> Any:
+        done = real(*given, **more)
+        assert cli(meanwhile, NAME).returncode == 0
+        return done
+
+    with monkeypatch.context() as at_hand:
+        at_hand.setattr(owner, when, late)
+        done = push()
+    live = {"rollback": 2.0}.get(meanwhile, 3.0)
+    assert (done.status, done.exit_code, live_marks()) == ("busy", 75, {live}), done
+    assert "the next pass obeys" in (done.reason or "")
+    assert (push().status, live_marks()) == ("current" if meanwhile == "unpin" else "pinned", {live})
+
+
+def test_a_rollback_that_fails_takes_back_its_own_pin_alone(push: Push, runs: Path, state: State) -> None:
+    """Guards what an operator pins while a rollback fails beside it; an earlier pin holds again where nobody did."""
+    for mark in (1, 2, 3, 4, 5):
+        push(mark)
+    (runs / "step_1.safetensors").unlink()
+    earlier, _ = pin_checkpoint(NAME, None, runtime=None, state=state)
+    with pytest.raises(NoCheckpoint):
+        rollback(NAME, 1, runtime=None, state=state)
+    assert state.pin_file.read() == earlier
+    with unittest.mock.patch.object(way_back, "publish_again") as meanwhile, pytest.raises(NoCheckpoint):
+        meanwhile.side_effect = lambda *_: pin_checkpoint(
+            NAME, str(runs / "step_2.safetensors"), runtime=None, state=state
+        )[2:]
+        rollback(NAME, 1, runtime=None, state=state)
+    pinned = state.pin_file.read()
+    assert pinned and pinned.checkpoint == str(runs / "step_2.safetensors")
 
 
 def test_versions_go_on_after_the_shared_memory_is_gone(push: Push, runtime: Path, state: State) -> None:

@@ -3,8 +3,8 @@
 FLEET_BOX is its name; FLEET_TIMEOUT and FLEET_PIECE are those of ``group``, whose beat is ten times as quick; the
 policy is asked in the process of the watch, where torch is already. FLEET_ORDER is a file with ``step what``:
 at that step the file is removed, and the worker, or its agent with it, ends by SIGKILL, or the worker stops; or the
-piece that came is garbled; or, when the box hears of a checkpoint, another one is pushed here by hand. To the file
-FLEET_BUSY a line is added each time that this box tells that it is at work.
+piece that came is garbled; or a command of wsync runs here by hand. To the file FLEET_BUSY a line is added each time
+that this box tells that it is at work.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ def ordered(step: str) -> str:
     return what
 
 
-def die_at(step: str) -> None:
+def obey_at(step: str) -> None:
     how = ordered(step)
     if not how:
+        return
+    if how.startswith("wsync "):
+        subprocess.run([sys.executable, "-m", *how.split()], check=True)
         return
     if how == "agent":
         os.kill(os.getppid(), signal.SIGKILL)
@@ -64,18 +67,18 @@ def sharing(self: group.Group, memory: memoryview, rank: int) -> None:
     share(self, memory, rank)
     if ordered("came"):
         memory[0] ^= 1
-    die_at("stage")
+    obey_at("stage")
 
 
 def voting(turn: delivery.Turn) -> None:
     if turn._cast == turn.VOTES - 1:
-        die_at("agree")
+        obey_at("agree")
 
 
 def hearing(self: group.Group, rank: int) -> Any:
     told = hear(self, rank)
-    if isinstance(told, dict) and told.get("offer") and (file := ordered("offer")):
-        subprocess.run([sys.executable, "-m", "wsync", "push", sys.argv[2], file], check=True)
+    if isinstance(told, dict) and told.get("offer"):
+        obey_at("offer")
     return told
 
 
@@ -100,8 +103,8 @@ def main() -> None:
     layout_process.ask_policy = lambda spec, question, *more: question(spec, *more)
     group.Group.share = sharing  # type: ignore[method-assign]
     around(delivery.Turn, "vote", voting)
-    around(badge.Badge, "give", lambda _: die_at("counted"))
-    around(WritableSegment, "store", lambda _: die_at("store"), lambda: die_at("stored"))
+    around(badge.Badge, "give", lambda _: obey_at("counted"))
+    around(WritableSegment, "store", lambda _: obey_at("store"), lambda: obey_at("stored"))
     cli.main()
 
 

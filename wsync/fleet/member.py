@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import SegmentBusy, WsyncError
+from ..history.pins import Pin
 from ..segment.publication import Publication
 from ..segment.segment import Segment
 from ..sync.put_live import Box
@@ -25,6 +26,7 @@ class Member:
         self.declined: str | None = None
         self._box, self._group = box, group
         self._badge: Badge | None = None
+        self._pin: Pin | None = None  # that this box reported
         self._last = (0, "")  # the highest version on record here, and its identity
 
     def begin(self) -> None:
@@ -36,7 +38,7 @@ class Member:
         try:
             segment = self._box.standing.segment
             live = segment.live() if segment else None
-            pin = self._box.record.pin()
+            pin = self._pin = self._box.record.pin()
             if segment:
                 self.wear(segment)
         except (WsyncError, OSError):
@@ -59,12 +61,14 @@ class Member:
         self._badge = Badge(segment.path, about)
 
     def check_unchanged(self, segment: Segment) -> None:
-        """Raises SegmentBusy if another publisher published since this box reported."""
+        """Raises SegmentBusy if another publisher published, or the pin was changed, since this box reported."""
         if segment.version != self.seen:
             raise SegmentBusy(
                 f"version {segment.version} went live while the group was about to publish. The next pass sends that "
                 "version to all boxes first."
             )
+        if self._box.record.pin() != self._pin:
+            raise SegmentBusy("the pin was changed while the group was about to publish. The next pass obeys it.")
 
     def takes(self, weights: Publication) -> None:
         """Notes, before it is live, that a version comes from the group."""

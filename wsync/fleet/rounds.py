@@ -133,7 +133,7 @@ class Rounds:
             identity=checkpoint.identity,
             changed_ns=checkpoint.changed_ns,
         )
-        gated = recheck.staged is not None
+        gated = not any(report.pin for report in self._reports)  # an operator's pin has no gate
         self._group.tell({"offer": asdict(weights), "gated": gated})
         return self._take(this, Shared(weights, Turn(self._group), self._group.rank, checkpoint), gated, fit)
 
@@ -186,8 +186,12 @@ class Rounds:
             self._member.check_unchanged(segment)
 
         def agree(staged: Staged) -> None:
-            asked = gated and self._box.spec.hooks.gate
-            shared.turn.vote(work=(lambda: self._box.ask_gate(staged)) if asked else None)  # agreed
+            def ask() -> None:
+                if gated and self._box.spec.hooks.gate:
+                    self._box.ask_gate(staged)
+                self._member.check_unchanged(segment)
+
+            shared.turn.vote(work=ask)  # agreed
             self._member.takes(weights)
 
         try:

@@ -60,8 +60,9 @@ def rollback(
         state.pin_file.write(pin)  # before it is live: a watch must not publish the newest in between
         try:
             publication = _again(segment, last, event, state)
-        except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin must hold
-            state.pin_file.write(before)
+        except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin must hold, or a later one
+            if state.pin_file.read() == pin:
+                state.pin_file.write(before)
             raise
         seconds = round(time.time() - pin.since, 6)
         more = {"bytes": segment.layout.nbytes, "seconds": seconds, "settings": event.settings}

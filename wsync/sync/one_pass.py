@@ -82,7 +82,6 @@ class Recheck(NamedTuple):
 
 
 NO_RECHECK = Recheck()
-"""For a pin: the operator has decided, and no gate is asked."""
 
 
 class Choice(NamedTuple):

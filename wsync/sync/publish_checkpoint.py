@@ -9,14 +9,14 @@ from typing import Protocol, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..discovery.identity import was_changed
-from ..errors import CheckpointError, CheckpointMismatch, RetryLater, UnusableBase
+from ..errors import CheckpointError, CheckpointMismatch, RetryLater, SegmentBusy, UnusableBase
 from ..fitting.fit import Fit
 from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..segment.publishing import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import report_once
-from .one_pass import NO_RECHECK, Choice, Pass, Recheck
+from .one_pass import Choice, Pass, Recheck
 from .outcome import Outcome
 from .policy_layout import PolicyLayout
 from .put_live import Box
@@ -111,13 +111,22 @@ class CheckpointPublisher:
             if not this.dry_run and this.live and this.live.checkpoint and (segment := box.standing.opened):
                 box.keep(segment)  # for the next reboot, even if its file is gone by then
             return this.pinned(pin)
+
+        def check_pin(_: object) -> None:
+            if box.record.pin() != pin:
+                raise SegmentBusy(
+                    f"the pin of {this.name!r} was changed while {pin.name} was about to go live. Try again: the next "
+                    "pass obeys the new one."
+                )
+
         segment = box.make_segment()
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights, box.spec.extras))
             with checkpoint:
                 if not checkpoint.fitted:  # a kept copy is not the file that the digest belongs to
                     checkpoint.expect(box.spec.select.digest)
-                return replace(self.route.deliver(this, segment, checkpoint, fit, NO_RECHECK), pin=pin.name)
+                recheck = Recheck(check_pin, check_pin)  # no gate: the operator has decided
+                return replace(self.route.deliver(this, segment, checkpoint, fit, recheck), pin=pin.name)
         except CheckpointError as exc:
             about = {"step": pin.step, "checkpoint": pin.checkpoint, "identity": pin.identity, "pin": pin.name}
             outcome = this.refusal(exc, named=True, **about)
