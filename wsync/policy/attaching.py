@@ -1,8 +1,8 @@
-"""Attaches a policy: finds its device and how it takes versions, and waits for the first one.
+"""Attaches a policy: finds its device, chooses how it takes versions, and waits for the first one.
 
-``swap`` is for policies that do not write to their own weights. If a write is known beforehand, swap is refused and
-``auto`` copies. Otherwise the write goes to private pages, harms nobody, and is lost with the next version; a warning
-says so once.
+``swap`` is for policies that do not write to their own weights. If it can be seen beforehand that a policy may write,
+``swap`` is refused and ``auto`` copies. Otherwise the write goes to private pages, harms nobody else, and is lost with
+the next version; a warning says so once.
 """
 
 from __future__ import annotations
@@ -46,55 +46,56 @@ def attach(
     max_age: float | None = None,
     runtime_dir: str | os.PathLike[str] | None = None,
 ) -> Reader:
-    """Attaches a policy to a segment; returns when its first version is in.
+    """Attaches a policy to a segment; returns once the policy has its first version.
 
-    In mode ``"swap"``, an alias or a ``state_dict`` that you keep of the policy keeps its values. In mode ``"copy"`` it
-    is the policy's own memory, which each version overwrites: keep a ``clone()``.
+    If the segment does not exist yet, makes it with the policy's layout, and waits for a publisher. After five seconds
+    without one, a warning names the segments that exist. If no version comes, removes the segment that it made.
 
-    Makes the segment if it does not exist yet, with the policy's own layout, and waits for a publisher. After five
-    seconds without one, a warning names the segments that exist. If the wait ends without a version, removes a segment
-    that was made here.
+    In mode ``"swap"``, aliases of the policy's tensors and a ``state_dict()`` that you keep keep their values. In mode
+    ``"copy"`` they share the policy's own memory, which each version overwrites: keep a ``clone()``.
 
     Args:
         policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
-        name: of the segment.
+        name: name of the segment.
         timeout: seconds to wait for the first version; None waits for ever.
-        mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference), ``"copy"`` copies into the
-            policy's own, whose addresses stay (training mode, CUDA graphs, TorchScript, any device), ``"auto"`` swaps
-            where that is safe and copies elsewhere; so it does where other tensors lie in the policy's memory as it is
-            attached (a view that it keeps of its own weights, somebody's ``state_dict``), or other processes share that
-            memory (``share_memory()``, a queue of ``torch.multiprocessing``, a mapped file): swap would leave those
-            with the weights that they have. On a GPU ``"swap"`` points the tensors at two buffers there by turns,
-            which is not for CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and whatever remembers addresses:
-            ``"auto"`` copies. What ``torch.compile`` makes for ``"swap"`` it must make afterwards, since it remembers
-            alignments, too.
-        staging: where the policy is on a GPU, a version comes by way of one more copy of the weights there, and no step
-            waits for the bus; ``"none"`` does without it, with ``mode="copy"``, and ``refresh()`` waits for the bus.
-            A policy that is split over devices has no such copy: ``refresh()`` copies tensor by tensor.
-        extra_state: what to do where the policy's ``state_dict()`` holds more than parameters and persistent buffers
-            (``get_extra_state``, packed quantised weights), which no version changes: ``"ignore"`` logs its names.
-        exclude: globs of the policy's tensors that are its own, such as exploration noise: no version changes them, and
-            the segment need not have them (``[weights] own`` in a spec). With it, a publisher makes the segment.
-        on_version: called as ``on_version(version, step, extras)`` after each take, the first one here included, in the
-            thread that takes it and while no other is inside ``using()``. It may run the policy; a ``refresh()`` in it
-            returns False. ``extras`` is ``reader.extras``, the files that travel with the weights.
-        on_version_error: what it raises is logged, and with ``"raise"`` the call that took the version raises it, too.
-            The policy has that version all the same.
-        max_age: seconds; while the policy's version was published longer ago, each ``refresh()`` raises Stale, once it
-            has taken what is newer. Here, a first version of any age is taken. The wall clock says when a version was
-            published, and is looked at as it is taken: if it is set in between, the age is wrong by as much. Later
-            jumps change nothing, and time that the machine is suspended counts.
+        mode: ``"swap"`` points the policy's tensors at the shared memory (CPU, inference). ``"copy"`` copies each
+            version into the policy's own tensors, which keep their addresses (training mode, CUDA graphs, TorchScript,
+            any device). ``"auto"`` swaps if that is safe, and else copies. It also copies if, when the policy is
+            attached, other tensors share its memory (such as a view of its own weights, or a ``state_dict()``) or other
+            processes do (``share_memory()``, a queue of ``torch.multiprocessing``, a mapped file): swap would leave
+            them with old weights. On a GPU ``"auto"`` copies; ``"swap"`` points the tensors at two buffers there by
+            turns, which does not work with CUDA graphs, ``torch.compile(mode="reduce-overhead")`` and other code that
+            remembers addresses. With ``"swap"``, call ``torch.compile`` after ``attach``: compiled code also remembers
+            how tensors are aligned.
+        staging: on a GPU, ``"device"`` copies each version into a second buffer there while the policy runs, which
+            takes GPU memory for one more set of weights. ``"none"`` (only with ``mode="copy"``) saves that memory, and
+            ``refresh()`` waits for the transfer, as it always does for a policy that is split over devices.
+        extra_state: what to do if the policy's ``state_dict()`` has entries that are neither parameters nor persistent
+            buffers (``get_extra_state``, packed quantised weights), which no version changes: raise SpecError, or, with
+            ``"ignore"``, log their names.
+        exclude: globs of names of tensors that the policy keeps for itself, such as exploration noise: no version
+            changes them, and the segment need not have them (``[weights] own`` in a spec). If set, the segment is not
+            made here; a publisher must make it.
+        on_version: called as ``on_version(version, step, extras)`` after the policy takes a version, the first one
+            included, in the thread that takes it, while no other thread is inside ``using()``. It may run the policy; a
+            ``refresh()`` in it returns False. ``extras`` is ``reader.extras``: the files that travel with the weights.
+        on_version_error: ``"log"`` logs what ``on_version`` raises; ``"raise"`` also raises it from the call that took
+            the version. The policy has that version in either case.
+        max_age: seconds. While the policy's version was published longer ago than this, each ``refresh()`` raises
+            Stale, after it has taken a newer version if there is one; ``attach`` takes a first version of any age. The
+            age is measured by the wall clock until the version is taken, and then by one that never jumps and that
+            goes on while the machine is suspended.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
         LayoutDiffers: the segment holds another architecture; the text has a table of the differences.
-        SwapRefused: ``mode="swap"`` where the policy writes to its own tensors, or may; or other processes share them.
+        SwapRefused: ``mode="swap"``, and the policy may write to its own tensors, or other processes share them.
         AttachTimeout: no version came in time.
         SegmentError: the segment can be neither opened nor made.
-        OutOfDeviceMemory: the GPU has no room for that copy.
-        UsageError: the mode, the staging, the name or the timeout is invalid; a tensor of the policy has no memory that
-            could be written; its class refuses a copy (CopyRefused); the policy's own code fails, its weights are
-            folded into compiled code, or it has state that no version changes (SpecError).
+        OutOfDeviceMemory: the GPU has no room for the buffers.
+        UsageError: an argument is invalid, or a tensor of the policy has no memory that can be written to.
+        CopyRefused: a tensor's class refuses copies.
+        SpecError: the policy's own code fails, its weights are folded into compiled code, or it has extra state.
     """
     _check_arguments(policy, name, mode, staging)
     _check_not_frozen(policy)
@@ -105,11 +106,11 @@ def attach(
         reader = _make(policy, opening, mode, staging, exclude, terms)
         try:
             opening.wait(reader)
-        except BaseException:  # even an interrupt: the policy gets tensors of its own
+        except BaseException:  # even an interrupt: ``close`` gives the policy tensors of its own
             reader.close()
             raise
     if reader.mode == "swap":
-        trim()  # frees the policy's own weights: readers share one copy a box
+        trim()  # frees the policy's own weights: all readers on a machine share one copy
     return reader
 
 
@@ -190,7 +191,7 @@ def _attached(policy: torch.nn.Module, layout: Layout, segment: Segment, exclude
 
 
 def _check_memory(tensors: Tensors) -> None:
-    """Raises UsageError if a tensor could not be written with a version."""
+    """Raises UsageError if no version can be written into a tensor."""
     for name, tensor in tensors:
         if tensor.is_meta:
             raise UsageError(
@@ -216,7 +217,7 @@ def _check_writable(tensors: Tensors) -> None:
 
 
 def _device_of(policy: torch.nn.Module) -> Cuda | None:
-    """The one CUDA device that holds a whole policy; None if there is none."""
+    """The CUDA device that holds all of a policy's tensors; None if there is no such device."""
     places = {tensor.device for _, tensor in named_tensors(policy)}
     if {place.type for place in places} != {"cuda"} or len(places) > 1:
         return None
@@ -226,7 +227,7 @@ def _device_of(policy: torch.nn.Module) -> Cuda | None:
 
 
 def _hindrance(policy: torch.nn.Module, tensors: list[tuple[str, torch.Tensor]], device: Cuda | None) -> str | None:
-    """Why the policy's tensors must not point at a slot, or None."""
+    """Why the policy's tensors must not be pointed at a slot; None if they may."""
     followed = {id(tensor) for _, tensor in tensors}
     for name, module in named_modules(policy):
         where = f"{name.rstrip('.') or 'the policy'} ({type(module).__name__})"

@@ -1,7 +1,7 @@
 """Copies a version into a policy's own tensors: ``target.copy_(source)``, from the leased slot.
 
-Torch copies, with as many threads as its user gave it (``torch.set_num_threads``), and knows about strides, subclasses,
-dtypes and devices. The views of a slot's weights are made once.
+Torch does the copying: it uses as many threads as its user allows (``torch.set_num_threads``), and handles strides,
+subclasses, dtypes and devices. The views of a slot's weights are made once.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Copy:
         self._own = sum(map(runs_code, self._tensors))  # these come first, since they may refuse a copy
 
     def take(self, segment: Segment, lease: Lease) -> None:
-        """Copies a leased slot.
+        """Copies a leased slot into the policy's tensors.
 
-        A backward pass that needs a tensor's old values gets autograd's error.
+        A later backward pass that needs their old values gets autograd's error.
 
         Raises:
-            OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
-            UsageError: the policy's tensors are others than those that were attached; or a tensor's class refused its
-                copy, and all have what they had.
-            HalfWritten: it refused, and the tensors before it could not be restored; or a plain tensor, which somebody
-                gave other memory, could not be written.
+            OSError, WsyncError: the slot cannot be mapped; the policy keeps its weights.
+            UsageError: the policy's tensors are not the attached ones any more.
+            CopyRefused: a tensor's class refused its copy; the policy keeps its weights.
+            HalfWritten: a class refused its copy, and the tensors already written could not be restored; or a plain
+                tensor, whose memory somebody replaced, could not be written.
         """
         self._attached.check()
         if segment is not self._segment:

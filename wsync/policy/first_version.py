@@ -1,4 +1,4 @@
-"""Opens a segment for a reader and waits for its first version, which never comes under a misspelt name."""
+"""Opens a segment for a reader and waits for its first version; says what exists, in case its name is misspelt."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .reader import Reader, deadline_of
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks if no WORD will change
-_SHOWN = 8  # names of other segments in a message
+_SHOWN = 8  # most names of other segments in a message
 
 
 class Opening:
-    """A segment that a reader is to follow, until its first version is in.
+    """Opens a segment for a new reader, makes it if needed, and waits for its first version.
 
     If the block fails, a segment that was made here is removed, unless somebody published to it or waits for it.
 
     Args:
-        name: of the segment.
-        runtime: where segments live.
+        name: name of the segment.
+        runtime: where segments live; None for the default.
         timeout: seconds to wait for the first version; None waits for ever.
     """
 
-    patience = 5.0  # seconds without a version, after which the log says what is there
+    patience = 5.0  # seconds without a version, after which a warning says which segments exist
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None, timeout: float | None) -> None:
         self._name, self._runtime, self._timeout = name, runtime, timeout
@@ -50,10 +50,10 @@ class Opening:
                     self._made.remove_unused()
 
     def open(self, layout: Layout, exclude: Sequence[str] = ()) -> Segment:
-        """The standing segment, or a new one with the policy's layout.
+        """Opens the segment, or makes one with the policy's layout.
 
         Args:
-            exclude: globs of tensors that the segment may have or lack. Its publisher then has to make it.
+            exclude: globs of tensors that the segment may have or lack. If set, waits until a publisher makes it.
         """
         while True:
             with suppress(SegmentMissing, SegmentDamaged):
@@ -73,7 +73,7 @@ class Opening:
         return Segment.open(self._name, self._runtime, layout=layout)
 
     def wait(self, reader: Reader) -> None:
-        """Returns when the first version is in; says once, after a while, that nobody publishes.
+        """Returns once the policy has its first version; after ``patience`` seconds, warns that nobody publishes.
 
         Raises:
             AttachTimeout: no version came in time.
@@ -91,7 +91,7 @@ class Opening:
             if reader.wait(min(times, default=None)):
                 if _has_first(reader):
                     return
-                time.sleep(_LOOK)  # somebody who does not follow the protocol has locked its slot
+                time.sleep(_LOOK)  # its slot is locked by something that does not follow the protocol
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
 
@@ -105,17 +105,17 @@ class Opening:
 
 
 def _has_first(reader: Reader) -> bool:
-    """Whether the first version is in now, even one that is too old, about which each later refresh complains."""
+    """Takes a version if there is one, even one that is too old; returns whether the policy has one."""
     with suppress(Stale):
         reader.refresh(wait=True)
     return reader.version > 0
 
 
 def _told_of_neighbours(name: str, base: Path) -> str:
-    """A sentence for each directory of segments: first ``base``, then those of other users beside it.
+    """A sentence for each directory of segments: first ``base``, then other users' directories beside it.
 
     Args:
-        name: the names most like it come first.
+        name: names like this one are listed first.
     """
     told = ""
     with suppress(SegmentError, OSError):
@@ -123,7 +123,7 @@ def _told_of_neighbours(name: str, base: Path) -> str:
         told = f"There are {_listed(name, there)}. " if there else "There is no other segment. "
     pattern = default_runtime_dir().name.rpartition("-")[0] + "-*"
     for other in sorted(base.parent.glob(pattern)):
-        with suppress(SegmentError, OSError):  # we may not enter most of them
+        with suppress(SegmentError, OSError):  # this user may not enter most of them
             if other != base and (there := segments(other)):
                 told += f"In {printable(os.fspath(other))} (runtime_dir=) there are {_listed(name, there)}. "
     return told

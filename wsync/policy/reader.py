@@ -1,17 +1,13 @@
 """The reader in a policy's process: refresh between steps, wait, close; ``attaching`` makes it.
 
 There are two ways to take a version. ``swap`` points the policy's parameters and buffers at the leased slot: no bytes
-move, and the time depends on the number of tensors alone. ``copy`` copies into the policy's own tensors, whose
-addresses stay.
+move, and the time depends only on the number of tensors. ``copy`` copies into the policy's own tensors, which keep
+their addresses.
 
-``PlainReader`` takes it while the caller waits; a policy on a CUDA device has another reader (``gpu.reader``).
+``PlainReader`` takes a version while the caller waits; a policy on a CUDA device has another reader (``gpu.reader``).
 
-A step with nothing new costs one load of eight bytes and one comparison. A version changes between steps: call
-``refresh()`` while no other thread is inside the policy, or run each of them inside ``using()``.
-
-A policy that writes to its own weights in place is refused ``swap`` if that can be known beforehand. Otherwise the
-write goes to pages of the process's own (the mapping is private), harms nobody, and is lost with the next version; a
-warning says so once.
+A step with nothing new costs one load of eight bytes and one comparison. Call ``refresh()`` between steps, while no
+other thread runs the policy; or let every thread run it inside ``using()``.
 """
 
 from __future__ import annotations
@@ -46,7 +42,7 @@ Way = Literal["swap", "copy"]
 Mode = Literal["auto", "swap", "copy"]
 
 _WORD = WORD_OFFSET // 8
-_clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # seconds; it never jumps, and goes on in a suspended machine
+_clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # seconds; never jumps, and counts suspended time
 WAITS = (
     "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
     "a flag, and wait where the program reads the flag."
@@ -61,11 +57,12 @@ class Reader(ABC):
     """Keeps a policy in step with a segment; made by ``attach``.
 
     Attributes:
-        name: of the segment.
+        name: name of the segment.
         mode: ``"swap"`` or ``"copy"``.
-        version: of the weights in the policy; 0 before the first.
-        step: the producer's number for them; None if it gave none.
-        extras, metadata: the files that came with them, bytes by their names; and their checkpoint's metadata.
+        version: the version of the policy's weights; 0 before the first.
+        step: the producer's number for these weights; None if it gave none.
+        extras: the files that travelled with these weights: bytes by file name.
+        metadata: the metadata of their checkpoint.
     """
 
     def __init__(self, segment: Segment, mode: Way, terms: Terms) -> None:
@@ -77,9 +74,9 @@ class Reader(ABC):
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
         self._users, self._search = Users(), Search()
-        self._half_written: HalfWritten | None = None  # the policy must not be used any more
+        self._half_written: HalfWritten | None = None  # if set, the policy must not be used any more
         self._schedule = Lookout(1) if terms.max_age else Lookout()
-        self._calls_left = 1  # until it looks at the clock again
+        self._calls_left = 1  # calls until the next look at the clock
         self._registration = self._take(segment)
         _readers.add(self)
 
@@ -87,24 +84,25 @@ class Reader(ABC):
         """Takes the newest version if there is a newer one; call it between steps.
 
         Args:
-            wait: on a GPU, wait until the version is there; otherwise it is under way, and a later call takes it. On
-                the CPU a version is always there at once.
-            users: if other threads are inside ``using()``, ``"wait"`` takes a version when they have left, and lets no
-                others in before that; ``"skip"`` returns False, and a later call takes it.
+            wait: on a GPU, whether to wait until a new version has arrived; if False, this call starts its transfer,
+                and a later call takes it. On the CPU, each call takes a new version at once.
+            users: if other threads are inside ``using()``, ``"wait"`` waits until they have left, and lets no others in
+                before the version is taken; ``"skip"`` returns False, and a later call takes it.
 
         Returns:
-            True when a new version came in. If the segment was removed, the policy keeps its weights, a warning is
-            logged once, and the reader attaches again when it comes back with the same layout. False for a signal
-            handler that calls it in the middle of another call. An interrupt (Ctrl-C) is raised once a version that is
-            being taken is in.
+            Whether the policy has a new version; always False in a signal handler that interrupted a call of this
+            reader. If the segment was removed, the policy keeps its weights, a warning is logged once, and the reader
+            attaches again when there is a segment of the same name and layout. An interrupt (Ctrl-C) while a version is
+            being taken is raised after the policy has it.
 
         Raises:
             Stale: the policy's version is older than ``max_age``; see ``attach``.
-            SegmentError: a slot cannot be opened, mapped or read; the policy keeps the version that it has.
+            SegmentError: a slot cannot be opened, mapped or read; the policy keeps its version.
             UsageError: this reader is closed; the policy was moved (``.to()``) since it was attached; this thread is
                 inside ``using()``; on a GPU, also while a CUDA graph is captured, and in a forked child.
-            CopyRefused: a tensor's class refused its copy; the policy keeps the version that it has.
-            HalfWritten: it refused, and the tensors before it could not be restored; every later call raises it, too.
+            CopyRefused: a tensor's class refused its copy; the policy keeps its version.
+            HalfWritten: a copy failed, and tensors already written could not be restored; later calls raise it again.
+            Exception: what ``on_version`` raised, with ``on_version_error="raise"``.
         """
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
@@ -115,7 +113,7 @@ class Reader(ABC):
     def using(self) -> Iterator[int]:
         """Keeps the version from changing during a block, in any number of threads; yields the version.
 
-        Meanwhile ``refresh`` and ``close`` of other threads wait. A thread that is inside may enter again.
+        Meanwhile ``refresh`` and ``close`` in other threads wait. A thread may enter such a block within another.
 
         Raises:
             UsageError: this reader is closed.
@@ -132,8 +130,8 @@ class Reader(ABC):
             timeout: seconds; None waits for ever.
 
         Raises:
-            UsageError: this reader is closed, the timeout is not a number, or a signal handler calls it in the middle
-                of another call.
+            UsageError: this reader is closed, the timeout is not a number, or a signal handler that interrupted
+                another call of this reader calls this.
         """
         deadline = deadline_of(timeout)
         if self._is_at_work():
@@ -141,7 +139,7 @@ class Reader(ABC):
         while True:
             with self._lock:
                 self._check_open()
-                if is_gone(self._segment):  # one deleted by hand does not change the WORD
+                if is_gone(self._segment):  # deletion by hand does not change the WORD
                     self._find_again()
                 if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
                     return True
@@ -152,16 +150,16 @@ class Reader(ABC):
             sleep_on(address, word, left)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own with the weights that it has, and lets go of the segment.
+        """Closes the segment; the policy keeps its weights, in tensors of its own.
 
-        If a signal handler calls it in the middle of a ``refresh``, it takes effect when that ends.
+        If a signal handler calls this during a ``refresh``, it takes effect when that ends.
         """
         if self._is_at_work():
             self._close_asked = True
             return
         with self._users.alone() as alone, self._lock:
             if self._closed or not alone:
-                self._close_asked = not self._closed  # a signal handler came while this thread waits for others
+                self._close_asked = not self._closed  # a signal handler called this while this thread waits for others
                 return
             self._closed = True
             try:
@@ -221,10 +219,10 @@ class Reader(ABC):
 
     @abstractmethod
     def _advance(self, wait: bool) -> bool:
-        """Takes the newest version, under the lock; returns whether it did."""
+        """Takes the newest version; called under the lock. Returns whether it did."""
 
     def _is_at_work(self) -> bool:
-        """Whether this thread holds the lock already: a signal handler interrupted it, and must not wait for it."""
+        """Whether this thread already holds the lock: then this is a signal handler's call, which must not wait."""
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]  # as threading.Condition asks
 
     def _newest(self) -> Lease | None:
@@ -236,7 +234,7 @@ class Reader(ABC):
         except SegmentDamaged:
             if not self._segment.damage():
                 raise
-            self._find_again()  # says so; a later call takes what it finds
+            self._find_again()  # logs the damage; a later call takes a version from what it finds
             return None
         if lease and lease.version == self._taken:
             self._seen = lease.word
@@ -253,7 +251,7 @@ class Reader(ABC):
         self._registration.update(self.version, *self._leases())
 
     def _look_around(self, skip: bool) -> bool:
-        """A segment deleted by hand does not change the WORD, so now and then this checks the directory."""
+        """Checks now and then whether the segment still exists, because deletion by hand does not change the WORD."""
         self._calls_left, due = self._schedule.next()
         if due and not (self._closed or self._is_at_work()) and is_gone(self._segment):
             with self._lock:
@@ -265,14 +263,14 @@ class Reader(ABC):
 
     @abstractmethod
     def _give_own(self) -> None:
-        """Gives the policy tensors of its own, if it has none."""
+        """Gives the policy tensors of its own, with its weights, if its tensors are not its own yet."""
 
     @abstractmethod
     def _leases(self) -> tuple[tuple[int, ...], float]:
-        """The slots that this reader leases, and since when the oldest of them."""
+        """The slots that this reader leases, and when it took the oldest lease, in seconds since the epoch."""
 
     def _take(self, segment: Segment) -> Registration:
-        """Makes a segment this reader's, and lists it there."""
+        """Makes this the reader's segment, and adds the reader to its records."""
         registration, address = Registration(segment.path, self.mode), segment.control.address
         self._seen, self._taken = -1, 0  # the WORD and the version, of this segment
         self._segment, self._address = segment, address
@@ -280,7 +278,7 @@ class Reader(ABC):
         return registration
 
     def _find_again(self) -> bool:
-        """Attaches to the segment of the same name and layout that replaced ours."""
+        """Attaches to a segment of the same name and layout that replaced this one; returns whether there was one."""
         segment = self._search.find(self._segment, self.version)
         if segment is None:
             return False
@@ -301,7 +299,7 @@ class Reader(ABC):
         raise UsageError(_UNSENDABLE.format(self.name))
 
     def _after_fork(self) -> None:
-        """Gives a forked child a record of its own. It shares leases with its parent; each releases its own part."""
+        """Gives a forked child a record of its own. Leases are shared with the parent, until both release them."""
         self._lock, self._close_asked = threading.RLock(), False
         self._users.after_fork()
         if not self._closed:
@@ -310,7 +308,7 @@ class Reader(ABC):
 
 
 class PlainReader(Reader):
-    """A ``Reader`` whose refresh returns when the version is in; for a policy on the CPU or on several devices."""
+    """A ``Reader`` whose ``refresh`` takes a version at once; for a policy on the CPU or on several devices."""
 
     def __init__(self, attached: Attached, segment: Segment, mode: Way, terms: Terms) -> None:
         self._way: Swap | Copy = Swap(attached) if mode == "swap" else Copy(attached)
@@ -325,11 +323,11 @@ class PlainReader(Reader):
         except Exception as exc:
             self._half_written = exc if isinstance(exc, HalfWritten) else None
             raise
-        except BaseException:  # an interrupt: finish what was begun first
+        except BaseException:  # an interrupt: first finish what was begun
             self._take_in(lease)
             raise
         finally:
-            if not self._way.holds(lease):  # it was a copy, or failed before
+            if not self._way.holds(lease):  # it was copied, or taking it failed
                 lease.release()
         return True
 
@@ -352,10 +350,10 @@ class PlainReader(Reader):
 
 
 def deadline_of(timeout: float | None) -> float | None:
-    """The time by the monotonic clock in so many seconds; None for never.
+    """The ``time.monotonic()`` at which a timeout in seconds ends; None for never.
 
     Raises:
-        UsageError: it is not a number of seconds.
+        UsageError: the timeout is not a number.
     """
     try:
         if timeout is None or not math.isnan(timeout):

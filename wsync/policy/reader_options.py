@@ -1,4 +1,4 @@
-"""What a policy's process asks for besides the weights: to be told of each version, and not to act on old ones."""
+"""Options of a reader: a call for each new version, and a limit to the age of the policy's weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ OnVersion = Callable[[int, int | None, Mapping[str, bytes]], object]
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The options of ``attach``, which explains them.
+    """Three options of ``attach``, which explains them.
 
     Raises:
-        UsageError: one of them cannot be used.
+        UsageError: one of them is invalid.
     """
 
     on_version: OnVersion | None = None

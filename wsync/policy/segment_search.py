@@ -16,11 +16,11 @@ _log = logging.getLogger("wsync")
 class Lookout:
     """Says when a reader that is called between steps must look at its segment's directory.
 
-    Reading the clock would double the cost of an idle call, so it is read only once in as many calls as took a second
-    before.
+    Reading the clock would double the cost of an idle call, so it is read only once in about as many calls as are made
+    in a second.
 
     Args:
-        most: calls that may go by without reading it.
+        most: most calls between two readings of the clock.
     """
 
     seconds = 1.0  # between two looks
@@ -31,7 +31,7 @@ class Lookout:
         self._clock = self._looked = 0.0
 
     def next(self) -> tuple[int, bool]:
-        """The number of calls to skip before the next check, and whether to look now."""
+        """The number of calls until the clock is read again, and whether to look at the directory now."""
         now = time.monotonic()
         took, self._clock = max(now - self._clock, 1e-9), now
         self._calls = max(1, min(self._most, 2 * self._calls, int(self._calls * self.seconds / took)))
@@ -45,12 +45,12 @@ def is_gone(segment: Segment) -> bool:
     """Whether the segment was removed, or something outside wsync removed or cut a file of it."""
     try:
         return not segment.is_current() or bool(segment.damage())
-    except OSError:  # the system does not say; what is mapped stays there
+    except OSError:  # unknown; what is mapped stays usable
         return False
 
 
 class Search:
-    """Looks for the segment that replaces one that is gone, not too often; says once that it is gone."""
+    """Looks, not too often, for the segment that replaces one that is gone; warns once that it is gone."""
 
     seconds = 0.1  # between two looks
 
@@ -58,10 +58,10 @@ class Search:
         self._next = 0.0
 
     def find(self, segment: Segment, version: int) -> Segment | None:
-        """The segment of the same name and layout that now stands there; None if there is none yet.
+        """Opens the new segment of the same name and layout; None if there is no such segment yet.
 
         Args:
-            version: that the policy keeps.
+            version: the version that the policy keeps, for the warning.
         """
         now = time.monotonic()
         if now < self._next:
@@ -82,5 +82,5 @@ class Search:
         return found
 
     def over(self) -> None:
-        """Ends the search: the reader has what was found."""
+        """Ends the search: the reader now uses the segment that was found."""
         self._next = 0.0

@@ -3,17 +3,17 @@
 A slot is mapped once, and the views of its weights are made once. Taking a version is ``parameter.data = view`` for
 each tensor: no bytes move, and the time depends only on the number of tensors.
 
-The memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy leaves a
-slot, the uses of its storage are counted. If only our own views are left, the lease is released, and the mapping and
-the views wait for the slot's next version. Otherwise somebody keeps a tensor of the old version: we let go of the
-memory, and the slot is mapped anew for its next version. If the tensor still exists when the version after that comes,
-a thread makes its memory this process's own, page by page, and then releases the lease: keeping a tensor costs its
-keeper memory, and nobody else a slot. If the system cannot do that (before Linux 5.14), the slot stays leased until
-that tensor is gone.
+The mapped memory owns the lease, and torch keeps the memory for as long as any tensor points there. When the policy
+leaves a slot, the uses of its storage are counted. If only this module's views are left, the lease is released, and the
+mapping and the views are kept for the slot's next version. Otherwise somebody keeps a tensor of the old version: that
+mapping is left to the tensor, and the slot is mapped anew for its next version. If the tensor still exists one version
+later, a thread copies its memory into pages of this process, and then releases the lease: a kept tensor costs its owner
+memory, but costs nobody a slot. If the system cannot do that (before Linux 5.14), the slot stays leased until the
+tensor is gone.
 
-The mapping is private: what the policy writes to its weights in place goes to pages of the process's own. They must be
-gone when the slot is used again. Looking for them takes longer the more weights there are (0.4 ms for 64 MiB), so a
-thread does it beside the policy's steps, as soon as the policy has left the slot.
+The mapping is private: what the policy writes to its weights in place goes to pages of this process. They must be
+dropped before the slot is used again. Looking for them takes longer the more weights there are (0.4 ms for 64 MiB), so
+a thread does it, while the policy runs, as soon as the policy has left the slot.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class _Slot:
     """A mapped slot.
 
     Attributes:
-        memory: its pages; owns the lease while the policy, or a tensor that somebody keeps, points there.
-        added: whether it was added later. Its file may be another one the next time, so it is mapped for one
-            version only.
+        memory: the mapping; owns the lease while the policy, or a tensor that somebody keeps, points there.
+        added: whether the slot was added to the segment later. Its file may be another one the next time, so it is
+            mapped for one version only.
         views: of the weights, in the order of the policy's tensors.
         addresses: of the views.
-        alone: ``uses`` by our own views alone.
-        since: when its version was taken.
-        look: the look for pages that the policy wrote to; None if it has not begun.
+        alone: ``uses()`` while nothing but ``views`` uses the storage.
+        since: when its version was taken, in seconds since the epoch.
+        look: the thread's search for pages that the policy wrote to; None if it has not begun.
     """
 
     def __init__(self, segment: Segment, slot: int, targets: Targets) -> None:
@@ -73,7 +73,7 @@ class _Slot:
         _mapped[self._storage._cdata] = self
 
     def uses(self) -> tuple[int, int]:
-        """How many tensors point there, and how often the storage object, which they share, is referenced."""
+        """How many tensors use the storage, and how often Python references the storage object."""
         return int(torch._C._storage_Use_Count(self._storage._cdata)), sys.getrefcount(self._storage)
 
     def begin_look(self) -> None:
@@ -94,13 +94,13 @@ class _Slot:
 
 
 _HeldBack = tuple[int, weakref.ref[SlotMemory], float]
-"""Memory that only tensors of others use, which holds a slot back: that slot, and since when."""
+"""A slot that the policy left but that others' tensors keep leased: its number, its memory, and when it was taken."""
 
 _mapped: weakref.WeakValueDictionary[int, _Slot] = weakref.WeakValueDictionary()
 
 
 def own_uses(storage: torch.UntypedStorage) -> int:
-    """How many uses of a storage are a reader's own; 0 if it is not a slot."""
+    """How many uses of a storage are this module's own views; 0 if it is not a slot's."""
     slot = _mapped.get(storage._cdata)
     return slot.alone[0] if slot else 0
 
@@ -112,7 +112,7 @@ class Swap:
         self._attached = attached
         self._segment: Segment | None = None
         self._slots: dict[int, _Slot] = {}
-        self._live: _Slot | None = None  # where the policy is, or after an interrupt perhaps where it was going
+        self._live: _Slot | None = None  # the policy's slot; after an interrupt, maybe the one that it was moving to
         self._held_back: list[_HeldBack] = []
         self._told_of_writing = False
 
@@ -122,8 +122,8 @@ class Swap:
         A backward pass that needs the old weights gets autograd's error, as after any write in place.
 
         Raises:
-            OSError, WsyncError: the slot cannot be mapped; the policy has what it had.
-            UsageError: the policy's tensors are not the attached ones, or have another form.
+            OSError, WsyncError: the slot cannot be mapped; the policy keeps its weights.
+            UsageError: the policy's tensors are not the attached ones, or their device, dtype or shape changed.
         """
         slots = self._slots if segment is self._segment else {}
         slot, written = self._prepare(slots, segment, lease.slot)
@@ -146,16 +146,16 @@ class Swap:
         return any(slot.memory.lease is lease for slot in self._slots.values())
 
     def leases(self) -> tuple[tuple[int, ...], float]:
-        """The slots that the policy, or a tensor that somebody keeps, points into, and since when the oldest."""
+        """The slots that the policy, or a tensor that somebody keeps, uses; and when the oldest of them was taken."""
         self._held_back = [held for held in self._held_back if (memory := held[1]()) and memory.lease]
         held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
         held += [(slot, since) for slot, _, since in self._held_back]
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
-        """Gives the policy tensors of its own, with the weights that it has; tensors that somebody keeps last.
+        """Gives the policy tensors of its own, with its weights; tensors that somebody keeps stay valid.
 
-        A tensor that its user pointed elsewhere, or shared with other processes, stays where it is.
+        A tensor of the policy that its user pointed elsewhere, or shared with other processes, stays where it is.
         """
         if self._live is None:
             return
@@ -175,12 +175,12 @@ class Swap:
         self._take_over_held_back()
 
     def after_fork(self) -> None:
-        """Begins looks anew in the child, which has its own pages and none of its parent's threads."""
+        """Forgets the parent's searches in a forked child, which has its own pages and none of the parent's threads."""
         for slot in self._slots.values():
             slot.look = None
 
     def _prepare(self, slots: dict[int, _Slot], segment: Segment, number: int) -> tuple[_Slot, bool]:
-        """Maps a slot with its file's bytes and checks the policy; also returns whether that had written there."""
+        """Maps a slot, or renews its mapping, and checks the policy; also returns whether that had written there."""
         slot, written = slots.get(number), False
         if slot and not slot.added:
             written = slot.end_look()
@@ -193,7 +193,7 @@ class Swap:
         return slot, written
 
     def _take_over_held_back(self) -> None:
-        """Has a thread free slots that were held back for a whole version; most are free before that."""
+        """Has a thread free the slots that were already held back at the last version; most are free by then."""
         held_back, self._held_back = self._held_back, []
         for one in held_back:
             try:
@@ -202,7 +202,7 @@ class Swap:
                 self._held_back.append(one)
 
     def _take_over(self, held: _HeldBack) -> None:
-        """Releases a slot that is held back, once its pages are this process's own."""
+        """Gives the tensors in a held-back slot a copy of its pages, and releases its lease."""
         memory = held[1]()
         lease = memory.lease if memory else None
         if memory and lease and take_over(memory):
@@ -212,7 +212,7 @@ class Swap:
             self._held_back.append(held)
 
     def _leave(self, slot: _Slot) -> bool:
-        """Releases the lease of a slot that the policy left, if no tensor still needs it; returns whether it did."""
+        """Releases the lease of a slot that the policy left if no tensor uses it; returns whether its mapping stays."""
         lease = slot.memory.lease
         if lease is None:
             return False

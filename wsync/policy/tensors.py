@@ -1,8 +1,8 @@
-"""The tensors of a policy as they were when it was attached, and whether they still are the same.
+"""The tensors of a policy as they were when it was attached, and whether they are still the same.
 
 ``.to()`` to another device, ``load_state_dict(assign=True)``, a new submodule or a set attribute replace tensors, and
-``.half()`` changes them. A reader that went on with the old tensors would leave the policy behind. A policy may gain
-and lose modules without tensors, and have its own wrapped.
+``.half()`` changes them. If a reader went on with the old tensors, the policy would get no more versions. Modules
+without tensors may come and go, and modules may be wrapped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..layout.module import check_unmerged
 from ..layout.tensor_subclasses import runs_code
 from ..system.memory import permissions
 
-_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # of the tensor itself; Python holds one of them
+_use_count = torch.Tensor._use_count  # type: ignore[attr-defined]  # references to the tensor itself; Python has one
 _FORMS = [getattr(torch.Tensor, form).__get__ for form in ("device", "dtype", "shape")]
 Targets = list[tuple[torch.Tensor, int]]
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -32,12 +32,12 @@ class Attached:
     """The parameters and persistent buffers of a policy.
 
     Args:
-        layout: of the segment.
-        names: the name in the layout by each tensor's name in the policy.
+        layout: the segment's layout.
+        names: each tensor's name in the layout, by its name in the policy.
 
     Attributes:
-        targets: every tensor object once, with the number of its entry in the layout.
-        tensors: the same without the numbers.
+        targets: every tensor object once, with the index of its entry in the layout.
+        tensors: the tensors of ``targets``.
     """
 
     def __init__(self, policy: torch.nn.Module, layout: Layout, names: Mapping[str, str]) -> None:
@@ -51,12 +51,12 @@ class Attached:
         self.targets: Targets = list(seen.values())
         self.tensors = [tensor for tensor, _ in self.targets]
         self._policy = policy
-        self._others = {name for name, _ in named_tensors(policy)} - names.keys()  # which no version changes
+        self._others = {name for name, _ in named_tensors(policy)} - names.keys()  # no version changes these
         self._forms = self._forms_now()
         self._note()
 
     def in_place(self) -> bool:
-        """Whether the policy's modules and tensors are still these; takes about 0.05 us for each."""
+        """Whether the policy still has the same modules and tensors; takes about 0.05 us for each."""
         if any(each.merged_adapters for each in self._adapted):
             return False
         return list(map(len, self._tables)) == self._sizes and all(
@@ -64,7 +64,7 @@ class Attached:
         )
 
     def check(self) -> None:
-        """Raises UsageError if the tensors are not these, or changed their device, dtype or shape, or hold adapters."""
+        """Raises UsageError if tensors were replaced or changed device, dtype or shape, or adapters were merged."""
         if self.in_place() and self._forms_now() == self._forms:
             return
         forms = dict(zip(map(id, self.tensors), zip(*self._forms, strict=True), strict=True))
@@ -81,17 +81,17 @@ class Attached:
         check_unmerged(self._adapted)
 
     def check_unshared(self) -> None:
-        """Raises UsageError if a tensor lies in memory that other processes share: they would be left behind."""
+        """Raises UsageError if other processes share a tensor's memory: they would keep the old weights."""
         for name in shared(zip(self._names.values(), self.tensors, strict=True)):
             raise moved(name, "in memory that other processes share (share_memory(), a torch.multiprocessing queue)")
 
     def spare_holders(self) -> None:
-        """Before tensors are pointed elsewhere: handles holders of a tensor itself, not only of its memory.
+        """Prepares for pointing the tensors elsewhere: protects code that holds a tensor itself, not only its memory.
 
-        A graph that saved a parameter, or a cache that is keyed by a parameter's version, would go on with other
-        weights. So the versions of all tensors move, and a backward pass over the old ones raises autograd's error. A
-        frozen tensor may have been exported, by ``torch.from_dlpack`` or numpy: its Python object gets a new body, and
-        whoever holds the old body keeps it with its memory.
+        An autograd graph that saved a parameter, or a cache that is keyed by a parameter's version, would see other
+        weights. So all tensors' versions are incremented, and a backward pass over the old weights raises autograd's
+        error. A frozen tensor may have been exported, by ``torch.from_dlpack`` or numpy: its Python object gets a new
+        TensorImpl, and holders of the old one keep it with its memory.
         """
         if sum(map(_use_count, self.tensors)) > len(self.tensors):
             for tensor in self.tensors:
@@ -100,7 +100,7 @@ class Attached:
         torch.autograd.graph.increment_version(self.tensors)
 
     def _note(self) -> None:
-        """Notes where the policy has its modules and tensors: the same ones may be in another module by now."""
+        """Records where the policy has its modules and tensors, which may have moved to other modules since."""
         modules = {id(module): module for _, module in named_modules(self._policy)}.values()
         self._adapted: list[Any] = [each for each in modules if hasattr(each, "merged_adapters")]  # by PEFT
         self._tables = [table for each in modules for table in (each._modules, each._parameters, each._buffers)]
@@ -120,7 +120,7 @@ class Attached:
 
 
 def _give_new_body(tensor: torch.Tensor) -> None:
-    """Gives a frozen tensor another body; the others must keep theirs, by which autograd knows them."""
+    """Gives a frozen tensor a new TensorImpl; others must keep theirs, because autograd identifies them by it."""
     body = tensor.data
     body.grad = tensor.grad
     with suppress(RuntimeError):  # something in C++ has a weak reference to it
@@ -128,7 +128,7 @@ def _give_new_body(tensor: torch.Tensor) -> None:
 
 
 def drop_caches() -> None:
-    """Drops what torch derived from weights that have just changed.
+    """Drops what torch derived from weights that have just changed, and would reuse.
 
     These are the casts that autocast keeps until its block ends, and what ``torch.nn.utils.parametrize.cached`` keeps.
     """
@@ -137,7 +137,7 @@ def drop_caches() -> None:
 
 
 def mapped(tensors: Tensors) -> dict[str, str]:
-    """How the memory of each plain tensor on the host is mapped, as ``permissions`` has it."""
+    """How the memory of each plain CPU tensor is mapped, by the tensor's name; see ``memory.permissions``."""
     there = {name: tensor for name, tensor in tensors if tensor.device.type == "cpu" and not runs_code(tensor)}
     return dict(zip(there, permissions(list(map(torch.Tensor.data_ptr, there.values()))), strict=True))
 
@@ -148,11 +148,11 @@ def shared(tensors: Tensors) -> list[str]:
 
 
 def lie_together(tensors: Tensors, layout: Layout, own_uses: Callable[[torch.UntypedStorage], int]) -> bool:
-    """Whether other tensors, or two of these that are not tied, lie in the same memory; all must be contiguous.
+    """Whether other tensors share memory with these, or two of these do that are not tied; all must be contiguous.
 
     Args:
-        layout: of these tensors.
-        own_uses: how many uses of a storage are not tensors of others.
+        layout: the layout of these tensors.
+        own_uses: returns how many uses of a storage are a reader's own views.
     """
     storages: dict[int, tuple[torch.UntypedStorage, list[tuple[torch.Tensor, int]]]] = {}
     index = {name: number for number, entry in enumerate(layout.tensors) for name in entry.names}

@@ -1,4 +1,4 @@
-"""Keeps threads that use a policy apart from the one that changes it: nothing runs the policy while it changes."""
+"""Makes the thread that changes a policy and those that run it wait for each other."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..errors import UsageError
 
 
 class Users:
-    """Counts the threads that are inside; a change waits for them, and lets no others in before it is done."""
+    """Counts the threads that are inside ``using()``; a change waits for them, and lets no others in meanwhile."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()  # re-entrant, for a signal handler
-        self._inside: dict[int, int] = {}  # how often each thread is
+        self._inside: dict[int, int] = {}  # how many blocks each thread is inside
         self._changer = 0  # the thread that changes the policy or waits to; 0 if none
 
     @contextmanager
@@ -22,7 +22,7 @@ class Users:
         """Counts this thread as inside for the block; it may enter again.
 
         Args:
-            alone: this thread is alone, and has finished its change.
+            alone: whether this thread is the one that is alone; then it does not wait for its own change.
         """
         me = threading.get_ident()
         with self._changed:
@@ -40,7 +40,7 @@ class Users:
 
     @contextmanager
     def alone(self, *, skip: bool = False) -> Iterator[bool]:
-        """Waits until nobody is inside; yields False at once if it must not wait, or if this thread is alone already.
+        """Yields True once no thread is inside; False at once if this one is alone, or others are and ``skip`` is set.
 
         Raises:
             UsageError: this thread is inside.

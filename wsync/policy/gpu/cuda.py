@@ -4,14 +4,14 @@ A copy uses the full speed of the bus, and does not block the host, only if the 
 They must be the pages of the slot itself, so the mapping is shared. In a private mapping, such as policies on the CPU
 use, the kernel would lock copies of the pages, which would show the weights of that moment for ever.
 
-Streams: a version crosses the bus on a side stream. That first waits for the work that the policy's stream had when the
-copy was requested, because this work may still read the buffer. The policy's stream is the one that is current when
+Streams: a version crosses the bus on a side stream, which first waits for the work that the policy's stream had when
+the copy was requested, because that work may still read the buffer. The policy's stream is the one that is current when
 ``attach`` and ``refresh()`` are called; it never waits for the side stream.
 
-A buffer is memory of the policy's stream, like the policy's own tensors: torch reuses it in the order of that stream,
-and nobody frees it before the copy over the bus is done. So it is not recorded on the side stream; if it were, torch
-would call CUDA when the memory is freed, which ends a forked child. Only if the policy has changed its stream since
-then is the buffer recorded on the new one.
+A buffer is allocated on the policy's stream, like the policy's own tensors: torch reuses its memory in the order of
+that stream, and the buffer is kept until the copy over the bus is done. So it is not recorded on the side stream; if it
+were, torch would call CUDA when the memory is freed, which ends a forked child. Only if the policy has changed its
+stream in the meantime is the buffer recorded on the new one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _PORTABLE, _READ_ONLY = 1, 8  # cudaHostRegisterPortable, cudaHostRegisterReadOn
 
 
 class Flight(Protocol):
-    """A copy under way; ``torch.cuda.Event`` is one."""
+    """A copy that is under way, such as a ``torch.cuda.Event``."""
 
     def query(self) -> bool:
         """Whether the copy is done."""
 
     def synchronize(self) -> None:
-        """Waits until it is."""
+        """Waits until the copy is done."""
 
 
 class Cuda:
@@ -44,12 +44,12 @@ class Cuda:
         self._homes: set[torch.cuda.Stream] = set()  # streams that own buffers
 
     def capturing(self) -> bool:
-        """Whether the policy's stream is being captured: work then goes into a graph, and does not run now."""
+        """Whether the policy's stream is being captured into a CUDA graph: then its work does not run now."""
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
     def lock(self, address: int, nbytes: int, *, read_only: bool) -> str:
-        """Page-locks memory of the host for all devices; returns why that was refused, or an empty text."""
+        """Page-locks host memory for all devices; returns why that was refused, or an empty string."""
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
             code = runtime.cudaHostRegister(address, nbytes, _PORTABLE | (_READ_ONLY if read_only else 0))
@@ -61,8 +61,8 @@ class Cuda:
     def unlock(self, address: int) -> bool:
         """Undoes ``lock``; no copy from that memory may be under way.
 
-        False if that was refused: the memory must then stay mapped, because the device reads these pages at that
-        address.
+        Returns False if that was refused: then the memory must stay mapped, because the device still reads these pages
+        at that address.
         """
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         try:
@@ -75,7 +75,7 @@ class Cuda:
         return False
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Allocates so many bytes on the device, as uint8; raises OutOfDeviceMemory."""
+        """Allocates ``nbytes`` on the device, as uint8; raises OutOfDeviceMemory if there is no room."""
         self._homes.add(torch.cuda.current_stream(self._device))
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -94,8 +94,8 @@ class Cuda:
         """Begins to copy tensors from the host to the device, each to its target of the same shape and dtype.
 
         Args:
-            aside: copy on the side stream, after all work that the policy's stream has; otherwise on the policy's
-                stream, whose next step waits.
+            aside: whether to copy on the side stream, after the policy's work until now; otherwise on the policy's own
+                stream, whose next step then waits for the copy.
         """
         policy_stream = torch.cuda.current_stream(self._device)
         stream = self._side if aside else policy_stream
@@ -109,15 +109,15 @@ class Cuda:
             try:
                 torch._foreach_copy_(targets, sources, non_blocking=True)
                 done.record(stream)
-            except BaseException:  # nobody would know when the copy is done, and the slot's lease ends now
+            except BaseException:  # the caller cannot know when the copy is done, and releases the slot's lease now
                 stream.synchronize()
                 raise
         return done
 
     def _forget_error(self) -> None:
-        """Clears CUDA's last error, which CUDA would report at the next call, usually an innocent kernel's launch.
+        """Clears CUDA's last error, which would otherwise be reported by the next call, such as the policy's kernel.
 
-        torch has no call for that, so this launches a kernel of its own.
+        torch has no call for that, so this launches a kernel of its own, which reports the error.
         """
         try:
             torch.empty(1, device=self._device).fill_(1)

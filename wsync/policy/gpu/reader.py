@@ -1,10 +1,10 @@
 """The reader of a policy with tensors on a CUDA device.
 
-It keeps the promises of every reader, and one more: the step never waits for the bus. A ``refresh()`` that finds a new
-version begins to copy it and returns False, and so do those that follow while the copy is under way; the first one
-after it gives the policy the version and returns True. The slot is leased until the copy over the bus is done. A
-version that is published meanwhile comes next. Without a buffer on the device (``staging="none"``) the step waits. A
-policy that is split over devices has a plain reader, which copies tensor by tensor.
+It keeps the promises of every reader, and one more: a step never waits for the bus. A ``refresh()`` that finds a new
+version begins to copy it and returns False, as do later calls while the copy is under way; the first call after the
+copy gives the policy the version and returns True. The slot is leased until the copy over the bus is done. A version
+that is published meanwhile is taken after this one. Without a buffer on the device (``staging="none"``), ``refresh()``
+waits for the bus. A policy that is split over devices has a ``PlainReader``, which copies tensor by tensor.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _NAP = 0.0005  # seconds between two looks at a copy under way
 
 
 class DeviceReader(Reader):
-    """A ``Reader`` of a policy on a device; made by ``attach``."""
+    """The ``Reader`` of a policy on one CUDA device; made by ``attach``."""
 
-    full = 1.0  # seconds until a full device is asked again: asking drops its caches
+    full = 1.0  # seconds until memory is asked of a full device again: asking drops torch's caches there
 
     def __init__(self, attached: Attached, segment: Segment, mode: Way, weights: DeviceWeights, terms: Terms) -> None:
         self._attached, self._weights = attached, weights
@@ -41,7 +41,7 @@ class DeviceReader(Reader):
         self._forked = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits as a reader on the CPU does; if a version is under way, until it has arrived."""
+        """As ``Reader.wait``; but if a version is under way, waits until it has arrived."""
         deadline = deadline_of(timeout)
         if self._is_at_work():
             raise UsageError(WAITS.format(self.name))
@@ -83,7 +83,7 @@ class DeviceReader(Reader):
                 raise
             self._no_room(exc)
             return False
-        except BaseException:  # even an interrupt: nothing reads the slot
+        except BaseException:  # even an interrupt: nothing reads the slot any more
             lease.release()
             raise
         self._sent = lease, publication, extras, time.time()
@@ -106,7 +106,7 @@ class DeviceReader(Reader):
             raise
         self._took(lease, publication, extras)
         if first:
-            self._weights.make_room(self._segment.layout)  # if it is too large, attaching says so
+            self._weights.make_room(self._segment.layout)  # now, so that ``attach`` reports if there is no room
         return True
 
     def _no_room(self, exc: OutOfDeviceMemory) -> None:
@@ -119,7 +119,7 @@ class DeviceReader(Reader):
         return ((), 0.0) if self._sent is None else ((self._sent[0].slot,), self._sent[3])
 
     def _find_again(self) -> bool:
-        if self._sent is not None:  # a waiting thread calls this: the pages of a copy under way stay locked
+        if self._sent is not None:  # called by a waiting thread: a copy under way still needs its locked pages
             return False
         found = super()._find_again()
         if found:
@@ -127,7 +127,7 @@ class DeviceReader(Reader):
         return found
 
     def _give_own(self) -> None:
-        """Waits for a copy under way, and does not take its version; the tensors already are the policy's own."""
+        """Waits for a copy under way, and drops its version; the policy's tensors are its own already."""
         try:
             self._weights.close()
         finally:

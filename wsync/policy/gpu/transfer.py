@@ -1,13 +1,13 @@
-"""The weights of a policy on a device: how a version gets there, and how the policy gets it.
+"""Copies versions to a device, and gives them to a policy there.
 
 A version crosses the bus as one contiguous copy, from the slot into a flat buffer on the device that is laid out like
-the slot. With ``mode="swap"`` there are two such buffers: the policy's tensors are views of one, and are then pointed
-at the other; they are aligned only to their element, as in the slot. With ``mode="copy"`` there is one, and its views
-are copied on the policy's stream into the policy's own tensors, whose addresses stay. Both take memory for one more
-copy of the weights on the device. ``staging="none"`` takes none: the slot is copied into the policy's tensors on the
-policy's stream.
+the slot. With ``mode="swap"`` there are two such buffers: the policy's tensors are views of one, and are pointed at the
+other for the next version; they are aligned only to their element, as in the slot. With ``mode="copy"`` there is one
+buffer, and its views are copied on the policy's stream into the policy's own tensors, which keep their addresses. Both
+take device memory for a second set of weights. ``staging="none"`` does not: the slot is copied straight into the
+policy's tensors, on the policy's stream.
 
-A buffer is written only if nobody else holds its storage. If somebody kept a tensor that points into it, the next
+A buffer is overwritten only if nothing else uses its storage. If somebody kept a tensor that points into it, the next
 version gets a new buffer, and the old one is left to that tensor.
 """
 
@@ -46,7 +46,7 @@ _WORDS = {  # dtype to copy as, if a tensor's own has no GPU kernel that copies 
 
 
 def check_contiguous(policy: torch.nn.Module) -> None:
-    """Raises UsageError if a tensor of the policy cannot be copied to without a buffer."""
+    """Raises UsageError if a tensor of the policy is not contiguous, so that a copy into it would need a buffer."""
     for name, tensor in named_tensors(policy):
         if not tensor.is_contiguous():
             raise UsageError(
@@ -63,7 +63,7 @@ class LockedSlot:
     """A slot's own pages, mapped once in this process for all its readers, and page-locked if that is allowed.
 
     Attributes:
-        weights: uint8, the slot's weights.
+        weights: the slot's weights, as uint8.
         hindrance: why the pages are not locked; empty if they are.
     """
 
@@ -78,12 +78,12 @@ class LockedSlot:
         with torch.inference_mode(False):
             self.weights = torch.frombuffer(memory, dtype=torch.uint8)[segment.data_offset :]
         self._unlock = weakref.finalize(self, _unlock, None if self.hindrance else device, self._mapped, os.getpid())
-        self._unlock.atexit = False  # the end of the process unlocks everything, and the driver may be gone by then
+        self._unlock.atexit = False  # a process that ends unlocks everything, and the driver may be gone by then
 
     def _lock_writable(self, segment: Segment, slot: int, device: Cuda) -> None:
-        """Maps the slot writable: many drivers lock no read-only memory (``cudaDevAttrHostRegisterReadOnlySupported``).
+        """Tries to lock a writable mapping: many drivers cannot lock a read-only one.
 
-        Only the segment's owner may do that; others may only read.
+        See ``cudaDevAttrHostRegisterReadOnlySupported``. Only the segment's owner may map a slot writable.
         """
         try:
             mapped, _ = segment.map_pages(slot, write=True)
@@ -122,10 +122,10 @@ class _Buffer:
     """A flat buffer on the device.
 
     Attributes:
-        flat: uint8, the size of the weights.
-        storage: of it and of all its views.
-        tensors: views of it, one a tensor of the layout.
-        uses: how often these alone use the storage.
+        flat: all its bytes, as uint8.
+        storage: the storage of ``flat`` and ``tensors``.
+        tensors: views of ``flat``, one for each tensor of the layout.
+        uses: the storage's use count while only ``flat`` and ``tensors`` use it.
     """
 
     flat: torch.Tensor
@@ -141,8 +141,8 @@ class DeviceWeights:
     """The tensors of one policy on a device, and at most one version that is under way to them.
 
     Args:
-        attached: the tensors.
-        staged: whether there is a buffer on the device.
+        attached: the policy's tensors.
+        staged: whether versions go through a buffer on the device.
 
     Attributes:
         flight: the copy over the bus that is under way; None if there is none.
@@ -165,10 +165,10 @@ class DeviceWeights:
         self.flight: Flight | None = None
 
     def lock(self, segment: Segment) -> None:
-        """Page-locks all slots of a segment now, so that no later version has to wait, and releases others.
+        """Page-locks all slots of a segment now, so that no later version waits for that; unlocks any other slots.
 
         Raises:
-            SegmentError: a slot is not as it should be.
+            SegmentError: a slot's file is missing or damaged.
         """
         self._slots = {}  # first: if a lock fails, another segment's slots must not be taken for this one's
         self._slots = {slot: lock_slot(segment, slot, self._device) for slot in range(segment.slots)}
@@ -209,7 +209,7 @@ class DeviceWeights:
 
         Raises:
             OutOfDeviceMemory: the device has no room; the policy keeps its version.
-            SegmentError: a slot is not as it should be.
+            SegmentError: a slot's file is missing or damaged.
         """
         added = slot >= segment.slots  # its file may be another one the next time
         self._added = lock_slot(segment, slot, self._device) if added else None
@@ -249,31 +249,31 @@ class DeviceWeights:
                     mine, new = [_as(t, dtype) for t, _ in group], [_as(spare.tensors[i], dtype) for _, i in group]
                     torch._foreach_copy_(mine, new)
             return
-        before, self._live, self._spare = self._live, spare, None  # first: an interrupt leaves the used one alone
+        before, self._live, self._spare = self._live, spare, None  # first: after an interrupt, nothing overwrites it
         self._attached.spare_holders()
         for tensor, index in self._targets:
             tensor.data = spare.tensors[index]
         if before is None:
-            self._device.trim()  # frees the policy's own weights: two copies of them are enough
+            self._device.trim()  # frees the policy's own weights: the two buffers are enough
         elif before.is_ours():
             self._spare = before
 
     def close(self) -> None:
-        """Waits for a copy that is under way, and frees all but what the policy's tensors point into."""
+        """Waits for a copy that is under way, and frees all memory except what the policy's tensors use."""
         flight, self.flight = self.flight, None
         if flight is not None:
             try:
                 flight.synchronize()  # before the pages are unlocked and the buffer is freed
-            except RuntimeError:  # a device that failed copies nothing any more, and says so when the policy is used
+            except RuntimeError:  # the device failed: it copies nothing any more, and the policy's next use reports it
                 pass
         self._live = self._spare = None
         self._slots = {}
 
     def forget(self) -> None:
-        """Called in a forked child, which cannot use the device: forgets all without calling CUDA.
+        """Forgets everything in a forked child, which must not call CUDA.
 
-        An event, and a buffer that two streams used, would call CUDA when destroyed, and so end the child: they are
-        kept for ever.
+        An event, or a buffer that two streams used, would call CUDA when destroyed, and so end the child: they are
+        never destroyed.
         """
         ctypes.pythonapi.Py_IncRef(ctypes.py_object((self.flight, self._live, self._spare)))
         self.flight = self._live = self._spare = None
