@@ -1,4 +1,4 @@
-"""The state that survives a reboot: events, pins, rejections, copies of checkpoints, and going back to one.
+"""What survives a reboot: events, pins, rejections and copies of checkpoints; and rollbacks, which need them.
 
 Imports ``segment`` and what lies below.
 """

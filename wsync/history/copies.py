@@ -1,4 +1,4 @@
-"""Copies of published versions, kept beside the state so that a rollback or a reboot needs nobody else's file."""
+"""Copies of published versions, kept beside the state so that a rollback or a reboot does not need the original."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 
 
 def keep(state: State, segment: Segment, number: int) -> None:
-    """Copies the live slot, a safetensors file in the policy's own layout, into the state; removes old copies.
+    """Copies the live slot, a safetensors file in the policy's own layout, and removes the oldest copies.
 
-    A checkpoint that was published again, as after a reboot, is kept once: its copy goes by the new version.
+    If a checkpoint is published again, as after a reboot, its copy is renamed to the new version.
+
+    Args:
+        number: how many copies stay.
 
     Raises:
-        StateError: there is no room, or no access.
+        StateError: the slot cannot be read, or the copy cannot be written.
     """
     try:
         lease, publication = segment.lease(), segment.live()
-        if not lease or not publication or lease.version != publication.version:  # another publisher keeps its own
+        if not lease or not publication or lease.version != publication.version:  # its publisher copies that one
             return
         extras = segment.extras(publication, lease.slot).to_bytes()
     except (OSError, SegmentError) as exc:
-        raise StateError(f"the live version of {segment.name!r} cannot be read, and is not kept: {exc}") from exc
+        raise StateError(f"the live version of {segment.name!r} cannot be read, so it was not copied: {exc}") from exc
     target = copy_path(state, publication.version)
     if is_of(target, publication.identity):
         return
@@ -53,7 +56,7 @@ def keep(state: State, segment: Segment, number: int) -> None:
             same.replace(target)
             return
         _write(target, temporary, lease, extras)
-        # Not by their numbers, which begin again if the history was removed.
+        # Oldest first by event: version numbers begin again if the history was removed.
         order = {event.version: event.id for event in copied_events(state)} | {publication.version: math.inf}
         for version in sorted(copied_versions(state), key=lambda version: order.get(version, -1))[:-number]:
             for end in (".safetensors", _EXTRAS):
@@ -62,20 +65,20 @@ def keep(state: State, segment: Segment, number: int) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise StateError(
-            f"version {publication.version} of {state.name!r} could not be kept in {state.copies} ({exc.strerror}). "
-            "Make room, lower --keep, or name another place with --state-dir."
+            f"version {publication.version} of {state.name!r} could not be copied to {state.copies} ({exc.strerror}). "
+            "Make room, lower --keep, or name another directory with --state-dir."
         ) from exc
     finally:
         lease.release()
 
 
 def _write(target: Path, temporary: Path, lease: Lease, extras: bytes) -> None:
-    """Writes a copy of a leased slot; what travels with it comes first, so that no copy lacks it."""
+    """Writes the extras and then a copy of a leased slot, so that no copy is ever without its extras."""
     if extras:
         with open(os.open(target.with_suffix(_EXTRAS), _NEW, 0o600), "wb") as copy:
             copy.write(extras)
     with open(os.open(temporary, _NEW, 0o600), "wb") as copy:
-        try_lock(copy.fileno())  # a sweeper sees that it is being written
+        try_lock(copy.fileno())  # ``_sweep`` leaves a locked file alone
         os.lseek(lease.fileno(), 0, os.SEEK_SET)
         with open(lease.fileno(), "rb", closefd=False) as slot:
             shutil.copyfileobj(slot, copy, 8 << 20)
@@ -83,7 +86,7 @@ def _write(target: Path, temporary: Path, lease: Lease, extras: bytes) -> None:
 
 
 def is_of(copy: Path, identity: str) -> bool:
-    """Whether a kept copy is there, and its metadata name this checkpoint."""
+    """Whether there is a copy, and its metadata names this checkpoint."""
     try:
         with Checkpoint(copy) as checkpoint:
             _extras_of(copy, checkpoint)
@@ -93,7 +96,7 @@ def is_of(copy: Path, identity: str) -> bool:
 
 
 def open_copy(copy: Path, event: Event, fitted: Fit) -> Checkpoint:
-    """Opens a kept copy, which reports what it is a copy of."""
+    """Opens a copy, which reports the path, identity and step of the original."""
     checkpoint = Checkpoint(copy)
     extras = _extras_of(copy, checkpoint)
     checkpoint.is_copy_of(event.checkpoint or "", event.identity, event.step, fitted, extras)
@@ -101,7 +104,7 @@ def open_copy(copy: Path, event: Event, fitted: Fit) -> Checkpoint:
 
 
 def _extras_of(copy: Path, checkpoint: Checkpoint) -> Extras:
-    """What travels with a kept copy; raises OSError or ValueError where that is gone or damaged."""
+    """Reads the extras of a copy; raises OSError or ValueError if they are gone or damaged."""
     size = int(checkpoint.metadata.get("extras", "0"))
     if not size:
         return Extras()
@@ -110,7 +113,7 @@ def _extras_of(copy: Path, checkpoint: Checkpoint) -> Extras:
 
 
 def _sweep(copies: Path) -> None:
-    """Removes half-written copies that killed processes left behind: their lock is free."""
+    """Removes unfinished copies of killed processes, which nobody locks."""
     for path in copies.glob("*.tmp"):
         with opened(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
             if try_lock(fd):
@@ -118,18 +121,18 @@ def _sweep(copies: Path) -> None:
 
 
 def key_of(event: Event) -> tuple[str, str]:
-    """What an event published: the file, and how it was fitted."""
+    """What the event published: the identity of the checkpoint, and the settings as JSON."""
     return event.identity, event.settings or ""
 
 
 def copied_events(state: State) -> list[Event]:
-    """The events of the versions that have a copy, oldest first."""
+    """Returns the events of the versions that have a copy, oldest first."""
     versions = copied_versions(state)
     return state.published(f"version IN ({', '.join('?' * len(versions))})", versions)[::-1] if versions else []
 
 
 def copies(state: State) -> dict[tuple[str, str], Path]:
-    """The kept copies, by what they are of."""
+    """Returns the paths of the copies, by ``key_of`` what they hold."""
     return {key_of(event): copy_path(state, event.version) for event in copied_events(state) if event.identity}
 
 
@@ -138,5 +141,5 @@ def copy_path(state: State, version: int) -> Path:
 
 
 def copied_versions(state: State) -> list[int]:
-    """The versions that have a copy, lowest first."""
+    """Returns the versions that have a copy, lowest first."""
     return sorted(int(path.stem) for path in state.copies.glob("*.safetensors") if path.stem.isdigit())

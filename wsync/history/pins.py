@@ -20,12 +20,13 @@ _TYPES |= {"since": int | float, "reason": str, "header": str}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin(Version):
-    """The one checkpoint that stays live; its version is 0 if it was not live when it was pinned.
+    """The one checkpoint that stays live.
 
     Attributes:
-        since: seconds since the epoch.
-        reason: who asked for it, in words.
-        header: the digest of its headers, if it was opened to be pinned; otherwise empty.
+        version: the checkpoint's version when it was pinned; 0 if it was not live.
+        since: when it was pinned, in seconds since the epoch.
+        reason: why it was pinned, in words.
+        header: the digest of its headers; empty if the checkpoint was not opened to pin it.
     """
 
     since: float
@@ -34,11 +35,11 @@ class Pin(Version):
 
     @property
     def name(self) -> str:
-        """What is pinned, in words: its path, or its version if the weights came from memory."""
+        """What is pinned, in words: the path, or the version if the weights came from memory."""
         return self.checkpoint or f"version {self.version}"
 
     def holds(self, live: Publication) -> bool:
-        """Whether this is what is live."""
+        """Whether the live weights are the pinned ones."""
         return live.identity == self.identity and bool(self.identity or live.version == self.version)
 
     def to_json(self) -> str:
@@ -50,7 +51,7 @@ class Pin(Version):
         with parsed():
             pin = cls(**json.loads(text))
             if not all(isinstance(getattr(pin, name), kind) for name, kind in _TYPES.items()):
-                raise TypeError("a value is of another type")
+                raise TypeError("a value has the wrong type")
             return pin
 
 
@@ -61,10 +62,10 @@ class PinFile:
         self._path, self._name = path, name
 
     def read(self) -> Pin | None:
-        """Returns the pin; None without one, also if this user may not enter the directory, and so never set one.
+        """Returns the pin, or None; also None if this user may not enter the directory, and so cannot have set one.
 
         Raises:
-            StateError: it cannot be read; ignoring it would release what the operator holds.
+            StateError: the pin cannot be read. Ignoring it would replace what the operator keeps live.
         """
         try:
             with opened(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as fd:
@@ -85,7 +86,7 @@ class PinFile:
         """Replaces the pin; None removes it.
 
         Raises:
-            StateError: it cannot be written.
+            StateError: the file cannot be written or removed.
         """
         temporary = self._path.with_suffix(f".pin.{os.getpid()}.tmp")
         try:

@@ -1,7 +1,7 @@
 """What one syncer reads from the history and adds to it: pin, rejections, events.
 
-A history that cannot be written is reported once, and the syncer goes on without it. Only an unreadable pin stops a
-pass: going on would replace the version that the operator holds.
+A history that cannot be written is reported once, and the syncer goes on without it. Only a pin that cannot be read
+stops a pass: going on would replace what the operator keeps live.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # added to the settings under which a refusal is remembered
+_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # scopes of ``State.remember``; the first follows a digest
 
 
 class Record:
-    """A syncer's view of the state.
+    """Caches and updates a ``State`` during passes; reports each failure once and goes on without it.
 
     Args:
-        state: None remembers refusals in this process, and nothing else.
-        settings: gives a text that differs between sets of settings; a refusal holds only under the same ones.
+        state: None to remember refusals in this process only, and nothing else.
+        settings: returns a digest of the settings; a refusal holds as long as that is the same.
 
     Attributes:
-        complain: called with why the history cannot be written, once for each reason.
+        complain: called when the history cannot be read or written; not again for the same error in a row.
     """
 
     def __init__(self, state: State | None, settings: Callable[[], str]) -> None:
@@ -59,7 +59,7 @@ class Record:
 
     @cached_property
     def _settings(self) -> str:
-        return self._settings_of()  # when first needed: a pass with nothing new does not need it
+        return self._settings_of()  # only when needed: a pass with nothing new needs no digest
 
     @property
     def directory(self) -> Path | None:
@@ -67,19 +67,19 @@ class Record:
         return self._state.directory if self._state else None
 
     def pin(self) -> Pin | None:
-        """The pin that holds.
+        """Returns the pin, or None.
 
         Raises:
-            StateError: it cannot be read.
+            StateError: the pin cannot be read.
         """
         return self._state.pin_file.read() if self._state else None
 
     def last_published(self) -> tuple[int, str]:
-        """See ``State.last``: a segment that is made anew continues from that version."""
+        """See ``State.last``; a segment that is made again goes on from this version."""
         return self._try(State.last) or (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
-        """The identity under which a path was published last; empty if it never was."""
+        """See ``State.published_from``."""
         return self._try(State.published_from, checkpoint) or []
 
     # --- refusals
@@ -89,7 +89,7 @@ class Record:
         self._refused, self._passed, self._halves, self._loaded = {}, set(), {}, True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
-        """Which of ``listed`` were refused: the reason by identity."""
+        """Returns which of ``listed`` were refused: the reason by identity."""
         wanted = set(listed)
         if wanted and not self._loaded:
             self._loaded = True
@@ -106,7 +106,7 @@ class Record:
         return self._refused[identity]
 
     def is_fresh(self, identity: str) -> bool:
-        """Whether it was refused in this process, and not in an earlier one."""
+        """Whether a checkpoint was refused in this process, and not in an earlier one."""
         return identity in self._fresh
 
     def refuse(self, identity: str, reason: str, refused: Version) -> None:
@@ -117,28 +117,28 @@ class Record:
 
     @property
     def passed(self) -> frozenset[str]:
-        """The checkpoints of the last listing that were reported once, and are skipped since."""
+        """Identities of checkpoints that were reported once and are skipped since then."""
         return frozenset(self._passed)
 
     def pass_over(self, identity: str, reason: str, refused: Version) -> None:
-        """Remembers that it was reported; it stays refused or incomplete."""
+        """Remembers that a refused or incomplete checkpoint was reported, so that later passes skip it."""
         self._passed.add(identity)
         self._try(State.remember, f"{self._settings}{_PASSED}", identity, reason)
         if identity not in self._refused:
             self._try(State.record, "reject", refused, bytes=None)
 
     def half(self, identity: str) -> str:
-        """Why an object of the last listing was found incomplete; empty if it was not."""
+        """Why an object of the last listing is incomplete; empty if it is not known to be."""
         return self._halves.get(identity, "")
 
     def found_half(self, identity: str, why: str) -> None:
-        """Remembers that an object is incomplete; it cannot grow, so this holds under any settings."""
+        """Remembers under any settings that an object is incomplete, because an object never grows."""
         if self._halves.get(identity) != why:
             self._halves[identity] = why
             self._try(State.remember, _HALF, identity, why)
 
     def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
-        """Remembers that a checkpoint has the bytes of what is live, so that it is neither tried again nor reported."""
+        """Remembers that a checkpoint has the bytes of the live version, so that it is not tried or reported."""
         identity, why = checkpoint.identity, f"it has the bytes of version {live.version}"
         self._try(State.touched, live.version, checkpoint.changed_ns)
         self._refused[identity] = why
@@ -147,7 +147,7 @@ class Record:
             self._try(State.remember, scope, identity, why)
 
     def told_until(self) -> int:
-        """When the last checkpoint arrived that was reported as older than what is live, ns since the epoch."""
+        """When the latest checkpoint arrived that was reported as older than the live one, in ns; 0 if none was."""
         if self._told is None:
             self._told = max(map(int, (self._try(State.remembered, _LATE) or {}).values()), default=0)
         return self._told
@@ -169,7 +169,7 @@ class Record:
         self._try(State.record, "gate", staged, reason=result)
 
     def failed(self, version: int, reason: str) -> None:
-        """Records a failure; one that is repeated in a row is one event."""
+        """Records a failure, but not again if it repeats the last event."""
         if reason == self._failure:
             return
         self._failure = reason
@@ -181,7 +181,7 @@ class Record:
         self._failure = ""
 
     def _try(self, action: Callable[Concatenate[State, P], T], *args: P.args, **more: P.kwargs) -> T | None:
-        """Applies an action to the state; None without a state, or if the action fails."""
+        """Applies an action to the state and returns its result; None without a state, or if the action fails."""
         try:
             return action(self._state, *args, **more) if self._state else None
         except StateError as exc:
@@ -193,14 +193,14 @@ class Record:
     # --- what was published before
 
     def keep(self, segment: Segment, number: int) -> None:
-        """Keeps a copy of what is live, and of the last ``number`` checkpoints in all."""
+        """Copies the live version, unless ``number`` is 0; only the last ``number`` copies stay."""
         if self._state and number > 0:
             from .copies import keep
 
             self._try(keep, segment, number)
 
     def reopen(self, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple[Checkpoint, Fit]:
-        """The pinned checkpoint, from a kept copy or its file; see ``reopening.reopen_pinned``."""
+        """See ``reopening.reopen_pinned``."""
         from .reopening import reopen_pinned
 
         assert self._state

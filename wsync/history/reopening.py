@@ -1,4 +1,4 @@
-"""Opens what was once published, to publish it again: from a kept copy, or from its file if that has not changed."""
+"""Opens a checkpoint that was once published, to publish it again: a copy, or the original if that has not changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_COPY = "no copy of it was kept (keep = 5 in the TOML, or --keep, keeps the la
 
 
 def settings_to_json(fit: Fit, extras: ExtraFiles) -> str:
-    """The settings by which a checkpoint's file is published again."""
+    """The settings, as JSON, with which a checkpoint's file is published again."""
     left_out = {"partial", "built"} if fit.mixture else {"partial", "built", "mixture"}
     named = {field.name: getattr(fit, field.name) for field in fields(fit) if field.name not in left_out}
     table = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
@@ -32,22 +32,22 @@ def settings_to_json(fit: Fit, extras: ExtraFiles) -> str:
 
 
 def fit_from_json(text: str | None) -> Fit:
-    """Reads the settings of an event; raises StateError if this wsync does not know them."""
+    """Reads ``Event.settings``; raises StateError if this version of wsync does not know them."""
     table: dict[str, Any] = json.loads(text) if text else {}
     table.pop("extras", None)
-    if "kept" in table:  # as an earlier wsync wrote it
+    if "kept" in table:  # the name that an earlier wsync wrote
         table["mixture"] = table.pop("kept")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     try:
         return Fit(**settings)
     except (TypeError, ValueError, UsageError) as exc:
         raise StateError(
-            f"the settings of a version on record cannot be read ({exc!s:.200}). Go back to another one."
+            f"the recorded settings of a version cannot be read ({exc!s:.200}). Roll back to another version."
         ) from exc
 
 
 def extras_from_json(text: str | None) -> ExtraFiles:
-    """Which extras were published with a checkpoint; none where the settings do not tell."""
+    """Reads from ``Event.settings`` which extras were published; none if the settings do not say."""
     try:
         files, most = json.loads(text or "{}").get("extras", [[], MAX_BYTES])
         return ExtraFiles(tuple(files), most)
@@ -58,18 +58,18 @@ def extras_from_json(text: str | None) -> ExtraFiles:
 def reopen(
     event: Event, found: Mapping[tuple[str, str], Path], state: State, header: str = ""
 ) -> tuple[Checkpoint, Fit] | None:
-    """Opens what was once published, to publish it again, with its fit; None if it is gone or was changed.
+    """Opens what an event published, and returns it with its fit; None if it is gone or was changed.
 
-    Weights that kept live values beside those of their checkpoint can come only from a copy.
+    A version that mixed live values into those of its checkpoint can come only from a copy.
 
     Args:
-        found: the ``copies``.
-        state: shows whether the file was overwritten since, with its times restored.
-        header: the digest that its headers must have, if inodes say nothing; empty if unknown.
+        found: see ``copies``.
+        state: has the change times that reveal an overwritten file whose modification time was restored.
+        header: the digest that its headers must have where inodes say nothing; empty if unknown.
     """
     try:
         fit = fit_from_json(event.settings)
-    except StateError:  # another wsync's
+    except StateError:  # of another version of wsync
         return None
     copy = found.get(key_of(event))
     if copy and is_of(copy, event.identity):
@@ -78,18 +78,19 @@ def reopen(
     extras = extras_from_json(event.settings)
     original = None if fit.mixture else open_original(event.checkpoint, event.identity, changed_ns, header, extras)
     if original:
-        original.step = event.step  # a setting may have found it, and not only the name
+        original.step = event.step  # it may come from a setting and not from the file's name
     return (original, fit) if original else None
 
 
 def reopen_pinned(state: State, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple[Checkpoint, Fit]:
-    """The pinned checkpoint, from a kept copy or its file.
+    """Opens the pinned checkpoint, from a copy or its file, and returns it with its fit.
 
     Args:
-        fit, extras: of a checkpoint that was never published.
+        fit, extras: for a checkpoint that was never published.
 
     Raises:
-        CheckpointError: neither exists any more.
+        CheckpointError: there is no copy, and the file is gone or was changed.
+        StateError: the history cannot be read.
     """
     found = state.published("identity = ? AND ? IN (0, version)", (pin.identity, pin.version), 1)
     pinned = found[0] if found else None
@@ -103,13 +104,13 @@ def reopen_pinned(state: State, pin: Pin, fit: Fit, extras: ExtraFiles) -> tuple
         why = IN_NO_FILE if mixed else gone_or_changed(state, pin.checkpoint)
         raise CheckpointError(
             f"{pin.name}, which is pinned, {why}, and {NO_COPY}. "
-            f"`wsync unpin {state.name}` goes on with the newest; `wsync rollback` lists what is still there."
+            f"`wsync unpin {state.name}` goes on with the newest; `wsync rollback {state.name}` goes back to another."
         )
     return checkpoint, fit
 
 
 def gone_or_changed(state: State, path: str | None) -> str:
-    """Why a file cannot be published again, and how to publish it all the same."""
+    """Why a file cannot be published again, and which command publishes it as it is now."""
     if not path or not os.path.exists(path):
         return "is gone or was changed"
     return f"is gone or was changed (`wsync pin {state.name} {printable(path)}` takes it as it is now)"
@@ -118,11 +119,11 @@ def gone_or_changed(state: State, path: str | None) -> str:
 def open_original(
     path: str | None, identity: str | None, changed_ns: int, header: str, extras: ExtraFiles
 ) -> Checkpoint | None:
-    """Opens a checkpoint of this identity; None if it is gone or was changed."""
+    """Opens a checkpoint if it still has this identity; None if it is gone or was changed."""
     if not path or not identity:
         return None
     try:
-        # A name that is not UTF-8 is on record with odd bytes escaped; a file of another identity is not taken.
+        # In the history, a name that is not UTF-8 has its bytes escaped (see ``state``). The identity is checked below.
         path = re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda byte: chr(int(byte[1], 16)), path)
         checkpoint = Checkpoint(path, extras=extras)
     except (NoCheckpoint, CheckpointError):

@@ -1,7 +1,7 @@
-"""The way back: an earlier version goes live again, under a new number, and is pinned.
+"""Rolls back: puts an earlier version live again, under a new number, and pins it. Also pins and unpins by hand.
 
-Its weights come from the quickest source: a spare slot that still holds them, which only gets another header; a kept
-copy; or the file that it came from, if that has not changed since.
+The weights come from the quickest source: a spare slot that still holds them, which only gets a new header; a kept
+copy; or the original file, if it has not changed.
 """
 
 from __future__ import annotations
@@ -27,26 +27,29 @@ from .reopening import IN_NO_FILE, NO_COPY, extras_from_json, fit_from_json, gon
 from .state import Event, State
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.05
-_LOOKED_AT = 1_000  # versions whose files are looked for, to list what can be put live
+_LOOK = 0.05  # seconds between two tries to take the publisher's lock
+_LOOKED_AT = 1_000  # events whose files are looked for, to list what can be put live
 _SHOWN = 10
 
 
 def rollback(
     name: str, to: int | None = None, *, runtime: str | os.PathLike[str] | None, state: State, patience: float = 3.0
 ) -> tuple[Publication, Pin, int]:
-    """Publishes an earlier version again and pins it; returns what is live, the pin, and which version it was.
+    """Publishes an earlier version again and pins it.
 
     Args:
-        to: the version; None takes the one before what is live.
-        patience: seconds that another publisher may hold the segment.
+        to: the version; None for the newest one before the live version that has other weights.
+        patience: seconds to wait for another publisher.
+
+    Returns:
+        What is live now, its pin, and the earlier version's number.
 
     Raises:
         UsageError: the version is not on record; or nothing is live, and no version was named.
         NoCheckpoint: its weights are gone; the message lists the versions that can be put live.
         SegmentMissing: there is no segment.
         SegmentBusy: another publisher is at work, or readers hold every spare slot.
-        StateError: the pin cannot be written; nothing was published.
+        StateError: the history cannot be read, or the pin cannot be read or written; nothing was published.
     """
     with ExitStack() as stack:
         segment = stack.enter_context(closing(WritableSegment.open(name, runtime)))
@@ -57,10 +60,10 @@ def rollback(
         last = live.version if live else state.last()[0]
         why = f"rollback from version {last} to {event.version}"
         pin = Pin(**{**event.which(), "version": last + 1}, since=time.time(), reason=why)
-        state.pin_file.write(pin)  # before it is live: a watch must not publish the newest in between
+        state.pin_file.write(pin)  # before the publish: a watch must not publish the newest in between
         try:
             publication = _again(segment, last, event, state)
-        except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin must hold, or a later one
+        except BaseException:  # even Ctrl-C: nothing went live, so the earlier pin stays, or a later one
             if state.pin_file.read() == pin:
                 state.pin_file.write(before)
             raise
@@ -71,7 +74,7 @@ def rollback(
 
 
 def _begin_publishing(segment: WritableSegment, stack: ExitStack, patience: float) -> None:
-    """Takes the publisher's lock in time: a watch that stages holds it, and an operator is in a hurry."""
+    """Takes the publisher's lock; waits up to ``patience`` seconds, because a watch holds the lock while it stages."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -84,7 +87,7 @@ def _begin_publishing(segment: WritableSegment, stack: ExitStack, patience: floa
 
 
 def _note(state: State, kind: str, about: Version | None, **more: Any) -> None:
-    """Adds an event. If that fails, logs a warning only: what the operator asked for is done already."""
+    """Adds an event. A failure is only a warning, because what the operator asked for is already done."""
     try:
         state.record(kind, about, **more)
     except StateError as exc:
@@ -92,7 +95,7 @@ def _note(state: State, kind: str, about: Version | None, **more: Any) -> None:
 
 
 def _target(state: State, live: Publication | None, to: int | None) -> Event:
-    """The version to put live: the named one, or the newest before the live one with other weights."""
+    """Finds the version to put live: the named one, or the newest before the live one that has other weights."""
     if to is not None:
         found = state.published("version = ?", (to,), 1)
         missing = f"version {to} of {state.name!r} is not on record."
@@ -109,7 +112,7 @@ def _target(state: State, live: Publication | None, to: int | None) -> Event:
 
 
 def _again(segment: WritableSegment, last: int, event: Event, state: State) -> Publication:
-    """Puts it live as the version after ``last``: from a spare slot, or staged from a copy or its file."""
+    """Puts the version of an event live as the one after ``last``: from a spare slot, a copy or the original file."""
     if publication := publish_again(segment, event.version, event.identity, last):
         return publication
     if again := reopen(event, copies(state), state):
@@ -150,12 +153,13 @@ def _choices(state: State) -> str:
 def pin_checkpoint(
     name: str, checkpoint: str | None, *, runtime: str | os.PathLike[str] | None, state: State
 ) -> tuple[Pin, bool]:
-    """Pins what is live, or a checkpoint; returns the pin, and whether it is live already.
+    """Pins what is live, or a checkpoint; returns the pin, and whether what it names is live already.
 
     Raises:
         UsageError: nothing is live, and no checkpoint was named.
+        SegmentMissing: there is no segment, and no checkpoint was named.
         CheckpointError: the checkpoint cannot be opened, or is being written.
-        StateError: the pin cannot be written.
+        StateError: the history cannot be read, or the pin cannot be written.
     """
     from ..checkpoints.checkpoint import Checkpoint
 
@@ -191,10 +195,10 @@ def pin_checkpoint(
 
 
 def unpin(state: State) -> Pin | None:
-    """Removes the pin; returns the one that held, None if none did or it could not be read.
+    """Removes the pin and returns it; None if there was none, or it could not be read.
 
     Raises:
-        StateError: it cannot be removed.
+        StateError: the pin cannot be removed.
     """
     try:
         pin = state.pin_file.read()

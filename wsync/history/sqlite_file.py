@@ -1,6 +1,6 @@
-"""The SQLite file of a history: written in transactions, set aside if damaged, and read even without write access.
+"""The SQLite file of a history: written in transactions, set aside if damaged, and readable without write access.
 
-Importing this imports SQLite, which takes 10 ms, so ``state`` does it only to read or write something.
+This module imports SQLite, which takes 10 ms, so ``state`` imports it only to read or write something.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ..system.access import opened
 
 T = TypeVar("T")
 
-PATIENCE = 10.0  # seconds that another process may be at work on the database
+PATIENCE = 10.0  # seconds to wait while another process writes to the database
 ERRORS = (OSError, ValueError, TypeError, OverflowError, sqlite3.Error)
-"""What reading or writing raises; all but the first and the last are caused by values that wsync never wrote."""
+"""What reading or writing raises; only values that wsync never wrote cause the middle three."""
 
 _NO_DAMAGE = {3, 5, 6, 7, 8, 9, 10, 13, 14, 15, 22, 23}
-"""SQLite's codes for errors other than damage: permission, busy, locked, no memory, read-only, interrupted, an
-error of the disk, full, cannot open, a lock's protocol, no large files, not authorized (sqlite.org/rescode.html)."""
+"""SQLite's codes for errors other than damage: permission, busy, locked, no memory, read-only, interrupted, disk I/O,
+full, cannot open, locking protocol, no large files, not authorized (sqlite.org/rescode.html)."""
 
 
 class Storage:
-    """One database file, which is made when it is first written.
+    """One database file, which the first write makes.
 
     Args:
-        schema: statements that make what is missing.
-        upgrade: a statement that adds what a database of an older wsync lacks; it fails on a newer one.
-        warn: called with what was damaged when the file was set aside and a new one began.
+        schema: statements that make the tables and indexes that are missing.
+        upgrade: a statement that adds what a database of an older wsync lacks; it fails, harmlessly, on others.
+        warn: called, when a damaged file was set aside, with a clause that says so.
     """
 
     def __init__(self, file: Path, schema: str, upgrade: str, warn: Callable[[str], None]) -> None:
@@ -48,10 +48,9 @@ class Storage:
             connection.close()
 
     def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does work that only reads; on a copy if nothing can be written, because SQLite also writes to read.
+        """Does work that only reads; on a copy if the file cannot be written, because SQLite also writes to read.
 
-        Raises:
-            OSError, sqlite3.Error: it cannot be read.
+        Raises one of ``ERRORS`` if the file cannot be read.
         """
         try:
             return self.write(work)
@@ -62,10 +61,9 @@ class Storage:
             raise exc
 
     def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Does work in a transaction; if the file is damaged, it is set aside, and the work is done on a new one.
+        """Does work in a transaction. A damaged file is set aside, and the work is done on a new one.
 
-        Raises:
-            OSError, sqlite3.Error: it cannot be done.
+        Raises one of ``ERRORS`` if the work cannot be done.
         """
         try:
             try:
@@ -90,7 +88,7 @@ class Storage:
             if not stat.S_ISREG(self._opened.st_mode):
                 raise OSError(f"{self._file} is not a regular file")
             self._connection = sqlite3.connect(self._file, timeout=PATIENCE, check_same_thread=False)
-            # If another process does the same at this moment, SQLite says at once that it is locked; all below waits.
+            # While another process does the same, this fails at once as locked; what follows waits.
             with suppress(sqlite3.OperationalError):
                 self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -101,14 +99,14 @@ class Storage:
             return work(database)
 
     def _is_there(self) -> bool:
-        """Whether the open database still is the file of that name: SQLite would go on with a removed one."""
+        """Whether the open database is still the file at its path; SQLite would go on with a removed file."""
         try:
             return self._opened is not None and os.path.samestat(os.stat(self._file), self._opened)
         except OSError:
             return False
 
     def _set_aside(self, why: Exception) -> None:
-        """Renames the damaged file, unless another process did so already."""
+        """Renames the damaged file, unless another process already did."""
         self.close()
         if self._is_there():
             for end in ("", "-wal", "-shm"):
@@ -127,5 +125,5 @@ class Storage:
 
 
 def _is_damage(exc: Exception) -> bool:
-    """Whether the file is damaged: every error is a sign of it but those of access and of the disk."""
+    """Whether an error means that the file is damaged: any but those of access and of the disk."""
     return not isinstance(exc, OSError) and getattr(exc, "sqlite_errorcode", 1) & 0xFF not in _NO_DAMAGE

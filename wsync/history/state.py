@@ -1,10 +1,10 @@
-"""The state that survives a reboot: a segment's history, its pin, its rejections, and the last version's number.
+"""The state of a segment that survives a reboot: its history, its pin, its rejections and its last version number.
 
 Each segment has an SQLite database under ``--state-dir``, private to its user. It is opened only to write or look up
-something: importing SQLite takes 10 ms of the hundred that a push with nothing to do may take. The pin, which each pass
-must know, is a small file beside it that is replaced as a whole.
+something: importing SQLite takes 10 of the 100 ms that a push with nothing to do may take. The pin, which every pass
+reads, is a small file beside the database.
 
-A policy stays in step without this state: if it cannot be written, the pass goes on and says so.
+A policy stays in step without this state: if it cannot be written, the pass says so and goes on.
 """
 
 from __future__ import annotations
@@ -37,14 +37,18 @@ _UNBOUNDED = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Event(Version):
-    """One line of the history; its version is the live one afterwards.
+    """One line of the history.
 
     Attributes:
+        version: the live one afterwards; of a gate, the number that the weights would get; of a pin, what was pinned, 0
+            if it was not live.
         at: seconds since the epoch.
         kind: one of ``KINDS``.
-        lag: of the slowest reader at that moment, versions.
-        settings: of the fit, as JSON; a rollback publishes the file again with them.
-        changed_ns: when the system had last changed a file of the checkpoint; 0 or None if it was not read itself.
+        bytes: size of the weights that were published.
+        seconds: how long the publish took.
+        lag: how many versions the slowest reader was behind.
+        settings: the settings of fit and extras, as JSON, with which a rollback publishes the file again.
+        changed_ns: newest change time of the checkpoint's files, in ns; 0 or None if unknown.
     """
 
     id: int
@@ -60,21 +64,21 @@ class Event(Version):
 
     @property
     def version_then(self) -> int | None:
-        """The live version, for people and programs; None if what was pinned had none."""
+        """The version to show; None if the event is about a pin of something that was not live."""
         return None if self.kind in ("pin", "unpin") and not self.version else self.version
 
     @classmethod
     def checked(cls, row: Sequence[Any]) -> Event:
-        """From a row; raises ValueError or TypeError if ``record`` cannot have written it."""
+        """Builds an event from a row; raises ValueError or TypeError if ``record`` cannot have written the row."""
         kinds = int, float, str, *_COLUMNS.values()
         if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
-            raise TypeError("a value of an event is of another type")
+            raise TypeError("a value of an event has the wrong type")
         known = {name: value for name, value in zip(_COLUMNS, row[3:], strict=True) if value is not None}
         event = cls(*row[:3], **known)
         if not (0 <= event.at < END_OF_TIME and event.kind in KINDS):
-            raise ValueError("an event has no time, or has an unknown kind")
+            raise ValueError("an event has an impossible time or an unknown kind")
         if not (0 <= event.version < MAX_VERSION and abs(event.lag or 0) < MAX_VERSION):
-            raise ValueError("an event holds a version that cannot be")
+            raise ValueError("an event has an impossible version or lag")
         if event.settings is not None and not isinstance(json.loads(event.settings), dict):
             raise TypeError("an event's settings are not a table")
         return event
@@ -92,7 +96,7 @@ _COLUMNS = {
     "settings": str | None,
     "changed_ns": int | None,
 }
-"""Those beside id, at and kind, with the types of their values."""
+"""The columns after id, at and kind, with the types of their values."""
 
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS events (
@@ -115,12 +119,12 @@ def _warn(exc: StateError) -> None:
 
 
 def _text(value: Any) -> Any:
-    """A text as the database takes it: a file name that is not UTF-8 with its odd bytes escaped."""
+    """Escapes the bytes of a file name that are not UTF-8, which SQLite refuses; other values stay as they are."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
-    """``path``, else ``WSYNC_STATE_DIR``, else ``/var/lib/wsync`` for root, else ``$XDG_STATE_HOME/wsync``.
+    """Returns ``path``, else ``WSYNC_STATE_DIR``, else ``/var/lib/wsync`` for root, else ``$XDG_STATE_HOME/wsync``.
 
     Raises:
         UsageError: none of these is set, and this user has no home directory.
@@ -140,21 +144,21 @@ def state_dir(path: str | os.PathLike[str] | None = None) -> Path:
 
 
 class State:
-    """The record of one segment.
+    """Stores one segment's history, pin and rejections on disk; raises StateError.
 
     Args:
         name: of the segment.
-        directory: default ``state_dir()``.
-        bound: publishes that stay on record, and as many other events; default all.
+        directory: see ``state_dir``.
+        bound: how many publishes stay on record, and how many other events; default all.
 
     Attributes:
         pin_file: the segment's pin.
-        warn: called when the history was damaged, and a new one begins; logs by default.
-        trim: one in so many events checks whether there are too many.
-        most_remembered: texts that stay on record.
+        warn: called when a damaged history was set aside; logs by default.
+        trim: old events are deleted once in so many events.
+        most_remembered: how many texts stay on record.
 
     Raises:
-        UsageError: the name cannot be that of a segment.
+        UsageError: the name is not valid, or ``state_dir`` finds no directory.
     """
 
     def __init__(self, name: str, directory: str | os.PathLike[str] | None = None, bound: int = _UNBOUNDED) -> None:
@@ -178,7 +182,7 @@ class State:
 
     @property
     def copies(self) -> Path:
-        """Where copies of published weights lie."""
+        """The directory of the copies of published weights."""
         return self.directory / f"{self.name}.kept"
 
     # --- the history
@@ -187,12 +191,9 @@ class State:
         """Adds an event.
 
         Args:
-            about: what it is about, such as a pin or an outcome; the event takes all that both have.
-            more: other values of the event, which come before those.
-            accepted: the settings under which this checkpoint is not rejected any more.
-
-        Raises:
-            StateError: it cannot be written.
+            about: what the event is about, such as a pin or an outcome; the event takes every field that both have.
+            accepted: the scope in which the text about this checkpoint, why it was rejected, is removed.
+            more: fields of the event, which override those of ``about``.
         """
         found = {name: more.get(name) if name in more else getattr(about, name, None) for name in _COLUMNS}
         told = {name: _text(value) for name, value in found.items() if value is not None}
@@ -220,54 +221,54 @@ class State:
     def events(
         self, *, kinds: Iterable[str] = (), since: float = 0.0, after: int = 0, limit: int | None = None
     ) -> list[Event]:
-        """The history, oldest first; the last ``limit`` of it.
+        """Returns the last ``limit`` events, oldest first.
 
         Args:
-            kinds: only these; empty takes all.
-            since: only what came later, seconds since the epoch.
-            after: only what came after the event of this id.
+            kinds: only events of these kinds; empty for all.
+            since: only events from this time on, in seconds since the epoch.
+            after: only events with a higher id than this.
         """
         wanted = tuple(kinds) or KINDS
         condition = f"at >= ? AND id > ? AND kind IN ({', '.join('?' * len(wanted))})"
         return self._select(condition, (since, after, *wanted), -1 if limit is None else limit)[::-1]
 
     def published(self, condition: str = "TRUE", values: Sequence[object] = (), limit: int = -1) -> list[Event]:
-        """The events after which a version was live, newest first.
+        """Returns publishes and rollbacks, newest first.
 
         Args:
-            condition: SQL about the columns of an event; indexes serve ``version`` and ``identity``.
-            values: for each ``?`` in it.
-            limit: events at most; -1 takes all.
+            condition: SQL about the columns of an event; ``version`` and ``identity`` have indexes.
+            values: one for each ``?`` in the condition.
+            limit: how many events at most; -1 for all.
         """
         return self._select(f"{_PUBLISHED} AND {condition}", values, limit)
 
     def _select(self, condition: str, values: Sequence[object], limit: int) -> list[Event]:
-        """The events that meet a condition, newest first."""
+        """Returns the events that meet a condition, newest first."""
         query = f"SELECT id, at, kind, {', '.join(_COLUMNS)} FROM events WHERE {condition} ORDER BY id DESC LIMIT ?"
         found = self._read(lambda database: [Event.checked(row) for row in database.execute(query, (*values, limit))])
         return found or []
 
     def last(self) -> tuple[int, str]:
-        """The highest version ever published under this name, 0 before the first, and its checkpoint's identity."""
+        """Returns the highest version ever published under this name, or 0, and the identity of its checkpoint."""
         found = self.published(f"version = (SELECT max(version) FROM events WHERE {_PUBLISHED})", limit=1)
         return (found[0].version, found[0].identity) if found else (0, "")
 
     def published_from(self, checkpoint: str) -> list[str]:
-        """The identity under which a path was published last; empty if it never was."""
+        """Returns the identity with which a path was last published; an empty list if it never was."""
         found = self._select("kind = 'publish' AND checkpoint = ?", (_text(checkpoint),), 1)
         return [event.identity for event in found]
 
     def changed_ns(self, identity: str, until: int = sys.maxsize) -> int:
-        """When the files of this identity had last changed before they were published; 0 if that is not on record.
+        """Returns ``changed_ns`` of the last publish of this identity; 0 if that is not on record.
 
         Args:
-            until: as of the event of this id.
+            until: events with a higher id are ignored.
         """
         found = self.published("identity = ? AND changed_ns > 0 AND id <= ?", (identity, until), 1)
         return found[0].changed_ns or 0 if found else 0
 
     def touched(self, version: int, changed_ns: int) -> None:
-        """Notes a later change of a version's files that left their bytes as they were."""
+        """Records a later change time of a version's files, whose bytes are still the same."""
         values = changed_ns, version
         change = f"UPDATE events SET changed_ns = ? WHERE {_PUBLISHED} AND version = ?"
         self._write(lambda database: database.execute(change, values))
@@ -275,10 +276,10 @@ class State:
     # --- texts about checkpoints, such as why one was rejected
 
     def remember(self, scope: str, identity: str, text: str) -> None:
-        """Remembers a text about a checkpoint in place of an earlier one.
+        """Remembers a text about a checkpoint; it replaces an earlier one of the same scope.
 
         Args:
-            scope: what the text holds for, such as a digest of the settings under which the checkpoint was rejected.
+            scope: where the text holds, such as the digest of the settings under which the checkpoint was rejected.
         """
         values = identity, scope, _text(text), time.time()
 
@@ -292,12 +293,12 @@ class State:
         self._write(add)
 
     def remembered(self, scope: str) -> Mapping[str, str]:
-        """The texts that are remembered in a scope, by identity."""
+        """Returns the texts of a scope, by identity."""
 
         def look(database: sqlite3.Connection) -> dict[str, str]:
             rows = database.execute("SELECT identity, reason FROM rejections WHERE settings = ?", (scope,)).fetchall()
             if not all(isinstance(text, str) for row in rows for text in row):
-                raise TypeError("a rejection is not a text")
+                raise TypeError("a rejection is not text")
             return dict(rows)
 
         return self._read(look) or {}
@@ -305,29 +306,24 @@ class State:
     # --- the files
 
     def _read(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Runs the work on the database, and returns its result; None if there is no database.
-
-        Raises:
-            StateError: it cannot be read.
-        """
+        """Runs the work on the database, and returns its result; None if there is no database."""
         try:
             there = self._file.exists()
-        except OSError as exc:  # the directory may not be entered
+        except OSError as exc:  # this user may not enter the directory
             raise self._failed(exc) from exc
         return self._do(lambda storage: storage.read(work)) if there else None
 
     def _write(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Runs the work in a transaction on the database.
-
-        Raises:
-            StateError: it cannot be written.
-        """
+        """Runs the work in a transaction on the database, which is made if it is missing."""
         return self._do(lambda storage: storage.write(work))
 
     def _do(self, work: Callable[[Storage], T]) -> T:
         try:
             from .sqlite_file import ERRORS, Storage
-        except (ImportError, OSError) as exc:  # a Python without SQLite, or no memory or descriptor left to load it
+        except (
+            ImportError,
+            OSError,
+        ) as exc:  # Python lacks SQLite, or memory or descriptors ran out
             raise self._failed(exc) from exc
         try:
             self._storage = self._storage or Storage(self._file, _SCHEMA, _UPGRADE, self._tell_damage)
