@@ -1,7 +1,7 @@
 """Shared memory: the files of a segment, the protocol by which whole versions pass through it, and publishing.
 
 A reader sees one whole version or the one before, no matter which process dies, or when. Imports ``checkpoints`` and
-what lies below, and torch only for weights from memory.
+the rooms below it, and torch only for weights from memory.
 """
 
 __all__ = [

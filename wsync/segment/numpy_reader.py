@@ -1,6 +1,6 @@
-"""Readers without torch: a leased version as numpy views and as a safetensors file.
+"""Readers without torch: a leased version as numpy arrays and as a safetensors file.
 
-A view that is kept longer than its block never changes: the lease ends with the last view.
+An array that is kept after its block never changes either: the lease ends when the last array is gone.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .word_and_lease import Lease, SlotMemory
 if TYPE_CHECKING:
     import numpy as np
 
-_LOOK = 0.1  # seconds between two looks where no word will change
+_LOOK = 0.1  # seconds between two looks if no WORD will change
 
 
 class Held(Mapping[str, "np.ndarray[Any, Any]"]):
-    """A version that stays as it is for the block that it was made for.
+    """One version, which does not change during the block of ``lease`` or the turn of ``follow`` that yields it.
 
-    ``held["body.0.weight"]`` is a read-only numpy array of the tensor's dtype (of ``ml_dtypes`` where numpy has none;
-    uint8 for packed four-bit floats) and shape, without a copy. Tied weights are there under each of their names.
+    ``held["body.0.weight"]`` is a read-only numpy array of the tensor's shape and dtype (from ``ml_dtypes`` if numpy
+    lacks it; uint8 for packed four-bit floats), without a copy. Tied weights are found under each of their names.
 
     Attributes:
-        version: of the segment.
+        version: the segment's number for it.
         step: the trainer's own number for it; None if it gave none.
-        extras: the files that travel with the weights: bytes by their names.
-        metadata: the checkpoint's own.
-        path: of the slot, a safetensors file, which cannot change during the block; a tied weight is in it once.
+        extras: the files that travel with the weights: bytes by file name.
+        metadata: the metadata of its checkpoint.
+        path: the slot's file, a safetensors file that does not change meanwhile; it has tied weights once.
     """
 
     def __init__(self, segment: Segment, lease: Lease) -> None:
@@ -79,13 +79,13 @@ def lease(name: str, *, timeout: float = 0.0, runtime_dir: str | os.PathLike[str
     """Holds the newest version of a segment for a block: ``with wsync.lease("cartpole") as held``.
 
     Args:
-        name: of the segment.
+        name: name of the segment, which must exist.
         timeout: seconds to wait for a first version.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Raises:
-        AttachTimeout: the segment got no version in time.
-        SegmentError: there is no such segment, or it is broken.
+        AttachTimeout: the segment has no version, and got none in time.
+        SegmentError: there is no such segment, or it is damaged.
     """
     deadline = time.monotonic() + timeout
     with closing(Segment.open(name, runtime_dir)) as segment:
@@ -104,12 +104,12 @@ def lease(name: str, *, timeout: float = 0.0, runtime_dir: str | os.PathLike[str
 
 
 def follow(name: str, *, runtime_dir: str | os.PathLike[str] | None = None) -> Generator[Held, None, None]:
-    """Yields the newest version of a segment, then each newer one; skips those that were replaced meanwhile.
+    """Yields the newest version of a segment, then newer ones as they come; skips those replaced meanwhile.
 
-    Each is held until the next one is asked for. If the segment is removed, it waits until it is back.
+    Each version is held until the next one is asked for. If the segment is removed, waits until there is a new one.
 
     Raises:
-        SegmentError: there is no such segment at the start, or it is broken.
+        SegmentError: there is no such segment at the start, or it is damaged.
     """
     segment = Segment.open(name, runtime_dir)
     version = 0

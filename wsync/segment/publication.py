@@ -1,4 +1,4 @@
-"""What is live: which weights, under which number; and that record as the header of a slot holds it."""
+"""The record of a live version: which weights, under which number; and its form in the header of a slot."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from ..errors import parsed
 from ..system.memory import PAGE
 
-METADATA_END = 2 * PAGE  # of a slot: its header's metadata is padded to here
+METADATA_END = 2 * PAGE  # bytes into a slot: its header's metadata is padded up to here
 MAX_VERSION = 1 << 56  # the WORD has no room for more
 _MOST_OF_AN_OWNER = 1500  # characters; longer ones are left out, so that there is room for the longest source
-MAX_EXTRAS = 1 << 31  # bytes of the file beside a slot: the most that settings allow, and metadata
+MAX_EXTRAS = 1 << 31  # bytes of a slot's extras file: room for the most that settings allow, and metadata
 END_OF_TIME = 253_402_300_800.0  # the year 10000, which datetime cannot print
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """Which weights a record is about; each record of a publish, a pin or an event adds what else it holds.
+    """Which weights a record is about; the records of a publish, a pin and an event add their own fields.
 
     Attributes:
         version: the segment's counter; 0 before the first publish.
-        step: the producer's number, if it gave one.
-        checkpoint: its path; None for weights that came from memory.
+        step: the producer's number for the weights; None if it gave none.
+        checkpoint: the path of the checkpoint; None for weights that came from memory.
         identity: of the checkpoint's files when they were read (see ``parts.identity``); empty for weights from memory.
     """
 
@@ -46,8 +46,8 @@ class Publication(Version):
         spec: fingerprint of the policy spec that it was published for.
         owner: that spec: the TOML's path, or the import string; empty for weights that came from memory.
         place: where the owner's checkpoints appear; empty if it has no place of its own.
-        changed_ns: when the system last changed a file of the checkpoint before it was read; 0 if unknown.
-        extras: bytes of the file beside the slot with what travels with the weights; 0 if there is none.
+        changed_ns: newest change time of the checkpoint's files before they were read, in ns; 0 if unknown.
+        extras: size in bytes of the extras file beside the slot; 0 if there is no such file.
     """
 
     published_at: float = 0.0
@@ -64,7 +64,7 @@ class Publication(Version):
 
     @classmethod
     def from_header(cls, header: bytes) -> Publication:
-        """From the first ``METADATA_END`` bytes of a slot.
+        """Reads the first ``METADATA_END`` bytes of a slot.
 
         Raises:
             ValueError: they do not describe a version.

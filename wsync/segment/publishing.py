@@ -1,7 +1,7 @@
-"""The writing side: stage a checkpoint into a spare slot, verify it, make it live.
+"""The writing side: stages a checkpoint or tensors in a spare slot, verifies them, and makes them live.
 
-Everything here runs under the publisher's lock. What is staged is checked before anything points to it; a failure
-before the WORD is stored leaves the live version as it was.
+What publishes here runs under the publisher's lock. Staged weights are checked before the WORD points to them; a
+failure before that leaves the live version as it was.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staged(Version):
-    """Weights that are staged and verified, and not live: what a gate is asked about.
+    """Weights that are staged and verified, but not live yet: what a gate is given.
 
     Attributes:
-        path: of the slot, a safetensors file; a tied weight is in it once, and its metadata has step and version.
-        name: of the segment.
-        version: the number that they get if they go live.
-        checkpoint: empty for weights from memory.
-        extras: the files that go live with them, by their names.
+        path: the slot's file, a safetensors file; it has tied weights once, and step and version in its metadata.
+        name: name of the segment.
+        version: the number that the weights get if they go live.
+        checkpoint: the path of the checkpoint; empty for weights from memory.
+        extras: the files that go live with the weights: bytes by file name.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Staged(Version):
 
 
 class Source(Protocol):
-    """What can be published: a ``Checkpoint``, or a stand-in for one that another box reads."""
+    """What can be published: a ``Checkpoint``, or an object that gets its weights from another box."""
 
     @property
     def path(self) -> str | Path: ...
@@ -76,7 +76,7 @@ class Source(Protocol):
     def fitted(self) -> Fit | None: ...
 
     @property
-    def extras(self) -> Extras: ...  # once the weights are read
+    def extras(self) -> Extras: ...  # known once the weights are read
 
     def plan(self, layout: Layout, settings: Fit) -> Plan: ...
 
@@ -86,7 +86,7 @@ class Source(Protocol):
 
 
 Gate = Callable[[Staged], None]
-"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or any error for its caller."""
+"""Returns to accept; raises ``GateRejected``, ``RetryLater``, or any other error, which the caller gets."""
 
 
 def publish(
@@ -105,17 +105,17 @@ def publish(
     Args:
         fit: which tensors are taken, and how they are fitted.
         spec: fingerprint of the policy spec, recorded with the version.
-        progress: called with the number of bytes of each read.
-        gate: called last with the staged weights; if it raises, nothing is published.
-        last_version: the highest ever published under this name, for a segment that was made anew.
+        progress: called after each read with the number of bytes that it read.
+        gate: called with the staged weights, after all other checks; if it raises, nothing is published.
+        last_version: the highest version ever published under this name, for a segment that was made anew.
         origin: owner and place, recorded with the version (see ``Publication``).
 
     Raises:
         CheckpointRejected: it does not fit, is not finite, or the gate rejects it.
         PartialCheckpoint: missing tensors should keep their live values, and nothing is live.
-        CheckpointChanged: it changed while it was read.
+        CheckpointError: for the other reasons of ``Checkpoint.read_into``, such as that it changed while it was read.
         RetryLater: the gate cannot decide yet.
-        SegmentBusy: every spare slot is leased.
+        SegmentBusy: readers lease every spare slot, and no slot can be added.
     """
     plan = _plan(checkpoint, segment.layout, fit, segment)
     version, step = _next_version(segment, last_version), _whole(checkpoint.step)
@@ -145,11 +145,11 @@ def publish_again(segment: WritableSegment, version: int, identity: str, last_ve
     """Publishes an earlier version that a spare slot still holds whole; the caller holds ``segment.publishing()``.
 
     Args:
-        version, identity: of the earlier version.
+        version, identity: those of the earlier version.
         last_version: as for ``publish``.
 
     Returns:
-        What is live; None if no spare slot holds it.
+        What is live now; None if no spare slot holds that version.
     """
     with segment.slot_with(version, identity) as (slot, held):
         if slot is None or held is None:
@@ -177,20 +177,21 @@ def publish_tensors(
     """Stages, verifies and publishes weights from memory; the caller holds ``segment.publishing()``.
 
     Args:
-        tensors: by dotted name, on any device; another float dtype is cast to the segment's.
-        strict: refuse if a tensor is missing; if False, a missing tensor keeps its live values.
-        finite: refuse NaN and infinity, also those that a cast made.
-        infinities: the policy's tensors that hold infinities when it is built; the same infinities are accepted.
+        tensors: the weights by dotted name, on any device; other float dtypes are cast to the segment's.
+        strict: whether to refuse if a tensor is missing; if False, a missing tensor keeps its live values.
+        finite: whether to refuse NaN and infinity, also if they come from a cast.
+        infinities: the policy's own tensors with infinities, by name; the same infinities are accepted.
         step: recorded with the version: a whole number, which may be numpy's or in a tensor.
         spec: fingerprint of the policy spec, recorded with the version.
         gate, last_version: as for ``publish``.
-        extras: bytes that travel with them, by the names of files.
+        extras: the files that travel with the weights: bytes by file name.
 
     Raises:
-        KeyError: a name is unknown, or missing.
+        KeyError: a name is unknown, or a tensor is missing.
         ValueError: a shape differs, a value is not finite, or the step is beyond 64 bits.
         TypeError: the segment's dtype cannot hold a tensor's values, or the step is not a whole number.
-        SegmentBusy: every spare slot is leased.
+        GateRejected, RetryLater: the gate rejects the weights, or cannot decide yet.
+        SegmentBusy: readers lease every spare slot, and no slot can be added.
     """
     import torch
 
@@ -210,7 +211,7 @@ def publish_tensors(
             for name in entry.names
         }
         check(targets, sources)
-        if finite:  # a cast to this dtype turns an infinity into a finite number, so look before the cast
+        if finite:  # a cast to this dtype turns an infinity into a finite number, so check before the cast
             eight = torch.float8_e4m3fn
             cast = {path: s for path, s in sources.items() if targets[path].dtype == eight != s.dtype}
             check(targets, cast, finite=True)
@@ -248,7 +249,7 @@ def _live_values(segment: WritableSegment, tensors: Collection[str], strict: boo
 
 
 def _next_version(segment: WritableSegment, last_version: int) -> int:
-    segment.live()  # raises if the WORD and its slot disagree: do not count on from a damaged version
+    segment.live()  # raises if the WORD and its slot disagree: never count on from a damaged version
     version = max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
     if version >= MAX_VERSION:
         raise SegmentUnsafe(
@@ -259,7 +260,7 @@ def _next_version(segment: WritableSegment, last_version: int) -> int:
 
 
 def _whole(step: int | None) -> int | None:
-    """A step as a plain number, which a slot's header can hold and every reader can read."""
+    """A step as a plain int, which a slot's header can hold and every reader can read."""
     if step is None:
         return None
     try:
@@ -278,10 +279,10 @@ def _whole(step: int | None) -> int | None:
 def _describe(
     segment: WritableSegment, slot: SpareSlot, publication: Publication, gate: Gate | None, extras: Extras
 ) -> Publication:
-    """Writes the slot's header and extras, then lets the gate look at them all: nothing points to them yet.
+    """Writes the slot's header and extras, and calls the gate; the WORD does not point to the slot yet.
 
-    The publish time is taken after the gate, which may be slow; and the extras are written again, since it may have
-    written to that file.
+    The publish time is set after the gate, which may be slow. The extras are then written again, because the gate may
+    have written to their file.
     """
     data = extras.to_bytes()
     publication = replace(publication, extras=len(data), published_at=time.time())
@@ -306,10 +307,10 @@ def _describe(
 
 
 def _check_file(segment: WritableSegment, slot: SpareSlot, file: Path) -> None:
-    """Whether the slot is still the whole file under its name, in a segment that others can open.
+    """Checks that the slot's name still leads to its whole file, in a segment that others can open.
 
     Raises:
-        SegmentError: it is not.
+        SegmentError: it does not: the gate changed the segment's files.
     """
     try:
         with suppress(SegmentMissing):
@@ -344,7 +345,7 @@ def _restore(segment: WritableSegment, slot: SpareSlot) -> None:
 
 
 def _plan(checkpoint: Source, layout: Layout, settings: Fit, segment: WritableSegment | None) -> Plan:
-    """The plan; a partial checkpoint needs live values to keep."""
+    """The checkpoint's plan; without a live version, no tensor may be missing."""
     if segment is None or not segment.version:
         settings = replace(settings, partial=False)
     return checkpoint.plan(layout, settings)
@@ -358,21 +359,21 @@ def rehearse(
     fit: Fit = Fit(),  # noqa: B008  (frozen)
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Checks everything that ``publish`` checks, in memory of this process that is freed afterwards.
+    """Checks what ``publish`` checks, except the gate, in memory of this process that is freed afterwards.
 
     Raises:
         CheckpointRejected: it does not fit, or is not finite.
-        CheckpointChanged: it changed while it was read.
+        CheckpointError: it cannot be read, or changed while it was read.
     """
     _read_aside(layout, checkpoint, _plan(checkpoint, layout, fit, segment), fit, progress)
 
 
 def holds(segment: WritableSegment, checkpoint: Source, fit: Fit) -> bool:
-    """Whether what is live has what a checkpoint and its extras bring; the caller holds ``publishing()``.
+    """Whether the live version equals a checkpoint and its extras; the caller holds ``publishing()``.
 
     Raises:
         CheckpointRejected: it does not fit, or is not finite.
-        CheckpointChanged: it changed while it was read.
+        CheckpointError: it cannot be read, or changed while it was read.
     """
     live, publication = segment.live_weights(), segment.live()
     if live is None or publication is None:
@@ -390,7 +391,7 @@ def holds(segment: WritableSegment, checkpoint: Source, fit: Fit) -> bool:
 def _read_aside(
     layout: Layout, checkpoint: Source, plan: Plan, fit: Fit, progress: Callable[[int], None] | None = None
 ) -> memoryview:
-    """The weights of a checkpoint, in memory of this process that is freed with its last view."""
+    """Reads the weights of a checkpoint into new memory of this process, and returns that."""
     with mapping(layout.nbytes):
         memory = mmap.mmap(-1, max(layout.nbytes, 1))
     weights = memoryview(memory)

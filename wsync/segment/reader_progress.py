@@ -1,4 +1,4 @@
-"""How far a version has come: which readers have it, and which versions they still use."""
+"""Says which readers have a version, and which versions they still use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SHORTEST, _LONGEST = 0.02, 0.5  # seconds between two looks at the readers' rec
 def wait_for_readers(segment: Segment, version: int, timeout: float | None = None) -> list[ReaderRecord]:
     """Waits until every living reader has this version or a newer one.
 
-    A reader that ends meanwhile is not waited for any more; one that attaches meanwhile is.
+    Readers that end meanwhile are not waited for any more; readers that attach meanwhile are.
 
     Args:
         timeout: seconds; None waits for ever.
 
     Returns:
-        The readers that still have an older version when the time is up; empty when all have it.
+        The readers that still have an older version when the time is up; empty if all have this one.
     """
     until, pause = math.inf if timeout is None else time.monotonic() + timeout, _SHORTEST
     while late := [reader for reader in segment.readers() if reader.version < version]:
@@ -45,9 +45,9 @@ def behind(late: list[ReaderRecord], version: int) -> str:
 
 
 def oldest_version(segment: Segment) -> int:
-    """The oldest version that a living reader acts on or keeps; without readers the live one, and 0 before the first.
+    """The oldest version that a living reader uses or keeps; without readers the live one, and 0 before the first.
 
-    A trainer may delete or reuse what belongs to older ones.
+    A trainer may delete or reuse what belongs to older versions.
     """
     held = [version for r in segment.readers() for version in (r.version, *segment.held_back(r)) if version]
     return min([*held, segment.version])

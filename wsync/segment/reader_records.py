@@ -1,12 +1,11 @@
 """Who reads a segment: each reader has a small file in the segment's ``readers/``, locked while it lives.
 
-The record is for people (``wsync status``, the message that names who holds a slot back); no decision depends on it.
-Only the lock on its file says that a reader lives: pids mean nothing across containers. A file with a free lock was
-left by a dead reader; whoever finds it removes it, if permitted.
+The record is for people (``wsync status``, the message that names the readers of a leased slot), and says which
+versions are in use; the protocol does not depend on it. Only the lock on its file says that a reader lives: pids mean
+nothing across containers. A file with a free lock was left by a dead reader; whoever finds it removes it, if permitted.
 
-In a shared segment others write these files, so nothing in them is trusted: anything but a small regular file with the
-known fields is ignored, and its text is made harmless to print. A reader that finds no room for a record goes on
-without one.
+In a shared segment other users write these files, so nothing in them is trusted: anything but a small regular file with
+the known fields is ignored, and its text is made harmless to print. A reader that cannot make a record goes on without.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from ..system.memory import closed_on_error, shut, try_lock
 from .publication import END_OF_TIME
 from .segment_files import MAX_SLOTS
 
-_SIZE = 1024  # bytes of a record, padded, so that one write replaces it whole
-_MOST = 2000  # records that one look takes in
+_SIZE = 1024  # bytes of a record, padded, so that one write replaces all of it
+_MOST = 2000  # most records that are read at a time
 
 
 class ReaderRecord(NamedTuple):
-    """What a reader says of itself.
+    """What a reader says about itself.
 
     Attributes:
         pid: its process, in its own pid namespace.
-        process: its program's name.
-        version: the version that it acts on; 0 before its first.
+        process: its program's name, at most 64 characters.
+        version: the version that it uses; 0 before its first.
         since: when it took that version, seconds since the epoch.
         mode: ``"swap"`` or ``"copy"``.
         slots: the slots that it leases.
-        oldest: when it took the oldest of these leases, seconds since the epoch; 0 if it has none.
+        oldest: when it took the oldest of these leases, seconds since the epoch; 0 if it leases none.
     """
 
     pid: int
@@ -69,7 +68,7 @@ class ReaderRecord(NamedTuple):
 
 
 class Registration:
-    """A reader's own record, if one can be made; it exists while this object is open, and begins with ``update``."""
+    """A reader's own record, which lasts until ``close``; a warning is logged if it cannot be made."""
 
     def __init__(
         self, segment: Path, mode: str, version: int = 0, slots: tuple[int, ...] = (), oldest: float = 0.0
@@ -97,7 +96,7 @@ class Registration:
     def close(self, *, unlink: bool = True) -> None:
         if self._fd >= 0:
             if unlink:
-                with suppress(OSError):  # gone, or no longer ours to remove; others see that its lock is free
+                with suppress(OSError):  # gone, or not this user's to remove; others see that its lock is free
                     self._path.unlink()
             shut(self._fd)
             self._fd = -1
@@ -112,7 +111,7 @@ class Registration:
                     os.fchmod(fd, 0o600 | os.fstat(directory).st_mode & 0o044)
                     if try_lock(fd) and os.fstat(fd).st_nlink:
                         return fd
-                shut(fd)  # somebody took the new file for a dead reader's, and removes it
+                shut(fd)  # another process took the new file for a dead reader's, and removes it
         raise SegmentUnsafe(
             f"another process locks each new record in {records}. Find it with `fuser -v {records}`, end it, and "
             "attach again."
@@ -120,11 +119,11 @@ class Registration:
 
 
 def open_readers(segment: Path) -> int:
-    """The directory of a segment's records, whose owner must be the segment's.
+    """Opens the directory of a segment's records, whose owner must be the segment's.
 
     Raises:
-        FileNotFoundError: there is none.
-        SegmentUnsafe: it is not a directory, or others may do more in it than add files of their own.
+        FileNotFoundError: it does not exist.
+        SegmentUnsafe: it is not a directory, is another user's, or others may do more than add files of their own.
     """
     return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
 
@@ -142,7 +141,7 @@ def readers(segment: Path) -> list[ReaderRecord]:
 
 def _look(name: str, directory: int) -> ReaderRecord | None:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    # OSError: it is gone, a link, a socket, closed to us, or not ours to remove.
+    # OSError: it is gone, a link or a socket, or this user may not open or remove it.
     with suppress(OSError), opened(os.open(name, flags, dir_fd=directory)) as fd:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # a file with another name is not only a record

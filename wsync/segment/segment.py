@@ -30,16 +30,16 @@ All locks are taken without waiting, so that nobody waits for a stopped process.
 - A leased slot is not written (P2 fails), a slot being written is not leased (R2 fails): nobody sees half a version.
 - Between R1 and R2 the publisher may have published elsewhere and begun, or finished, writing this slot: R3 sees
   another WORD. It compares the version too, because the same slot may be live again with other weights.
-- P3 comes after P1: a WORD that was read before it may be another publisher's by now, and its slot the live one. It is
-  looked at before P2 already, so that the publisher does not lock the live slot even for a moment.
-- P6 comes before P7, so that a reader that follows the new WORD never finds the publisher's own lock in its way; and
-  the system calls in between order the writes to the slot before the store, on every architecture.
-- Where every spare slot is leased (by an idle notebook, a forked child, a tensor that somebody keeps), P2 adds a slot,
-  up to a bound. The publisher does it, because those who hold a lease may run no code of ours for hours. After a later
+- P3 comes after P1: the WORD may have changed before P1, when another publisher had the lock. The WORD is also checked
+  before P2, so that the publisher does not lock the live slot even for a moment.
+- P6 comes before P7, so that a reader that follows the new WORD never finds the slot locked by the publisher; and the
+  system calls in between order the writes to the slot before the store, on every architecture.
+- If every spare slot is leased (by an idle notebook, a forked child, a tensor that somebody keeps), P2 adds a slot, up
+  to a bound. The publisher does it, because a process that holds a lease may not call wsync for hours. After a later
   publish it removes an added slot that nobody leases. A reader that had opened it before finds another WORD at R3; and
   since a slot of that number may be another file afterwards, a reader maps an added slot for one version only.
-- The kernel drops flocks with their process: killed anywhere before P7 a publisher has published nothing, and the next
-  one finds every lock free. After P7 only the wake-up is lost, and sleepers look for themselves after a moment.
+- The kernel drops flocks with their process: a publisher that is killed anywhere before P7 has published nothing, and
+  the next one finds every lock free. After P7 only the wake-up is lost, and sleepers wake by themselves soon.
 
 Locks are flock on a descriptor of their own: fcntl locks vanish when any descriptor of the file is closed. A slot is
 never truncated and its bytes are reserved, so that no access can end in SIGBUS. ``multiprocessing.shared_memory`` is
@@ -84,13 +84,13 @@ from .word_and_lease import ControlPage, Lease, SlotMemory
 
 
 class Segment:
-    """An open segment, for readers and for anybody who looks; ``writable`` has the publisher's handle.
+    """An open segment, for reading; ``WritableSegment`` is the publisher's handle.
 
     Attributes:
-        name: of the segment.
-        path: of its directory.
-        slots: full buffers of weights that it was made with; see ``slot_numbers``.
-        data_offset: bytes into a slot at which the weights begin.
+        name: its name.
+        path: its directory.
+        slots: number of slots (full buffers of weights) that it was made with; see ``slot_numbers``.
+        data_offset: where the weights begin in a slot, in bytes.
         spec: fingerprint of the policy spec that it was made for.
         control: the page with the WORD.
     """
@@ -125,16 +125,16 @@ class Segment:
         layout: Layout | None = None,
         exclude: Sequence[str] = (),
     ) -> Self:
-        """Opens a standing segment.
+        """Opens an existing segment.
 
         Args:
-            layout: what it must hold; default anything.
-            exclude: globs of further tensors that it may hold.
+            layout: the layout that it must have; None for any.
+            exclude: globs of further tensors that it may have.
 
         Raises:
-            LayoutDiffers: it holds another architecture.
-            SegmentMissing: there is none of this name.
-            SegmentUnsafe: it is not ours, or not a segment; see ``system.access`` for whose segments may be read.
+            LayoutDiffers: it has another layout.
+            SegmentMissing: there is no segment of this name.
+            SegmentUnsafe: it is not a segment, or cannot be trusted; see ``system.access``.
         """
         base = runtime_dir(runtime)
         segment = cls(name, base / check_name(name), owner=base_owner(base, write=cls._write))
@@ -148,7 +148,7 @@ class Segment:
             raise _differs(layout, self)
 
     def close(self) -> None:
-        """Gives the mappings and descriptors back; tensors that still point into a slot keep its memory."""
+        """Closes the control page and the directory; tensors that still point into a slot keep its memory."""
         self.control.close()
         self._shut()
 
@@ -169,7 +169,7 @@ class Segment:
     def damage(self) -> str:
         """What something outside wsync did to its files, as the end of a sentence; empty if all is well."""
         how, word = damage(self._dir, self.slots), self.word
-        with suppress(SegmentUnsafe):  # reported where it is read
+        with suppress(SegmentUnsafe):  # reported when the header is read
             if not how and (live := self.live()) and live.extras:
                 lost = extras_damage(self._dir, word & 0xFF, live.extras)
                 return lost if self.word == word else ""  # else another version went live meanwhile
@@ -180,12 +180,12 @@ class Segment:
         return self.data_offset + self.layout.nbytes
 
     def slot_numbers(self) -> list[int]:
-        """The numbers of all slots: those that it was made with, and those that were added."""
+        """The numbers of all slots, those added later included."""
         return [*range(self.slots), *added_slots(self._dir, self.slots)]
 
     @property
     def bound(self) -> int:
-        """How many slots there may be at a time."""
+        """Most slots that there may be at a time."""
         return max(self.slots, self.control.bound)
 
     @property
@@ -198,12 +198,12 @@ class Segment:
         return self.word >> 8
 
     def live(self) -> Publication | None:
-        """What is live, or None before the first version.
+        """The record of the live version; None before the first.
 
         Needs no lease: a live slot is not written, so a header that is read between two equal WORDs is whole.
 
         Raises:
-            SegmentUnsafe: the slot's header does not say.
+            SegmentUnsafe: the slot's header cannot be parsed, or is another version's.
         """
         while (word := self.word) & 0xFF < NO_SLOT:
             try:
@@ -213,7 +213,7 @@ class Segment:
             except SegmentUnsafe:
                 if self.word == word:
                     raise
-                continue  # it was an added slot, and was given back
+                continue  # it was an added slot, and was removed
             if self.word == word:
                 live = self._publication(head, word & 0xFF)
                 if live.version != word >> 8:
@@ -222,18 +222,18 @@ class Segment:
         return None
 
     def leased(self, lease: Lease) -> Publication:
-        """What the header of a leased slot says about the version in it.
+        """The record of the version in a leased slot.
 
         Raises:
-            SegmentUnsafe: the slot's header does not say.
+            SegmentUnsafe: the slot's header cannot be parsed.
         """
         return self._publication(read_at(lease.fileno(), METADATA_END, 0), lease.slot)
 
     def extras(self, publication: Publication, slot: int) -> Extras:
-        """What travels with the weights of a slot that is leased, or live.
+        """The extras that belong to the weights of a leased or live slot.
 
         Raises:
-            SegmentDamaged: its file is gone, was cut, or holds something else.
+            SegmentDamaged: their file is gone, was cut, or holds something else.
         """
         if not publication.extras:
             return Extras()
@@ -244,7 +244,7 @@ class Segment:
                 raise damaged(self.name, f"has a {extras_name(slot)} that {exc}") from exc
 
     def _publication(self, head: bytes, slot: int) -> Publication:
-        """What the first ``METADATA_END`` bytes of a live slot say."""
+        """Parses the first ``METADATA_END`` bytes of a live slot."""
         try:
             return Publication.from_header(head)
         except ValueError as exc:
@@ -254,7 +254,7 @@ class Segment:
             ) from exc
 
     def held_back(self, reader: ReaderRecord) -> list[int]:
-        """Other versions that a reader keeps leased, because somebody there still has a tensor of them."""
+        """Other versions that a reader keeps leased, because something in its process still has a tensor of them."""
         versions = set()
         for slot in reader.slots:
             with suppress(OSError, SegmentBusy, SegmentUnsafe, ValueError):  # its record is out of date
@@ -269,7 +269,7 @@ class Segment:
         return readers(self.path)
 
     def lease(self) -> Lease | None:
-        """R1 to R3: leases the live slot, so that it is not overwritten; None if there is none to lease now."""
+        """R1 to R3: leases the live slot, so that it is not overwritten; None if nothing can be leased now."""
         for _ in range(1000):  # so many publishes in a row do not happen; a reader must never hang
             word = self.word  # R1 load
             if word & 0xFF >= NO_SLOT:
@@ -281,7 +281,7 @@ class Segment:
             except SegmentUnsafe:
                 if self.word == word:
                     raise
-                continue  # it was an added slot, and was given back
+                continue  # it was an added slot, and was removed
             if os.fstat(file.fileno()).st_size != self._slot_bytes:  # using it would end in SIGBUS
                 file.close()
                 raise damaged(self.name, f"has a {slot_name(word & 0xFF)} that is not of {self._slot_bytes:,} bytes")
@@ -295,19 +295,19 @@ class Segment:
         return None
 
     def map_slot(self, slot: int) -> SlotMemory:
-        """A private mapping of a leased slot, with all pages mapped; it belongs to the caller."""
+        """A new private mapping of a leased slot, with all its pages already mapped."""
         mapped, _ = self.map_pages(slot, private=True)
         populate(mapped)
         return mapped
 
     def map_pages(self, slot: int, *, write: bool = False, private: bool = False) -> tuple[SlotMemory, tuple[int, int]]:
-        """A mapping of a slot, which belongs to the caller, and the device and inode of its file.
+        """A new mapping of a slot, and the device and inode of the slot's file.
+
+        The file is opened anew: mmap keeps a duplicate of its descriptor, which would keep a lock taken on that one.
 
         Args:
-            write: for a publisher, or for a user that must be able to write and does not.
-            private: what is written there stays in this process; otherwise the publisher's pages are shared.
-
-        It has a descriptor of its own: mmap keeps a duplicate, which would go on holding a lock taken on the original.
+            write: whether the mapping can be written to: by a publisher, or because a driver requires it.
+            private: whether writes stay in this process; if False, the pages are shared with the publisher.
         """
         size = self._slot_bytes
         with self._open_slot(slot, os.O_RDWR if write else os.O_RDONLY) as file:
@@ -365,7 +365,7 @@ def _differs(layout: Layout, segment: Segment) -> LayoutDiffers:
 
 
 def _advice(layout: Layout, segment: Segment) -> str:
-    """What to do if a policy has another layout than the segment."""
+    """What to do about a policy whose layout is not the segment's."""
     if advice := layout.advice(segment.layout):
         return advice
     own = layout.more_than(segment.layout)
@@ -377,7 +377,7 @@ def _advice(layout: Layout, segment: Segment) -> str:
 
 
 def segments(runtime: str | os.PathLike[str] | None = None) -> list[str]:
-    """Names of the standing segments, sorted; those that this user may not enter are left out.
+    """Names of the existing segments, sorted; those that this user may not enter are left out.
 
     Raises:
         SegmentUnsafe: the runtime directory cannot be trusted.

@@ -1,7 +1,7 @@
-"""The files of a segment: their form, making all of them at once, checking them, and removing leftovers.
+"""The files of a segment: their formats; makes all of them at once, checks them, and removes leftovers.
 
-A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that nothing moves when
-another version is described, and the whole to a page, so that the weights begin on one.
+A slot is a safetensors file whose header is padded twice: its metadata to a fixed size, so that nothing moves when they
+change, and the whole header to whole pages, so that the weights begin on a page.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WORD_OFFSET, BOUND_OFFSET = 64, 72  # bytes into the control page
 NO_SLOT, REMOVED = 0xFE, 0xFF  # in the WORD, instead of a slot's number
 MAX_SLOTS = 64
 _UNNAMED = "slot.new"  # a slot that is being added
-SLOTS, BOUND = 3, 8  # of a new segment, and how many it may grow to, by default
+SLOTS, BOUND = 3, 8  # defaults: slots of a new segment, and most slots that it may grow to
 MAX_TABLE = 100_000_000  # bytes of a layout.json and of a slot's header; the official reader's bound for headers
 
 
 class About(NamedTuple):
-    """What ``layout.json`` says, checked except for the layout, which is slow to read and not always needed."""
+    """The contents of ``layout.json``, checked; except the layout, which is slow to parse and not always needed."""
 
     slots: int
     data_offset: int
@@ -41,7 +41,7 @@ class About(NamedTuple):
 
     @classmethod
     def read(cls, directory: int) -> About:
-        """Raises ValueError if it is not what ``make`` wrote."""
+        """Reads ``layout.json``; raises ValueError if it is not what ``make`` writes."""
         with parsed(), open(open_file("layout.json", os.O_RDONLY, directory), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_TABLE:
@@ -56,7 +56,7 @@ class About(NamedTuple):
             return cls(slots, data_offset, spec, data["layout"])
 
     def layout(self) -> Layout:
-        """Raises ValueError if it is not a layout."""
+        """Parses the layout; raises ValueError if it is not a layout."""
         with parsed():
             layout = Layout.from_json(self.table)
             sizes = [size for entry in layout.tensors for size in entry.shape]
@@ -82,16 +82,16 @@ class SpareSlot(NamedTuple):
         return memoryview(self.memory)[self.data_offset :]
 
     def forget(self) -> None:
-        """Clears the description in its header."""
+        """Clears the record of a version in its header."""
         write_at(self.fd, BLANK, 8)
 
     def describe(self, publication: Publication) -> None:
-        """Writes what the slot holds into its header."""
+        """Writes the record of the version in it into its header."""
         write_at(self.fd, metadata_block(publication.to_metadata()), 8)
 
 
 def map_control(directory: int, *, write: bool) -> mmap.mmap:
-    """The control page of a segment; raises ValueError if it has another format."""
+    """Maps the control page of a segment; raises ValueError if it has another format."""
     with opened(open_file("control", os.O_RDWR if write else os.O_RDONLY, directory)) as fd:
         if read_at(fd, len(MAGIC), 0) != MAGIC or os.fstat(fd).st_size != PAGE:
             raise ValueError("its control page is not of this format")
@@ -108,7 +108,7 @@ def extras_name(slot: int) -> str:
 
 
 def write_extras(directory: int, slot: int, data: bytes) -> None:
-    """Replaces what travels with the weights of a slot that nobody else uses; for those who may read the slot."""
+    """Replaces the extras of a slot that nobody else uses; whoever may read the slot may read them."""
     remove_extras(directory, slot)
     if data:
         like = os.stat(slot_name(slot), dir_fd=directory)
@@ -124,10 +124,10 @@ def remove_extras(directory: int, slot: int) -> None:
 
 
 def read_extras_file(fd: int, size: int) -> Extras:
-    """What an open file beside a slot holds.
+    """Reads an open extras file.
 
     Raises:
-        ValueError: it has another size, or holds something else.
+        ValueError: it is not of ``size`` bytes, or holds something else.
     """
     data = read_at(fd, size + 1, 0)
     if len(data) != size:
@@ -137,7 +137,7 @@ def read_extras_file(fd: int, size: int) -> Extras:
 
 
 def extras_damage(directory: int, slot: int, size: int) -> str:
-    """The same as ``damage``, of the file beside a live slot that should have so many bytes."""
+    """As ``damage``, for the extras file of a live slot, which should have ``size`` bytes."""
     try:
         there = os.stat(extras_name(slot), dir_fd=directory, follow_symlinks=False).st_size
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def extras_damage(directory: int, slot: int, size: int) -> str:
 def damage(directory: int, slots: int) -> str:
     """What something outside wsync did to the files of a segment, as the end of a sentence; empty if all is well.
 
-    Finds a file that is gone or was cut; one of another kind is refused when it is opened.
+    Finds files that are gone or were cut; a file of another kind is refused when it is opened.
     """
     sizes, names = {}, [slot_name(slot) for slot in range(slots)]
     for name in ("control", "layout.json", "publisher.lock", "readers", *names):
@@ -165,7 +165,7 @@ def damage(directory: int, slots: int) -> str:
 
 
 def set_aside(path: Path, directory: int) -> None:
-    """Removes a damaged segment, which is open as ``directory``, unless another process already did."""
+    """Removes a damaged segment, which is open as ``directory``, unless another process does, or already did."""
     if not try_lock(directory):
         return
     with suppress(FileNotFoundError):
@@ -180,14 +180,14 @@ def added_slots(directory: int, slots: int) -> list[int]:
 
 
 def add_slot(directory: int, slot: int, header: bytes, nbytes: int) -> None:
-    """Adds a slot to a segment, readable like the others: it is there whole or not at all.
+    """Adds a slot to a segment, with the mode of the others; it exists whole or not at all.
 
     Args:
-        header: of an empty slot.
-        nbytes: of the weights.
+        header: header of an empty slot.
+        nbytes: size of the weights.
 
     Raises:
-        OSError: there is no room, or the system refuses; nothing is left behind.
+        OSError: there is no room, or a system call failed; nothing is left behind.
     """
     like = os.stat(slot_name(0), dir_fd=directory)
     sweep_slot(directory)
@@ -204,14 +204,14 @@ def add_slot(directory: int, slot: int, header: bytes, nbytes: int) -> None:
 
 
 def sweep_slot(directory: int) -> None:
-    """Removes what a publisher left behind that was killed while it added a slot."""
+    """Removes the unfinished slot of a publisher that was killed while it added one."""
     with suppress(FileNotFoundError):
         os.unlink(_UNNAMED, dir_fd=directory)
 
 
 def metadata_block(metadata: Mapping[str, str]) -> bytes:
     """The part of a slot's header from byte 8 to ``METADATA_END``."""
-    # The bytes of a file name that are not UTF-8 are escaped; this name is only shown, and never opened.
+    # Bytes of a file name that are not UTF-8 are escaped: the name here is only shown, and never opened.
     table = {key: value.encode("utf-8", "backslashreplace").decode() for key, value in metadata.items()}
     block = b'{"__metadata__":' + json.dumps(table, ensure_ascii=False).encode()
     if len(block) > METADATA_END - 8:
@@ -235,11 +235,11 @@ def slot_header(layout: Layout) -> bytes:
 
 
 def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> None:
-    """Makes the segment under another name and renames it, so that it is there whole or not at all.
+    """Makes the segment under another name and renames it, so that it exists whole or not at all.
 
     Raises:
         OutOfSharedMemory: there is no room; nothing is left behind.
-        UsageError: this user is not in its group.
+        UsageError: this user is not in the group that ``access`` names.
     """
     header = slot_header(layout)
     about = {"slots": slots, "data_offset": len(header), "spec": spec, "layout": layout.to_json()}
@@ -264,12 +264,12 @@ def make(path: Path, layout: Layout, slots: int, spec: str, access: Access) -> N
     except OSError as exc:
         if told := no_room(exc, path.parent, wanted, len(files) + 2):
             raise told from exc
-        if not os.path.lexists(path):  # else another maker was first
+        if not os.path.lexists(path):  # otherwise another process made it first
             raise
 
 
 def share(directory: int, slots: Iterable[int], access: Access) -> None:
-    """Gives the files of a segment their group and mode; its directory comes last, and so shows that all is done."""
+    """Gives the files of a segment their group and mode; the directory comes last, to show that all are done."""
     there = set(os.listdir(directory))
     extras = [name for name in map(extras_name, slots) if name in there]
     for name in ("control", "layout.json", *map(slot_name, slots), *extras):
@@ -281,7 +281,7 @@ def share(directory: int, slots: Iterable[int], access: Access) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a segment's directory: first its name, then what is in it, so that nobody opens half of it."""
+    """Removes a segment's directory; renames it first, so that nobody opens half of it."""
     import shutil
 
     doomed = path.with_name(f".removed-{os.getpid()}-{os.urandom(4).hex()}")
@@ -290,7 +290,7 @@ def discard(path: Path) -> None:
 
 
 def sweep(base: Path) -> None:
-    """Removes what killed makers and removers left behind; a living maker locks its directory."""
+    """Removes what processes left that were killed while they made or removed a segment; living ones lock theirs."""
     import shutil
 
     for path in (*base.glob(".new-*"), *base.glob(".removed-*")):
@@ -304,7 +304,7 @@ def sweep(base: Path) -> None:
 
 
 def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
-    """Makes a hidden directory, locked so that nobody sweeps it away; the stack removes it."""
+    """Makes and locks a hidden directory, which ``sweep`` then leaves alone; the stack removes it."""
     import shutil
     import tempfile
 
@@ -313,7 +313,7 @@ def _claim(base: Path, stack: ExitStack) -> tuple[Path, int]:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         try:
             directory = stack.enter_context(opened(open_dir(temporary)))
-        except FileNotFoundError:  # a sweeper was faster
+        except FileNotFoundError:  # ``sweep`` in another process was faster
             continue
         if try_lock(directory) and os.fstat(directory).st_nlink:
             return temporary, directory

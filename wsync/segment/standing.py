@@ -1,4 +1,4 @@
-"""The segment of one name, which others may remove and make anew at any time."""
+"""A publisher's segment, which others may remove and make anew at any time."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class StandingSegment:
     """A publisher's segment: opened when it is first needed, and again after it was removed.
 
     Args:
-        name: of the segment.
-        layout: gives the layout of a segment that is made; None if it is unknown.
-        slots: buffers of a segment that is made.
-        max_slots: how many it may grow to while readers keep older versions.
+        name: name of the segment.
+        layout: returns the layout for a new segment; None if it is unknown.
+        slots: slots of a new segment, each a full buffer of weights.
+        max_slots: most slots that it may grow to while readers keep older versions.
         runtime_dir: where segments live; default ``memory.runtime_dir()``.
 
     Attributes:
-        spec: fingerprint of the policy spec that a segment is made for.
+        spec: fingerprint of the policy spec that a new segment is made for.
         access: who else may read the segment.
-        last_version: the highest ever published under this name; a segment that is made anew continues from it.
+        last_version: the highest version ever published under this name; a segment that is made anew counts on from it.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StandingSegment:
 
     @property
     def segment(self) -> WritableSegment | None:
-        """The standing segment, opened again if it was removed and made anew; None if there is none."""
+        """The segment, opened anew if it was removed and made again; None if it does not exist."""
         if self._segment and (not self._segment.is_current() or self._segment.damage()):
             self.last_version = max(self.last_version, self._segment.version)
             self._segment.control.tell_removed()
@@ -53,7 +53,7 @@ class StandingSegment:
         if self._segment is None:
             try:
                 self._segment = WritableSegment.open(self.name, self.runtime_dir)
-            except (SegmentMissing, SegmentDamaged):  # ``make_segment`` makes another one
+            except (SegmentMissing, SegmentDamaged):  # ``make_segment`` makes a new one
                 return None
             if self._segment.damage():
                 self.close()
@@ -61,7 +61,7 @@ class StandingSegment:
 
     @property
     def path(self) -> Path:
-        """Where the segment lies, even if it does not exist."""
+        """The segment's directory, even if it does not exist."""
         return runtime_dir(self.runtime_dir) / self.name
 
     @property
@@ -70,10 +70,10 @@ class StandingSegment:
         return self._segment
 
     def make_segment(self, otherwise: Callable[[], Layout] | None = None) -> WritableSegment:
-        """The standing segment, or a new one with the layout of this policy.
+        """Opens the segment, or makes a new one.
 
         Args:
-            otherwise: gives a layout if the updater knows none.
+            otherwise: returns the layout for a new segment if the publisher does not know it.
 
         Raises:
             SegmentMissing: it does not exist, and its layout is unknown.
@@ -96,7 +96,7 @@ class StandingSegment:
         return standing
 
     def close(self) -> None:
-        """Closes the segment, which stays; the next push opens it again."""
+        """Closes the segment, which continues to exist; the next use opens it again."""
         segment, self._segment = self._segment, None
         if segment:
             segment.close()

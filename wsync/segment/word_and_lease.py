@@ -1,4 +1,4 @@
-"""What a publisher and readers meet by: the control page with the WORD, on whose change readers sleep; and leases."""
+"""The control page, whose WORD publishers store and readers wait for, and readers' leases on slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ControlPage:
 
     @property
     def bound(self) -> int:
-        """How many slots the segment may grow to, as its publishers say; never more than ``MAX_SLOTS``."""
+        """Most slots that the segment may grow to, as its publishers set it; never more than ``MAX_SLOTS``."""
         return min(int(self.words[_BOUND]) or BOUND, MAX_SLOTS)
 
     @bound.setter
@@ -38,17 +38,17 @@ class ControlPage:
 
     @property
     def address(self) -> int:
-        """Where the WORD lies, for those who sleep on it."""
+        """The address of the WORD, to sleep on."""
         return address_of(self._mapped) + WORD_OFFSET
 
     def store(self, word: int) -> None:
-        """P7 and P8: from here on the WORD is what it says; every reader that sleeps on it wakes."""
-        address = self.address  # anything that can fail in waking, even an import, fails before the store
+        """P7 and P8: stores the WORD, and wakes every reader that sleeps on it."""
+        address = self.address  # first: whatever can fail in this, even an import, fails before the store
         self.words[_WORD] = word  # P7 store
         wake(address)  # P8 wake
 
     def tell_removed(self) -> None:
-        """Tells the readers that the segment is removed, also where it was deleted by hand."""
+        """Tells the readers that the segment is removed, or was deleted by hand."""
         self.store(self.word | REMOVED)
 
     def close(self) -> None:
@@ -56,10 +56,10 @@ class ControlPage:
 
 
 class Lease:
-    """A reader's hold on one slot: the slot is not written until this object is gone.
+    """A reader's hold on one slot: no publisher writes to the slot until this is released, or dropped.
 
-    It is released by closing its descriptor, never by unlocking: after a fork both processes share the lock, and each
-    releases only its own part.
+    It is released by closing its descriptor, never by unlocking: after a fork both processes share the lock, which
+    lasts until both have closed it.
     """
 
     __slots__ = ("_file", "slot", "version", "word")
@@ -81,10 +81,10 @@ class Lease:
 
 
 class SlotMemory(mmap.mmap):
-    """A mapping of a slot. A reader's is private: what the process writes there is its own, and part of no version.
+    """A mapping of a slot. In a reader's private one, what the process writes is seen by nobody else.
 
     Attributes:
-        lease: released with the memory, which torch keeps for as long as a tensor points there.
+        lease: released with this object, which torch keeps for as long as a tensor points there.
     """
 
     lease: Lease | None = None

@@ -1,4 +1,4 @@
-"""The publisher's handle on a segment: making it, its steps of the protocol (see ``segment``), sharing, removing."""
+"""The publisher's handle on a segment: makes, shares and removes it, and does the P steps (see ``segment``)."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ class WritableSegment(Segment):
         spec: str = "",
         access: Access = Access(),  # noqa: B008  (frozen)
     ) -> Self:
-        """Makes a segment with all its memory, or opens the one that is there if its layout is the same.
+        """Makes a segment and reserves all its memory, or opens an existing one with the same layout.
 
         Args:
-            slots: full buffers of weights; two work, and three let a publish go on while a reader is late.
-            access: who else may read it; if nothing is set, a new one is private and a standing one stays as it is.
+            slots: number of slots; two suffice, and with three a publish need not wait for a late reader.
+            access: who else may read it; if nothing is set, a new one is private and an existing one stays as it is.
 
         Raises:
-            LayoutDiffers: the standing segment holds another architecture.
+            LayoutDiffers: the existing segment has another layout.
             OutOfSharedMemory: there is no room.
-            UsageError: those who should read cannot be let in.
+            UsageError: the number of slots is invalid, or the users who should read cannot be given access.
         """
         base = runtime_dir(runtime)
         path = base / check_name(name)
@@ -85,10 +85,10 @@ class WritableSegment(Segment):
         return segment
 
     def share(self, access: Access) -> None:
-        """Lets others read as ``access`` says, if it says anything and they cannot yet.
+        """Lets others read, if ``access`` says so and they cannot yet.
 
         Raises:
-            UsageError: those who should read cannot be let in.
+            UsageError: they cannot be given access.
         """
         if access.given and not access.holds(self._dir):
             access.check_enterable(self.path.parent)
@@ -105,10 +105,10 @@ class WritableSegment(Segment):
             discard(self.path)
 
     def remove_unused(self) -> None:
-        """Removes the segment if nobody has published to it and no reader waits.
+        """Removes the segment if nobody has published to it and no reader waits for it.
 
         Raises:
-            SegmentBusy: somebody is about to publish.
+            SegmentBusy: another process is about to publish.
         """
         with self.publishing():
             if not self.version and not self.readers():
@@ -116,12 +116,12 @@ class WritableSegment(Segment):
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """P1: makes this the one publisher for as long as the block runs.
+        """P1: makes this the only publisher while the block runs; blocks may be nested.
 
         Raises:
-            SegmentBusy: there is another one, which the message names.
+            SegmentBusy: there is another publisher, which the message names, or the segment was just removed.
         """
-        if self._publishing:  # a block within a block
+        if self._publishing:  # a nested block
             yield
             return
         with self._open_file("publisher.lock", os.O_RDWR) as file:
@@ -143,12 +143,12 @@ class WritableSegment(Segment):
 
     @contextmanager
     def spare_slot(self) -> Iterator[SpareSlot]:
-        """P2 and P3, and P6 at the end of the block: gives a slot that is not live and that nobody leases.
+        """P2 and P3, and P6 at the end of the block: yields a slot that is not live and that nobody leases.
 
-        If readers lease all of them, adds one.
+        If readers lease all spare slots, adds one.
 
         Raises:
-            SegmentBusy: readers, which the message names, lease every slot, and none can be added.
+            SegmentBusy: readers, which the message names, lease every spare slot, and no slot can be added.
         """
         with closing(self._spare_slots(chain(self.slot_numbers(), self._add_slot()))) as spares:
             spare = next(spares)
@@ -217,7 +217,7 @@ class WritableSegment(Segment):
 
     @contextmanager
     def slot_with(self, version: int, identity: str) -> Iterator[tuple[SpareSlot | None, Publication | None]]:
-        """A spare slot, locked, that still holds a version whole, and what its header says; None, None without one."""
+        """Yields a locked spare slot that still holds a version whole, and its record; (None, None) if none does."""
         with closing(self._spare_slots(self.slot_numbers())) as spares:
             for spare in spares:
                 try:
@@ -247,7 +247,7 @@ class WritableSegment(Segment):
                 file.close()  # P6 release
 
     def put_extras(self, slot: SpareSlot, data: bytes) -> None:
-        """Puts what travels with the weights beside a slot that is being staged.
+        """Writes the extras of a slot that is being staged.
 
         Raises:
             OutOfSharedMemory: there is no room.
@@ -265,10 +265,10 @@ class WritableSegment(Segment):
         try:
             self._give_back()
         except (OSError, SegmentError):
-            pass  # the version is live all the same, and the next publish removes the rest
+            pass  # the version is live, and the next publish removes the rest
 
     def live_weights(self) -> memoryview | None:
-        """The live version's bytes, for the publisher, whose lock keeps them live; None before the first."""
+        """The live weights, for the publisher, whose lock keeps them live; None before the first version."""
         slot = self.word & 0xFF
         return None if slot >= NO_SLOT else memoryview(self._slot_map(slot))[self.data_offset :]
 
@@ -288,7 +288,7 @@ class WritableSegment(Segment):
 
 
 def _set_aside_if_damaged(name: str, path: Path) -> None:
-    """Moves a segment aside if something outside wsync removed or cut files of it, and says so."""
+    """Removes a segment if something outside wsync removed or cut files of it, and logs that."""
     try:
         with closing(WritableSegment(name, path)) as segment:
             if not (how := segment.damage()):
@@ -323,7 +323,7 @@ def remove(name: str, runtime: str | os.PathLike[str] | None = None) -> None:
     """Removes a segment, even a broken one.
 
     Raises:
-        SegmentMissing: there is none of this name.
+        SegmentMissing: there is no segment of this name.
         SegmentBusy: a publisher holds it.
         SegmentUnsafe: it is another user's, or not a directory.
     """
