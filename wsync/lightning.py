@@ -1,4 +1,4 @@
-"""``wsync.lightning.WsyncCallback``; importing it imports lightning, or pytorch_lightning where that is there alone."""
+"""``wsync.lightning.WsyncCallback``; importing this module imports lightning, or else pytorch_lightning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WsyncCallback(Callback):  # type: ignore[misc]
     """``Trainer(callbacks=[WsyncCallback("policy", every=100)])`` publishes the module from the first process.
 
     ``every`` counts optimizer steps (``trainer.global_step``); ``policy=lambda module: module.actor`` publishes a part.
-    See ``Periodic`` for the arguments. The module must be whole in that process, which it is not under FSDP.
+    See ``updaters.publisher.Periodic``. That process must have the whole module, which it does not under FSDP.
     """
 
     def __init__(

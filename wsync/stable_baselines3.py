@@ -1,4 +1,4 @@
-"""``wsync.stable_baselines3.WsyncCallback``; importing it imports stable_baselines3."""
+"""``wsync.stable_baselines3.WsyncCallback``; importing this module imports stable_baselines3."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STATISTICS = "vec_normalize.safetensors"
 class WsyncCallback(BaseCallback):  # type: ignore[misc]
     """``model.learn(100_000, callback=WsyncCallback("cartpole", every=10_000))`` publishes ``model.policy``.
 
-    ``every`` counts the steps of the environments (``num_timesteps``); ``policy=lambda policy: policy.actor`` publishes
-    a part. See ``Periodic`` for the arguments. The statistics of the model's ``VecNormalize``, if it has one, travel
-    with the weights, and ``normalize`` applies them.
+    ``every`` counts environment steps (``num_timesteps``); ``policy=lambda policy: policy.actor`` publishes a part. See
+    ``updaters.publisher.Periodic`` for the arguments. The statistics of the model's ``VecNormalize``, if it has one,
+    travel with the weights; ``normalize`` applies them.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class WsyncCallback(BaseCallback):  # type: ignore[misc]
 
 
 def statistics(env: Any) -> dict[str, bytes]:
-    """The extra with a ``VecNormalize``'s statistics as they are now: a safetensors file by its name.
+    """The current statistics of a ``VecNormalize``, for ``extras``: the bytes of a safetensors file, by its name.
 
-    It holds ``mean``, ``var`` and ``count`` as float64 of ``obs_rms`` (of ``obs_rms.KEY`` for each normalized key where
-    observations are dicts) and of ``ret_rms``. The metadata say how they are applied.
+    The file holds ``NAME.mean``, ``NAME.var`` and ``NAME.count`` as float64, where NAME is ``ret_rms`` or ``obs_rms``
+    (``obs_rms.KEY`` for each normalized key, if observations are dicts). Its metadata say how they are applied.
     """
     own = getattr(env, "obs_rms", {})  # made without norm_obs, it has none
     each = {f"obs_rms.{key}": rms for key, rms in own.items()} if isinstance(own, dict) else {"obs_rms": own}
@@ -65,14 +65,16 @@ def statistics(env: Any) -> dict[str, bytes]:
 
 
 def normalize(extras: Mapping[str, bytes], observation: Any) -> Any:
-    """What ``VecNormalize.normalize_obs`` makes of an observation, as in ``normalize(reader.extras, observation)``.
+    """Normalizes an observation as ``VecNormalize.normalize_obs`` does: ``normalize(reader.extras, observation)``.
 
     Args:
-        extras: of the version that acts.
+        extras: those of the version that acts.
         observation: an array or a dict of arrays, of one environment or of several.
 
+    Returns float32 arrays of the same shapes; what the trainer did not normalize is returned as it is.
+
     Raises:
-        UsageError: the version has no statistics, or those of other observations.
+        UsageError: the version has no statistics, or this is an array and the trainer had dicts, or the reverse.
     """
     if STATISTICS not in extras:
         raise UsageError(

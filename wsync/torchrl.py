@@ -1,8 +1,8 @@
-"""``wsync.torchrl.SegmentWeightSyncScheme`` for torchrl's collectors; importing it imports torchrl.
+"""``wsync.torchrl.SegmentWeightSyncScheme`` for torchrl's collectors; importing this module imports torchrl.
 
 The sender publishes a version. A collector takes the newest version at the start of each batch, between two steps, so
-that all frames of a batch come from one version, and labels them with it. Sender and receivers meet only in the
-segment: no queue, no acknowledgement, no thread, and a receiver that is killed or stopped keeps nobody waiting.
+that all frames of a batch come from one version, and labels them with it. Sender and receivers share only the segment:
+there is no queue, acknowledgement or thread, and nobody waits for a receiver that is killed or stopped.
 """
 
 from __future__ import annotations
@@ -29,18 +29,17 @@ from .updaters.vanilla import VanillaWeightUpdater
 class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
     """Synchronizes one model of torchrl's collectors through a segment.
 
-    A collector that gets it in ``weight_sync_schemes`` is the sender: it publishes its policy as it starts, and again
-    with each ``update_policy_weights_``. Its workers receive, and so does every other process that attaches to the
-    segment, with ``wsync.attach`` or with a scheme of its own (``init_on_receiver``, ``connect``, ``receive``). Where
+    A collector that gets it in ``weight_sync_schemes`` is the sender: it publishes its policy when it starts, and again
+    at each ``update_policy_weights_``. Its workers receive, and so does every other process that attaches to the
+    segment, with ``wsync.attach`` or with a scheme of its own (``init_on_receiver``, ``connect``, ``receive``). If
     another process publishes, give a multi-process collector ``policy_factory=`` and no policy, so that it has nothing
-    to send; and give a ``Collector`` its scheme by ``register_scheme_receiver``.
+    to send; and give a ``Collector`` its scheme with ``register_scheme_receiver``.
 
-    A policy in this scheme has its own tensors (``mode="copy"``). The policy versions of a collector are the versions
-    of the segment, also those in the labels of its batches. A segment knows no workers: ``worker_ids`` changes nothing,
-    since every receiver takes the newest version.
+    Policies keep their own tensors (``mode="copy"``). A collector's policy version, also in the labels of its batches,
+    is the segment's version. ``worker_ids`` is ignored, because every receiver takes the newest version.
 
     Args:
-        name: of the segment.
+        name: name of the segment.
         timeout: seconds that a receiver waits for the first version; None waits for ever.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
     """
@@ -50,11 +49,11 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.name, self.timeout, self.runtime_dir = name, timeout, runtime_dir
-        self._source: Any = None  # what is sent where no weights are given
+        self._source: Any = None  # what ``send()`` sends without weights
         self._layout: Layout | None = None
         self._unsaved: dict[str, torch.Tensor] = {}
         self._sender: SharedMemoryWeightUpdater | None = None
-        self._own: VanillaWeightUpdater | None = None  # of the policy that a sending collector acts with itself
+        self._own: VanillaWeightUpdater | None = None  # for the policy that a sending collector acts with itself
         self._reader: Reader | None = None
         self._followed: nn.Module | None = None
 
@@ -71,7 +70,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
 
     @property
     def context(self) -> Any:
-        """The collector; None if there is none."""
+        """The collector; None if there is none, or it is gone."""
         return None if self._context_ref is None else self._context_ref()
 
     @context.setter
@@ -89,7 +88,8 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
 
         Raises:
             RuntimeError: ``connect`` was not called on this sender.
-            KeyError, ValueError, TypeError: the weights are not the policy's, or not finite. The live version stays.
+            UsageError: no weights are given, and the collector has no policy.
+            KeyError, ValueError, TypeError: the weights do not fit, or are not finite. The live version stays.
             SegmentBusy: another publisher is at work, or readers lease every spare slot.
         """
         if self._sender is None or not self.synchronized_on_sender:
@@ -107,10 +107,10 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         """Takes the newest version if there is a newer one; call it between steps.
 
         Args:
-            timeout: seconds to wait for one; None does not wait.
+            timeout: seconds to wait for a newer version; None does not wait.
 
         Returns:
-            A TensorDict of the model's weights when a version came in, else None.
+            The model's weights, as a TensorDict, if it has a new version; else None.
 
         Raises:
             RuntimeError: ``connect`` was not called on this receiver.
@@ -128,7 +128,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         raise NotImplementedError("the segment is the transport of this scheme. Call send and receive instead.")
 
     def shutdown(self) -> None:
-        """Lets go of the segment, which stays; safe to call again."""
+        """Closes the segment, which continues to exist; safe to call again."""
         for held in (self._sender, self._reader):
             if held is not None:
                 held.close()
@@ -178,7 +178,7 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
         self._label()
 
     def _follow(self) -> None:
-        """Attaches the model as it is now, in place of one that was attached before."""
+        """Attaches the current model, instead of the one that was attached before."""
         if self._reader is not None:
             self._reader.close()
         self._followed = self.model
@@ -198,12 +198,12 @@ class SegmentWeightSyncScheme(WeightSyncScheme):  # type: ignore[misc]
     def _label(self) -> None:
         """Has a collector that counts policy versions label its frames with the segment's version."""
         tracker: Any = getattr(self.context, "policy_version_tracker", None)
-        if self.model_id == "policy" and isinstance(getattr(tracker, "version", None), int):  # else it makes UUIDs
+        if self.model_id == "policy" and isinstance(getattr(tracker, "version", None), int):  # not a UUID
             tracker.version = self.version
 
 
 def _places(policy: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """The table of a module in which each tensor stands, and its name there."""
+    """Each tensor's table in its module (parameters or buffers) and its key there, by the tensor's name."""
     return {
         prefix + leaf: (table, leaf)
         for prefix, owner in named_modules(policy)
@@ -214,9 +214,9 @@ def _places(policy: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _give_memory(policy: nn.Module, layout: Layout, unsaved: Mapping[str, torch.Tensor]) -> None:
-    """Gives memory to a policy on the meta device, which is how torchrl sends it to a worker.
+    """Gives memory to a policy that torchrl sent to a worker, on the meta device.
 
-    Its tied tensors come untied, and its buffers that do not persist come without values, which no segment has.
+    It ties the tensors that came untied, and restores non-persistent buffers, whose values are in no segment.
     """
     if not any(tensor.is_meta for _, tensor in named_tensors(policy)):
         return

@@ -1,4 +1,4 @@
-"""``wsync.transformers.WsyncCallback``; importing it imports transformers."""
+"""``wsync.transformers.WsyncCallback``; importing this module imports transformers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .updaters.publisher import Periodic
 class WsyncCallback(TrainerCallback):
     """``Trainer(…, callbacks=[WsyncCallback("policy", every=100)])`` publishes the model from the first process.
 
-    ``every`` counts optimizer steps (``state.global_step``). See ``Periodic`` for the arguments. The model must be
-    whole in that process, which it is not under FSDP and DeepSpeed ZeRO-3.
+    ``every`` counts optimizer steps (``state.global_step``). See ``updaters.publisher.Periodic`` for the arguments.
+    That process must have the whole model, which it does not under FSDP and DeepSpeed ZeRO-3.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The weight updaters, with the API of torchrl's collectors and without needing torchrl.
+"""The weight updaters: the API that torchrl's collectors use, without a need for torchrl.
 
-Imports ``policy`` and what lies below.
+Imports ``policy`` and the rooms below it.
 """
 
 __all__ = ["publisher", "shared_memory", "vanilla"]

@@ -1,4 +1,4 @@
-"""Publishes a policy from a trainer's memory in one line, in a plain loop or from a framework's callback."""
+"""Publishes a policy from a trainer's memory, in a plain loop or from a framework's callback."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Publisher:
     """Publishes a policy's weights from memory: ``with wsync.publisher(name, policy) as p: p.push(step)``.
 
     Args:
-        name: of the segment, which is made if there is none.
-        policy: an ``nn.Module``, whose parameters and persistent buffers are read at each push, on any device.
+        name: name of the segment, which is made if it does not exist.
+        policy: an ``nn.Module``, on any device, whose parameters and persistent buffers are read at each push.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
     """
 
@@ -34,15 +34,16 @@ class Publisher:
         self._updater = SharedMemoryWeightUpdater(name, policy=policy, runtime_dir=runtime_dir)
 
     def push(self, step: int | None = None, *, extras: Mapping[str, bytes] | None = None) -> int:
-        """Publishes the weights as they are now, with the trainer's own number for them; returns the version.
+        """Publishes the weights as they are now; returns the version. After an error, the live version stays live.
 
         Args:
+            step: the trainer's own number for these weights.
             extras: files that travel with them; see ``SharedMemoryWeightUpdater.push_weights``.
 
         Raises:
-            ValueError: a weight is not finite. The live version stays.
+            KeyError, ValueError: the segment has other tensor names or shapes than the policy; a weight is not finite.
             SegmentBusy: another publisher is at work, or readers lease every spare slot.
-            SegmentError: the segment cannot be made, or holds another architecture.
+            SegmentError: the segment cannot be made or opened.
         """
         self._updater.step = step
         self._updater.push_weights(self._policy, extras=extras)
@@ -58,7 +59,7 @@ class Publisher:
         return self._updater.oldest_version()
 
     def close(self) -> None:
-        """Closes the segment, which stays."""
+        """Closes the segment, which continues to exist; a later push opens it again."""
         self._updater.close()
 
     def __enter__(self) -> Publisher:
@@ -72,16 +73,16 @@ publisher = Publisher
 
 
 class Periodic:
-    """The callbacks' common part: a version when training starts, one every so many steps, and one at its end.
+    """What the callbacks share: publishes when training starts, every so many steps, and at the end.
+
+    If the segment is busy, a warning is logged, and that step's weights are skipped. Other errors end the training.
 
     Args:
-        name: of the segment.
+        name: name of the segment.
         every: steps between two versions, as the framework counts them.
-        policy: picks what is published out of the framework's model; default all of it.
+        policy: takes the framework's model and returns the module to publish; default the whole model.
         runtime_dir: as for ``Publisher``.
-        extras: called for each version; returns the files that travel with it, bytes by their names.
-
-    If the segment is busy, a warning is logged, and the next version brings the weights. Other errors end the training.
+        extras: called for each version; returns the files that travel with it: bytes by file name.
     """
 
     def __init__(

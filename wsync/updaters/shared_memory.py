@@ -1,6 +1,6 @@
-"""The weight updater whose one worker is a segment.
+"""The weight updater that publishes into a segment.
 
-Torch is imported only to push tensors: a checkpoint goes from its file into the slot without it.
+Torch is imported only to push tensors: a checkpoint goes from its file into the slot without torch.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 
 
 class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
-    """Publishes weights into a segment, which is its one worker: every attached policy on the box follows.
+    """Publishes weights into a segment, which is its only worker; every policy that is attached to it follows.
 
     ``push_weights()`` with a ``CheckpointWeightGetter`` reads the newest checkpoint straight into shared memory;
-    ``push_weights(policy)`` publishes a trainer's weights from memory, with no file at all. The post hooks run only
-    when a version was published.
+    ``push_weights(policy)`` publishes a trainer's weights from memory, without a file. The post hooks run only after a
+    version was published.
 
     Args:
-        name: of the segment.
-        weight_getter: gives the weights of a push without any; None from it publishes nothing.
-        policy: gives the layout of a new segment, with its tied weights; without it, the pushed weights do. It also
-            says which buffers do not persist, and so are not pushed: a TensorDict has those too, and does not say.
-        layout: the same, for callers that know the layout without the policy.
-        slots: buffers of a segment that is made.
-        max_slots: how many it may grow to while readers keep older versions.
-        strict: every tensor must come; otherwise missing ones keep their live values.
-        finite: refuse NaN and infinity, unless ``policy`` has the same infinity when the updater is made.
-        extra_state: ``"ignore"`` pushes a module whose ``state_dict()`` holds what no segment can, and says so once.
+        name: name of the segment, which is made if it does not exist.
+        weight_getter: called by ``push_weights()`` for the weights; if it returns None, nothing is published.
+        policy: has the layout, with ties, for a new segment; without it, the pushed weights define the layout. Buffers
+            that do not persist in it are not pushed; in a TensorDict they cannot be told from others.
+        layout: returns the layout for a new segment, for callers that know it without the policy.
+        slots: slots of a new segment, each a full buffer of weights.
+        max_slots: most slots that it may grow to while readers keep older versions.
+        strict: whether every push must have every tensor; if False, missing tensors keep their live values.
+        finite: whether to refuse NaN and infinity, except an infinity that ``policy`` has when the updater is made.
+        extra_state: ``"ignore"`` logs the names of ``state_dict()`` entries that no segment holds; else SpecError.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
 
     Attributes:
-        step: the producer's number that the next weights from memory are published with; a checkpoint brings its own.
-        spec: fingerprint of the policy spec that versions are recorded with.
-        access: who else may read the segment; a push also gives them access to a standing one.
-        extras: the files that weights from memory are published with: bytes by their names; see ``push_weights``.
+        step: the producer's number to publish the next weights from memory with; a checkpoint has its own.
+        spec: fingerprint of the policy spec, recorded with each version.
+        access: who else may read the segment; a push also changes an existing segment.
+        extras: the files to publish with weights from memory: bytes by file name; see ``push_weights``.
         gate: called with the staged weights (a ``publishing.Staged``) before they go live; its errors are raised.
-        last_version: the highest ever published under this name; a segment that is made anew continues from it.
-        published: the last version that this updater published; None before.
+        last_version: the highest version ever published under this name; a segment that is made anew counts on from it.
+        published: the record of the version that this updater published last; None before.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         """Waits until every living reader has a version, or a newer one.
 
         Args:
-            version: default what is live.
+            version: the version to wait for; default the live one.
             timeout: seconds; None waits for ever.
 
         Returns:
-            The readers that do not have it when time is up, each with ``pid``, ``process``, ``version`` and ``since``.
+            The readers without it when the time is up, each with ``pid``, ``process``, ``version`` and ``since``.
         """
         from ..segment.reader_progress import wait_for_readers
 
@@ -102,9 +102,9 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         return wait_for_readers(segment, segment.version if version is None else version, timeout) if segment else []
 
     def oldest_version(self) -> int:
-        """The oldest version that a living reader acts on or keeps; without readers the live one, 0 before the first.
+        """The oldest version that a living reader uses or keeps; without readers the live one, 0 before the first.
 
-        A trainer may delete or reuse what belongs to older ones.
+        A trainer may delete or reuse what belongs to older versions.
         """
         from ..segment.reader_progress import oldest_version
 
@@ -135,13 +135,13 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
 
     def _get_server_weights(self) -> Any:
         maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights
-        if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # who maps gets tensors to map
+        if maps or not isinstance(self.weight_getter, CheckpointWeightGetter):  # a subclass maps tensors
             return None if self.weight_getter is None else self.weight_getter()
         live = self.segment.live() if self.segment else None
         return self.weight_getter.open_newest(live_candidate(live))
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """Turns a module into the table of its parameters and persistent buffers, which a segment holds."""
+        """Turns a module into a dict of its parameters and persistent buffers, which a segment holds."""
         self._news = False  # also after a push that failed
         if self._check_extra_state(server_weights):
             return dict(named_tensors(server_weights))
@@ -188,7 +188,7 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         self.published, self.last_version, self._news = publication, publication.version, True
 
     def _fit(self) -> Fit:
-        """The getter's settings, made laxer or stricter by the updater's own ``strict`` and ``finite``."""
+        """The getter's settings; ``strict`` and ``finite`` are off if either the getter or the updater says so."""
         fit = self.weight_getter.fit if isinstance(self.weight_getter, CheckpointWeightGetter) else Fit()
         return replace(fit, strict=fit.strict and self.strict, finite=fit.finite and self.finite)
 
@@ -199,7 +199,7 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
 
 
 def _infinities_of(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The policy's masks and bounds as they are now: later values may have diverged."""
+    """Clones of the policy's tensors with infinities, as masks have; a later infinity may come from divergence."""
     from ..layout.weights import with_infinities
 
     return with_infinities(named_tensors(policy))

@@ -1,11 +1,11 @@
-"""The weight updaters: the API that policies and torchrl's collectors already speak.
+"""The base of the weight updaters, and the one that updates a policy in this process; both have torchrl's API.
 
 The members and their meaning are those of ``torchrl.collectors.WeightUpdaterBase`` and ``VanillaWeightUpdater`` (the
-API of 0.9 to 0.14), implemented here so that nothing of torchrl is needed. A collector of torchrl takes these updaters
-as its ``weight_updater``: its check is ``isinstance(updater, WeightUpdaterBase)`` with an abstract base class, and our
-class registers there at that moment, no matter which package was imported first.
+API of 0.9 to 0.14), implemented here without torchrl. A collector of torchrl accepts these updaters as its
+``weight_updater``: it checks ``isinstance(updater, WeightUpdaterBase)`` with an abstract base class, and our class
+registers there at that moment, no matter which package was imported first.
 
-Importing this module imports neither torch nor tensordict: the command line pushes through an updater too.
+Importing this module imports neither torch nor tensordict, because the command line also pushes through an updater.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Hook = Callable[[], Any]
 class WeightUpdaterBase:
     """Pushes weights to workers, then runs hooks; the base of every updater.
 
-    A subclass implements ``_sync_weights_with_worker`` and may override ``_get_server_weights`` (where weights come
-    from when none are given), ``_maybe_map_weights`` (what is done to them on the way), ``_get_local_weights`` and
-    ``all_worker_ids``; as with torchrl's, its ``__init__`` need not call ours. Pushes from several threads run one
-    after another.
+    A subclass implements ``_sync_weights_with_worker`` and may override ``_get_server_weights`` (gets the weights if a
+    push has none), ``_maybe_map_weights`` (converts them for the workers), ``_get_local_weights`` and
+    ``all_worker_ids``. As with torchrl's class, its ``__init__`` need not call ``super().__init__()``. Pushes from
+    several threads run one after another.
     """
 
     extra_state = "refuse"
@@ -69,11 +69,11 @@ class WeightUpdaterBase:
 
     @property
     def post_hooks(self) -> list[Hook]:
-        """The hooks, in the order in which they run."""
+        """The post hooks, in the order in which they run."""
         return self._post_hooks
 
     def register_post_hook(self, hook: Hook) -> None:
-        """Adds a hook, called without arguments once the weights are in, but not after a getter or sync that raised."""
+        """Adds a hook, called without arguments after each push; not if getting or syncing the weights raised."""
         self._post_hooks.append(hook)
 
     @property
@@ -82,7 +82,7 @@ class WeightUpdaterBase:
         return None if self._collector is None else self._collector()
 
     def register_collector(self, collector: Any) -> None:
-        """Registers the collector whose policy this updater serves; it is held weakly.
+        """Registers the collector whose policy this updater serves; keeps only a weak reference to it.
 
         Raises:
             RuntimeError: another collector is registered and alive.
@@ -96,7 +96,7 @@ class WeightUpdaterBase:
         self._collector = weakref.ref(collector)
 
     def increment_version(self) -> None:
-        """Moves the registered collector's policy version by one; usable as a post hook.
+        """Increments the registered collector's policy version; usable as a post hook.
 
         Raises:
             RuntimeError: no collector is registered, or it is gone.
@@ -110,7 +110,7 @@ class WeightUpdaterBase:
         collector.increment_version()
 
     def all_worker_ids(self) -> Iterable[int | torch.device] | None:
-        """The workers that a push without ``worker_ids`` serves; None if there is just one, without an id."""
+        """The ids of the workers that a push without ``worker_ids`` serves; None if the only worker has no id."""
         return None
 
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -125,14 +125,15 @@ class WeightUpdaterBase:
 
         Args:
             policy_or_weights: an ``nn.Module``, a TensorDict, or a dict (nested, with tuple keys, or with the dotted
-                names of a state_dict), tensors on any device; None asks ``_get_server_weights``, once. Updaters of
-                segments take an opened ``Checkpoint`` as well.
-            worker_ids: one id or several; None serves ``all_worker_ids()``, ``[]`` serves none.
+                names of a state_dict), with tensors on any device; if None, calls ``_get_server_weights`` once. A
+                ``SharedMemoryWeightUpdater`` also accepts an open ``Checkpoint``.
+            worker_ids: one id or several; None serves ``all_worker_ids()``, ``[]`` serves no worker.
 
         Raises:
-            KeyError: a tensor's name is unknown, or is missing and all must come.
-            ValueError: a tensor has another shape, or is not finite and must be.
-            TypeError: the weights, an id or a dtype have a wrong type.
+            KeyError: a tensor's name is unknown; or, with ``strict``, a tensor is missing.
+            ValueError: a tensor has another shape; or, with ``finite``, holds NaN or infinity.
+            TypeError: the weights or an id are of a wrong type, or a dtype cannot hold the weights' values.
+            SpecError: a module's ``state_dict()`` has entries that no update changes; see ``extra_state``.
         """
         workers = self._workers(worker_ids)
         with self._pushing:
@@ -165,14 +166,14 @@ class WeightUpdaterBase:
         return None
 
     def _get_local_weights(self) -> Any:
-        """The weights that a push writes to, if they are in this process."""
+        """The weights that a push writes to, if they are in this process; else None."""
         return None
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """Maps the weights between the getter and the workers; by default turns a module into a TensorDict.
+        """Converts the weights for the workers; by default turns a module into a TensorDict.
 
         Raises:
-            SpecError: a module's ``state_dict()`` holds what no update changes, and ``extra_state`` is ``"refuse"``.
+            SpecError: a module's ``state_dict()`` has entries that no update changes, and ``extra_state`` refuses.
         """
         if server_weights is None or isinstance(server_weights, Checkpoint):
             return server_weights
@@ -182,7 +183,7 @@ class WeightUpdaterBase:
         return extract(server_weights)
 
     def _check_extra_state(self, weights: Any) -> bool:
-        """Whether these weights are a module; if so, checks its extra state once."""
+        """Returns whether these weights are a module; if so, checks its extra state once, and its adapters."""
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(weights, torch.nn.Module):
             return False
@@ -196,7 +197,7 @@ class WeightUpdaterBase:
         """Brings the weights to one worker.
 
         Args:
-            worker_id: which; None if there is just one.
+            worker_id: which worker; None if there is only one.
             server_weights: what ``_maybe_map_weights`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how weights reach a worker.")
@@ -221,15 +222,15 @@ class VanillaWeightUpdater(WeightUpdaterBase):
     """Updates a policy's weights in this process, in place.
 
     Args:
-        weight_getter: gives the weights of a push without any; may return None for "nothing new".
-        policy_weights: a TensorDict of the policy's live tensors, on any devices, written in place: addresses stay.
-        strict: every push must bring every tensor; otherwise missing ones stay as they were.
-        finite: refuse NaN and infinity.
-        extra_state: ``"ignore"`` takes a module whose ``state_dict()`` holds more than tensors (``get_extra_state``,
-            packed quantised weights), which no update changes, and says so once.
+        weight_getter: called by ``push_weights()`` for the weights; returns None if nothing is new.
+        policy_weights: a TensorDict of the policy's own tensors, on any devices, which are written in place.
+        strict: whether every push must have every tensor; if False, missing tensors keep their values.
+        finite: whether to refuse NaN and infinity, except an infinity that the policy has in the same place.
+        extra_state: what to do with a module whose ``state_dict()`` has entries that no update changes
+            (``get_extra_state``, packed quantised weights): ``"ignore"`` logs them, ``"refuse"`` raises SpecError.
 
-    Either all tensors of a push are written or none. Another float dtype is cast to the target's. If a tensor's class
-    fails half-way and the tensors before it cannot be restored, that push and all later ones raise HalfWritten.
+    A push writes all its tensors or none. Other float dtypes are cast to the target's. If a tensor's class fails in a
+    copy, and the tensors already written cannot be restored, that push and all later ones raise HalfWritten.
     """
 
     strict = finite = False  # for a subclass whose __init__ sets neither
@@ -256,14 +257,14 @@ class VanillaWeightUpdater(WeightUpdaterBase):
 
     @classmethod
     def from_policy(cls, policy: torch.nn.Module, extra_state: str = "refuse") -> Self:
-        """An updater on the policy's live parameters and all its buffers.
+        """Makes an updater for a policy's own parameters and all its buffers.
 
         Args:
             policy: an ``nn.Module`` or ``TensorDictModule``.
             extra_state: as for the class.
 
         Raises:
-            SpecError: the policy's ``state_dict()`` holds what no update changes.
+            SpecError: the policy's ``state_dict()`` has entries that no update changes.
         """
         from tensordict import TensorDict
 
@@ -304,7 +305,7 @@ class VanillaWeightUpdater(WeightUpdaterBase):
 def _register_with_torchrl() -> None:
     """Makes ``isinstance(updater, torchrl…WeightUpdaterBase)`` true once torchrl is imported, without inheriting.
 
-    Called when somebody asks for an updater's class, with which an abstract base class begins its check.
+    Called when an updater's ``__class__`` is read, which is the first thing that such a check does.
     """
     module = sys.modules.get("torchrl.collectors.weight_update")
     base = getattr(module, "WeightUpdaterBase", None)
