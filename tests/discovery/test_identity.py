@@ -15,7 +15,7 @@ from policies import mlp
 
 from wsync.checkpoints.files import parts
 from wsync.discovery import identity, newest
-from wsync.history.rollback import pin_checkpoint
+from wsync.history.rollback import pin_checkpoint, rollback, unpin
 from wsync.history.state import State
 from wsync.segment.writable import WritableSegment
 from wsync.settings.spec import load_spec
@@ -114,6 +114,37 @@ def test_a_refusal_is_told_once(segment: WritableSegment, runs: Path, monkeypatc
         assert [(each.status, each.known) for each in (push(), push())] == [("rejected", False), ("rejected", True)]
     write(runs / "step_3.safetensors", mlp(), 3.0)
     assert (push().version, push().status) == (2, "current")
+
+
+@pytest.mark.usefixtures("layouts_here")
+def test_what_was_touched_goes_live_again(
+    segment: WritableSegment, runs: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a good checkpoint that got other rights while it was live: it comes back after a reboot and a rollback."""
+    monkeypatch.setattr(identity, "_KINDS", range(1 << 63))
+
+    def push(**options: Any) -> tuple[str, int, int | None]:
+        with Syncer(load_spec(SPEC), runs, state=State(NAME)) as syncer:
+            outcome = syncer.once(**options)
+            return outcome.status, outcome.version, outcome.step
+
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    assert push() == ("published", 1, 1)
+    path = write(runs / "step_2.safetensors", mlp(), 2.0)
+    assert push() == ("published", 2, 2)
+    path.chmod(0o640)
+    assert [push() for _ in range(3)] == [("current", 2, 2)] * 3
+    assert push(force=True) == ("published", 3, 2)
+    path.chmod(0o600)
+    assert push() == ("current", 3, 2)
+    shutil.rmtree(segment.path)
+    assert push() == ("published", 4, 2)
+    path.chmod(0o640)
+    assert push() == ("current", 4, 2)
+    with State(NAME) as state:
+        rollback(NAME, 1, runtime=runtime, state=state)
+        unpin(state)
+    assert [push() for _ in range(2)] == [("published", 6, 2), ("current", 6, 2)]
 
 
 @pytest.mark.slow

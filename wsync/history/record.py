@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PASSED, _LATE, _HALF = "+passed", "+late", "+half"  # scopes of ``State.remember``; the first follows a digest
+_PASSED, _SAME = "+passed", "+same"  # scopes of ``State.remember`` that follow a digest
+_LATE, _HALF = "+late", "+half"  # and others
 
 
 class Record:
@@ -47,6 +48,7 @@ class Record:
             state.warn = lambda exc: self.complain(exc) if self.complain else None
         self._refused: dict[str, str] = {}
         self._passed: set[str] = set()
+        self._same: dict[str, str] = {}  # by identity, the version that has the same bytes
         self._halves: dict[str, str] = {}
         self._fresh: set[str] = set()
         self._loaded = False
@@ -86,7 +88,7 @@ class Record:
 
     def forget(self) -> None:
         """Forgets all refusals, so that refused checkpoints count as new."""
-        self._refused, self._passed, self._halves, self._loaded = {}, set(), {}, True
+        self._refused, self._passed, self._same, self._halves, self._loaded = {}, set(), {}, {}, True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Returns which of ``listed`` were refused: the reason by identity."""
@@ -95,6 +97,7 @@ class Record:
             self._loaded = True
             self._refused |= self._try(State.remembered, self._settings) or {}
             self._passed |= (self._try(State.remembered, f"{self._settings}{_PASSED}") or {}).keys()
+            self._same |= self._try(State.remembered, f"{self._settings}{_SAME}") or {}
             self._halves |= self._try(State.remembered, _HALF) or {}
         if wanted:
             self._refused = {identity: why for identity, why in self._refused.items() if identity in wanted}
@@ -138,13 +141,14 @@ class Record:
             self._try(State.remember, _HALF, identity, why)
 
     def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
-        """Remembers that a checkpoint has the bytes of the live version, so that it is not tried or reported."""
-        identity, why = checkpoint.identity, f"it has the bytes of version {live.version}"
+        """Remembers that a checkpoint has the bytes of the live version: it is not tried while that is live."""
         self._try(State.touched, live.version, checkpoint.changed_ns)
-        self._refused[identity] = why
-        self._passed.add(identity)
-        for scope in (self._settings, f"{self._settings}{_PASSED}"):
-            self._try(State.remember, scope, identity, why)
+        self._same[checkpoint.identity] = str(live.version)
+        self._try(State.remember, f"{self._settings}{_SAME}", checkpoint.identity, str(live.version))
+
+    def was_touched(self, identity: str, live: Publication | None) -> bool:
+        """Returns whether a checkpoint of the last listing has the bytes of the live version."""
+        return live is not None and self._same.get(identity) == str(live.version)
 
     def told_until(self) -> int:
         """When the latest checkpoint arrived that was reported as older than the live one, in ns; 0 if none was."""

@@ -212,7 +212,8 @@ class Syncer:
             after = after._replace(changed_ns=this.live.changed_ns)
         look = Look([]) if pin else self.getter.look(after, this.only)
         refusals = self.record.refusals(candidate.identity for candidate in look.newer)
-        chosen = choose(look.newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
+        newer = [each for each in look.newer if this.force or not self.record.was_touched(each.identity, this.live)]
+        chosen = choose(newer, this.live, refusals, pin, passed=self.record.passed, force=this.force)
         return chosen._replace(late=tuple(look.late), is_new_run=look.is_new_run, nothing=look.nothing)
 
     def _known(self, this: Pass, candidate: Candidate) -> Outcome:
