@@ -1,6 +1,6 @@
-"""A watch: its passes, its messages to systemd, and the figures that it serves.
+"""A watch as a process: its signals, its messages to systemd, and the metrics that it serves.
 
-Imports ``fleet`` and what lies below.
+Imports ``fleet`` and the rooms below it.
 """
 
 __all__ = ["metrics", "metrics_endpoint", "service"]

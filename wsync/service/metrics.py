@@ -1,11 +1,11 @@
-"""Figures for monitoring, held by the official Prometheus client.
+"""Metrics for monitoring, by the official Prometheus client.
 
 A watch counts the outcomes of its passes. What is live, how old it is and how far readers lag is read from the segment
-at each request. All labels are bounded in number and in their characters.
+at each request. The number of labels and their characters are limited.
 
-A push from cron does not live long enough to count: its file holds what is live and how the last run ended.
+A push from cron does not live long enough to count: its file says what is live and how the last run ended.
 
-The client library takes a tenth of a second to import, so this is loaded only if figures are asked for.
+The client library takes a tenth of a second to import, so this module is loaded only if metrics are asked for.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 STATUSES = tuple(status for status in EXIT_CODES if status != "checked")
 HEALTHY = ("published", "current", "pinned")
-"""The statuses of passes after which the right version is live."""
+"""The statuses of passes that found the right version live, or put it live."""
 
 HOOKS = ("exec", "webhook")
 MAX_READERS = 64
-"""Readers that have a figure of their own: those that lag most; ``wsync_readers`` counts all."""
+"""Most readers with a metric of their own, those that lag most; ``wsync_readers`` counts all."""
 
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300)  # seconds
 _ODD = re.compile(r"[^A-Za-z0-9_.-]")
@@ -50,8 +50,8 @@ class Live(Collector):
     """The gauges of one segment, read from it when they are collected.
 
     Attributes:
-        last_success: seconds since the epoch; 0 before the first.
-        to_all_readers: seconds from the watch's last publish until all readers had it.
+        last_success: when a pass last found or put the right version live, in seconds since the epoch; 0 before.
+        to_all_readers: seconds until all readers had a version that this watch published, for the last one; or None.
     """
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None = None) -> None:
@@ -112,8 +112,8 @@ class Figures:
     """Counts the outcomes of one watch's passes.
 
     Attributes:
-        live: the gauges.
-        registry: all figures.
+        live: the gauges of the segment.
+        registry: all metrics, gauges and counters.
     """
 
     def __init__(self, name: str, runtime: str | os.PathLike[str] | None = None) -> None:
@@ -166,7 +166,7 @@ class Figures:
         self._failures.labels(self.name, kind).inc(not ok)
 
     def health(self, max_staleness: float | None) -> tuple[bool, str]:
-        """Whether a watch does its work, and a line that says so, or why not."""
+        """Whether a version is live and the last good pass at most so many seconds ago; and a line that says why."""
         live, _ = self.live.look() or (None, [])
         stale = time.monotonic() - self._good
         if not live:
@@ -177,10 +177,10 @@ class Figures:
 
 
 class RunFigures(Live):
-    """The file that a push from cron leaves for the node exporter: what is live, and how the last run ended.
+    """The file that a push from cron writes for the node exporter: what is live, and how the last run ended.
 
     Raises:
-        UsageError: the file holds something else, or the figures of another segment; or it cannot be written there.
+        UsageError: the file has other contents, such as another segment's metrics; or it cannot be written.
     """
 
     def __init__(self, name: str, path: str | os.PathLike[str], runtime: str | os.PathLike[str] | None = None) -> None:
@@ -194,7 +194,7 @@ class RunFigures(Live):
         self._failures[kind] += not ok
 
     def write(self, event: Outcome | WsyncError) -> None:
-        """Writes the file: the run is over with this outcome, or failed.
+        """Writes the file at the end of a run, with the run's outcome or error.
 
         Raises:
             WsyncError: the file cannot be written.
@@ -217,10 +217,10 @@ class RunFigures(Live):
 
 
 def write(path: Path, figures: Collector) -> None:
-    """Replaces a file with figures as a whole, readable by the node exporter's user.
+    """Replaces a file of metrics as a whole, readable by the node exporter's user.
 
     Raises:
-        WsyncError: it cannot be written.
+        WsyncError: the file cannot be written.
     """
     try:
         client.write_to_textfile(str(path), figures)
@@ -233,10 +233,10 @@ def write(path: Path, figures: Collector) -> None:
 
 
 def last_success(path: Path, name: str) -> float:
-    """The time of the last success, from a file with figures; 0 if it holds none.
+    """Reads the time of the last success from a file of metrics, in seconds since the epoch; 0 if it has no such time.
 
     Raises:
-        UsageError: it holds anything but the figures of this segment, or cannot be written.
+        UsageError: the file has other contents than the metrics of this segment, or cannot be read or written.
     """
     success = 0.0
     try:
@@ -265,7 +265,7 @@ def last_success(path: Path, name: str) -> float:
 
 
 def reasons() -> tuple[str, ...]:
-    """Every reason for a rejection: the kinds of the error classes."""
+    """Every reason for a rejection: ``kind`` of each error class."""
     kinds, classes = {"incomplete"}, [CheckpointRejected]
     while classes:
         kind = classes.pop()

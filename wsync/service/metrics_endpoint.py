@@ -1,8 +1,8 @@
-"""Serves what ``[metrics]`` asks for: a watch's figures, their file, and ``/metrics`` and ``/healthz`` over HTTP.
+"""Serves a watch's metrics as ``[metrics]`` says: in a file, and as ``/metrics`` and ``/healthz`` over HTTP.
 
-The port listens on the loopback unless told otherwise: the figures name steps and processes, and any client gets them.
-Each client has a thread, ``PATIENCE`` seconds, and one request. If there are too many clients, the oldest is dropped,
-so that slow ones keep nobody waiting.
+By default, the port listens on the loopback only: the metrics show steps and processes to any client. Each client has a
+thread, ``PATIENCE`` seconds, and one request. If there are too many clients, the oldest is dropped, so that slow ones
+keep nobody waiting.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from ..sync.outcome import Outcome
 from .metrics import HEALTHY, Figures, last_success, write
 
 _log = logging.getLogger("wsync")
-PATIENCE = 10.0  # seconds that a client may take in all
-_MOST = 64  # clients at a time
-_EVERY = 5.0  # seconds between two writes of the file while passes find nothing new
+PATIENCE = 10.0  # most seconds that a client may take in total
+_MOST = 64  # most clients at a time
+_EVERY = 5.0  # least seconds between two writes of the file while passes find nothing new
 
 
 class Endpoint:
-    """Serves one watch's figures until it is closed.
+    """Serves one watch's metrics until it is closed.
 
     Args:
         max_staleness: seconds, see ``spec.Metrics``; may be changed at any time.
 
     Attributes:
-        port: the actual one, even if any free one was asked for.
+        port: the port that it listens on; if 0 was given, the free one that it got.
 
     Raises:
         UsageError: the port is taken or not allowed, or the address is not this machine's.
@@ -79,7 +79,7 @@ class Endpoint:
         path = environ["PATH_INFO"]
         status, text = "404 Not Found", "only /metrics and /healthz exist"
         try:
-            if "://" in path:  # as if to a proxy
+            if "://" in path:  # a whole URL, as a client sends it to a proxy
                 path = urlsplit(path).path
             if path == "/metrics":
                 body: list[bytes] = self._metrics(environ, start_response)
@@ -100,7 +100,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, family: socket.AddressFamily, where: Any) -> None:
         self.address_family = family
-        self._clients: dict[Any, float] = {}  # when each came, the oldest first
+        self._clients: dict[Any, float] = {}  # when each connected (time.monotonic()), the oldest first
         super().__init__(where, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -121,7 +121,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def _drop(self, request: Any) -> None:
-        """Wakes the thread of a client, which ends."""
+        """Shuts a client's connection down, which ends its thread."""
         self._clients.pop(request, None)
         try:
             request.shutdown(socket.SHUT_RDWR)
@@ -136,19 +136,19 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     def get_stderr(self) -> io.StringIO:
-        return io.StringIO()  # an odd request that the client library fails at is answered 500, without a traceback
+        return io.StringIO()  # if the client library fails at an odd request, the answer is 500, without a traceback
 
     def log_message(self, format: str, *args: Any) -> None:
         """Logs nothing: a watch logs events, and a scrape is not one."""
 
 
 class Monitor:
-    """Counts a watch's passes, serves the figures, and writes them to a file.
+    """Counts a watch's passes, serves the metrics, and writes them to a file.
 
     Args:
-        name: of the segment.
-        runtime: where segments live.
-        complain: called, once for each reason in a row, when the file cannot be written.
+        name: name of the segment.
+        runtime: where segments live; None for the default.
+        complain: called if the file cannot be written; again only if the reason changes.
 
     Raises:
         UsageError: the port or the file cannot be used.

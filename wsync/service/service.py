@@ -1,9 +1,9 @@
-"""A watch as a service: its loop, the signals that steer it, and its messages to the service manager.
+"""A watch as a service: its loop, the signals that it handles, and its messages to the service manager.
 
-SIGTERM and SIGINT end it after the current pass. SIGHUP reads the TOML again, at once even if the loop waits: the new
-settings hold from the next pass on, the command line still wins, and a broken TOML leaves the old settings. No signal
-waits for an object store: a pass that reads from one is abandoned. The segment's name, and the port, address and file
-of the figures stay until a restart. A SIGHUP because the terminal was closed ends the watch.
+SIGTERM and SIGINT end it after the current pass. SIGHUP makes it read the TOML again, at once even if the loop waits:
+the new settings hold from the next pass on, options of the command line still win, and a broken TOML leaves the old
+settings. No signal waits for an object store: a pass that reads from one is abandoned. The segment's name, and the
+port, address and file of the metrics, change only at a restart. A SIGHUP from a terminal that closes ends the watch.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ class Service:
     Args:
         load: reads the spec, with the options of the command line; called again at each SIGHUP.
         toml: the file that ``load`` reads; None for an import string, which cannot be read again.
-        checkpoints: a directory or file; default the spec's.
-        runtime: where segments live.
-        state: where history and pins are kept.
-        take_over: the first publish may replace another spec's version.
+        checkpoints: a directory, file or URL; default the spec's.
+        runtime: where segments live; None for the default.
+        state: where history and pins are kept; None for the default.
+        take_over: whether the first publish may replace another spec's version.
 
     Attributes:
-        notifier: the way to the service manager.
+        notifier: sends messages to the service manager.
 
     Raises:
-        UsageError: the spec cannot be used, or nothing names checkpoints.
+        UsageError: the spec cannot be used, or names no checkpoints.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Service:
 
         def tell(event: Outcome | WsyncError) -> None:
             self.notifier.turned()
-            if monitor:  # before the log: whoever reads the log finds the figures up to date
+            if monitor:  # before the log: whoever reads the log finds the metrics up to date
                 monitor.tell(event)
             log.tell(event)
             self._look(reach, event, log, monitor)
@@ -137,9 +137,9 @@ class Service:
             self.notifier.close()
 
     def _look(self, reach: Reach, event: Outcome | WsyncError, log: Log, monitor: Monitor | None) -> None:
-        """Says once that all readers have the live version."""
+        """Reports once that all readers have the version that this watch published."""
         published = event.version if isinstance(event, Outcome) and event.status == "published" else 0
-        with suppress(OSError, WsyncError):  # the next pass says what is wrong
+        with suppress(OSError, WsyncError):  # the next pass reports it
             if told := reach.look(self.syncer.standing.opened, published):
                 if monitor:
                     monitor.figures.live.to_all_readers = told[-1]
@@ -206,7 +206,7 @@ class Service:
         return Syncer(spec, self._checkpoints, runtime=self._runtime, state=state, role=role, take_over=take_over)
 
     def _use(self, syncer: Syncer) -> None:
-        """Goes on with this syncer, for this box alone or as one box of the group."""
+        """Uses this syncer from now on, for this box alone or as one box of the group."""
         self.syncer = syncer
         self._fleet: Fleet | None = None
         if self._group:
@@ -222,16 +222,16 @@ class Reach:
     """Reports, once for each version that a watch published, when all readers have it."""
 
     def __init__(self) -> None:
-        self._version = 0  # that readers are taking; 0 if there is none
+        self._version = 0  # the version that some readers do not have yet; 0 if there is no such version
 
     def look(self, segment: Segment | None, published: int) -> tuple[int, int, float] | None:
         """Looks after a pass, without waiting.
 
         Args:
-            published: the version that this pass published, or 0.
+            published: the version that this pass published; 0 if it published nothing.
 
         Returns:
-            The version, how many readers have it, and seconds from its publish until the last of them had it; None if
+            The version, the number of readers, and the seconds from its publish until the last of them had it; None if
             a reader does not have it yet, or there is nothing to report.
         """
         self._version = published or self._version
@@ -261,7 +261,7 @@ def differing(old: Any, new: Any, table: str = "") -> list[str]:
 
 
 def _patience(spec: Spec) -> float:
-    """Seconds that a healthy loop may take for a turn, besides staging: a pause, a gate, hooks that must end."""
+    """Most seconds that a turn of a healthy loop takes, without staging: a pause, a gate, hooks that must end."""
     hooks = spec.hooks
     gate = hooks.gate_timeout if hooks.gate else 0.0
     ends = max(hooks.exec_timeout if hooks.exec else 0.0, hooks.webhook_timeout if hooks.webhook else 0.0)
@@ -269,7 +269,7 @@ def _patience(spec: Spec) -> float:
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal, which a closed window takes away."""
+    """Whether this process has a controlling terminal; it loses that when the window is closed."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
@@ -278,7 +278,7 @@ def _has_terminal() -> bool:
 
 
 def _leave_terminal() -> None:
-    """Discards the last lines: a write to a closed terminal would fail."""
+    """Discards all further output to the terminal, which is closed: a write to it would fail."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
         try:

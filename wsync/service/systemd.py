@@ -1,8 +1,8 @@
-"""What a watch tells systemd: ready, reloading, stopping, a status line, and that its loop still runs.
+"""Tells systemd that a watch is ready, reloads or stops; a status line; and that its loop still runs.
 
 The protocol is that of sd_notify(3): one datagram of ``NAME=value`` lines to the socket that ``NOTIFY_SOCKET`` names.
-Without that variable nothing is opened and nothing is sent. The variables are removed from the environment, so that the
-process that reads a policy's layout, and what a user's code starts, cannot speak in our name.
+Without that variable nothing is opened and nothing is sent. The variables are removed from the environment, so that no
+child process, such as a gate or hook, can notify systemd for this watch.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import threading
 import time
 
 EXTEND = 60.0  # seconds by which staging extends the time-outs of starting and stopping
-_SEND = 1.0  # seconds that a service manager may keep us waiting
+_SEND = 1.0  # most seconds to wait for the service manager
 
 
 class Notifier:
-    """The way to the service manager that started this process; silent if none did.
+    """Sends messages to the service manager that started this process; sends nothing if none did.
 
-    A thread feeds the watchdog at half its time, as long as the loop's last turn is not longer ago than ``patience``
-    and that time: a hanging loop is noticed, and one that waits or stages is not killed.
+    A thread notifies the watchdog at half its interval, unless the loop's last turn is longer ago than ``patience``
+    plus that interval: a hanging loop is noticed, and one that waits or stages is not killed.
 
     Attributes:
-        patience: seconds that the loop may rest between two turns.
+        patience: most seconds that a healthy loop takes between two turns.
     """
 
     def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
@@ -45,7 +45,7 @@ class Notifier:
         return cls(address, int(usec) / 1e6 if ours else 0.0)
 
     def ready(self) -> None:
-        """Says once that the first version is live."""
+        """Tells the service manager, once, that a version is live."""
         if not self._ready:
             self._ready = True
             self._send("READY=1")
@@ -55,7 +55,7 @@ class Notifier:
         self._send(f"STATUS={line}")
 
     def reloading(self) -> None:
-        """Says that the settings are read again; ``reloaded`` must follow. Both do nothing before ``ready``."""
+        """Announces that the settings are read again; ``reloaded`` must follow. Both do nothing before ``ready``."""
         if self._ready:
             self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
@@ -64,7 +64,7 @@ class Notifier:
             self._send("READY=1")
 
     def turned(self) -> None:
-        """Notes that the loop turned."""
+        """Notes, for the watchdog, that the loop made a turn."""
         self._turned = time.monotonic()
 
     def staging(self) -> None:
@@ -90,5 +90,5 @@ class Notifier:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as way:
                 way.settimeout(_SEND)
                 way.sendto("\n".join(lines).encode(errors="replace"), self._address)
-        except OSError:  # a manager that is gone or busy changes nothing for the weights
+        except OSError:  # the weights do not depend on a manager that is gone or busy
             pass
