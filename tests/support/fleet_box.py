@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wsync.cli import commands as cli
-from wsync.fleet import delivery, fleet, group
-from wsync.fleet import membership as badge
+from wsync.fleet import delivery, fleet, group, membership
 from wsync.segment.writable import WritableSegment
 from wsync.settings import layout_process
 
@@ -103,7 +102,7 @@ def main() -> None:
     layout_process.ask_policy = lambda spec, question, *more: question(spec, *more)
     group.Group.share = sharing  # type: ignore[method-assign]
     around(delivery.Turn, "vote", voting)
-    around(badge.Badge, "give", lambda _: obey_at("counted"))
+    around(membership.GroupFile, "record", lambda _: obey_at("counted"))
     around(WritableSegment, "store", lambda _: obey_at("store"), lambda: obey_at("stored"))
     cli.main()
 

@@ -1,6 +1,6 @@
-"""Many boxes as one: one of them reads each checkpoint, and all of them put it live under one number, or none does.
+"""Many boxes as one: one of them reads each checkpoint, and all put it live under the same number, or none does.
 
-Imports ``sync`` and what lies below.
+Imports ``sync`` and the rooms below it.
 """
 
 __all__ = ["fleet", "group", "membership"]

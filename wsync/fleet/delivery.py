@@ -1,7 +1,7 @@
-"""Brings weights from one box into the slots of all boxes, with the votes that every box casts on the way.
+"""Brings weights from one box into the slots of all boxes, with votes of all boxes between the steps.
 
 ``Shared`` takes the place of a checkpoint in ``publishing.publish``, so that a group publishes by the same steps as one
-box. The box that reads fills its whole slot first; then the slot is broadcast in pieces, followed by a checksum of it.
+box. The box that reads fills its whole slot first; then the slot is broadcast in pieces, and its checksum compared.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .group import Group
 if TYPE_CHECKING:
     from ..segment.publishing import Source
 
-_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, gravest first: of several objections, all boxes raise the gravest
+_GRAVEST = (65, 75, 66, 1, 2)  # exit codes, gravest first: all boxes raise the gravest of several objections
 
 
 class Turn:
-    """The votes on one publish; an objection of any box is raised on all of them.
+    """The votes on one publish; an objection of any box is raised on all boxes.
 
     Attributes:
-        over: there is nothing left to vote on: it was agreed or refused.
-        objected: this box was against it.
+        over: whether no vote is left: all boxes agreed, or one refused.
+        objected: whether this box objected.
     """
 
     VOTES = 3
@@ -46,11 +46,11 @@ class Turn:
         """Casts this box's vote, and waits for those of all others.
 
         Args:
-            work: makes the decision; meanwhile the group goes on talking.
+            work: decides by raising an error or not; meanwhile this box sends signs of life.
 
         Raises:
             GroupBroken: a box is gone.
-            WsyncError: some box is against it; the message names each.
+            WsyncError: some boxes object; the message names each of them.
         """
 
         def verdict() -> dict[str, Any]:
@@ -69,12 +69,12 @@ class Turn:
         self.over = self._cast == self.VOTES
         try:
             judge(self.group.together(verdict), self.group.names)
-        except BaseException:  # an objection, a broken group or an interrupt: nothing is left to vote on
+        except BaseException:  # an objection, a broken group or an interrupt: no vote follows
             self.over = True
             raise
 
     def refuse(self, exc: WsyncError) -> None:
-        """Says at the next vote why this box cannot go on, or raises that if no vote is left.
+        """Objects at the next vote, if one is left, because this box cannot go on.
 
         Raises:
             WsyncError: always.
@@ -91,7 +91,7 @@ def _objection(exc: WsyncError) -> dict[str, Any]:
 
 
 def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
-    """Raises the boxes' objections as one error of the gravest kind, with each box named."""
+    """Raises the boxes' objections, if any, as one error of the gravest kind that names each box."""
     against = [(name, verdict) for name, verdict in zip(names, verdicts, strict=True) if verdict]
     if not against:
         return
@@ -104,17 +104,17 @@ def judge(verdicts: Iterable[dict[str, Any]], names: list[str]) -> None:
 
 
 class Shared:
-    """What one box sends into this box's slot.
+    """Weights that one box sends into the slots of all; takes a checkpoint's place in ``publishing.publish``.
 
     Args:
-        weights: what goes live on every box, as the sending box described it; time and spec are each box's own.
-        rank: of the box that sends.
-        source: what the sending box reads first.
-        live: the sending box's live weights, if they go live again under another number.
-        extras: what travels with the sending box's live weights.
+        weights: what goes live on every box, as the sending box described it; each box sets time and spec itself.
+        rank: rank of the sending box.
+        source: on the sending box, the checkpoint that it reads first; else None.
+        live: on the sending box, its live weights, if they go live again under another number; else None.
+        extras: on the sending box, the extras of its live weights.
 
     Attributes:
-        extras: on each box, once ``read_into`` is done.
+        extras: on each box, the extras that arrived, once ``read_into`` is done.
     """
 
     def __init__(
@@ -163,14 +163,15 @@ def deliver(
     """Brings the weights of one box to all others, with their extras; every box of the group takes part.
 
     Args:
-        rank: of the box that sends.
-        weights: what is sent, or where it goes; None ignores it.
-        extras: gives what travels with the sender's weights, once those are read.
-        read: fills the sender's weights, once all boxes are ready.
-        progress: called with the bytes of each piece that arrives.
+        rank: rank of the sending box.
+        weights: what this box sends, or where it receives; None if it needs nothing.
+        nbytes: size of the weights.
+        extras: on the sending box, returns the extras of the weights, once those are read.
+        read: on the sending box, fills its weights, once all boxes are ready.
+        progress: called with the number of bytes of each piece that arrives.
 
     Raises:
-        WsyncError: they could not be read, or arrived damaged; raised on all boxes.
+        WsyncError: the weights could not be read, or arrived damaged; raised on all boxes.
     """
     group = turn.group
     turn.vote()  # ready
@@ -194,7 +195,7 @@ def deliver(
 def _share_pieces(
     group: Group, rank: int, memory: memoryview | None, nbytes: int, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Shares so many bytes of one box; a box without memory for them ignores them."""
+    """Broadcasts ``nbytes`` from one box to all; a box whose ``memory`` is None drops what it receives."""
     room = memory if memory is not None else memoryview(bytearray(min(nbytes, transport.PIECE)))
     for at in range(0, nbytes, transport.PIECE):
         size = min(nbytes - at, transport.PIECE)

@@ -1,28 +1,27 @@
 """A watch that keeps a whole group of boxes in step: one of them reads a checkpoint, and all put it live, or none.
 
-All boxes of a group (``group``) go through the same rounds. In each, every box says what is live there and whether a
-pin holds, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and offers
-it; each box then publishes by ``publishing.publish``, with three votes on the way. Each vote is unanimous, or ends the
-publish on all boxes, naming who refused, and why:
+All boxes of a group (``group``) go through the same rounds. In each round, every box reports what is live there and
+what is pinned, and all draw the same conclusion (``reconcile``). Rank 0 looks for checkpoints, opens the newest, and
+offers it; each box then publishes by ``publishing.publish``, with three votes on the way. Unless a vote is unanimous,
+the publish ends on all boxes, with an error that names who refused, and why:
 
   ready    a spare slot is locked, in a segment of the same layout. Only then do bytes move
-  read     on the box that reads: they are finite and the file stood still. Then they go to the others, with a checksum
-  agreed   each box's own gate accepts what was staged
-  store    the WORD, on every box, under the number that is one above the highest that any of them ever had
+  read     on the box that reads: the weights are finite, and the file did not change. Then they are sent and compared
+  agreed   each box's own gate accepts the staged weights
+  store    no vote: every box stores the WORD, under a number one above the highest that any of them ever had
 
-What is lost when a box dies: before the last vote is counted, nothing is live anywhere, and the next group tries again.
-A box that counted it stores the WORD; one that died, or was cut off, between that count and its store comes back one
-version behind. Everybody had accepted that version, so the next group brings it there too: where boxes differ, the one
-with the highest version that came from the group provides it (of two under one number, the one that more boxes have).
-The same goes for a box that joins late. A box that comes with weights of its own, whatever their number, is brought to
-the group's; where its numbers went further than the group's, all boxes take the next number, so that versions only
-grow. Weights that went live elsewhere pass a joining box's own gate before they go live there; where it says no, that
-box stays with what it had, and says so.
+If a box dies before the last vote is counted, nothing is live anywhere, and the next group tries again. A box that
+counted the vote stores the WORD; one that died, or was cut off, between that count and its store comes back one version
+behind. Every box had accepted that version, so the next group brings it there, too: if boxes differ, the one with the
+highest version that came from the group provides it (of two with the same number, the one that more boxes have). The
+same happens to a box that joins late. A box that comes with other weights, under whatever number, gets the group's; if
+its numbers are higher than the group's, all boxes take the next number, so that versions only grow. Weights that went
+live elsewhere must pass a joining box's own gate; if it refuses them, that box keeps what it had, and reports that.
 
-A pin on one box holds the whole group, on what that box has: a ``wsync rollback`` or ``wsync pin`` there goes to all at
-the next round, without their gates, as on one machine, and ``wsync unpin`` there lets go. A rollback takes what that
-very box still has, in a slot, as a copy that it keeps, or as a file. What a ``wsync push`` made live on one box goes to
-all, too; their gates are asked.
+A pin on one box holds the whole group at what that box has: a ``wsync rollback`` or ``wsync pin`` there goes to all
+boxes at the next round, without their gates, as on one machine, and ``wsync unpin`` there ends it. A rollback uses what
+that box itself still has, in a slot, as a kept copy, or as a file. What a ``wsync push`` publishes on one box goes to
+all boxes, too, through their gates.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ class Fleet:
     """Keeps this box's segment in step with the group.
 
     Args:
-        syncer: of this box; it reads checkpoints only when this box is the one that looks for them.
-        group: stays when the settings are read again.
+        syncer: this box's syncer; it reads checkpoints only if this box is the one that looks for them.
+        group: this box's group, which stays the same when the settings are read again.
     """
 
     def __init__(self, syncer: Syncer, group: Group) -> None:
@@ -61,14 +60,14 @@ class Fleet:
         self._worked = True
 
     def close(self) -> None:
-        """Closes the segment; what a round still uses stays until the process ends."""
+        """Closes the segment, unless a round still uses it: then it stays open until the process ends."""
         if self._group.thread and self._group.thread.is_alive():
             return
         self._member.close()
         self._syncer.close()
 
     def run(self, stop: threading.Event, tell: Callable[[Outcome | WsyncError], None]) -> bool:
-        """Makes rounds until ``stop`` is set, in another thread, so that a signal need not wait for another box.
+        """Makes rounds until ``stop`` is set; False if too many failed. A thread makes them, so that no signal waits.
 
         Raises:
             GroupBroken: a box of the group is gone.
@@ -87,7 +86,7 @@ class Fleet:
                 stop.set()
 
         group = self._group
-        if group.thread:  # the last step before the settings were read again
+        if group.thread:  # it may still be at work, from before the settings were read again
             group.thread.join()
         ended = threading.Event()
         self._syncer.box.stop = group.stop = ended

@@ -1,12 +1,12 @@
-"""The group of boxes that torchrun forms: who is in it, and how they talk.
+"""The group of boxes that torchrun forms: which boxes are in it, and how they exchange messages and weights.
 
-The transport is torch.distributed with gloo. What boxes tell each other is JSON, never pickled; weights go as pieces of
-``PIECE`` bytes, broadcast from memory into memory. A group is never repaired: when a box dies, hangs for longer than
-``TIMEOUT`` or is cut off, every call raises ``GroupBroken``, the process ends with 1, and torchrun's agents form a new
-group.
+The transport is torch.distributed with gloo. Messages are JSON, never pickled; weights are broadcast in pieces of
+``PIECE`` bytes, from memory into memory. A group is never repaired: if a box dies, hangs for longer than ``TIMEOUT`` or
+is cut off, every call raises ``GroupBroken``, the process ends with 1, and torchrun's agents form a new group.
 
-A watch is a box of a group if torchrun started it: then ``TORCHELASTIC_RUN_ID``, RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT are set. One that a training script starts under torchrun must be started without that variable.
+A watch is a box of a group if torchrun started it: then ``TORCHELASTIC_RUN_ID``, RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT are set. A watch that a training script starts under torchrun must be started without
+``TORCHELASTIC_RUN_ID``.
 
 ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` must be set for torchrun itself. Without it (torch 2.13) the torchrun of rank 0
 announces the address of its store only in its first round, and assumes in later rounds that it is known. The torchrun
@@ -32,10 +32,10 @@ from .. import __version__
 from ..errors import GroupBroken, UsageError
 from .membership import few
 
-TIMEOUT = 30.0  # seconds that a box may be silent; longer work (a gate, a store, a layout) goes on beside the talk
-FORMING = 120.0  # seconds that the last box may take to come, once torchrun has counted the boxes
+TIMEOUT = 30.0  # most seconds without a message from a box; a thread does longer work (a gate, a store, a layout)
+FORMING = 120.0  # most seconds until the last box comes, once torchrun has counted the boxes
 BEAT = 1.0  # seconds between two signs of life
-PIECE = 8 << 20  # bytes
+PIECE = 8 << 20  # bytes of one broadcast
 _FRAME = 2048  # bytes; enough for most messages between boxes
 _T = TypeVar("_T")
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -45,13 +45,13 @@ class Group:
     """This box's place in the group.
 
     Attributes:
-        rank: of this box.
-        size: boxes in the group.
-        run: torchrun's --rdzv-id, which all of its groups share.
-        names: of the boxes, by rank; empty before ``join``.
+        rank: this box's rank.
+        size: number of boxes in the group.
+        run: torchrun's --rdzv-id, which successive groups share.
+        names: names of the boxes, by rank; empty before ``join``.
         note: logs events of the group itself, as ``WatchLog.note``.
-        thread: talks to the other boxes, once it runs.
-        stop: ends what this box is doing; set if the group breaks meanwhile.
+        thread: the thread that makes the rounds; None before the first.
+        stop: if set, this box's work ends; set if the group breaks meanwhile.
 
     Raises:
         UsageError: some of torchrun's variables are missing, or it starts more than one watch on a box.
@@ -80,10 +80,10 @@ class Group:
         self._group: Any = None
 
     def join(self) -> None:
-        """Waits until all boxes are there.
+        """Waits until all boxes have joined.
 
         Raises:
-            GroupBroken: one did not come.
+            GroupBroken: a box did not come, or has another version of wsync.
         """
         _end_with_parent()
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # our errors report what it would warn about
@@ -111,10 +111,10 @@ class Group:
             )
 
     def gather(self, mine: Any) -> list[Any]:
-        """What each box says, by rank.
+        """Sends ``mine`` to all boxes; returns what each box sent, by rank.
 
         Raises:
-            GroupBroken: a box is gone, or silent.
+            GroupBroken: a box is gone, or sent nothing for ``TIMEOUT`` seconds.
         """
         text = json.dumps(mine).encode()
         rows = self._exchange(len(text).to_bytes(8, "little") + text, _FRAME)
@@ -136,19 +136,19 @@ class Group:
         return [row.numpy().tobytes() for row in rows]
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """Returns the result of this box's work; meanwhile tells the others each second that it lives."""
+        """Returns the result of this box's work; meanwhile sends the others a sign of life each second."""
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             try:
                 while not wait([future], BEAT).done:
                     self.gather(None)
             except GroupBroken:
-                self.stop.set()  # a gate must not delay the end
+                self.stop.set()  # so that a gate does not delay the end
                 raise
             return future.result()
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
-        """Returns the result of each box's work, which is never None."""
+        """Does this box's work, and returns the results of all boxes by rank; no result may be None."""
         mine = self.busy(work)
         while None in (answers := self.gather(mine)):  # some are still at work
             pass
@@ -159,13 +159,13 @@ class Group:
         self.gather(what)
 
     def hear(self, rank: int) -> Any:
-        """Returns what that box sends, once it is no longer ``busy``."""
+        """Returns what that box sends by ``tell``, once it is no longer ``busy``."""
         while (told := self.gather(False)[rank]) is None:
             pass
         return told
 
     def share(self, memory: memoryview, rank: int) -> None:
-        """Sends this memory of that box into the same memory of all others."""
+        """Broadcasts the contents of that box's ``memory`` into the ``memory`` of all others, which is as large."""
         import torch
         import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""What a group concludes from its boxes' reports: pure functions, with the same result on every box."""
+"""Decides from the boxes' reports what a group must do: pure functions, with the same result on every box."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class Report:
     """What one box reports at the beginning of a round.
 
     Attributes:
-        version: the live one; 0 if nothing is live.
-        identity: of the checkpoint that it came from; empty for weights from memory.
+        version: the live version; 0 if nothing is live.
+        identity: identity of the checkpoint that it came from; empty for weights from memory.
         last: the highest version ever published there.
-        last_identity: of the checkpoint that it came from.
-        ours: what is live came from this group, or went live while the box belonged to it.
-        pin: what is pinned; empty if nothing is.
-        held: what is pinned is live.
-        declined: identity of live weights that the box's gate refused.
-        due: rank 0 should look for checkpoints now.
+        last_identity: identity of the checkpoint that that version came from.
+        ours: whether the live version came from this group, or went live while the box belonged to it.
+        pin: name of the pinned checkpoint; empty if nothing is pinned.
+        held: whether the pinned checkpoint is live.
+        declined: identity of the group's live weights, if the box's gate refused them; else None.
+        due: whether rank 0 should look for checkpoints now.
     """
 
     version: int = 0
@@ -38,9 +38,9 @@ class Change:
     """What must be done so that all boxes have the same version.
 
     Attributes:
-        provider: rank of the box whose live weights go to the others.
-        takers: ranks that publish them, with the provider if it needs another number.
-        version: the number that they publish under.
+        provider: rank of the box whose live weights go to others.
+        takers: ranks of the boxes that publish them; the provider is one if it needs another number.
+        version: the number that they publish them under.
         gated: whether the takers' gates are asked.
     """
 
@@ -51,10 +51,10 @@ class Change:
 
 
 def change_of(reports: Sequence[Report]) -> Change | None:
-    """What must be done so that all have the same version; None if they do.
+    """What must be done so that all boxes have the same version; None if they have, or those without it refused it.
 
-    The provider is a box whose pin holds, else one whose weights came from the group, else any; of several, the one
-    with the highest version, and of two with the same number, the one whose weights more boxes have.
+    The provider is a box whose pin is live, else one whose weights came from the group, else any; of several, the one
+    with the highest version, and of those with the same number, the one whose weights most boxes have.
     """
 
     def rank_of(rank: int) -> tuple[bool, bool, int, int, int]:
@@ -84,12 +84,12 @@ def change_of(reports: Sequence[Report]) -> Change | None:
 
 
 def leader_of(reports: Sequence[Report]) -> int:
-    """The rank that looks for what to publish: 0, or a box whose pin is live nowhere yet."""
+    """The rank that makes the pass: 0, or that of a box whose pin is not live anywhere yet."""
     if any(report.held for report in reports):
         return 0
     return next((rank for rank, report in enumerate(reports) if report.pin), 0)
 
 
 def holder_of(reports: Sequence[Report]) -> int | None:
-    """The box whose pin holds the group; None if none does."""
+    """The rank of a box whose pin is live and so holds the group; None if there is no such box."""
     return next((rank for rank, report in enumerate(reports) if report.held), None)

@@ -1,6 +1,6 @@
-"""One round of a group, as one box goes through it: prepare, bring all boxes to the same version, then lead or follow.
+"""One round of a group, on one box: prepares, brings all boxes to the same version if they differ, or leads or follows.
 
-The leading box makes an ordinary pass, whose route is this module: it offers the pass's checkpoint to all boxes.
+The leading box makes an ordinary pass, whose ``Route`` is ``Rounds``: it offers the pass's checkpoint to all boxes.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ class Rounds:
     """The rounds of this box.
 
     Args:
-        syncer: makes the passes when this box leads, with this object as its route.
+        syncer: makes the passes if this box leads; this object becomes its route.
         member: what this box knows about itself.
     """
 
     def __init__(self, syncer: Syncer, group: Group, member: Member) -> None:
         self._syncer, self._box, self._group, self._member = syncer, syncer.box, group, member
-        self._failed: Change | None = None  # tried again only when rank 0 is due
+        self._failed: Change | None = None  # a change that failed; tried again only when rank 0 is due
         self._reports: Sequence[Report] = ()
         syncer.publisher.route = self
 
     def is_needed(self, reports: Sequence[Report]) -> bool:
-        """Whether these reports ask for a round now."""
+        """Whether these reports require a round now."""
         return reports[0].due or change_of(reports) not in (None, self._failed)
 
     def make(self, reports: Sequence[Report]) -> Outcome:
-        """Makes a round from the boxes' reports; returns its outcome on this box.
+        """Makes a round; returns its outcome on this box.
 
         Raises:
             GroupBroken: a box is gone.
-            WsyncError: a box cannot take part.
+            WsyncError: a box cannot take part, or the pass failed.
         """
         self._reports, started = reports, time.perf_counter()
         change = self._failed = change_of(reports)
@@ -72,7 +72,7 @@ class Rounds:
         return self._lead() if leader == self._group.rank else self._follow(this, leader)
 
     def _prepare(self) -> WritableSegment:
-        """Makes sure that every box has a segment of the same layout, and can read its pin, if any.
+        """Makes or opens this box's segment, and checks that all boxes have the same layout and can read their pins.
 
         Raises:
             WsyncError: a box cannot, or has another policy.
@@ -84,7 +84,7 @@ class Rounds:
                     self._box.record.pin()
                     segment = self._box.make_segment()
                     self._syncer.policy.check(segment, segment.live())
-                    self._member.wear(segment)
+                    self._member.show_group(segment)
                     return {"layout": segment.layout.digest, "name": segment.name}
                 except OSError as exc:
                     raise from_os_error(exc, self._box.standing.path) from exc
@@ -106,7 +106,7 @@ class Rounds:
     # The box that leads
 
     def _lead(self) -> Outcome:
-        """Makes a pass, offers what it publishes to all boxes, and tells them the outcome."""
+        """Makes a pass, which offers its checkpoint to all boxes, and sends them the outcome."""
         try:
             outcome = self._syncer.look()
         except GroupBroken:
@@ -118,7 +118,7 @@ class Rounds:
         return outcome
 
     def busy(self, work: Callable[[], _T]) -> _T:
-        """See ``Route``; meanwhile tells the other boxes that this one lives."""
+        """See ``Route``; meanwhile sends the other boxes signs of life."""
         return self._group.busy(work)
 
     def deliver(
@@ -175,10 +175,10 @@ class Rounds:
         gated: bool,
         fit: Fit = Fit(),  # noqa: B008  (frozen)
     ) -> Outcome:
-        """Publishes an offer together with all boxes, under the offered number.
+        """Publishes the offered weights together with all boxes, under the offered number.
 
         Args:
-            gated: this box asks its gate first.
+            gated: whether this box asks its gate first.
         """
         weights = shared.weights
 
@@ -230,7 +230,7 @@ class Rounds:
                 sent = segment.live_weights() if rank == provider else None
                 if rank in change.takers:  # also the provider, if it needs another number
                     return self._take(this, Shared(weights, turn, provider, live=sent, extras=extras), gated=False)
-                deliver(turn, provider, sent, segment.layout.nbytes, lambda: extras)  # sends from here, or ignores it
+                deliver(turn, provider, sent, segment.layout.nbytes, lambda: extras)  # sends, or drops what it receives
                 turn.vote()  # agreed
                 self._group.together(dict)  # waits while others make copies
         except CheckpointRejected as exc:

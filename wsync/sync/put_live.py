@@ -1,6 +1,7 @@
 """Puts weights live on this box: its segment and gate, and afterwards the history, the copies and the hooks.
 
 Every version of a spec goes live through ``Box.put_live``, whether it comes from a checkpoint, a pin, or another box.
+``wsync rollback`` does not: it has no spec, so ``history.rollback`` uses ``segment.publishing``, without gate or hooks.
 """
 
 from __future__ import annotations
