@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -106,9 +106,9 @@ def test_a_scan_of_what_claims_a_terabyte_takes_no_memory(tmp_path: Path, monkey
     """Guards against a sparse file, which costs its writer nothing."""
     read: list[int] = []
 
-    def each(_: Files, pieces: list[Piece], work: object) -> tuple[()]:
+    def each(_: Files, pieces: list[Piece], work: object) -> Iterator[object]:
         read.extend(piece.nbytes for piece in pieces)
-        return ()
+        yield from ()
 
     monkeypatch.setattr(Files, "converted", each)
     path = tmp_path / "a.safetensors"
