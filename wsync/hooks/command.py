@@ -1,10 +1,10 @@
-"""Runs a user's command within bounds: of time, of output, and of the processes that it starts.
+"""Runs a user's command, and limits its time, its output and the processes that it starts.
 
-The command gets a session of its own and no terminal, so that Ctrl-C reaches wsync alone, which then ends the command.
-A small process stands between (``system.supervisor``). When time is up, or wsync has ended, it ends the command and all
-that the command started: with SIGTERM, and ``GRACE`` seconds later with SIGKILL. If the command ends by itself, what it
-left in the background goes on; wsync does not wait for it, although it may hold the pipe of the output, which a thread
-reads until then. Only the end of the output is kept.
+The command gets its own session and no terminal, so Ctrl-C reaches only wsync, which then ends the command. Between the
+two runs a small process (``system.supervisor``). When time is up, or wsync has ended, it ends the command and all that
+the command started: with SIGTERM, and ``GRACE`` seconds later with SIGKILL. If the command ends by itself, its
+background processes go on. wsync does not wait for them; a thread reads the output until they close its pipe. Only the
+end of the output is kept.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ..errors import WsyncError, printable
 from ..system import supervisor
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
-LINES, CHARACTERS = 20, 2000  # of output that are kept
+LINES, CHARACTERS = 20, 2000  # how much of the output is kept
 _SIGNALS = {number.value: number.name for number in signal.Signals}
-_LOOK = 0.05  # seconds between two looks whether the command ended or must stop
+_LOOK = 0.05  # seconds between two checks whether the command ended or must stop
 
 
 @contextmanager
 def unpacked(extras: Mapping[str, bytes]) -> Iterator[str]:
-    """A directory with these files, for as long as the block runs; an empty string where there are none.
+    """Yields a directory that holds these files until the block ends; an empty string without files.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: the files cannot be written.
     """
     if not extras:
         yield ""
@@ -55,7 +55,7 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        code: its exit status; minus the signal's number if a signal ended it; None if we ended it.
+        code: its exit status; minus the signal's number if a signal ended it; None if wsync ended it.
         how: the same in words.
         output: the last lines of its stdout and stderr, with control characters escaped.
     """
@@ -69,7 +69,7 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """The output, to be appended to a message. Several lines are indented, so that none looks like one of ours."""
+        """The output, to be appended to a message. Several lines are indented, so that none looks like a message."""
         lines = self.output.split("\n")
         if len(lines) > 1:
             return "\n  ".join([":", *lines]) + "\n"
@@ -87,17 +87,18 @@ def run(
 ) -> Ended:
     """Runs a command until it ends, its time is up, or ``stop`` is set. An exception such as Ctrl-C ends it, too.
 
-    It is started and ended in another thread: an exception of a signal handler inside ``Popen`` would lose a process
-    that is already running.
+    Another thread starts and ends the command: if a signal handler raised inside ``Popen``, a process that already runs
+    would be lost.
 
     Args:
         timeout: seconds.
-        directory: where it runs; default the current one.
-        stop: ends it early, once set.
-        stdin: descriptor of a file that it reads.
+        environment: all variables of the command.
+        directory: where the command runs; default the current one.
+        stop: ends the command once it is set.
+        stdin: file descriptor that becomes its stdin.
 
     Raises:
-        WsyncError: it could not be started.
+        WsyncError: the command could not be started.
     """
     given_up = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -137,14 +138,14 @@ def _run(arguments: Sequence[str], timeout: float, stops: Sequence[threading.Eve
         _end(process)
         reader.join(_LOOK)
         return Ended(None, how, plain(output))
-    reader.join(_LOOK)  # all that the pipe holds, but not what background processes write later
+    reader.join(_LOOK)  # takes what is in the pipe, but not what background processes write later
     code = process.returncode
     how = f"ended with status {code}" if code >= 0 else f"was ended by {_SIGNALS.get(-code, f'signal {-code}')}"
     return Ended(code, how, plain(output))
 
 
 def _read(pipe: IO[bytes], output: bytearray) -> None:
-    """Keeps the end of a pipe's output, until nobody holds it open any more."""
+    """Reads a pipe until nobody holds it open any more, and keeps the end of the output."""
     with pipe:
         while data := os.read(pipe.fileno(), 65_536):
             output[:] = (output + data)[-4 * CHARACTERS :]
@@ -156,11 +157,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         process.wait(3 * GRACE)
     except (PermissionError, subprocess.TimeoutExpired):
-        pass  # a process of another user (sudo), or one that hangs in the kernel, must not hold us up
+        pass  # a process of another user (sudo), or one that hangs in the kernel, must not hold wsync up
 
 
 def plain(data: bytes | bytearray) -> str:
-    """The last lines of an output, safe for a terminal: characters that do not print are escaped."""
+    """Returns the last lines of an output, safe for a terminal: characters that do not print are escaped."""
     lines = data.decode("utf-8", "replace").strip().splitlines()[-LINES:]
     harmless = (printable(line.expandtabs()) for line in lines)
     return "\n".join(harmless)[-CHARACTERS:]

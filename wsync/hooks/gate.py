@@ -1,21 +1,21 @@
 """A gate: the user's own check of staged weights, the last one before they go live.
 
-A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory and finds
-in its environment ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
-``WSYNC_HOOK_STEP`` (empty if there is none), ``WSYNC_HOOK_CHECKPOINT``, and ``WSYNC_HOOK_EXTRAS``: a directory with the
-extras, empty if there are none. Status 0 accepts, 75 asks for the same again later, anything else rejects.
+A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory. Its
+environment has ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
+``WSYNC_HOOK_STEP`` (empty if there is none), ``WSYNC_HOOK_CHECKPOINT``, and ``WSYNC_HOOK_EXTRAS`` (a directory with the
+extras; empty if there are none). Status 0 accepts, 75 asks to be asked again later, and any other rejects.
 
-A function is called with the policy, in eval mode, with the staged weights in it; and with the extras, bytes by their
-names, if it has a parameter ``extras``. It accepts with any result but ``False``, which is taken for a failed check
-whose author forgot to raise; ``RetryLater`` asks for the same again later, and any other exception rejects. It runs in
-a process of its own, so that a watch never imports torch and survives whatever that code does.
+A function gets the policy, in eval mode and with the staged weights; if it has a parameter ``extras``, it also gets the
+extras, as bytes by name. Any result accepts but ``False``, which counts as a failed check whose author forgot to raise;
+``RetryLater`` asks to be asked again later, and any other exception rejects. The function runs in a separate process,
+so that a watch never imports torch and survives whatever the function does.
 
-Both look at a copy of the staged slot. The gate runs as the owner of the slot, so nothing could keep it from writing
-there. The copy is in memory that the kernel seals (memfd_create(2)), is as large as the weights, and is freed after the
-gate. Afterwards the slot must still hold what was copied.
+Both get a copy of the staged slot, because a gate runs as the owner of the slot and could write to it. The copy is in
+memory that the kernel seals (memfd_create(2)), is as large as the weights, and is freed after the gate. Then the slot
+must still hold what was copied.
 
 A gate that takes too long, or is ended by a signal, rejects: a hanging gate must not hold up the next checkpoint for
-ever. While it runs the publisher's lock is held, and what was live stays live; nobody can lease the slot.
+ever. While a gate runs, the publisher's lock is held, the live version stays live, and nobody can lease the slot.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ _PIECE = 8 << 20  # bytes compared at a time
 
 
 def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_dir: Path | None = None) -> None:
-    """Returns when the gate accepts.
+    """Asks the gate; returns if it accepts.
 
     Args:
-        state_dir: where history and pins are kept, for a wsync that the gate calls.
-        stop: ends the gate early, once set; the checkpoint may then be tried again.
+        stop: ends the gate once it is set; the checkpoint may then be tried again.
+        state_dir: where history and pins are kept, for a wsync that the gate runs.
 
     Raises:
-        GateRejected: it does not accept.
-        RetryLater: it asks for the same again later, or was ended by ``stop``.
-        SpecError: its function, or the policy for it, cannot be imported or built.
-        SegmentError: it changed the weights that it should check.
-        WsyncError: it could not be started, or torch cannot be loaded for it.
+        GateRejected: the gate rejects.
+        RetryLater: the gate asks to be asked again later, or ``stop`` ended it.
+        SpecError: the gate's function, or the policy for it, cannot be imported or built.
+        SegmentError: the gate changed the slot.
+        WsyncError: the gate could not be started, there is no room for what it gets, or torch cannot be loaded.
     """
     with _sealed_copy(staged.path) as copy:
         verdict, why, ended = _answer_of(spec, replace(staged, path=copy), staged.path, stop, state_dir)
@@ -78,7 +78,7 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
 def _answer_of(
     spec: Spec, staged: Staged, slot: Path, stop: threading.Event | None, state_dir: Path | None
 ) -> tuple[str, str, command.Ended]:
-    """The gate's verdict, why, and how it ended."""
+    """Runs the gate; returns its verdict, why, and how it ended."""
     about = {"staged": staged.path, "name": staged.name, "step": staged.step, "checkpoint": staged.checkpoint}
     with _unpacked(staged) as extras:
         variables = environment(slot.parent.parent, state_dir, **about, extras=extras)
@@ -96,7 +96,7 @@ def _answer_of(
 
 @contextmanager
 def _unpacked(staged: Staged) -> Iterator[str]:
-    """See ``command.unpacked``; raises WsyncError where there is no room."""
+    """See ``command.unpacked``; raises WsyncError if the extras cannot be written."""
     with ExitStack() as stack:
         try:
             directory = stack.enter_context(command.unpacked(staged.extras))
@@ -110,13 +110,13 @@ def _unpacked(staged: Staged) -> Iterator[str]:
 
 @contextmanager
 def _sealed_copy(slot: Path) -> Iterator[Path]:
-    """A copy of a staged slot that nobody can change; at the end the slot must hold the same.
+    """Yields the path of a copy of a staged slot that nobody can change.
 
-    Its path can be opened by other processes of this user until the end of the block.
+    Other processes of this user can open the path until the block ends.
 
     Raises:
         WsyncError: there is no memory for the copy, or the slot is gone.
-        SegmentError: the slot was changed meanwhile.
+        SegmentError: the slot was changed while the block ran.
     """
     with ExitStack() as stack:
         try:
@@ -139,8 +139,8 @@ def _sealed_copy(slot: Path) -> Iterator[Path]:
             )
             if not same:
                 raise SegmentError(
-                    "the staged weights changed while the gate looked at them, and nothing went live. Let the gate "
-                    "write to no file of a segment; it reads the staged weights from WSYNC_HOOK_STAGED."
+                    "the staged weights changed while the gate looked at them, so nothing went live. Make the gate "
+                    "write to no file of a segment, and read the staged weights from WSYNC_HOOK_STAGED."
                 )
 
 
@@ -154,7 +154,7 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
         raise SpecError(f"the gate {spec.hooks.gate} is a {type(function).__name__}. Name a function of the policy.")
     load(policy.eval(), staged.path, spec.weights.own)
     more: dict[str, Any] = {}
-    with suppress(TypeError, ValueError):  # not every callable tells its parameters
+    with suppress(TypeError, ValueError):  # some callables have no signature
         more = {"extras": staged.extras} if "extras" in signature(function).parameters else {}
     try:
         result = function(policy, **more)
@@ -168,10 +168,10 @@ def _judge(spec: Spec, staged: Staged) -> tuple[str, str]:
 
 
 def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
-    """Copies the weights of a slot into the policy's own tensors, except for those that the globs of ``own`` name.
+    """Copies the weights of a slot into the policy's tensors, except for those that match the globs of ``own``.
 
     Raises:
-        SpecError: they are not the policy's.
+        SpecError: the slot has other tensors than the policy.
     """
     import torch
     from safetensors.torch import load_file
@@ -197,5 +197,5 @@ def load(policy: torch.nn.Module, path: Path, own: Sequence[str] = ()) -> None:
 
 
 def _bounded(text: str) -> str:
-    """An exception's text, short and harmless to a terminal like a command's output."""
+    """Shortens an exception's text and makes it safe for a terminal, like a command's output."""
     return command.plain(text[:_LONGEST].encode("utf-8", "replace"))

@@ -1,14 +1,15 @@
-"""Hooks: run after a publish, in the background, and never delay the next one.
+"""Runs hooks after a publish, in the background, so that they never delay the next publish.
 
 Each kind of hook has a thread and a mailbox for one version. The newest wins: a version that nobody has taken out yet
 is replaced by the next. A hook that failed is tried again after its backoff, until it succeeds or a newer version
 comes. When wsync ends, a running hook may finish within its time, a waiting version gets one run, and nothing is tried
 again.
 
-``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. It finds ``WSYNC_HOOK_NAME``,
-``WSYNC_HOOK_VERSION``, ``WSYNC_HOOK_STEP`` (empty if there is none) and ``WSYNC_HOOK_CHECKPOINT``. ``webhook`` is one
-request with name, version, step and checkpoint as a JSON object, and the version in the header ``Wsync-Version``; a
-redirect is treated like any other answer and not followed, and no proxy is used.
+``exec`` is a command for ``/bin/sh`` in the spec's directory; status 0 is success. Its environment has
+``WSYNC_HOOK_NAME``, ``WSYNC_HOOK_VERSION``, ``WSYNC_HOOK_STEP`` (empty if there is none), ``WSYNC_HOOK_CHECKPOINT`` and
+``WSYNC_HOOK_EXTRAS`` (a directory with the extras; empty if there are none). ``webhook`` is one request whose body is a
+JSON object with name, version, step, checkpoint and the names of the extras; the header ``Wsync-Version`` has the
+version, too. A redirect is not followed but treated like any other answer, and no proxy is used.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
 _log = logging.getLogger("wsync")
-_LOOK = 0.25  # seconds after which a wait checks again: a signal in another thread does not end it
+_LOOK = 0.25  # seconds between two checks of a wait, which a signal that another thread gets would not end
 
 
 class Published(NamedTuple):
-    """What hooks are told of: a version that went live, and the files that came with it."""
+    """What a hook is run for: a version that went live, and the extras that came with it."""
 
     live: Publication
     extras: Extras = Extras()
@@ -54,13 +55,13 @@ class Hook:
 
     Args:
         kind: its name in messages.
-        act: runs it once, and returns soon after the event is set.
+        act: runs the hook once; must return soon after the event is set.
         timeout: seconds that ``act`` takes at most.
         backoff: seconds between a failure and the next try.
-        report: called from the thread with the kind, whether it worked, and a message.
+        report: called from the hook's thread with the kind, whether the run succeeded, and a message.
 
     Attributes:
-        runs: how often it ran, failures among them.
+        runs: how often the hook ran, including failures.
         failures: how often it failed.
     """
 
@@ -74,13 +75,13 @@ class Hook:
         threading.Thread(target=self._work, name=f"wsync-{kind}", daemon=True).start()
 
     def send(self, news: Published) -> None:
-        """Puts a version into the mailbox, and drops one that still waits there."""
+        """Puts a version into the mailbox in place of one that still waits there."""
         with self._changed:
             self._waiting = news
             self._changed.notify()
 
     def shut(self, *, now: bool = False) -> None:
-        """From now on nothing is tried again. With ``now``, ends what runs and drops what waits."""
+        """Ends all retries. With ``now``, also ends a running hook and drops a waiting version."""
         if now:
             self._cancel.set()
         with self._changed:
@@ -88,7 +89,7 @@ class Hook:
             self._changed.notify()
 
     def join(self) -> None:
-        """Waits for what runs and what waits, each within its time. An exception such as Ctrl-C ends what runs."""
+        """Waits for the running hook and the waiting version, up to their timeouts. An exception ends the hook."""
         until = time.monotonic() + 2 * (self._timeout + 2 * command.GRACE)
         try:
             while not self._ended.wait(_LOOK) and time.monotonic() < until:
@@ -120,7 +121,7 @@ class Hook:
             ok, message = False, f"version {version} is live, but {why} A watch tries it again; a push does not."
         try:
             self._report(self.kind, ok, message)
-        except Exception:  # a log that cannot be written is reported at its other writes
+        except Exception:  # other writes to the log report that it cannot be written
             pass
         return ok
 
@@ -129,12 +130,12 @@ class HookRunner:
     """The hooks of a spec.
 
     Args:
-        runtime: where segments live; the command gets it as ``WSYNC_RUNTIME_DIR``.
-        state_dir: where history and pins are kept; it gets that as ``WSYNC_STATE_DIR``.
-        report: called from the hooks' threads; default logs failures.
+        runtime: where segments live; the command gets this as ``WSYNC_RUNTIME_DIR``.
+        report: called from the hooks' threads, see ``Hook``; default: logs failures.
+        state_dir: where history and pins are kept; the command gets this as ``WSYNC_STATE_DIR``.
 
     Attributes:
-        hooks: the hooks that are set, by their kinds, ``exec`` and ``webhook``.
+        hooks: the hooks that are set, by kind: ``exec`` and ``webhook``.
     """
 
     def __init__(self, spec: Spec, runtime: Path, report: Told | None = None, state_dir: Path | None = None) -> None:
@@ -153,11 +154,7 @@ class HookRunner:
             hook.send(Published(live, extras))
 
     def close(self, *, now: bool = False) -> None:
-        """Waits until all that runs or waits has had its time.
-
-        Args:
-            now: end it instead.
-        """
+        """Waits until running hooks and waiting versions are done; with ``now``, ends and drops them instead."""
         for hook in self.hooks.values():
             hook.shut(now=now)
         for hook in self.hooks.values():
@@ -169,9 +166,11 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], news: Published, c
 
     Args:
         places: where segments live, and where history and pins are kept.
+        cancel: ends the command once it is set.
 
     Raises:
-        WsyncError: it failed, or took too long.
+        WsyncError: the command failed, or took too long.
+        OSError: the extras cannot be written.
     """
     (runtime, state_dir), (live, extras) = places, news
     about = {"name": spec.name, "version": live.version, "step": live.step, "checkpoint": live.checkpoint}
@@ -190,12 +189,12 @@ def run_command(spec: Spec, places: tuple[Path, Path | None], news: Published, c
 
 
 def request(spec: Spec, news: Published) -> None:
-    """Makes the webhook's request once; of extras it tells the names.
+    """Makes the webhook's request once.
 
     The timeout is for the whole request: a server that sends a byte now and then must not delay a newer version.
 
     Raises:
-        WsyncError: no answer in time, or not a success. It shows only the host: the rest of a URL may be secret.
+        WsyncError: there was no answer in time, or no success. It names only the host: the rest of a URL may be secret.
     """
     import http.client
     from urllib.parse import urlsplit
@@ -217,7 +216,7 @@ def request(spec: Spec, news: Published) -> None:
         if time.monotonic() < deadline:
             connection.request(settings.webhook_method.upper(), target, body, _headers(url, live))
             status = connection.getresponse().status
-        if time.monotonic() >= deadline:  # headers that were cut off count as complete
+        if time.monotonic() >= deadline:  # http.client takes headers that were cut off as complete
             raise TimeoutError
     except (OSError, http.client.HTTPException) as exc:
         if isinstance(exc, TimeoutError) or time.monotonic() >= deadline:
@@ -225,7 +224,7 @@ def request(spec: Spec, news: Published) -> None:
                 f"{shown} gave no answer within {settings.webhook_timeout:g} s. Look at that server, or raise "
                 f"hooks.webhook_timeout."
             ) from exc
-        why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # it may quote the server
+        why = command.plain(f"{type(exc).__name__}: {exc}".encode())  # the error may quote the server
         raise WsyncError(f"{shown} could not be called: {why}. Look at that server and hooks.webhook.") from exc
     finally:
         watchdog.cancel()
@@ -249,7 +248,7 @@ def _headers(url: SplitResult, live: Publication) -> dict[str, str]:
 
 
 def _cut(connection: http.client.HTTPConnection) -> None:
-    """Wakes the thread that waits on the connection's socket, because time is up."""
+    """Shuts the socket down when time is up, which wakes the thread that waits on it."""
     try:
         if connection.sock:
             connection.sock.shutdown(socket.SHUT_RDWR)

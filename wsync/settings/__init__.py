@@ -1,6 +1,6 @@
 """What a policy spec says: the policy, its place of checkpoints, and every setting with its default.
 
-Settings are frozen dataclasses, passed whole. Loading the policy's own code happens in a process of its own. Imports
+Settings are frozen dataclasses that are passed whole. A separate process loads the policy's own code. Imports
 ``segment``, ``discovery`` and what lies below.
 """
 

@@ -1,9 +1,9 @@
 """The settings of gate and hooks, and the environment that they run in.
 
-A gate is asked about staged weights before they go live; hooks run after a publish. Both are the user's own: they run
-as this user, with the environment that the publisher was given, and ``VARIABLES`` say what they are about.
-This module is only their settings, which every command reads. ``hooks.gate`` and ``hooks.runner`` run them, and are
-imported where there is something to run.
+A gate checks staged weights before they go live; hooks run after a publish. Both are code of the user and run as this
+user, with the environment that the publisher was started with and ``VARIABLES``, which describe the version.
+This module holds only their settings, because every command reads those. ``hooks.gate`` and ``hooks.runner`` run them,
+and are imported only if there is something to run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ..errors import UsageError
 from ..system.environment import given
 
 VARIABLES = tuple(f"WSYNC_HOOK_{name}" for name in ("STAGED", "NAME", "VERSION", "STEP", "CHECKPOINT", "EXTRAS"))
-"""What wsync sets for gates and hooks besides ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option has such a name:
-a wsync that they run for another policy must not take over the name of this one."""
+"""What wsync sets for gates and hooks besides ``WSYNC_RUNTIME_DIR`` and ``WSYNC_STATE_DIR``. No option reads such a
+variable: a wsync that a hook runs for another policy must not take over the name of this policy."""
 
 MAX_SECONDS = 86_400.0
 
@@ -27,19 +27,19 @@ _FUNCTION = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """The settings of ``[hooks]``; an empty command or URL turns that hook off.
+    """The settings of ``[hooks]``; raises UsageError for an invalid value. An empty command or URL turns its hook off.
 
     Attributes:
-        gate: ``package.module:function``, or else a command for ``/bin/sh``, run in the spec's directory.
-        gate_timeout: seconds that the gate may take; one that takes longer is ended and has rejected.
-        exec: command for ``/bin/sh`` after a publish, run in the spec's directory.
-        exec_timeout: seconds that it may take.
-        exec_backoff: seconds until it is tried again after it failed.
-        webhook: http or https URL that is called after a publish. It may hold secrets: it is never shown.
-        webhook_method: of the request.
-        webhook_timeout: seconds that the request may take in all.
-        webhook_backoff: seconds until it is tried again after it failed.
-        webhook_success_status: the answer's status that is a success; 0 takes any.
+        gate: ``package.module:function``; anything else is a command for ``/bin/sh``, run in the spec's directory.
+        gate_timeout: seconds that the gate may take; a gate that takes longer is ended, and rejects.
+        exec: command for ``/bin/sh``, run in the spec's directory after a publish.
+        exec_timeout: seconds that the command may take.
+        exec_backoff: seconds from a failure to the next try.
+        webhook: http or https URL that is called after a publish. It is never shown, because it may hold a secret.
+        webhook_method: method of the request.
+        webhook_timeout: seconds that the whole request may take.
+        webhook_backoff: seconds from a failure to the next try.
+        webhook_success_status: the one status of an answer that is a success; 0 for any.
     """
 
     gate: str = ""
@@ -80,7 +80,7 @@ class Hooks:
 
     @property
     def gate_is_function(self) -> bool:
-        """Whether the gate is ``package.module:function``: names, dots and one colon, and nothing else."""
+        """Whether the gate is ``package.module:function``, and not a command."""
         return bool(re.fullmatch(_FUNCTION, self.gate))
 
     def _is_url(self) -> bool:
@@ -96,14 +96,14 @@ class Hooks:
 
 
 def environment(runtime: Path, state_dir: Path | None, **about: object) -> dict[str, str]:
-    """The environment of a gate or hook: that of this process, its directories, and what the run is about.
+    """Returns the environment of a gate or hook: ``given()``, the two directories, and ``WSYNC_HOOK_…``.
 
-    A wsync that is run there uses the same segments and the same history.
+    If the gate or hook runs wsync, that uses the same segments and the same history.
 
     Args:
         runtime: where segments live.
-        state_dir: where history and pins are kept; None leaves that to the default.
-        about: the values, by the variable's name in lower case without ``WSYNC_HOOK_``; None becomes empty.
+        state_dir: where history and pins are kept; None for the default.
+        about: values by the variable's name in lower case without ``WSYNC_HOOK_``; None becomes empty.
     """
     places = {"WSYNC_RUNTIME_DIR": runtime, "WSYNC_STATE_DIR": state_dir or os.environ.get("WSYNC_STATE_DIR")}
     own = {name: str(place) for name, place in places.items() if place}

@@ -1,6 +1,6 @@
-"""The layout of a spec's policy, and the values that it is built with, read in a process of its own.
+"""Asks a separate process for the layout of a spec's policy, and for the values that the policy is built with.
 
-Torch and the user's code stay out of this one.
+This process loads neither torch nor the user's code.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from .spec import Spec
 
 
 def layout_of_spec(spec: Spec) -> Layout:
-    """The policy's layout, read in a process of its own.
-
-    Raises:
-        SpecError: the policy cannot be imported or built, or is not an ``nn.Module``.
-        WsyncError: that process was ended, or torch cannot be loaded.
-    """
+    """Returns the policy's layout; raises what ``user_code.read_layout`` and ``ask_policy`` raise."""
     from .user_code import read_layout
 
     layout: Layout = ask_policy(spec, read_layout)
@@ -28,9 +23,10 @@ def layout_of_spec(spec: Spec) -> Layout:
 
 
 def built_by(spec: Spec) -> Built:
-    """Returns a function that gives the bytes of tensors of the policy as it is built, and remembers the last ones.
+    """Returns a function that takes names of tensors and returns their bytes in a newly built policy.
 
-    Calling it raises what ``layout_of_spec`` raises.
+    It remembers the last answer until the spec's fingerprint changes. It raises what ``user_code.read_built`` and
+    ``ask_policy`` raise.
     """
     known: dict[tuple[str, frozenset[str]], Mapping[str, bytes]] = {}
 
@@ -47,7 +43,12 @@ def built_by(spec: Spec) -> Built:
 
 
 def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
-    """Runs a function on the policy of a spec, in a process of its own; raises as ``layout_of_spec``."""
+    """Calls a function with the spec in a separate process; returns its answer, or raises its WsyncError.
+
+    Raises:
+        SpecError: the process ended by itself without an answer.
+        WsyncError: a signal ended the process.
+    """
     import subprocess
 
     from ..system import child
@@ -58,7 +59,7 @@ def ask_policy(spec: Spec, question: Callable[..., Any], *more: Any) -> Any:
     if isinstance(answer, WsyncError):
         raise answer
     if answer is None:
-        kind = SpecError if ended.returncode >= 0 else WsyncError  # ended from outside, or for lack of memory
+        kind = SpecError if ended.returncode >= 0 else WsyncError  # a signal: ended from outside, or for lack of memory
         raise kind(
             f"the process that read the layout of {spec.policy} ended with status {ended.returncode} and no "
             "answer. Import the policy in a Python session to see why; where memory is limited (`ulimit -v`), "

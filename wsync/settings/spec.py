@@ -1,6 +1,6 @@
-"""Which policy, and its settings: an import string ``package.module:attr``, or a TOML file that holds one.
+"""A policy spec: an import string ``package.module:attr``, or a TOML file that holds one and the policy's settings.
 
-A spec is data: reading it imports nothing of the user's. ``user_code`` loads what it names.
+A spec is data: reading it imports no code of the user. ``user_code`` loads what the spec names.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MAX_KEEP = 1000
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Where figures go: the settings of ``[metrics]``.
+    """Where figures go: the settings of ``[metrics]``; raises SpecError for an invalid value.
 
     Attributes:
-        port: of ``/metrics`` and ``/healthz``; 0 takes any free one, None serves neither.
-        address: on which that port listens.
+        port: the port of ``/metrics`` and ``/healthz``; 0 for any free one, None for no server.
+        address: the address on which that port listens.
         file: for the node exporter's textfile collector, absolute or relative to the current directory; empty for none.
-        max_staleness: seconds since the last pass that found the newest checkpoint live or made it so, after which
-            a watch is unhealthy; None for never. A trainer that is done makes nothing stale; a newest checkpoint that
-            is refused, a source that is gone and a loop that hangs do. It must be above ``poll``, and is best above
-            what staging takes.
+        max_staleness: a watch is unhealthy if no pass of the last so many seconds found the newest checkpoint live or
+            put it live; None for never. A refused checkpoint, a missing source or a loop that hangs makes a watch
+            unhealthy, but a trainer that is done does not. Must be above ``poll``, and should be above the time that
+            staging takes.
     """
 
     port: int | None = None
@@ -62,8 +62,8 @@ class Metrics:
 
 
 TABLES = {"select": Select, "extras": ExtraFiles, "weights": Fit, "hooks": Hooks, "metrics": Metrics}
-INTERNAL = ("partial", "mixture", "built", "extras", "listed")  # fields of a table that are no settings
-_KINDS: dict[str, type | tuple[type, ...]] = {  # what TOML has for a field's type
+INTERNAL = ("partial", "mixture", "built", "extras", "listed")  # fields of a table that are not settings
+_KINDS: dict[str, type | tuple[type, ...]] = {  # the types of TOML values, by the first word of a field's type
     "str": str,
     "Literal": str,
     "bool": bool,
@@ -101,27 +101,27 @@ KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A policy and its settings.
+    """A policy and its settings; raises SpecError, or UsageError, for an invalid value.
 
     Attributes:
-        policy: ``package.module:attr``, the attr a callable or class that gives an ``nn.Module``, or a module instance;
-            empty if the segment's name is all that is known.
-        name: of the segment; default the TOML's own name, or ``package.module.attr``.
-        directory: what is importable beside the installed packages: the TOML's directory, or the current one.
-        policy_kwargs: what the callable is called with.
-        checkpoints: where checkpoints appear, absolute, or what stands for a URL; None if the spec names none.
-        poll: seconds between two looks that no notification asked for.
-        max_failures: passes that may fail in a row before a watch gives up; -1 is any number.
-        slots: buffers of a segment that is made.
-        max_slots: how many it may grow to while readers keep older versions.
-        keep: how many published versions have a copy beside the state, for a rollback.
-        history: published versions on record, and as many other events.
+        policy: ``package.module:attr``, which is an ``nn.Module``, or a class or function that returns one; empty if
+            only the segment's name is known.
+        name: the segment's name.
+        directory: where modules are, besides the installed packages: the TOML file's directory, or the current one.
+        policy_kwargs: keyword arguments for the class or function.
+        checkpoints: where checkpoints appear, as ``place_at`` returns it; None if the spec does not say.
+        poll: seconds between two looks without a notification.
+        max_failures: how many passes may fail in a row before a watch gives up; -1 for any number.
+        slots: how many slots a new segment has.
+        max_slots: how many slots a segment may grow to while readers keep older versions.
+        keep: how many published versions are copied beside the state, for a rollback.
+        history: how many published versions stay on record, and how many other events.
         access: who else may read the segment.
         select: which entries are checkpoints, and which is newest.
-        weights: which tensors of a checkpoint are taken, and how they fit.
+        weights: which tensors of a checkpoint are taken, and how they are made to fit.
         hooks: the gate before a publish, and what runs after one.
         metrics: where figures for monitoring go.
-        origin: the TOML's path, or the import string; empty for a spec that was made in memory.
+        origin: the TOML file's path, or the import string; empty for a spec that was made in memory.
     """
 
     policy: str
@@ -206,14 +206,15 @@ class Spec:
 
 
 def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathLike[str] | None = None) -> Spec:
-    """Reads a spec: a path of a TOML file, or ``package.module:attr``.
+    """Reads a spec from the path of a TOML file, or from ``package.module:attr``.
 
     Args:
-        name: overrides the segment's name.
+        name: overrides the segment's name; default: the one in the file, the file's name, or ``package.module.attr``.
         checkpoints: overrides where checkpoints appear.
 
     Raises:
-        SpecError: neither; or the TOML is broken, has an unknown key, or a value of a wrong kind.
+        SpecError: the text is neither; or the file cannot be read, or has an unknown key or a wrong value.
+        UsageError: the name, the place of checkpoints, or a value of a table is not valid.
     """
     if text.endswith(".toml") or os.path.isfile(text):
         path = Path(text).absolute()
@@ -278,7 +279,7 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, Any], path: Path, p
             near = difflib.get_close_matches(key, known, 1)
             raise SpecError(
                 f"{path}: unknown key {prefix + key!r}. "
-                + (f"Did you mean {prefix + near[0]!r}?" if near else f"Known are {', '.join(known)}.")
+                + (f"Did you mean {prefix + near[0]!r}?" if near else f"The known keys are {', '.join(known)}.")
             )
         kind = known[key]
         if isinstance(kind, dict):

@@ -1,7 +1,7 @@
-"""Loads a user's code: the policy that a spec names, and functions beside it.
+"""Loads the user's code: the policy that a spec names, and the function of a gate.
 
-Only this module imports what a spec names, and only when that is really needed. What the user's code prints goes to
-stderr, because stdout carries our own output.
+Only this module imports what a spec names, and only when it is needed. What the user's code prints goes to stderr,
+because stdout carries the output of wsync.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 def read_layout(spec: Spec) -> Layout:
-    """The policy's layout, read in this process.
+    """Returns the policy's layout, read in this process.
 
-    The module is built on the meta device where it allows that, which costs no memory.
+    The module is built on the meta device if it can be, which takes no memory.
 
     Raises:
-        SpecError: the policy cannot be imported or built, is not a module, or has state that no version changes.
+        SpecError: the policy cannot be imported or built, is not an ``nn.Module``, or has state outside its tensors.
         UsageError: ``weights.own`` matches nothing, all, or one name of a tied tensor.
-        CopyRefused: a tensor's class refuses copies, so that no reader could take a version.
+        CopyRefused: a tensor's class refuses copies, so no reader could take a version.
         WsyncError: torch cannot be loaded.
     """
     with _running(spec):
         import torch
 
-        target = _import(spec, spec.policy)  # not under the meta device: what a module makes at import stays real
+        target = _import(spec, spec.policy)  # not on the meta device: tensors that are made at import are real
         try:
             with torch.device("meta"):
                 return _layout_of(_make(spec, target), spec)
@@ -49,16 +49,16 @@ def read_layout(spec: Spec) -> Layout:
 def _layout_of(policy: torch.nn.Module, spec: Spec) -> Layout:
     check_extra_state(policy, spec.weights.extra_state)
     tensors = followed(policy, spec.weights.own, "weights.own")
-    layout = layout_of_tensors(tensors)  # first: it says what a lazy module needs
+    layout = layout_of_tensors(tensors)  # first, because its error says what a lazy module needs
     check_takes_copies(tensors)
     return layout
 
 
 def read_built(spec: Spec, names: Collection[str]) -> dict[str, bytes]:
-    """The bytes of these tensors of the policy, as it is built in this process.
+    """Builds the policy in this process, and returns the bytes of these tensors.
 
     Raises:
-        SpecError: it cannot be imported or built, or has other tensors than it had.
+        SpecError: the policy cannot be imported or built, or lacks one of the tensors.
         WsyncError: torch cannot be loaded.
     """
     import torch
@@ -75,10 +75,10 @@ def read_built(spec: Spec, names: Collection[str]) -> dict[str, bytes]:
 
 
 def build(spec: Spec) -> torch.nn.Module:
-    """The policy itself.
+    """Builds the policy.
 
     Raises:
-        SpecError: it cannot be imported or built, or is not an ``nn.Module``.
+        SpecError: the policy cannot be imported or built, or is not an ``nn.Module``.
         WsyncError: torch cannot be loaded.
     """
     with _running(spec):
@@ -115,11 +115,11 @@ def _make(spec: Spec, target: Any) -> torch.nn.Module:
 
 
 def find(spec: Spec, text: str) -> Any:
-    """What an import string names, beside the policy or among the installed packages.
+    """Imports what an import string names, from the spec's directory or the installed packages.
 
     Raises:
         SpecError: it cannot be imported.
-        WsyncError: torch, which it will need, cannot be loaded.
+        WsyncError: torch cannot be loaded.
     """
     with _running(spec):
         return _import(spec, text)
@@ -156,10 +156,10 @@ def _import(spec: Spec, text: str) -> Any:
 
 @contextmanager
 def _running(spec: Spec) -> Iterator[None]:
-    """Runs the user's code beside the spec, with its output on stderr.
+    """Makes the spec's directory importable, and sends what the user's code prints to stderr.
 
     Raises:
-        WsyncError: torch cannot be loaded, which is not the policy's fault.
+        WsyncError: torch cannot be loaded; without this check the policy would be blamed for that.
     """
     try:
         import torch  # noqa: F401
