@@ -33,7 +33,7 @@ from wsync.cli.history_commands import moment
 from wsync.cli.options import VARIABLES
 from wsync.cli.output.log import bar
 from wsync.discovery.weight_getter import CheckpointWeightGetter
-from wsync.errors import NoCheckpoint, SegmentBusy, WsyncError
+from wsync.errors import LayoutDiffers, NoCheckpoint, SegmentBusy, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.history import rollback as way_back
 from wsync.history.record import Record
@@ -597,6 +597,14 @@ def test_a_followed_status_ends_as_it_is_asked_to(spawn: Spawn, push: Push) -> N
     assert following.stdout and any(line.startswith(NAME) for line in following.stdout)
     following.terminate()
     assert following.wait(DEADLINE) == 128 + signal.SIGTERM
+
+
+def test_a_failure_is_told_with_what_stays_live(push: Push, state: State) -> None:
+    """Guards ``wsync log``: the version beside a failure is the live one, for a push that published nothing, too."""
+    push(1)
+    with pytest.raises(LayoutDiffers):
+        push(2, spec=replace(load_spec("policies:mlp"), policy_kwargs={"hidden": 4}))
+    assert [(event.kind, event.version) for event in state.events()] == [("publish", 1), ("failure", 1)]
 
 
 def test_a_pin_that_cannot_go_live_is_told_as_one(push: Push, runs: Path, cli: Cli, state: State) -> None:

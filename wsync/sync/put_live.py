@@ -50,7 +50,6 @@ class Box:
         report: called from a hook's thread with its kind, whether it worked, and a message; None logs failures.
         hooks: what runs after a publish; None before the first, or if there is nothing to run.
         stop: ends a gate early, once set.
-        version: that this box published last; 0 before.
         built: gives values of the policy as it is built.
     """
 
@@ -69,7 +68,6 @@ class Box:
         self.report: Callable[[str, bool, str], None] | None = None
         self.hooks: HookRunner | None = None
         self.stop: threading.Event | None = None
-        self.version = 0
         self.built = built_by(spec)
 
     def __enter__(self) -> Box:
@@ -139,7 +137,6 @@ class Box:
                 origin=origin,
             )
             self.claim.take_over = False
-            self.version = publication.version
             fit = source.fitted or fit  # a copy was fitted when it was made
             fit = replace(fit, mixture=publication.version) if source.mixed else fit
             return self._tell(this, segment, publication, fit, source.extras, reason)

@@ -312,7 +312,8 @@ def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) ->
         outcome = work()
     except WsyncError as exc:
         if not dry_run and not isinstance(exc, UsageError):
-            box.record.failed(box.version, str(exc))
+            segment = box.standing.opened
+            box.record.failed(segment.version if segment else 0, str(exc))
         raise
     except MemoryError as exc:
         raise WsyncError(
