@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ import pytest
 import torch
 from builders import NAME, SPEC, mark_of, write
 from policies import mlp
+from processes import Cli
 from safetensors.torch import save_file
 
 from wsync.cli.output.push import outcome_json, tell
 from wsync.cli.output.watch import WatchLog
 from wsync.discovery.newest import Select
 from wsync.history.state import State
+from wsync.segment.reader_records import Registration
 from wsync.segment.segment import Segment
 from wsync.service.metrics import Figures
 from wsync.settings.spec import Spec
+from wsync.sync.claim import Watching, WatchLock
 from wsync.sync.outcome import Outcome
 from wsync.sync.syncer import Syncer
 
@@ -166,6 +170,26 @@ def test_what_arrives_later_and_counts_as_older_is_told_once(
     assert "--order arrival" in capsys.readouterr().err
     assert push(order).warning is None
     assert push("arrival").status == "published" and mark_of(segment) == {2.0}
+
+
+def test_no_warning_takes_the_place_of_another(push: Push, runs: Path, cli: Cli) -> None:
+    """Guards what is said only once beside readers that are late, and beside a watch that will undo a push."""
+    write(runs / "step_2.safetensors", mlp(), 1.0)
+    push()
+    with closing(Segment.open(NAME)) as segment, closing(Registration(segment.path, "copy", 0)):
+        old(write(runs / "step_1.safetensors", mlp(), 2.0))
+        done = cli("push", SPEC, str(runs), "--wait", "0.05", "--json")
+        warning = json.loads(done.stdout)["warning"]
+        assert done.returncode == 75 and "arrived after" in warning and "did not take version 1" in warning
+        for file in runs.iterdir():
+            file.unlink()
+        old(write(runs / "step_3.safetensors", mlp(), 3.0))
+        write(runs.parent / "other" / "step_4.safetensors", mlp(), 4.0)
+        with closing(WatchLock(Watching(os.getpid(), SPEC, str(runs.parent / "other")))) as lock:
+            lock.hold(segment)
+            told = cli("push", SPEC, str(runs), "--wait", "0.05").stderr
+    words = ["new run", "will replace version 2", "did not take version 2"]
+    assert [word for word in words if word in told] == words, told
 
 
 def test_what_lay_there_before_is_not_told(push: Push, runs: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import sys
 from contextlib import ExitStack, closing, nullcontext
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,9 +129,7 @@ def push(
         except WsyncError as exc:  # the exit code stays the push's
             complain(exc)
     if not isinstance(event, WsyncError):
-        event = event.told_before()
-    if late and isinstance(event, Outcome):
-        event = replace(event, warning=late)
+        event = event.told_before().warned(late)
     if news and not news.has(event):
         raise typer.Exit(75 if late else event.exit_code)
     if isinstance(event, WsyncError):
@@ -290,8 +287,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
     shown = remote(syncer.getter.checkpoints) and sys.stderr.isatty()
     with transfer_bar() if shown else nullcontext() as syncer.box.progress:
         outcome = syncer.once(force=force, dry_run=dry_run)
-    undone = undone_by(syncer.standing.opened, outcome, syncer.spec.select)
-    return replace(outcome, warning=undone) if undone else outcome
+    return outcome.warned(undone_by(syncer.standing.opened, outcome, syncer.spec.select))
 
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:

@@ -46,7 +46,7 @@ class Outcome(Version):
         known: whether an earlier run refused and reported it.
         kind: of the error that refused it, in one word; empty if this pass did not refuse it.
         newer: path of a checkpoint that is newer than what is live, but not complete yet; the reason says why.
-        warning: what an operator may want to change; given once.
+        warning: what an operator may want to change; some of it is given only once.
         casts: what is converted, if this pass was the first to do it.
         live: what is live, for a refusal that was known before.
     """
@@ -72,6 +72,10 @@ class Outcome(Version):
     @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.status]
+
+    def warned(self, text: str) -> Outcome:
+        """Adds a warning to the one that it may have, which is given only once; an empty text adds nothing."""
+        return replace(self, warning=" ".join(filter(None, (self.warning, text))) or None)
 
     def told_before(self) -> Outcome:
         """Turns a refusal that an earlier push reported into the outcome of a later one: current, with a note."""

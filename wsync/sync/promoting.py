@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from contextlib import ExitStack, closing, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def _promote(box: Box, policy: PolicyLayout, source: Segment, live: _Live) -> Ou
             box.keep(segment)
             if watch := watch_of(segment):
                 told = f"{watch} keeps this segment in step, and replaces this version with its next checkpoint. "
-                return replace(outcome, warning=f"{told}`wsync pin {spec.name}` keeps it.")
+                return outcome.warned(f"{told}`wsync pin {spec.name}` keeps it.")
         return outcome
     except (CheckpointError, RetryLater) as exc:
         about = {"step": live.step, "checkpoint": live.path or None, "identity": live.identity}

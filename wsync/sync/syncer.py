@@ -192,7 +192,7 @@ class Syncer:
                 return refusal
             raise
         if choice.is_new_run and outcome.status == "published":
-            return replace(outcome, warning=report_once.NEW_RUN)
+            return outcome.warned(report_once.NEW_RUN)
         if refusal and outcome.status in ("rejected", "empty", "current"):  # an older one does not change that
             return replace(refusal, passed_over=(outcome,) if outcome.status == "rejected" else ())
         return outcome
