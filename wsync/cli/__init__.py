@@ -1,6 +1,6 @@
 """The command line: parse, make one library call, show. ``output`` has a module for what each command prints.
 
-Nobody imports this room, and only this room writes to a terminal.
+No other room imports this one, and no other writes to a terminal.
 """
 
 __all__ = ["commands"]

@@ -1,4 +1,4 @@
-"""The command ``wsync bench``: what this box can do."""
+"""The command ``wsync bench``, which measures what this box can do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bench(
         option("--runtime-dir", "Directory in shared memory, for segments.", shown=True, resolve_path=True),
     ] = Path("/dev/shm"),
 ) -> None:
-    """Measure this box, beside the machine's limits and the usual ways; takes a minute or two.
+    """Measure wsync on this box, and the machine's limits and the usual ways; takes a minute or two.
 
     Measures in private directories and removes them afterwards. Leave the box
     alone meanwhile. A ratio is wsync's figure divided by the other: for times,

@@ -1,4 +1,4 @@
-"""The command line: parse, one library call, show, exit code."""
+"""The command line, and the commands push, watch, status, inspect and rm."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def push(
     take_over: TakeOverOption = False,
     wait: Annotated[
         float | None,
-        option("--wait", "Wait so many seconds until all readers have it; exit with 75 if some have not."),
+        option("--wait", "Wait up to this many seconds until all readers have it; exit with 75 if some do not."),
     ] = None,
     quiet: Annotated[bool, option("--quiet", "For cron: report each problem once, and nothing else.", "-q")] = False,
     as_json: JsonOption = False,
@@ -97,7 +97,7 @@ def push(
         if news and not news.has(exc):
             raise typer.Exit(exc.exit_code) from None
         raise
-    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
+    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with this process
     figures = None
     if loaded.metrics.file and not dry_run:
         from ..service.metrics import RunFigures
@@ -105,8 +105,8 @@ def push(
         figures = RunFigures(loaded.name, loaded.metrics.file, runtime_dir)
 
     def report(kind: str, ok: bool, message: str) -> None:
-        if not ok:  # a failure of a hook is a warning, since the weights are live all the same
-            print(f"wsync: warning: {message}", file=sys.stderr)  # its own words are harmless already
+        if not ok:  # a failure of a hook is only a warning, because the weights are live
+            print(f"wsync: warning: {message}", file=sys.stderr)  # the message is escaped already
         if figures:
             figures.hook(kind, ok)
 
@@ -279,7 +279,7 @@ def _main(
 
 
 def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
-    """One pass, with a bar on a terminal while weights come from a store."""
+    """Makes one pass; shows a progress bar on a terminal while weights come from a store."""
     from ..checkpoints.files.parts import remote
     from ..sync.claim import undone_by
     from .output.push import transfer_bar
@@ -291,7 +291,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
 
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:
-    """Waits until all readers have a version; says which of them do not have it in time."""
+    """Waits until all readers have a version; returns a text that names those without it, or an empty one."""
     from ..segment.reader_progress import behind, wait_for_readers
 
     late = wait_for_readers(segment, version, seconds) if segment else []
@@ -328,8 +328,8 @@ def command_line(name: str = "") -> typer.Typer:
 def main() -> None:
     """Runs the command line. An error of wsync becomes one message and an exit code, never a traceback.
 
-    Exits without tearing the interpreter down, which would take a sixth of the time of a push with nothing to do. By
-    then everything is closed, or the kernel releases it with the process.
+    Exits without Python's clean-up, which would take a sixth of the time of a push with nothing to do. By then
+    everything is closed, or the kernel releases it with the process.
     """
     if sys.platform != "linux":
         print(
@@ -338,26 +338,26 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than our use of it
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # starting its threads takes longer than their work here
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (a closed stream wants no output)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's odd name must not end a watch
-    told = ""
+    message = ""
     code: object = 0
     try:
         check_variables()
         command_line(*sys.argv[1:2])(prog_name="wsync")
     except WsyncError as exc:
-        told, code = harmless(on_one_line(str(exc), *sys.argv[1:])), exc.exit_code
+        message, code = harmless(on_one_line(str(exc), *sys.argv[1:])), exc.exit_code
     except OSError as exc:
-        told, code = f"OS error: {printable(str(exc))}. {remedy(exc)}, then run it again.", 1
+        message, code = f"OS error: {printable(str(exc))}. {remedy(exc)}, then run it again.", 1
     except MemoryError:
-        told, code = "this process has no memory left. Raise its limit (`ulimit -v`) and try again.", 1
+        message, code = "this process has no memory left. Raise its limit (`ulimit -v`) and try again.", 1
     except SystemExit as exc:
         code = exc.code
-    if told:
-        print(f"wsync: {told}", file=sys.stderr)
+    if message:
+        print(f"wsync: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
         sys.stderr.flush()

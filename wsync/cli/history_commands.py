@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ..history.state import Event, State
 
 history = typer.Typer()
-_DRAWN = 5000  # events, the last ones
+_DRAWN = 5000  # events that ``--plot`` draws, if --number is not more
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _LOOK = 0.5  # seconds between two looks of ``--follow``
 
@@ -73,7 +73,7 @@ def log(
 
             print_plot(name, state.events(since=start, limit=max(number, _DRAWN)), time.time())
             return
-        last = state.events(limit=1)  # what comes later is followed, whatever --since leaves out
+        last = state.events(limit=1)  # ``--follow`` begins after it, even if --since leaves it out
         events = state.events(since=start, limit=number)
         coming = follow_events(state, (events or last)[-1].id if last else 0) if follow else ()
         if as_json and not follow:
@@ -148,7 +148,7 @@ def promote(
     from .output.push import tell
     from .terminal import unwind_at
 
-    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with us
+    unwind_at(signal.SIGTERM, signal.SIGHUP)  # so that a gate or hook ends with this process
     try:
         outcome = publish(source, target, take_over=take_over, runtime=runtime_dir, state_dir=state_dir)
     except SegmentError as exc:
@@ -231,13 +231,13 @@ def config(
 
 
 def event_json(event: Event) -> dict[str, Any]:
-    """One event; the fields that do not apply are None."""
+    """An event as a JSON object; fields that do not apply are None."""
     data = {name: value for name, value in asdict(event).items() if name not in ("id", "settings", "changed_ns")}
     return {**data, "at": when(event.at), "version": event.version_then, "identity": event.identity or None}
 
 
 def moment(text: str) -> float:
-    """Seconds since the epoch of ``2h`` (ago), or of a date and time, local where it names no zone.
+    """Parses ``2h`` (ago), or a date and time, which is local if it names no zone; returns seconds since the epoch.
 
     Raises:
         UsageError: it is neither.
@@ -252,7 +252,7 @@ def moment(text: str) -> float:
 
 
 def follow_events(state: State, after: int) -> Iterator[Event]:
-    """Events as they come, until interrupted; all of a history that was begun anew."""
+    """Yields the events after one as they come, for ever; if the history was begun anew, all of its events."""
     while True:
         last = state.events(limit=1)
         if not last or last[-1].id < after:

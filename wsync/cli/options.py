@@ -32,7 +32,7 @@ HELP: dict[str, tuple[str, Any, str]] = {
         "How many passes may fail in a row; one more ends the watch with exit code 1. (default: -1, any number)",
     ),
     "slots": ("spec", int, "Number of buffers in a new segment. (default: 3)"),
-    "max_slots": ("spec", int, "Number of buffers it may grow to while readers keep older versions. (default: 8)"),
+    "max_slots": ("spec", int, "Most buffers that it may grow to while readers keep older versions. (default: 8)"),
     "keep": ("spec", int, "How many published checkpoints to keep copies of, for a rollback. (default: 0)"),
     "history": (
         "spec",
@@ -49,19 +49,19 @@ HELP: dict[str, tuple[str, Any, str]] = {
     "pattern": ("select", str, "Glob that a checkpoint's name must match. (default: *)"),
     "order": ("select", str, "What makes a checkpoint the newest: mtime, step, name or arrival. (default: mtime)"),
     "marker": ("select", str, "File that the trainer writes last; checkpoints without it are ignored."),
-    "settle": ("select", float, "Seconds without a change, where nothing else shows that it is whole. (default: 1)"),
+    "settle": ("select", float, "Seconds without a change, if nothing else shows that files are whole. (default: 1)"),
     "within": ("select", str, "Directory in each checkpoint that holds the weights, such as pretrained_model."),
     "file": ("select", str, "File in each checkpoint that holds the weights, such as model_1.safetensors."),
     "pointer": ("select", str, "File in the directory that names the one checkpoint to take, such as latest."),
     "step": ("select", str, "/REGEX/ with a group that finds the step in a checkpoint's name."),
     "digest": ("select", str, "sha256: compare each file with the digest that the trainer leaves beside it."),
     "extras_files": ("extras", list[str], "File or glob beside the weights that travels with them; may be repeated."),
-    "extras_max_bytes": ("extras", int, "Bytes that all of them may have together. (default: 16777216)"),
+    "extras_max_bytes": ("extras", int, "Most bytes of all these files together. (default: 16777216)"),
     "prefix": ("weights", str, "Take only tensors whose names begin with this, and drop it from their names."),
     "rename": ("weights", list[str], "OLD=NEW, or /REGEX/=NEW; may be repeated."),
     "include": ("weights", list[str], "Glob of tensor names to take; may be repeated."),
     "exclude": ("weights", list[str], "Glob of tensor names to leave out; may be repeated."),
-    "own": ("weights", list[str], "Glob of the policy's tensors that no version has; may be repeated."),
+    "own": ("weights", list[str], "Glob of tensors that the policy keeps for itself; may be repeated."),
     "cast": ("weights", bool, "Convert floats to the policy's dtypes."),
     "strict": ("weights", bool, "Require every tensor of the policy, and refuse any other. (default: strict)"),
     "base": ("weights", str, "Checkpoint that a PEFT adapter is merged into."),
@@ -154,7 +154,7 @@ def specs(incomplete: str) -> list[str]:
 
 
 def targets(incomplete: str) -> list[str]:
-    """Both, for a segment that may be named by its spec."""
+    """Names and specs that begin with this text, for a segment that may be named by its spec."""
     return names(incomplete) + specs(incomplete)
 
 
@@ -174,13 +174,13 @@ def versions(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 
 def option(flag: str, text: str, *short: str, shown: bool = False, **more: Any) -> Any:
-    """An option with its environment variable, ``WSYNC_`` and its name.
+    """Declares an option and its environment variable, which is ``WSYNC_`` and the option's name.
 
     Args:
-        flag: such as ``--dry-run``, or ``--cast/--no-cast``.
+        flag: the option, such as ``--dry-run`` or ``--cast/--no-cast``.
         short: other names, such as ``-n``.
         shown: whether the help shows its default.
-        more: what ``typer.Option`` takes.
+        more: further arguments of ``typer.Option``.
     """
     variable = f"WSYNC_{flag.split('/')[0].lstrip('-').replace('-', '_').upper()}"
     return typer.Option(flag, *short, envvar=variable, help=text, show_default=shown, **more)
@@ -204,7 +204,7 @@ StateOption = Annotated[
     option(
         "--state-dir",
         "Where history and pins are kept. (default: $XDG_STATE_HOME/wsync; /var/lib/wsync for root)",
-        readable=False,  # else typer ends the command when it may not read this directory; wsync only reports it
+        readable=False,  # otherwise typer ends the command if it may not read this directory; wsync only reports it
     ),
 ]
 TakeOverOption = Annotated[
@@ -216,7 +216,7 @@ JsonOption = Annotated[bool, option("--json", "Print one JSON object.")]
 def with_settings(command: CommandInfo) -> CommandInfo:
     """Gives a command whose function has a parameter ``settings`` one option for each setting.
 
-    This takes a millisecond a command, so it is done for the commands of a command line and not where they are written.
+    This takes a millisecond per command, so it is done only for the commands that a command line has.
     """
     function = command.callback
     if function is None or "settings" not in function.__annotations__:
@@ -283,19 +283,18 @@ def _value(name: str, value: Any) -> Any:
 
 
 def check_format(log_format: str | None) -> None:
-    """Raises UsageError for an unknown log format."""
     if log_format not in (None, "rich", "plain", "json"):
         raise UsageError(f"--log-format {log_format!r} is unknown. Use rich, plain or json.")
 
 
 def check_variables() -> None:
-    """Refuses a ``WSYNC_`` variable that nothing reads, because a misspelt one would have no effect without a word.
+    """Refuses a ``WSYNC_`` variable that nothing reads: a misspelt one would otherwise be ignored silently.
 
-    Removes the variables of a Kubernetes service from the environment, because one of them may have the name of a
-    setting by accident (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``).
+    Removes the variables of a Kubernetes service from the environment, because one of them may happen to have the name
+    of a setting (``WSYNC_METRICS_PORT``, of a service ``wsync-metrics``).
 
     Raises:
-        UsageError: with the nearest name.
+        UsageError: there is such a variable; the message names the most similar known one.
     """
     for name in [name for name, value in os.environ.items() if SERVICE.match(f"{name}={value}")]:
         del os.environ[name]

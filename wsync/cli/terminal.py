@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: errors, a stop by a signal, and tables, for which rich is loaded late."""
+"""What the commands share: printing an error, ending at a signal, and tables; rich is loaded only to draw one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_PIPE = 100_000  # columns: a line is never broken there
+_PIPE = 100_000  # columns in a pipe or a file, so that no line is broken
 
 
 def complain(exc: WsyncError) -> None:
@@ -20,7 +20,7 @@ def complain(exc: WsyncError) -> None:
 
 
 def unwind_at(*numbers: int) -> None:
-    """Unwinds this process at the first of these signals, so that it ends what it started; ignores later ones."""
+    """Raises SystemExit at the first of these signals, so that what was started is cleaned up; ignores later ones."""
 
     def end(number: int, _: object) -> None:
         for each in numbers:
@@ -28,7 +28,7 @@ def unwind_at(*numbers: int) -> None:
         sys.exit(128 + number)
 
     for number in numbers:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores SIGHUP
             signal.signal(number, end)
 
 

@@ -21,7 +21,7 @@ from ..terminal import stdout_console
 
 
 def box() -> dict[str, Any]:
-    """What the figures belong to; taken before them, because measuring is load, too."""
+    """Describes the machine; called before measuring, which is load itself."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
@@ -42,7 +42,7 @@ def as_json(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -
 
 
 def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    """The table on stdout, the box above it, and below it what was not measured and how many aims are met."""
+    """Prints the table to stdout; above it the machine, below it what was not measured and how many aims are met."""
     from rich.table import Column, Table
     from rich.text import Text
 
@@ -59,7 +59,7 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
     columns = ("measured", figure("wsync"), "beside", figure(), figure("ratio"), whole("aim"), whole())
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     verdicts = {True: Text("met", "green"), False: Text("MISSED", "bold red"), None: Text("")}
-    told, absent = [], []
+    met, absent = [], []
     for row in rows:
         if row.value is None:
             why = f"failed: {row.failed}" if row.failed else f"not measured: {row.skipped}"
@@ -69,15 +69,14 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
         ratio = "" if row.ratio is None else f"{row.ratio:.3g}"
         aim = ""
         if row.aim:
-            told.append(row.met)
+            met.append(row.met)
             aim = f"{row.aim.sense} {f'{row.aim.bound:.3g}' if row.beside else amount(row.aim.bound, row.unit)}"
         table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, aim, verdicts[row.met])
     console.print(table, *absent, sep="\n")
-    console.print(f"{told.count(True)} of {len(told)} aims met. A ratio is wsync by the other.")
+    console.print(f"{met.count(True)} of {len(met)} aims met. A ratio is wsync by the other.")
 
 
 def amount(value: float, unit: str) -> str:
-    """A figure in its unit, for people."""
     if unit == "%":
         return f"{value:.2g} %"
     if unit != "s":

@@ -1,4 +1,4 @@
-"""What ``wsync config`` prints: every setting and where it comes from; and with ``--init``, a new TOML of them all."""
+"""What ``wsync config`` prints: every setting and where it comes from; and with ``--init``, a TOML with all of them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def origins(spec: Spec, text: str, given: Mapping[str, str | None], others: Mapp
     """Every setting with its origin.
 
     Args:
-        spec: with what options and variables say in it.
-        text: the spec as it was named.
-        given: options by name, with where they came from.
+        spec: the spec, with the values of options and variables in it.
+        text: the spec as it was named: a path or an import string.
+        given: for each option by name, ``option`` or ``variable`` if it was given, else None.
         others: settings outside the spec, by the names of their options.
     """
     toml = _toml(text)
@@ -76,7 +76,7 @@ def _toml(text: str) -> Mapping[str, Any]:
 
 
 def spec_text(policy: str) -> str:
-    """The text of the TOML: each setting is one comment line, below a line that says what it means."""
+    """The text of a TOML: each setting is one line, commented out, below a line that says what it means."""
     lines = [f'policy = "{policy}"', 'checkpoints = "checkpoints"', ""]
     lines += ["# Each setting below shows its default, or an example if it has no default. Remove the # to change it."]
     for title in ("", "watch", *TABLES):
@@ -88,7 +88,7 @@ def spec_text(policy: str) -> str:
 
 
 def write_spec(spec: str) -> Path | None:
-    """Writes a new TOML; prints it where the spec is an import string.
+    """Writes a new TOML and returns its path; if the spec is an import string, prints it and returns None.
 
     Raises:
         UsageError: the file exists, or cannot be written.
@@ -123,7 +123,6 @@ def _setting(name: str) -> list[str]:
 
 
 def print_config(rows: list[Setting]) -> None:
-    """The table of ``wsync config``."""
     lines = plain_table("setting", "value", "from")
     for row in rows:
         lines.add_row(row.name, "" if row.value is None else printable(str(row.value)), row.origin)

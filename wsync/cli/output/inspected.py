@@ -1,4 +1,4 @@
-"""What ``wsync inspect`` prints: a checkpoint, and whether it is complete and fits; or those of a directory."""
+"""What ``wsync inspect`` prints: whether a checkpoint, or each in a directory, is complete and fits; what it holds."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ Fits = Callable[[Checkpoint], dict[str, Any]]
 def inspect(
     path: str | os.PathLike[str], *, spec: Spec | None = None, settings: Select | None = None, scan_values: bool = False
 ) -> dict[str, Any]:
-    """Looks at a checkpoint, or at the candidates of a directory; never raises for what is wrong with one of them.
+    """Describes a checkpoint, or the candidates of a directory; an error of one of them is described, not raised.
 
     Args:
-        spec: tells whether it fits this policy, and how.
+        spec: the policy to check them against; None for none.
         settings: which entries are checkpoints; default the spec's.
-        scan_values: reads every tensor to tell whether it is finite, and the extras, and compares digests where the
-            spec asks for them.
+        scan_values: whether to read every tensor, to see whether it is finite, and the extras, and to compare digests
+            if the settings ask for that.
 
     Returns:
         ``{"path", "candidates": […]}`` for a directory of checkpoints, newest first; else ``{"path", "complete",
         "reason", "kind", "step", "step_from", "other_numbers", "bytes", "files", "extras", "metadata",
-        "tensors"}``, with a spec ``"fits"``, and with ``"candidates"`` where there are others in it.
+        "tensors"}``, with ``"fits"`` if a spec is given, and ``"candidates"`` if the directory has other checkpoints.
 
-        ``step_from`` says where the step was read, and ``other_numbers`` are those that the name holds besides. Each
-        tensor has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, where it
-        was read, ``finite``. What fits has ``casts`` (each ``name``, ``from``, ``to``), ``kept`` (the policy's tensors
-        that keep their live values), ``left_out`` (the checkpoint's that are not taken) and ``base`` (what an adapter
-        is merged into). ``kind`` is the reason in a word: ``incomplete``, ``malformed`` or ``failed``.
+        ``step_from`` says where the step was read, and ``other_numbers`` are the other numbers in the name. Each tensor
+        has ``name``, ``dtype``, ``shape``, ``bytes``, ``file`` and, with ``scan_values``, ``finite``. A checkpoint that
+        fits has ``casts`` (each ``name``, ``from``, ``to``), ``kept`` (tensors of the policy that keep their live
+        values), ``left_out`` (tensors of the checkpoint that are not used) and ``base`` (what an adapter is merged
+        into). ``kind`` is the reason in one word, such as ``incomplete``, ``malformed`` or ``failed``.
 
     Raises:
         NoCheckpoint: there is nothing at the path.
@@ -69,7 +69,7 @@ def inspect(
     except OSError as exc:
         raise unreadable(path, exc) from exc
     except CheckpointError:
-        pass  # told below, where it is opened
+        pass  # reported below, when it is opened
     looked = _look(own, settings, fits, scan_values)
     try:
         others = [candidate for candidate in scan(path, settings, everything=True) if candidate.path != own]
@@ -142,7 +142,7 @@ def _described(path: Path, checkpoint: Checkpoint, settings: Select, broken: set
 
 
 def _fitter(spec: Spec) -> Fits:
-    """Returns a function that says whether a checkpoint fits the policy, whose layout is read once."""
+    """Returns a function that says whether and how a checkpoint fits the policy; reads the policy's layout once."""
     layout, settings = layout_process.layout_of_spec(spec), spec.weights
 
     def fits(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _fitter(spec: Spec) -> Fits:
 
 
 def _not_finite(checkpoint: Checkpoint) -> set[str]:
-    """The tensors that hold NaN or infinity, read a piece at a time, however large they claim to be."""
+    """The names of the tensors that hold NaN or infinity; reads in pieces, because tensors may be huge."""
     tensors = list(checkpoint.tensors.values())
     starts = [(tensor.file, tensor.start) for tensor in tensors]
     broken: set[str] = set()
@@ -184,7 +184,6 @@ def _not_finite(checkpoint: Checkpoint) -> set[str]:
 
 
 def print_inspection(looked: dict[str, Any]) -> None:
-    """What ``wsync inspect`` found, as tables."""
     console = stdout_console()
     if "complete" in looked:
         _print_checkpoint(console, looked)

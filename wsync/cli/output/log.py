@@ -20,16 +20,16 @@ from ..terminal import stdout_console
 _LABEL, _MOST = 15, 200  # columns
 _BARS = "▁▂▃▄▅▆▇█"
 _MARKS = {"reject": "x", "failure": "!", "rollback": "r", "pin": "p", "unpin": "u"}
-"""What a column shows of the events in it; where there are several the first of these counts."""
+"""The mark of a column with such an event; if it has several kinds, the first in this table counts."""
 
 Of = Callable[[Sequence[Event]], float | None]
 
 
 def print_plot(name: str, events: list[Event], end: float) -> None:
-    """Draws steps, versions and marks, and below them how publishing went; a column is a stretch of time.
+    """Draws steps, versions and marks, and below them how publishing went; each column is a span of time.
 
     Args:
-        end: of the picture, seconds since the epoch.
+        end: the time at the right edge, in seconds since the epoch.
     """
     console = stdout_console()
     published = [event for event in events if event.kind in ("publish", "rollback")]
@@ -62,9 +62,9 @@ def print_plot(name: str, events: list[Event], end: float) -> None:
     kinds = [{event.kind for event in column} for column in columns]
     marks = "".join(next((mark for kind, mark in _MARKS.items() if kind in found), " ") for found in kinds)
     if marks.strip():
-        told = ", ".join(f"{mark} {kind}" for kind, mark in _MARKS.items() if mark in marks)
+        legend = ", ".join(f"{mark} {kind}" for kind, mark in _MARKS.items() if mark in marks)
         console.print(f"{'marks':<{_LABEL}}{marks}".rstrip(), soft_wrap=True)
-        console.print(f"{'':<{_LABEL}}{told}", style="dim")
+        console.print(f"{'':<{_LABEL}}{legend}", style="dim")
     draw("publish time", _greatest(lambda e: e.seconds), duration)
     speed = _greatest(lambda e: e.bytes / e.seconds if e.bytes and e.seconds else None)
     draw("staging speed", speed, lambda value: f"{size(value)}/s")
@@ -72,7 +72,7 @@ def print_plot(name: str, events: list[Event], end: float) -> None:
 
 
 def _greatest(of: Callable[[Event], float | None]) -> Of:
-    """The greatest of a column; None if nothing came."""
+    """Returns a function that gives the greatest value in a column; None if there is no value."""
 
     def greatest(column: Iterable[Event]) -> float | None:
         return max((float(value) for event in column if (value := of(event)) is not None), default=None)
@@ -81,11 +81,11 @@ def _greatest(of: Callable[[Event], float | None]) -> Of:
 
 
 def bar(value: float, most: float) -> str:
-    """A value between 0 and the greatest one as a block of that height."""
+    """A block whose height shows a value between 0 and ``most``."""
     return _BARS[round(value / most * (len(_BARS) - 1))] if most > 0 else _BARS[0]
 
 
-_LOG_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (  # with the columns that each takes at least
+_LOG_COLUMNS: tuple[tuple[str, int, JustifyMethod], ...] = (  # heading, least width in characters, alignment
     ("time", 14, "left"),
     ("event", 8, "left"),
     ("version", 7, "right"),
@@ -97,7 +97,7 @@ _LOG_STYLES = {"reject": "red", "failure": "red", "rollback": "yellow", "pin": "
 
 
 def print_log(name: str, events: list[Event], coming: Iterable[Event]) -> None:
-    """The table of ``wsync log``: a line an event, with its reason below it on a terminal and beside it in a pipe.
+    """Prints the table of ``wsync log``: one line per event, with its reason below it on a terminal, else in the line.
 
     Args:
         coming: further events, printed as they come.

@@ -1,4 +1,4 @@
-"""What ``wsync push`` and ``wsync promote`` print: the outcome as a line or as JSON, and a bar meanwhile."""
+"""What ``wsync push`` and ``wsync promote`` print: the outcome as a line or as JSON, and a progress bar before."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ...errors import WithDifferences, harmless, printable
 from ...sync.outcome import Outcome
 from ...text import count, duration, size
 
-_TOLD = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
+_FIELDS = ("status", "name", "version", "step", "checkpoint", "bytes", "seconds", "readers", "reason")
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    data: dict[str, Any] = {name: getattr(outcome, name) for name in _TOLD}
+    data: dict[str, Any] = {name: getattr(outcome, name) for name in _FIELDS}
     if outcome.pin is not None:
         data["pin"] = outcome.pin
     for name in ("newer", "warning"):
@@ -32,7 +32,6 @@ def outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def outcome_line(outcome: Outcome) -> str:
-    """One line that says what a pass did."""
     file = printable(Path(outcome.checkpoint).name) if outcome.checkpoint else "weights from memory"
     step = "" if outcome.step is None else f", step {outcome.step}"
     live = f"version {outcome.version} stays live" if outcome.version else ""
@@ -42,8 +41,8 @@ def outcome_line(outcome: Outcome) -> str:
             staged = f"{size(outcome.bytes)} in {duration(outcome.seconds)}"
             return f"version {outcome.version}{step}{back}, {file}, {staged}, {count(outcome.readers, 'reader')}"
         case "checked":
-            told = f"{file}{step} would be published, {size(outcome.bytes)}"
-            return _joined(told, outcome.reason or "", live or "nothing is live")
+            would = f"{file}{step} would be published, {size(outcome.bytes)}"
+            return _joined(would, outcome.reason or "", live or "nothing is live")
         case "current":
             newer = f"{printable(Path(outcome.newer).name)} is newer, and not complete yet" if outcome.newer else ""
             return _joined(f"version {outcome.version}{step} is current, {file}", newer or outcome.reason or "")
@@ -52,14 +51,14 @@ def outcome_line(outcome: Outcome) -> str:
 
 
 def _joined(*clauses: str) -> str:
-    """Joins clauses; after one that is a sentence, the next is one, too."""
-    told = ""
+    """Joins clauses with semicolons; after a whole sentence, the next clause becomes a sentence, too."""
+    text = ""
     for clause in filter(None, clauses):
-        if told.endswith("."):
-            told += f" {clause[0].upper()}{clause[1:].removesuffix('.')}."
+        if text.endswith("."):
+            text += f" {clause[0].upper()}{clause[1:].removesuffix('.')}."
         else:
-            told += f"; {clause}" if told else clause
-    return told
+            text += f"; {clause}" if text else clause
+    return text
 
 
 def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
@@ -68,10 +67,10 @@ def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
     Args:
         quiet: print nothing about what went live.
     """
-    told = [*outcome.passed_over]
+    refusals = [*outcome.passed_over]
     if outcome.exit_code and not as_json:
-        told.append(outcome)
-    for refused in told:
+        refusals.append(outcome)
+    for refused in refusals:
         text = f"{refused.name}: {outcome_line(refused)}"
         print(harmless(str(WithDifferences(text, refused.differences))), file=sys.stderr)
     if as_json:
@@ -89,7 +88,7 @@ def tell(outcome: Outcome, *, as_json: bool, quiet: bool = False) -> None:
 
 @contextmanager
 def transfer_bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows bytes, rate and time left on stderr until the block ends: called with bytes done, and bytes in all."""
+    """Shows bytes, rate and time left on stderr until the block ends; yields a function of bytes done and in total."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 

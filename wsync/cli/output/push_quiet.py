@@ -15,7 +15,7 @@ class News:
     """The problem that was reported last, in a file below the state directory.
 
     Args:
-        spec: as it was named; pushes of different specs are told apart by it.
+        spec: the spec as it was named; each spec has a file of its own.
         state: the state directory; default as for the history.
     """
 
@@ -39,7 +39,7 @@ class News:
 
 
 def _trouble(event: Outcome | WsyncError) -> str:
-    """A text that differs between different problems; empty if there is no problem."""
+    """A text that identifies the problem; empty if there is no problem, or one that passes by itself."""
     if isinstance(event, WsyncError) or event.warning or event.kind == NoCheckpoint.kind:
         said = str(event) if isinstance(event, WsyncError) else event.warning or event.reason or ""
         return re.sub(r"\d+", "0", said).encode(errors="replace").decode()  # free bytes and pids differ each time

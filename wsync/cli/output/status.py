@@ -2,8 +2,8 @@
 
 rich is loaded only to draw a table.
 
-A monitor gets one line, and an exit code as Nagios and similar systems expect it. 0 is OK; 1, a warning: something is
-beyond its bound; 2, critical: nothing is live, or a segment cannot be read. A usage error, such as a misspelt option,
+A monitor gets one line, and an exit code as Nagios and similar systems expect it. 0 is OK; 1 is a warning: something is
+beyond its bound; 2 is critical: nothing is live, or a segment cannot be read. A usage error, such as a misspelt option,
 also ends with 2. The figures after ``|`` are for graphs.
 """
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 _REFRESH = 1.0  # seconds
 _WORDS = ("OK", "WARNING", "CRITICAL")
-_LOOKED_AT = 1000  # events
-_COLUMNS = 80  # of the screen of ``--watch``, as top(1) shows processes
+_LOOKED_AT = 1000  # most events that are read
+_COLUMNS = 80  # width of the screen of ``--watch``, which is like that of top(1)
 _HEAD = f"{'segment, reader':<31}{'version':>8}{'lag':>5}{'step':>11}{'age':>12}{'per min':>9}"
 
 
@@ -42,9 +42,9 @@ class Bounds(NamedTuple):
     """The bounds within which all is well; None sets no bound.
 
     Attributes:
-        staleness: age of a live version, seconds.
-        lag: versions that a reader may be behind.
-        lag_seconds: seconds that a reader may be behind.
+        staleness: most seconds since the live version was published.
+        lag: most versions that a reader may be behind.
+        lag_seconds: most seconds that a reader may be behind.
     """
 
     staleness: float | None = None
@@ -52,7 +52,7 @@ class Bounds(NamedTuple):
     lag_seconds: float | None = None
 
     def check(self) -> None:
-        """Raises UsageError for a bound that nothing, or everything, is within."""
+        """Raises UsageError for a bound that is not a valid number."""
         for name, value in self._asdict().items():
             if value is not None and not (value >= 0 if name == "lag" else value > 0):
                 bound = "versions, 0 or more" if name == "lag" else "seconds above 0"
@@ -60,45 +60,45 @@ class Bounds(NamedTuple):
 
 
 def show(name: str | None, runtime: Path | None, state: Path | None, bounds: Bounds, *, as_json: bool) -> int:
-    """Prints one look at the standing segments, or one line where bounds are given; returns the exit code.
+    """Prints the segments, or one line for a monitor if bounds are given; returns the exit code.
 
     Args:
-        name: of one segment; None takes all.
+        name: name of one segment; None for all.
 
     Raises:
-        SegmentError: the one segment that was named is not there, or is unusable, and no bounds are given.
+        SegmentError: the named segment does not exist, or is unusable; not if bounds are given.
     """
     is_check = bounds != Bounds()
-    told, broken = look(name, runtime, state)
+    found, broken = look(name, runtime, state)
     if name and broken and not is_check:
         raise broken[name]
     line, code = "", int(bool(broken))
     if is_check:
-        line, code = check(told, {each: str(exc) for each, exc in broken.items()}, bounds, state)
+        line, code = check(found, {each: str(exc) for each, exc in broken.items()}, bounds, state)
     if not line or as_json:
         for exc in broken.values():
             complain(exc)
     if as_json:
-        print(to_json((told[0] if told else {}) if name else {"segments": told}))
+        print(to_json((found[0] if found else {}) if name else {"segments": found}))
     elif line:
         print(line)
     else:
-        stdout_console().print(status_view(told), soft_wrap=True)
+        stdout_console().print(status_view(found), soft_wrap=True)
     return code
 
 
 def follow(name: str | None, runtime: Path | None, state: Path | None) -> None:
-    """Shows the status again and again until interrupted: in place on a terminal, otherwise one below the other."""
+    """Shows the status each second until interrupted: in place on a terminal, otherwise one below the other."""
     from rich.live import Live
 
     console = stdout_console()
-    unwind_at(signal.SIGTERM)  # the cursor is shown again
+    unwind_at(signal.SIGTERM)  # so that the cursor is shown again
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         view = stack.enter_context(Live(console=console, auto_refresh=False)) if console.is_terminal else None
         while True:
-            told, broken = look(name, runtime, state)
+            found, broken = look(name, runtime, state)
             lines = console.height - 1 if view else sys.maxsize
-            shown = view_of(told, broken, lambda each: len(_publishes(each, state, since=time.time() - 60)), lines)
+            shown = view_of(found, broken, lambda each: len(_publishes(each, state, since=time.time() - 60)), lines)
             if view:
                 view.update(shown, refresh=True)
             else:
@@ -110,38 +110,38 @@ def follow(name: str | None, runtime: Path | None, state: Path | None) -> None:
 def look(
     name: str | None, runtime: Path | None, state: Path | None
 ) -> tuple[list[dict[str, Any]], dict[str, SegmentError]]:
-    """Returns each readable segment as ``segment_json`` gives it, and the error of each other one by name."""
-    told: list[dict[str, Any]] = []
+    """Returns each readable segment as ``segment_json`` does, and the errors of the others by name."""
+    found: list[dict[str, Any]] = []
     broken: dict[str, SegmentError] = {}
     for each in [name] if name else segments(runtime):
         try:
             with closing(Segment.open(each, runtime)) as segment:
-                _ = segment.live(), segment.layout, segment.readers()  # all that is read below, or SegmentUnsafe
-                told.append(_told(segment, state))
+                _ = segment.live(), segment.layout, segment.readers()  # raise SegmentUnsafe before anything is shown
+                found.append(_data_of(segment, state))
         except SegmentError as exc:  # one that is unusable, or was just removed, must not hide the others
             broken[each] = exc
-    return told, broken
+    return found, broken
 
 
-def _told(segment: Segment, state: Path | None) -> dict[str, Any]:
-    """The segment, its pin, its last failure if nothing was published since, and its group if it has one."""
-    told = segment_json(segment) | {"extras": _bytes_of_extras(segment)}
+def _data_of(segment: Segment, state: Path | None) -> dict[str, Any]:
+    """``segment_json``, with the pin, the last failure if nothing was published since, and the group, if any."""
+    data = segment_json(segment) | {"extras": _bytes_of_extras(segment)}
     with State(segment.name, state) as history:
         try:
             if pin := history.pin_file.read():
-                told["pin"] = pin.name
+                data["pin"] = pin.name
         except StateError as exc:
             complain(exc)
         try:
             for failure in history.events(kinds=("failure", "reject"), limit=1):
                 at = datetime.fromtimestamp(failure.at, UTC)
-                if not told["published_at"] or at > told["published_at"]:
-                    told["last_failure"] = {"at": at, "reason": failure.reason}
+                if not data["published_at"] or at > data["published_at"]:
+                    data["last_failure"] = {"at": at, "reason": failure.reason}
         except StateError as exc:
             complain(exc)
     if group := group_of(segment.path):
-        told["group"] = group
-    return told
+        data["group"] = group
+    return data
 
 
 def _bytes_of_extras(segment: Segment) -> int:
@@ -154,7 +154,7 @@ def _bytes_of_extras(segment: Segment) -> int:
 
 
 def segment_json(segment: Segment) -> dict[str, Any]:
-    """A segment and its readers, for programs and for the tables; each time is a ``datetime`` (see ``to_json``)."""
+    """Describes a segment and its readers, for programs and tables; times are ``datetime`` (see ``to_json``)."""
     live, readers = segment.live(), segment.readers()
     version = live.version if live else 0
     return {
@@ -188,53 +188,52 @@ def segment_json(segment: Segment) -> dict[str, Any]:
 
 
 def to_json(data: Any) -> str:
-    """JSON on one line, with times as ``when`` writes them and paths as texts."""
+    """JSON on one line, with times as ``when`` writes them and paths as strings."""
     return json.dumps(
         data, default=lambda value: when(value.timestamp()) if isinstance(value, datetime) else str(value)
     )
 
 
-def status_view(told: list[dict[str, Any]]) -> RenderableType:
-    """The tables of what ``look`` found."""
+def status_view(found: list[dict[str, Any]]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    return Group(*map(segment_view, told)) if told else Text("no segments")
+    return Group(*map(segment_view, found)) if found else Text("no segments")
 
 
-def segment_view(told: dict[str, Any], most: int | None = None) -> RenderableType:
+def segment_view(data: dict[str, Any], most: int | None = None) -> RenderableType:
     """Shows a segment as ``segment_json`` gives it, and at most ``most`` of its readers."""
     from rich.console import Group
     from rich.text import Text
 
-    readers = told["readers"]
-    parts: list[RenderableType] = [Text.assemble(*_headline(told))]
-    parts += [Text(f"  {note}", "yellow") for note in _notes(told)]
+    readers = data["readers"]
+    parts: list[RenderableType] = [Text.assemble(*_headline(data))]
+    parts += [Text(f"  {note}", "yellow") for note in _notes(data)]
     parts.append(_reader_table(readers[:most]) if readers else Text("  no readers", "dim"))
     if most and len(readers) > most:
         parts.append(Text(f"  … and {count(len(readers) - most, 'more reader')}"))
     return Group(*parts)
 
 
-def _headline(told: dict[str, Any]) -> list[str | tuple[str, str]]:
-    name = (told["name"], "bold")
-    if not told["version"]:
+def _headline(data: dict[str, Any]) -> list[str | tuple[str, str]]:
+    name = (data["name"], "bold")
+    if not data["version"]:
         return [name, ("  no version yet", "yellow")]
-    step = "" if told["step"] is None else f"  step {told['step']}"
-    file = printable(told["checkpoint"] or "weights from memory")
-    more = f"{step}  {size(told['bytes'])}  {age(told['published_at'])} ago\n  {file}"
-    return [name, (f"  version {told['version']}", "green"), more]
+    step = "" if data["step"] is None else f"  step {data['step']}"
+    file = printable(data["checkpoint"] or "weights from memory")
+    more = f"{step}  {size(data['bytes'])}  {age(data['published_at'])} ago\n  {file}"
+    return [name, (f"  version {data['version']}", "green"), more]
 
 
-def _notes(told: dict[str, Any]) -> Iterator[str]:
-    if told.get("pin"):
-        yield f"pinned: {printable(told['pin'])}"
-    if told.get("added_slots"):
-        slots = told["slots"] + told["added_slots"]
-        yield f"{slots} slots, {told['max_slots']} at most: readers keep older versions"
-    if group := told.get("group"):
+def _notes(data: dict[str, Any]) -> Iterator[str]:
+    if data.get("pin"):
+        yield f"pinned: {printable(data['pin'])}"
+    if data.get("added_slots"):
+        slots = data["slots"] + data["added_slots"]
+        yield f"{slots} slots, {data['max_slots']} at most: readers keep older versions"
+    if group := data.get("group"):
         yield f"group: rank {group['rank']} of {group['size']}: {few(group['boxes'])}"
-    if failure := told.get("last_failure"):
+    if failure := data.get("last_failure"):
         reason = " ".join((failure["reason"] or "").split())
         yield f"last failure {age(failure['at'])} ago: {printable(reason[:200])}"
 
@@ -267,44 +266,44 @@ def age(moment: datetime) -> str:
 
 
 def view_of(
-    told: list[dict[str, Any]], broken: Mapping[str, Exception], recent: Callable[[str], int], lines: int
+    found: list[dict[str, Any]], broken: Mapping[str, Exception], recent: Callable[[str], int], lines: int
 ) -> RenderableType:
-    """One look, the segments first that are in trouble.
+    """The screen of ``--watch``; segments that cannot be read, or failed last, come first.
 
     Args:
-        told: the segments, as ``look`` has them.
+        found: the segments that ``look`` returned.
         broken: why others cannot be read, by name.
-        recent: versions that went live in a segment within the last minute.
-        lines: of the screen.
+        recent: returns the number of versions that went live in a segment within the last minute.
+        lines: most lines that fit on the screen.
     """
     from rich.console import Group
     from rich.text import Text
 
-    readers = sum(len(each["readers"]) for each in told)
-    segments = count(len(told) + len(broken), "segment")
+    readers = sum(len(each["readers"]) for each in found)
+    segments = count(len(found) + len(broken), "segment")
     rows = [(f"wsync {time.strftime('%H:%M:%S')}  {segments}, {count(readers, 'reader')}", ""), (_HEAD, "bold")]
     rows += [(_fit(f"{name}: {' '.join(str(why).split())}"), "red") for name, why in broken.items()]
-    for each in sorted(told, key=lambda each: (not each["last_failure"], each["name"])):
+    for each in sorted(found, key=lambda each: (not each["last_failure"], each["name"])):
         rows += _segment_rows(each, recent(each["name"]))
     if len(rows) > lines:
         rows = [*rows[: lines - 1], (f"… and {len(rows) - lines + 1} more lines", "dim")]
     return Group(*(Text(*row) for row in rows))
 
 
-def _segment_rows(told: dict[str, Any], recent: int) -> list[tuple[str, str]]:
+def _segment_rows(data: dict[str, Any], recent: int) -> list[tuple[str, str]]:
     """The lines of a segment and its readers, each with its style."""
-    step = "" if told["step"] is None else str(told["step"])
-    live = told["version"]
-    since = age(told["published_at"]) if live else "nothing live"
-    pinned = " (pinned)" if told["pin"] else ""
-    name = f"{told['name']:.{31 - len(pinned) - 1}}{pinned}"
+    step = "" if data["step"] is None else str(data["step"])
+    live = data["version"]
+    since = age(data["published_at"]) if live else "nothing live"
+    pinned = " (pinned)" if data["pin"] else ""
+    name = f"{data['name']:.{31 - len(pinned) - 1}}{pinned}"
     line = f"{name:<31}{live or '':>8}{'':>5}{step:>11}{since:>12}{recent:>9}"
     rows = [(_fit(line), "green" if live else "yellow")]
-    for reader in sorted(told["readers"], key=lambda reader: -reader["lag"]):
+    for reader in sorted(data["readers"], key=lambda reader: -reader["lag"]):
         who = printable(f"  {reader['process']:.18} {reader['pid']}")
         line = f"{who:<31}{reader['version']:>8}{reader['lag']:>5}{reader['mode']:>11}{age(reader['since']):>12}"
         rows.append((_fit(line), "yellow" if reader["lag"] else ""))
-    if failure := told["last_failure"]:
+    if failure := data["last_failure"]:
         reason = printable(" ".join((failure["reason"] or "").split()))
         rows.append((_fit(f"  failed {age(failure['at'])} ago: {reason}"), "red"))
     return rows
@@ -314,18 +313,20 @@ def _fit(line: str) -> str:
     return line if len(line) <= _COLUMNS else f"{line[: _COLUMNS - 1]}…"
 
 
-def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds, state: Path | None) -> tuple[str, int]:
-    """The line and the exit code.
+def check(
+    found: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds, state: Path | None
+) -> tuple[str, int]:
+    """The line for a monitor, and the exit code.
 
     Args:
-        told: the segments, as ``look`` has them.
+        found: the segments that ``look`` returned.
         broken: why others cannot be read, by name.
         state: the directory of histories, which show since when a reader is behind.
     """
-    code, words, figures = (0, [], []) if told or broken else (2, ["there is no segment"], [])
+    code, words, figures = (0, [], []) if found or broken else (2, ["there is no segment"], [])
     for name, why in broken.items():
         code, words = 2, [*words, f"{name} cannot be read: {' '.join(why.split())}"]
-    for each in told:
+    for each in found:
         name = each["name"]
         if not each["version"]:
             code, words = 2, [*words, f"{name} has no version yet"]
@@ -347,17 +348,17 @@ def check(told: list[dict[str, Any]], broken: Mapping[str, str], bounds: Bounds,
     return printable(f"{line} | {' '.join(figures)}" if figures else line), code
 
 
-def _lagging(told: dict[str, Any], bounds: Bounds, state: Path | None) -> list[str]:
+def _lagging(data: dict[str, Any], bounds: Bounds, state: Path | None) -> list[str]:
     """Names the readers that are further behind than allowed."""
-    behind = [reader for reader in told["readers"] if reader["lag"] > 0]
+    behind = [reader for reader in data["readers"] if reader["lag"] > 0]
     late = [reader for reader in behind if bounds.lag is not None and reader["lag"] > bounds.lag]
     words = [f"{_named(r)} is {count(r['lag'], 'version')} behind" for r in late]
     if bounds.lag_seconds is None or not behind:
         return words
-    events = _publishes(told["name"], state, limit=_LOOKED_AT)
+    events = _publishes(data["name"], state, limit=_LOOKED_AT)
     for reader in behind:
         missed = [event.at for event in events if event.version > reader["version"]]
-        since = max(reader["since"].timestamp(), min(missed, default=told["published_at"].timestamp()))
+        since = max(reader["since"].timestamp(), min(missed, default=data["published_at"].timestamp()))
         seconds = time.time() - since
         if seconds > bounds.lag_seconds:
             words.append(f"{_named(reader)} has not refreshed for {duration(seconds)}")
@@ -365,11 +366,11 @@ def _lagging(told: dict[str, Any], bounds: Bounds, state: Path | None) -> list[s
 
 
 def _publishes(name: str, state: Path | None, **bounds: Any) -> list[Event]:
-    """What went live, within bounds as ``State.events`` takes them; nothing if the history cannot be read."""
+    """The publishes and rollbacks of a segment, within bounds of ``State.events``; empty if they cannot be read."""
     try:
         with State(name, state) as history:
             return history.events(kinds=("publish", "rollback"), **bounds)
-    except StateError:  # the newest version's own time is known all the same
+    except StateError:  # the time of the newest version is known without it
         return []
 
 

@@ -1,4 +1,4 @@
-"""What ``wsync watch`` prints: a panel on a terminal, elsewhere plain lines, or JSON lines, one an event."""
+"""What ``wsync watch`` prints: a panel on a terminal, or else plain lines or JSON lines, one per event."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _STYLES = {"info": "", "warning": "yellow", "error": "red"}
 
 LogFormat = Literal["rich", "plain", "json"]
 LOGGED = 5
-"""Differences that stand in a log line."""
+"""Most differences in a log line."""
 
 
 def one_line(text: str, differences: Iterable[Difference] = ()) -> str:
@@ -53,12 +53,13 @@ class WatchLog:
     """Logs a watch's passes: each event once, not each pass.
 
     Args:
-        name: of the segment.
-        form: ``rich`` is a panel on a terminal, ``plain`` a line an event, ``json`` an object a line.
-        segment: gives the standing segment, for the readers in the panel.
-        status: called with each event in one line.
-        rewriting: seconds for which a checkpoint may be rewritten before it is logged.
-        remembered: refused checkpoints that it does not log again.
+        name: name of the segment.
+        checkpoints: where checkpoints appear.
+        form: ``rich`` is a panel on a terminal, ``plain`` one line per event, ``json`` one JSON object per line.
+        segment: returns the open segment, if any, for the readers in the panel.
+        status: called with each event, as one line.
+        rewriting: seconds for which a checkpoint may be rewritten before that is logged.
+        remembered: most refused checkpoints that are remembered, so that they are not logged again.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class WatchLog:
         self.note("info", "stop", f"stopped; {live}")
 
     def tell(self, event: Outcome | WsyncError) -> None:
-        """Logs the outcome of a pass, or why it failed. Except for a publish, it does not repeat what it said last."""
+        """Logs the outcome of a pass, or why it failed; does not repeat the last line, unless it is a publish."""
         if isinstance(event, WsyncError):
             key = ("failed", str(event))
             if key != self._last:
@@ -135,11 +136,11 @@ class WatchLog:
     def reached(self, version: int, readers: int, seconds: float) -> None:
         """Logs, for programs, that all readers have a version; people see it in the panel."""
         if self._form == "json":
-            told = {"version": version, "readers": readers, "seconds": round(seconds, 6)}
-            self.note("info", "reached", f"version {version} is with {count(readers, 'reader')}", told)
+            data = {"version": version, "readers": readers, "seconds": round(seconds, 6)}
+            self.note("info", "reached", f"version {version} is with {count(readers, 'reader')}", data)
 
     def hook(self, kind: str, ok: bool, message: str) -> None:
-        """Logs a failure of a hook once, as long as it stays the same, and once that the hook works again."""
+        """Logs a failure of a hook, once for each message in a row; and then once that the hook works again."""
         known = self._failing.pop(kind, None)
         if not ok:
             self._failing[kind] = message
@@ -175,7 +176,7 @@ class WatchLog:
         """Logs one event.
 
         Args:
-            data: the fields of the JSON object; with None it holds the text.
+            data: the fields of the JSON object; None for ``message`` with the text.
             differences: shown below the text.
         """
         text = f"{self._name}: {text}"
@@ -208,10 +209,10 @@ class WatchLog:
         from .status import segment_json, segment_view
 
         segment = self._segment()
-        told: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}
-        with suppress(OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass says so
-            told = segment_json(segment) if segment else told
-        parts = [segment_view(told, most=SHOWN)]
+        data: dict[str, Any] = {"name": self._name, "version": 0, "readers": []}
+        with suppress(OSError, ValueError, WsyncError):  # it is being closed, or is gone: the next pass reports it
+            data = segment_json(segment) if segment else data
+        parts = [segment_view(data, most=SHOWN)]
         done, total = self._done
         if total and time.monotonic() - self._stage_began > 1:
             bar = Table.grid()
