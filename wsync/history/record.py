@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PASSED, _SAME = "+passed", "+same"  # scopes of ``State.remember`` that follow a digest
-_LATE, _HALF = "+late", "+half"  # and others
+_LATE, _INCOMPLETE = "+late", "+half"  # scopes that hold under any settings
 
 
 class Record:
@@ -49,10 +49,10 @@ class Record:
         self._refused: dict[str, str] = {}
         self._passed: set[str] = set()
         self._same: dict[str, str] = {}  # by identity, the version that has the same bytes
-        self._halves: dict[str, str] = {}
+        self._incomplete: dict[str, str] = {}
         self._fresh: set[str] = set()
         self._loaded = False
-        self._told: int | None = None
+        self._late: int | None = None
         self._complaint = self._failure = ""
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Record:
 
     def forget(self) -> None:
         """Forgets all refusals, so that refused checkpoints count as new."""
-        self._refused, self._passed, self._same, self._halves, self._loaded = {}, set(), {}, {}, True
+        self._refused, self._passed, self._same, self._incomplete, self._loaded = {}, set(), {}, {}, True
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Returns which of ``listed`` were refused: the reason by identity."""
@@ -98,10 +98,10 @@ class Record:
             self._refused |= self._try(State.remembered, self._settings) or {}
             self._passed |= (self._try(State.remembered, f"{self._settings}{_PASSED}") or {}).keys()
             self._same |= self._try(State.remembered, f"{self._settings}{_SAME}") or {}
-            self._halves |= self._try(State.remembered, _HALF) or {}
+            self._incomplete |= self._try(State.remembered, _INCOMPLETE) or {}
         if wanted:
             self._refused = {identity: why for identity, why in self._refused.items() if identity in wanted}
-            self._halves = {identity: why for identity, why in self._halves.items() if identity in wanted}
+            self._incomplete = {identity: why for identity, why in self._incomplete.items() if identity in wanted}
         return self._refused
 
     def reason(self, identity: str) -> str:
@@ -113,6 +113,7 @@ class Record:
         return identity in self._fresh
 
     def refuse(self, identity: str, reason: str, refused: Version) -> None:
+        """Remembers why a checkpoint is refused, and records that."""
         self._refused[identity] = reason
         self._fresh = {*self._fresh & self._refused.keys(), identity}
         self._try(State.remember, self._settings, identity, reason)
@@ -130,15 +131,15 @@ class Record:
         if identity not in self._refused:
             self._try(State.record, "reject", refused, bytes=None)
 
-    def half(self, identity: str) -> str:
+    def incomplete(self, identity: str) -> str:
         """Why an object of the last listing is incomplete; empty if it is not known to be."""
-        return self._halves.get(identity, "")
+        return self._incomplete.get(identity, "")
 
-    def found_half(self, identity: str, why: str) -> None:
+    def found_incomplete(self, identity: str, why: str) -> None:
         """Remembers under any settings that an object is incomplete, because an object never grows."""
-        if self._halves.get(identity) != why:
-            self._halves[identity] = why
-            self._try(State.remember, _HALF, identity, why)
+        if self._incomplete.get(identity) != why:
+            self._incomplete[identity] = why
+            self._try(State.remember, _INCOMPLETE, identity, why)
 
     def touched(self, live: Publication, checkpoint: Checkpoint) -> None:
         """Remembers that a checkpoint has the bytes of the live version: it is not tried while that is live."""
@@ -150,14 +151,15 @@ class Record:
         """Returns whether a checkpoint of the last listing has the bytes of the live version."""
         return live is not None and self._same.get(identity) == str(live.version)
 
-    def told_until(self) -> int:
+    def late_until(self) -> int:
         """When the latest checkpoint arrived that was reported as older than the live one, in ns; 0 if none was."""
-        if self._told is None:
-            self._told = max(map(int, (self._try(State.remembered, _LATE) or {}).values()), default=0)
-        return self._told
+        if self._late is None:
+            self._late = max(map(int, (self._try(State.remembered, _LATE) or {}).values()), default=0)
+        return self._late
 
-    def told_of(self, arrived_ns: int) -> None:
-        self._told = arrived_ns
+    def reported_late(self, arrived_ns: int) -> None:
+        """Remembers what ``late_until`` returns."""
+        self._late = arrived_ns
         self._try(State.remember, _LATE, "", str(arrived_ns))
 
     # --- events

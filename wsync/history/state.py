@@ -196,17 +196,13 @@ class State:
             more: fields of the event, which override those of ``about``.
         """
         found = {name: more.get(name) if name in more else getattr(about, name, None) for name in _COLUMNS}
-        told = {name: _text(value) for name, value in found.items() if value is not None}
-        marks = ", ".join("?" * (len(told) + 2))
-        values = time.time(), kind, *told.values()
+        row = {name: _text(value) for name, value in found.items() if value is not None}
+        marks = ", ".join("?" * (len(row) + 2))
+        values = time.time(), kind, *row.values()
 
         def add(database: sqlite3.Connection) -> None:
-            added = (
-                database.execute(
-                    f"INSERT INTO events ({', '.join(['at', 'kind', *told])}) VALUES ({marks})", values
-                ).lastrowid
-                or 0
-            )
+            insert = f"INSERT INTO events ({', '.join(['at', 'kind', *row])}) VALUES ({marks})"
+            added = database.execute(insert, values).lastrowid or 0
             if not added % self.trim:  # repeated failures must not push out what a rollback needs
                 database.execute(f"DELETE FROM events WHERE id <= ? AND NOT {_PUBLISHED}", (added - self._bound,))
                 last = f"SELECT id FROM events WHERE {_PUBLISHED} ORDER BY id DESC LIMIT 1 OFFSET ?"

@@ -68,11 +68,11 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
     if verdict == "accept":
         return
     what = staged.checkpoint or "the weights from memory"
-    told = f"{what}: the gate {spec.hooks.gate!r} {why}" + ("" if why.endswith("\n") else ". ")
+    message = f"{what}: the gate {spec.hooks.gate!r} {why}" + ("" if why.endswith("\n") else ". ")
     was_stopped = ended.code is None and stop is not None and stop.is_set()
     if verdict == "retry" or was_stopped:
-        raise RetryLater(f"{told}It is asked again at the next pass.")
-    raise GateRejected(f"{told}The checkpoint stays rejected until it changes.")
+        raise RetryLater(f"{message}It is asked again at the next pass.")
+    raise GateRejected(f"{message}The checkpoint stays rejected until it changes.")
 
 
 def _answer_of(

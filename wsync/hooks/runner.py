@@ -47,7 +47,7 @@ class Published(NamedTuple):
 
 
 Act = Callable[[Published, threading.Event], None]
-Told = Callable[[str, bool, str], None]
+Report = Callable[[str, bool, str], None]
 
 
 class Hook:
@@ -65,7 +65,7 @@ class Hook:
         failures: how often it failed.
     """
 
-    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Told) -> None:
+    def __init__(self, kind: str, act: Act, timeout: float, backoff: float, report: Report) -> None:
         self.kind, self.runs, self.failures = kind, 0, 0
         self._act, self._timeout, self._backoff, self._report = act, timeout, backoff, report
         self._changed = threading.Condition()
@@ -138,7 +138,7 @@ class HookRunner:
         hooks: the hooks that are set, by kind: ``exec`` and ``webhook``.
     """
 
-    def __init__(self, spec: Spec, runtime: Path, report: Told | None = None, state_dir: Path | None = None) -> None:
+    def __init__(self, spec: Spec, runtime: Path, report: Report | None = None, state_dir: Path | None = None) -> None:
         settings, report = spec.hooks, report or _warn
         self.hooks: dict[str, Hook] = {}
         if settings.exec:

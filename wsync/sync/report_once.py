@@ -49,12 +49,12 @@ def remember(record: Record, exc: CheckpointError, refusal: Outcome, *, abandone
 
 def late(record: Record, live: Publication, choice: Choice, order: str) -> str | None:
     """Says that a checkpoint arrived after what is live, and counts as older; None if that was said."""
-    told_until = record.told_until() if choice.late else 0
-    found = [candidate for candidate in choice.late if candidate.arrived_ns > told_until]
+    reported = record.late_until() if choice.late else 0
+    found = [candidate for candidate in choice.late if candidate.arrived_ns > reported]
     if not found:
         return None
     last = max(found, key=lambda candidate: candidate.arrived_ns)
-    record.told_of(last.arrived_ns)
+    record.reported_late(last.arrived_ns)
     name = Path(live.checkpoint or "").name
     return (
         f'{last.path} arrived after {name} went live, and counts as older (order = "{order}"). If it should be live, '

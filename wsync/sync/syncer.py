@@ -252,7 +252,7 @@ class Syncer:
         for candidate in choice.todo:
             opened = ""
             try:
-                if why := "" if this.force else self.record.half(candidate.identity):
+                if why := "" if this.force else self.record.incomplete(candidate.identity):
                     raise IncompleteCheckpoint(why)
                 published = partial(self._published_from, this, candidate.path)
                 with self.publisher.route.busy(partial(self.getter.open, candidate, published)) as checkpoint:
@@ -277,7 +277,7 @@ class Syncer:
                 if not this.dry_run:
                     report_once.remember(self.record, exc, refusal, abandoned=abandoned and this.live is not None)
                     if type(exc) is IncompleteCheckpoint and remote(candidate.path):  # time alone changes nothing
-                        self.record.found_half(candidate.identity, exc.message)
+                        self.record.found_incomplete(candidate.identity, exc.message)
         if not refusals and this.live:
             return this.standing("current")
         if not refusals:
