@@ -132,7 +132,7 @@ def copied_events(state: State) -> list[Event]:
 
 
 def copies(state: State) -> dict[tuple[str, str], Path]:
-    """Returns the paths of the copies, by ``key_of`` what they hold."""
+    """Returns the paths of the copies, by the ``key_of`` their events."""
     return {key_of(event): copy_path(state, event.version) for event in copied_events(state) if event.identity}
 
 

@@ -69,7 +69,7 @@ class Ended:
 
     @property
     def said(self) -> str:
-        """The output, to be appended to a message. Several lines are indented, so that none looks like a message."""
+        """The output, to be appended to a message. Several lines are indented, so that none looks like wsync's own."""
         lines = self.output.split("\n")
         if len(lines) > 1:
             return "\n  ".join([":", *lines]) + "\n"

@@ -3,7 +3,7 @@
 A command (anything that is not ``package.module:function``) runs through ``/bin/sh`` in the spec's directory. Its
 environment has ``WSYNC_HOOK_STAGED`` (a plain safetensors file that nobody can write), ``WSYNC_HOOK_NAME``,
 ``WSYNC_HOOK_STEP`` (empty if there is none), ``WSYNC_HOOK_CHECKPOINT``, and ``WSYNC_HOOK_EXTRAS`` (a directory with the
-extras; empty if there are none). Status 0 accepts, 75 asks to be asked again later, and any other rejects.
+extras; empty if there are none). Status 0 accepts, 75 asks to be asked again later, and any other status rejects.
 
 A function gets the policy, in eval mode and with the staged weights; if it has a parameter ``extras``, it also gets the
 extras, as bytes by name. Any result accepts but ``False``, which counts as a failed check whose author forgot to raise;

@@ -189,11 +189,11 @@ class Spec:
         try:
             file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
             info = file.stat()
-            state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
+            file_state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
         except OSError:
-            state = None
+            file_state = None
         own = [self.weights.own] if self.weights.own else []
-        text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), state, *own], default=str)
+        text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), file_state, *own], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def digest(self) -> str:
