@@ -298,7 +298,7 @@ _ADVICE = {
     errno.ENOMEM: "Raise this process's memory limit (`ulimit -v`; MemoryMax= of its systemd unit)",
     errno.ESTALE: "Mount that network file system anew: its server no longer knows the file",
     errno.EIO: "Look at the disk, or the network file system, below it (`dmesg` tells more)",
-    errno.ENOENT: "See that it is there",
+    errno.ENOENT: "Check that it exists",
 }
 
 

@@ -86,7 +86,7 @@ def normalize(extras: Mapping[str, bytes], observation: Any) -> Any:
         return observation
     if isinstance(observation, Mapping) == ("obs_rms.mean" in tensors):
         given, trained = ("a dict", "arrays") if isinstance(observation, Mapping) else ("an array", "dicts")
-        raise UsageError(f"the observation is {given}, and the trainer's were {trained}. Make the same environment.")
+        raise UsageError(f"the observation is {given}, and the trainer's were {trained}. Use the same environment.")
     clip, epsilon = float(settings["clip_obs"]), float(settings["epsilon"])
 
     def scaled(value: Any, name: str) -> Any:

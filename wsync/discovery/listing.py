@@ -305,7 +305,7 @@ def _markers_of(name: str, marker: str) -> tuple[str, ...]:
 
 
 def _marked(candidate: Candidate, saved_ns: int, markers: Iterable[Path], settings: Select) -> list[Candidate]:
-    """The candidate if it needs no marker or has one that is not older than ``saved_ns``, from an earlier save."""
+    """The candidate, if it needs no marker or has one; a marker older than ``saved_ns`` is of an earlier save."""
     infos = map(_look, markers) if settings.marker else ()
     is_marked = not settings.marker or any(written(info) >= saved_ns for info in infos if info)
     return [candidate] if is_marked else []

@@ -81,7 +81,7 @@ class Select:
             )
         if self.file and not (is_file_name(self.file) and self.file.endswith(SUFFIX)):
             raise UsageError(
-                f"file = {self.file!r} is not the name of a {SUFFIX} file. Write it as it stands in a checkpoint."
+                f"file = {self.file!r} is not the name of a {SUFFIX} file. Give the file's name in each checkpoint."
             )
         levels = self.within.split("/") if self.within else []
         if len(levels) > _LEVELS or not all(map(is_file_name, levels)):

@@ -126,7 +126,7 @@ def _below(directory: Path, levels: int = 4) -> Iterator[tuple[str, Path]]:
 
 
 def pickles_in(place: Path) -> str:
-    """A sentence that names a pickle in a directory, or one level below, which wsync never loads; empty if none is."""
+    """A sentence that names a pickle in a directory or one level below: wsync never loads one. Empty without any."""
     try:
         entries = ((path, entry.name) for _, path in _below(place, 2) for entry in islice(entries_of(path), _ENTRIES))
         files = (path / name for path, name in entries if name.lower().endswith(_PICKLES))

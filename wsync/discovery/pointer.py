@@ -45,5 +45,5 @@ def pointed(place: Path, pointer: str) -> str:
     if not found:
         raise NoCheckpoint(f"{file} names {named}, which is not there yet. It is looked at again at the next pass.")
     if not remote(place) and os.path.dirname(os.path.realpath(place / found)) != str(real):
-        raise MalformedCheckpoint(f"{file} names {named}, a link that leads out of {place}. Name what lies in it.")
+        raise MalformedCheckpoint(f"{file} names {named}, a link that leads out of {place}. Name an entry of it.")
     return found

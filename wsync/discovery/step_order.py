@@ -76,7 +76,7 @@ class StepOrder:
         return step_in_name(entry, self._pattern).number if self._pattern else step_by_shape(entry)
 
     def named_step_like(self, name: str) -> Callable[[str], int | None]:
-        """Returns ``named_step`` for many names of entries, fast for those that are like this one."""
+        """Returns a ``named_step`` that is faster for entries whose names are like this one."""
         return self.named_step if self._pattern else steps_like(name.partition("/")[0])
 
     def agrees_with(self, live: Candidate) -> bool:

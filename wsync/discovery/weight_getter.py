@@ -1,6 +1,6 @@
 """The weight getter: returns the newest weights of a directory.
 
-Calling it returns a TensorDict, as the ``weight_getter`` of torchrl's weight updaters and ours must. For publishing, it
+Calling it returns a TensorDict, as torchrl's and our weight updaters expect of a ``weight_getter``. For publishing, it
 returns the opened checkpoint instead, so that bytes go from the file straight into the slot, and torch is not imported.
 """
 
@@ -277,7 +277,7 @@ def _to_tensordict(checkpoint: Checkpoint, settings: Fit) -> TensorDict:
     except (KeyError, ValueError) as exc:
         parent = next(name for name in tensors if any(other.startswith(f"{name}.") for other in tensors))
         raise CheckpointError(
-            f"{checkpoint.path}: {parent!r} is a tensor and the parent of another one, which cannot both stand in one "
-            "TensorDict. Rename one where the checkpoint is written."
+            f"{checkpoint.path}: {parent!r} is a tensor and also the parent of another one, which a TensorDict cannot "
+            "hold. Rename one of them where the checkpoint is written."
         ) from exc
     return nested

@@ -106,8 +106,8 @@ class Group:
             self.note(
                 "warning",
                 "group",
-                "torchrun ends on all boxes where one joins late or comes back: set "
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it starts",
+                "torchrun ends on all boxes if one joins late or comes back: set "
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun starts",
             )
 
     def gather(self, mine: Any) -> list[Any]:

@@ -156,14 +156,14 @@ def _make(
     if mode == "swap" and hindrance:
         raise SwapRefused(
             f"{hindrance}, and swap points it at memory that each version replaces, so that its own writes are lost "
-            'with the next version. Use mode="copy", or mode="auto", which takes swap where it is safe.'
+            'with the next version. Use mode="copy", or mode="auto", which swaps only if that is safe.'
         )
     others = [] if mode == "copy" or hindrance else shared(tensors)
     if mode == "swap" and others:
         raise SwapRefused(
             f"{others[0]} lies in memory that other processes share (share_memory(), a torch.multiprocessing queue, a "
-            'mapped file), and swap would leave the others with the weights that they have. Use mode="copy", which '
-            'writes to that memory, or mode="auto".'
+            'mapped file), and swap would leave the others with their old weights. Use mode="copy", which writes to '
+            'that memory, or mode="auto".'
         )
     if device is None:
         copies = mode == "copy" or bool(hindrance or others)

@@ -49,8 +49,8 @@ class Users:
         with self._changed:
             if me in self._inside and self._changer != me:
                 raise UsageError(
-                    "this thread is inside a using() block, which holds the version still. Refresh or close after the "
-                    "block."
+                    "this thread is inside a using() block, which keeps the version from changing. Refresh or close "
+                    "after the block."
                 )
             free = not (self._changer == me or (skip and (self._changer or self._inside)))
             while free and self._changer:

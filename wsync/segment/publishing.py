@@ -253,8 +253,8 @@ def _next_version(segment: WritableSegment, last_version: int) -> int:
     version = max(segment.version, operator.index(last_version)) + 1  # plain, so that a slot's header can hold it
     if version >= MAX_VERSION:
         raise SegmentUnsafe(
-            f"segment {segment.name!r} says that its version is {version - 1}, which cannot be: it is damaged. Remove "
-            f"it with `wsync rm {segment.name}`, and publish again."
+            f"segment {segment.name!r} says that its version is {version - 1}, which is impossible: it is damaged. "
+            f"Remove it with `wsync rm {segment.name}`, and publish again."
         )
     return version
 

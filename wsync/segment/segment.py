@@ -217,7 +217,7 @@ class Segment:
             if self.word == word:
                 live = self._publication(head, word & 0xFF)
                 if live.version != word >> 8:
-                    raise broken(self.name, f"says that version {word >> 8} is live, and its slot holds {live.version}")
+                    raise broken(self.name, f"says that version {word >> 8} is live, but its slot holds {live.version}")
                 return live
         return None
 

@@ -198,8 +198,8 @@ class Service:
         allowed = spec.metrics.max_staleness
         if allowed is not None and allowed <= spec.poll:
             raise SpecError(
-                f"metrics.max_staleness = {allowed} (--max-staleness) passes between any two looks, which are "
-                f"{spec.poll} seconds apart (--poll). Give several times that."
+                f"metrics.max_staleness = {allowed} (--max-staleness) is too short: two looks are up to {spec.poll} "
+                "seconds apart (--poll). Give several times that."
             )
         state = State(spec.name, self._state, spec.history)
         role: Any = "member" if self._group else "watch"

@@ -135,7 +135,7 @@ class Access:
         os.fchmod(fd, bits)
 
     def check_enterable(self, base: Path) -> None:
-        """Checks that users who may read a segment can enter the directory ``base``, where it is.
+        """Checks that the users who may read a segment can enter the runtime directory ``base``.
 
         Raises:
             UsageError: they cannot; the message gives the command that lets them.

@@ -104,8 +104,8 @@ class WeightUpdaterBase:
         collector = self.collector
         if collector is None:
             raise RuntimeError(
-                f"this {type(self).__name__} has no collector whose version it could raise. Give it to a collector as "
-                "its weight_updater first."
+                f"this {type(self).__name__} has no collector whose version it could increment. Give it to a collector "
+                "as its weight_updater first."
             )
         collector.increment_version()
 

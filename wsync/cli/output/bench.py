@@ -73,7 +73,7 @@ def print_rows(settings: Settings, about: Mapping[str, Any], rows: Iterable[Row]
             aim = f"{row.aim.sense} {f'{row.aim.bound:.3g}' if row.beside else amount(row.aim.bound, row.unit)}"
         table.add_row(row.name, amount(row.value, row.unit), row.beside, other, ratio, aim, verdicts[row.met])
     console.print(table, *absent, sep="\n")
-    console.print(f"{met.count(True)} of {len(met)} aims met. A ratio is wsync by the other.")
+    console.print(f"{met.count(True)} of {len(met)} aims met. A ratio is wsync's figure divided by the other.")
 
 
 def amount(value: float, unit: str) -> str:
