@@ -599,6 +599,28 @@ def test_a_followed_status_ends_as_it_is_asked_to(spawn: Spawn, push: Push) -> N
     assert following.wait(DEADLINE) == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("mark", [2.0, float("nan"), None])
+@pytest.mark.parametrize("booted", [False, True])
+def test_a_dry_run_opens_what_is_pinned(
+    booted: bool, mark: float | None, push: Push, runs: Path, runtime: Path, state: State
+) -> None:
+    """Guards against a dry run that finds all well where the push fails: the pinned file is gone, or not finite."""
+    push(1)
+    file = write(runs / "step_2.safetensors", mlp(), mark)
+    pin_checkpoint(NAME, str(file), runtime=None, state=state)
+    if mark is None:
+        file.unlink()
+    if booted:
+        shutil.rmtree(runtime / NAME)
+    spec = replace(load_spec("policies:mlp"), hooks=Hooks(gate="exit 1"))
+    tried, done = push(dry_run=True, spec=spec), push(spec=spec)
+    expected = {2.0: ("checked", 0, None)}.get(mark or 0.0, (done.status, done.exit_code, done.reason))
+    assert (tried.status, tried.exit_code, tried.reason) == expected and tried.pin == done.pin == str(file)
+    assert done.status == {2.0: "published", None: "failed"}.get(mark, "rejected")
+    assert [event.kind for event in state.events()].count("failure") == (mark != 2.0)
+    assert push(dry_run=True).status == ("pinned" if mark == 2.0 else tried.status)
+
+
 def test_a_failure_is_told_with_what_stays_live(push: Push, state: State) -> None:
     """Guards ``wsync log``: the version beside a failure is the live one, for a push that published nothing, too."""
     push(1)

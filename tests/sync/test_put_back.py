@@ -167,9 +167,9 @@ def test_a_dry_run_remembers_and_publishes_nothing(segment: WritableSegment, run
     with syncer(runs, keep=1) as one, State(NAME) as state:
         assert one.once(dry_run=True).status == "current"
         assert state.remembered(f"{one.spec.digest()}+same") == {}
-        for pinned in (None, str(other)):  # what is live, and what is not
+        for pinned, status in ((None, "pinned"), (str(other), "checked")):  # what is live, and what is not
             pin_checkpoint(NAME, pinned, runtime=runtime, state=state)
-            assert one.once(dry_run=True).status == "pinned"
+            assert one.once(dry_run=True).status == status
         assert (segment.version, state.copies.exists()) == (1, False)
 
 

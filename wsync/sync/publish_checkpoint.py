@@ -69,7 +69,7 @@ class CheckpointPublisher:
             layout, segment = self._policy.read(), self._box.standing.opened
             if segment:
                 self._policy.compare(segment, layout)
-            return partial(self._rehearse, this, layout)
+            return partial(self._rehearse, this, layout, fit=self._box.spec.weights)
         segment = self._box.make_segment()
         self._policy.check(segment, this.live)
         return partial(self._publish, this, segment)
@@ -106,9 +106,9 @@ class CheckpointPublisher:
     def pinned(self, this: Pass, pin: Pin) -> Outcome:
         """Keeps what is pinned live, or puts it live if the segment was made anew or the operator named a file."""
         box = self._box
-        is_live = this.live is not None and pin.holds(this.live)
-        if this.dry_run or is_live:
-            if not this.dry_run and this.live and this.live.checkpoint and (segment := box.standing.opened):
+        segment = box.standing.opened
+        if segment and this.live and pin.holds(this.live):
+            if this.live.checkpoint and not this.dry_run:
                 box.keep(segment)  # for the next reboot, even if its file is gone by then
             return this.pinned(pin)
 
@@ -119,18 +119,22 @@ class CheckpointPublisher:
                     "pass obeys the new one."
                 )
 
-        segment = box.make_segment()
+        deliver: Callable[[Checkpoint, Fit], Outcome]
+        if this.dry_run:
+            deliver = partial(self._rehearse, this, segment.layout if segment else self._policy.read())
+        else:
+            deliver = partial(self.route.deliver, this, box.make_segment(), recheck=Recheck(check_pin, check_pin))
         try:
             checkpoint, fit = self.route.busy(lambda: box.record.reopen(pin, box.spec.weights, box.spec.extras))
             with checkpoint:
                 if not checkpoint.fitted:  # a kept copy is not the file that the digest belongs to
                     checkpoint.expect(box.spec.select.digest)
-                recheck = Recheck(check_pin, check_pin)  # no gate: the operator has decided
-                return replace(self.route.deliver(this, segment, checkpoint, fit, recheck), pin=pin.name)
+                return replace(deliver(checkpoint, fit), pin=pin.name, reason=None)  # the operator decides, not a gate
         except CheckpointError as exc:
             about = {"step": pin.step, "checkpoint": pin.checkpoint, "identity": pin.identity, "pin": pin.name}
             outcome = this.refusal(exc, named=True, **about)
-            box.record.failed(outcome.version, outcome.reason or "")
+            if not this.dry_run:
+                box.record.failed(outcome.version, outcome.reason or "")
             return outcome
 
     def _publish(self, this: Pass, segment: WritableSegment, checkpoint: Checkpoint) -> Outcome:
@@ -164,15 +168,14 @@ class CheckpointPublisher:
             raise
         return replace(outcome, casts=report_once.casts(self._casts, checkpoint))
 
-    def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint) -> Outcome:
-        spec, progress = self._box.spec, self._box.counter(layout.nbytes)
-        fit = replace(spec.weights, built=self._box.built)
+    def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint, fit: Fit) -> Outcome:
+        progress, fit = self._box.counter(layout.nbytes), replace(fit, built=self._box.built)
         rehearse(layout, checkpoint, self._box.standing.opened, fit=fit, progress=progress)
         return this.outcome(
             "checked",
             step=checkpoint.step,
             checkpoint=str(checkpoint.path),
             bytes=layout.nbytes,
-            reason="the gate was not asked" if spec.hooks.gate else None,
+            reason="the gate was not asked" if self._box.spec.hooks.gate else None,
             identity=checkpoint.identity,
         )
