@@ -73,7 +73,7 @@ def harmless(text: str) -> str:
 
 @contextmanager
 def parsed() -> Iterator[None]:
-    """Turns every error of code that reads malformed data into a ValueError."""
+    """Converts every error that malformed data may cause in the block into a ValueError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as exc:

@@ -128,7 +128,8 @@ class CheckpointWeightGetter:
         """Lists the place. A checkpoint that is named directly, or by a pointer, counts as newer whatever its age.
 
         Args:
-            only: the names of the files that may be newer than what is live; None if any may be.
+            live: where the live version came from; None if nothing is live.
+            only: the names of the files that may be newer than the live version; None if any may be.
 
         Raises:
             NoCheckpoint: the place does not exist; or nothing is live, and its pointer names no entry yet.

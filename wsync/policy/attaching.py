@@ -51,8 +51,8 @@ def attach(
     If the segment does not exist yet, makes it with the policy's layout, and waits for a publisher. After five seconds
     without one, a warning names the segments that exist. If no version comes, removes the segment that it made.
 
-    In mode ``"swap"``, aliases of the policy's tensors and a ``state_dict()`` that you keep keep their values. In mode
-    ``"copy"`` they share the policy's own memory, which each version overwrites: keep a ``clone()``.
+    An alias of a tensor, or a ``state_dict()``, that you took earlier stays as it was in mode ``"swap"``. In mode
+    ``"copy"`` it shares the policy's own memory, which each version overwrites: take a ``clone()``.
 
     Args:
         policy: an ``nn.Module`` or ``TensorDictModule`` whose parameters and persistent buffers are kept in step.
