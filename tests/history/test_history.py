@@ -613,7 +613,9 @@ def test_a_dry_run_opens_what_is_pinned(
     if booted:
         shutil.rmtree(runtime / NAME)
     spec = replace(load_spec("policies:mlp"), hooks=Hooks(gate="exit 1"))
-    tried, done = push(dry_run=True, spec=spec), push(spec=spec)
+    tried = push(dry_run=True, spec=spec)
+    assert [event.kind for event in state.events()] == ["publish", "pin"]
+    done = push(spec=spec)
     expected = {2.0: ("checked", 0, None)}.get(mark or 0.0, (done.status, done.exit_code, done.reason))
     assert (tried.status, tried.exit_code, tried.reason) == expected and tried.pin == done.pin == str(file)
     assert done.status == {2.0: "published", None: "failed"}.get(mark, "rejected")

@@ -323,8 +323,8 @@ def recorded(box: Box, work: Callable[[], Outcome], *, dry_run: bool = False) ->
     finally:
         if collects:
             gc.enable()
-    if outcome.status == "failed":
-        box.record.failed(outcome.version, outcome.reason or "")
-    else:
+    if outcome.status != "failed":
         box.record.worked()
+    elif not dry_run:
+        box.record.failed(outcome.version, outcome.reason or "")
     return outcome
