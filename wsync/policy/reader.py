@@ -73,11 +73,11 @@ class Reader(ABC):
         self._seen, self._taken = -1, 0
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
-        self._users, self._search = Users(), Search()
         self._half_written: HalfWritten | None = None  # if set, the policy must not be used any more
+        self._users, self._search = Users(), Search()
         self._schedule = Lookout(1) if terms.max_age else Lookout()
         self._calls_left = 1  # calls until the next look at the clock
-        self._registration = self._take(segment)
+        self._registration = self._follow(segment)
         _readers.add(self)
 
     def refresh(self, wait: bool = False, users: Literal["wait", "skip"] = "wait") -> bool:
@@ -150,11 +150,8 @@ class Reader(ABC):
             sleep_on(address, word, left)
 
     def close(self) -> None:
-        """Closes the segment; the policy keeps its weights, in tensors of its own.
-
-        If a signal handler calls this during a ``refresh``, it takes effect when that ends.
-        """
-        if self._is_at_work():
+        """Closes the segment, after a ``refresh`` under way; the policy keeps its weights, in tensors of its own."""
+        if self._is_at_work():  # a signal handler called this
             self._close_asked = True
             return
         with self._users.alone() as alone, self._lock:
@@ -269,7 +266,7 @@ class Reader(ABC):
     def _leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that this reader leases, and when it took the oldest lease, in seconds since the epoch."""
 
-    def _take(self, segment: Segment) -> Registration:
+    def _follow(self, segment: Segment) -> Registration:
         """Makes this the reader's segment, and adds the reader to its records."""
         registration, address = Registration(segment.path, self.mode), segment.control.address
         self._seen, self._taken = -1, 0  # the WORD and the version, of this segment
@@ -283,7 +280,7 @@ class Reader(ABC):
         if segment is None:
             return False
         left, record = self._segment, self._registration
-        self._registration = self._take(segment)
+        self._registration = self._follow(segment)
         self._search.over()
         record.close()
         left.close()
