@@ -599,6 +599,14 @@ def test_a_followed_status_ends_as_it_is_asked_to(spawn: Spawn, push: Push) -> N
     assert following.wait(DEADLINE) == 128 + signal.SIGTERM
 
 
+def test_what_an_operator_put_live_is_refused_no_more(push: Push, runs: Path, state: State) -> None:
+    """Guards that a pin, which asks no gate, ends the gate's refusal: after a reboot the gate is asked again."""
+    spec = replace(load_spec("policies:mlp"), hooks=Hooks(gate="exit 1"))
+    assert push(1, spec=spec).status == "rejected" and state.remembered(spec.digest())
+    pin_checkpoint(NAME, str(runs / "step_1.safetensors"), runtime=None, state=state)
+    assert push(spec=spec).status == "published" and not state.remembered(spec.digest())
+
+
 @pytest.mark.parametrize("mark", [2.0, float("nan"), None])
 @pytest.mark.parametrize("booted", [False, True])
 def test_a_dry_run_opens_what_is_pinned(

@@ -179,6 +179,34 @@ def test_rejected_is_remembered_and_never_live(live: WritableSegment, syncer: Ga
         assert (asked(), reader.refresh(), live.version) == (2, False, 1)
 
 
+@pytest.mark.parametrize(
+    ("gate", "file", "text"),
+    [
+        ("gates:check", "gates.py", "def check(policy):\n    return {}"),
+        ("more.gates:check", "more/gates.py", "def check(policy):\n    return {}"),
+        ("./check >> check.log", "check", "#!/bin/sh\necho asked; {}"),
+        ("sh check.sh", "check.sh", "{}"),
+        ("python 'check.py' best.json", "check.py", "open('best.json', 'a').write('x'); exit(not {})"),
+    ],
+)
+def test_an_edited_gate_is_asked_again(
+    gate: str, file: str, text: str, live: WritableSegment, syncer: Gated, runs: Path
+) -> None:
+    """A fixed gate is asked at the next pass of the same watch or of a push; what a gate writes changes nothing."""
+    Path(file).parent.mkdir(exist_ok=True)
+    refuses, accepts = ("False", "True") if file.endswith(".py") else ("exit 1", "exit 0")
+    for mark, pushes in ((2.0, False), (3.0, True)):
+        Path(file).write_text(text.format(refuses))
+        Path(file).chmod(0o755)
+        write(runs / "step_2.safetensors", mlp(), mark)
+        watch = syncer(gate)
+        first, again = watch.once(), watch.once()
+        assert (first.status, first.kind, again.status, again.kind) == ("rejected", first.kind, "rejected", "")
+        Path(file).write_text(text.format(accepts))
+        assert (syncer(gate) if pushes else watch).once().status == "published"
+        assert mark_of(live) == {mark}
+
+
 def test_next_newest_is_tried_after_a_rejection(live: WritableSegment, syncer: Gated, runs: Path) -> None:
     """Where the gate does not want the newest, the one before it goes live, and the newest is told as refused."""
     write(runs / "step_2.safetensors", mlp(), 2.0)
@@ -316,7 +344,7 @@ def test_output_is_bounded_and_harmless(live: WritableSegment, syncer: Gated, ru
     assert told.reason and len(told.reason) < 3000 and told.reason.count("\n") < 25
     assert "\\x1b[31mred\\x07 \\u202ebad\ufffd" in told.reason
     assert all(c.isprintable() or c == "\n" for c in told.reason)
-    assert told.reason.endswith("\nThe checkpoint stays rejected until it changes.")
+    assert told.reason.endswith("\nThe checkpoint stays rejected until it or the gate changes.")
 
 
 def test_gate_may_call_wsync(

@@ -23,6 +23,7 @@ from wsync.history.rollback import pin_checkpoint
 from wsync.history.state import State
 from wsync.segment.segment import Segment
 from wsync.segment.writable import WritableSegment
+from wsync.settings.hook_settings import Hooks
 from wsync.settings.spec import Spec
 from wsync.sync.loop import Idle, Schedule, run
 from wsync.sync.outcome import Outcome
@@ -223,6 +224,27 @@ def test_a_pin_is_obeyed_without_a_notification(
     with State(NAME) as state:
         pin_checkpoint(NAME, str(other), runtime=runtime, state=state)
     assert "published" in [status(watch()) for _ in range(5)]
+
+
+def test_an_edited_gate_is_asked_without_a_notification(segment: Segment, runs: Path) -> None:
+    """Guards an operator who repairs a gate: a watch with nothing new tries what it refused, and once only."""
+    gate = Path("gate.sh")
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    spec = Spec(SPEC, NAME, Path.cwd(), hooks=Hooks(gate="sh ./gate.sh"))
+    with Syncer(spec, runs, state=State(NAME)) as syncer:
+        passes = Idle(syncer)
+
+        def once(text: str = "") -> tuple[str, int]:
+            if text:
+                gate.write_text(f"printf x >> asked; {text}")
+            return passes.once(set()).status, len(Path("asked").read_text())
+
+        assert once("exit 0") == ("published", 1)
+        assert once() == ("current", 1)
+        write(runs / "step_2.safetensors", mlp(), 2.0)
+        assert [once("echo no; exit 1"), once(), once()] == [("rejected", 2)] * 3
+        assert [once("exit 1"), once(), once()] == [("rejected", 3)] * 3
+        assert [once("exit 0"), once(), once()] == [("published", 4), ("current", 4), ("current", 4)]
 
 
 def test_what_may_pass_by_itself_is_looked_at_again(

@@ -7,7 +7,6 @@ stops a pass: going on would replace what the operator keeps live.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -46,22 +45,18 @@ class Record:
         self._state, self._settings_of = state, settings
         if state:
             state.warn = lambda exc: self.complain(exc) if self.complain else None
+        self._settings = ""  # under which the rest was refused; empty before the first listing with something newer
         self._refused: dict[str, str] = {}
         self._passed: set[str] = set()
         self._same: dict[str, str] = {}  # by identity, the version that has the same bytes
         self._incomplete: dict[str, str] = {}
         self._fresh: set[str] = set()
-        self._loaded = False
         self._late: int | None = None
         self._complaint = self._failure = ""
 
     def close(self) -> None:
         if self._state:
             self._state.close()
-
-    @cached_property
-    def _settings(self) -> str:
-        return self._settings_of()  # only when needed: a pass with nothing new needs no digest
 
     @property
     def directory(self) -> Path | None:
@@ -88,16 +83,21 @@ class Record:
 
     def forget(self) -> None:
         """Forgets all refusals, so that refused checkpoints count as new."""
-        self._refused, self._passed, self._same, self._incomplete, self._loaded = {}, set(), {}, {}, True
+        self._settings = self._settings_of()
+        self._refused, self._passed, self._same, self._incomplete = {}, set(), {}, {}
+
+    def is_outdated(self) -> bool:
+        """Returns whether the settings are others than those under which the last listing was refused."""
+        return self._settings not in ("", self._settings_of())
 
     def refusals(self, listed: Iterable[str]) -> dict[str, str]:
         """Returns which of ``listed`` were refused: the reason by identity."""
         wanted = set(listed)
-        if wanted and not self._loaded:
-            self._loaded = True
-            self._refused |= self._try(State.remembered, self._settings) or {}
-            self._passed |= (self._try(State.remembered, f"{self._settings}{_PASSED}") or {}).keys()
-            self._same |= self._try(State.remembered, f"{self._settings}{_SAME}") or {}
+        if wanted and (settings := self._settings_of()) != self._settings:  # at first, or after code was edited
+            self._settings = settings
+            self._refused = dict(self._try(State.remembered, settings) or {})
+            self._passed = set(self._try(State.remembered, f"{settings}{_PASSED}") or {})
+            self._same = dict(self._try(State.remembered, f"{settings}{_SAME}") or {})
             self._incomplete |= self._try(State.remembered, _INCOMPLETE) or {}
         if wanted:
             self._refused = {identity: why for identity, why in self._refused.items() if identity in wanted}
@@ -169,7 +169,7 @@ class Record:
 
         settings = settings_to_json(fit, extras)
         more = {"lag": lag, "settings": settings, "changed_ns": changed_ns}
-        self._try(State.record, "publish", live, accepted=self._settings, **more)
+        self._try(State.record, "publish", live, accepted=self._settings or self._settings_of(), **more)
 
     def gate(self, result: str, staged: Staged) -> None:
         self._try(State.record, "gate", staged, reason=result)

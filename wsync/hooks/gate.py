@@ -72,7 +72,7 @@ def ask(spec: Spec, staged: Staged, stop: threading.Event | None = None, state_d
     was_stopped = ended.code is None and stop is not None and stop.is_set()
     if verdict == "retry" or was_stopped:
         raise RetryLater(f"{message}It is asked again at the next pass.")
-    raise GateRejected(f"{message}The checkpoint stays rejected until it changes.")
+    raise GateRejected(f"{message}The checkpoint stays rejected until it or the gate changes.")
 
 
 def _answer_of(

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -178,31 +179,47 @@ class Spec:
     def fingerprint(self) -> str:
         """Returns a digest that tells whether a segment's layout was read from this policy.
 
-        It covers the import string, its arguments, the globs of ``weights.own``, and the inode, size and time of the
-        module's own file if that is beside the spec; not the modules that it imports.
+        It covers the import string, its arguments, the globs of ``weights.own``, and the size and times of the module's
+        own file if that is beside the spec; not the modules that it imports.
         """
         if not self.policy:
             return ""
         import hashlib
 
-        module = self.directory.joinpath(*self.policy.partition(":")[0].split("."))
-        try:
-            file = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
-            info = file.stat()
-            file_state: object = [info.st_ino, info.st_size, info.st_mtime_ns]
-        except OSError:
-            file_state = None
+        file_state = _state_of(self._module(self.policy))
         own = [self.weights.own] if self.weights.own else []
         text = json.dumps([self.policy, self.policy_kwargs, str(self.directory), file_state, *own], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def digest(self) -> str:
-        """Returns a digest of all that decides whether a checkpoint is refused: the policy, the fit and the gate."""
+        """Returns a digest of all that decides whether a checkpoint is refused: the policy, the fit and the gate.
+
+        Of a gate, it covers the size and times of its function's module, as ``fingerprint`` does, or of its scripts:
+        the first word of its command, and those that end in .py or .sh. Other words may name files that it writes.
+        """
         import hashlib
 
-        extras = (self.extras,) if self.extras.files else ()
-        text = repr((self.fingerprint(), self.weights, self.hooks.gate, self.hooks.gate_timeout, *extras))
+        gate, extras = self.hooks.gate, (self.extras,) if self.extras.files else ()
+        words = [word.strip("'\"") for word in gate.split()]
+        scripts = [self.directory / word for word in words if word == words[0] or word.endswith((".py", ".sh"))]
+        files = [self._module(gate)] if self.hooks.gate_is_function else scripts
+        states = [state for state in map(_state_of, files) if state]
+        text = repr((self.fingerprint(), self.weights, gate, self.hooks.gate_timeout, *extras, *states))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _module(self, text: str) -> Path:
+        """Returns the file of an import string's module if that is beside the spec."""
+        module = self.directory.joinpath(*text.partition(":")[0].split("."))
+        return module / "__init__.py" if os.path.isdir(module) else module.with_suffix(".py")
+
+
+def _state_of(file: Path) -> list[int] | None:
+    """Returns the size and times of a file, which change with its content; None if it is not there."""
+    try:
+        info = file.stat()
+    except OSError:
+        return None
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns] if stat.S_ISREG(info.st_mode) else None
 
 
 def load_spec(text: str, *, name: str | None = None, checkpoints: str | os.PathLike[str] | None = None) -> Spec:

@@ -128,6 +128,8 @@ class Idle:
         """
         started, (live, place), last = time.perf_counter(), self._look(), self._last
         is_known = named is not None and live is not None and last is not None and last[0] == live
+        if last and last[2].status == "rejected" and self._syncer.record.is_outdated():
+            is_known = False
         if last and is_known and not named and last[1] == place:
             seconds = round(time.perf_counter() - started, 6)
             return replace(last[2], seconds=seconds, warning=None, passed_over=(), casts=())
