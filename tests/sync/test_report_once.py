@@ -192,6 +192,22 @@ def test_no_warning_takes_the_place_of_another(push: Push, runs: Path, cli: Cli)
     assert [word for word in words if word in told] == words, told
 
 
+def test_cron_is_told_of_a_refusal_beside_a_lasting_warning(push: Push, runs: Path, cli: Cli) -> None:
+    """Guards `push --quiet` against a refusal that a late reader's warning hides; a dry run takes no mail away."""
+    write(runs / "step_1.safetensors", mlp(), 1.0)
+    push()
+    quiet = ("push", SPEC, str(runs), "--quiet", "--wait", "0.05")
+    with closing(Segment.open(NAME)) as segment, closing(Registration(segment.path, "copy", 0)):
+        assert ["did not take" in cli(*quiet).stderr for _ in range(2)] == [True, False]
+        write(runs / "step_2.safetensors", mlp(), 2.0)
+        write(runs / "step_3.safetensors", mlp(), float("nan"))
+        assert "NaN" in cli(*quiet).stderr
+        write(runs / "step_4.safetensors", mlp(), 4.0)
+        assert [cli(*quiet).stderr for _ in range(2)] == ["", ""]
+    write(runs / "step_5.safetensors", mlp(), float("nan"))
+    assert ["NaN" in cli(*quiet, *dry).stderr for dry in (["--dry-run"], [], [])] == [True, True, False]
+
+
 def test_what_lay_there_before_is_not_told(push: Push, runs: Path) -> None:
     """Guards against a warning about each older checkpoint of a run."""
     for step in (1, 2, 3):

@@ -87,7 +87,7 @@ def push(
     from .terminal import complain, unwind_at
 
     news = None
-    if quiet:
+    if quiet and not dry_run:
         from .output.push_quiet import News
 
         news = News(spec, state_dir)

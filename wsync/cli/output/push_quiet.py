@@ -10,9 +10,11 @@ from ...errors import BeingWritten, NoCheckpoint, RetryLater, WsyncError
 from ...history.state import state_dir
 from ...sync.outcome import Outcome
 
+_NUMBER = r"(\d[\d.,]*( (ms|s|min|h|d|[kMGT]?B)\b)? ?)+"  # with its unit, as ``text`` writes them
+
 
 class News:
-    """The problem that was reported last, in a file below the state directory.
+    """The problems of the last push, in a file below the state directory.
 
     Args:
         spec: the spec as it was named; each spec has a file of its own.
@@ -25,27 +27,30 @@ class News:
 
     def has(self, event: Outcome | WsyncError) -> bool:
         """Whether this should be reported; remembers it. A problem that passes by itself is not reported."""
-        trouble = _trouble(event)
+        problems = _problems(event)
         try:
-            before = self._file.read_text() if self._file.is_file() else ""
-            if trouble and trouble != before:
+            before = self._file.read_text().splitlines() if self._file.is_file() else []
+            if problems and problems != before:
                 self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._file.write_text(trouble)
-            elif before and not trouble and event.exit_code == 0:
+                self._file.write_text("\n".join(problems))
+            elif before and not problems and event.exit_code == 0:
                 self._file.unlink()
         except (OSError, UnicodeError):  # reporting too often is better than never
-            return bool(trouble)
-        return bool(trouble) and trouble != before
+            return bool(problems)
+        return not set(problems) <= set(before)
 
 
-def _trouble(event: Outcome | WsyncError) -> str:
-    """A text that identifies the problem; empty if there is no problem, or one that passes by itself."""
-    if isinstance(event, WsyncError) or event.warning or event.kind == NoCheckpoint.kind:
-        said = str(event) if isinstance(event, WsyncError) else event.warning or event.reason or ""
-        return re.sub(r"\d+", "0", said).encode(errors="replace").decode()  # free bytes and pids differ each time
-    passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"
-    nothing = event.status == "empty" and not event.checkpoint and not event.version
-    refused = [each for each in (*event.passed_over, event) if each.exit_code]
-    if not refused or (passing and len(refused) == 1) or nothing:
-        return ""
-    return " ".join(each.identity or each.reason or each.status for each in refused)
+def _problems(event: Outcome | WsyncError) -> list[str]:
+    """A line for each problem that identifies it, without those that pass by themselves."""
+    if isinstance(event, WsyncError):
+        said, refused = str(event), []
+    else:
+        said = event.warning or (event.reason if event.kind == NoCheckpoint.kind else "") or ""
+        refused = [each for each in (*event.passed_over, event) if each.exit_code]
+        passing = event.kind in (BeingWritten.kind, RetryLater.kind) or event.status == "busy"
+        nothing = event.status == "empty" and not event.checkpoint and not event.version
+        if (passing and len(refused) == 1) or nothing:
+            refused = []
+    said = re.sub(_NUMBER, "0 ", said).encode(errors="replace").decode()  # times and pids differ each time
+    lines = (said, *(each.identity or each.reason or each.status for each in refused))
+    return [" ".join(line.split()) for line in lines if line]
