@@ -244,3 +244,12 @@ def test_a_watch_says_it_once(capsys: pytest.CaptureFixture[str]) -> None:
         log.tell(Outcome("current", NAME, version=1, warning=warning))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["event"] for line in lines].count("late") == 1
+
+
+def test_a_watch_says_why_again_if_that_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards an operator who edits a gate: the log has each new answer about the same checkpoint, once."""
+    log = WatchLog(NAME, Path("runs"), "json", lambda: None)
+    for reason in ("no", "no", "not found", "not found"):
+        log.tell(Outcome("rejected", NAME, version=1, identity="1-2-3", reason=reason))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["reason"] for line in lines] == ["no", "not found"]

@@ -76,7 +76,7 @@ class WatchLog:
         self._status, self._remembered = status, remembered
         self._rewriting, self._rewritten_since = rewriting, 0.0
         self._last: tuple[str, str] = ("", "")
-        self._refused: dict[str, None] = {}  # the one that was logged or seen last comes last
+        self._refused: dict[str, str] = {}  # why, by identity; the one that was logged or seen last comes last
         self._failing: dict[str, str] = {}  # hooks whose last run failed, and why
         self._writing = threading.Lock()  # hooks report from threads of their own
         self._version = 0  # live after the last pass
@@ -148,10 +148,10 @@ class WatchLog:
             self.note("info" if ok else "warning", "hook", message)
 
     def _refusal(self, refused: Outcome) -> None:
-        """Logs a refused checkpoint once, as long as it does not change."""
-        if refused.identity not in self._refused:
+        """Logs a refused checkpoint once, as long as neither it nor the reason changes."""
+        if self._refused.pop(refused.identity, None) != (reason := refused.reason or ""):
             self._outcome("error", refused)
-        self._refused[refused.identity] = self._refused.pop(refused.identity, None)
+        self._refused[refused.identity] = reason
         while len(self._refused) > self._remembered:
             del self._refused[next(iter(self._refused))]
 
