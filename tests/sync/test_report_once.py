@@ -202,6 +202,7 @@ def test_cron_is_told_of_a_refusal_beside_a_lasting_warning(push: Push, runs: Pa
         write(runs / "step_2.safetensors", mlp(), 2.0)
         write(runs / "step_3.safetensors", mlp(), float("nan"))
         assert "NaN" in cli(*quiet).stderr
+        assert cli(*quiet).returncode == 75  # version 2 is current, and the reader has not taken it
         write(runs / "step_4.safetensors", mlp(), 4.0)
         assert [cli(*quiet).stderr for _ in range(2)] == ["", ""]
     write(runs / "step_5.safetensors", mlp(), float("nan"))

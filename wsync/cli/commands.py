@@ -119,7 +119,7 @@ def push(
             if retry:
                 syncer.record.forget()
             event = _pass(syncer, force=force, dry_run=dry_run)
-            if wait is not None and event.status in ("published", "current", "pinned"):
+            if wait is not None and event.told_before().status in ("published", "current", "pinned"):
                 late = _wait(syncer.standing.opened, event.version, wait)
     except WsyncError as exc:
         event = exc
