@@ -77,11 +77,8 @@ class Recheck(NamedTuple):
         staged: called when the weights are staged and checked; what it raises leaves them unpublished.
     """
 
-    before: Callable[[Pass], Outcome | None] | None = None
-    staged: Gate | None = None
-
-
-NO_RECHECK = Recheck()
+    before: Callable[[Pass], Outcome | None]
+    staged: Gate
 
 
 class Choice(NamedTuple):

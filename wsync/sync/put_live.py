@@ -25,7 +25,7 @@ from ..segment.writable import WritableSegment
 from ..settings.layout_process import built_by
 from ..settings.spec import Spec
 from .claim import Claim
-from .one_pass import NO_RECHECK, Pass, Recheck
+from .one_pass import Pass, Recheck
 from .outcome import Outcome
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Box:
         segment: WritableSegment,
         source: Source,
         fit: Fit,
-        recheck: Recheck = NO_RECHECK,
+        recheck: Recheck,
         last_version: int | None = None,
         reason: str | None = None,
     ) -> Outcome:
@@ -122,7 +122,7 @@ class Box:
         with segment.publishing():
             this = this.at(segment)
             origin = self.claim.origin(this.live)
-            if recheck.before and (ended := recheck.before(this)):
+            if ended := recheck.before(this):
                 return ended
             if last_version is None:
                 last_version = 0 if this.live else max(self.standing.last_version, self.record.last_published()[0])
