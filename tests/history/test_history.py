@@ -381,6 +381,7 @@ def test_a_pin_that_is_changed_meanwhile_does_not_go_live(
         done = push()
     live = {"rollback": 2.0}.get(meanwhile, 3.0)
     assert (done.status, done.exit_code, live_marks()) == ("busy", 75, {live}), done
+    assert done.version == (4 if meanwhile == "rollback" else 3)
     assert "the next pass obeys" in (done.reason or "")
     assert (push().status, live_marks()) == ("current" if meanwhile == "unpin" else "pinned", {live})
 

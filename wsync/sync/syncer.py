@@ -165,7 +165,7 @@ class Syncer:
             reason = on_one_line(str(exc), str(self.getter.checkpoints))
             return this.outcome(status_of(exc, False), reason=reason, kind=exc.kind)
         except SegmentBusy as exc:
-            return this.outcome("busy", reason=str(exc))
+            return this.at(self.standing.opened).outcome("busy", reason=str(exc))  # another may have published
         except OSError as exc:  # errors of a checkpoint alone were reported as such
             raise from_os_error(exc, self.standing.path) from exc
 
