@@ -23,8 +23,9 @@ from wsync.checkpoints.checkpoint import Checkpoint
 from wsync.errors import SegmentBusy, SegmentUnsafe, UsageError
 from wsync.layout.layout import layout_of
 from wsync.segment.publishing import publish, publish_tensors
-from wsync.segment.reader_records import ReaderRecord, Registration, open_readers
+from wsync.segment.reader_records import ReaderRecord, Registration
 from wsync.segment.segment import Segment, segments
+from wsync.segment.segment_files import open_readers
 from wsync.segment.writable import WritableSegment, remove
 from wsync.settings.spec import load_spec
 from wsync.system.access import Access

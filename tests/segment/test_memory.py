@@ -321,7 +321,7 @@ def test_memory_that_is_gone_is_one_message(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsync.sync.put_live.publish", fail)
+        patch.setattr("wsync.segment.publishing.publish", fail)
         code, _, err = run_cli("push", "policies:mlp", str(path))
         assert code == 1 and err.startswith("wsync: ") and err.count("\n") == 1
         stop, told = threading.Event(), []

@@ -60,7 +60,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return holds(*args)
 
-    monkeypatch.setattr("wsync.sync.publish_checkpoint.holds", counted)
+    monkeypatch.setattr("wsync.segment.publishing.holds", counted)
     return calls
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SegmentUnsafe, parsed, printable
-from ..system.access import open_dir, opened
+from ..system.access import opened
 from ..system.memory import closed_on_error, shut, try_lock
 from .publication import END_OF_TIME
-from .segment_files import MAX_SLOTS
+from .segment_files import MAX_SLOTS, open_readers
 
 _SIZE = 1024  # bytes of a record, padded, so that one write replaces all of it
 _MOST = 2000  # most records that are read at a time
@@ -116,16 +116,6 @@ class Registration:
             f"another process locks each new record in {records}. Find it with `fuser -v {records}`, end it, and "
             "attach again."
         )
-
-
-def open_readers(segment: Path) -> int:
-    """Opens the directory of a segment's records, whose owner must be the segment's.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        SegmentUnsafe: it is not a directory, is another user's, or others may do more than add files of their own.
-    """
-    return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
 
 
 def readers(segment: Path) -> list[ReaderRecord]:

@@ -59,7 +59,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..checkpoints.files.extras import Extras
 from ..errors import LayoutDiffers, SegmentBusy, SegmentDamaged, SegmentMissing, SegmentUnsafe, from_os_error
@@ -67,7 +67,6 @@ from ..layout.layout import Layout
 from ..system.access import Descriptor, base_owner, check_name, is_name, open_dir, open_owned
 from ..system.memory import mapping, populate, read_at, runtime_dir, shut, try_lock
 from .publication import METADATA_END, Publication
-from .reader_records import ReaderRecord, open_readers, readers
 from .segment_files import (
     MAX_SLOTS,
     NO_SLOT,
@@ -77,10 +76,14 @@ from .segment_files import (
     extras_damage,
     extras_name,
     map_control,
+    open_readers,
     read_extras_file,
     slot_name,
 )
 from .word_and_lease import ControlPage, Lease, SlotMemory
+
+if TYPE_CHECKING:
+    from .reader_records import ReaderRecord
 
 
 class Segment:
@@ -266,6 +269,8 @@ class Segment:
             return read_at(file.fileno(), METADATA_END, 0)
 
     def readers(self) -> list[ReaderRecord]:
+        from .reader_records import readers  # a pass with nothing to do asks for none
+
         return readers(self.path)
 
     def lease(self) -> Lease | None:

@@ -68,6 +68,16 @@ class About(NamedTuple):
             return layout
 
 
+def open_readers(segment: Path) -> int:
+    """Opens the directory of a segment's records, whose owner must be the segment's.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        SegmentUnsafe: it is not a directory, is another user's, or others may do more than add files of their own.
+    """
+    return open_dir(segment / "readers", os.stat(segment, follow_symlinks=False).st_uid, sticky=True)
+
+
 class SpareSlot(NamedTuple):
     """A slot that is being staged: locked, mapped, not live."""
 

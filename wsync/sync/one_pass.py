@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..discovery.newest import Candidate
 from ..errors import CheckpointError, RetryLater, on_one_line
 from ..history.pins import Pin
 from ..segment.publication import Publication
-from ..segment.publishing import Gate
 from ..segment.segment import Segment
 from .outcome import Outcome, status_of
+
+if TYPE_CHECKING:
+    from ..segment.publishing import Gate
 
 
 class Pass(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..discovery.identity import was_changed
@@ -13,13 +13,15 @@ from ..errors import CheckpointError, CheckpointMismatch, RetryLater, SegmentBus
 from ..fitting.fit import Fit
 from ..history.pins import Pin
 from ..layout.layout import Layout
-from ..segment.publishing import Staged, holds, rehearse
 from ..segment.writable import WritableSegment
 from . import report_once
 from .one_pass import Choice, Pass, Recheck
 from .outcome import Outcome
 from .policy_layout import PolicyLayout
 from .put_live import Box
+
+if TYPE_CHECKING:
+    from ..segment.publishing import Staged
 
 T = TypeVar("T")
 
@@ -89,6 +91,8 @@ class CheckpointPublisher:
         segment, live, box = self._box.standing.opened, this.live, self._box
         if this.force or not segment or not live or not was_changed(live.identity, checkpoint.identity):
             return False
+        from ..segment.publishing import holds
+
         with segment.publishing():
             if segment.live() != live:
                 return False
@@ -169,6 +173,8 @@ class CheckpointPublisher:
         return replace(outcome, casts=report_once.casts(self._casts, checkpoint))
 
     def _rehearse(self, this: Pass, layout: Layout, checkpoint: Checkpoint, fit: Fit) -> Outcome:
+        from ..segment.publishing import rehearse
+
         progress, fit = self._box.counter(layout.nbytes), replace(fit, built=self._box.built)
         rehearse(layout, checkpoint, self._box.standing.opened, fit=fit, progress=progress)
         return this.outcome(

@@ -19,7 +19,6 @@ from ..fitting.fit import Fit
 from ..history.record import Record
 from ..layout.layout import Layout
 from ..segment.publication import Publication
-from ..segment.publishing import Source, Staged, publish
 from ..segment.standing import StandingSegment
 from ..segment.writable import WritableSegment
 from ..settings.layout_process import built_by
@@ -30,6 +29,7 @@ from .outcome import Outcome
 
 if TYPE_CHECKING:
     from ..hooks.runner import HookRunner
+    from ..segment.publishing import Source, Staged
 
 T = TypeVar("T")
 
@@ -119,6 +119,8 @@ class Box:
             UsageError: what is live came from another spec or place.
             WsyncError: as ``publishing.publish``; what was live stays live.
         """
+        from ..segment.publishing import publish  # a pass with nothing to do does not need it
+
         with segment.publishing():
             this = this.at(segment)
             origin = self.claim.origin(this.live)
