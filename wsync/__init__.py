@@ -13,7 +13,7 @@ The rooms, lowest layer first. Each may import only rooms that this list names b
     segment         shared memory: its files, the protocol, the readers' records, publishing
     discovery       a place of checkpoints: listing, newest, changes, the weight getter
     policy          a policy's process: attach, swap, copy, GPU
-    updaters        the weight updaters
+    updaters        the weight updaters, and how far their versions have come
     torchrl, stable_baselines3, transformers, lightning
                     what plugs into each of them; needs it, and is imported by its own name
     history         what outlives a reboot: database, pins, refusals, copies, rollback

@@ -292,7 +292,7 @@ def _pass(syncer: Syncer, *, force: bool, dry_run: bool) -> Outcome:
 
 def _wait(segment: Segment | None, version: int, seconds: float) -> str:
     """Waits until all readers have a version; returns a text that names those without it, or an empty one."""
-    from ..segment.reader_progress import behind, wait_for_readers
+    from ..updaters.reader_progress import behind, wait_for_readers
 
     late = wait_for_readers(segment, version, seconds) if segment else []
     return behind(late, version) if late else ""

@@ -8,7 +8,6 @@ __all__ = [
     "numpy_reader",
     "publication",
     "publishing",
-    "reader_progress",
     "reader_records",
     "segment",
     "segment_files",

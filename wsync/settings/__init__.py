@@ -4,4 +4,4 @@ Settings are frozen dataclasses that are passed whole. A separate process loads 
 ``segment``, ``discovery`` and what lies below.
 """
 
-__all__ = ["hook_settings", "layout_process", "spec", "user_code"]
+__all__ = ["hook_settings", "layout_process", "policy_layout", "spec", "user_code"]

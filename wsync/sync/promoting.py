@@ -36,13 +36,13 @@ from ..segment.segment import Segment
 from ..segment.segment_files import slot_name
 from ..segment.word_and_lease import Lease
 from ..segment.writable import WritableSegment
+from ..settings.policy_layout import PolicyLayout
 from ..settings.spec import Spec, load_spec
 from ..system.access import is_name
 from ..system.memory import read_at
 from .claim import Claim, watch_of
 from .one_pass import Pass, Recheck
 from .outcome import Outcome
-from .policy_layout import PolicyLayout
 from .put_live import Box
 from .syncer import recorded
 

@@ -14,10 +14,10 @@ from ..fitting.fit import Fit
 from ..history.pins import Pin
 from ..layout.layout import Layout
 from ..segment.writable import WritableSegment
+from ..settings.policy_layout import PolicyLayout
 from . import report_once
 from .one_pass import Choice, Pass, Recheck
 from .outcome import Outcome
-from .policy_layout import PolicyLayout
 from .put_live import Box
 
 if TYPE_CHECKING:

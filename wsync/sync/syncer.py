@@ -33,12 +33,12 @@ from ..errors import (
     on_one_line,
 )
 from ..history.record import Record
+from ..settings.policy_layout import PolicyLayout
 from ..settings.spec import Spec
 from . import report_once
 from .claim import Claim, Watching, WatchLock
 from .one_pass import Choice, Pass, choose
 from .outcome import Outcome, status_of
-from .policy_layout import PolicyLayout
 from .publish_checkpoint import CheckpointPublisher
 from .put_live import Box
 

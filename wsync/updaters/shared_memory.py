@@ -96,7 +96,7 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         Returns:
             The readers without it when the time is up, each with ``pid``, ``process``, ``version`` and ``since``.
         """
-        from ..segment.reader_progress import wait_for_readers
+        from .reader_progress import wait_for_readers
 
         segment = self.segment
         return wait_for_readers(segment, segment.version if version is None else version, timeout) if segment else []
@@ -106,7 +106,7 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
 
         A trainer may delete or reuse what belongs to older versions.
         """
-        from ..segment.reader_progress import oldest_version
+        from .reader_progress import oldest_version
 
         return oldest_version(self.segment) if self.segment else 0
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...errors import SegmentError, StateError, UsageError, printable
 from ...fleet.membership import few, group_of
 from ...history.state import Event, State
-from ...segment.reader_progress import oldest_version
 from ...segment.segment import Segment, segments
 from ...text import count, duration, size, when
+from ...updaters.reader_progress import oldest_version
 from ..terminal import complain, plain_table, stdout_console, unwind_at
 
 if TYPE_CHECKING:

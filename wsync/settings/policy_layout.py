@@ -13,8 +13,8 @@ from ..errors import LayoutDiffers
 from ..layout.layout import Layout
 from ..segment.publication import Publication
 from ..segment.segment import Segment
-from ..settings import layout_process
-from ..settings.spec import Spec
+from . import layout_process
+from .spec import Spec
 
 
 class PolicyLayout:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 
+from ..segment.reader_records import ReaderRecord
+from ..segment.segment import Segment
 from ..text import count, duration
-from .reader_records import ReaderRecord
-from .segment import Segment
 
 _SHORTEST, _LONGEST = 0.02, 0.5  # seconds between two looks at the readers' records
 

@@ -15,7 +15,7 @@ from processes import DEADLINE
 from trainers import Trainer
 
 import wsync
-from wsync.segment.reader_progress import oldest_version, wait_for_readers
+from wsync.updaters.reader_progress import oldest_version, wait_for_readers
 
 
 @pytest.fixture
