@@ -13,8 +13,8 @@ from ..layout.finite import Region, all_finite, float_regions
 from ..layout.layout import DTYPE_BITS
 from . import staging
 from .adapter import blaming
-from .files.parts import changed, unreadable
-from .files.source import Held
+from .files.parts import changed_while_read, unreadable
+from .files.source import HeldInMemory
 from .staging import Progress
 from .tensor_table import TensorTable
 
@@ -27,7 +27,7 @@ def read_into(
     regions = float_regions(plan.layout) if finite else ()
     try:
         if adapter.digests:  # what is read must be the very bytes whose digests are checked
-            adapter.source = Held(adapter.source)
+            adapter.source = HeldInMemory(adapter.source)
         with blaming(base.path, adapter.path):
             staging.read_into(base, weights, plan.merge.plan, finite=finite, progress=progress)
         clean = staging.stage(adapter, weights, plan, regions, progress)
@@ -82,7 +82,7 @@ def _whole(adapter: TensorTable, tensor: StoredTensor) -> Any:
 
     data = memoryview(adapter.source.read(tensor.file, tensor.nbytes, tensor.start))
     if len(data) != tensor.nbytes:
-        raise changed(adapter.path)
+        raise changed_while_read(adapter.path)
     return np.frombuffer(convert(data, tensor.dtype, "F32"), "f4").reshape(tensor.shape)
 
 

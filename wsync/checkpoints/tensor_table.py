@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, IncompleteCheckpoint
 from .files.extras import ExtraFiles, Extras
-from .files.parts import changed, identity_of, led_to, parts_of, place_at, remote, unreadable
+from .files.parts import changed_while_read, identity_of, led_to, parts_of, place_at, remote, unreadable
 
 if TYPE_CHECKING:
     from ..fitting.cast import Pair, Piece
@@ -164,7 +164,7 @@ class TensorTable:
             CheckpointChanged: one of them changed, or is open for writing.
         """
         if not self.source.stands():
-            raise changed(self.path)
+            raise changed_while_read(self.path)
 
     def convert_each(
         self,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from ..checkpoints.files.parts import led_to, open_file, parts_of, place_at, remote
+from ..checkpoints.files.parts import led_to, open_untrusted, parts_of, place_at, remote
 from ..checkpoints.step_number import names_a_step, step_in_name
 from ..errors import CheckpointError, WsyncError, printable
 from ..fitting.header import instead, kind_of
@@ -155,7 +155,7 @@ def _kind(file: Path) -> str:
 
                 away.store.read(stored, 0, len(data), into(data))
             return kind_of(bytes(data))
-        fd = open_file(file)
+        fd = open_untrusted(file)
     except (OSError, WsyncError):
         return ""
     try:

@@ -23,14 +23,14 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
 
     Args:
         infos: stat results of ``parts.every``.
-        settle: see ``settling.check_extras``.
+        settle: see ``settling.check_extras_settled``.
         published: identities of what was published from this path before.
 
     Raises:
         IncompleteCheckpoint: an extra is missing.
         MalformedCheckpoint: the extras are too large.
         CheckpointError: an extra is a link out of the checkpoint's directory, to another user's file.
-        BeingRewritten: see ``settling.check_extras``.
+        BeingRewritten: see ``settling.check_extras_settled``.
     """
     if pattern := parts.wanted.missing(parts.extras):
         raise IncompleteCheckpoint(
@@ -49,7 +49,7 @@ def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, p
                 f"{file} is a link out of {parts.files[0].parent} to a file that has another owner than the weights. "
                 "It is not read: the weights' owner may have no access to it. Replace the link with a copy of the file."
             )
-    settling.check_extras(parts, infos, settle, published)
+    settling.check_extras_settled(parts, infos, settle, published)
 
 
 def _leads_away(file: Path, directory: Path) -> bool:

@@ -28,7 +28,7 @@ from ...fitting.plan import Read
 from ...layout.finite import Region, all_finite
 from ...system.memory import PAGE, being_written, closed_on_error, read_at, shut
 from . import settling
-from .parts import Parts, changed, open_file, parts_of, unreadable
+from .parts import Parts, changed_while_read, open_untrusted, parts_of, unreadable
 from .source import ByteSource, Job, scatter
 
 _MOST_THREADS = 8
@@ -53,7 +53,7 @@ class Files(ByteSource):
                 self._fds.append(_open(file))
             self.infos = [os.fstat(fd) for fd in self._fds]
             if parts.is_several and not self._are_in_place(parts):
-                raise changed(parts.path)
+                raise changed_while_read(parts.path)
             settling.let_files_settle(parts, self._fds, settle)
             self.infos = [os.fstat(fd) for fd in self._fds]  # a writer may have finished since they were opened
         except BaseException:  # an interrupt must not leave descriptors open, either
@@ -179,7 +179,7 @@ class Files(ByteSource):
         while missing:
             got = os.preadv(self._fds[file], buffers, start)
             if not got:
-                raise changed(self.parts.path)
+                raise changed_while_read(self.parts.path)
             start, missing = start + got, missing - got
             while got and missing:
                 if got >= len(buffers[0]):
@@ -190,7 +190,7 @@ class Files(ByteSource):
 
 def _open(path: Path) -> int:
     try:
-        fd = open_file(path)
+        fd = open_untrusted(path)
     except FileNotFoundError as exc:
         raise NoCheckpoint(f"there is no {path}. Name a checkpoint that exists.") from exc
     except OSError as exc:

@@ -214,7 +214,7 @@ def read_small(file: Path, most: int) -> bytes:
         if stored.size > most:
             raise ValueError(f"{stored.size:,} bytes")
         return away.store.read_whole(stored)
-    fd = open_file(file)
+    fd = open_untrusted(file)
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -226,7 +226,7 @@ def read_small(file: Path, most: int) -> bytes:
         os.close(fd)
 
 
-def open_file(file: Path) -> int:
+def open_untrusted(file: Path) -> int:
     """Opens an untrusted file without blocking, even if it is a pipe that nobody ever writes to."""
     return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
@@ -289,7 +289,7 @@ def _known(index: Path, state: str, changed: int) -> Mapping[str, frozenset[str]
     return _shards(index)
 
 
-def changed(path: Path) -> CheckpointChanged:
+def changed_while_read(path: Path) -> CheckpointChanged:
     return CheckpointChanged(
         f"{path} changed while it was read; what was read is thrown away. You need not do anything: it is read again "
         "at the next pass. A writer should write under another name, and rename the file into place."

@@ -177,7 +177,9 @@ def check_changed(parts: Parts, infos: Sequence[os.stat_result], settle: float, 
         _check_patience(parts, infos, settle)
 
 
-def check_extras(parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]) -> None:
+def check_extras_settled(
+    parts: Parts, infos: Sequence[os.stat_result], settle: float, published: Sequence[str]
+) -> None:
     """Checks that weights and extras are of one save, if both were published from this path before.
 
     Args:

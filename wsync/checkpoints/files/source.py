@@ -96,7 +96,7 @@ class ByteSource:
             yield job, memoryview(self.read(job.file, job.nbytes, job.start))
 
 
-class Held(ByteSource):
+class HeldInMemory(ByteSource):
     """Holds a source's bytes in memory: an adapter is read out of order, from the bytes whose digests are checked."""
 
     def __init__(self, source: ByteSource) -> None:

@@ -24,7 +24,7 @@ from ...stores.prefetch import prefetch
 from ...stores.store import OtherVersion, Stored, into
 from . import settling
 from .digest import Digest
-from .parts import Parts, changed
+from .parts import Parts, changed_while_read
 from .source import ByteSource, Job, scatter
 
 AT_ONCE = 16  # ranges read at a time; a store delivers some 50 to 100 MB/s on each
@@ -92,7 +92,7 @@ class Objects(ByteSource):
         try:
             self._store.read(self._stored[file], start, nbytes, take)
         except OtherVersion:
-            raise changed(self.parts.path) from None
+            raise changed_while_read(self.parts.path) from None
         except FileNotFoundError:
             raise NoCheckpoint(
                 f"{self.parts.every[file]} is gone. You need not do anything: the next pass takes what it finds."
