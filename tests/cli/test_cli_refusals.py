@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,9 @@ USAGE = {
     "log format": "watch policies:mlp runs --log-format xml",
     "poll of nothing": "watch policies:mlp runs --poll 0",
     "poll that is not a number": "watch policies:mlp runs --poll nan",
+    "unset variable for a place": "inspect ''",
+    "unset variable for a checkpoint": "push policies:mlp ''",
+    "bound on a screen": "status --watch --max-lag 1",
 }
 
 
@@ -160,7 +164,7 @@ def test_wrong_input_is_two(runs: Path, runtime: Path, kind: str) -> None:
     Path("unknown.toml").write_text('policy = "policies:mlp"\npolcy_kwargs = 3\n')
     Path("kind.toml").write_text('policy = "policies:mlp"\nslots = "three"\n')
     write(runs / "step_1.safetensors", mlp(), 1.0)
-    code, out, err = run_main(*USAGE[kind].split())
+    code, out, err = run_main(*shlex.split(USAGE[kind]))
     assert code == 2, out + err
     assert "Traceback" not in err
     if kind == "no command":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from builders import SUPPORT
+from policies import mlp
 from safetensors.torch import save_file
 
 from wsync.checkpoints.checkpoint import Checkpoint
-from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError
+from wsync.errors import GateRejected, NonFiniteWeights, RetryLater, SegmentBusy, UsageError, WsyncError
 from wsync.fitting.fit import Fit
 from wsync.fleet.delivery import Shared, Turn, judge
 from wsync.fleet.group import Group
+from wsync.fleet.member import Member
 from wsync.fleet.membership import few
 from wsync.fleet.reconcile import Change, Report, change_of, holder_of, leader_of
-from wsync.layout.layout import Layout
+from wsync.fleet.rounds import Rounds
+from wsync.layout.layout import Layout, layout_of
 from wsync.segment.publication import Publication
+from wsync.segment.writable import WritableSegment
+from wsync.settings.spec import Spec
+from wsync.sync.one_pass import Pass
+from wsync.sync.syncer import Syncer
 
 
 def box(version: int, identity: str = "x", **more: object) -> Report:
@@ -132,6 +141,30 @@ def test_a_checkpoint_is_sent_in_pieces_once_it_is_read(wrong: bool, tmp_path: P
             sent.read_into(memoryview(weights), plan, finite=True, progress=None)
     assert group.sent == (b"" if wrong else weights)
     assert wrong or torch.frombuffer(weights, dtype=torch.float32).tolist() == [1.0] * 16 + [2.0] * 16
+
+
+def test_an_error_of_the_system_is_told_to_all_boxes(
+    runtime: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a box that sends its live weights, and has no descriptor left to read what travels with them."""
+    spec, group = Spec("policies:mlp", "nets", SUPPORT), Alone()
+    told: list[object] = []
+
+    def gather(mine: object) -> list[object]:
+        told.append(mine)
+        return [mine]
+
+    monkeypatch.setattr(group, "gather", gather)
+    WritableSegment.create("nets", layout_of(mlp()), spec=spec.fingerprint()).close()
+    save_file(mlp().state_dict(), tmp_path / "step_1.safetensors")
+    with Syncer(spec, tmp_path, role="member") as syncer:
+        assert syncer.once().status == "published"
+        segment = syncer.box.make_segment()
+        monkeypatch.setattr(segment, "extras", lambda *_: os.stat("/proc/self/fd/99999999"))
+        rounds, this = Rounds(syncer, group, Member(syncer.box, group)), Pass("nets", segment.live(), 0.0)
+        with pytest.raises(WsyncError, match="No such file"):
+            rounds._change(this, segment, change(0, {1}, 2, gated=False))
+    assert "No such file" in str(told)
 
 
 @pytest.mark.parametrize("length", [0, 2038, 2039, 100_000])

@@ -219,6 +219,8 @@ def status(
     bounds.check()
     if watch and as_json:
         raise UsageError("--watch draws on a terminal, and --json is for programs. Give one of them.")
+    if watch and bounds != Bounds():
+        raise UsageError("--watch draws on a terminal, and a bound prints one line for a monitor. Give one of them.")
     if watch:
         follow(name, runtime_dir, state_dir)
     else:

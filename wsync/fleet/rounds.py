@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -80,14 +81,12 @@ class Rounds:
 
         def ready() -> dict[str, Any]:
             try:
-                try:
+                with self._os_errors():
                     self._box.record.pin()
                     segment = self._box.make_segment()
                     self._syncer.policy.check(segment, segment.live())
                     self._member.show_group(segment)
                     return {"layout": segment.layout.digest, "name": segment.name}
-                except OSError as exc:
-                    raise from_os_error(exc, self._box.standing.path) from exc
             except WsyncError as exc:
                 return {"kind": "WsyncError", "text": str(exc)}
 
@@ -102,6 +101,14 @@ class Rounds:
                 )
         assert self._box.standing.opened
         return self._box.standing.opened
+
+    @contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        """Turns an error of the system into a ``WsyncError``, which is reported to the group."""
+        try:
+            yield
+        except OSError as exc:
+            raise from_os_error(exc, self._box.standing.path) from exc
 
     # The box that leads
 
@@ -195,11 +202,9 @@ class Rounds:
             self._member.takes(weights)
 
         try:
-            try:
+            with self._os_errors():
                 segment = self._box.make_segment()
                 published = self._box.put_live(this, segment, shared, fit, Recheck(before, agree), weights.version - 1)
-            except OSError as exc:
-                raise from_os_error(exc, self._box.standing.path) from exc
         except WsyncError as exc:
             shared.turn.refuse(exc)
         self._member.took(weights)
@@ -222,10 +227,11 @@ class Rounds:
             weights = Publication(**self._group.hear(provider))
         turn = Turn(self._group)
         try:
-            extras = segment.extras(weights, segment.word & 0xFF) if rank == provider else Extras()
+            with self._os_errors():
+                extras = segment.extras(weights, segment.word & 0xFF) if rank == provider else Extras()
             if rank in change.takers and rank != provider:
                 return self._take(this, Shared(weights, turn, provider), change.gated)
-            with segment.publishing():
+            with self._os_errors(), segment.publishing():
                 self._member.check_unchanged(segment)
                 sent = segment.live_weights() if rank == provider else None
                 if rank in change.takers:  # also the provider, if it needs another number

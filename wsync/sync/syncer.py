@@ -79,7 +79,7 @@ class Syncer:
         role: Literal["push", "watch", "member"] = "push",
         take_over: bool = False,
     ) -> None:
-        place = checkpoints or spec.checkpoints
+        place = spec.checkpoints if checkpoints is None else checkpoints
         if place is None:
             raise UsageError(
                 f"{spec.policy}: no checkpoints are named. Give a directory or a file after the spec, or set "
@@ -94,7 +94,7 @@ class Syncer:
             spec.name,
             "" if role == "member" else spec.origin,
             str(self.getter.checkpoints),
-            own=not checkpoints,
+            own=checkpoints is None,
             is_named=self.getter.is_one_checkpoint if role == "push" else lambda: False,
             take_over=take_over,
         )

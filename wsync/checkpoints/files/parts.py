@@ -22,7 +22,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from ...errors import CheckpointChanged, CheckpointError, IncompleteCheckpoint, MalformedCheckpoint, NoCheckpoint
+from ...errors import (
+    CheckpointChanged,
+    CheckpointError,
+    IncompleteCheckpoint,
+    MalformedCheckpoint,
+    NoCheckpoint,
+    UsageError,
+)
 from ...layout.filenames import (
     ADAPTER,
     CONFIG,
@@ -50,11 +57,13 @@ def place_at(place: str | os.PathLike[str]) -> Path:
     """Makes a path absolute; turns a URL into a ``RemotePath``, which is used like a path, and typed as one.
 
     Raises:
-        UsageError: the URL is of an unknown kind, or names nothing that can be read.
+        UsageError: the text is empty, or the URL is of an unknown kind or names nothing that can be read.
     """
     if isinstance(place, Path):
         return place.absolute()
     text = os.fspath(place)
+    if not text:  # an unset variable of a script, which must not mean the current directory
+        raise UsageError("an empty text names no checkpoints. Give a directory, a file or a URL.")
     if "://" not in text:
         return Path(text).absolute()
     from ...stores.path import RemotePath, open_url

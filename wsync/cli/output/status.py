@@ -10,6 +10,7 @@ also ends with 2. The figures after ``|`` are for graphs.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -23,6 +24,9 @@ from ...errors import SegmentError, StateError, UsageError, printable
 from ...fleet.membership import few, group_of
 from ...history.state import Event, State
 from ...segment.segment import Segment, segments
+from ...segment.segment_files import extras_name
+from ...system.access import open_dir, open_file, opened
+from ...system.memory import read_at
 from ...text import count, duration, size, when
 from ...updaters.reader_progress import oldest_version
 from ..terminal import complain, plain_table, stdout_console, unwind_at
@@ -145,10 +149,20 @@ def _data_of(segment: Segment, state: Path | None) -> dict[str, Any]:
 
 
 def _bytes_of_extras(segment: Segment) -> int:
+    """The size of the files that travel with the live weights; of their bytes, only the header's length is read."""
     if (lease := segment.lease()) is None:
         return 0
     try:
-        return sum(map(len, segment.extras(segment.leased(lease), lease.slot).files.values()))
+        total = segment.leased(lease).extras
+        if not total:
+            return 0
+        with (
+            opened(open_dir(segment.path)) as directory,
+            opened(open_file(extras_name(lease.slot), os.O_RDONLY, directory)) as fd,
+        ):
+            return max(0, total - 8 - int.from_bytes(read_at(fd, 8, 0), "little"))
+    except FileNotFoundError:  # the segment is being removed
+        return 0
     finally:
         lease.release()
 
