@@ -60,7 +60,7 @@ class Attached:
         if any(each.merged_adapters for each in self._adapted):
             return False
         return list(map(len, self._tables)) == self._sizes and all(
-            map(is_, map(call, self._looks, self._keys), self._held)
+            map(is_, map(call, self._getters, self._keys), self._held)
         )
 
     def check(self) -> None:
@@ -106,12 +106,12 @@ class Attached:
         self._tables = [table for each in modules for table in (each._modules, each._parameters, each._buffers)]
         self._sizes = list(map(len, self._tables))
         places = [
-            (_look(table), key, held)
+            (_getter(table), key, held)
             for table in self._tables
             for key, held in table.items()
             if isinstance(held, torch.nn.Module) or id(held) in self._names
         ]
-        self._looks = [look for look, _, _ in places]
+        self._getters = [getter for getter, _, _ in places]
         self._keys = [key for _, key, _ in places]
         self._held = [held for _, _, held in places]
 
@@ -173,6 +173,6 @@ def addresses(tensors: list[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
-def _look(table: Mapping[str, Any]) -> Callable[[str], Any]:
+def _getter(table: Mapping[str, Any]) -> Callable[[str], Any]:
     """``table.get``, which TorchScript's tables lack."""
     return table.get if isinstance(table, dict) else lambda key: dict(table.items()).get(key)
