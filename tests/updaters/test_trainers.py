@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from policies import mlp
+from processes import DEADLINE
 from torch import nn
 
 import wsync
@@ -45,6 +47,36 @@ def test_a_plain_loop_publishes_in_a_line(runtime: Path) -> None:
             publisher.push(11)
     live = Segment.open("policy").live()
     assert live and (live.version, live.step) == (3, None)
+
+
+def test_pushes_from_several_threads_keep_their_own_step_and_files(runtime: Path) -> None:
+    """Each version has the step and the files of the push that returned it, and a later push has none of them."""
+    publisher, returned, seen = wsync.publisher("policy", mlp()), dict[int, Any](), dict[int, Any]()
+    threads = [threading.Thread(target=lambda step=step: push(step)) for step in (7, 8, 9)]
+
+    def push(step: int) -> None:
+        files = {"step": b"%d" % step}
+        returned[publisher.push(step, extras=files)] = step, files
+
+    def gate(staged: object) -> None:
+        for other in threads:
+            if other.ident is None:  # the first push is at work, and the others come meanwhile
+                other.start()
+                other.join(0.1)
+
+    def look() -> None:
+        with wsync.attach(mlp(), "policy") as reader:
+            seen[reader.version] = reader.step, dict(reader.extras)
+
+    publisher._updater.gate = gate
+    publisher._updater.register_post_hook(look)
+    threads[0].start()
+    for thread in threads:
+        thread.join(DEADLINE)
+    assert seen == returned and len(seen) == 3
+    publisher.push(10)
+    assert seen[4] == (10, {})
+    publisher.close()
 
 
 def test_a_busy_segment_does_not_end_a_training(runtime: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,10 +45,11 @@ class Publisher:
             SegmentBusy: another publisher is at work, or readers lease every spare slot.
             SegmentError: the segment cannot be made or opened.
         """
-        self._updater.step = step
-        self._updater.push_weights(self._policy, extras=extras)
-        assert self._updater.published
-        return self._updater.published.version
+        with self._updater._pushing:
+            self._updater.step = step
+            self._updater.push_weights(self._policy, extras=extras)
+            assert self._updater.published
+            return self._updater.published.version
 
     def wait_for_readers(self, version: int | None = None, timeout: float | None = None) -> list[ReaderRecord]:
         """See ``SharedMemoryWeightUpdater.wait_for_readers``."""

@@ -126,12 +126,13 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         Raises:
             UsageError: a name is not a file's name, or a value is not bytes.
         """
-        before = self.extras
-        try:
-            self.extras = before if extras is None else extras
-            super().push_weights(policy_or_weights, worker_ids)
-        finally:
-            self.extras = before
+        with self._pushing:
+            before = self.extras
+            try:
+                self.extras = before if extras is None else extras
+                super().push_weights(policy_or_weights, worker_ids)
+            finally:
+                self.extras = before
 
     def _get_server_weights(self) -> Any:
         maps = type(self)._maybe_map_weights is not SharedMemoryWeightUpdater._maybe_map_weights
