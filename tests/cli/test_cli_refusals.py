@@ -151,6 +151,7 @@ USAGE = {
     "log format": "watch policies:mlp runs --log-format xml",
     "poll of nothing": "watch policies:mlp runs --poll 0",
     "poll that is not a number": "watch policies:mlp runs --poll nan",
+    "wait that is not a number": "push policies:mlp runs --wait nan",
     "unset variable for a place": "inspect ''",
     "unset variable for a checkpoint": "push policies:mlp ''",
     "bound on a screen": "status --watch --max-lag 1",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import write
@@ -81,6 +83,17 @@ def test_an_updater_and_a_publisher_know_their_readers(runtime: Path) -> None:
             assert late.version == 1 == publisher.oldest_version()
             reader.refresh()
             assert publisher.wait_for_readers(version, DEADLINE) == [] and publisher.oldest_version() == 2
+
+
+@pytest.mark.parametrize("timeout", [math.nan, "x", 10**400])
+def test_a_timeout_that_is_no_number_is_refused(runtime: Path, timeout: Any) -> None:
+    """Guards a wait with a wrong timeout, which raised Python's own error, or never ended while a reader was late."""
+    with wsync.publisher("nets", mlp()) as publisher:
+        publisher.push(1)
+        with pytest.raises(wsync.UsageError, match="is not a number of seconds"):
+            publisher.wait_for_readers(timeout=timeout)
+    with pytest.raises(wsync.UsageError, match="is not a number of seconds"):
+        wsync.attach(mlp(), "nets", timeout=timeout)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -86,6 +87,8 @@ def push(
     from .output.push import tell
     from .terminal import complain, unwind_at
 
+    if wait is not None and math.isnan(wait):
+        raise UsageError("--wait nan is not a number of seconds. Give one.")
     news = None
     if quiet and not dry_run:
         from .output.push_quiet import News

@@ -14,8 +14,8 @@ from ..errors import AttachTimeout, SegmentDamaged, SegmentError, SegmentMissing
 from ..layout.layout import Layout
 from ..segment.segment import Segment, segments
 from ..segment.writable import WritableSegment
-from ..system.memory import default_runtime_dir, runtime_dir
-from .reader import Reader, deadline_of
+from ..system.memory import deadline_of, default_runtime_dir, runtime_dir
+from .reader import Reader
 
 _log = logging.getLogger("wsync")
 _LOOK = 0.1  # seconds between two looks if no WORD will change

@@ -12,7 +12,6 @@ other thread runs the policy; or let every thread run it inside ``using()``.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -30,7 +29,7 @@ from ..segment.reader_records import Registration
 from ..segment.segment import Segment
 from ..segment.segment_files import REMOVED, WORD_OFFSET
 from ..segment.word_and_lease import Lease
-from ..system.memory import sleep_on
+from ..system.memory import deadline_of, sleep_on
 from .copying import Copy
 from .reader_options import Terms
 from .segment_search import Lookout, Search, is_gone
@@ -344,20 +343,6 @@ class PlainReader(Reader):
     def _after_fork(self) -> None:
         self._way.after_fork()
         super()._after_fork()
-
-
-def deadline_of(timeout: float | None) -> float | None:
-    """The ``time.monotonic()`` at which a timeout in seconds ends; None for never.
-
-    Raises:
-        UsageError: the timeout is not a number.
-    """
-    try:
-        if timeout is None or not math.isnan(timeout):
-            return None if timeout is None else time.monotonic() + timeout
-    except TypeError:
-        pass
-    raise UsageError(f"timeout={timeout!r} is not a number of seconds. Give one, or None to wait for ever.")
 
 
 CLOSED = memoryview(bytes(WORD_OFFSET + 8)).cast("Q")

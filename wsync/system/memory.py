@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import operator
 import os
@@ -15,6 +16,7 @@ import platform
 import signal
 import struct
 import sys
+import time
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -288,6 +290,20 @@ def sleep_on(address: int, expected: int, seconds: float, nap: float = 0.25) -> 
     """
     seconds = min(max(seconds, 0.0), nap)
     _futex(address, _FUTEX_WAIT, expected & 0xFFFFFFFF, struct.pack("@ll", 0, int(seconds * 1e9)))
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """The ``time.monotonic()`` at which a timeout in seconds ends; None for never.
+
+    Raises:
+        UsageError: the timeout is not a number.
+    """
+    try:
+        if timeout is None or not math.isnan(timeout):
+            return None if timeout is None else time.monotonic() + timeout
+    except (TypeError, OverflowError):  # not a number, or one that no float holds
+        pass
+    raise UsageError(f"timeout={timeout!r} is not a number of seconds. Give one, or None to wait for ever.")
 
 
 def _futex(address: int, operation: int, value: int, timeout: bytes | None) -> None:

@@ -7,6 +7,7 @@ import time
 
 from ..segment.reader_records import ReaderRecord
 from ..segment.segment import Segment
+from ..system.memory import deadline_of
 from ..text import count, duration
 
 _SHORTEST, _LONGEST = 0.02, 0.5  # seconds between two looks at the readers' records
@@ -22,10 +23,13 @@ def wait_for_readers(segment: Segment, version: int, timeout: float | None = Non
 
     Returns:
         The readers that still have an older version when the time is up; empty if all have this one.
+
+    Raises:
+        UsageError: the timeout is not a number.
     """
-    until, pause = math.inf if timeout is None else time.monotonic() + timeout, _SHORTEST
+    deadline, pause = deadline_of(timeout), _SHORTEST
     while late := [reader for reader in segment.readers() if reader.version < version]:
-        left = until - time.monotonic()
+        left = math.inf if deadline is None else deadline - time.monotonic()
         if left <= 0:
             break
         time.sleep(min(pause, left))

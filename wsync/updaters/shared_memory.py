@@ -95,6 +95,9 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
 
         Returns:
             The readers without it when the time is up, each with ``pid``, ``process``, ``version`` and ``since``.
+
+        Raises:
+            UsageError: the timeout is not a number.
         """
         from .reader_progress import wait_for_readers
 

@@ -17,7 +17,8 @@ from ...errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ...segment.publication import Publication
 from ...segment.segment import Segment
 from ...segment.word_and_lease import Lease
-from ..reader import CLOSED, WAITS, Reader, Way, deadline_of
+from ...system.memory import deadline_of
+from ..reader import CLOSED, WAITS, Reader, Way
 from ..reader_options import Terms
 from ..tensors import Attached
 from .transfer import DeviceWeights
