@@ -85,7 +85,7 @@ def test_an_updater_and_a_publisher_know_their_readers(runtime: Path) -> None:
             assert publisher.wait_for_readers(version, DEADLINE) == [] and publisher.oldest_version() == 2
 
 
-@pytest.mark.parametrize("timeout", [math.nan, "x", 10**400])
+@pytest.mark.parametrize("timeout", [math.nan, "x", 10**400], ids=["nan", "text", "large"])
 def test_a_timeout_that_is_no_number_is_refused(runtime: Path, timeout: Any) -> None:
     """Guards a wait with a wrong timeout, which raised Python's own error, or never ended while a reader was late."""
     with wsync.publisher("nets", mlp()) as publisher:

@@ -49,6 +49,24 @@ def test_a_plain_loop_publishes_in_a_line(runtime: Path) -> None:
     assert live and (live.version, live.step) == (3, None)
 
 
+class Scratch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+
+@pytest.mark.parametrize(
+    "policy", [None, mlp().state_dict(), nn.ReLU(), Scratch()], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_policy_is_refused(runtime: Path, policy: Any) -> None:
+    """Guards a message that says what a publisher takes, where the push failed with Python's own error."""
+    with pytest.raises(wsync.UsageError, match="takes an nn.Module|neither parameters nor"):
+        wsync.publisher("policy", policy).push(1)
+    with pytest.raises(wsync.UsageError, match="5 cannot be a segment's name"):
+        wsync.publisher(5, mlp()).push(1)  # type: ignore[arg-type]
+    assert list(runtime.iterdir()) == []
+
+
 def test_pushes_from_several_threads_keep_their_own_step_and_files(runtime: Path) -> None:
     """Each version has the step and the files of the push that returned it, and a later push has none of them."""
     publisher, returned, seen = wsync.publisher("policy", mlp()), dict[int, Any](), dict[int, Any]()

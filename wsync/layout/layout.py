@@ -315,6 +315,12 @@ def unreadable(module: torch.nn.Module, exc: Exception) -> SpecError:
     )
 
 
+NO_TENSORS = (
+    "the policy has neither parameters nor persistent buffers: there is nothing to keep in step. Give a policy with "
+    "weights."
+)
+
+
 def layout_of(module: torch.nn.Module) -> Layout:
     """The layout of a module's parameters and persistent buffers.
 
@@ -353,10 +359,7 @@ def layout_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
         where = (storage, tensor.storage_offset(), shape, tensor.stride(), dtype)
         groups.setdefault(where if tensor.numel() else name, []).append(name)
     if not shapes:
-        raise SpecError(
-            "the policy has neither parameters nor persistent buffers: there is nothing to keep in step. Give a "
-            "policy with weights."
-        )
+        raise SpecError(NO_TENSORS)
     firsts, ties = {}, {}
     for names in groups.values():
         first, *others = sorted(set(names))

@@ -7,6 +7,7 @@ versions change.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,13 @@ def followed(module: torch.nn.Module, own: Sequence[str], setting: str) -> list[
     if out and not left:
         raise UsageError(f"{setting} names every tensor of the policy, so that nothing is kept in step. Name fewer.")
     return left
+
+
+def check_module(policy: object, caller: str) -> None:
+    """Raises UsageError if a policy is not an ``nn.Module``; imports no torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(policy, torch.nn.Module):
+        raise UsageError(f"{caller} takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
 
 
 def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:

@@ -41,7 +41,7 @@ _WAY_OUT = "Remove it (`wsync rm` removes a segment), or name another place with
 
 
 def is_name(name: str) -> bool:
-    return bool(_NAME.fullmatch(name)) and len(name.encode()) <= 200
+    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and len(name.encode()) <= 200
 
 
 def check_name(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SegmentBusy, UsageError
+from ..layout.module import check_module
 from .shared_memory import SharedMemoryWeightUpdater
 
 if TYPE_CHECKING:
@@ -25,11 +26,15 @@ class Publisher:
         name: name of the segment, which is made if it does not exist.
         policy: an ``nn.Module``, on any device, whose parameters and persistent buffers are read at each push.
         runtime_dir: where segments live; default ``WSYNC_RUNTIME_DIR``, else ``/dev/shm/wsync-<uid>``.
+
+    Raises:
+        UsageError: the policy is not an ``nn.Module``.
     """
 
     def __init__(
         self, name: str, policy: torch.nn.Module, *, runtime_dir: str | os.PathLike[str] | None = None
     ) -> None:
+        check_module(policy, "a publisher")
         self._policy = policy
         self._updater = SharedMemoryWeightUpdater(name, policy=policy, runtime_dir=runtime_dir)
 
@@ -41,7 +46,10 @@ class Publisher:
             extras: files that travel with them; see ``SharedMemoryWeightUpdater.push_weights``.
 
         Raises:
-            KeyError, ValueError: the segment has other tensor names or shapes than the policy; a weight is not finite.
+            Exception: as ``SharedMemoryWeightUpdater.push_weights``.
+            TypeError: the step is not a whole number.
+            ValueError: a shape differs from the segment's, a value is not finite, or the step is beyond 64 bits.
+            SpecError: the policy has neither parameters nor persistent buffers.
             SegmentBusy: another publisher is at work, or readers lease every spare slot.
             SegmentError: the segment cannot be made or opened.
         """

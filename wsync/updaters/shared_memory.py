@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..discovery.weight_getter import CheckpointWeightGetter, live_candidate
+from ..errors import SpecError
 from ..fitting.fit import Fit
-from ..layout.layout import Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
+from ..layout.layout import NO_TENSORS, Layout, layout_of, layout_of_tensors, named_tensors, scratch_of
 from ..segment.publication import Publication
 from ..segment.publishing import Gate, publish, publish_tensors
 from ..segment.segment_files import BOUND, SLOTS
@@ -145,10 +146,16 @@ class SharedMemoryWeightUpdater(StandingSegment, WeightUpdaterBase):
         return self.weight_getter.open_newest(live_candidate(live))
 
     def _maybe_map_weights(self, server_weights: Any) -> Any:
-        """Turns a module into a dict of its parameters and persistent buffers, which a segment holds."""
+        """Turns a module into a dict of its parameters and persistent buffers, which a segment holds.
+
+        Raises:
+            SpecError: the module has none; or as ``WeightUpdaterBase``.
+        """
         self._news = False  # also after a push that failed
         if self._check_extra_state(server_weights):
-            return dict(named_tensors(server_weights))
+            if tensors := dict(named_tensors(server_weights)):
+                return tensors
+            raise SpecError(NO_TENSORS)
         return WeightUpdaterBase._maybe_map_weights(self, server_weights)
 
     def _sync_weights_with_worker(self, *, worker_id: int | torch.device | None = None, server_weights: Any) -> None:
