@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -350,6 +351,24 @@ def test_wrong_arguments_are_usage_errors(runtime: Path, argument: str, wrong: o
     with pytest.raises(UsageError):
         wsync.attach(**arguments)  # type: ignore[arg-type]
     assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [{"exclude": None}, {"exclude": [5]}, {"runtime_dir": 5}])
+def test_arguments_of_a_wrong_kind_are_usage_errors(runtime: Path, given: Any) -> None:
+    """Guards a message that names the argument or the value, not Python's TypeError from deep inside."""
+    with pytest.raises(UsageError, match="exclude=|5 is not a path"):
+        wsync.attach(mlp(), "nets", timeout=0, **given)
+    assert list(runtime.iterdir()) == []
+
+
+def test_an_unknown_way_to_treat_users_is_refused(trainer: Trainer) -> None:
+    """Guards a misspelt "skip", which waited; the policy keeps its version."""
+    trainer.push(1)
+    with wsync.attach(mlp(), "nets") as reader:
+        trainer.push(2)
+        with pytest.raises(UsageError, match="users='skp'"):
+            reader.refresh(users="skp")  # type: ignore[arg-type]
+        assert reader.version == 1 and reader.refresh(users="skip")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import SpecError, SwapRefused, UsageError
 from ..layout.layout import Layout, layout_of_tensors, named_modules, named_tensors
-from ..layout.module import check_extra_state, followed
+from ..layout.module import check_extra_state, check_module, followed
 from ..layout.tensor_subclasses import check_takes_copies
 from ..segment.segment import Segment
 from ..system.memory import trim
@@ -97,13 +97,14 @@ def attach(
         CopyRefused: a tensor's class refuses copies.
         SpecError: the policy's own code fails, its weights are folded into compiled code, or it has extra state.
     """
-    _check_arguments(policy, name, mode, staging)
+    check_module(policy, "attach")
+    _check_arguments(mode, staging)
     _check_not_frozen(policy)
     terms = Terms(on_version, on_version_error, max_age)
     check_extra_state(policy, extra_state)
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    globs = _globs(exclude)
     with Opening(name, runtime_dir, timeout) as opening:
-        reader = _make(policy, opening, mode, staging, exclude, terms)
+        reader = _make(policy, opening, mode, staging, globs, terms)
         try:
             opening.wait(reader)
         except BaseException:  # even an interrupt: ``close`` gives the policy tensors of its own
@@ -114,18 +115,22 @@ def attach(
     return reader
 
 
-def _check_arguments(policy: object, name: object, mode: str, staging: str) -> None:
+def _check_arguments(mode: str, staging: str) -> None:
     """Raises UsageError for an argument of ``attach`` that cannot be used."""
-    if not isinstance(policy, torch.nn.Module):
-        raise UsageError(f"attach takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
-    if not isinstance(name, str):
-        raise UsageError(f"name={name!r} is not a segment's name. Give the string that the publisher uses.")
     if mode not in ("auto", "swap", "copy"):
         raise UsageError(f'mode={mode!r} is unknown. Use "auto", "swap" or "copy".')
     if staging not in ("device", "none") or (staging == "none" and mode == "swap"):
         raise UsageError(
             f'staging={staging!r} with mode={mode!r}: staging is "device", or "none" with mode="copy". Use one of them.'
         )
+
+
+def _globs(exclude: object) -> list[str]:
+    """Returns what ``exclude`` names as a list; raises UsageError if that is not all strings."""
+    globs: list[Any] = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
+    if not all(isinstance(glob, str) for glob in globs):
+        raise UsageError(f'exclude={exclude!r} is not a list of globs. Give strings, such as ["log_std"].')
+    return globs
 
 
 def _check_not_frozen(policy: torch.nn.Module) -> None:

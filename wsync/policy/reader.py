@@ -35,7 +35,7 @@ from .reader_options import Terms
 from .segment_search import Lookout, Search, is_gone
 from .swap import Swap
 from .tensors import Attached, drop_caches
-from .user_threads import Users
+from .user_threads import Users, skips
 
 Way = Literal["swap", "copy"]
 Mode = Literal["auto", "swap", "copy"]
@@ -106,7 +106,7 @@ class Reader(ABC):
         if self._words[_WORD] == self._seen:
             self._calls_left -= 1
             return self._calls_left <= 0 and self._look_around(users == "skip")
-        return self._refresh(wait, users == "skip")
+        return self._refresh(wait, skips(users))
 
     @contextmanager
     def using(self) -> Iterator[int]:

@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from ..errors import UsageError
 
 
+def skips(users: str) -> bool:
+    """Whether ``users`` is ``"skip"`` and not ``"wait"``; raises UsageError if it is neither."""
+    if users not in ("wait", "skip"):
+        raise UsageError(f'users={users!r} is unknown. Use "wait" or "skip".')
+    return users == "skip"
+
+
 class Users:
     """Counts the threads that are inside ``using()``; a change waits for them, and lets no others in meanwhile."""
 

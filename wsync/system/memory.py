@@ -45,8 +45,8 @@ def runtime_dir(path: str | os.PathLike[str] | None = None) -> Path:
             f"wsync needs Linux on a little-endian machine (flock, futex, tmpfs); this is {sys.platform}, "
             f"{sys.byteorder}-endian. Run it on the Linux machine that runs the policy."
         )
-    chosen = os.fspath(path or os.environ.get("WSYNC_RUNTIME_DIR") or default_runtime_dir())
-    if "\0" in chosen:
+    chosen = path or os.environ.get("WSYNC_RUNTIME_DIR") or default_runtime_dir()
+    if not isinstance(chosen, str | os.PathLike) or "\0" in os.fspath(chosen):
         raise UsageError(f"{chosen!r} is not a path. Name a directory with --runtime-dir.")
     return Path(chosen).absolute()
 
