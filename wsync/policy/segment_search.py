@@ -69,7 +69,8 @@ class Search:
         if not self._next:
             what = "was removed"
             with suppress(OSError):
-                what = segment.damage() or what
+                if segment.is_current():  # else its files may be gone because it was removed
+                    what = segment.damage() or what
             _log.warning("segment %r %s; the policy keeps version %d", segment.name, what, version)
         self._next = now + self.seconds
         try:
