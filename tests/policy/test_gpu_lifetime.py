@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -401,26 +400,6 @@ def test_a_segment_that_was_deleted_by_hand(
         assert not reader.wait(0)
         assert not reader.refresh() and marks(policy) == {1.0}
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
-
-
-def test_close_in_another_thread_ends_a_wait(trainer: Trainer, device: LateDevice) -> None:
-    """A thread that waits for a copy is told when the reader is closed meanwhile."""
-    reader = wsync.attach(mlp(), "nets")
-    trainer.push(2)
-    assert not reader.refresh()
-    told: list[str] = []
-
-    def wait() -> None:
-        try:
-            reader.wait(DEADLINE)
-        except UsageError as exc:
-            told.append(str(exc))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    reader.close()
-    thread.join(DEADLINE)
-    assert told and "closed" in told[0]
 
 
 @pytest.mark.slow

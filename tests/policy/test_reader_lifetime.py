@@ -73,6 +73,31 @@ def test_closed_reader_refuses(trainer: Trainer) -> None:
         reader.wait(0)
 
 
+@pytest.mark.parametrize("under_way", [None, False, True], ids=["cpu", "gpu", "gpu with a copy under way"])
+def test_close_in_another_thread_ends_a_wait(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, under_way: bool | None
+) -> None:
+    """Guards a thread that follows, which ended with a traceback when the program closed the reader."""
+    if under_way is not None:
+        request.getfixturevalue("device")
+    asleep, said = threading.Event(), list[bool]()
+
+    def sleep_on(*where: Any) -> None:
+        asleep.set()
+        memory.sleep_on(*where)
+
+    monkeypatch.setattr(reading, "sleep_on", sleep_on)
+    with wsync.attach(mlp(), "nets") as reader:
+        if under_way:
+            trainer.push(2)
+            assert not reader.refresh()
+        thread = threading.Thread(target=lambda: said.append(reader.wait()), daemon=True)
+        thread.start()
+        assert asleep.wait(DEADLINE)
+    thread.join(DEADLINE)
+    assert said == [False]
+
+
 def test_a_close_that_fails_lets_go_of_the_segment(trainer: Trainer) -> None:
     """Guards the record and the mapping where a policy cannot be given memory of its own any more."""
     reader = wsync.attach(mlp(), "nets", mode="swap")
@@ -620,6 +645,27 @@ def test_refresh_notices_a_segment_that_was_deleted_by_hand(trainer: Trainer, ca
         while not reader.refresh() and time.monotonic() < deadline:
             pass
         assert marks(policy) == {5.0}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("cut", [False, True], ids=["deleted", "its live slot cut"])
+def test_a_version_that_was_lost_by_hand_is_not_waited_for(
+    trainer: Trainer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gpu: bool, cut: bool
+) -> None:
+    """Guards ``while reader.wait(): reader.refresh()``, which took a whole core, and a refresh that found nothing."""
+    monkeypatch.setattr(segment_search.Search, "seconds", 0.0)
+    policy = mlp()
+    if gpu:
+        request.getfixturevalue("device")
+    with wsync.attach(policy, "nets") as reader:
+        trainer.push(2)
+        live = trainer.segment.path / f"slot-{trainer.segment.word & 0xFF}.safetensors"
+        os.truncate(live, 100) if cut else shutil.rmtree(trainer.segment.path)
+        assert not reader.wait(0.05) and not reader.refresh() and marks(policy) == {1.0}
+        trainer.segment.close()
+        trainer.segment = WritableSegment.create("nets", layout_of(mlp()))
+        trainer.push(5)
+        assert reader.refresh(wait=True) and marks(policy) == {5.0}
 
 
 def test_a_slow_policy_notices_a_segment_that_was_deleted_by_hand(

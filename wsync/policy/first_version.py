@@ -88,10 +88,8 @@ class Opening:
                 _log.warning("%s The policy keeps waiting.", self._nobody())
             left = None if self._deadline is None else self._deadline - now
             times = [seconds for seconds in (left, None if due is None else due - now) if seconds is not None]
-            if reader.wait(min(times, default=None)):
-                if _has_first(reader):
-                    return
-                time.sleep(_LOOK)  # its slot is locked by something that does not follow the protocol
+            if reader.wait(min(times, default=None)) and _has_first(reader):
+                return
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 raise AttachTimeout(f"{self._nobody()} The wait ended after {self._timeout} s (timeout=).")
 

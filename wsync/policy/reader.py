@@ -18,16 +18,16 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Literal, NoReturn
 
 from ..checkpoints.files.extras import Extras
-from ..errors import HalfWritten, SegmentDamaged, UsageError, from_os_error
+from ..errors import HalfWritten, SegmentDamaged, SegmentError, UsageError, from_os_error
 from ..segment.publication import Publication
 from ..segment.reader_records import Registration
 from ..segment.segment import Segment
-from ..segment.segment_files import REMOVED, WORD_OFFSET
+from ..segment.segment_files import WORD_OFFSET
 from ..segment.word_and_lease import Lease
 from ..system.memory import deadline_of, sleep_on
 from .copying import Copy
@@ -42,7 +42,7 @@ Mode = Literal["auto", "swap", "copy"]
 
 _WORD = WORD_OFFSET // 8
 _clock = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # seconds; never jumps, and counts suspended time
-WAITS = (
+_WAITS = (
     "wait() was called by a signal handler in the middle of another call of this reader of {!r}. Have the handler set "
     "a flag, and wait where the program reads the flag."
 )
@@ -68,14 +68,11 @@ class Reader(ABC):
         self.name, self.mode, self.version = segment.name, mode, 0
         self.step: int | None = None
         self.extras, self.metadata = Extras()
-        self._terms, self._born = terms, 0.0
-        self._seen, self._taken = -1, 0
         self._lock = threading.RLock()  # re-entrant, so that a signal handler can tell that its thread holds it
         self._closed = self._close_asked = False
         self._half_written: HalfWritten | None = None  # if set, the policy must not be used any more
-        self._users, self._search = Users(), Search()
-        self._schedule = Lookout(1) if terms.max_age else Lookout()
-        self._calls_left = 1  # calls until the next look at the clock
+        self._terms, self._users, self._search, self._born = terms, Users(), Search(), 0.0
+        self._schedule, self._calls_left = Lookout(1) if terms.max_age else Lookout(), 1
         self._registration = self._follow(segment)
         _readers.add(self)
 
@@ -85,14 +82,13 @@ class Reader(ABC):
         Args:
             wait: on a GPU, whether to wait until a new version has arrived; if False, this call starts its transfer,
                 and a later call takes it. On the CPU, each call takes a new version at once.
-            users: if other threads are inside ``using()``, ``"wait"`` waits until they have left, and lets no others in
-                before the version is taken; ``"skip"`` returns False, and a later call takes it.
+            users: if other threads are inside ``using()``: ``"wait"`` lets no more in, and waits until they have left;
+                ``"skip"`` returns False, and a later call takes the version.
 
         Returns:
-            Whether the policy has a new version; always False in a signal handler that interrupted a call of this
-            reader. If the segment was removed, the policy keeps its weights, a warning is logged once, and the reader
-            attaches again when there is a segment of the same name and layout. An interrupt (Ctrl-C) while a version is
-            being taken is raised after the policy has it.
+            Whether the policy has a new version; False in a signal handler that interrupted a call of this reader.
+            If the segment was removed, the policy keeps its weights, a warning is logged once, and the reader follows
+            a new segment of the same name and layout. An interrupt (Ctrl-C) is raised after the version is taken.
 
         Raises:
             Stale: the policy's version is older than ``max_age``; see ``attach``.
@@ -123,30 +119,29 @@ class Reader(ABC):
             yield self.version
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleeps until there is a version that ``refresh`` would take; True if there is one, False when time is up.
+        """Sleeps until ``refresh`` would take a version; False when time is up, or once the reader is closed.
 
         Args:
             timeout: seconds; None waits for ever.
 
         Raises:
-            UsageError: this reader is closed, the timeout is not a number, or a signal handler that interrupted
-                another call of this reader calls this.
+            UsageError: this reader is closed already, timeout is not a number, or a signal handler interrupted a call.
         """
         deadline = deadline_of(timeout)
         if self._is_at_work():
-            raise UsageError(WAITS.format(self.name))
+            raise UsageError(_WAITS.format(self.name))
+        self._check_open()
         while True:
             with self._lock:
+                if self._closed:
+                    return False
                 self._check_open()
-                if is_gone(self._segment):  # deletion by hand does not change the WORD
-                    self._find_again()
-                if self._words[_WORD] >> 8 != self._taken and self._words[_WORD] & 0xFF != REMOVED:
+                if not (pause := self._pause()):
                     return True
                 word, address = self._words[_WORD], self._address
-            left = 3600.0 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
+            if deadline is not None and (pause := min(pause, deadline - time.monotonic())) <= 0:
                 return False
-            sleep_on(address, word, left)
+            sleep_on(address, word, pause)
 
     def close(self) -> None:
         """Closes the segment, after a ``refresh`` under way; the policy keeps its weights, in tensors of its own."""
@@ -223,20 +218,28 @@ class Reader(ABC):
 
     def _newest(self) -> Lease | None:
         """A lease of a version newer than the policy's; None if there is none to lease now."""
-        if self._words[_WORD] & 0xFF == REMOVED and not self._find_again():
-            return None
         try:
             lease = self._segment.lease()
         except SegmentDamaged:
             if not self._segment.damage():
                 raise
-            self._find_again()  # logs the damage; a later call takes a version from what it finds
-            return None
-        if lease and lease.version == self._taken:
+            lease = None
+        if lease is None:
+            return self._newest() if self._find_again() else None
+        if lease.version == self._taken:
             self._seen = lease.word
             lease.release()
             return None
         return lease
+
+    def _pause(self) -> float:
+        """Seconds after which ``wait`` must ask again, called under the lock; 0 if ``refresh`` has work now."""
+        self._find_again()  # deletion by hand does not change the WORD
+        with suppress(SegmentError, OSError):  # which ``refresh`` raises
+            if self._words[_WORD] >> 8 == self._taken or not (lease := self._newest()):
+                return 3600.0
+            lease.release()
+        return 0.0
 
     def _took(self, lease: Lease, publication: Publication, extras: Extras) -> None:
         drop_caches()
@@ -268,15 +271,13 @@ class Reader(ABC):
     def _follow(self, segment: Segment) -> Registration:
         """Makes this the reader's segment, and adds the reader to its records."""
         registration, address = Registration(segment.path, self.mode), segment.control.address
-        self._seen, self._taken = -1, 0  # the WORD and the version, of this segment
-        self._segment, self._address = segment, address
+        self._segment, self._address, self._seen, self._taken = segment, address, -1, 0  # the last two: WORD, version
         self._words = segment.control.words  # last: after an interrupt before it, all of this is done again
         return registration
 
     def _find_again(self) -> bool:
-        """Attaches to a segment of the same name and layout that replaced this one; returns whether there was one."""
-        segment = self._search.find(self._segment, self.version)
-        if segment is None:
+        """If this segment is gone, attaches to one of its name and layout; returns whether there was one."""
+        if not (segment := self._search.find(self._segment, self.version)):
             return False
         left, record = self._segment, self._registration
         self._registration = self._follow(segment)

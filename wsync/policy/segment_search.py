@@ -58,13 +58,13 @@ class Search:
         self._next = 0.0
 
     def find(self, segment: Segment, version: int) -> Segment | None:
-        """Opens the new segment of the same name and layout; None if there is no such segment yet.
+        """Opens the new segment of the same name and layout; None if the old one is not gone, or there is no new one.
 
         Args:
             version: the version that the policy keeps, for the warning.
         """
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next or not is_gone(segment):
             return None
         if not self._next:
             what = "was removed"

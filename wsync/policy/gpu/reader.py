@@ -17,8 +17,7 @@ from ...errors import HalfWritten, OutOfDeviceMemory, UsageError
 from ...segment.publication import Publication
 from ...segment.segment import Segment
 from ...segment.word_and_lease import Lease
-from ...system.memory import deadline_of
-from ..reader import CLOSED, WAITS, Reader, Way
+from ..reader import CLOSED, Reader, Way
 from ..reader_options import Terms
 from ..tensors import Attached
 from .transfer import DeviceWeights
@@ -41,24 +40,11 @@ class DeviceReader(Reader):
         self._told_of_room = False
         self._forked = False
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """As ``Reader.wait``; but if a version is under way, waits until it has arrived."""
-        deadline = deadline_of(timeout)
-        if self._is_at_work():
-            raise UsageError(WAITS.format(self.name))
-        while True:
-            with self._lock:
-                self._check_open()
-                flight = self._weights.flight
-                if flight is not None and flight.query():
-                    return True
-                busy = flight is not None or time.monotonic() < self._again
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not busy:
-                return super().wait(left)
-            if left == 0:
-                return False
-            time.sleep(_NAP)
+    def _pause(self) -> float:
+        flight = self._weights.flight
+        if flight is not None and flight.query():
+            return 0.0
+        return _NAP if flight is not None or time.monotonic() < self._again else super()._pause()
 
     def _advance(self, wait: bool) -> bool:
         landed = False
