@@ -113,7 +113,7 @@ class Swap:
         self._segment: Segment | None = None
         self._slots: dict[int, _Slot] = {}
         self._live: _Slot | None = None  # the policy's slot; after an interrupt, maybe the one that it was moving to
-        self._held_back: list[_HeldBack] = []
+        self._held_back: list[_HeldBack] = []  # never bound anew: a thread appends to it, and that would be lost
         self._told_of_writing = False
 
     def take(self, segment: Segment, lease: Lease) -> None:
@@ -147,9 +147,8 @@ class Swap:
 
     def leases(self) -> tuple[tuple[int, ...], float]:
         """The slots that the policy, or a tensor that somebody keeps, uses; and when the oldest of them was taken."""
-        self._held_back = [held for held in self._held_back if (memory := held[1]()) and memory.lease]
         held = [(slot.memory.lease.slot, slot.since) for slot in self._slots.values() if slot.memory.lease]
-        held += [(slot, since) for slot, _, since in self._held_back]
+        held += [(slot, since) for slot, left, since in self._held_back if (memory := left()) and memory.lease]
         return tuple(slot for slot, _ in held), min((since for _, since in held), default=0.0)
 
     def close(self) -> None:
@@ -194,8 +193,8 @@ class Swap:
 
     def _take_over_held_back(self) -> None:
         """Has a thread free the slots that were already held back at the last version; most are free by then."""
-        held_back, self._held_back = self._held_back, []
-        for one in held_back:
+        for _ in range(len(self._held_back)):
+            one = self._held_back.pop(0)
             try:
                 _looks.submit(self._take_over, one)
             except RuntimeError:  # this process may have no more threads, or is about to end
@@ -205,7 +204,9 @@ class Swap:
         """Gives the tensors in a held-back slot a copy of its pages, and releases its lease."""
         memory = held[1]()
         lease = memory.lease if memory else None
-        if memory and lease and take_over(memory):
+        if not (memory and lease):
+            return
+        if take_over(memory):
             memory.lease = None
             lease.release()
         else:
