@@ -42,9 +42,9 @@ class Lookout:
 
 
 def is_gone(segment: Segment) -> bool:
-    """Whether the segment was removed, or something outside wsync removed or cut a file of it."""
+    """Whether the segment was removed or is being removed, or something outside wsync removed or cut a file of it."""
     try:
-        return not segment.is_current() or bool(segment.damage())
+        return segment.word & 0xFF == REMOVED or not segment.is_current() or bool(segment.damage())
     except OSError:  # unknown; what is mapped stays usable
         return False
 
