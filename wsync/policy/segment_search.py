@@ -44,7 +44,7 @@ class Lookout:
 def is_gone(segment: Segment) -> bool:
     """Whether the segment was removed or is being removed, or something outside wsync removed or cut a file of it."""
     try:
-        return segment.word & 0xFF == REMOVED or not segment.is_current() or bool(segment.damage())
+        return not segment.is_current() or segment.word & 0xFF == REMOVED or bool(segment.damage())
     except OSError:  # unknown; what is mapped stays usable
         return False
 
