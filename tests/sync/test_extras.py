@@ -444,7 +444,7 @@ def test_weights_from_memory_bring_theirs(runtime: Path) -> None:
             assert reader.refresh() and reader.extras == {"a/b": b"x"}
             updater.push_weights(mlp())
             assert reader.refresh() and reader.extras == {}
-        for wrong in ({"../x": b""}, {"": b""}, {"__metadata__": b""}, {"x": "text"}, {"a": b"", "a/b": b""}):
+        for wrong in ({"../x": b""}, {"": b""}, {"__metadata__": b""}, {"x": "text"}, {"a": b"", "a/b": b""}, "x", [1]):
             with pytest.raises(UsageError, match="extras"):
                 updater.push_weights(mlp(), extras=wrong)  # type: ignore[arg-type]
         assert updater.published and updater.published.version == 3

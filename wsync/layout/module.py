@@ -50,7 +50,9 @@ def check_module(policy: object, caller: str) -> None:
     """Raises UsageError if a policy is not an ``nn.Module``; imports no torch."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(policy, torch.nn.Module):
-        raise UsageError(f"{caller} takes an nn.Module, not a {type(policy).__name__}. Give the policy itself.")
+        raise UsageError(
+            f"{caller} takes an nn.Module, not an object of type {type(policy).__name__}. Give the policy itself."
+        )
 
 
 def check_unmerged(modules: Iterable[torch.nn.Module]) -> None:

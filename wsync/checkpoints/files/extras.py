@@ -135,8 +135,11 @@ def checked(extras: Mapping[str, bytes]) -> Extras:
     """Validates extras that a caller gives as bytes, by name.
 
     Raises:
-        UsageError: a name is not a relative file name, a value is not bytes, or all together are over 1 GiB.
+        UsageError: it is not a mapping, a name is not a relative file name, a value is not bytes, or all together are
+            over 1 GiB.
     """
+    if not isinstance(extras, Mapping):
+        raise UsageError(f"extras is of type {type(extras).__name__}. Give a mapping from names of files to bytes.")
     for name, data in extras.items():
         if not isinstance(name, str) or not all(map(is_file_name, name.split("/"))) or name == "__metadata__":
             raise UsageError(f"extras: {name!r} is not a file's name. Give a relative one, such as preprocessor.json.")
