@@ -277,7 +277,7 @@ CASES: dict[str, Case] = {
 
 
 def chosen(only: tuple[str, ...]) -> dict[str, Case]:
-    """The cases whose names begin with one of these, or all if there are none; UsageError for one without a case."""
+    """Returns the cases whose names begin with one of these; all if no name is given; UsageError for an unknown one."""
     for name in only:
         if not any(case.startswith(name) for case in CASES):
             raise UsageError(f"--only {name!r}: there is no such case. There are {', '.join(CASES)}.")

@@ -316,10 +316,7 @@ class State:
     def _do(self, work: Callable[[Storage], T]) -> T:
         try:
             from .sqlite_file import ERRORS, Storage
-        except (
-            ImportError,
-            OSError,
-        ) as exc:  # Python lacks SQLite, or memory or descriptors ran out
+        except (ImportError, OSError) as exc:  # Python lacks SQLite, or memory or descriptors ran out
             raise self._failed(exc) from exc
         try:
             self._storage = self._storage or Storage(self._file, _SCHEMA, _UPGRADE, self._tell_damage)

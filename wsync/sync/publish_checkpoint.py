@@ -38,6 +38,10 @@ class Route(Protocol):
     ) -> Outcome:
         """Publishes an opened checkpoint.
 
+        Args:
+            recheck: what this box checks under its lock. A group does not call it: there each box checks its own pin
+                and asks its own gate.
+
         Raises:
             WsyncError: it was not published; what was live stays live.
         """

@@ -99,7 +99,7 @@ class Parts(NamedTuple):
         path: the file or directory that is the checkpoint.
         files: the safetensors files to read.
         beside: the small file that describes ``files``: the index of the shards, or an adapter's configuration; None if
-            there is none, or none yet.
+            the checkpoint has no such file, or the file has not been written yet.
         names: the tensors that the index assigns to each of ``files``; empty without an index.
         extras: the files that travel with the weights, by their names; some may still be missing.
         wanted: the settings that ``extras`` were found with.

@@ -112,7 +112,7 @@ def _times(info: os.stat_result, *, closed: bool) -> tuple[int, ...]:
 
 
 def let_objects_settle(parts: Parts, settle: float, stands: Callable[[], bool], *, is_web: bool) -> None:
-    """Does what ``let_files_settle`` does for the objects of a store, each of which is whole or absent.
+    """Waits like ``let_files_settle``, for objects of a store: each object is whole, but some may still be missing.
 
     Args:
         settle: seconds; counts only if there are several objects.
