@@ -633,10 +633,14 @@ def test_a_dry_run_opens_what_is_pinned(
 
 
 def test_a_failure_is_told_with_what_stays_live(push: Push, state: State) -> None:
-    """Guards ``wsync log``: the version beside a failure is the live one, for a push that published nothing, too."""
+    """Guards ``wsync log``: the version beside a failure is the live one; and a dry run that fails is not in it."""
     push(1)
+    other = replace(load_spec("policies:mlp"), policy_kwargs={"hidden": 4})
     with pytest.raises(LayoutDiffers):
-        push(2, spec=replace(load_spec("policies:mlp"), policy_kwargs={"hidden": 4}))
+        push(2, spec=other, dry_run=True)
+    assert [event.kind for event in state.events()] == ["publish"]
+    with pytest.raises(LayoutDiffers):
+        push(2, spec=other)
     assert [(event.kind, event.version) for event in state.events()] == [("publish", 1), ("failure", 1)]
 
 

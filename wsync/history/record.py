@@ -84,7 +84,7 @@ class Record:
     def forget(self) -> None:
         """Forgets all refusals, so that refused checkpoints count as new."""
         self._settings = self._settings_of()
-        self._refused, self._passed, self._same, self._incomplete = {}, set(), {}, {}
+        self._refused, self._passed, self._incomplete = {}, set(), {}
 
     def is_outdated(self) -> bool:
         """Returns whether the settings are others than those under which the last listing was refused."""
